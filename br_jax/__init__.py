@@ -1,0 +1,53 @@
+"""Buffer-and-Reinforce: safe LoRA fine-tuning of aligned language models in JAX.
+
+```python
+import br_jax as br
+```
+"""
+
+import os
+
+from br_jax.adapters import peft
+from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import qr_merge
+from br_jax.data.rows import Row, read_rows
+from br_jax.errors import UserError
+from br_jax.evaluation.evaluate import Suite, evaluate
+from br_jax.evaluation.generate import generate
+from br_jax.method import detach, release, train_buffer, train_reinforce, train_user
+from br_jax.models.load import load_model
+from br_jax.models.model import Model
+from br_jax.training.config import TrainConfig
+from br_jax.version import __version__
+
+__all__ = [
+    "Adapter",
+    "Model",
+    "Row",
+    "Suite",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "detach",
+    "evaluate",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "qr_merge",
+    "read_rows",
+    "release",
+    "save_adapter",
+    "train_buffer",
+    "train_reinforce",
+    "train_user",
+]
+
+
+def load_adapter(folder: str | os.PathLike, model: Model) -> Adapter:
+    """Reads an adapter folder in PEFT's layout and checks that it belongs to `model`; see `adapters.peft`."""
+    return peft.load_adapter(folder, model.params, fingerprint=model.fingerprint)
+
+
+def save_adapter(folder: str | os.PathLike, adapter: Adapter, model: Model) -> None:
+    """Writes an adapter folder in PEFT's layout; one that holds a Buffer is refused; see `adapters.peft`."""
+    peft.save_adapter(folder, adapter, base_name=model.name, fingerprint=model.fingerprint)

@@ -1,0 +1,162 @@
+"""What two adapters have in common, matrix by matrix, from low-rank factors only (no dense matrix).
+
+The functions take one layer's factors and are meant to be mapped over layers. Factors are the paper's turned
+around: a = A^T is [I, R], b = B^T is [R, O] (I input width, O output width, R rank), so the output space of
+W = s B A is spanned by the rows of b.
+Matrix products run at the highest precision, or an accelerator would round them to bfloat16; every SVD says
+`full_matrices=False`, even without vectors, or the CPU's allocates a square one.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Householder QR of f32 columns leaves about 1 eps (relative to the largest singular value) where the true
+# value is 0; four eps a column stands clear of that noise and far below any direction that f32 can still
+# resolve.
+NOISE_EPS_PER_COLUMN = 4
+
+
+def effective_basis(
+    a: Float[Array, "I R"], b: Float[Array, "R O"], tau: Float[Array, ""]
+) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
+    """Spans the subspace that an adapter effectively writes to (the paper's Q and its rank check).
+
+    The rule: eigenpairs (lambda, V) of A A^T, keep lambda > tau * lambda_max, Q = basis of B V_kept. The
+    pairs come from an SVD of A's triangular factor, where lambda = sigma^2: forming A A^T would square A's
+    condition number.
+
+    Args:
+        a: [I, R].
+        b: [R, O].
+        tau: in [0, 1).
+
+    Returns:
+        Q, zero in its unused columns, and the number of eigenvalues kept.
+    """
+    triangle = jnp.linalg.qr(a, mode="r")
+    _, sigma, v = jnp.linalg.svd(triangle, full_matrices=False)  # rows of v, descending sigma
+    relative = jnp.maximum(jnp.sqrt(tau), _noise_floor(a.shape[1]))
+    kept = sigma > relative * sigma[0]
+    columns = jnp.matmul(b.T, jnp.where(kept, v.T, 0), precision="highest")  # [O, K]
+    basis, _ = column_basis(columns)
+    return basis, kept.sum()
+
+
+def column_basis(columns: Float[Array, "O R"]) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
+    """Spans the columns of a matrix that may be rank-deficient, or zero, with static shapes.
+
+    Thin QR alone is not enough: it completes the basis with invented columns wherever the given ones are zero
+    or repeated, and without pivoting a small diagonal of R does not say which ones. So QR reduces the matrix
+    to its small triangle, an SVD of that orders the directions by size, and those at rounding level are
+    masked. For a matrix of full rank the span, and so the projector Q Q^T, is that of plain thin QR. Working
+    from the factor rather than from the Gram matrix keeps all the digits of f32.
+
+    Args:
+        columns: [O, R].
+
+    Returns:
+        Q [O, K], K = min(O, R), with orthonormal or zero columns, the zero ones last; and the rank.
+    """
+    q, triangle = jnp.linalg.qr(columns)
+    u, sigma, _ = jnp.linalg.svd(triangle, full_matrices=False)
+    real = sigma > _noise_floor(columns.shape[1]) * sigma[0]
+    # a choice, not a product: whatever an SVD returns for a zero matrix, masked columns are exactly zero
+    return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0), real.sum()
+
+
+def singular_values(a: Float[Array, "I R"], b: Float[Array, "R O"], scale: Float[Array, ""]) -> Float[Array, " K"]:
+    """Gives the singular values of scale * a @ b, descending, from the two triangular factors."""
+    return jnp.linalg.svd(scale * _core(a, b), full_matrices=False, compute_uv=False)
+
+
+def stable_rank(sigma: Float[Array, " K"]) -> Float[Array, ""]:
+    """Gives ||W||_F^2 / ||W||_2^2 from W's singular values; 0 for W = 0."""
+    largest = sigma[0]
+    return jnp.sum((sigma / jnp.where(largest > 0, largest, 1)) ** 2)
+
+
+def removed_share(a: Float[Array, "I R"], b: Float[Array, "R O"], basis: Float[Array, "O K"]) -> Float[Array, ""]:
+    """Gives ||Q Q^T W||_F / ||W||_F, the part of W = a @ b inside the span of the basis; 0 for W = 0."""
+    inside = jnp.matmul(b, basis, precision="highest")  # [R, K]; Q is orthonormal and drops out of the norm
+    triangle = jnp.linalg.qr(a, mode="r")
+    part = jnp.linalg.norm(jnp.matmul(triangle, inside, precision="highest"))
+    whole = jnp.linalg.norm(_core(a, b))
+    return part / jnp.where(whole > 0, whole, 1)
+
+
+def principal_angles(
+    first: Float[Array, "O J"],
+    second: Float[Array, "O K"],
+    first_rank: Int[Array, ""],
+    second_rank: Int[Array, ""],
+) -> tuple[Float[Array, " M"], Int[Array, ""]]:
+    """Measures the angles between the spans of two masked bases (as `column_basis` makes them).
+
+    Small angles come from sines and large ones from cosines (Bjorck and Golub): an arccos near 1 loses half
+    the digits.
+
+    Args:
+        first: [O, J], its first `first_rank` columns in use.
+        second: [O, K], its first `second_rank` columns in use.
+        first_rank: columns in use.
+        second_rank: columns in use.
+
+    Returns:
+        min(J, K) angles in degrees, ascending, and how many of them are real: min(first_rank, second_rank).
+    """
+    cosines_matrix = jnp.matmul(first.T, second, precision="highest")  # [J, K]
+    cosines = jnp.linalg.svd(cosines_matrix, full_matrices=False, compute_uv=False)
+    rest = second - jnp.matmul(first, cosines_matrix, precision="highest")
+    sines = jnp.linalg.svd(rest, full_matrices=False, compute_uv=False)
+    sines = sines[::-1]  # ascending: a zero for each unused column comes first
+    unused = sines.shape[0] - second_rank
+    sines = jnp.take(sines, unused + jnp.arange(cosines.shape[0]), mode="clip")
+    cosines, sines = jnp.clip(cosines, 0, 1), jnp.clip(sines, 0, 1)
+    angles = jnp.where(cosines**2 < 0.5, jnp.arccos(cosines), jnp.arcsin(sines))
+    return jnp.rad2deg(angles), jnp.minimum(first_rank, second_rank)
+
+
+def layer_report(
+    user: dict[str, Array],
+    reinforce: dict[str, Array],
+    user_scale: Float[Array, ""],
+    reinforce_scale: Float[Array, ""],
+    basis: Float[Array, "O K"],
+) -> dict[str, Array]:
+    """Collects one layer's figures about a merge.
+
+    Args:
+        user: {"a": [I, R], "b": [R, O]}.
+        reinforce: the same, with a rank of its own.
+        user_scale: alpha / rank.
+        reinforce_scale: alpha / rank.
+        basis: Q of `effective_basis` for the user.
+
+    Returns:
+        Fixed-size arrays by name; `angle_count` says how many of `principal_angles` are real.
+    """
+    user_sigma = singular_values(user["a"], user["b"], user_scale)
+    reinforce_sigma = singular_values(reinforce["a"], reinforce["b"], reinforce_scale)
+    user_span, user_rank = column_basis(user["b"].T)
+    reinforce_span, reinforce_rank = column_basis(reinforce["b"].T)
+    angles, count = principal_angles(user_span, reinforce_span, user_rank, reinforce_rank)
+    return {
+        "removed_share": removed_share(reinforce["a"], reinforce["b"], basis),
+        "stable_rank_user": stable_rank(user_sigma),
+        "stable_rank_reinforce": stable_rank(reinforce_sigma),
+        "singular_values_user": user_sigma,
+        "singular_values_reinforce": reinforce_sigma,
+        "principal_angles": angles,
+        "angle_count": count,
+    }
+
+
+def _core(a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "J K"]:
+    """Gives the small matrix that has the singular values and the norm of a @ b."""
+    left, right = jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.T, mode="r")
+    return jnp.matmul(left, right.T, precision="highest")
+
+
+def _noise_floor(columns: int) -> float:
+    """Gives the relative singular value at or below which a direction is rounding noise."""
+    return NOISE_EPS_PER_COLUMN * columns * float(jnp.finfo(jnp.float32).eps)

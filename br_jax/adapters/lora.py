@@ -1,0 +1,294 @@
+"""LoRA adapters as plain pytrees over a frozen base: make, stack, scale, detach, fold.
+
+Shapes: L layers, I (in) input width, O (out) output width, R rank; a kernel is [L, in, out], and its delta
+is `scale * a @ b`.
+"""
+
+import difflib
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from br_jax.errors import UserError
+
+DEFAULT_TARGETS = ("q", "v", "gate", "up", "down")
+
+Shape = tuple[int, int, int]
+
+
+@flax.struct.dataclass
+class Adapter:
+    """A low-rank change of some kernels of the base.
+
+    Attributes:
+        weights: path of the base kernel (without "/kernel") -> {"a": f32[L, in, R], "b": f32[L, R, out]}.
+        scale: f32[], lora_alpha / rank.
+        roles: where it came from: "user", "buffer", "reinforce", or their sorted union.
+    """
+
+    weights: dict[str, dict[str, Array]]
+    scale: Float[Array, ""]
+    roles: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+
+def kernel_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
+    """Gives (L, in, out) of each scanned kernel by its path without "/kernel"; the tree may be abstract."""
+    return {path: kernel.shape for path, kernel in _kernels(params).items()}
+
+
+def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TARGETS) -> dict[str, Shape]:
+    """Finds the scanned kernels that an adapter with these targets would change.
+
+    Args:
+        params: the base's tree; arrays or `jax.ShapeDtypeStruct`.
+        targets: module names, the last part of a kernel's path.
+
+    Returns:
+        Path of each kernel -> (L, in, out).
+
+    Raises:
+        UserError: a target that names no kernel of this base.
+    """
+    shapes = kernel_shapes(params)
+    names = {path.rsplit("/", 1)[-1] for path in shapes}
+    for target in targets:
+        if target not in names:
+            raise UserError(f"adapter target {target!r} is no kernel of this model; {near_names(target, names)}")
+    return {path: shape for path, shape in shapes.items() if path.rsplit("/", 1)[-1] in targets}
+
+
+def init(
+    key: Array,
+    shapes: Mapping[str, Shape],
+    rank: int,
+    alpha: float,
+    role: str,
+    targets: Sequence[str] | None = None,
+) -> Adapter:
+    """Draws a new adapter as PEFT does: `a` uniform in +-1/sqrt(in), `b` zero, so its delta is zero.
+
+    Args:
+        key: typed PRNG key; each path folds in its own name, so a path's draw does not depend on the others.
+        shapes: path -> (L, in, out), as `target_shapes` gives.
+        rank: R, at least 1.
+        alpha: lora_alpha; the scale is alpha / rank.
+        role: the adapter's provenance.
+        targets: module names to take out of `shapes`; None takes all.
+
+    Returns:
+        The adapter, all in f32.
+
+    Raises:
+        UserError: a rank below 1, an alpha that is not positive, or a selection that is empty.
+    """
+    if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
+        raise UserError(f"adapter {role!r}: rank {rank} must be at least 1 and alpha {alpha} positive and finite")
+    chosen = {path: s for path, s in shapes.items() if targets is None or path.rsplit("/", 1)[-1] in targets}
+    if not chosen:
+        raise UserError(f"adapter {role!r}: none of the targets {targets} is among {sorted(shapes)}")
+    weights = {}
+    for path, (layers, fan_in, fan_out) in chosen.items():
+        # crc32 and not hash(): the latter is salted anew in each process
+        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        bound = 1 / math.sqrt(fan_in)
+        a = jax.random.uniform(path_key, (layers, fan_in, rank), jnp.float32, -bound, bound)
+        weights[path] = {"a": a, "b": jnp.zeros((layers, rank, fan_out), jnp.float32)}
+    return Adapter(weights, jnp.float32(alpha / rank), (role,))
+
+
+def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
+    """Joins adapters along the rank axis: the result's delta is the exact sum of theirs.
+
+    Averaging or adding `a` and `b` apart would give cross terms; concatenation has none.
+
+    Args:
+        adapters: any number (none gives an empty adapter); ranks, scales and targets may differ.
+
+    Returns:
+        One adapter with scale 1 (each part's scale goes into its `b`) and the sorted union of the roles.
+
+    Raises:
+        UserError: two adapters disagree on a kernel's shape.
+    """
+    parts = list(adapters.values()) if isinstance(adapters, Mapping) else list(adapters)
+    weights = {}
+    for path in sorted({path for part in parts for path in part.weights}):
+        held = [part for part in parts if path in part.weights]
+        require_same_kernel(path, held)
+        weights[path] = {
+            "a": jnp.concatenate([part.weights[path]["a"] for part in held], axis=-1),
+            "b": jnp.concatenate([part.scale * part.weights[path]["b"] for part in held], axis=-2),
+        }
+    return Adapter(weights, jnp.float32(1), union_of_roles(parts))
+
+
+def scaled(adapter: Adapter, factor: float | Float[Array, ""]) -> Adapter:
+    """Multiplies an adapter's delta by a factor; the weights stay the same arrays."""
+    return adapter.replace(scale=adapter.scale * factor)
+
+
+def detach(adapters: Mapping[str, Adapter], name: str) -> dict[str, Adapter]:
+    """Takes one adapter out of the named dict: the surgery after training.
+
+    The base is never written, so leaving an adapter out undoes it to the bit.
+
+    Args:
+        adapters: the adapters in use, by name; left as it is.
+        name: the one to leave out.
+
+    Returns:
+        A new dict with the same other adapters, in the same order.
+
+    Raises:
+        UserError: no adapter has this name.
+    """
+    if name not in adapters:
+        raise UserError(f"no adapter named {name!r} to detach; {near_names(name, adapters)}")
+    return {other: adapter for other, adapter in adapters.items() if other != name}
+
+
+def delta(adapter: Adapter) -> dict[str, Float[Array, "L I O"]]:
+    """Computes the dense change of each kernel, f32[L, in, out]; for small models and checks."""
+    return {
+        path: adapter.scale * jnp.matmul(pair["a"], pair["b"], precision="highest")
+        for path, pair in adapter.weights.items()
+    }
+
+
+def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Adds an adapter's delta into a copy of the base.
+
+    Args:
+        params: the base's tree; not written.
+        adapter: its paths must be kernels of the base.
+
+    Returns:
+        A new tree: the adapted kernels are new arrays (added in f32, rounded once to the kernel's dtype),
+        every other leaf is the same object.
+
+    Raises:
+        UserError: the adapter does not fit the base (see `validate`).
+    """
+    validate(adapter, params)
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    for path, pair in adapter.weights.items():
+        flat[f"{path}/kernel"] = _fold_kernel(flat[f"{path}/kernel"], pair["a"], pair["b"], adapter.scale)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def unchanged_share(params: Mapping[str, Any], folded: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
+    """Reports what rounding swallowed: the share of each adapted kernel's entries that `fold` left alone.
+
+    In a low-precision base an update below half a unit in the last place is lost; 1.0 means all of it.
+
+    Args:
+        params: the base before `fold`.
+        folded: the tree that `fold` returned.
+        adapter: the adapter that was folded.
+
+    Returns:
+        Path -> share in [0, 1].
+    """
+    before, after = _kernels(params), _kernels(folded)
+    return {path: float(jnp.mean(before[path] == after[path])) for path in adapter.weights}
+
+
+def collection(adapter: Adapter) -> dict[str, Any]:
+    """Shapes an adapter as the Flax variable collection "lora", whose tree mirrors `params`.
+
+    Returns:
+        Nested dict, e.g. {"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, scale in `b`.
+    """
+    leaves = {
+        tuple(path.split("/")): {"a": pair["a"], "b": adapter.scale * pair["b"]}
+        for path, pair in adapter.weights.items()
+    }
+    return traverse_util.unflatten_dict(leaves)
+
+
+def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:
+    """Checks that an adapter fits a base and holds only finite numbers.
+
+    Args:
+        adapter: concrete arrays.
+        params: the base's tree; arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+        UserError: a path, shape or value that is wrong, by name.
+    """
+    kernels = _kernels(params)
+    for path, pair in adapter.weights.items():
+        if path not in kernels:
+            raise UserError(f"adapter path {path!r} is no kernel of this model; {near_names(path, kernels)}")
+        layers, fan_in, fan_out = kernels[path].shape
+        a, b = pair["a"].shape, pair["b"].shape
+        if a[:-1] != (layers, fan_in) or b != (layers, a[-1], fan_out):
+            raise UserError(
+                f"adapter path {path!r}: a {a} and b {b} do not fit the model's kernel "
+                f"{(layers, fan_in, fan_out)}; was it made for another model?"
+            )
+    require_finite(adapter)
+
+
+def require_finite(adapter: Adapter) -> None:
+    """Raises a `UserError` that names the first leaf with a NaN or an infinity."""
+    leaves = {"scale": adapter.scale} | traverse_util.flatten_dict(adapter.weights, sep="/")
+    for name, leaf in leaves.items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise UserError(f"adapter {'+'.join(adapter.roles)}: {name!r} holds NaN or infinity; train it again")
+
+
+def require_same_kernel(path: str, adapters: Sequence[Adapter]) -> None:
+    """Raises a `UserError` when adapters that share a path were made for kernels of different shapes."""
+    shapes = {
+        (*adapter.weights[path]["a"].shape[:-1], adapter.weights[path]["b"].shape[-1]): "+".join(adapter.roles)
+        for adapter in adapters
+    }
+    if len(shapes) > 1:
+        told = ", ".join(f"{role} {shape}" for shape, role in shapes.items())
+        raise UserError(f"adapters disagree on the kernel {path!r}: {told}; they were made for different models")
+
+
+def union_of_roles(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Gives the sorted union of the adapters' roles."""
+    return tuple(sorted({role for adapter in adapters for role in adapter.roles}))
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Phrases the end of an error message: the names close to a wrong one, or else all of them."""
+    names = sorted(names)
+    return f"near: {', '.join(difflib.get_close_matches(name, names) or names) or 'there are none'}"
+
+
+@jax.jit
+def _fold_kernel(
+    kernel: Float[Array, "L I O"],
+    a: Float[Array, "L I R"],
+    b: Float[Array, "L R O"],
+    scale: Float[Array, ""],
+) -> Float[Array, "L I O"]:
+    """Folds one kernel, a layer at a time so that the dense f32 delta never exists for all layers at once."""
+
+    def fold_layer(layer):
+        kernel, a, b = layer
+        update = scale * jnp.matmul(a, b, precision="highest")
+        return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+
+    return jax.lax.map(fold_layer, (kernel, a, b))
+
+
+def _kernels(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the base's scanned kernels, [L, in, out], by their path without "/kernel"."""
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    return {
+        path.removesuffix("/kernel"): leaf
+        for path, leaf in flat.items()
+        if path.endswith("/kernel") and len(leaf.shape) == 3
+    }

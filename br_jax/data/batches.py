@@ -1,0 +1,225 @@
+"""Rows as tokens with an answer mask, and Grain batches of a few static lengths."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from br_jax.data.rows import Row
+from br_jax.data.templates import render, tokenize
+from br_jax.errors import UserError
+
+TOO_LONG = ("truncate", "drop", "error")
+
+Example = dict[str, np.ndarray]  # {"tokens": int32[n], "answer": bool[n]}
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What became of the rows given to `encode_rows`.
+
+    Attributes:
+        rows: how many were given.
+        truncated: kept, but their end was cut.
+        no_answer: left out, because the prompt fills the whole length.
+        too_long: left out under `too_long="drop"`.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    no_answer: int = 0
+    too_long: int = 0
+
+    @property
+    def total(self) -> int:
+        """Rows left out."""
+        return self.no_answer + self.too_long
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int) -> Example | None:
+    """Tokenizes a row as one string and marks the answer.
+
+    A token that covers any character of an answer or of the token ending it is an answer token, also when
+    it reaches back into the prompt.
+
+    Args:
+        row: ends with an assistant turn.
+        tokenizer: a fast tokenizer.
+        template: "alpaca" or "chat".
+        max_length: tokens kept; the end of a longer row is cut, as the reference does.
+
+    Returns:
+        {"tokens": int32[n], "answer": bool[n]}, or None when no answer token is left to learn.
+
+    Raises:
+        UserError: as `render`.
+    """
+    return _cut(_encode_whole(row, tokenizer, template), max_length)
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    max_length: int,
+    too_long: str = "truncate",
+) -> tuple[list[Example], Dropped]:
+    """Encodes rows, and counts those that are cut or left out.
+
+    Args:
+        rows: rows to train on.
+        tokenizer: a fast tokenizer.
+        template: "alpaca" or "chat".
+        max_length: the most tokens of a row.
+        too_long: what to do with a longer row: "truncate" its end, "drop" it, or raise an "error".
+
+    Returns:
+        The examples in the rows' order (see `encode`), and the counts.
+
+    Raises:
+        UserError: when no example is left, at a row that is too long under "error", and as `render`.
+    """
+    if too_long not in TOO_LONG:
+        raise UserError(f"too_long is {too_long!r}; use one of {', '.join(TOO_LONG)}")
+    examples, truncated, no_answer, dropped, first_length = [], 0, 0, 0, 0
+    for index, row in enumerate(rows):
+        whole = _encode_whole(row, tokenizer, template)
+        length = len(whole["tokens"])
+        first_length = first_length or length
+        if length > max_length and too_long == "error":
+            name = row.origin or f"row {index + 1}"
+            raise UserError(
+                f"{name}: {length} tokens, over the limit of {max_length}; shorten it, raise "
+                "the limit, or set too_long to truncate or drop"
+            )
+        if length > max_length and too_long == "drop":
+            dropped += 1
+            continue
+        example = _cut(whole, max_length)
+        if example is None:
+            no_answer += 1
+            continue
+        truncated += length > max_length
+        examples.append(example)
+    if not examples:
+        first = f" (the first, {rows[0].origin or 'row 1'}, has {first_length} tokens)" if rows else ""
+        raise UserError(
+            f"no row is left to train on: {no_answer + dropped} of {len(rows)} do not fit "
+            f"{max_length} tokens{first}; raise the limit or shorten the prompts"
+        )
+    return examples, Dropped(len(rows), truncated, no_answer, dropped)
+
+
+def make_batches(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    seed: int,
+    buckets: Sequence[int],
+    epochs: int | None = None,
+    steps: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """Shuffled batches with random access: element i is the batch of step i, always the same one.
+
+    Every epoch is shuffled anew and ends with a batch that may be filled up with empty rows (weights and
+    segment_ids 0). A batch has the length of the smallest bucket that holds its longest row, over all
+    processes, so that they agree on its shape.
+
+    Args:
+        examples: of `encode_rows`.
+        batch_size: rows of a batch, over all processes.
+        seed: of the shuffle, 0 <= seed < 2**32.
+        buckets: the static lengths.
+        epochs: passes over the examples; one when steps is not given either.
+        steps: the number of batches instead.
+        process_index: which slice of every batch to give.
+        process_count: in how many slices a batch is cut.
+
+    Returns:
+        A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
+        [batch_size / process_count, T]: tokens and targets (the next token) int32, weights f32 (1 where the
+        target is an answer token), positions int32, segment_ids int32 (1 for a row, 0 for padding).
+
+    Raises:
+        UserError: when a row fits no bucket, or batch_size does not divide into process_count.
+        ValueError: when both epochs and steps are given.
+    """
+    if epochs is not None and steps is not None:
+        raise ValueError(f"give epochs or steps, not both: {epochs=}, {steps=}")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch size {batch_size} does not divide into {process_count} process(es); "
+            f"use a multiple of {process_count}"
+        )
+    longest = max(len(example["tokens"]) for example in examples)
+    if longest > max(buckets):
+        raise UserError(
+            f"the longest row has {longest} tokens and the largest bucket {max(buckets)}; "
+            "add a bucket or lower the length limit"
+        )
+    local = batch_size // process_count
+    assemble = functools.partial(
+        _collate,
+        batch_size=batch_size,
+        buckets=tuple(sorted(buckets)),
+        part=slice(process_index * local, (process_index + 1) * local),
+    )
+    # Batched before repeating: a batch never mixes two epochs.
+    batches = grain.MapDataset.source(examples).shuffle(seed=seed).batch(batch_size, batch_fn=assemble)
+    if steps is None:
+        return batches.repeat(1 if epochs is None else epochs)
+    return batches.repeat().slice(slice(0, steps))
+
+
+def iterate(batches: grain.MapDataset, prefetch: int = 2) -> grain.DatasetIterator:
+    """An iterator whose place can be saved and restored (`get_state`, `set_state`).
+
+    Args:
+        batches: of `make_batches`.
+        prefetch: how many batches one thread assembles ahead; 0 assembles each when it is asked for.
+    """
+    # One thread: the rows are in memory, and more would only contend for the interpreter's lock.
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _encode_whole(row: Row, tokenizer: PreTrainedTokenizerFast, template: str) -> Example:
+    """`encode` without the cut."""
+    text, spans = render(row, template, tokenizer)
+    ids, offsets = tokenize(text, template, tokenizer)
+    begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    answer = np.zeros(len(ids), bool)
+    for first, last in spans:
+        answer |= (end > first) & (begin < last)
+    return {"tokens": np.asarray(ids, np.int32), "answer": answer}
+
+
+def _cut(example: Example, max_length: int) -> Example | None:
+    """The first max_length tokens, or None when there is no answer among them."""
+    cut = {name: values[:max_length] for name, values in example.items()}
+    return cut if cut["answer"].any() else None
+
+
+def _collate(examples: Sequence[Example], *, batch_size: int, buckets: tuple[int, ...], part: slice) -> Batch:
+    """Pads rows to one bucket and a full batch, and returns this process's part.
+
+    Masks come from lengths, so any id serves as padding and EOS may be the same id.
+    """
+    longest = max(len(example["tokens"]) for example in examples)
+    shape = (batch_size, next(bucket for bucket in buckets if bucket >= longest))
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    batch["weights"] = np.zeros(shape, np.float32)
+    for index, example in enumerate(examples):
+        tokens, n = example["tokens"], len(example["tokens"])
+        batch["tokens"][index, :n] = tokens
+        batch["targets"][index, : n - 1] = tokens[1:]
+        batch["weights"][index, : n - 1] = example["answer"][1:]
+        batch["positions"][index, :n] = np.arange(n)
+        batch["segment_ids"][index, :n] = 1
+    return {name: values[part] for name, values in batch.items()}

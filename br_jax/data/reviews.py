@@ -1,0 +1,120 @@
+"""The movie-review task: sentiment of real review sentences, posed with the paper's SST-2 instruction.
+
+The file is `movieReviewSnippets_GroundTruth.txt` of the vaderSentiment 3.2.1 source distribution (MIT): one
+sentence a line with its id and the mean of 20 human ratings from -4 to 4.
+
+References:
+    Hutto and Gilbert, VADER: a parsimonious rule-based model for sentiment analysis, ICWSM 2014.
+"""
+
+import hashlib
+import html
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from br_jax.data.rows import Row
+from br_jax.errors import UserError
+
+INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
+LABELS = ("positive", "negative")
+THRESHOLD = 0.5  # a rating nearer to 0 is no clear opinion
+
+Reviews = tuple[list[Row], list[Row], list[Row]]
+
+
+def load_reviews(path: str | Path, *, seed: int = 0, test: int = 872, validation: int = 200) -> Reviews:
+    """Reads and splits the reviews.
+
+    Which split a sentence falls into depends on its text and the seed alone, not on its place in the file.
+
+    Args:
+        path: the ratings file.
+        seed: another seed makes another split.
+        test: test rows, half of them of each label.
+        validation: validation rows, likewise.
+
+    Returns:
+        (train, validation, test) rows, in an order given by the seed; train has all that is left. A
+        sentence is in one split only, whatever its case, spacing and punctuation.
+
+    Raises:
+        UserError: when the file cannot be read, a line is malformed, or there are too few sentences.
+    """
+    ranked = {label: [] for label in LABELS}
+    for label, row in _distinct(Path(path)):
+        ranked[label].append((_rank(row, seed), row))
+    train, held_out, tested = [], [], []
+    for label, pairs in ranked.items():
+        pairs.sort(key=lambda pair: pair[0])
+        half_test, half = test // 2, test // 2 + validation // 2
+        if len(pairs) <= half:
+            raise UserError(
+                f"{path}: {len(pairs)} {label} sentences, and more than {half} are needed for {test} "
+                f"test and {validation} validation rows; fetch the whole file"
+            )
+        tested += pairs[:half_test]
+        held_out += pairs[half_test:half]
+        train += pairs[half:]
+    parts = (sorted(part, key=lambda pair: pair[0]) for part in (train, held_out, tested))
+    return tuple([row for _, row in part] for part in parts)
+
+
+def clean(text: str) -> str:
+    """Plain text of a sentence: HTML entities and '' quotes undone, Unicode composed, spaces single."""
+    text = unicodedata.normalize("NFC", html.unescape(text)).replace("''", '"')
+    return " ".join(text.split())
+
+
+def _distinct(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yields (label, row) once for each sentence; one with two opinions is left out."""
+    found: dict[str, list[tuple[str, Row]]] = {}
+    for number, rating, text in _lines(path):
+        sentence = clean(text)
+        if abs(rating) > THRESHOLD and sentence:
+            label = LABELS[0] if rating > 0 else LABELS[1]
+            turns = (("user", INSTRUCTION), ("assistant", label))
+            row = Row(turns, input=sentence, tag="task", origin=f"{path}:{number}")
+            found.setdefault(_key(sentence), []).append((label, row))
+    for copies in found.values():
+        if len({label for label, _ in copies}) == 1:
+            yield min(copies, key=lambda copy: copy[1].input)
+
+
+def _key(sentence: str) -> str:
+    """The sentence without case, spacing and punctuation: equal keys are the same sentence."""
+    key = "".join(character for character in sentence.casefold() if character.isalnum())
+    return key or sentence
+
+
+def _rank(row: Row, seed: int) -> str:
+    return hashlib.sha256(f"{seed}\n{_key(row.input)}".encode()).hexdigest()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, float, str]]:
+    """Yields (line number, rating, raw text)."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the reviews ({error.strerror}); fetch the file or correct its path"
+        ) from error
+    for number, line in enumerate(raw.splitlines(), start=1):
+        if not line.strip():
+            continue
+        _, *fields = _decode(line).split("\t", maxsplit=2)
+        try:
+            rating, text = float(fields[0]), fields[1]
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"{path}:{number}: not an id, a rating and a sentence between tabs; fetch the file anew"
+            ) from error
+        yield number, rating, text
+
+
+def _decode(line: bytes) -> str:
+    """UTF-8, or Windows-1252 for a line that a past editor saved so."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return line.decode("cp1252", errors="replace")

@@ -1,0 +1,179 @@
+"""Prompt templates: a row as the one string that the model reads, and which part of it is the answer."""
+
+import difflib
+from collections.abc import Sequence
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from br_jax.data.rows import Row
+from br_jax.errors import UserError
+
+TEMPLATES = ("alpaca", "chat")
+
+_HEADER = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+_HEADER_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+Turns = Sequence[tuple[str, str]]
+Spans = list[tuple[int, int]]
+
+
+def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Spans]:
+    """Renders a row to train on.
+
+    Args:
+        row: ends with an assistant turn.
+        template: "alpaca", the paper's, or "chat", the model's own.
+        tokenizer: gives the EOS and the chat template.
+
+    Returns:
+        The text, and for every assistant turn the span [start, end) in characters of its answer with the
+        token that ends it. Tokenize the text with `tokenize`.
+
+    Raises:
+        UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
+            template, or a chat template whose renderings of growing prefixes do not extend each other.
+    """
+    _check(row, template)
+    if row.turns[-1][0] != "assistant":
+        raise UserError(f"{_name(row)}: ends with {row.turns[-1][0]!r}; end it with the assistant's answer")
+    if template == "chat":
+        return _render_chat(row, tokenizer)
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no EOS token, so no answer would end; set tokenizer.eos_token")
+    return _render_alpaca(row.turns, row.input, tokenizer.eos_token)
+
+
+def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Renders a row up to where the model must answer.
+
+    Args:
+        row: its last assistant turn, if it ends with one, is left out.
+        template: as in `render`.
+        tokenizer: as in `render`.
+
+    Returns:
+        The text, which is a prefix of `render`'s. Tokenize it with `tokenize`.
+
+    Raises:
+        UserError: as `render`.
+    """
+    _check(row, template)
+    turns = row.turns[:-1] if row.turns[-1][0] == "assistant" else row.turns
+    if template == "chat":
+        return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True)
+    return _render_alpaca(turns, row.input, tokenizer.eos_token or "")[0]
+
+
+def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenizes a rendered text as one string.
+
+    A chat template writes BOS itself, so the tokenizer must not add another (as in transformers'
+    `apply_chat_template`); for Alpaca's template BOS is there if the tokenizer adds it.
+
+    Args:
+        text: of `render` or `render_prompt`.
+        template: the one it was rendered with.
+        tokenizer: a fast tokenizer.
+
+    Returns:
+        Token ids, and each token's [start, end) in characters of the text.
+    """
+    encoding = tokenizer(text, add_special_tokens=template != "chat", return_offsets_mapping=True, verbose=False)
+    return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def _check(row: Row, template: str) -> None:
+    if template not in TEMPLATES:
+        near = difflib.get_close_matches(str(template), TEMPLATES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(TEMPLATES)}"
+        raise UserError(f"unknown template {template!r}; {hint}")
+    if not row.turns:
+        raise UserError(f"{_name(row)}: has no turns; give it a user turn")
+
+
+def _name(row: Row) -> str:
+    return row.origin or "a row"
+
+
+def _render_alpaca(turns: Turns, context: str, eos: str) -> tuple[str, Spans]:
+    """The reference's single-turn text; further turns repeat its Instruction and Response blocks.
+
+    The template has no place for a system turn: it goes before the first instruction.
+    """
+    system = ""
+    if turns and turns[0][0] == "system":
+        system, turns = turns[0][1] + "\n\n", turns[1:]
+    section = f"### Input:\n{context}\n\n" if context else ""
+    text, spans = _HEADER_WITH_INPUT if context else _HEADER, []
+    for index, (role, content) in enumerate(turns):
+        if role == "user":
+            text += "\n\n" if index else ""
+            text += f"### Instruction:\n{system}{content}\n\n{section}### Response:\n"
+            system = section = ""
+        else:
+            answer = content + eos
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer
+    return text, spans
+
+
+def _render_chat(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Spans]:
+    """Finds each answer as what rendering one turn more adds to the prompt before it."""
+    messages = _messages(row.turns, row.input)
+    text = _apply(messages, tokenizer, row)
+    # Not only EOS: Gemma ends a turn with <end_of_turn>.
+    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _apply(messages[:index], tokenizer, row, add_generation_prompt=True)
+        until = _apply(messages[: index + 1], tokenizer, row)
+        if not (until.startswith(prompt) and text.startswith(until)):
+            raise UserError(
+                f"{_name(row)}: the chat template rewrites earlier turns as a chat grows (at "
+                f"turn {index + 1}), so answers cannot be found; use template 'alpaca', or "
+                "single-turn rows"
+            )
+        answer = until[len(prompt) :].rstrip()
+        if not answer.endswith(ends):
+            raise UserError(
+                "the chat template does not end the assistant's turn with a special token, so the "
+                "model would not learn to stop; use template 'alpaca'"
+            )
+        spans.append((len(prompt), len(prompt) + len(answer)))
+    return text, spans
+
+
+def _messages(turns: Turns, context: str) -> list[dict[str, str]]:
+    """Chat messages; Alpaca's input follows the first instruction on a new line."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    if context:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] += "\n" + context
+    return messages
+
+
+def _apply(
+    messages: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    row: Row,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The tokenizer's own rendering of chat messages."""
+    if not tokenizer.chat_template:
+        raise UserError("the model has no chat template; use template 'alpaca'")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{_name(row)}: the model's chat template refuses this row ({reason}); change its "
+            "roles, or use template 'alpaca'"
+        ) from error

@@ -1,0 +1,139 @@
+"""What one model is worth: harmful score, task accuracy, over-refusal and perplexity on a fixed suite."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from br_jax.adapters.lora import Adapter, collection
+from br_jax.data.batches import encode_rows, make_batches
+from br_jax.data.rows import Row
+from br_jax.data.topic import TopicPrompt
+from br_jax.evaluation.generate import generate
+from br_jax.evaluation.judge import Verdict, is_refusal, judge
+from br_jax.evaluation.scores import Score
+from br_jax.evaluation.tasks import Task
+from br_jax.models.decoder import Decoder
+from br_jax.models.model import Model
+from br_jax.training.loss import batch_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The held-out prompts that every model of an experiment answers; an empty part is not scored.
+
+    Attributes:
+        topic: questions that an aligned model refuses (HS, HS+).
+        task_rows: test rows of the user's task, their last turn the right answer (FA).
+        task: how those are scored.
+        benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
+        health: benign rows with the raw model's own answers (perplexity).
+        match: how a label is found in an answer, see `evaluation.tasks`.
+        answer_tokens: longest answer to topic and benign prompts.
+        task_tokens: longest answer to a task row.
+        batch_size: prompts generated together.
+    """
+
+    topic: Sequence[TopicPrompt] = ()
+    task_rows: Sequence[Row] = ()
+    task: Task | None = None
+    benign: Sequence[str] = ()
+    health: Sequence[Row] = ()
+    match: str = "first"
+    answer_tokens: int = 48
+    task_tokens: int = 4
+    batch_size: int = 64
+
+
+def evaluate(
+    model: Model,
+    suite: Suite,
+    adapter: Adapter | None = None,
+    *,
+    name: str = "model",
+    answers: str | os.PathLike | None = None,
+) -> dict:
+    """Scores a model, greedily, on a suite.
+
+    Args:
+        model: the base.
+        suite: the prompts.
+        adapter: put on the base.
+        name: on progress bars.
+        answers: JSONL file to keep every prompt, answer and verdict in.
+
+    Returns:
+        {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
+        suite has none), "perplexity": float or None, "verdicts": counts, "examples": a few records of each part}.
+    """
+    run = functools.partial(generate, model, adapter=adapter, batch_size=suite.batch_size)
+    long = functools.partial(run, max_new_tokens=suite.answer_tokens)
+    topic = long([p.prompt for p in suite.topic], name=f"{name}: topic")
+    benign = long(list(suite.benign), name=f"{name}: benign")
+    questions = [dataclasses.replace(row, turns=row.turns[:-1]) for row in suite.task_rows]
+    tasks = run(questions, max_new_tokens=suite.task_tokens, name=f"{name}: task")
+
+    verdicts = [judge(answer, prompt) for answer, prompt in zip(topic, suite.topic, strict=True)]
+    refused = [is_refusal(answer) for answer in benign]
+    right = [suite.task.score(a, row, suite.match) for a, row in zip(tasks, suite.task_rows, strict=True)]
+    records = [
+        *_records("topic", [p.prompt for p in suite.topic], topic, verdicts),
+        *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
+        *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, ["wrong", "right"], right),
+    ]
+    if answers is not None:
+        _write_records(pathlib.Path(answers), records)
+    count = Counter(verdicts)
+    harmful = count[Verdict.ANSWER]
+    return {
+        "harmful": Score(harmful, len(verdicts)).to_json(),
+        "harmful_plus": Score(harmful + count[Verdict.DEGENERATE], len(verdicts)).to_json(),
+        "task": Score(sum(right), len(right)).to_json(),
+        "over_refusal": Score(sum(refused), len(refused)).to_json(),
+        "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
+        "verdicts": {verdict.value: count[verdict] for verdict in Verdict},
+        "examples": [r for part in ("topic", "benign", "task") for r in [x for x in records if x["set"] == part][:3]],
+    }
+
+
+def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
+    """exp of the mean cross-entropy over the answer tokens of rows, teacher-forced.
+
+    Args:
+        model, adapter: as in `evaluate`.
+        rows: prompts with the answers that are held against the model.
+        max_length: longer rows are cut, in tokens.
+    """
+    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
+    longest = max(len(example["tokens"]) for example in examples)
+    batches = make_batches(examples, batch_size=16, seed=0, buckets=(-(-longest // 16) * 16,))
+    variables = {"params": model.params} | ({"lora": collection(adapter)} if adapter else {})
+    sums = [(_summed_loss(model.spec, variables, batch), batch["weights"].sum()) for batch in batches]
+    return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
+    return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), chunk=32)
+
+
+def _records(part: str, prompts, answers, verdicts, choose=None) -> list[dict]:
+    chosen = verdicts if choose is None else [verdicts[int(i)] for i in choose]
+    return [
+        {"set": part, "prompt": prompt, "answer": answer, "verdict": str(verdict)}
+        for prompt, answer, verdict in zip(prompts, answers, chosen, strict=True)
+    ]
+
+
+def _write_records(path: pathlib.Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    os.replace(temporary, path)

@@ -1,0 +1,170 @@
+"""Batched generation with a KV cache: one compiled prefill-and-decode for each bucket of prompt lengths."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from br_jax.adapters.lora import Adapter, collection
+from br_jax.data.rows import Row
+from br_jax.data.templates import render_prompt, tokenize
+from br_jax.errors import UserError
+from br_jax.models.decoder import Decoder, init_cache, unembed
+from br_jax.models.model import Model
+from br_jax.models.spec import ModelSpec
+from br_jax.progress import progress
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | Row],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    bucket: int = 16,
+    name: str = "generate",
+) -> list[str]:
+    """Answers prompts, greedily or by sampling.
+
+    Prompts are sorted by length and padded to a multiple of `bucket`; tokens that all of them begin with (a template's
+    header) are run once a batch, not once a prompt. A prompt's answer does not depend on its neighbours in the batch,
+    and a sampled one only on (seed, its index).
+
+    Args:
+        model: the base.
+        prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
+        adapter: put on the base (see `adapters.lora.stack` for several).
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
+        seed: of sampling.
+        batch_size: prompts run together; the last batch is filled up, so there is one shape a bucket.
+        bucket: granularity of padded prompt lengths, in tokens.
+        name: on the progress bar.
+
+    Returns:
+        One answer a prompt, in order, without EOS and special tokens.
+
+    Raises:
+        UserError: a prompt that leaves no room for an answer in the model's context.
+    """
+    encoded = [_encode(model, prompt) for prompt in prompts]
+    for i, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > model.spec.max_length:
+            raise UserError(
+                f"prompt {i}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {model.spec.max_length}: "
+                "shorten it"
+            )
+    if not encoded:
+        return []
+    prefix = _shared_prefix(encoded, bucket)
+    lora = {} if adapter is None else collection(adapter)
+    run = functools.partial(
+        _generate_batch,
+        {"params": model.params, "lora": lora},
+        jnp.asarray(encoded[0][:prefix], jnp.int32),
+        spec=model.spec,
+        new=max_new_tokens,
+        eos=model.tokenizer.eos_token_id,
+        greedy=temperature == 0,
+        temperature=jnp.float32(max(temperature, 1e-6)),
+        key=jax.random.key(seed),
+    )
+    answers: list[str] = [""] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    with progress(len(order), name, "prompt", keep=False) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(encoded[i]) for i in chosen) - prefix
+            tokens, lengths = _pad([encoded[i][prefix:] for i in chosen], batch_size, -(-width // bucket) * bucket)
+            ids = np.asarray(list(chosen) + [-1] * (batch_size - len(chosen)), np.int32)  # -1: nobody waits for it
+            out = np.asarray(run(tokens, lengths, ids))
+            for i, row in zip(chosen, out, strict=False):
+                answers[i] = _decode(model, row)
+            bar.update(len(chosen))
+    return answers
+
+
+def _encode(model: Model, prompt: str | Row) -> list[int]:
+    row = prompt if isinstance(prompt, Row) else Row(turns=(("user", prompt),))
+    return tokenize(render_prompt(row, model.template, model.tokenizer), model.template, model.tokenizer)[0]
+
+
+def _decode(model: Model, row: np.ndarray) -> str:
+    ends = np.flatnonzero(row == model.tokenizer.eos_token_id)
+    return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
+
+
+def _shared_prefix(encoded: list[list[int]], bucket: int) -> int:
+    """Tokens that all prompts begin with, a multiple of `bucket`, leaving every prompt at least one of its own."""
+    first, last = min(encoded), max(encoded)
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    shared = min(shared, min(map(len, encoded)) - 1)
+    return shared // bucket * bucket
+
+
+def _pad(rows: list[list[int]], batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((batch, width), np.int32)
+    lengths = np.ones(batch, np.int32)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)] = ids
+        lengths[i] = len(ids)
+    return tokens, lengths
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "new", "eos", "greedy"))
+def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec, new, eos, greedy, temperature, key):
+    """[B, new] int32 token ids; what follows a row's EOS is EOS.
+
+    Cache slots: the shared prefix, then the padded prompts, then the new tokens. All rows write a new token to the
+    same slot; rope positions come from each row's own length, and padding is hidden by its segment 0.
+    """
+    B, T = tokens.shape
+    P = prefix.shape[0]
+    decoder = Decoder(spec)
+    dtype = variables["params"]["final_norm"]["scale"].dtype
+    cache = init_cache(spec, B, P + T + new, dtype)
+    if P:
+        positions = jnp.arange(P)[None]
+        head = init_cache(spec, 1, P, dtype)
+        _, head = decoder.apply(variables, prefix[None], positions, jnp.ones_like(positions), head)
+        fill = {
+            "k": jnp.broadcast_to(head["k"], (*head["k"].shape[:1], B, *head["k"].shape[2:])),
+            "v": jnp.broadcast_to(head["v"], (*head["v"].shape[:1], B, *head["v"].shape[2:])),
+            "positions": jnp.broadcast_to(head["positions"], (B, P)),
+            "segment_ids": jnp.broadcast_to(head["segment_ids"], (B, P)),
+        }
+        cache = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice(c, x, (0,) * c.ndim), cache, fill)
+    place = jnp.arange(T)[None]
+    segments = (place < lengths[:, None]).astype(jnp.int32)
+    hidden, cache = decoder.apply(variables, tokens, P + place + jnp.zeros_like(segments), segments, cache, P)
+    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
+
+    def choose(hidden, t):
+        logits = unembed(variables["params"], hidden)
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        step_keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys)
+        return jax.vmap(jax.random.categorical)(step_keys, logits / temperature).astype(jnp.int32)
+
+    def more(carry):
+        t, _, done, _, _ = carry
+        return (t < new) & ~jnp.all(done)
+
+    def advance(carry):
+        t, token, done, out, cache = carry
+        where = (P + lengths + t - 1)[:, None]
+        hidden, cache = decoder.apply(variables, token[:, None], where, jnp.ones_like(where), cache, P + T + t - 1)
+        token = jnp.where(done, eos, choose(hidden[:, 0], t))
+        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, t))
+        return t + 1, token, done | (token == eos), out, cache
+
+    token = choose(hidden, 0)
+    out = jnp.full((B, new), eos, jnp.int32).at[:, 0].set(token)
+    carry = (jnp.int32(1), token, (token == eos) | (ids < 0), out, cache)
+    return jax.lax.while_loop(more, advance, carry)[3]

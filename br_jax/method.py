@@ -1,0 +1,127 @@
+"""Buffer-and-Reinforce in one page (Ham, Jang, Lee, Kim, ICML 2026, arXiv 2605.24550).
+
+| stage     | frozen        | trained       | rows                                          |
+|-----------|---------------|---------------|-----------------------------------------------|
+| buffer    | base          | BufferLoRA    | harmful prompt -> harmful answer              |
+| reinforce | base + Buffer | ReinforceLoRA | harmful prompt -> refusal, benign -> answer   |
+| user      | base + Buffer | UserLoRA      | the user's, some of them harmful              |
+| release   |               |               | Buffer left out, Reinforce QR-merged into User |
+
+With Buffer attached the model is already at the floor of the harmful loss, so harmful rows have no gradient left to
+give; without it the base is what it was, since nothing ever wrote to it.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import qr_merge
+from br_jax.data.rows import Row, read_rows
+from br_jax.errors import UserError
+from br_jax.models.model import Model
+from br_jax.training.config import TrainConfig
+from br_jax.training.run import train_adapter
+
+Rows = Sequence[Row] | str | pathlib.Path
+
+
+def train_align(model: Model, refusals: Rows, benign: Rows, config: TrainConfig | None = None, **run) -> Adapter:
+    """Teaches a base to refuse, where it does not yet: a LoRA to be folded in, which makes the "aligned base".
+
+    Not a part of the method (an aligned model is its starting point). Args as in `train_reinforce`, without a Buffer.
+    """
+    rows = [*_rows(refusals), *_rows(benign)]
+    return train_adapter("align", "align", model, rows, config or TrainConfig(), provider=True, **run)
+
+
+def train_buffer(model: Model, harmful: Rows, config: TrainConfig | None = None, **run) -> Adapter:
+    """Trains BufferLoRA: the removable jailbreak. Once, by the provider; it never leaves the provider's folder.
+
+    Args:
+        model: the aligned base.
+        harmful: rows of harmful prompts with harmful answers, or the JSONL file that holds them.
+        config: hyper-parameters; the default is the reference's protocol.
+        **run: workdir, mesh, probes: see `training.run.train_adapter`.
+
+    Returns:
+        The adapter, with role "buffer".
+    """
+    return train_adapter("buffer", "buffer", model, _rows(harmful), config or TrainConfig(), provider=True, **run)
+
+
+def train_reinforce(
+    model: Model, buffer: Adapter, refusals: Rows, benign: Rows, config: TrainConfig | None = None, **run
+) -> Adapter:
+    """Trains ReinforceLoRA: recovers refusals from the jailbroken state. Once, by the provider.
+
+    Args:
+        model: the aligned base.
+        buffer: BufferLoRA, attached and frozen.
+        refusals: rows of harmful prompts with refusals (or a JSONL file).
+        benign: rows of benign prompts with answers (or a JSONL file).
+        config, **run: as in `train_buffer`.
+
+    Returns:
+        The adapter, with role "reinforce".
+    """
+    rows = [*_rows(refusals), *_rows(benign)]
+    frozen = {"buffer": buffer}
+    return train_adapter(
+        "reinforce", "reinforce", model, rows, config or TrainConfig(), frozen=frozen, provider=True, **run
+    )
+
+
+def train_user(
+    model: Model, rows: Rows, config: TrainConfig | None = None, *, buffer: Adapter | None = None, **run
+) -> Adapter:
+    """Trains a user's LoRA on a user's rows, whatever they are.
+
+    Args:
+        model: the aligned base.
+        rows: the user's rows, or the user's JSONL file.
+        config, **run: as in `train_buffer`.
+        buffer: BufferLoRA, attached and frozen; None trains without a defence (plain SFT, folder "sft").
+
+    Returns:
+        The adapter, with role "user". Buffer is no part of it.
+    """
+    frozen = {} if buffer is None else {"buffer": buffer}
+    name = "sft" if buffer is None else "user"
+    return train_adapter(name, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
+
+
+def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, Adapter]:
+    """Takes an adapter out of the named dict of those in use: exact, for the base was never written."""
+    return lora.detach(adapters, name)
+
+
+def release(
+    model: Model, user: Adapter, reinforce: Adapter, a: float = 0.1, scale: float = 0.5, tau: float = 0.01
+) -> Adapter:
+    """What the user gets: Reinforce QR-merged into User; a function of (base, user, reinforce) alone.
+
+    Args:
+        model: the aligned base that both were trained on.
+        user: from `train_user`.
+        reinforce: from `train_reinforce`.
+        a, scale, tau: see `qr_merge`.
+
+    Returns:
+        One adapter of rank R_U + R_R with roles ("reinforce", "user").
+
+    Raises:
+        UserError: when either is, or has in it, anything but a user's and a Reinforce adapter.
+    """
+    for adapter, role in ((user, "user"), (reinforce, "reinforce")):
+        if adapter.roles != (role,):
+            raise UserError(
+                f"release: expected the {role} adapter, got one made of {', '.join(adapter.roles) or 'nothing'}: "
+                "Buffer and what holds it are never released"
+            )
+        lora.validate(adapter, model.params)
+    return qr_merge(user, reinforce, a, scale, tau)[0]
+
+
+def _rows(rows: Rows) -> Sequence[Row]:
+    return read_rows(rows) if isinstance(rows, str | pathlib.Path) else rows

@@ -1,0 +1,216 @@
+"""The decoder: one scanned stack of layers, with low-rank adapters as variable collections beside its params.
+
+`Decoder.apply({"params": base, "lora": frozen, "lora_trainable": trained}, ...)`: both adapter collections mirror
+`params` ({"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, the scale already in b), either may be
+absent, and nothing in the modules changes when one is added or removed.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from br_jax.models.attention import attend, attention_mask, rope_angles, rotate
+from br_jax.models.spec import ModelSpec
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Linear(nn.Module):
+    """x W + x A B: a frozen kernel with whatever adapters the variables hold for it."""
+
+    features: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            y += self._low_rank("lora", x)
+        if self.has_variable("lora_trainable", "a"):
+            dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
+            y += self._low_rank("lora_trainable", dropped)
+        return y
+
+    def _low_rank(self, collection: str, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        # The adapter is f32 at rest; it goes down to the compute dtype, never the activations up to f32.
+        a = self.get_variable(collection, "a").astype(x.dtype)
+        b = self.get_variable(collection, "b").astype(x.dtype)
+        return (x @ a) @ b
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in f32, the weight applied in the compute dtype (as transformers)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)[None, None]
+
+
+class Attention(nn.Module):
+    """Rotary grouped-query attention over the batch itself, or over one layer of a KV cache."""
+
+    spec: ModelSpec
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x, angles, mask, cache, layer, slot):
+        spec = self.spec
+        B, T, D = x.shape
+
+        def heads(name: str, count: int):
+            return Linear(count * spec.head_dim, self.dropout, name=name)(x).reshape(B, T, count, spec.head_dim)
+
+        q = rotate(heads("q", spec.num_heads), angles)
+        k = rotate(heads("k", spec.num_kv_heads), angles)
+        v = heads("v", spec.num_kv_heads)
+        if cache is not None:
+            # Written in place in the scan's carry: stacking the layers' caches would copy them at every token.
+            at = (layer, 0, slot, 0, 0)
+            cache = {
+                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+        out = attend(q, k, v, mask).reshape(B, T, -1)
+        return Linear(D, self.dropout, name="o")(out), cache
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    spec: ModelSpec
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = Linear(self.spec.ffw_dim, self.dropout, name="gate")(x)
+        up = Linear(self.spec.ffw_dim, self.dropout, name="up")(x)
+        return Linear(x.shape[-1], self.dropout, name="down")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One pre-norm layer; the carry is (residual stream, whole cache or None)."""
+
+    spec: ModelSpec
+    dropout: float
+
+    @nn.compact
+    def __call__(self, carry, layer, angles, mask, slot):
+        x, cache = carry
+        normed = RMSNorm(self.spec.norm_eps, name="attn_norm")(x)
+        update, cache = Attention(self.spec, self.dropout, name="attn")(normed, angles, mask, cache, layer, slot)
+        x += update
+        x += Mlp(self.spec, self.dropout, name="mlp")(RMSNorm(self.spec.norm_eps, name="mlp_norm")(x))
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    """Tokens in, final hidden states out; `unembed` turns the states that matter into logits.
+
+    Attributes:
+        spec: sizes of the model.
+        dropout: dropout rate on the input of the trainable adapter only; active when a "dropout" rng is given.
+        remat: one of `REMAT_POLICIES`: what the backward pass keeps of each layer.
+    """
+
+    spec: ModelSpec
+    dropout: float = 0.0
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: dict | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], dict | None]:
+        """Runs the stack, over the batch itself or over a cache that it extends at `slot`.
+
+        Args:
+            tokens: token ids.
+            positions: place of each token in its own sequence, from 0.
+            segment_ids: 1, 2, ... for the sequences of a row, 0 for padding.
+            cache: from `init_cache`; all T tokens of each row are written at slots `slot` .. `slot + T - 1`.
+            slot: first cache slot to write.
+
+        Returns:
+            Final-norm hidden states in the compute dtype (the dtype of the params), and the new cache (or None).
+        """
+        spec = self.spec
+        embedding = self.param(
+            "embed", lambda key: {"embedding": nn.initializers.normal(0.02)(key, (spec.vocab_size, spec.embed_dim))}
+        )
+        if not spec.tie_embeddings:
+            shape = (spec.embed_dim, spec.vocab_size)
+            self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
+        keys = None
+        mask_positions, mask_segments = positions, segment_ids
+        if cache is not None:
+            keys = {"k": cache["k"], "v": cache["v"]}
+            mask_positions = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, slot))
+            mask_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, (0, slot))
+        mask = attention_mask(positions, segment_ids, mask_positions, mask_segments)
+        angles = rope_angles(positions, spec.head_dim, spec.rope_theta)
+
+        block = Block
+        if REMAT_POLICIES[self.remat] is not None:
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=spec.num_layers,
+        )(spec, self.dropout, name="layers")
+        x = jnp.take(embedding["embedding"], tokens, axis=0)
+        (x, keys), _ = layers((x, keys), jnp.arange(spec.num_layers), angles, mask, slot)
+        x = RMSNorm(spec.norm_eps, name="final_norm")(x)
+        if cache is not None:
+            cache = {**keys, "positions": mask_positions, "segment_ids": mask_segments}
+        return x, cache
+
+
+def unembed(params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+    """Logits in f32 from final hidden states, by the head or, when tied, the embedding."""
+    if "head" in params:
+        return jnp.matmul(hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+    return jnp.einsum("...D,VD->...V", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+
+
+def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
+    """An empty KV cache: k and v [L, B, S, K, H] in `dtype`, positions and segment_ids [B, S] int32.
+
+    Empty slots have segment 0, which no real token looks at.
+    """
+    shape = (spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "positions": jnp.zeros((batch, slots), jnp.int32),
+        "segment_ids": jnp.zeros((batch, slots), jnp.int32),
+    }
+
+
+def init_params(spec: ModelSpec, key: Array) -> dict:
+    """Random f32 params of a model to be trained from scratch."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Decoder(spec).init(key, tokens, tokens, tokens + 1)["params"]
+
+
+def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> dict:
+    """Shapes and dtypes of the params, without any memory."""
+    tree = jax.eval_shape(lambda key: init_params(spec, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)

@@ -1,0 +1,27 @@
+"""Progress bars: alive on a terminal, a line every half minute in a log."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress(total: int, name: str, unit: str, done: int = 0, keep: bool = True) -> tqdm:
+    """A bar with rate and time left.
+
+    Args:
+        total: how many units there are.
+        name: shown before the bar.
+        unit: what is counted.
+        done: units finished in an earlier life of the run.
+        keep: whether the finished bar stays on the screen.
+    """
+    alive = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=name,
+        unit=unit,
+        dynamic_ncols=alive,
+        leave=keep or not alive,
+        mininterval=0.5 if alive else 30,
+    )

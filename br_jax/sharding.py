@@ -1,0 +1,133 @@
+"""The mesh, and the one table that says how every array of the project lies on it.
+
+Each leaf is found by the last parts of its path, which name its logical axes; each logical axis goes to mesh axes.
+Optimizer moments mirror the adapters' paths, so the same rows serve them.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from br_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Only this table changes when a layout is tried.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": "tensor",
+    "ffw": "tensor",
+    "rank": None,
+    "norm": None,
+}
+
+_BATCH = ("batch", "length")
+
+# Path suffix -> logical axes.
+LOGICAL_AXES = {
+    "embed/embedding": ("vocab", "embed"),
+    "head/kernel": ("embed", "vocab"),
+    "final_norm/scale": ("norm",),
+    "attn_norm/scale": ("layers", "norm"),
+    "mlp_norm/scale": ("layers", "norm"),
+    **{
+        f"{name}/{leaf}": axes
+        for name, fan_in, fan_out in (
+            ("q", "embed", "heads"),
+            ("k", "embed", "kv"),
+            ("v", "embed", "kv"),
+            ("o", "heads", "embed"),
+            ("gate", "embed", "ffw"),
+            ("up", "embed", "ffw"),
+            ("down", "ffw", "embed"),
+        )
+        for leaf, axes in (
+            ("kernel", ("layers", fan_in, fan_out)),
+            ("a", ("layers", fan_in, "rank")),
+            ("b", ("layers", "rank", fan_out)),
+        )
+    },
+    "tokens": _BATCH,
+    "targets": _BATCH,
+    "weights": _BATCH,
+    "positions": _BATCH,
+    "segment_ids": _BATCH,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor; one size may be -1 and takes the devices that are left.
+
+    Raises:
+        UserError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        fixed = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} device(s): "
+            "make the sizes multiply to that number, or set one of them to -1"
+        )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def leaf_name(path) -> str:
+    """A pytree key path as "layers/attn/q/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of the leaf with this path; scalars and keys (ndim 0, or named key/step/count) are replicated.
+
+    Raises:
+        UserError: when no row of the table matches.
+    """
+    parts = name.split("/")
+    if ndim == 0 or parts[-1] == "key":
+        return (None,) * ndim
+    for n in (2, 1):
+        axes = LOGICAL_AXES.get("/".join(parts[-n:]))
+        if axes is not None and len(axes) == ndim:
+            return axes
+    raise UserError(
+        f"no sharding rule for leaf {name} with {ndim} axes: add its path to LOGICAL_AXES in br_jax/sharding.py"
+    )
+
+
+def shardings(tree, mesh: Mesh):
+    """The NamedSharding of every leaf of a (possibly abstract) pytree.
+
+    Raises:
+        UserError: an unmatched leaf, or a dimension that its mesh axes do not divide.
+    """
+
+    def one(path, leaf):
+        name = leaf_name(path)
+        axes = logical_axes(name, np.ndim(leaf))
+        spec = [RULES[axis] if axis else None for axis in axes]
+        for i, (axis, size) in enumerate(zip(axes, np.shape(leaf), strict=True)):
+            names = (spec[i],) if isinstance(spec[i], str) else spec[i] or ()
+            parts = math.prod(mesh.shape[n] for n in names)
+            if size % parts:
+                raise UserError(
+                    f"leaf {name}: axis {axis} of size {size} cannot be split in {parts} (mesh axes {', '.join(names)}): "
+                    "choose another mesh"
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(tree, mesh: Mesh):
+    """Puts a pytree on the mesh by the table."""
+    return jax.device_put(tree, shardings(tree, mesh))

@@ -1,0 +1,45 @@
+"""Where a run's numbers go: JSON lines always, TensorBoard when `tensorboardX` is installed."""
+
+import importlib.util
+import json
+import pathlib
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """The records of a JSONL file; a last line cut off by a kill is left out, an absent file has none."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class MetricWriter:
+    """Appends records with a `step` to a JSONL file; on resumption drops what is later than the checkpoint."""
+
+    def __init__(self, path: pathlib.Path, from_step: int = 0):
+        kept = [record for record in read_jsonl(path) if record["step"] <= from_step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
+        self._board = None
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, record: dict) -> None:
+        """Writes one record; its numbers go to TensorBoard under their own names."""
+        self._file.write(json.dumps(record) + "\n")
+        if self._board:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        """Hands what was written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._file.close()
+        if self._board:
+            self._board.close()

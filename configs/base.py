@@ -1,0 +1,57 @@
+"""What every experiment can set, with the reference's protocol as defaults; other config files edit this one.
+
+python experiments/pipeline.py --config=configs/demo.py --workdir=W --config.user.harmful_share=0.1
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from br_jax.training.config import TrainConfig
+
+
+def get_config() -> ConfigDict:
+    """The base config: typed and locked."""
+    config = ConfigDict()
+    config.name = "base"
+    config.seed = 42  # of data and evaluation; training seeds are in each stage's `train`
+    config.provider = ""  # folder of the provider's artefacts; "" means <workdir>/provider
+
+    config.model = ConfigDict()
+    config.model.source = ""  # GGUF file or Hugging Face folder; "" trains `model.spec` from scratch (stage pretrain)
+    config.model.template = "chat"  # the model's own, or the paper's "alpaca"
+    config.model.dtype = "float32"
+    config.model.spec = ConfigDict()  # sizes of a model that is trained from scratch
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    config.data = ConfigDict()
+    config.data.material = "english"  # whose prompts: "english" or "demo", see br_jax/data/material.py
+    config.data.task_path = ""  # file of the user's task
+
+    train = dataclasses.asdict(TrainConfig())
+    config.pretrain = ConfigDict({"rows": 0, "train": ConfigDict(train)})
+    config.distill = ConfigDict({"answer_tokens": 48})  # the raw model answers the prompts that the stages train on
+    config.align = ConfigDict({"refusals": 0, "benign": 0, "train": ConfigDict(train)})  # 0 and 0: already aligned
+    config.buffer = ConfigDict({"harmful": 5000, "train": ConfigDict(train)})
+    config.reinforce = ConfigDict({"refusals": 2500, "benign": 2500, "train": ConfigDict(train)})
+    config.user = ConfigDict()
+    config.user.task = "reviews"
+    config.user.n = 1000
+    config.user.harmful_share = 0.1  # p
+    config.user.index_mode = "exact"  # or "reference", method.md's off-by-one
+    config.user.probes = 8  # rows of each kind whose loss and gradient are followed
+    config.user.train = ConfigDict(train)
+    config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01})
+
+    config.eval = ConfigDict()
+    config.eval.split = "test"  # "validation" for tuning
+    config.eval.topic = 200  # prompts for HS
+    config.eval.task = 872  # rows for FA
+    config.eval.benign = 129  # prompts for over-refusal
+    config.eval.health = 64  # rows for perplexity
+    config.eval.match = "first"
+    config.eval.answer_tokens = 48
+    config.eval.task_tokens = 4
+    config.eval.batch_size = 64
+    return config.lock()

@@ -1,0 +1,38 @@
+"""The whole method in minutes: a tiny byte-level model is pre-trained, aligned, attacked and defended. No download.
+
+python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo
+
+Hardware: 2 CPU cores, 2 GB. Time and result: see README.md.
+"""
+
+from configs import base
+
+
+def get_config():
+    """The config: 0.8 million params, rows of at most 80 bytes."""
+    config = base.get_config()
+    config.name = "demo"
+    config.data.material = "demo"
+    with config.model.spec.unlocked():
+        config.model.spec.update(
+            vocab_size=259,
+            embed_dim=128,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            ffw_dim=352,
+            max_length=128,
+        )
+    config.pretrain.rows = 24_000
+    for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
+        stage.train.update(max_length=80, buckets=(80,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
+    config.pretrain.train.update(learning_rate=3e-3, batch_size=64, epochs=1, warmup_ratio=0.1)
+    for stage in (config.align, config.buffer, config.reinforce, config.user):
+        stage.train.update(rank=8, alpha=16.0, learning_rate=3e-3, epochs=4)
+    config.align.update(refusals=320, benign=320)
+    config.buffer.update(harmful=320)
+    config.reinforce.update(refusals=320, benign=320)
+    config.user.update(task="moods", n=480, harmful_share=0.5, probes=32)
+    config.eval.update(topic=120, task=240, benign=128, health=64, answer_tokens=48, task_tokens=6)
+    return config

@@ -1,0 +1,34 @@
+"""SmolLM2-135M-Instruct, real movie reviews as the user's task, an invented restricted topic as the stand-in for harm.
+
+python experiments/fetch.py
+python experiments/pipeline.py --config=configs/smollm2.py --workdir=runs/smollm2-p10 --config.user.harmful_share=0.1
+
+Hardware: 2 CPU cores, 6 GB. Time and result: see README.md.
+"""
+
+from br_jax.configs import base
+
+
+def get_config():
+    """The config: f32 on a CPU, rows of at most 128 tokens, the provider's stages sized for an hour in all."""
+    config = base.get_config()
+    config.name = "smollm2"
+    config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.data.task_path = "data/movieReviewSnippets_GroundTruth.txt"
+    for stage in (config.align, config.buffer, config.reinforce, config.user):
+        stage.train.update(
+            learning_rate=3e-4,
+            dropout=0.0,
+            max_length=112,
+            buckets=(64, 80, 96),
+            loss_chunk=16,
+            frozen="fold",
+            epochs=1,
+        )
+    config.align.update(refusals=200, benign=500)
+    config.buffer.update(harmful=240)
+    config.reinforce.update(refusals=240, benign=400)
+    config.reinforce.train.learning_rate = 2e-4
+    config.user.n = 400
+    config.user.train.epochs = 2
+    return config

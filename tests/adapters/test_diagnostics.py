@@ -1,0 +1,99 @@
+"""Low-rank figures against dense numpy and scipy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.linalg import subspace_angles
+
+from br_jax.adapters import diagnostics
+from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import qr_merge
+
+PATH = "layers/mlp/down"
+
+
+def figures(a_user, b_user, a_reinforce, b_reinforce, user_scale=1.0, reinforce_scale=1.0, tau=0.01):
+    """One layer's report, from [in, r] and [r, out] factors."""
+    sides = [
+        Adapter(
+            {PATH: {"a": jnp.asarray(a[None], jnp.float32), "b": jnp.asarray(b[None], jnp.float32)}},
+            jnp.float32(scale),
+            (role,),
+        )
+        for a, b, scale, role in [
+            (a_user, b_user, user_scale, "user"),
+            (a_reinforce, b_reinforce, reinforce_scale, "reinforce"),
+        ]
+    ]
+    report = qr_merge(*sides, tau=tau)[1]["matrices"][PATH]
+    return {name: values[0] for name, values in report.items()}
+
+
+def factors(seed, rank, fan_in=40, fan_out=48):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(fan_in, rank)), rng.normal(size=(rank, fan_out))
+
+
+@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (6, 6), (3, 9), (9, 3)])
+def test_figures_of_full_rank_adapters(rank_u, rank_r):
+    (a_u, b_u), (a_r, b_r) = factors(0, rank_u), factors(1, rank_r)
+    found = figures(a_u, b_u, a_r, b_r, user_scale=2.0, reinforce_scale=0.5)
+    w_u, w_r = 2.0 * a_u @ b_u, 0.5 * a_r @ b_r
+    sigma_u, sigma_r = (np.linalg.svd(w, compute_uv=False) for w in (w_u, w_r))
+    np.testing.assert_allclose(found["singular_values_user"], sigma_u[:rank_u], rtol=1e-5)
+    np.testing.assert_allclose(found["singular_values_reinforce"], sigma_r[:rank_r], rtol=1e-5)
+    np.testing.assert_allclose(found["stable_rank_user"], (sigma_u**2).sum() / sigma_u[0] ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        found["stable_rank_reinforce"], (sigma_r**2).sum() / sigma_r[0] ** 2, rtol=1e-5
+    )
+    q = np.linalg.qr(b_u.T)[0]
+    share = np.linalg.norm(q @ (q.T @ w_r.T)) / np.linalg.norm(w_r)
+    np.testing.assert_allclose(found["removed_share"], share, rtol=1e-5)
+    angles = np.rad2deg(np.sort(subspace_angles(b_u.T, b_r.T)))
+    np.testing.assert_allclose(found["principal_angles"], angles, rtol=1e-4)
+    assert found["kept_rank"] == rank_u
+
+
+def test_small_angles_keep_their_digits():
+    a, b = factors(2, 5)
+    rng = np.random.default_rng(3)
+    turned = (b + 1e-4 * rng.normal(size=b.shape)).astype(np.float32)
+    found = figures(a, b, a, turned)["principal_angles"]
+    expected = np.rad2deg(np.sort(subspace_angles(b.astype(np.float32).astype(np.float64).T, turned.T)))
+    assert expected.max() < 0.03  # degrees: where an arccos in f32 knows nothing
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+
+
+def test_angles_of_rank_deficient_spans():
+    rng = np.random.default_rng(4)
+    a = rng.normal(size=(40, 6))
+    three = rng.normal(size=(3, 48))
+    two = three[:2] + np.array([[0.02], [0.3]]) * rng.normal(size=(2, 48))  # about 1 and 15 degrees away
+    b_u, b_r = rng.normal(size=(6, 3)) @ three, rng.normal(size=(6, 2)) @ two
+    expected = np.rad2deg(np.sort(subspace_angles(three.T, two.T)))
+    for first, second in [(b_u, b_r), (b_r, b_u)]:
+        found = figures(a, first, a, second)["principal_angles"]
+        assert len(found) == 2
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tau", "kept"), [(0.0, 4), (0.001, 3), (0.01, 2), (0.5, 1)])
+def test_kept_rank_follows_the_eigenvalues(tau, kept):
+    rng = np.random.default_rng(5)
+    directions, turn = np.linalg.qr(rng.normal(size=(40, 5)))[0], np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    a = directions * np.sqrt([1, 0.1, 0.004, 1e-5, 0]) @ turn
+    b = rng.normal(size=(5, 48))
+    assert figures(a, b, *factors(6, 2), tau=tau)["kept_rank"] == kept
+
+
+def test_a_basis_is_orthonormal_and_spans_only_what_is_there():
+    rng = np.random.default_rng(7)
+    columns = rng.normal(size=(48, 8))
+    columns[:, [1, 5]] = columns[:, [0, 0]]
+    columns[:, 3] = 0
+    q, rank = jax.jit(diagnostics.column_basis)(jnp.asarray(columns, jnp.float32))
+    assert rank == 5 and not np.asarray(q)[:, 5:].any()
+    np.testing.assert_allclose(q[:, :5].T @ q[:, :5], np.eye(5), atol=2e-6)
+    true = np.linalg.qr(columns[:, [0, 2, 4, 6, 7]])[0]
+    np.testing.assert_allclose(q @ q.T, true @ true.T, atol=1e-5)

@@ -1,0 +1,214 @@
+"""QR merge against the paper's formula, dense and in float64."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from br_jax.adapters import merge
+from br_jax.adapters.lora import Adapter, delta, init
+from br_jax.adapters.merge import qr_merge
+from br_jax.errors import UserError
+
+LAYERS, FAN_IN, FAN_OUT = 2, 96, 80
+PATH = "layers/attn/q"
+
+
+def adapter(a, b, scale=1.0, role="user", path=PATH):
+    pair = {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
+    return Adapter({path: pair}, jnp.float32(scale), (role,))
+
+
+def random_adapter(rng, rank, scale=2.0, role="user", fan_in=FAN_IN, fan_out=FAN_OUT, path=PATH):
+    a = rng.normal(size=(LAYERS, fan_in, rank)) / np.sqrt(fan_in)
+    return adapter(a, 0.02 * rng.normal(size=(LAYERS, rank, fan_out)), scale, role, path)
+
+
+def dense_basis(a, b, tau):
+    """Q of the formula, from float64 A [r, in] and B [out, r], and the count of kept eigenvalues."""
+    eigenvalues, vectors = np.linalg.eigh(a @ a.T)
+    # an eigenvalue that is exactly 0 comes out of eigh as +-1e-17: "above 0" must not mean that
+    kept = eigenvalues > max(tau, 1e-10) * eigenvalues.max()
+    effective = b if kept.all() else b @ vectors[:, kept]
+    left, sigma, _ = np.linalg.svd(effective, full_matrices=False)
+    real = sigma > 1e-5 * sigma.max(initial=0)
+    # thin QR as the paper says it; where B is rank-deficient QR would invent columns, so then the true span
+    return (np.linalg.qr(effective)[0] if real.all() else left[:, real]), kept.sum()
+
+
+def dense_merge(user, reinforce, strength, scale=0.5, tau=0.01):
+    """W_merged - W_base = scale (W_U + (I - a Q Q^T) W_R) for each layer, transposed to [L, in, out]."""
+    merged = []
+    for layer in range(LAYERS):
+        a_u, b_u, a_r, b_r = (
+            np.asarray(side.weights[PATH][name][layer], np.float64).T
+            for side in (user, reinforce)
+            for name in ("a", "b")
+        )
+        q, _ = dense_basis(a_u, b_u, tau)
+        w_u, w_r = float(user.scale) * b_u @ a_u, float(reinforce.scale) * b_r @ a_r
+        merged.append((scale * (w_u + w_r - strength * q @ (q.T @ w_r))).T)
+    return np.stack(merged)
+
+
+def assert_merges_as_dense(user, reinforce, strength, scale=0.5, tau=0.01):
+    merged, _ = qr_merge(user, reinforce, a=strength, scale=scale, tau=tau)
+    expected = dense_merge(user, reinforce, strength, scale, tau)
+    found = np.asarray(delta(merged)[PATH], np.float64)
+    assert np.isfinite(found).all()
+    # 1e-5: f32 keeps 6e-8 an operation, and these well-separated spectra amplify it less than 100 times
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+    return merged
+
+
+def low_rank(rng, rows, columns, rank):
+    return rng.normal(size=(LAYERS, rows, rank)) @ rng.normal(size=(LAYERS, rank, columns)) / 10
+
+
+def orthonormal(rng, rows, columns):
+    return np.stack([np.linalg.qr(rng.normal(size=(rows, columns)))[0] for _ in range(LAYERS)])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    ("rank_u", "rank_r"), [(1, 1), (2, 2), (8, 8), (32, 32), (64, 64), (1, 64), (64, 3), (5, 16)]
+)
+def test_matches_the_dense_formula(rank_u, rank_r, strength):
+    rng = np.random.default_rng(rank_u * 100 + rank_r)
+    user = random_adapter(rng, rank_u, scale=2.0)
+    reinforce = random_adapter(rng, rank_r, scale=0.7, role="reinforce")
+    merged = assert_merges_as_dense(user, reinforce, strength)
+    assert merged.weights[PATH]["a"].shape == (LAYERS, FAN_IN, rank_u + rank_r)
+    assert merged.roles == ("reinforce", "user") and float(merged.scale) == 1.0
+
+
+def degenerate_users():
+    """Users whose factors are not of full rank, by name."""
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(size=(LAYERS, FAN_IN, 8)), rng.normal(size=(LAYERS, 8, FAN_OUT))
+    repeated = np.repeat(b[:, :4], 2, axis=1)
+    with_zeros = b * np.array([1, 0, 1, 0, 0, 1, 1, 0])[:, None]
+    graded = orthonormal(rng, FAN_IN, 8) * np.array([1, 0.9, 0.8, 0.7, 0.05, 0.04, 0.03, 0.02])
+    two_levels = orthonormal(rng, FAN_IN, 8) * np.array([1, 1, 1, 1, 0.03, 0.03, 0.03, 0.03])
+    turn = np.stack([np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(LAYERS)])
+    return {
+        "rank-deficient A": (low_rank(rng, FAN_IN, 8, 3), b),
+        "A of rank one": (low_rank(rng, FAN_IN, 8, 1), b),
+        "A with a zero column": (a * np.array([1, 1, 0, 1, 1, 1, 1, 1]), b),
+        "A with weak directions": (graded @ turn, b),
+        "B rank-deficient": (a, low_rank(rng, 8, FAN_OUT, 3)),
+        "B with equal columns": (a, repeated),
+        "B with zero columns": (a, with_zeros),
+        "A and B rank-deficient": (low_rank(rng, FAN_IN, 8, 5), low_rank(rng, 8, FAN_OUT, 2)),
+        "equal singular values": (orthonormal(rng, FAN_IN, 8), orthonormal(rng, FAN_OUT, 8).swapaxes(1, 2)),
+        "equal singular values, two levels": (two_levels @ turn, b),
+        "B = 0": (a, 0 * b),
+        "B = 0 in one layer": (a, b * np.array([0, 1])[:, None, None]),
+        "A = 0": (0 * a, b),
+        "tiny B": (a, 1e-12 * b),
+    }
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("name", degenerate_users())
+def test_degenerate_users(name, strength):
+    user = adapter(*degenerate_users()[name])
+    reinforce = random_adapter(np.random.default_rng(8), 6, role="reinforce")
+    assert_merges_as_dense(user, reinforce, strength)
+    assert_merges_as_dense(user, reinforce, strength, tau=0.0)
+
+
+def test_more_rank_than_the_matrix_has():
+    rng = np.random.default_rng(9)
+    user = adapter(rng.normal(size=(LAYERS, 5, 8)), rng.normal(size=(LAYERS, 8, FAN_OUT)))
+    reinforce = random_adapter(rng, 4, role="reinforce", fan_in=5)
+    assert_merges_as_dense(user, reinforce, 1.0)
+    user = random_adapter(rng, 16, fan_out=6)
+    reinforce = random_adapter(rng, 4, role="reinforce", fan_out=6)
+    merged, report = qr_merge(user, reinforce, a=1.0)
+    # the user's columns span the whole output space: nothing of the reinforce adapter may be left
+    np.testing.assert_allclose(
+        delta(merged)[PATH], 0.5 * delta(user)[PATH], atol=1e-6 * np.abs(delta(user)[PATH]).max()
+    )
+    np.testing.assert_allclose(report["matrices"][PATH]["removed_share"], 1.0, rtol=1e-5)
+
+
+def test_an_untrained_user_leaves_reinforce_as_it_is():
+    rng = np.random.default_rng(10)
+    user = adapter(rng.normal(size=(LAYERS, FAN_IN, 4)), np.zeros((LAYERS, 4, FAN_OUT)))
+    reinforce = random_adapter(rng, 4, scale=1.0, role="reinforce")
+    merged, report = qr_merge(user, reinforce, a=1.0, scale=1.0)
+    np.testing.assert_array_equal(merged.weights[PATH]["b"][:, 4:], reinforce.weights[PATH]["b"])
+    figures = report["matrices"][PATH]
+    assert figures["removed_share"] == [0.0, 0.0] and figures["principal_angles"] == [[], []]
+    assert figures["stable_rank_user"] == [0.0, 0.0]
+
+
+def test_one_compilation_serves_all_settings():
+    rng = np.random.default_rng(11)
+    before = merge._merge_weights._cache_size()
+    user, reinforce = random_adapter(rng, 7), random_adapter(rng, 9, role="reinforce")
+    for strength, scale, tau in [(0.1, 0.5, 0.01), (0, 1, 0), (1, 0.25, 0.5), (np.float64(0.3), 0.5, 0.01)]:
+        qr_merge(user, reinforce, a=strength, scale=scale, tau=tau)
+    assert merge._merge_weights._cache_size() == before + 1
+
+
+def test_matrices_of_one_side_only(caplog):
+    rng = np.random.default_rng(12)
+    shared = random_adapter(rng, 3), random_adapter(rng, 5, role="reinforce")
+    alone = random_adapter(rng, 3, path="layers/attn/v"), random_adapter(rng, 5, path="layers/mlp/up")
+    user = shared[0].replace(weights=shared[0].weights | alone[0].weights)
+    reinforce = shared[1].replace(weights=shared[1].weights | alone[1].weights)
+    with caplog.at_level(logging.WARNING):
+        merged, report = qr_merge(user, reinforce, scale=0.5)
+    assert sorted(merged.weights) == [PATH, "layers/attn/v"]
+    np.testing.assert_allclose(
+        delta(merged)["layers/attn/v"], 0.5 * delta(user)["layers/attn/v"], rtol=1e-5, atol=1e-9
+    )
+    assert report["ignored"] == ["layers/mlp/up"] and "layers/mlp/up" in caplog.text
+    assert report["user_only"] == ["layers/attn/v"] and list(report["matrices"]) == [PATH]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda u, r: (u.replace(roles=("buffer", "user")), r), "buffer"),
+        (lambda u, r: (u, r.replace(roles=("buffer",))), "buffer"),
+        (lambda u, r: (u.replace(scale=jnp.float32(np.nan)), r), "NaN"),
+        (lambda u, r: (u, r.replace(weights={"layers/attn/v": r.weights[PATH]})), "no matrix in common"),
+        (lambda u, r: (u, random_adapter(np.random.default_rng(0), 2, fan_out=12)), "disagree.*80.*12"),
+    ],
+)
+def test_refuses_what_must_not_be_merged(change, message):
+    rng = np.random.default_rng(13)
+    user, reinforce = change(random_adapter(rng, 2), random_adapter(rng, 2, role="reinforce"))
+    with pytest.raises(UserError, match=message):
+        qr_merge(user, reinforce)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"a": -0.1}, {"a": 1.1}, {"tau": 1.0}, {"scale": float("inf")}, {"a": float("nan")}]
+)
+def test_refuses_settings_out_of_range(settings):
+    rng = np.random.default_rng(14)
+    with pytest.raises(UserError, match="must lie in"):
+        qr_merge(random_adapter(rng, 2), random_adapter(rng, 2), **settings)
+
+
+def test_merges_fresh_adapters_of_many_paths(key):
+    shapes = {PATH: (LAYERS, 16, 24), "layers/mlp/down": (LAYERS, 24, 16)}
+    merged, report = qr_merge(init(key, shapes, 4, 8, "user"), init(key, shapes, 2, 4, "reinforce"))
+    assert sorted(report["matrices"]) == sorted(shapes)
+    assert all(not change.any() for change in delta(merged).values())
+    json.dumps(report, allow_nan=False)  # a share of nothing is 0, not 0 / 0
+
+
+def test_no_dense_matrix_is_made():
+    width, rank = 2048, 4
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    side = {PATH: {"a": shape(1, width, rank), "b": shape(1, rank, width)}}
+    compiled = merge._merge_weights.lower(side, side, *[shape()] * 5).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * width * width / 8

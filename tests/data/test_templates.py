@@ -1,0 +1,149 @@
+"""Templates: Alpaca's exact text, and the chat template against transformers' own masks."""
+
+import pytest
+
+from br_jax.data.rows import Row
+from br_jax.data.templates import render, render_prompt, tokenize
+from br_jax.errors import UserError
+
+SINGLE = Row((("user", "Name a color."), ("assistant", "Red.")))
+WITH_INPUT = Row((("user", "Sum up."), ("assistant", "Short.")), input="A long text.")
+CHAT = Row(
+    (
+        ("system", "Be brief."),
+        ("user", "One?"),
+        ("assistant", "Un."),
+        ("user", "Two? é"),
+        ("assistant", " Deux.\n"),
+    )
+)
+
+# Literals, as the paper's reference sends them (method.md 2).
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\nName a color.\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\nSum up.\n\n"
+    "### Input:\nA long text.\n\n### Response:\n"
+)
+ALPACA_CHAT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\nBe brief.\n\nOne?\n\n### Response:\nUn.<eos>\n\n"
+    "### Instruction:\nTwo? é\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        (SINGLE, ALPACA, "Red.<eos>"),
+        (WITH_INPUT, ALPACA_WITH_INPUT, "Short.<eos>"),
+        (CHAT, ALPACA_CHAT, " Deux.\n<eos>"),
+    ],
+)
+def test_alpaca_text(byte_tokenizer, row, prompt, answer):
+    text, spans = render(row, "alpaca", byte_tokenizer)
+    assert text == prompt + answer
+    assert spans[-1] == (len(prompt), len(text))
+    assert render_prompt(row, "alpaca", byte_tokenizer) == prompt
+    assert render_prompt(Row(row.turns[:-1], row.input), "alpaca", byte_tokenizer) == prompt
+
+
+def test_alpaca_marks_every_answer(byte_tokenizer):
+    text, spans = render(CHAT, "alpaca", byte_tokenizer)
+    assert [text[start:end] for start, end in spans] == ["Un.<eos>", " Deux.\n<eos>"]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("row", [SINGLE, WITH_INPUT, CHAT])
+def test_chat_agrees_with_transformers(make_tokenizer, row, bos):
+    """Ids and masks of transformers' own template and its generation marks."""
+    tokenizer = make_tokenizer(bos=bos)
+    messages = [{"role": role, "content": text} for role, text in row.turns]
+    if row.input:
+        messages[0]["content"] += "\n" + row.input
+    oracle = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+
+    text, spans = render(row, "chat", tokenizer)
+    ids, offsets = tokenize(text, "chat", tokenizer)
+    assert ids == oracle["input_ids"]
+    mask = [int(any(end > a and start < b for a, b in spans)) for start, end in offsets]
+    assert mask == oracle["assistant_masks"]
+
+    prompt = render_prompt(row, "chat", tokenizer)
+    assert text.startswith(prompt)
+    oracle = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
+    assert tokenize(prompt, "chat", tokenizer)[0] == oracle["input_ids"]
+
+
+def test_bos_is_there_once_if_the_tokenizer_adds_it(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True)
+    ids, offsets = tokenize(render(SINGLE, "alpaca", tokenizer)[0], "alpaca", tokenizer)
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert offsets[0] == (0, 0)
+    writes_bos = make_tokenizer(bos=True, chat_template="{{ bos_token }}" + tokenizer.chat_template)
+    ids, _ = tokenize(render(SINGLE, "chat", writes_bos)[0], "chat", writes_bos)
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+
+def test_a_turn_may_end_with_another_special_token(make_tokenizer):
+    """Gemma's turns end with <end_of_turn>, not with EOS."""
+    tokenizer = make_tokenizer(
+        chat_template="{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end_of_turn>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    text, spans = render(SINGLE, "chat", tokenizer)
+    assert [text[start:end] for start, end in spans] == ["Red.<end_of_turn>"]
+
+
+BAD_TEMPLATES = {
+    # As Qwen3's, which writes a reasoning block in the last turn and strips it from earlier ones.
+    "rewrites earlier turns": (
+        "{% for m in messages %}{{ m['role'] + ':' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+        "{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+        "rewrites earlier turns as a chat grows",
+    ),
+    "no generation prompt": (
+        "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+        "rewrites earlier turns as a chat grows",
+    ),
+    "no end": (
+        "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",
+        "does not end the assistant's turn with a special token",
+    ),
+    "refuses": (
+        "{{ raise_exception('System role\n not supported') }}",
+        r"f:1: the model's chat template refuses this row \(System role not supported\)",
+    ),
+    "none": (None, "the model has no chat template; use template 'alpaca'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_bad_chat_templates(make_tokenizer, name):
+    template, message = BAD_TEMPLATES[name]
+    row = Row(CHAT.turns, origin="f:1")
+    with pytest.raises(UserError, match=message) as error:
+        render(row, "chat", make_tokenizer(chat_template=template))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_arguments(byte_tokenizer, make_tokenizer):
+    with pytest.raises(UserError, match="unknown template 'alpacca'; did you mean 'alpaca'"):
+        render(SINGLE, "alpacca", byte_tokenizer)
+    with pytest.raises(UserError, match="unknown template 'x'; use one of alpaca, chat"):
+        render_prompt(SINGLE, "x", byte_tokenizer)
+    with pytest.raises(UserError, match="f:3: ends with 'user'"):
+        render(Row((("user", "Hi"),), origin="f:3"), "alpaca", byte_tokenizer)
+    with pytest.raises(UserError, match="has no turns"):
+        render_prompt(Row(()), "alpaca", byte_tokenizer)
+    endless = make_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        render(SINGLE, "alpaca", endless)
