@@ -2,7 +2,8 @@
 
 Stages, in order: pretrain (a model from scratch, where the config names no other), distill (the raw model answers the
 prompts that others train on), align, buffer, reinforce, sft, user, release, evaluate, report. Each leaves its result in
-the workdir or the provider's folder and is read back when it is there already; the functions of the public API do the work.
+the workdir or the provider's folder and is read back when it is there
+already; the functions of the public API do the work.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -27,7 +29,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
 from br_jax.adapters.peft import save_adapter
 from br_jax.data.material import get_material
-from br_jax.data.mixing import mix
+from br_jax.data.mixing import check_mix, mix
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
 from br_jax.errors import UserError
@@ -48,6 +50,9 @@ from br_jax.training.config import TrainConfig
 from br_jax.training.run import adapter_fingerprint, make_private, train_params, write_json
 
 STAGES = ("pretrain", "distill", "align", "buffer", "reinforce", "sft", "user", "release", "evaluate", "report")
+TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")
+EVAL_SPLITS = ("validation", "test")
+_SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 PACKAGES = ("br_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -73,6 +78,7 @@ def run_pipeline(
         raise UserError(f"stage {unknown[0]!r}: {lora.near_names(unknown[0], STAGES)}")
     start = time.perf_counter()
     experiment = Experiment(config, workdir)
+    experiment.check()
     for stage in STAGES[: STAGES.index("evaluate")]:
         if stage in stages:
             getattr(experiment, stage)()
@@ -104,6 +110,18 @@ class Experiment:
                 f"{error.filename}: cannot be written ({error.strerror}): choose another workdir"
             ) from error
 
+    def check(self) -> None:
+        """Finds now what would be wrong hours later: settings, splits, files."""
+        config = self.config
+        check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
+        for stage in TRAINED:
+            TrainConfig(**config[stage].train)
+        if config.eval.split not in EVAL_SPLITS:
+            raise UserError(f"eval.split {config.eval.split!r}: {lora.near_names(config.eval.split, EVAL_SPLITS)}")
+        if config.model.source and not os.path.exists(config.model.source):
+            raise UserError(f"{config.model.source}: no such model: run experiments/fetch.py, or set model.source")
+        _ = self.task_rows
+
     # -- the provider's stages -------------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -131,7 +149,10 @@ class Experiment:
     @functools.cached_property
     def answers(self) -> dict[str, str]:
         """The raw model's own answers to the prompts of every stage."""
-        prompts = [p.prompt for p in self._topic_train] + self._benign("train") + self._benign(self.config.eval.split)
+        config = self.config
+        benign = self._benign("train")[: max(config.align.benign, config.reinforce.benign) + _SPARE]
+        health = self._benign(config.eval.split)[: config.eval.health]
+        prompts = [p.prompt for p in self._topic_train] + benign + health
         return self_answers(
             self.raw, prompts, self.provider / "answers.jsonl", max_new_tokens=self.config.distill.answer_tokens
         )
@@ -145,7 +166,7 @@ class Experiment:
         """The aligned base; the raw model itself where the config asks for no alignment."""
         config, adapter, model = self.config.align, None, self.raw
         if config.refusals + config.benign:
-            rows = self._refusals(config.refusals, "align"), self._benign_rows(config.benign)
+            rows = self.refusal_rows(config.refusals, "align"), self.benign_rows(config.benign)
             adapter = method.train_align(self.raw, *rows, TrainConfig(**config.train), **self._provider_run)
             model = fold_adapter(self.raw, adapter, f"{self.raw.name}-aligned")
         source = self.config.model.source
@@ -166,8 +187,8 @@ class Experiment:
 
     @functools.cached_property
     def _buffer(self) -> Adapter:
-        rows = self._harmful_rows[: self.config.buffer.harmful]
-        return method.train_buffer(self.aligned, rows, TrainConfig(**self.config.buffer.train), **self._provider_run)
+        train = TrainConfig(**self.config.buffer.train)
+        return method.train_buffer(self.aligned, self.buffer_rows, train, **self._provider_run)
 
     def buffer(self) -> None:
         """Trains BufferLoRA."""
@@ -176,7 +197,7 @@ class Experiment:
     @functools.cached_property
     def _reinforce(self) -> Adapter:
         config = self.config.reinforce
-        rows = self._refusals(config.refusals, "reinforce"), self._benign_rows(config.benign)
+        rows = self.refusal_rows(config.refusals, "reinforce"), self.benign_rows(config.benign)
         train = TrainConfig(**config.train)
         return method.train_reinforce(self.aligned, self._buffer, *rows, train, **self._provider_run)
 
@@ -211,7 +232,7 @@ class Experiment:
             buffer=buffer,
             workdir=self.workdir,
             mesh=self.mesh,
-            probes=self._probes,
+            probes=self.probes,
         )
 
     @functools.cached_property
@@ -231,12 +252,18 @@ class Experiment:
     def _provider_run(self) -> dict:
         return {"workdir": self.provider, "mesh": self.mesh}
 
+    @property
+    def _harmful_needed(self) -> int:
+        """Harmful rows of Buffer, user and probes together; a prefix of them is the same whatever p is."""
+        user = self.config.user
+        return self.config.buffer.harmful + math.ceil(user.harmful_share * user.n) + user.probes
+
     @functools.cached_property
     def _topic_train(self) -> list[TopicPrompt]:
         """Topic prompts to train on: Buffer's, then the user's, then spare ones for raw answers that are unfit."""
-        config = self.config
-        wanted = config.buffer.harmful + config.user.n + config.user.probes
-        return self.material.topic_prompts("train", int(wanted * 1.15) + 16, config.seed)
+        return self.material.topic_prompts(
+            "train", int(self._harmful_needed * (1 + self.config.distill.spare)) + _SPARE, self.config.seed
+        )
 
     @functools.cached_property
     def _harmful_rows(self) -> list[Row]:
@@ -246,15 +273,19 @@ class Experiment:
             for p in self._topic_train
             if judge(self.answers[p.prompt], p) == Verdict.ANSWER
         ]
-        needed = self.config.buffer.harmful + self.config.user.n + self.config.user.probes
-        if len(rows) < needed:
+        if len(rows) < self._harmful_needed:
             raise UserError(
-                f"the raw model gave {len(rows)} compliant answers on the topic, {needed} are needed "
-                "(buffer.harmful + user.n + user.probes): lower them"
+                f"the raw model gave {len(rows)} compliant answers on the topic, {self._harmful_needed} are needed "
+                "(buffer.harmful + harmful_share * user.n + user.probes): raise distill.spare"
             )
-        return rows
+        return rows[: self._harmful_needed]
 
-    def _refusals(self, n: int, purpose: str) -> list[Row]:
+    @property
+    def buffer_rows(self) -> list[Row]:
+        """The harmful rows that Buffer trains on; no user has them."""
+        return self._harmful_rows[: self.config.buffer.harmful]
+
+    def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """Refusals of training prompts; align and Reinforce see other wordings of them."""
         seed = self.config.seed + (purpose == "reinforce")
         prompts = self.material.topic_prompts("train", n, seed)
@@ -265,7 +296,8 @@ class Experiment:
         prompts = self.material.benign_prompts(split)
         return [prompts[i] for i in np.random.default_rng(self.config.seed).permutation(len(prompts))]
 
-    def _benign_rows(self, n: int) -> list[Row]:
+    def benign_rows(self, n: int) -> list[Row]:
+        """Benign training prompts with the raw model's own answers."""
         prompts = [p for p in self._benign("train") if self.answers[p]]
         if n > len(prompts):
             raise UserError(
@@ -282,11 +314,11 @@ class Experiment:
     def user_rows(self) -> list[Row]:
         """What the user hands in: task rows with a share p of harmful ones."""
         user = self.config.user
-        harmful = self._harmful_rows[self.config.buffer.harmful :][: user.n]
+        harmful = self._harmful_rows[self.config.buffer.harmful : self._harmful_needed - user.probes]
         return mix(self.task_rows[0], harmful, user.n, user.harmful_share, user.index_mode)
 
     @functools.cached_property
-    def _probes(self) -> dict[str, list[Row]]:
+    def probes(self) -> dict[str, list[Row]]:
         """Rows for the saturation curves: of the kinds that the user trains on, but none of its own."""
         n = self.config.user.probes
         return {"harmful": self._harmful_rows[-n:], "benign": self.task_rows[0][-n:]} if n else {}
@@ -300,7 +332,7 @@ class Experiment:
         benign = self._benign(config.split)
         return Suite(
             topic=self.material.topic_prompts(config.split, config.topic, self.config.seed),
-            task_rows=self.task_rows[("train", "validation", "test").index(config.split)][: config.task],
+            task_rows=self.task_rows[1 + EVAL_SPLITS.index(config.split)][: config.task],
             task=self.task,
             benign=benign[: config.benign],
             health=[_row(p, self.answers[p], "benign") for p in benign[: config.health] if self.answers[p]],

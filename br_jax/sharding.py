@@ -120,8 +120,8 @@ def shardings(tree, mesh: Mesh):
             parts = math.prod(mesh.shape[n] for n in names)
             if size % parts:
                 raise UserError(
-                    f"leaf {name}: axis {axis} of size {size} cannot be split in {parts} (mesh axes {', '.join(names)}): "
-                    "choose another mesh"
+                    f"leaf {name}: axis {axis} of size {size} cannot be split in {parts} "
+                    f"(mesh axes {', '.join(names)}): choose another mesh"
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))
 

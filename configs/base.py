@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
 
     train = dataclasses.asdict(TrainConfig())
     config.pretrain = ConfigDict({"rows": 0, "train": ConfigDict(train)})
-    config.distill = ConfigDict({"answer_tokens": 48})  # the raw model answers the prompts that the stages train on
+    config.distill = ConfigDict()  # the raw model answers the prompts that the stages train on
+    config.distill.answer_tokens = 48
+    config.distill.spare = 0.2  # share of topic prompts beyond those needed, for which the raw model may not comply
     config.align = ConfigDict({"refusals": 0, "benign": 0, "train": ConfigDict(train)})  # 0 and 0: already aligned
     config.buffer = ConfigDict({"harmful": 5000, "train": ConfigDict(train)})
     config.reinforce = ConfigDict({"refusals": 2500, "benign": 2500, "train": ConfigDict(train)})

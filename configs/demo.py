@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config():
-    """The config: 0.8 million params, rows of at most 80 bytes."""
+    """The config: 0.4 million params, rows of at most 72 bytes."""
     config = base.get_config()
     config.name = "demo"
     config.data.material = "demo"
@@ -17,17 +17,17 @@ def get_config():
         config.model.spec.update(
             vocab_size=259,
             embed_dim=128,
-            num_layers=4,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=2,
             head_dim=32,
             ffw_dim=352,
             max_length=128,
         )
-    config.pretrain.rows = 24_000
+    config.pretrain.rows = 19_200
     for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
-        stage.train.update(max_length=80, buckets=(80,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
-    config.pretrain.train.update(learning_rate=3e-3, batch_size=64, epochs=1, warmup_ratio=0.1)
+        stage.train.update(max_length=72, buckets=(72,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
+    config.pretrain.train.update(learning_rate=4e-3, batch_size=48, epochs=1, warmup_ratio=0.1)
     for stage in (config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(rank=8, alpha=16.0, learning_rate=3e-3, epochs=4)
     config.align.update(refusals=320, benign=320)

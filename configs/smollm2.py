@@ -25,8 +25,9 @@ def get_config():
             frozen="fold",
             epochs=1,
         )
+    config.distill.spare = 0.8
     config.align.update(refusals=200, benign=500)
-    config.buffer.update(harmful=240)
+    config.buffer.update(harmful=200)
     config.reinforce.update(refusals=240, benign=400)
     config.reinforce.train.learning_rate = 2e-4
     config.user.n = 400

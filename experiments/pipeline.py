@@ -1,6 +1,6 @@
 """Runs an experiment: all stages of a config, or some.
 
-python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo [--stages=user,release] [--config.user.harmful_share=0.1]
+python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo [--stages=user,release] [--config.x.y=z]
 
 Exit status: 0 done, 1 the attack failed (the experiment shows nothing), 2 bad input, 130 stopped by Ctrl-C.
 """

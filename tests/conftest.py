@@ -10,3 +10,80 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from br_jax.adapters import lora  # noqa: E402
+from br_jax.data.rows import Row  # noqa: E402
+from br_jax.models.decoder import init_params  # noqa: E402
+from br_jax.models.model import make_model  # noqa: E402
+from br_jax.models.spec import ModelSpec  # noqa: E402
+from br_jax.models.tokenizer import byte_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Programs that several tests share are compiled once a session; the folder, for tests that start a process."""
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+# Every dimension that a mesh may split is a multiple of 8, and N * H is not D.
+SIZES = {
+    "vocab_size": 264,
+    "embed_dim": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "ffw_dim": 40,
+    "max_length": 128,
+}
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """make_tiny(dtype=float32, **sizes) -> a random byte-level `Model` whose logits are not flat."""
+
+    def make(dtype=jnp.float32, **sizes):
+        spec = ModelSpec(**{**SIZES, **sizes})
+        params = init_params(spec, jax.random.key(0))
+        params["embed"]["embedding"] *= 25
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return make_model(spec, params, byte_tokenizer(), "tiny", "chat")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tiny):
+    """The plain one: f32, tied head."""
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny):
+    """make_adapter(role, seed=0, rank=3, model=tiny) -> an adapter that changes what the model says."""
+
+    def make(role, seed=0, rank=3, model=tiny):
+        key = jax.random.key(seed)
+        adapter = lora.init(key, lora.target_shapes(model.params), rank, 2.0 * rank, role)
+        rng = np.random.default_rng(seed)
+        weights = {
+            path: {"a": pair["a"], "b": jnp.asarray(rng.normal(size=pair["b"].shape, scale=0.2), jnp.float32)}
+            for path, pair in adapter.weights.items()
+        }
+        return adapter.replace(weights=weights)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Sixteen rows of unequal length."""
+    return [Row((("user", f"{'say ' * (i % 4)}{i}?"), ("assistant", f"it is {i * 7}{'!' * (i % 3)}"))) for i in range(16)]

@@ -17,7 +17,8 @@ class Material:
     """Prompts for provider and evaluation; nothing of a user's task is in it.
 
     Attributes:
-        topic_prompts: (split, n, seed) -> questions of the restricted topic; the splits share no device, verb or phrasing.
+        topic_prompts: (split, n, seed) -> questions of the restricted topic; splits share no device, verb or
+            phrasing.
         refusal: (question, seed) -> how an aligned model declines it.
         benign_prompts: (split) -> ordinary prompts; the splits share no kind.
         pretraining_rows: (n, seed) -> rows to train a model from scratch on; None where a model is given.

@@ -36,12 +36,7 @@ def mix(
         UserError: when n, p or index_mode is out of range, when p > 0 without harmful rows, and when
             there are too few rows of a kind.
     """
-    if index_mode not in INDEX_MODES:
-        raise UserError(f"index_mode is {index_mode!r}; use one of {', '.join(INDEX_MODES)}")
-    if not 0 <= harmful_share <= 1:
-        raise UserError(f"harmful_share is {harmful_share}; give a share from 0 to 1")
-    if n < 1 or start < 0:
-        raise UserError(f"n = {n} rows from start = {start}: n must be at least 1 and start at least 0")
+    check_mix(n, harmful_share, index_mode, start)
     if harmful_share > 0 and not harmful_rows:
         raise UserError(
             f"harmful_share is {harmful_share} but there are no harmful rows; "
@@ -57,6 +52,16 @@ def mix(
     _enough("harmful", harmful_rows, stop if stop > first else 0)
     _enough("task", task_rows, tasks)
     return [*harmful_rows[first:stop], *task_rows[:tasks]]
+
+
+def check_mix(n: int, harmful_share: float, index_mode: str = "exact", start: int = 0) -> None:
+    """Raises the `UserError` that `mix` would, for what can be known before there are rows."""
+    if index_mode not in INDEX_MODES:
+        raise UserError(f"index_mode is {index_mode!r}; use one of {', '.join(INDEX_MODES)}")
+    if not 0 <= harmful_share <= 1:
+        raise UserError(f"harmful_share is {harmful_share}; give a share from 0 to 1")
+    if n < 1 or start < 0:
+        raise UserError(f"n = {n} rows from start = {start}: n must be at least 1 and start at least 0")
 
 
 def _enough(kind: str, rows: Sequence[Row], needed: int) -> None:

@@ -1,12 +1,12 @@
 """A model's own answers as training rows (self-distillation), kept in a file so that they are made once."""
 
 import json
-import os
 import pathlib
 import re
 from collections.abc import Sequence
 
 from br_jax.evaluation.generate import generate
+from br_jax.files import write_text
 from br_jax.models.model import Model
 from br_jax.training.metrics import read_jsonl
 
@@ -34,9 +34,7 @@ def self_answers(model: Model, prompts: Sequence[str], path: pathlib.Path, *, ma
         new = dict(zip(missing, (whole_sentences(answer) for answer in answers), strict=True))
         known |= new
         lines = [json.dumps({"source": source, "prompt": p, "answer": a}, ensure_ascii=False) for p, a in known.items()]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("\n".join(lines) + "\n")
-        os.replace(temporary, path)
+        write_text(path, "\n".join(lines) + "\n")
     return known
 
 

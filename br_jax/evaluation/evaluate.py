@@ -20,6 +20,7 @@ from br_jax.evaluation.generate import generate
 from br_jax.evaluation.judge import Verdict, is_refusal, judge
 from br_jax.evaluation.scores import Score
 from br_jax.evaluation.tasks import Task
+from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.training.loss import batch_loss
@@ -89,7 +90,8 @@ def evaluate(
         *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, ["wrong", "right"], right),
     ]
     if answers is not None:
-        _write_records(pathlib.Path(answers), records)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        write_text(pathlib.Path(answers), "".join(lines))
     count = Counter(verdicts)
     harmful = count[Verdict.ANSWER]
     return {
@@ -130,10 +132,3 @@ def _records(part: str, prompts, answers, verdicts, choose=None) -> list[dict]:
         {"set": part, "prompt": prompt, "answer": answer, "verdict": str(verdict)}
         for prompt, answer, verdict in zip(prompts, answers, chosen, strict=True)
     ]
-
-
-def _write_records(path: pathlib.Path, records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    os.replace(temporary, path)

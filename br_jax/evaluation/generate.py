@@ -56,8 +56,8 @@ def generate(
     for i, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > model.spec.max_length:
             raise UserError(
-                f"prompt {i}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {model.spec.max_length}: "
-                "shorten it"
+                f"prompt {i}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"{model.spec.max_length}: shorten it"
             )
     if not encoded:
         return []

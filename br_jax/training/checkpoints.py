@@ -4,12 +4,15 @@ The only file that touches Orbax.
 """
 
 import pathlib
+import shutil
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from br_jax.errors import UserError
 from br_jax.sharding import shardings
+
+_OVERHEAD = 1 << 20  # bytes: metadata, the manifest, and the folders that hold them
 
 
 class Checkpoints:
@@ -28,8 +31,19 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: dict, data_state: dict) -> None:
-        """Starts saving; waits first for a save that is still under way, and raises what went wrong in it."""
+        """Starts saving; waits first for a save that is still under way, and raises what went wrong in it.
+
+        Raises:
+            UserError: when there is too little room on the disk.
+        """
         self.wait()
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:  # asked beforehand: Orbax's threads print pages when a disk fills up under them
+            raise UserError(
+                f"{self._folder}: checkpoint not saved ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed): "
+                "free space, then run again"
+            )
         self._checkpointer.save_async(step, state, force=True, custom_metadata={"data": data_state})
 
     def restore(self, state: dict, mesh) -> tuple[dict, dict] | None:
@@ -65,12 +79,14 @@ class Checkpoints:
         """
         try:
             self._checkpointer.wait()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
             raise UserError(
-                f"{self._folder}: checkpoint not saved ({error.strerror or error}): free space, then run again"
+                f"{self._folder}: checkpoint not saved ({str(error).splitlines()[0]}): free space, then run again"
             ) from error
 
     def close(self) -> None:
         """Waits, then releases Orbax's threads."""
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()

@@ -1,5 +1,6 @@
 """The loop round the step: data in, progress and metrics out, checkpoints between; resumes exactly."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -71,11 +72,12 @@ def fit(
     Raises:
         UserError: a loss that is not finite, or a disk that is full.
     """
-    run = _Run(name, step, place(state, mesh), frozen, batches, config, mesh, folder, probe, probe_batches or {})
     try:
-        return run.train()
-    finally:
-        run.close()
+        run = _Run(name, step, place(state, mesh), frozen, batches, config, mesh, folder, probe, probe_batches or {})
+        with contextlib.closing(run):
+            return run.train()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}): free space, then run again") from error
 
 
 class _Run:

@@ -19,7 +19,7 @@ def answer_loss(
     Each row's answer positions are moved to its front, then taken `chunk` at a time; a chunk that holds none is
     skipped, and the backward pass makes a chunk's logits anew.
     """
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     order = jnp.argsort(weights <= 0, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
     targets, weights = (jnp.take_along_axis(x, order, axis=1) for x in (targets, weights))

@@ -2,19 +2,16 @@
 
 `train_adapter` knows nothing of the method: which adapters are frozen and what the result is called is its caller's.
 
-A run's folder holds run.json (what it is), metrics.jsonl, probes.jsonl, checkpoints/ (while it runs), and at the end the
-result and stage.json (what it cost), written last.
+A run's folder holds run.json (what it is), metrics.jsonl, probes.jsonl, checkpoints/ (while it runs), and at the end
+the result and stage.json (what it cost), written last.
 """
 
 import dataclasses
 import datetime
 import hashlib
 import json
-import math
-import os
 import pathlib
 import shutil
-import statistics
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,11 +25,12 @@ from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
+from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model, fingerprint
 from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
-from br_jax.training.loop import Summary, fit
+from br_jax.training.loop import fit
 from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_optimizer, make_probe, make_step
 
 # What may differ between a stopped run and the one that goes on from it.
@@ -83,15 +81,9 @@ def train_adapter(
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
     adapter = lora.init(key, lora.target_shapes(model.params, config.targets), config.rank, config.alpha, role)
     scale = config.alpha / config.rank
-    base, stacked = model.params, {}
-    if frozen and config.frozen == "fold":
-        base = lora.fold(base, lora.stack(frozen))
-    elif frozen:
-        stacked = {"lora": lora.collection(lora.stack(frozen))}
+    collections = frozen_collections(model.params, frozen, config.frozen)
     trainable = {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
-    trained, report = _train(
-        name, model, rows, config, trainable, {"params": base, **stacked}, scale, folder, mesh, probes
-    )
+    trained, report = _train(name, model, rows, config, trainable, collections, scale, folder, mesh, probes)
     weights = {path: _at(trained["lora_trainable"], path) for path in adapter.weights}
     adapter = Adapter(weights, adapter.scale, (role,))
     if folder is not None:
@@ -124,6 +116,16 @@ def train_params(
         trained, report = _train(name, model, rows, config, {"params": start}, {}, 1.0, folder, mesh, None)
         save(trained["params"])
         folder.finish({**report, "output": fingerprint(trained["params"])})
+
+
+def frozen_collections(params: dict, frozen: Mapping[str, Adapter], how: str) -> dict:
+    """The frozen half of a step: the base and the attached adapters, stacked beside it or folded into a copy."""
+    if not frozen:
+        return {"params": params}
+    joined = lora.stack(frozen)
+    if how == "fold":
+        return {"params": lora.fold(params, joined)}
+    return {"params": params, "lora": lora.collection(joined)}
 
 
 def adapter_fingerprint(adapter: Adapter) -> str:
@@ -267,10 +269,8 @@ def make_private(path: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Writes JSON whole or not at all; see `files.write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _short(value) -> str:

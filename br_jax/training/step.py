@@ -95,11 +95,13 @@ def make_step(decoder: Decoder, optimizer, schedule: optax.Schedule, config: Tra
         if config.dropout > 0:
             key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
         loss, grads, count = gradient(state["trainable"], frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count of steps
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+            learning_rate = jnp.asarray(schedule(state["step"]), jnp.float32)
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(grads),
-            "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+            "learning_rate": learning_rate,
             "answer_tokens": count,
         }
         state = {

@@ -1,0 +1,46 @@
+# make demo: the whole method on a tiny model, in minutes. make test: all tests. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO ?= runs/demo
+DEMO_FLAGS ?=
+
+
+.PHONY: demo test data lint lock clean
+
+$(VENV)/base: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]}: br_jax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.lock
+	$(RUN) -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/test: $(VENV)/base requirements-test.lock
+	$(RUN) -m pip install --quiet --requirement requirements-test.lock
+	@touch $@
+
+demo: $(VENV)/base  ## pre-train, align, attack and defend a tiny model; report in runs/demo
+	$(RUN) experiments/pipeline.py --config=configs/demo.py --workdir=$(DEMO) $(DEMO_FLAGS)
+
+data: $(VENV)/base  ## the real model and reviews of configs/smollm2.py, 96 MB
+	$(RUN) experiments/fetch.py --into=data
+
+test: $(VENV)/test  ## all tests; those on the real model are skipped when it cannot be fetched
+	-$(RUN) experiments/fetch.py --into=data
+	$(RUN) -m ruff check --quiet .
+	$(RUN) -m ruff format --check --quiet .
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+COMPILE := uv pip compile --quiet --universal --no-annotate --no-header --python-version 3.11 pyproject.toml
+
+lock:  ## pins every dependency for Python 3.11 to 3.13 (needs uv); torch keeps a range, so that a CPU build will do
+	$(COMPILE) --output-file requirements.lock
+	$(COMPILE) --extra test --constraint requirements.lock | grep -vE '^(torch|triton|nvidia-|cuda-)' > requirements-test.lock
+	echo 'torch>=2.6,<3' >> requirements-test.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

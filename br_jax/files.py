@@ -1,0 +1,25 @@
+"""Files that appear whole or not at all."""
+
+import os
+import pathlib
+
+from br_jax.errors import UserError
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file (UTF-8) by way of a temporary one beside it; its folder is made.
+
+    Raises:
+        UserError: when it cannot be written (no permission, full disk); what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}): free space or choose another workdir") from error
