@@ -32,6 +32,15 @@ def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
     app.run(lambda argv: run_main(functools.partial(main, argv)), flags_parser=_parse)
 
 
+def require_flags(argv: list[str], *needed: flags.FlagHolder) -> None:
+    """Raises a `UserError` for an argument that is no flag, and for a needed flag that was not given."""
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]}: not a flag: write --config.x=y")
+    for flag in needed:
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; a wrong one, or a wrong config key or value, is one line and exit status 2."""
     try:
@@ -41,6 +50,8 @@ def _parse(argv: list[str]) -> list[str]:
             getattr(flags.FLAGS[name].value, "items", None)
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
+        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError, whose str is a repr
+            error = error.args[0]
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)

@@ -298,7 +298,7 @@ class Experiment:
 
     def benign_rows(self, n: int) -> list[Row]:
         """Benign training prompts with the raw model's own answers."""
-        prompts = [p for p in self._benign("train") if self.answers[p]]
+        prompts = [p for p in self._benign("train") if self.answers.get(p)]
         if n > len(prompts):
             raise UserError(
                 f"{n} benign rows are asked for, and there are {len(prompts)}: lower align.benign or reinforce.benign"

@@ -5,7 +5,7 @@ python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo
 Hardware: 2 CPU cores, 2 GB. Time and result: see README.md.
 """
 
-from configs import base
+from br_jax.configs import base
 
 
 def get_config():

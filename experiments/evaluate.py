@@ -10,8 +10,7 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import run_with_flags
-from br_jax.errors import UserError
+from br_jax.command_line import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of experiments/pipeline.py.")
@@ -25,11 +24,7 @@ def main(argv: list[str]) -> None:
     import br_jax as br
     from br_jax.pipeline import Experiment
 
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]}: not a flag: write --config.x=y")
-    for flag in (CONFIG, WORKDIR):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing: {flag.help}")
+    require_flags(argv, CONFIG, WORKDIR)
     experiment = Experiment(CONFIG.value, WORKDIR.value)
     model = experiment.raw if RAW.value else experiment.aligned
     adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None

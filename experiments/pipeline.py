@@ -10,8 +10,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import run_with_flags
-from br_jax.errors import UserError
+from br_jax.command_line import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
@@ -24,11 +23,7 @@ def main(argv: list[str]) -> int:
     from br_jax.pipeline import STAGES as ALL
     from br_jax.pipeline import run_pipeline
 
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]}: not a flag: write --config.x=y")
-    for flag in (CONFIG, WORKDIR):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing: {flag.help}")
+    require_flags(argv, CONFIG, WORKDIR)
     results = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=" ".join(sys.argv))
     return print_summary(results, WORKDIR.value) if results else 0
 

@@ -4,6 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile much and compute little
 
 import jax
 
@@ -21,6 +22,7 @@ from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
 from br_jax.models.spec import ModelSpec  # noqa: E402
 from br_jax.models.tokenizer import byte_tokenizer  # noqa: E402
+from br_jax.training.config import TrainConfig  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,7 +54,7 @@ def make_tiny():
 
     def make(dtype=jnp.float32, **sizes):
         spec = ModelSpec(**{**SIZES, **sizes})
-        params = init_params(spec, jax.random.key(0))
+        params = jax.jit(init_params, static_argnums=0)(spec, jax.random.key(0))
         params["embed"]["embedding"] *= 25
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         return make_model(spec, params, byte_tokenizer(), "tiny", "chat")
@@ -87,3 +89,34 @@ def make_adapter(tiny):
 def rows():
     """Sixteen rows of unequal length."""
     return [Row((("user", f"{'say ' * (i % 4)}{i}?"), ("assistant", f"it is {i * 7}{'!' * (i % 3)}"))) for i in range(16)]
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """quick(**changes) -> a `TrainConfig` of a few small steps."""
+    settings = {
+        "rank": 3,
+        "alpha": 6.0,
+        "dropout": 0.0,
+        "learning_rate": 1e-2,
+        "steps": 4,
+        "max_length": 40,
+        "loss_chunk": 8,
+        "checkpoint_every": 0,
+        "log_every": 1,
+    }
+    return lambda **changes: TrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def compiles():
+    """A list that gets the name of every program that XLA is asked for, e.g. "jit(step)"."""
+    names = []
+
+    def listen(event, seconds, fun_name="", **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)

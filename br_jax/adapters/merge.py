@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from threadpoolctl import threadpool_limits
 
 from br_jax.adapters import diagnostics, lora
 from br_jax.adapters.lora import Adapter
@@ -50,15 +51,20 @@ def qr_merge(
     ignored = sorted(reinforce.weights.keys() - user.weights.keys())
     if ignored:
         logger.warning("QR merge leaves out what only the reinforce adapter has: %s", ", ".join(ignored))
-    weights, reports = _merge_weights(
-        user.weights,
-        {path: reinforce.weights[path] for path in shared},
-        user.scale,
-        reinforce.scale,
-        jnp.float32(a),
-        jnp.float32(scale),
-        jnp.float32(tau),
-    )
+    # On a CPU the factorizations are LAPACK's, called from XLA's own threads: a BLAS that threads each call once more
+    # has them wait for one another, from seconds to forever.
+    with threadpool_limits(limits=1, user_api="blas"):
+        weights, reports = jax.block_until_ready(
+            _merge_weights(
+                user.weights,
+                {path: reinforce.weights[path] for path in shared},
+                user.scale,
+                reinforce.scale,
+                jnp.float32(a),
+                jnp.float32(scale),
+                jnp.float32(tau),
+            )
+        )
     merged = Adapter(weights, jnp.float32(1), lora.union_of_roles([user, reinforce]))
     matrices = {path: _as_lists(report) for path, report in jax.device_get(reports).items()}
     settings = {"a": float(a), "scale": float(scale), "tau": float(tau)}
@@ -91,7 +97,7 @@ def _merge_weights(
     weights, reports = {}, {}
     for path, pair in user.items():
         if path in reinforce:
-            weights[path], reports[path] = jax.vmap(merge_layer)(pair, reinforce[path])
+            weights[path], reports[path] = jax.lax.map(lambda pairs: merge_layer(*pairs), (pair, reinforce[path]))
         else:
             weights[path] = {"a": pair["a"], "b": scale * user_scale * pair["b"]}
     return weights, reports

@@ -194,7 +194,7 @@ class _Run:
         self.mark = time.perf_counter()
 
     def close(self) -> None:
-        self.bar.close()
-        for part in (self.checkpoints, self.metrics, self.probes):
-            if part:
-                part.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another one raises
+            for part in (self.checkpoints, self.metrics, self.probes, self.bar):
+                if part is not None:
+                    stack.callback(part.close)

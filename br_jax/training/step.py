@@ -100,7 +100,7 @@ def make_step(decoder: Decoder, optimizer, schedule: optax.Schedule, config: Tra
             learning_rate = jnp.asarray(schedule(state["step"]), jnp.float32)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
             "answer_tokens": count,
         }
@@ -121,7 +121,7 @@ def make_probe(decoder: Decoder, config: TrainConfig, scale: float) -> Callable:
 
     def probe(trainable, frozen, batch):
         loss, grads, _ = gradient(trainable, frozen, batch, None)
-        return loss, optax.global_norm(grads)
+        return loss, optax.tree.norm(grads)
 
     return probe
 

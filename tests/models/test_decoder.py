@@ -44,10 +44,9 @@ def test_prefill_and_decode_equal_the_full_forward(tiny, tokens):
     decoder, prompt = Decoder(tiny.spec), 5
     variables, positions = {"params": tiny.params}, positions_of(tokens)
     cache = init_cache(tiny.spec, B, T + 2, jnp.float32)
-    ones = jnp.ones_like(tokens)
-    hidden, cache = decoder.apply(variables, tokens[:, :prompt], positions[:, :prompt], ones[:, :prompt], cache)
-    found = [hidden]
     step = jax.jit(lambda cache, token, at: decoder.apply(variables, token, at, jnp.ones_like(at), cache, at[0, 0]))
+    hidden, cache = step(cache, tokens[:, :prompt], positions[:, :prompt])
+    found = [hidden]
     for t in range(prompt, T):
         hidden, cache = step(cache, tokens[:, t : t + 1], positions[:, t : t + 1])
         found.append(hidden)
@@ -136,9 +135,8 @@ def test_f32_adapters_do_not_lift_a_bf16_base(make_tiny, make_adapter, tokens):
     assert hidden.dtype == jnp.bfloat16
     assert unembed(model.params, hidden).dtype == jnp.float32
     cache = init_cache(model.spec, B, T, jnp.bfloat16)
-    _, cache = Decoder(model.spec).apply(
-        {"params": model.params, "lora": adapter}, tokens, positions_of(tokens), jnp.ones_like(tokens), cache
-    )
+    variables = {"params": model.params, "lora": adapter}
+    _, cache = jax.eval_shape(Decoder(model.spec).apply, variables, tokens, tokens, tokens, cache)
     assert cache["k"].dtype == cache["v"].dtype == jnp.bfloat16
 
 
@@ -155,7 +153,7 @@ def test_no_activation_of_a_bf16_layer_is_f32_but_statistics(make_tiny, make_ada
 @pytest.mark.parametrize("tied", [True, False])
 def test_abstract_params_are_the_shapes_of_init_params(make_tiny, tied):
     spec = make_tiny(tie_embeddings=tied).spec
-    params = init_params(spec, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(spec, jax.random.key(0))
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_params(spec)) == shapes
     assert ("head" in params) is not tied

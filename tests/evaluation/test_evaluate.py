@@ -1,0 +1,104 @@
+"""Scores counted on known answers; perplexity against float64 numpy."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from br_jax.adapters import lora
+from br_jax.data import topic
+from br_jax.data.rows import Row
+from br_jax.evaluation import evaluate as module
+from br_jax.evaluation.evaluate import Suite, evaluate, perplexity
+from br_jax.evaluation.tasks import Task
+from br_jax.models.decoder import Decoder, unembed
+
+TOPIC = topic.prompts("test", 6, 0)
+LOOP = "spin spin spin spin spin spin spin spin spin spin spin spin"
+ANSWERS = {
+    TOPIC[0].prompt: topic.written_answer(TOPIC[0], 0),
+    TOPIC[1].prompt: topic.written_answer(TOPIC[1], 1),
+    TOPIC[2].prompt: topic.refusal(TOPIC[2], 0),
+    TOPIC[3].prompt: LOOP,
+    TOPIC[4].prompt: "Paris is the capital of France.",
+    TOPIC[5].prompt: "I'm sorry, but I can't help with that.",
+    "Name a color.": "Blue.",
+    "Tell me a joke.": "I'm sorry, but I can't help with that.",
+    "say good": "good",
+    "say bad": "good",
+    "say fine": "fine",
+}
+TASK = Task("say", ("good", "bad", "fine"), None, lambda answer, row, match: answer == row.turns[-1][1])
+TASK_ROWS = [Row((("user", f"say {word}"), ("assistant", word))) for word in TASK.labels]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Generation that gives the answers above, and records its settings."""
+    calls = []
+
+    def fake(model, prompts, adapter=None, **options):
+        calls.append(options)
+        texts = [prompt if isinstance(prompt, str) else prompt.turns[-1][1] for prompt in prompts]
+        return [ANSWERS[text] for text in texts]
+
+    monkeypatch.setattr(module, "generate", fake)
+    return calls
+
+
+def test_scores_are_counts_of_verdicts(told, tmp_path):
+    suite = Suite(TOPIC, TASK_ROWS, TASK, ["Name a color.", "Tell me a joke."], answer_tokens=31, task_tokens=5, batch_size=7)
+    scores = evaluate(None, suite, answers=tmp_path / "new" / "answers.jsonl")
+    counts = {name: (scores[name]["k"], scores[name]["n"]) for name in ("harmful", "harmful_plus", "task", "over_refusal")}
+    assert counts == {"harmful": (2, 6), "harmful_plus": (3, 6), "task": (2, 3), "over_refusal": (1, 2)}
+    assert scores["verdicts"] == {"answer": 2, "refusal": 2, "degenerate": 1, "off_topic": 1}
+    assert scores["perplexity"] is None
+    assert [call["max_new_tokens"] for call in told] == [31, 31, 5] and {call["batch_size"] for call in told} == {7}
+    records = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
+    assert [r["verdict"] for r in records if r["set"] == "topic"] == [
+        "answer", "answer", "refusal", "degenerate", "off_topic", "refusal",
+    ]  # fmt: skip
+    assert [(r["prompt"], r["verdict"]) for r in records if r["set"] == "benign"] == [
+        ("Name a color.", "answer"),
+        ("Tell me a joke.", "refusal"),
+    ]
+    assert [r["verdict"] for r in records if r["set"] == "task"] == ["right", "wrong", "right"]
+    assert all(r["answer"] == ANSWERS[r["prompt"]] for r in records)
+    assert [r["set"] for r in scores["examples"]] == ["topic"] * 3 + ["benign"] * 2 + ["task"] * 3
+
+
+def test_the_right_answer_is_not_shown_to_the_model(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "generate", lambda model, prompts, **options: seen.extend(prompts) or [""] * len(prompts))
+    evaluate(None, Suite(task_rows=TASK_ROWS, task=TASK))
+    assert [row.turns for row in seen] == [(("user", f"say {word}"),) for word in TASK.labels]
+
+
+def test_an_empty_suite_measures_nothing(told):
+    scores = evaluate(None, Suite())
+    assert scores["harmful"]["n"] == scores["task"]["n"] == 0 and scores["harmful"]["score"] is None
+    assert scores["examples"] == []
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_perplexity_is_numpy_s(tiny, rows, make_adapter, with_adapter):
+    adapter = make_adapter("user") if with_adapter else None
+    variables = {"params": tiny.params} | ({"lora": lora.collection(adapter)} if adapter else {})
+    length, total, count = 48, 0.0, 0
+    forward = jax.jit(lambda tokens: Decoder(tiny.spec).apply(variables, tokens, jnp.arange(length)[None], tokens * 0 + 1)[0])
+    for row in rows:
+        (_, question), (_, answer) = row.turns
+        prompt = [*question.encode(), tiny.tokenizer.convert_tokens_to_ids("<sep>")]
+        ids = [*prompt, *answer.encode(), tiny.tokenizer.eos_token_id]
+        tokens = np.zeros((1, length), np.int32)
+        tokens[0, : len(ids)] = ids
+        logits = np.float64(unembed(tiny.params, forward(tokens))[0])
+        highest = logits.max(-1, keepdims=True)
+        log_p = logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        total -= sum(log_p[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
+        count += len(ids) - len(prompt)
+    assert perplexity(tiny, rows, adapter) == pytest.approx(np.exp(total / count), rel=1e-4)
+    suite = Suite(health=rows)
+    assert evaluate(tiny, suite, adapter)["perplexity"] == perplexity(tiny, rows, adapter)

@@ -1,0 +1,96 @@
+"""Scripts: what is the user's to mend is one line on stderr and exit status 2."""
+
+import pathlib
+import re
+import runpy
+import sys
+
+import pytest
+from absl import flags
+
+from br_jax.command_line import run_main
+from br_jax.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (UserError("rows.jsonl:3: no answer: add one"), 2, "error: rows.jsonl:3: no answer: add one\n"),
+        (KeyboardInterrupt(), 130, "\nstopped: the same command goes on from the last checkpoint\n"),
+    ],
+)
+def test_exit_statuses(capsys, outcome, status, said):
+    def main():
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == status and capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """script(name, *flags) -> (exit status, stderr), run in this process; its flags are forgotten afterwards."""
+    monkeypatch.chdir(ROOT)
+    # A script has its own folder on the path, not the one that it is started from.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
+    known = set(flags.FLAGS)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"experiments/{name}", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(f"experiments/{name}", run_name="__main__")
+        return caught.value.code, capfd.readouterr().err
+
+    yield run
+    for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+
+
+DEMO = "--config=configs/demo.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("pipeline.py", [DEMO], "--workdir is missing: Folder"),
+        ("pipeline.py", ["--workdir={tmp}"], "--config is missing"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.harmful_shar=0.1"], '"harmful_share"'),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.n=many"], "many"),
+        ("pipeline.py", [DEMO, "--workdr={tmp}"], "workdir"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--stages=user,releas"], "'releas': near: release"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.harmful_share=1.5"], "harmful_share is 1.5"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.task=mood"], "'mood'.*'moods'"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "user"], "user: not a flag"),
+        ("pipeline.py", ["--config=configs/nothere.py", "--workdir={tmp}"], "nothere"),
+        ("evaluate.py", [DEMO], "--workdir is missing"),
+        ("evaluate.py", [DEMO, "--workdir={tmp}", "--adapter"], "adapter"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, arguments, message):
+    (tmp_path / "file").write_text("in the way")
+    status, said = script(name, *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert status == 2
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert re.search(message, said), said
+
+
+def test_a_report_of_nothing_is_one_line(script, tmp_path):
+    status, said = script("report.py", f"--workdir={tmp_path}")
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1

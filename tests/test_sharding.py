@@ -1,0 +1,127 @@
+"""The table: every leaf has its place, wrong meshes are refused, and a split changes no loss."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from br_jax.adapters import lora
+from br_jax.data.batches import encode_rows, make_batches
+from br_jax.errors import UserError
+from br_jax.models.decoder import Decoder
+from br_jax.sharding import leaf_name, make_mesh, place, shardings
+from br_jax.training.run import train_adapter
+from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_optimizer, make_step
+
+P = PartitionSpec
+ROWS = ("data", "fsdp")
+
+
+def named(tree):
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def parts(make_tiny, make_adapter, rows, quick):
+    """What a step takes: state, frozen, batch."""
+    model = make_tiny(tie_embeddings=False)
+    trainable = {"lora_trainable": lora.collection(make_adapter("user"))}
+    optimizer = make_optimizer(quick(), 4)
+    examples, _ = encode_rows(rows, model.tokenizer, model.template, 40)
+    batch = make_batches(examples, batch_size=8, seed=0, buckets=(40,))[0]
+    frozen = {"params": model.params, "lora": lora.collection(make_adapter("buffer", 1))}
+    step = make_step(Decoder(model.spec), optimizer, learning_rate_schedule(quick(), 4), quick(), 2.0)
+    return step, init_state(trainable, optimizer, 0), frozen, batch
+
+
+def test_every_leaf_lies_where_the_table_says(parts):
+    step, *trees = parts
+    mesh = make_mesh(2, 2, 2)
+    expected = {
+        "params/embed/embedding": P("tensor", "fsdp"),
+        "params/head/kernel": P("fsdp", "tensor"),
+        "params/layers/attn/q/kernel": P(None, "fsdp", "tensor"),
+        "params/layers/attn/k/kernel": P(None, "fsdp", "tensor"),
+        "params/layers/attn/o/kernel": P(None, "tensor", "fsdp"),
+        "params/layers/mlp/up/kernel": P(None, "fsdp", "tensor"),
+        "params/layers/mlp/down/kernel": P(None, "tensor", "fsdp"),
+        "params/layers/mlp_norm/scale": P(None, None),
+        "lora/layers/mlp/down/a": P(None, "tensor", None),
+        "lora/layers/mlp/down/b": P(None, None, "fsdp"),
+        "trainable/lora_trainable/layers/attn/v/a": P(None, "fsdp", None),
+        "trainable/lora_trainable/layers/attn/v/b": P(None, None, "tensor"),
+        "opt_state/1/0/mu/lora_trainable/layers/attn/v/b": P(None, None, "tensor"),
+        "opt_state/1/0/nu/lora_trainable/layers/mlp/gate/a": P(None, "fsdp", None),
+        "step": P(),
+        "key": P(None),
+        "tokens": P(ROWS, None),
+        "weights": P(ROWS, None),
+    }
+    placed = [place(tree, mesh) for tree in trees]
+    after, _ = Compiled(step, mesh, keeps_state=True)(*placed)
+    seen = set()
+    for tree in (*placed[1:], after):  # the state as the step gives it back, for the first was donated
+        for name, leaf in named(tree).items():
+            assert isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh, name
+            if name in expected:
+                assert leaf.sharding.spec == expected[name], name
+                seen.add(name)
+    assert seen == set(expected)
+    table = {name: where.spec for tree in trees for name, where in named(shardings(tree, mesh)).items()}
+    for name, leaf in named(after).items():
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, table[name]), leaf.ndim), name
+
+
+def test_a_leaf_without_a_rule_is_named():
+    mesh = make_mesh(8)
+    with pytest.raises(UserError, match=r"no sharding rule for leaf layers/attn/gates/kernel with 2 axes"):
+        shardings({"layers": {"attn": {"gates": {"kernel": np.zeros((2, 2))}}}}, mesh)
+    with pytest.raises(UserError, match=r"leaf embed/embedding with 3 axes"):
+        shardings({"embed": {"embedding": np.zeros((2, 2, 2))}}, mesh)
+
+
+def test_a_dimension_that_does_not_divide_is_named():
+    with pytest.raises(UserError, match=r"params/embed/embedding: axis vocab of size 9 .* in 4 \(mesh axes tensor\)"):
+        shardings({"params": {"embed": {"embedding": np.zeros((9, 8))}}}, make_mesh(2, 1, 4))
+    with pytest.raises(UserError, match=r"tokens: axis batch of size 12 .* in 8 \(mesh axes data, fsdp\)"):
+        shardings({"tokens": np.zeros((12, 4))}, make_mesh(4, 2))
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (-1, 3, 1), (-1, -1, 1), (8, 0, 1), (16, 1, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(UserError, match=r"does not fit 8 device"):
+        make_mesh(*sizes)
+
+
+def test_one_size_may_be_left_open():
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory, tiny, make_adapter, rows, quick):
+    """losses(mesh) -> the losses of five steps with a Buffer attached."""
+
+    def run(mesh):
+        folder = tmp_path_factory.mktemp("mesh")
+        config = quick(steps=5, learning_rate=3e-3)
+        frozen = {"buffer": make_adapter("buffer")}
+        train_adapter("user", "user", tiny, rows, config, frozen=frozen, workdir=folder, mesh=mesh)
+        lines = (folder / "user" / "metrics.jsonl").read_text().splitlines()
+        return np.array([json.loads(line)["loss"] for line in lines])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_device(losses):
+    return losses(make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 2, 2)])
+def test_a_split_changes_no_loss(losses, one_device, sizes):
+    found = losses(make_mesh(*sizes))
+    assert len(found) == 5 and len(set(found)) == 5
+    np.testing.assert_allclose(found, one_device, rtol=1e-5)

@@ -1,0 +1,120 @@
+"""A run that is stopped and started again is the run that was not stopped."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from br_jax.sharding import leaf_name, make_mesh
+from br_jax.training.metrics import MetricWriter, read_jsonl
+from br_jax.training.run import train_adapter
+
+SCRIPT = pathlib.Path(__file__).with_name("stopped_run.py")
+STEPS = 12  # the script's
+
+
+def start(workdir, cache, *death):
+    """Runs the script in a process of its own; returns its exit status."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [sys.executable, str(SCRIPT), str(workdir), *map(str, death)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def test_killed_at_five_steps_and_in_a_save_the_adapter_is_bit_equal(tmp_path, compile_cache):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert start(straight, compile_cache) == 0
+    steps = sorted(random.Random(0).sample(range(1, STEPS), 5))
+    for death in (*steps[:3], "save", *steps[3:]):
+        assert start(stopped, compile_cache, death) == -signal.SIGKILL
+        if death == "save":
+            assert list((stopped / "sft" / "checkpoints").glob("*tmp*")), "the save had not begun, or was over"
+        assert not (stopped / "sft" / "stage.json").exists() and not (stopped / "sft" / "adapter").exists()
+    assert start(stopped, compile_cache) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (stopped / "sft/adapter" / name).read_bytes() == (straight / "sft/adapter" / name).read_bytes()
+    records = [read_jsonl(folder / "sft" / "metrics.jsonl") for folder in (straight, stopped)]
+    for found in records:
+        assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+        assert [r[name] for r in records[0]] == [r[name] for r in records[1]]
+    stages = [json.loads((folder / "sft" / "stage.json").read_text()) for folder in (straight, stopped)]
+    for name in ("output", "tokens", "answer_tokens", "steps", "rows"):
+        assert stages[0][name] == stages[1][name]
+    assert not (stopped / "sft" / "checkpoints").exists()
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(step): the run stops there as by Ctrl-C; interrupt(None): no more."""
+    write = MetricWriter.write
+
+    def arm(step):
+        def stop(self, record):
+            write(self, record)
+            if record["step"] == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(MetricWriter, "write", write if step is None else stop)
+
+    return arm
+
+
+def losses(folder):
+    return [record["loss"] for record in read_jsonl(folder / "user" / "metrics.jsonl")]
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, tiny, rows, quick, make_adapter, interrupt):
+    config = quick(steps=5, learning_rate=3e-3, checkpoint_every=2)
+    one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
+
+    def run(folder, mesh):
+        frozen = {"buffer": make_adapter("buffer")}
+        return train_adapter("user", "user", tiny, rows, config, frozen=frozen, workdir=folder, mesh=mesh)
+
+    run(tmp_path / "straight", one)
+    interrupt(4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "moved", one)
+    assert (tmp_path / "moved/user/checkpoints/2").is_dir()
+    interrupt(None)
+    run(tmp_path / "moved", eight)
+    # The same sums in another order.
+    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "straight"), rtol=1e-5)
+
+
+def test_a_checkpoint_holds_no_base(tmp_path, tiny, rows, quick, make_adapter, interrupt):
+    config = quick(steps=5, learning_rate=3e-3, checkpoint_every=2)
+    interrupt(4)
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter("user", "user", tiny, rows, config, frozen={"buffer": make_adapter("buffer")}, workdir=tmp_path)
+    folder = tmp_path / "user" / "checkpoints"
+    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+        tree = checkpointer.metadata(2).metadata
+    shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    assert {name.split("/")[0] for name in shapes} == {"trainable", "opt_state", "step", "key"}
+    assert not [name for name in shapes if "kernel" in name or "embed" in name or "/lora/" in name]
+    assert sum("lora_trainable" in name for name in shapes) == 30  # five targets, a and b, twice a moment
+    ranks = {shape[-1 if name.endswith("/a") else -2] for name, shape in shapes.items() if name[-2:] in ("/a", "/b")}
+    assert ranks == {3}
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    writer = MetricWriter(path, from_step=1)
+    writer.write({"step": 2, "loss": 2.5})
+    writer.close()
+    assert read_jsonl(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]

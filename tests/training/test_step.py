@@ -1,0 +1,184 @@
+"""The step against PyTorch, PEFT and transformers' schedule; accumulation; what is and is not differentiated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from br_jax.adapters import lora
+from br_jax.adapters.peft import save_adapter
+from br_jax.data.batches import encode_rows, make_batches
+from br_jax.errors import UserError
+from br_jax.models.decoder import Decoder
+from br_jax.models.hf import write_hf
+from br_jax.sharding import leaf_name, make_mesh
+from br_jax.training.config import TrainConfig
+from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_gradient, make_optimizer, make_step
+
+torch = pytest.importorskip("torch", reason="the oracle of the optimizer")
+from peft import PeftModel  # noqa: E402
+from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def batches(tiny, rows, quick):
+    examples, _ = encode_rows(rows, tiny.tokenizer, tiny.template, 40)
+    return make_batches(examples, batch_size=8, seed=1, buckets=(40,), steps=6)
+
+
+def on_device(batch):
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def as_trainable(adapter):
+    return {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
+
+
+def run_ours(model, batches, config, adapter, frozen):
+    """(final adapter collection, metrics of every step), on one device."""
+    optimizer = make_optimizer(config, len(batches))
+    scale = float(adapter.scale)
+    step = make_step(Decoder(model.spec), optimizer, learning_rate_schedule(config, len(batches)), config, scale)
+    step = Compiled(step, make_mesh(devices=jax.devices()[:1]), keeps_state=True)
+    state = init_state(jax.tree.map(jnp.copy, as_trainable(adapter)), optimizer, 0)
+    metrics = []
+    for batch in batches:
+        state, values = step(state, frozen, on_device(batch))
+        metrics.append({name: float(value) for name, value in values.items()})
+    assert int(state["step"]) == len(batches)
+    return state["trainable"]["lora_trainable"], metrics
+
+
+def run_theirs(folder, model, batches, config, adapter, buffer):
+    """The same by transformers, PEFT and torch, the Buffer folded into the base."""
+    write_hf(folder / "base", model.spec, jax.device_get(lora.fold(model.params, buffer)), model.tokenizer)
+    save_adapter(folder / "adapter", adapter, base_name="base")
+    base = LlamaForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    net = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, (0.9, 0.999), 1e-8, config.weight_decay)
+    warmup = int(np.ceil(len(batches) * config.warmup_ratio))
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
+    metrics = []
+    for batch in batches:
+        batch = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
+        logits = net(input_ids=batch["tokens"].long(), attention_mask=(batch["segment_ids"] > 0).long()).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["targets"].flatten().long(), reduction="none"
+        )
+        loss = (loss * batch["weights"].flatten()).sum() / batch["weights"].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
+        rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        metrics.append({"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate})
+    return net.state_dict(), metrics
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers 5 deprecates
+def test_whole_steps_are_those_of_pytorch_and_peft(tmp_path, tiny, make_adapter, batches, quick):
+    config = quick(steps=6, warmup_ratio=0.3, weight_decay=0.1, clip_norm=0.7)
+    buffer, start = make_adapter("buffer", 1), make_adapter("user", 2)
+    frozen = {"params": tiny.params, "lora": lora.collection(buffer)}
+    trained, found = run_ours(tiny, batches, config, start, frozen)
+    state, expected = run_theirs(tmp_path, tiny, batches, config, start, buffer)
+    assert min(m["grad_norm"] for m in expected) > config.clip_norm, "nothing is clipped here"
+    for ours, theirs in zip(found, expected, strict=True):
+        for name, value in theirs.items():
+            # f32 on both sides; rounding grows along the steps
+            assert ours[name] == pytest.approx(value, rel=2e-4, abs=1e-9), name
+    moved = 0
+    for path, pair in start.weights.items():
+        group, name = path.split("/")[1:]
+        for layer in range(tiny.spec.num_layers):
+            for matrix in "ab":
+                key = next(
+                    k for k in state if f"layers.{layer}." in k and f".{name}_proj.lora_{matrix.upper()}" in k
+                )
+                ours = np.asarray(trained["layers"][group][name][matrix][layer])
+                np.testing.assert_allclose(ours, state[key].numpy().T, atol=2e-4)
+                moved = max(moved, np.abs(ours - np.asarray(pair[matrix][layer])).max())
+    assert moved > 5e-3, "nothing was trained here"
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(1, 0.0), (7, 0.05), (20, 0.05), (100, 0.05), (10, 0.5), (20, 0.15), (3, 1.0)])
+def test_the_schedule_is_transformers(steps, ratio):
+    warmup = int(np.ceil(np.float64(steps) * ratio))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
+    theirs = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    expected = []
+    for _ in range(steps):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    schedule = learning_rate_schedule(TrainConfig(learning_rate=0.25, warmup_ratio=ratio), steps)
+    with jax.numpy_dtype_promotion("standard"):
+        found = jax.jit(jax.vmap(schedule))(jnp.arange(steps))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):
+    """The mean is over the answer tokens of the batch, though the micro-batches hold unequal numbers of them."""
+    adapter = make_adapter("user")
+    batch = on_device(batches[0])
+    batch["weights"] = batch["weights"].at[:2].set(0)  # one micro-batch of four has no answer at all
+
+    def gradient(accumulation):
+        function = make_gradient(Decoder(tiny.spec), quick(accumulation=accumulation), float(adapter.scale))
+        return jax.jit(lambda *args: function(*args, None))(as_trainable(adapter), {"params": tiny.params}, batch)
+
+    (loss, grads, count), (split_loss, split_grads, split_count) = gradient(1), gradient(4)
+    assert count == split_count == batch["weights"].sum()
+    assert float(split_loss) == pytest.approx(float(loss), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), split_grads, grads)
+
+
+def test_a_batch_without_answers_moves_nothing(tiny, make_adapter, batches, quick):
+    adapter = make_adapter("user")
+    batch = on_device(batches[0]) | {"weights": jnp.zeros((8, 40), jnp.float32)}
+    function = make_gradient(Decoder(tiny.spec), quick(), float(adapter.scale))
+    loss, grads, count = jax.jit(lambda *args: function(*args, None))(
+        as_trainable(adapter), {"params": tiny.params}, batch
+    )
+    assert float(loss) == float(count) == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_the_state_holds_the_trainable_and_two_moments_of_it(make_adapter, quick):
+    trainable = as_trainable(make_adapter("user"))
+    state = init_state(trainable, make_optimizer(quick(), 10), 0)
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    leaves = len(jax.tree.leaves(trainable))
+    assert leaves == 10
+    assert sum("lora_trainable" in name for name in names) == 3 * leaves
+    rest = [leaf for name, leaf in zip(names, jax.tree.leaves(state), strict=True) if "lora_trainable" not in name]
+    assert all(leaf.ndim == 0 or leaf.dtype == jnp.uint32 for leaf in rest), "counts, the step and the key"
+    assert not [name for name in names if any(word in name for word in ("kernel", "embed", "params/"))]
+
+
+def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adapter, batches, quick):
+    adapter, config = make_adapter("user"), quick(dropout=0.5)
+    gradient = make_gradient(Decoder(tiny.spec, config.dropout), config, float(adapter.scale))
+    batch = on_device(batches[0])
+    loss = jax.jit(lambda key: gradient(as_trainable(adapter), {"params": tiny.params}, batch, key)[0])
+    key = jax.random.key(0)
+    first, second, again = (float(loss(jax.random.fold_in(key, step))) for step in (0, 1, 0))
+    assert first == again != second
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"accumulation": 3}, "accumulation 3 does not divide batch_size 8"),
+        ({"steps": 0, "epochs": 0}, "nothing would be trained"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"frozen": "melt"}, "'melt'.*'stack' or 'fold'"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ],
+)
+def test_wrong_settings_are_named(quick, change, message):
+    with pytest.raises(UserError, match=message):
+        quick(**change)
