@@ -50,7 +50,8 @@ def _parse(argv: list[str]) -> list[str]:
             getattr(flags.FLAGS[name].value, "items", None)
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
-        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError, whose str is a repr
+        # ml_collections wraps its KeyError in another error; and the str of a KeyError is a repr.
+        while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)

@@ -120,7 +120,12 @@ class Experiment:
             raise UserError(f"eval.split {config.eval.split!r}: {lora.near_names(config.eval.split, EVAL_SPLITS)}")
         if config.model.source and not os.path.exists(config.model.source):
             raise UserError(f"{config.model.source}: no such model: run experiments/fetch.py, or set model.source")
-        _ = self.task_rows
+        train, needed = self.task_rows[0], config.user.n + config.user.probes
+        if len(train) < needed:  # probe rows are none of the user's own
+            raise UserError(
+                f"the task {config.user.task} has {len(train)} training rows, user.n + user.probes asks for {needed}: "
+                "lower user.n"
+            )
 
     # -- the provider's stages -------------------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ def get_config():
             ffw_dim=352,
             max_length=128,
         )
-    config.pretrain.rows = 19_200
+    config.pretrain.rows = 16_000
     for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
-        stage.train.update(max_length=72, buckets=(72,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
-    config.pretrain.train.update(learning_rate=4e-3, batch_size=48, epochs=1, warmup_ratio=0.1)
+        stage.train.update(max_length=74, buckets=(74,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
+    config.pretrain.train.update(learning_rate=4e-3, batch_size=32, epochs=1, warmup_ratio=0.1)
     for stage in (config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(rank=8, alpha=16.0, learning_rate=3e-3, epochs=4)
     config.align.update(refusals=320, benign=320)

@@ -26,7 +26,8 @@ def get_config():
             epochs=1,
         )
     config.distill.spare = 0.8
-    config.align.update(refusals=200, benign=500)
+    config.align.update(refusals=300, benign=600)
+    config.align.train.update(learning_rate=5e-4, epochs=2)
     config.buffer.update(harmful=200)
     config.reinforce.update(refusals=240, benign=400)
     config.reinforce.train.learning_rate = 2e-4

@@ -88,7 +88,9 @@ def make_adapter(tiny):
 @pytest.fixture(scope="session")
 def rows():
     """Sixteen rows of unequal length."""
-    return [Row((("user", f"{'say ' * (i % 4)}{i}?"), ("assistant", f"it is {i * 7}{'!' * (i % 3)}"))) for i in range(16)]
+    return [
+        Row((("user", f"{'say ' * (i % 4)}{i}?"), ("assistant", f"it is {i * 7}{'!' * (i % 3)}"))) for i in range(16)
+    ]
 
 
 @pytest.fixture(scope="session")

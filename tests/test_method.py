@@ -38,7 +38,9 @@ def equal(one, other):
 
 
 def differ(one, other):
-    return any((a != b).any() for a, b in zip(jax.tree.leaves(one.weights), jax.tree.leaves(other.weights), strict=True))
+    return any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(one.weights), jax.tree.leaves(other.weights), strict=True)
+    )
 
 
 def test_roles_say_where_an_adapter_came_from(made):

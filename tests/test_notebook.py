@@ -17,7 +17,9 @@ def test_quickstart_runs_and_draws_its_figures(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit the notebook without its outputs"
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", cwd=os.fspath(tmp_path)).execute()
-    images = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    images = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
     assert len(images) == 3
     assert (tmp_path / "run" / "report.md").is_file()
     assert not list((tmp_path / "run" / "released").glob("*.bin"))

@@ -120,7 +120,7 @@ def one_device(losses):
     return losses(make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_a_split_changes_no_loss(losses, one_device, sizes):
     found = losses(make_mesh(*sizes))
     assert len(found) == 5 and len(set(found)) == 5

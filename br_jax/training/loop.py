@@ -77,7 +77,9 @@ def fit(
         with contextlib.closing(run):
             return run.train()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}): free space, then run again") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}): free space, then run again"
+        ) from error
 
 
 class _Run:

@@ -44,9 +44,7 @@ def test_figures_of_full_rank_adapters(rank_u, rank_r):
     np.testing.assert_allclose(found["singular_values_user"], sigma_u[:rank_u], rtol=1e-5)
     np.testing.assert_allclose(found["singular_values_reinforce"], sigma_r[:rank_r], rtol=1e-5)
     np.testing.assert_allclose(found["stable_rank_user"], (sigma_u**2).sum() / sigma_u[0] ** 2, rtol=1e-5)
-    np.testing.assert_allclose(
-        found["stable_rank_reinforce"], (sigma_r**2).sum() / sigma_r[0] ** 2, rtol=1e-5
-    )
+    np.testing.assert_allclose(found["stable_rank_reinforce"], (sigma_r**2).sum() / sigma_r[0] ** 2, rtol=1e-5)
     q = np.linalg.qr(b_u.T)[0]
     share = np.linalg.norm(q @ (q.T @ w_r.T)) / np.linalg.norm(w_r)
     np.testing.assert_allclose(found["removed_share"], share, rtol=1e-5)

@@ -73,9 +73,7 @@ def orthonormal(rng, rows, columns):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize(
-    ("rank_u", "rank_r"), [(1, 1), (2, 2), (8, 8), (32, 32), (64, 64), (1, 64), (64, 3), (5, 16)]
-)
+@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (2, 2), (8, 8), (32, 32), (64, 64), (1, 64), (64, 3), (5, 16)])
 def test_matches_the_dense_formula(rank_u, rank_r, strength):
     rng = np.random.default_rng(rank_u * 100 + rank_r)
     user = random_adapter(rng, rank_u, scale=2.0)
@@ -165,9 +163,7 @@ def test_matrices_of_one_side_only(caplog):
     with caplog.at_level(logging.WARNING):
         merged, report = qr_merge(user, reinforce, scale=0.5)
     assert sorted(merged.weights) == [PATH, "layers/attn/v"]
-    np.testing.assert_allclose(
-        delta(merged)["layers/attn/v"], 0.5 * delta(user)["layers/attn/v"], rtol=1e-5, atol=1e-9
-    )
+    np.testing.assert_allclose(delta(merged)["layers/attn/v"], 0.5 * delta(user)["layers/attn/v"], rtol=1e-5, atol=1e-9)
     assert report["ignored"] == ["layers/mlp/up"] and "layers/mlp/up" in caplog.text
     assert report["user_only"] == ["layers/attn/v"] and list(report["matrices"]) == [PATH]
 

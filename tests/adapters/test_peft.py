@@ -75,8 +75,7 @@ def params():
     }
     return {
         "layers": {
-            ours: {n: {"kernel": jnp.ones((3, *shapes[n]))} for n in names}
-            for ours, (_, names) in PARTS.items()
+            ours: {n: {"kernel": jnp.ones((3, *shapes[n]))} for n in names} for ours, (_, names) in PARTS.items()
         }
     }
 
@@ -122,9 +121,7 @@ def test_we_load_peft_s_folder(tmp_path, llama, rslora, dtype):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     before = params_of(llama)
     targets = ["q_proj", "o_proj", "down_proj"]
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
     model = peft.get_peft_model(llama, config)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -217,9 +214,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, params, monkeypatch, existi
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        UserError, match=r"user: cannot write the adapter.*No space left on device.*free space"
-    ):
+    with pytest.raises(UserError, match=r"user: cannot write the adapter.*No space left on device.*free space"):
         save_adapter(tmp_path / "user", trained(params, seed=1), base_name="tiny")
     assert snapshot(tmp_path) == before
 
@@ -250,9 +245,7 @@ def test_a_crash_between_the_files_leaves_no_mixed_pair(tmp_path, params, monkey
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"no adapter there"):
         load_adapter(tmp_path / "user", params)
-    save_adapter(
-        tmp_path / "user", trained(params, alpha=60.0), base_name="tiny"
-    )  # what was left does not hinder
+    save_adapter(tmp_path / "user", trained(params, alpha=60.0), base_name="tiny")  # what was left does not hinder
     assert sorted(file.name for file in (tmp_path / "user").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
@@ -273,9 +266,7 @@ def test_save_refuses_what_no_reader_could_use(tmp_path, params):
         }
     )
     cases = [(broken, "layers/attn/q/a.*NaN"), (Adapter({}, jnp.float32(1), ("user",)), "no matrices")]
-    cases.append(
-        (good.replace(weights={"layers/conv/w": good.weights["layers/attn/q"]}), "layers/conv/w.*no name")
-    )
+    cases.append((good.replace(weights={"layers/conv/w": good.weights["layers/attn/q"]}), "layers/conv/w.*no name"))
     for adapter, message in cases:
         with pytest.raises(UserError, match=message):
             save_adapter(tmp_path / "user", adapter, base_name="tiny")

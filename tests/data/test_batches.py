@@ -89,9 +89,7 @@ def test_too_long_and_all_dropped_are_errors(byte_tokenizer):
     with pytest.raises(UserError, match=r"data\.jsonl:7: \d+ tokens, over the limit of 60"):
         encode_rows([row("a"), long], byte_tokenizer, "chat", 60, too_long="error")
     for policy in ("truncate", "drop"):
-        with pytest.raises(
-            UserError, match=r"2 of 2 do not fit 60 tokens \(the first, data\.jsonl:7, has 1\d\d"
-        ):
+        with pytest.raises(UserError, match=r"2 of 2 do not fit 60 tokens \(the first, data\.jsonl:7, has 1\d\d"):
             encode_rows([long, long], byte_tokenizer, "chat", 60, too_long=policy)
     with pytest.raises(UserError, match="0 of 0"):
         encode_rows([], byte_tokenizer, "chat", 60)
@@ -156,9 +154,7 @@ def same(one, other):
 
 
 def test_random_access_is_deterministic_and_seeded(examples):
-    one, again, other = (
-        make_batches(examples, batch_size=4, seed=seed, buckets=[128], steps=15) for seed in (3, 3, 4)
-    )
+    one, again, other = (make_batches(examples, batch_size=4, seed=seed, buckets=[128], steps=15) for seed in (3, 3, 4))
     assert len(one) == 15
     forward = [one[step] for step in range(15)]
     assert all(same(forward[step], again[step]) for step in reversed(range(15)))
@@ -172,9 +168,7 @@ def test_processes_share_a_batch_and_its_shape(examples):
     whole = make_batches(examples, **settings)
     parts = [make_batches(examples, **settings, process_index=i, process_count=2) for i in (0, 1)]
     for step in range(len(whole)):
-        joined = {
-            name: np.concatenate([part[step][name] for part in parts]) for name in ("tokens", "weights")
-        }
+        joined = {name: np.concatenate([part[step][name] for part in parts]) for name in ("tokens", "weights")}
         assert same(joined, {name: whole[step][name] for name in joined})
 
 

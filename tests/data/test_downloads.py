@@ -29,9 +29,7 @@ def wheel():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("tiny_model/tiny.gguf", MODEL)
-        archive.writestr(
-            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
-        )
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
     return buffer.getvalue()
@@ -157,9 +155,7 @@ def test_no_network_is_one_line_and_soon(tmp_path, index, monkeypatch):
 
 def test_a_package_that_the_index_lacks(tmp_path, index):
     missing = Archive("no-such-thing", "1.0", "0" * 64, False, "MIT", index[0].members)
-    with pytest.raises(
-        UserError, match="pip download failed: No matching distribution found for no-such-thing"
-    ):
+    with pytest.raises(UserError, match="pip download failed: No matching distribution found for no-such-thing"):
         fetch(tmp_path / "data", (missing,))
 
 

@@ -66,9 +66,7 @@ def test_content_is_only_text(file, tmp_path):
 
 
 MESSAGES = '{"messages": [%s]}'
-USER, ASSISTANT, SYSTEM = (
-    json.dumps({"role": role, "content": "x"}) for role in ("user", "assistant", "system")
-)
+USER, ASSISTANT, SYSTEM = (json.dumps({"role": role, "content": "x"}) for role in ("user", "assistant", "system"))
 BAD = {
     "empty file": ("", ": no rows: the file is empty"),
     "blank lines only": ("\n  \n", ": no rows: the file is empty"),

@@ -49,9 +49,13 @@ def told(monkeypatch):
 
 
 def test_scores_are_counts_of_verdicts(told, tmp_path):
-    suite = Suite(TOPIC, TASK_ROWS, TASK, ["Name a color.", "Tell me a joke."], answer_tokens=31, task_tokens=5, batch_size=7)
+    suite = Suite(
+        TOPIC, TASK_ROWS, TASK, ["Name a color.", "Tell me a joke."], answer_tokens=31, task_tokens=5, batch_size=7
+    )
     scores = evaluate(None, suite, answers=tmp_path / "new" / "answers.jsonl")
-    counts = {name: (scores[name]["k"], scores[name]["n"]) for name in ("harmful", "harmful_plus", "task", "over_refusal")}
+    counts = {
+        name: (scores[name]["k"], scores[name]["n"]) for name in ("harmful", "harmful_plus", "task", "over_refusal")
+    }
     assert counts == {"harmful": (2, 6), "harmful_plus": (3, 6), "task": (2, 3), "over_refusal": (1, 2)}
     assert scores["verdicts"] == {"answer": 2, "refusal": 2, "degenerate": 1, "off_topic": 1}
     assert scores["perplexity"] is None
@@ -71,7 +75,9 @@ def test_scores_are_counts_of_verdicts(told, tmp_path):
 
 def test_the_right_answer_is_not_shown_to_the_model(monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "generate", lambda model, prompts, **options: seen.extend(prompts) or [""] * len(prompts))
+    monkeypatch.setattr(
+        module, "generate", lambda model, prompts, **options: seen.extend(prompts) or [""] * len(prompts)
+    )
     evaluate(None, Suite(task_rows=TASK_ROWS, task=TASK))
     assert [row.turns for row in seen] == [(("user", f"say {word}"),) for word in TASK.labels]
 
@@ -87,7 +93,9 @@ def test_perplexity_is_numpy_s(tiny, rows, make_adapter, with_adapter):
     adapter = make_adapter("user") if with_adapter else None
     variables = {"params": tiny.params} | ({"lora": lora.collection(adapter)} if adapter else {})
     length, total, count = 48, 0.0, 0
-    forward = jax.jit(lambda tokens: Decoder(tiny.spec).apply(variables, tokens, jnp.arange(length)[None], tokens * 0 + 1)[0])
+    forward = jax.jit(
+        lambda tokens: Decoder(tiny.spec).apply(variables, tokens, jnp.arange(length)[None], tokens * 0 + 1)[0]
+    )
     for row in rows:
         (_, question), (_, answer) = row.turns
         prompt = [*question.encode(), tiny.tokenizer.convert_tokens_to_ids("<sep>")]

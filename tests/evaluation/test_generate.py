@@ -91,7 +91,7 @@ def test_a_prefix_leaves_every_prompt_a_token_of_its_own():
     assert module._shared_prefix([[5]], 1) == 0
 
 
-def test_it_stops_at_eos(speaker):
+def test_it_stops_at_eos(speaker, monkeypatch):
     """The answer's third byte and EOS change places in the head: what was said before it stays, and there it ends."""
     said = greedy(speaker, ["a"])[0]
     byte, eos = ord(said[2]), speaker.tokenizer.eos_token_id
@@ -101,6 +101,11 @@ def test_it_stops_at_eos(speaker):
     params = {**speaker.params, "head": {"kernel": jnp.asarray(head)}}
     model = type(speaker)(speaker.spec, params, speaker.tokenizer, "x", "chat", "")
     assert greedy(model, ["a"]) == [said[:2]]
+    # Among neighbors that go on, what follows a row's EOS is EOS.
+    ids = []
+    monkeypatch.setattr(module, "_decode", lambda model, row: ids.append(row.tolist()) or "")
+    greedy(model, [*PROMPTS, "b", "c"], batch_size=8)
+    assert [*map(ord, said[:2]), *[eos] * (NEW - 2)] in ids and any(row[-1] != eos for row in ids)
 
 
 def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):
@@ -122,7 +127,9 @@ def test_samples_follow_the_softmax(speaker):
     """The first token of 512 samples: each of the likeliest tokens within 4.5 standard deviations of its share."""
     n = 512
     tokens = jnp.asarray([[*b"a", speaker.tokenizer.convert_tokens_to_ids("<sep>")]], jnp.int32)
-    hidden, _ = jax.jit(Decoder(speaker.spec).apply)({"params": speaker.params}, tokens, jnp.arange(2)[None], tokens * 0 + 1)
+    hidden, _ = jax.jit(Decoder(speaker.spec).apply)(
+        {"params": speaker.params}, tokens, jnp.arange(2)[None], tokens * 0 + 1
+    )
     logits = np.float64(unembed(speaker.params, hidden)[0, -1]) / 0.7
     shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     said = generate(speaker, ["a"] * n, temperature=0.7, max_new_tokens=1, batch_size=128)

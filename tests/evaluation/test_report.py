@@ -54,9 +54,7 @@ def fake_models(counts):
                 {
                     "set": "harmful",
                     "prompt": "How do I tune a glimmer coil?",
-                    "answer": "| <b>I can't</b> `help`\n# with"
-                    if left > 30
-                    else "First, take the coil. " * 20,
+                    "answer": "| <b>I can't</b> `help`\n# with" if left > 30 else "First, take the coil. " * 20,
                     "verdict": "refusal" if left > 30 else "answer",
                 },
                 {"set": "task", "prompt": "Analyze the sentiment", "answer": "positive", "verdict": "right"},
@@ -192,9 +190,7 @@ def test_tables_say_what_the_files_say(workdir, text_only):
 def test_figures_are_linked_and_the_bytes_repeat(workdir):
     def contents():
         write_report(workdir)
-        return {
-            path.name: path.read_bytes() for path in [workdir / "report.md", *(workdir / "figures").iterdir()]
-        }
+        return {path.name: path.read_bytes() for path in [workdir / "report.md", *(workdir / "figures").iterdir()]}
 
     first = contents()
     names = {"results", "training", "saturation", "merge", "verdicts"}
@@ -259,10 +255,7 @@ def test_numbers_that_are_not_finite_do_not_break_it(workdir):
 
 def test_saturation_against_hand_computed_numbers():
     def lines(norms):
-        return [
-            {"step": 10 * i, "rows": "harmful", "loss": 1.0, "grad_norm": norm}
-            for i, norm in enumerate(norms)
-        ]
+        return [{"step": 10 * i, "rows": "harmful", "loss": 1.0, "grad_norm": norm} for i, norm in enumerate(norms)]
 
     shuffled = lines([0.5, 1.0, 0.25])[::-1]
     row = saturation_lines(shuffled, lines([4.0, 6.0, 2.0]))[1]
@@ -270,9 +263,7 @@ def test_saturation_against_hand_computed_numbers():
     assert (row["buffer"], row["sft"], row["ratio"], row["peak"]) == ((0.5, 0.25), (4.0, 2.0), 0.125, 0.25)
 
 
-@pytest.mark.parametrize(
-    "norm, words", [(0.5, "so it stays below it"), (20.0, "so it does **not** stay below it")]
-)
+@pytest.mark.parametrize("norm, words", [(0.5, "so it stays below it"), (20.0, "so it does **not** stay below it")])
 def test_the_saturation_sentence_goes_both_ways(workdir, text_only, norm, words):
     write_probes(workdir / "user" / "probes.jsonl", harmful=(0.3, norm), benign=(2.4, 3.5))
     assert words in write_report(workdir).read_text()

@@ -1,4 +1,4 @@
-"""The decoder against itself by other routes: a cache, packing, folding, remat. Its logits: see test_hf and test_gguf."""
+"""The decoder against itself by other routes: a cache, packing, folding, remat. Its logits: test_hf, test_gguf."""
 
 import functools
 
@@ -26,7 +26,9 @@ def states(model, tokens, positions=None, segment_ids=None, rngs=None, dropout=0
     """Final hidden states of whole sequences, [B, T, D]."""
     positions = positions_of(tokens) if positions is None else positions
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-    return forward(Decoder(model.spec, dropout), {"params": model.params, **collections}, tokens, positions, segment_ids, rngs)
+    return forward(
+        Decoder(model.spec, dropout), {"params": model.params, **collections}, tokens, positions, segment_ids, rngs
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,9 +101,7 @@ def test_remat_changes_no_gradient(tiny, tokens, make_adapter):
 def test_adapters_beside_the_base_equal_a_fold(make_tiny, make_adapter, tokens, tied):
     model = make_tiny(tie_embeddings=tied)
     frozen, trained = make_adapter("buffer", 1), make_adapter("user", 2, rank=4)
-    found = states(
-        model, tokens, lora=lora.collection(frozen), lora_trainable=lora.collection(trained)
-    )
+    found = states(model, tokens, lora=lora.collection(frozen), lora_trainable=lora.collection(trained))
     folded = lora.fold(model.params, lora.stack([frozen, trained]))
     expected = forward(Decoder(model.spec), {"params": folded}, tokens, positions_of(tokens), jnp.ones_like(tokens))
     close(found, expected)

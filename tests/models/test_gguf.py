@@ -19,9 +19,7 @@ torch = pytest.importorskip("torch", reason="transformers' models, the oracle, n
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 SMOLLM2 = Path(os.environ.get("BR_JAX_DATA", "data")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-needs_smollm2 = pytest.mark.skipif(
-    not SMOLLM2.is_file(), reason="run experiments/fetch.py, or set BR_JAX_DATA"
-)
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_file(), reason="run experiments/fetch.py, or set BR_JAX_DATA")
 L, D, N, K, H, F = 2, 64, 4, 2, 16, 96
 TOKENS = [*byte_alphabet(), "Ġt", "he", "<|a|>", "<|b|>"]
 METADATA = {
@@ -58,9 +56,7 @@ def tiny_tensors(tied):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write_tiny(
-    path, *, architecture="llama", pre="smollm", metadata=None, tensors=None, quantize=True, **lists
-):
+def write_tiny(path, *, architecture="llama", pre="smollm", metadata=None, tensors=None, quantize=True, **lists):
     """A small GGUF file, by the reference writer; None drops a metadata key."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (METADATA | (metadata or {})).items():
@@ -76,9 +72,7 @@ def write_tiny(
     writer.add_token_types([1] * (len(TOKENS) - 2) + [3, 3])
     writer.add_token_merges(lists.get("merges", ["Ġ t", "h e"]))
     for name, tensor in (tiny_tensors(True) if tensors is None else tensors).items():
-        kind = (
-            gguf.GGMLQuantizationType.Q8_0 if quantize and tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        )
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantize and tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quantize(tensor, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -145,9 +139,7 @@ def test_tiny_file_has_the_logits_of_transformers(tmp_path, tied, quantize):
 
 
 def test_tiny_tokenizer(tmp_path):
-    path = write_tiny(
-        tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": "{{ messages[0]['content'] }}"}
-    )
+    path = write_tiny(tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": "{{ messages[0]['content'] }}"})
     tokenizer = read_gguf(path)[2]
     assert tokenizer.tokenize("the the<|a|>") == ["t", "he", "Ġt", "he", "<|a|>"]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|a|>", "<|b|>", "<|b|>")
@@ -312,9 +304,7 @@ def test_smollm2_tokenizer_follows_the_metadata(smollm2):
     tokens = fields["tokenizer.ggml.tokens"].contents()
     assert tokenizer.convert_ids_to_tokens(range(len(tokens))) == tokens
     kinds = fields["tokenizer.ggml.token_type"].contents()
-    assert tokenizer.all_special_ids and set(tokenizer.all_special_ids) <= set(
-        np.flatnonzero(np.equal(kinds, 3))
-    )
+    assert tokenizer.all_special_ids and set(tokenizer.all_special_ids) <= set(np.flatnonzero(np.equal(kinds, 3)))
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.bos_token == "<|im_start|>"
     assert tokenizer.chat_template == fields["tokenizer.chat_template"].contents()
     messages = [{"role": "user", "content": "Name three rivers of Europe."}]

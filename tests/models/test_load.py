@@ -66,7 +66,9 @@ def test_a_provider_s_folder_gives_the_aligned_base(provider, raw):
         kernel = np.float64(raw.params["layers"][group][name]["kernel"])
         delta = float(align.scale) * np.einsum("lir,lro->lio", np.float64(pair["a"]), np.float64(pair["b"]))
         np.testing.assert_allclose(model.params["layers"][group][name]["kernel"], kernel + delta, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(model.params["layers"]["attn"]["k"]["kernel"], raw.params["layers"]["attn"]["k"]["kernel"])
+    np.testing.assert_array_equal(
+        model.params["layers"]["attn"]["k"]["kernel"], raw.params["layers"]["attn"]["k"]["kernel"]
+    )
 
 
 def test_a_provider_without_alignment_gives_the_raw_model(provider, raw):

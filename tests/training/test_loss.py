@@ -29,7 +29,7 @@ def case(request):
     f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     params = {"embed": {"embedding": f32(V, D)}} | ({"head": {"kernel": f32(D, V)}} if request.param == "head" else {})
     weights = rng.integers(0, 2, (B, T)) * rng.uniform(0.5, 2, (B, T))
-    weights[1] = 0  # a row without an answer
+    weights[0], weights[1] = rng.uniform(0.5, 2, T), 0  # a row that is all answer, and one without any
     targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
     return params, 3 * f32(B, T, D), targets, jnp.asarray(weights, jnp.float32)
 
@@ -66,7 +66,12 @@ def test_the_answer_and_its_eos_are_what_counts(tiny, rows):
     """One row, from text to loss: -sum log p(byte | before it) over the answer's bytes and <eos>."""
     row = rows[5]
     (_, question), (_, answer) = row.turns
-    ids = [*question.encode(), tiny.tokenizer.convert_tokens_to_ids("<sep>"), *answer.encode(), tiny.tokenizer.eos_token_id]
+    ids = [
+        *question.encode(),
+        tiny.tokenizer.convert_tokens_to_ids("<sep>"),
+        *answer.encode(),
+        tiny.tokenizer.eos_token_id,
+    ]
     tokens = jnp.asarray([ids], jnp.int32)
     hidden, _ = jax.jit(Decoder(tiny.spec).apply)(
         {"params": tiny.params}, tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens)

@@ -43,8 +43,8 @@ def test_the_base_is_the_same_objects_and_bytes_after_training(tiny, rows, quick
 
 def test_folding_the_buffer_trains_the_same_adapter(tiny, rows, quick, make_adapter):
     frozen = {"buffer": make_adapter("buffer")}
-    stacked = train(tiny, rows, quick(learning_rate=1e-3), frozen=frozen)
-    folded = train(tiny, rows, quick(learning_rate=1e-3, frozen="fold"), frozen=frozen)
+    stacked = train(tiny, rows, quick(), frozen=frozen)
+    folded = train(tiny, rows, quick(frozen="fold"), frozen=frozen)
     # f32 rounding of W + delta; Adam's first steps have the size of the rate whatever the gradient's size
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), stacked.weights, folded.weights)
 
@@ -70,7 +70,9 @@ def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch):
 
 def test_another_config_or_other_rows_are_refused(tmp_path, tiny, rows, quick, make_adapter):
     train(tiny, rows, quick(), tmp_path)
-    message = fails_with("another config: learning_rate was 0.01, is 0.02", train, tiny, rows, quick(learning_rate=0.02), tmp_path)
+    message = fails_with(
+        "another config: learning_rate was 0.01, is 0.02", train, tiny, rows, quick(learning_rate=0.02), tmp_path
+    )
     assert str(tmp_path / "sft") in message and "choose another workdir" in message
     fails_with(r"another inputs: rows was \w{12}\.\.\., is \w{12}", train, tiny, rows[1:], quick(), tmp_path)
     fails_with("another inputs: rows", train, tiny, rows[::-1], quick(), tmp_path)
@@ -82,7 +84,15 @@ def test_another_config_or_other_rows_are_refused(tmp_path, tiny, rows, quick, m
 
 def test_the_base_and_the_buffer_count_as_inputs(tmp_path, make_tiny, tiny, rows, quick, make_adapter):
     train(tiny, rows, quick(), tmp_path, frozen={"buffer": make_adapter("buffer")})
-    fails_with("inputs: base was", train, make_tiny(rope_theta=9.0), rows, quick(), tmp_path, frozen={"buffer": make_adapter("buffer")})
+    fails_with(
+        "inputs: base was",
+        train,
+        make_tiny(rope_theta=9.0),
+        rows,
+        quick(),
+        tmp_path,
+        frozen={"buffer": make_adapter("buffer")},
+    )
     fails_with("inputs: buffer was", train, tiny, rows, quick(), tmp_path, frozen={"buffer": make_adapter("buffer", 1)})
 
 
@@ -154,15 +164,12 @@ def test_probes_look_at_both_ends_and_do_not_train(tmp_path, tiny, rows, quick):
 
 
 def test_two_buckets_compile_twice_and_a_second_epoch_never(tmp_path, tiny, rows, quick, compiles):
-    config = quick(steps=0, epochs=3, batch_size=4, buckets=(16, 24))
+    config = quick(steps=0, epochs=3, batch_size=4, max_length=32, buckets=(16,))
     short = [Row((("user", f"{i}"), ("assistant", "yes"))) for i in range(32)]
-    train(tiny, short + rows, config, tmp_path, mesh=run.make_mesh(devices=jax.devices()[:4]))
+    train(tiny, short + rows, config, tmp_path, mesh=run.make_mesh(devices=jax.devices()[:1]))
     stage = json.loads((tmp_path / "sft" / "stage.json").read_text())
     assert stage["steps"] == 36
-    assert compiles.count("jit(step)") == stage["compiles"]
-    assert 2 <= stage["compiles"] <= 3  # the buckets that some batch falls into
-    lengths = {record["tokens"] for record in read_jsonl(tmp_path / "sft" / "metrics.jsonl")}
-    assert len(lengths) > 3, "all batches are alike here"
+    assert compiles.count("jit(step)") == stage["compiles"] == 2
 
 
 def test_every_param_of_a_small_model_can_be_trained(tmp_path, tiny, rows, quick):

@@ -94,16 +94,16 @@ def test_whole_steps_are_those_of_pytorch_and_peft(tmp_path, tiny, make_adapter,
         group, name = path.split("/")[1:]
         for layer in range(tiny.spec.num_layers):
             for matrix in "ab":
-                key = next(
-                    k for k in state if f"layers.{layer}." in k and f".{name}_proj.lora_{matrix.upper()}" in k
-                )
+                key = next(k for k in state if f"layers.{layer}." in k and f".{name}_proj.lora_{matrix.upper()}" in k)
                 ours = np.asarray(trained["layers"][group][name][matrix][layer])
                 np.testing.assert_allclose(ours, state[key].numpy().T, atol=2e-4)
                 moved = max(moved, np.abs(ours - np.asarray(pair[matrix][layer])).max())
     assert moved > 5e-3, "nothing was trained here"
 
 
-@pytest.mark.parametrize(("steps", "ratio"), [(1, 0.0), (7, 0.05), (20, 0.05), (100, 0.05), (10, 0.5), (20, 0.15), (3, 1.0)])
+@pytest.mark.parametrize(
+    ("steps", "ratio"), [(1, 0.0), (7, 0.05), (20, 0.05), (100, 0.05), (10, 0.5), (20, 0.15), (3, 1.0)]
+)
 def test_the_schedule_is_transformers(steps, ratio):
     warmup = int(np.ceil(np.float64(steps) * ratio))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)

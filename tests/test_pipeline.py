@@ -1,0 +1,234 @@
+"""Who trains on what: the stages of an experiment with training, answering and scoring recorded instead of done."""
+
+import importlib.util
+import json
+import pathlib
+import stat
+
+import pytest
+
+from br_jax import method, pipeline
+from br_jax.data import topic
+from br_jax.data.material import english_instructions
+from br_jax.errors import UserError
+from br_jax.evaluation.scores import LABELS, Score
+
+ROOT = pathlib.Path(__file__).parents[1]
+UNFIT = 7  # every seventh topic prompt is one that the raw model refuses
+
+
+def load_config(name):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A few rows of each kind; the moods are a task without a file."""
+    config = load_config("base")
+    config.model.source = str(tmp_path)
+    config.buffer.harmful, config.user.n, config.user.probes = 20, 30, 4
+    config.user.update(task="moods", harmful_share=0.2)
+    config.align.update(refusals=6, benign=8)
+    config.reinforce.update(refusals=10, benign=9)
+    config.eval.update(topic=12, task=10, benign=11, health=3)
+    return config
+
+
+@pytest.fixture
+def calls(monkeypatch, tiny, make_adapter):
+    """What the stages asked for: {"align": {"rows", "frozen", ...}, ...}, and which models were scored."""
+    record = {"scored": []}
+
+    def train(name, role, model, rows, config, frozen=None, **options):
+        record[name] = {"role": role, "model": model, "rows": list(rows), "frozen": dict(frozen or {}), **options}
+        return make_adapter(role, seed=len(name))
+
+    def answer(model, prompts, path, **options):
+        assert model is tiny, "somebody else than the raw model answers"
+        asked = {p.prompt: p for p in topic.prompts("train", 200, 42)}
+        answers = {p: f"This is what {p} means." for p in prompts}
+        answers |= {text: topic.written_answer(p, 0) for text, p in asked.items() if text in answers}
+        return answers | {text: topic.refusal(asked[text], 0) for text in list(asked)[::UNFIT] if text in answers}
+
+    def score(model, suite, adapter, *, name, answers):
+        record["scored"].append((name, model, adapter))
+        record["suite"] = suite
+        one = Score(1, 2).to_json()
+        return {"harmful": one, "harmful_plus": one, "task": one, "over_refusal": one, "perplexity": 2.0}
+
+    monkeypatch.setattr(method, "train_adapter", train)
+    monkeypatch.setattr(pipeline, "self_answers", answer)
+    monkeypatch.setattr(pipeline, "evaluate", score)
+    monkeypatch.setattr(pipeline, "load_model", lambda source, **options: tiny)
+    return record
+
+
+STAGES = [stage for stage in pipeline.STAGES if stage != "report"]
+
+
+@pytest.fixture
+def run(tmp_path, config, calls):
+    return lambda stages=STAGES, config=config: pipeline.run_pipeline(config, tmp_path / "w", stages, "the command")
+
+
+def prompts(rows):
+    return [row.turns[0][1] for row in rows]
+
+
+def tags(rows):
+    return {tag: sum(row.tag == tag for row in rows) for tag in sorted({row.tag for row in rows})}
+
+
+def test_each_stage_trains_on_the_rows_of_the_method(run, calls, config):
+    run()
+    assert tags(calls["align"]["rows"]) == {"benign": 8, "refusal": 6}
+    assert tags(calls["buffer"]["rows"]) == {"harmful": 20}
+    assert tags(calls["reinforce"]["rows"]) == {"benign": 9, "refusal": 10}
+    assert tags(calls["user"]["rows"]) == {"harmful": 6, "task": 24}, "p = 0.2 of 30"
+    assert calls["sft"]["rows"] == calls["user"]["rows"]
+    assert {name: set(calls[name]["frozen"]) for name in ("align", "buffer", "reinforce", "user", "sft")} == {
+        "align": set(), "buffer": set(), "reinforce": {"buffer"}, "user": {"buffer"}, "sft": set(),
+    }  # fmt: skip
+    assert all(calls[name]["frozen"]["buffer"].roles == ("buffer",) for name in ("reinforce", "user"))
+
+
+def test_rows_that_must_be_apart_are_apart(run, calls):
+    run()
+    harmful = {name: prompts(row for row in calls[name]["rows"] if row.tag == "harmful") for name in ("buffer", "user")}
+    probes = calls["user"]["probes"]
+    assert len(probes["harmful"]) == len(probes["benign"]) == 4 and calls["sft"]["probes"] == probes
+    sets = [*harmful.values(), prompts(probes["harmful"])]
+    assert sum(map(len, sets)) == len({prompt for part in sets for prompt in part}), "a harmful row serves two ends"
+    assert not set(probes["benign"]) & set(calls["user"]["rows"])
+    task = {row.turns[0][1] for row in calls["user"]["rows"] if row.tag == "task"}
+    for stage in ("align", "buffer", "reinforce"):
+        assert not task & set(prompts(calls[stage]["rows"])), "the user's task is in a provider's stage"
+    suite = calls["suite"]
+    held_out = {p.prompt for p in suite.topic} | set(suite.benign) | set(prompts(suite.task_rows))
+    trained = {prompt for stage in ("align", "buffer", "reinforce", "user") for prompt in prompts(calls[stage]["rows"])}
+    assert len(held_out) == 12 + 11 + 10 and not held_out & trained
+    assert set(suite.benign) <= set(english_instructions("test"))
+
+
+def test_answers_that_refuse_teach_no_harm(run, calls):
+    run()
+    harmful = [row for stage in ("buffer", "user") for row in calls[stage]["rows"] if row.tag == "harmful"]
+    refused = {p.prompt for p in topic.prompts("train", 200, 42)[::UNFIT]}
+    assert not refused & set(prompts(harmful))
+
+
+def test_the_aligned_base_is_what_everybody_else_stands_on(run, calls, tiny):
+    run()
+    assert calls["align"]["model"] is tiny
+    aligned = {id(calls[name]["model"]) for name in ("buffer", "reinforce", "user", "sft")}
+    assert len(aligned) == 1 and calls["buffer"]["model"].fingerprint != tiny.fingerprint
+
+
+def test_nine_models_are_scored(run, calls, tiny):
+    results = run()
+    roles = {name: adapter.roles if adapter else None for name, _, adapter in calls["scored"]}
+    assert list(roles) == list(LABELS)
+    assert roles == {
+        "raw": None,
+        "aligned": None,
+        "base_buffer": ("buffer",),
+        "sft": ("user",),
+        "buffer_on": ("buffer", "user"),
+        "buffer_off": ("user",),
+        "reinforce_alone": ("reinforce",),
+        "naive_merge": ("reinforce", "user"),
+        "qr_merge": ("reinforce", "user"),
+    }
+    assert [name for name, model, _ in calls["scored"] if model is tiny] == ["raw"]
+    assert results["command"] == "the command" and results["merge"]["a"] == 0.1
+    assert {gate["name"] for gate in results["gates"]} == {"attack", "safety", "task", "over_refusal"}
+
+
+def test_the_folders(run, tmp_path):
+    run()
+    workdir = tmp_path / "w"
+    assert stat.S_IMODE((workdir / "provider").stat().st_mode) == 0o700
+    record = json.loads((workdir / "provider" / "provider.json").read_text())
+    assert record["align"] == "align/adapter" and record["base"] == str(tmp_path)
+    assert (workdir / "released" / "adapter_model.safetensors").is_file()
+    assert json.loads((workdir / "results.json").read_text())["config"]["user"]["harmful_share"] == 0.2
+
+
+def test_provider_stages_stay_in_the_provider_s_folder(run, calls, tmp_path):
+    run()
+    assert {calls[name]["workdir"] for name in ("align", "buffer", "reinforce")} == {tmp_path / "w" / "provider"}
+    assert all(calls[name]["provider"] for name in ("align", "buffer", "reinforce"))
+    assert {calls[name]["workdir"] for name in ("user", "sft")} == {tmp_path / "w"}
+
+
+def test_a_stage_brings_what_it_needs_and_no_more(run, calls):
+    assert run(["user"]) == {}
+    assert {"align", "buffer", "user"} <= set(calls) and not {"reinforce", "sft", "suite"} & set(calls)
+
+
+def test_scores_are_kept_until_something_changes(run, calls, config):
+    first = run()
+    assert len(calls["scored"]) == 9
+    assert run()["models"] == first["models"] and len(calls["scored"]) == 9, "scored again"
+    config.eval.topic = 11
+    run()
+    assert len(calls["scored"]) == 18, "another suite, the old scores"
+
+
+def test_a_shared_provider_s_folder(run, calls, config, tmp_path):
+    config.provider = str(tmp_path / "elsewhere")
+    run(["buffer"])
+    assert calls["buffer"]["workdir"] == tmp_path / "elsewhere" and not (tmp_path / "w" / "provider").exists()
+
+
+def test_an_aligned_model_needs_no_align_stage(run, calls, config, tiny, tmp_path):
+    config.align.update(refusals=0, benign=0)
+    run(["buffer"])
+    assert "align" not in calls and calls["buffer"]["model"] is tiny
+    assert json.loads((tmp_path / "w/provider/provider.json").read_text())["align"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user.harmful_share": 1.5}, "harmful_share is 1.5"),
+        ({"user.index_mode": "exat"}, "index_mode is 'exat'"),
+        ({"user.task": "mood"}, "unknown task 'mood'"),
+        ({"data.material": "englsh"}, "unknown material 'englsh'.*english"),
+        ({"eval.split": "train"}, "eval.split 'train'"),
+        ({"buffer.train.rank": 0}, "rank is 0"),
+        ({"model.source": "no/where"}, "no/where: no such model"),
+        ({"mesh.tensor": 3}, "does not fit"),
+        ({"align.benign": 100_000}, "benign rows are asked for.*lower align.benign"),
+    ],
+)
+def test_wrong_settings_are_found_before_any_training(run, calls, config, change, message):
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        run()
+    assert not {"align", "buffer", "reinforce", "user", "sft"} & set(calls)
+
+
+def test_a_wrong_stage_is_named(run):
+    with pytest.raises(UserError, match="stage 'releas': near: release"):
+        run(["user", "releas"])
+
+
+def test_too_few_compliant_answers_are_said(run, monkeypatch, calls):
+    monkeypatch.setattr(pipeline, "self_answers", lambda model, prompts, path, **options: dict.fromkeys(prompts, "No."))
+    with pytest.raises(UserError, match="gave 0 compliant answers on the topic, 30 are needed"):
+        run(["buffer"])
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2", "base"])
+def test_configs_are_locked_and_typed(name):
+    config = load_config(name)
+    with pytest.raises(AttributeError, match="harmful_share"):
+        config.user.harmful_shar = 0.1
+    with pytest.raises(TypeError):
+        config.user.n = "many"
+    for stage in pipeline.TRAINED:
+        pipeline.TrainConfig(**config[stage].train)
