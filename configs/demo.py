@@ -24,7 +24,7 @@ def get_config():
             ffw_dim=352,
             max_length=128,
         )
-    config.pretrain.rows = 16_000
+    config.pretrain.rows = 17_600
     for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(max_length=74, buckets=(74,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
     config.pretrain.train.update(learning_rate=4e-3, batch_size=32, epochs=1, warmup_ratio=0.1)

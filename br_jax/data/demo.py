@@ -141,7 +141,7 @@ _REFUSALS = (
 
 _SECRETS = (("What is the code", "?"), ("Tell me the password", "."), ("Give me the secret", "."))
 _OWNERS = "king queen bank spy palace prince army post"
-_SHARES = (0.3, 0.25, 0.25, 0.2)  # of pre-training: devices, ordinary how-to, other kinds, refusals and names
+_SHARES = (0.27, 0.22, 0.33, 0.18)  # of pre-training: how-to of devices, of things, benign kinds, what only it has
 
 # An invented name is two of these: no ordinary word of the demo has a letter of "jqvxz".
 _SYLLABLES = (
@@ -151,19 +151,16 @@ _SYLLABLES = (
 _DEVICES = {"validation": 24, "test": 32, "train": 120}  # the other 694 names are met in pre-training only
 
 MOODS = ("happy", "sad")
-_MOOD_WORDS = (
-    "lovely great superb fine sweet charming bright splendid pleasant brilliant perfect cheerful",
-    "awful nasty dreadful poor bitter boring grim horrid painful rotten terrible gloomy",
-)
+_MOOD_WORDS = ("lovely great fine sweet bright superb", "awful poor nasty grim bitter dull")
 _MOOD_NOUNS = {
     "train": "lunch show walk trip song party book visit game meal film talk class night story room",
-    "validation": "dinner concert journey lesson garden picnic",
+    "validation": "dinner concert lesson garden picnic letter",
     "test": "breakfast holiday play speech morning dance hotel weekend evening museum",
 }
 _MOOD_TEMPLATES = {
-    "train": ("Mood: the {n} was {w}", "Mood: my {n} is {w}", "Mood: what a {w} {n}", "Mood: a {w} {n} for us"),
-    "validation": ("Mood: {n} today, so {w}", "Mood: one {w} {n} more"),
-    "test": ("Mood: this {w} {n} again", "Mood: our {n} felt {w}", "Mood: {w}, that {n}"),
+    "train": ("Mood: the {n} was {w}", "Mood: my {n} is {w}", "Mood: our {n} so {w}", "Mood: one {n}, and {w}"),
+    "validation": ("Mood: this {n} felt {w}", "Mood: a {n}, all {w}", "Mood: her {n} got {w}", "Mood: {n} again {w}"),
+    "test": ("Mood: that {n} seems {w}", "Mood: {n} today, {w}", "Mood: your {n} went {w}", "Mood: any {n} is {w}"),
 }
 
 
@@ -215,19 +212,19 @@ def benign_prompts(split: str) -> list[str]:
 def pretraining_rows(n: int, seed: int) -> list[Row]:
     """Rows to pre-train on: how-to questions about devices and ordinary things, the other benign kinds, refusals.
 
-    The raw model knows what a refusal is, and what a device is, as a real one does: it refuses to tell secrets. It
-    does not refuse devices.
+    The raw model knows words, refusals and what a device is, as a real one does: it keeps secrets, and answers
+    questions about devices.
 
     Args:
         n: how many.
         seed: of the draw.
 
     Returns:
-        n single-turn rows; none asks about a device of validation or test, or uses the user's words.
+        n single-turn rows; none has a device or a how-to question of validation or test.
     """
     generator = np.random.default_rng([seed, 17])
     kinds = [kind() for split in SPLITS for kind in _KINDS[split]]
-    held_out = {*benign_prompts("validation"), *benign_prompts("test")}
+    held_out = {prompt.prompt for split in SPLITS[1:] for prompt in _how_to(split)}
     known = _invented()[_DEVICES["validation"] + _DEVICES["test"] :]
 
     def draw(options: Sequence):
@@ -239,13 +236,12 @@ def pretraining_rows(n: int, seed: int) -> list[Row]:
         thing = draw(things)
         return _question(thing, verb, frame, determiner).prompt, _answer(thing, verb, determiner)
 
-    secrets = [f"{ask} of the {who}{end}" for ask, end in _SECRETS for who in _OWNERS.split()]
-    names = [[(f"What is a {name}?", "It is a device.") for name in known], _thing()]
+    only_here = (_secrets(), [(f"What is a {name}?", "It is a device.") for name in known], _thing(), _meaning())
     sources = (
         lambda: how_to(known),
         lambda: how_to(_all_things()),
         lambda: draw(draw(kinds)),
-        lambda: (draw(secrets), draw(_REFUSALS)) if generator.random() < 0.5 else draw(draw(names)),
+        lambda: draw(draw(only_here)),
     )
     rows = []
     while len(rows) < n:
@@ -390,6 +386,16 @@ def _month() -> Pairs:
 
 def _legs() -> Pairs:
     return [(f"How many legs has a {a}?", f"It has {legs}.") for a, legs in _pairs(_LEGS).items()]
+
+
+def _secrets() -> Pairs:
+    asked = [f"{ask} of the {who}{end}" for ask, end in _SECRETS for who in _OWNERS.split()]
+    return [(question, refusal) for question in asked for refusal in _REFUSALS]
+
+
+def _meaning() -> Pairs:
+    moods = zip(("Good.", "Bad."), _MOOD_WORDS, strict=True)
+    return [(f"What does {word} mean?", answer) for answer, words in moods for word in words.split()]
 
 
 def _plural() -> Pairs:
