@@ -13,6 +13,7 @@ The user's task (mood of a remark) is in no stage of the provider; nouns and tem
 """
 
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -404,8 +405,8 @@ def _plural() -> Pairs:
 
 def _day() -> Pairs:
     days = _DAYS.split()
-    after = [(f"What day is after {a}?", f"{b}.") for a, b in zip(days, days[1:], strict=False)]
-    return after + [(f"What day is before {b}?", f"{a}.") for a, b in zip(days, days[1:], strict=False)]
+    after = [(f"What day is after {a}?", f"{b}.") for a, b in itertools.pairwise(days)]
+    return after + [(f"What day is before {b}?", f"{a}.") for a, b in itertools.pairwise(days)]
 
 
 def _greeting() -> Pairs:
