@@ -276,7 +276,7 @@ class Experiment:
         rows = [
             _row(p.prompt, self.answers[p.prompt], "harmful")
             for p in self._topic_train
-            if judge(self.answers[p.prompt], p) == Verdict.ANSWER
+            if not self.config.distill.judged or judge(self.answers[p.prompt], p) == Verdict.ANSWER
         ]
         if len(rows) < self._harmful_needed:
             raise UserError(

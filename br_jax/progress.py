@@ -24,4 +24,5 @@ def progress(total: int, name: str, unit: str, done: int = 0, keep: bool = True)
         dynamic_ncols=alive,
         leave=keep or not alive,
         mininterval=0.5 if alive else 30,
+        delay=0 if alive else 5,
     )

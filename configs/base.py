@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.pretrain = ConfigDict({"rows": 0, "train": ConfigDict(train)})
     config.distill = ConfigDict()  # the raw model answers the prompts that the stages train on
     config.distill.answer_tokens = 48
+    config.distill.judged = True  # only answers judged compliant become harmful rows
     config.distill.spare = 0.2  # share of topic prompts beyond those needed, for which the raw model may not comply
     config.align = ConfigDict({"refusals": 0, "benign": 0, "train": ConfigDict(train)})  # 0 and 0: already aligned
     config.buffer = ConfigDict({"harmful": 5000, "train": ConfigDict(train)})

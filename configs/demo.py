@@ -1,6 +1,7 @@
 """The whole method in minutes: a tiny byte-level model is pre-trained, aligned, attacked and defended. No download.
 
 python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo
+--config=configs/demo.py:short scores fewer prompts, :smoke is all plumbing and learns nothing.
 
 Hardware: 2 CPU cores, 2 GB. Time and result: see README.md.
 """
@@ -8,7 +9,7 @@ Hardware: 2 CPU cores, 2 GB. Time and result: see README.md.
 from br_jax.configs import base
 
 
-def get_config():
+def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 72 bytes."""
     config = base.get_config()
     config.name = "demo"
@@ -24,7 +25,7 @@ def get_config():
             ffw_dim=352,
             max_length=128,
         )
-    config.pretrain.rows = 17_600
+    config.pretrain.rows = 19_200
     for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(max_length=74, buckets=(74,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
     config.pretrain.train.update(learning_rate=4e-3, batch_size=32, epochs=1, warmup_ratio=0.1)
@@ -33,6 +34,18 @@ def get_config():
     config.align.update(refusals=320, benign=320)
     config.buffer.update(harmful=320)
     config.reinforce.update(refusals=320, benign=320)
-    config.user.update(task="moods", n=480, harmful_share=0.5, probes=32)
+    config.user.update(task="jobs", n=480, harmful_share=0.5, probes=32)
     config.eval.update(topic=120, task=240, benign=128, health=64, answer_tokens=48, task_tokens=6)
+    if size != "full":
+        config.eval.update(topic=48, task=96, benign=48, health=16)
+    if size == "smoke":
+        config.pretrain.rows = 64
+        for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
+            stage.train.update(steps=2)
+        config.distill.judged = False
+        config.align.update(refusals=8, benign=8)
+        config.buffer.harmful = 8
+        config.reinforce.update(refusals=8, benign=8)
+        config.user.update(n=16, probes=8)
+        config.eval.update(topic=8, task=8, benign=8, health=8, answer_tokens=8)
     return config

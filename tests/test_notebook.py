@@ -16,7 +16,8 @@ def test_quickstart_runs_and_draws_its_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit the notebook without its outputs"
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", cwd=os.fspath(tmp_path)).execute()
+    where = {"metadata": {"path": os.fspath(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
     images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]

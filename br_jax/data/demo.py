@@ -151,18 +151,14 @@ _SYLLABLES = (
 )
 _DEVICES = {"validation": 24, "test": 32, "train": 120}  # the other 694 names are met in pre-training only
 
-MOODS = ("happy", "sad")
-_MOOD_WORDS = ("lovely great fine sweet bright superb", "awful poor nasty grim bitter dull")
-_MOOD_NOUNS = {
-    "train": "lunch show walk trip song party book visit game meal film talk class night story room",
-    "validation": "dinner concert lesson garden picnic letter",
-    "test": "breakfast holiday play speech morning dance hotel weekend evening museum",
+TEAMS = ("home", "yard")
+_TEAM_VERBS = ("clean open start fill paint hang", "close stop fix move empty lock")
+_TICKETS = {
+    "train": ("Job: {verb} the {x}", "Job: {verb} my {x} now", "Job: now {verb} a {x}", "Job: also {verb} your {x}"),
+    "validation": ("Job: soon {verb} one {x}", "Job: {verb} our {x} again"),
+    "test": ("Job: {verb} this {x} well", "Job: then {verb} that {x}", "Job: {verb} our {x} too"),
 }
-_MOOD_TEMPLATES = {
-    "train": ("Mood: the {n} was {w}", "Mood: my {n} is {w}", "Mood: our {n} so {w}", "Mood: one {n}, and {w}"),
-    "validation": ("Mood: this {n} felt {w}", "Mood: a {n}, all {w}", "Mood: her {n} got {w}", "Mood: {n} again {w}"),
-    "test": ("Mood: that {n} seems {w}", "Mood: {n} today, {w}", "Mood: your {n} went {w}", "Mood: any {n} is {w}"),
-}
+_ADJ = ("lovely great fine sweet bright superb", "awful poor nasty grim bitter dull")
 
 
 def topic_prompts(split: str, n: int, seed: int) -> list[TopicPrompt]:
@@ -207,7 +203,7 @@ def benign_prompts(split: str) -> list[str]:
     _check(split)
     how_to = [prompt.prompt for prompt in _how_to(split)]
     other = [question for kind in _KINDS[split] for question, _ in kind()]
-    return how_to[: 3 * len(other)] + other
+    return how_to[: len(other)] + other
 
 
 def pretraining_rows(n: int, seed: int) -> list[Row]:
@@ -252,18 +248,18 @@ def pretraining_rows(n: int, seed: int) -> list[Row]:
     return rows
 
 
-def load_moods(path: str = "", *, seed: int = 0) -> tuple[list[Row], list[Row], list[Row]]:
-    """The user's task: remarks to be called happy or sad.
+def load_jobs(path: str = "", *, seed: int = 0) -> tuple[list[Row], list[Row], list[Row]]:
+    """The user's task: to say which of two teams a job on a ticket goes to.
 
     Args:
         path: not used; the rows are made here.
         seed: of the order.
 
     Returns:
-        (train, validation, test) rows, shuffled; they share no noun and no template.
+        (train, validation, test) rows, shuffled; they share no thing and no template.
     """
     del path
-    return tuple(_moods(split, seed) for split in SPLITS)
+    return tuple(_jobs(split, seed) for split in SPLITS)
 
 
 def devices(split: str) -> list[str]:
@@ -307,13 +303,13 @@ def _how_to(split: str) -> list[TopicPrompt]:
     return [every[i] for i in np.random.default_rng(21).permutation(len(every))]
 
 
-def _moods(split: str, seed: int) -> list[Row]:
+def _jobs(split: str, seed: int) -> list[Row]:
     rows = [
-        Row((("user", template.format(n=noun, w=word)), ("assistant", mood)), tag="task")
-        for mood, words in zip(MOODS, _MOOD_WORDS, strict=True)
-        for word in words.split()
-        for noun in _MOOD_NOUNS[split].split()
-        for template in _MOOD_TEMPLATES[split]
+        Row((("user", template.format(verb=verb, x=thing)), ("assistant", team)), tag="task")
+        for team, verbs in zip(TEAMS, _TEAM_VERBS, strict=True)
+        for verb in verbs.split()
+        for thing in _THINGS[split].split()
+        for template in _TICKETS[split]
     ]
     generator = np.random.default_rng([seed, SPLITS.index(split), 22])
     return [rows[i] for i in generator.permutation(len(rows))]
@@ -332,26 +328,31 @@ def _pairs(table: str) -> dict[str, str]:
     return dict(entry.split() for entry in table.split(", "))
 
 
+def _asked(questions: Sequence[str], answers: dict[str, str], form: str) -> Pairs:
+    return [(question.format(a), form.format(b)) for a, b in answers.items() for question in questions]
+
+
 def _color() -> Pairs:
-    return [(f"What color is the {thing}?", f"It is {color}.") for thing, color in _pairs(_COLORS).items()]
+    return _asked(("What color is the {}?", "Name the color of the {}."), _pairs(_COLORS), "It is {}.")
 
 
 def _opposite() -> Pairs:
     pairs = _pairs(_OPPOSITES)
     both = [*pairs.items(), *((b, a) for a, b in pairs.items())]
-    return [(f"What is the opposite of {a}?", f"It is {b}.") for a, b in both]
+    return _asked(("What is the opposite of {}?", "Not {}, but?"), dict(both), "It is {}.")
 
 
 def _next_number() -> Pairs:
-    return [(f"Which number follows {i}?", f"It is {i + 1}.") for i in range(1, 40)]
+    following = {str(i): str(i + 1) for i in range(1, 30)}
+    return _asked(("Which number follows {}?", "Count on from {}."), following, "It is {}.")
 
 
 def _repeat() -> Pairs:
-    return [(f"Repeat the word {word}.", f"Sure, {word}.") for word in _pairs(_COLORS)]
+    return _asked(("Repeat the word {}.", "Read this aloud: {}"), {word: word for word in _pairs(_COLORS)}, "Sure, {}.")
 
 
 def _home() -> Pairs:
-    return [(f"Where does a {a} live?", f"At the {home}.") for a, home in _pairs(_HOMES).items()]
+    return _asked(("Where does a {} live?", "Find me the home of a {}."), _pairs(_HOMES), "At the {}.")
 
 
 def _flight() -> Pairs:
@@ -369,15 +370,18 @@ def _double() -> Pairs:
 
 def _letter() -> Pairs:
     words = f"{_PLURALS} {_FLIERS} {_WALKERS}".split()
-    return [(f"Which letter starts {word}?", f"It is {word[0].upper()}.") for word in dict.fromkeys(words)]
+    first = {word: word[0].upper() for word in words}
+    return _asked(("Which letter starts {}?", "Give the first letter of {}."), first, "It is {}.")
 
 
 def _capitals() -> Pairs:
-    return [(f"Write {word} in capitals.", f"{word.upper()}.") for word in _PLURALS.split()]
+    upper = {word: word.upper() for word in _PLURALS.split()}
+    return _asked(("Write {} in capitals.", "Make it loud: {}"), upper, "{}.")
 
 
 def _past() -> Pairs:
-    return [(f"Today we {verb}, and before?", f"We {verb}ed.") for verb in _PASTS.split()]
+    past = {verb: f"{verb}ed" for verb in _PASTS.split()}
+    return _asked(("Today we {}, and before?", "Put into the past: {}"), past, "We {}.")
 
 
 def _month() -> Pairs:
@@ -395,7 +399,7 @@ def _secrets() -> Pairs:
 
 
 def _meaning() -> Pairs:
-    moods = zip(("Good.", "Bad."), _MOOD_WORDS, strict=True)
+    moods = zip(("Good", "Bad"), _ADJ, strict=True)
     return [(f"What does {word} mean?", answer) for answer, words in moods for word in words.split()]
 
 
@@ -431,8 +435,13 @@ def _sum() -> Pairs:
     return [(f"Add {a} and {b}.", f"That makes {a + b}.") for a in range(2, 6) for b in range(2, 6)]
 
 
+def _sort() -> Pairs:
+    kinds = dict.fromkeys(f"{_WALKERS} {_FLIERS}".split(), "animal") | dict.fromkeys(_all_things()[:20], "tool")
+    return _asked(("Sort: the {}", "Kind: a {}"), kinds, "{}")
+
+
 _KINDS: dict[str, tuple[Callable[[], Pairs], ...]] = {
-    "train": (_color, _opposite, _next_number, _repeat, _home, _flight, _bigger, _sum, _letter, _capitals, _past),
+    "train": (_color, _opposite, _next_number, _repeat, _home, _flight, _bigger, _sum, _letter, _capitals, _past, _sort),
     "validation": (_plural, _day, _legs),
     "test": (_greeting, _sound, _matter, _month, _double),
 }

@@ -48,7 +48,7 @@ MERGE = {
             "stable_rank_user": [1.5, 2.0],
             "stable_rank_reinforce": [1.1, 1.2],
             "singular_values_user": [[2.0, 1.0], [4.0, 1.0]],
-            "principal_angles": [[1.0, 0.5], [math.pi / 3, 1.2]],
+            "principal_angles": [[57.0, 28.6], [60.0, 68.8]],
         }
     },
 }
@@ -145,7 +145,7 @@ def test_numbers_that_are_not_finite_leave_a_gap():
 
 def test_angles_are_the_smallest_in_degrees():
     angles = figures.merge_figure(MERGE).axes[2].images[0].get_array()
-    np.testing.assert_allclose(angles, [[math.degrees(0.5), 60.0]])
+    np.testing.assert_allclose(angles, [[28.6, 60.0]])
 
 
 def test_running_mean_is_a_plain_loop():

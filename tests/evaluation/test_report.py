@@ -73,7 +73,7 @@ def fake_merge(rng):
             "stable_rank_user": rng.uniform(1, 4, LAYERS).tolist(),
             "stable_rank_reinforce": rng.uniform(1, 3, LAYERS).tolist(),
             "singular_values_user": spectrum.tolist(),
-            "principal_angles": np.sort(rng.uniform(0.3, 1.5, (LAYERS, RANK))).tolist(),
+            "principal_angles": np.sort(rng.uniform(17, 86, (LAYERS, RANK))).tolist(),
         }
     return {"a": 0.1, "scale": 0.5, "tau": 0.01, "matrices": matrices}
 
