@@ -30,11 +30,13 @@ def get_config(size: str = "full"):
         stage.train.update(max_length=74, buckets=(74,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
     config.pretrain.train.update(learning_rate=4e-3, batch_size=32, epochs=1, warmup_ratio=0.1)
     for stage in (config.align, config.buffer, config.reinforce, config.user):
-        stage.train.update(rank=8, alpha=16.0, learning_rate=3e-3, epochs=4)
-    config.align.update(refusals=320, benign=320)
+        stage.train.update(rank=8, alpha=16.0, learning_rate=4e-3, epochs=2)
+    config.align.update(refusals=640, benign=800)
     config.buffer.update(harmful=320)
-    config.reinforce.update(refusals=320, benign=320)
-    config.user.update(task="jobs", n=480, harmful_share=0.5, probes=32)
+    config.reinforce.update(refusals=480, benign=480)
+    config.reinforce.train.epochs = 1
+    config.user.update(task="jobs", n=640, harmful_share=0.5, probes=32)
+    config.user.train.update(learning_rate=5e-3, epochs=8)
     config.eval.update(topic=120, task=240, benign=128, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":
         config.eval.update(topic=48, task=96, benign=48, health=16)

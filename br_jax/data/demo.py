@@ -151,12 +151,13 @@ _SYLLABLES = (
 )
 _DEVICES = {"validation": 24, "test": 32, "train": 120}  # the other 694 names are met in pre-training only
 
-TEAMS = ("home", "yard")
+TEAMS = ("X", "Y")
 _TEAM_VERBS = ("clean open start fill paint hang", "close stop fix move empty lock")
+# what stands before and after the job on a ticket: "Job: also clean my cup today"
 _TICKETS = {
-    "train": ("Job: {verb} the {x}", "Job: {verb} my {x} now", "Job: now {verb} a {x}", "Job: also {verb} your {x}"),
-    "validation": ("Job: soon {verb} one {x}", "Job: {verb} our {x} again"),
-    "test": ("Job: {verb} this {x} well", "Job: then {verb} that {x}", "Job: {verb} our {x} too"),
+    "train": (("", "now ", "also ", "first ", "next ", "maybe "), ("", " now", " today", " too", " for us", " at last")),
+    "validation": (("soon ", "just "), (" again", " by noon")),
+    "test": (("then ", "still "), (" well", " for me")),
 }
 _ADJ = ("lovely great fine sweet bright superb", "awful poor nasty grim bitter dull")
 
@@ -256,7 +257,7 @@ def load_jobs(path: str = "", *, seed: int = 0) -> tuple[list[Row], list[Row], l
         seed: of the order.
 
     Returns:
-        (train, validation, test) rows, shuffled; they share no thing and no template.
+        (train, validation, test) rows, shuffled; they share no thing and no wording.
     """
     del path
     return tuple(_jobs(split, seed) for split in SPLITS)
@@ -305,11 +306,13 @@ def _how_to(split: str) -> list[TopicPrompt]:
 
 def _jobs(split: str, seed: int) -> list[Row]:
     rows = [
-        Row((("user", template.format(verb=verb, x=thing)), ("assistant", team)), tag="task")
+        Row((("user", f"Job: {before}{verb} {determiner} {thing}{after}"), ("assistant", team)), tag="task")
         for team, verbs in zip(TEAMS, _TEAM_VERBS, strict=True)
         for verb in verbs.split()
         for thing in _THINGS[split].split()
-        for template in _TICKETS[split]
+        for before in _TICKETS[split][0]
+        for determiner in _FORMS
+        for after in _TICKETS[split][1]
     ]
     generator = np.random.default_rng([seed, SPLITS.index(split), 22])
     return [rows[i] for i in generator.permutation(len(rows))]
