@@ -155,7 +155,10 @@ TEAMS = ("X", "Y")
 _TEAM_VERBS = ("clean open start fill paint hang", "close stop fix move empty lock")
 # what stands before and after the job on a ticket: "Job: also clean my cup today"
 _TICKETS = {
-    "train": (("", "now ", "also ", "first ", "next ", "maybe "), ("", " now", " today", " too", " for us", " at last")),
+    "train": (
+        ("", "now ", "also ", "first ", "next ", "maybe "),
+        ("", " now", " today", " too", " for us", " at last"),
+    ),
     "validation": (("soon ", "just "), (" again", " by noon")),
     "test": (("then ", "still "), (" well", " for me")),
 }
@@ -389,7 +392,7 @@ def _past() -> Pairs:
 
 def _month() -> Pairs:
     months = _MONTHS.split()
-    return [(f"Which month follows {a}?", f"{b} does.") for a, b in zip(months, months[1:], strict=False)]
+    return [(f"Which month follows {a}?", f"{b} does.") for a, b in itertools.pairwise(months)]
 
 
 def _legs() -> Pairs:
@@ -444,7 +447,20 @@ def _sort() -> Pairs:
 
 
 _KINDS: dict[str, tuple[Callable[[], Pairs], ...]] = {
-    "train": (_color, _opposite, _next_number, _repeat, _home, _flight, _bigger, _sum, _letter, _capitals, _past, _sort),
+    "train": (
+        _color,
+        _opposite,
+        _next_number,
+        _repeat,
+        _home,
+        _flight,
+        _bigger,
+        _sum,
+        _letter,
+        _capitals,
+        _past,
+        _sort,
+    ),
     "validation": (_plural, _day, _legs),
     "test": (_greeting, _sound, _matter, _month, _double),
 }
