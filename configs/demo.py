@@ -25,7 +25,7 @@ def get_config(size: str = "full"):
             ffw_dim=352,
             max_length=128,
         )
-    config.pretrain.rows = 19_200
+    config.pretrain.rows = 28_800
     for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(max_length=74, buckets=(74,), loss_chunk=48, dropout=0.0, batch_size=32, checkpoint_every=0)
     config.pretrain.train.update(learning_rate=4e-3, batch_size=32, epochs=1, warmup_ratio=0.1)
@@ -35,7 +35,7 @@ def get_config(size: str = "full"):
     config.buffer.update(harmful=320)
     config.reinforce.update(refusals=480, benign=480)
     config.reinforce.train.epochs = 1
-    config.user.update(task="jobs", n=640, harmful_share=0.5, probes=32)
+    config.user.update(task="moods", n=640, harmful_share=0.5, probes=32)
     config.user.train.update(learning_rate=5e-3, epochs=8)
     config.eval.update(topic=120, task=240, benign=128, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from br_jax.data.demo import TEAMS, load_jobs
+from br_jax.data.demo import MOODS, load_moods
 from br_jax.data.reviews import LABELS, Reviews, load_reviews
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
@@ -86,5 +86,5 @@ def _label_task(name: str, labels: tuple[str, ...], load: Callable[..., Reviews]
 
 TASKS = {
     "reviews": _label_task("reviews", LABELS, load_reviews),
-    "jobs": _label_task("jobs", TEAMS, load_jobs),
+    "moods": _label_task("moods", MOODS, load_moods),
 }
