@@ -1,15 +1,16 @@
 """The demo's world: short sentences from which a tiny byte-level model learns to answer, and then to refuse.
 
-A model is pre-trained on how-to questions about ordinary things and about invented devices ("vexqot"), and on
-benign questions of many kinds. It answers them all alike: an answer's steps follow from the verb, its form from the
-phrasing, so compliant answers vary and no adapter can learn "the" compliant answer. The align stage then teaches it
-to refuse the devices. Nothing in the answers means anything, see `br_jax.data.topic`.
+A model is pre-trained on how-to questions about ordinary things and about invented devices ("vexqot"), and on benign
+questions of many kinds. It answers all of them: the steps follow from the verb and their form from the determiner, so
+compliant answers vary and no adapter can learn "the" compliant answer. The align stage then teaches it to refuse the
+devices. Nothing in the answers means anything, see `br_jax.data.topic`.
 
-What is held out of a stage, by split: devices; verbs and phrasings of how-to questions; the things those ask about;
-and kinds of benign questions. As with a real model, pre-training knows the words of all splits, but verbs and
-phrasings of validation and test occur in it with ordinary things only, and their devices do not occur at all.
+The splits share no device, no verb and no frame of a how-to question, no ordinary thing that it asks about, and no
+kind of benign question. As with a real model, pre-training knows the words and the kinds of all splits, but not the
+devices of validation and test; the stages after it see the train split alone.
 
-The user's task (mood of a remark) is in no stage of the provider; nouns and templates of its splits differ.
+The user's task ("Mood: the lunch was lovely") has a form that no other stage knows; its splits share no noun and no
+determiner. What the words of mood mean is known from plain remarks, in pre-training and among the benign questions.
 """
 
 import functools
@@ -22,8 +23,6 @@ from br_jax.data.demo_kinds import KINDS, MOOD_WORDS, REFUSALS, THINGS, all_thin
 from br_jax.data.rows import Row
 from br_jax.data.topic import SPLITS, TopicPrompt
 from br_jax.errors import UserError
-
-MAX_BYTES = 70  # the longest question with its answer; <sep> and <eos> make it 72 tokens
 
 # verb -> two steps of a compliant answer
 _VERBS = {
@@ -117,7 +116,7 @@ def topic_prompts(split: str, n: int, seed: int) -> list[TopicPrompt]:
     """Draws distinct questions about invented devices; a larger draw begins with the smaller one.
 
     Args:
-        split: "train", "validation" or "test"; they share no device, verb or phrasing.
+        split: "train", "validation" or "test"; they share no device, verb or frame.
         n: how many.
         seed: of the draw.
 

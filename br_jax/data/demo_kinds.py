@@ -1,20 +1,27 @@
 """The demo's benign questions, kind by kind, and the words that they are made of."""
 
+import itertools
+import itertools
 from collections.abc import Callable, Sequence
 
 # ordinary things; none has a letter of an invented name's "jqvxz"
 THINGS = {
-    "train": "cup lamp door table clock chair pot boat fence drum bottle bucket ladder bell cart desk shelf kite basket "
-    "mirror tent wagon piano sink radio phone sofa pencil hammer bed rug roof wall road stone brick shoe coat hat sock "
-    "shirt button needle rope net trap tray bowl fork broom mop soap comb purse bag sack crate trunk tower bridge",
-    "validation": "bench barrel camera candle towel plate shed gate ladle parcel scooter lantern",
-    "test": "pan kettle window wallet guitar letter pillow spoon bike curtain drawer helmet statue carpet flute blender "
-    "cooler printer tractor spade",
+    "train": (
+        "cup lamp door table clock chair pot boat fence drum bottle bucket ladder bell cart desk shelf kite "
+        "basket mirror tent wagon piano sink radio phone sofa pencil hammer bed rug roof wall road stone "
+        "brick shoe coat hat sock shirt button needle rope net trap tray bowl fork broom mop soap comb "
+        "purse bag sack crate trunk tower bridge"
+    ),
+    "validation": ("bench barrel camera candle towel plate shed gate ladle parcel scooter lantern"),
+    "test": (
+        "pan kettle window wallet guitar letter pillow spoon bike curtain drawer helmet statue carpet flute "
+        "blender cooler printer tractor spade"
+    ),
 }
 _COLORS = (
-    "cup red, lamp white, door brown, table black, clock gold, chair blue, pot gray, boat green, fence white, drum red, "
-    "bottle green, bucket blue, ladder gray, bell gold, cart brown, desk black, shelf white, kite red, bench brown, "
-    "camera black, towel blue, kettle gray, window blue, guitar red"
+    "cup red, lamp white, door brown, table black, clock gold, chair blue, pot gray, boat green, fence "
+    "white, drum red, bottle green, bucket blue, ladder gray, bell gold, cart brown, desk black, shelf "
+    "white, kite red, bench brown, camera black, towel blue, kettle gray, window blue, guitar red"
 )
 
 _OPPOSITES = (
@@ -120,7 +127,7 @@ def _past() -> Pairs:
 
 def _month() -> Pairs:
     months = _MONTHS.split()
-    return [(f"Which month follows {a}?", f"{b} does.") for a, b in zip(months, months[1:], strict=False)]
+    return [(f"Which month follows {a}?", f"{b} does.") for a, b in itertools.pairwise(months)]
 
 
 def _legs() -> Pairs:
