@@ -1,7 +1,6 @@
 """The demo's benign questions, kind by kind, and the words that they are made of."""
 
 import itertools
-import itertools
 from collections.abc import Callable, Sequence
 
 # ordinary things; none has a letter of an invented name's "jqvxz"
