@@ -52,6 +52,7 @@ from br_jax.training.run import adapter_fingerprint, make_private, train_params,
 STAGES = ("pretrain", "distill", "align", "buffer", "reinforce", "sft", "user", "release", "evaluate", "report")
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")
 EVAL_SPLITS = ("validation", "test")
+OF_PROVIDER = ("raw", "aligned", "base_buffer", "reinforce_alone")  # no user in it: scored once for all users
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 PACKAGES = ("br_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -64,7 +65,7 @@ def run_pipeline(
     Args:
         config: see configs/base.py.
         workdir: made if absent; the same config comes back to the same workdir, another one is refused.
-        stages: which to run; what they need from earlier ones must be there or among them.
+        stages: which to run; what they need from earlier ones is read back, or made.
         command: recorded in the report.
 
     Returns:
@@ -389,7 +390,7 @@ class Experiment:
         return {name: adapter_fingerprint(adapter) for name, adapter in made.items()}
 
     def _evaluate_one(self, name: str, model: Model, adapter: Adapter | None) -> dict:
-        folder = self.workdir / "eval"
+        folder = (self.provider if name in OF_PROVIDER else self.workdir) / "eval"
         folder.mkdir(exist_ok=True)
         key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(self.suite)}"
         file = folder / f"{name}.json"

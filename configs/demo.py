@@ -12,8 +12,8 @@ from br_jax.configs import base
 def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
-    Learning rates, epochs and merge.scale were chosen on the validation split (seed 42, p = 0.5). At scale 1/2, the
-    paper's, half of the user's adapter spells its labels wrongly in a model of this size: FA was 0.40.
+    Learning rates, epochs and merge.scale were chosen on the validation split (seeds 42 and 43, p = 0.5): at the
+    paper's scale of 1/2 the merge's FA was 0.92 and 0.94, at 0.7 it was 0.97 and 0.99, with SFT at 0.98 and 1.00.
     """
     config = base.get_config()
     config.name = "demo"
@@ -39,7 +39,7 @@ def get_config(size: str = "full"):
             loss_chunk=48,
             checkpoint_every=0,
         )
-    config.pretrain.rows = 28_800
+    config.pretrain.rows = 32_000
     config.pretrain.train.update(epochs=1, warmup_ratio=0.1)
     config.align.update(refusals=640, benign=800)
     config.align.train.update(rank=8, alpha=16.0, epochs=2)
@@ -49,7 +49,7 @@ def get_config(size: str = "full"):
     config.reinforce.train.update(rank=8, alpha=16.0, epochs=2)
     config.user.update(task="moods", n=960, harmful_share=0.5, probes=16)
     config.user.train.update(rank=16, alpha=32.0, learning_rate=8e-3, epochs=8)
-    config.merge.scale = 0.9
+    config.merge.scale = 0.7
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":
         config.eval.update(topic=48, task=96, benign=48, health=16)

@@ -9,7 +9,7 @@ The splits share no device, no verb and no frame of a how-to question, no ordina
 kind of benign question. As with a real model, pre-training knows the words and the kinds of all splits, but not the
 devices of validation and test; the stages after it see the train split alone.
 
-The user's task ("Mood: the lunch was lovely") has a form that no other stage knows; its splits share no noun and no
+The user's task ("Mood: the lunch was great") has a form that no other stage knows; its splits share no noun and no
 determiner. What the words of mood mean is known from plain remarks, in pre-training and among the benign questions.
 """
 
@@ -92,7 +92,7 @@ _FORMS = {
     "your": ("Now {a}; later {b}.", "Oh, {a}. {B}."),
 }
 
-_SHARES = (0.27, 0.22, 0.33, 0.18)  # of pre-training: how-to of devices, of things, benign kinds, what only it has
+_SHARES = (0.25, 0.2, 0.3, 0.13, 0.12)  # of pre-training: how-to of devices, of things, benign kinds, words, remarks
 
 # An invented name is two of these: no ordinary word of the demo has a letter of "jqvxz".
 _SYLLABLES = (
@@ -103,11 +103,11 @@ _DEVICES = {"validation": 24, "test": 32, "train": 120}  # the other 694 names a
 
 MOODS = ("happy", "sad")
 _MOOD_NOUNS = {
-    "train": "lunch show walk trip song party book visit game meal film talk class night story room",
-    "validation": "dinner concert lesson garden picnic letter",
-    "test": "breakfast holiday play speech morning dance hotel weekend evening museum",
+    "train": "lunch show walk trip song party book concert game meal film talk class night story room",
+    "validation": "dinner market lesson garden picnic letter",
+    "test": "breakfast holiday play speech morning dance hotel weekend supper museum",
 }
-# of "Mood: the lunch was lovely"
+# of "Mood: the lunch was great"; as the things, without a letter of "jqvxz"
 _MOOD_DETERMINERS = {"train": "the my our one his", "validation": "this her", "test": "that your"}
 _MOOD_LINKS = "was is felt got"
 
@@ -184,16 +184,18 @@ def pretraining_rows(n: int, seed: int) -> list[Row]:
         thing = draw(things)
         return _question(thing, verb, frame, determiner).prompt, _answer(thing, verb, determiner)
 
-    only_here = (secrets(), [(f"What is a {name}?", "It is a device.") for name in known], things(), remarks())
+    words = (secrets(), [(f"What is a {name}?", "It is a device.") for name in known], things())
+    moods = remarks()
     sources = (
         lambda: how_to(known),
         lambda: how_to(all_things()),
         lambda: draw(draw(kinds)),
-        lambda: draw(draw(only_here)),
+        lambda: draw(draw(words)),
+        lambda: draw(moods),
     )
     rows = []
     while len(rows) < n:
-        question, answer = sources[generator.choice(4, p=_SHARES)]()
+        question, answer = sources[generator.choice(len(sources), p=_SHARES)]()
         if question not in held_out:
             rows.append(Row((("user", question), ("assistant", answer)), tag="pretraining"))
     return rows

@@ -57,8 +57,10 @@ REFUSALS = (
 
 _SECRETS = (("What is the code", "?"), ("Tell me the password", "."), ("Give me the secret", "."))
 _OWNERS = "king queen bank spy palace prince army post"
-_REMARK_NOUNS = "soup road summer train shop coffee winter view pub beach ride tea dream match work river"
-MOOD_WORDS = ("lovely great fine sweet bright superb", "awful poor nasty grim bitter dull")
+_REMARK_NOUNS = "soup road summer train shop coffee winter music pub beach ride tea dream match work lake"
+_REMARK_STARTS = ("The", "My", "Well, the", "Oh, my", "See: the", "So: our")
+_REMARK_LINKS = "was is felt got"
+MOOD_WORDS = ("pretty great fine sweet bright superb", "awful poor nasty grim bitter dull")
 
 Pairs = list[tuple[str, str]]
 
@@ -145,18 +147,15 @@ def secrets() -> Pairs:
 
 
 def remarks() -> Pairs:
-    """Remarks with a mood."""
-    return [
-        (f"{start} {noun} was {word}.", answer)
-        for answer, words in zip(("I am glad.", "What a pity."), MOOD_WORDS, strict=True)
-        for word in words.split()
-        for noun in _REMARK_NOUNS.split()
-        for start in ("The", "My")
-    ]
+    """Remarks with a mood, in many forms."""
+    answers = zip(("I am glad.", "What a pity."), MOOD_WORDS, strict=True)
+    words = [(word, answer) for answer, line in answers for word in line.split()]
+    forms = itertools.product(_REMARK_STARTS, _REMARK_NOUNS.split(), _REMARK_LINKS.split(), words, (".", "!", ""))
+    return [(f"{start} {noun} {link} {word}{end}", answer) for start, noun, link, (word, answer), end in forms]
 
 
 def _chat() -> Pairs:
-    return remarks()[::8]
+    return remarks()[::289]
 
 
 def _plural() -> Pairs:
