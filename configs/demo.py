@@ -12,8 +12,8 @@ from br_jax.configs import base
 def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
-    Learning rates, epochs and merge.scale were chosen on the validation split (seeds 42 and 43, p = 0.5): at the
-    paper's scale of 1/2 the merge's FA was 0.92 and 0.94, at 0.7 it was 0.97 and 0.99, with SFT at 0.98 and 1.00.
+    Learning rates, rows, epochs and merge.scale were chosen on the validation split (seeds 42 and 43, p = 0.5). There,
+    at the paper's scale of 1/2, FA of the merge was 0.92 and 0.86; at 0.7 it was 1.00 in both, as SFT's.
     """
     config = base.get_config()
     config.name = "demo"
@@ -43,12 +43,12 @@ def get_config(size: str = "full"):
     config.pretrain.train.update(epochs=1, warmup_ratio=0.1)
     config.align.update(refusals=640, benign=800)
     config.align.train.update(rank=8, alpha=16.0, epochs=2)
-    config.buffer.update(harmful=480)
+    config.buffer.update(harmful=800)
     config.buffer.train.update(rank=8, alpha=16.0, epochs=3)
-    config.reinforce.update(refusals=480, benign=640)
-    config.reinforce.train.update(rank=8, alpha=16.0, epochs=2)
+    config.reinforce.update(refusals=320, benign=900)
+    config.reinforce.train.update(rank=8, alpha=16.0, epochs=3)
     config.user.update(task="moods", n=960, harmful_share=0.5, probes=16)
-    config.user.train.update(rank=16, alpha=32.0, learning_rate=8e-3, epochs=8)
+    config.user.train.update(rank=16, alpha=32.0, learning_rate=5e-3, epochs=8)
     config.merge.scale = 0.7
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from br_jax.data import demo
-from br_jax.data.demo_kinds import KINDS, THINGS
+from br_jax.data.demo_kinds import KINDS, REFUSALS, THINGS
 from br_jax.data.topic import SPLITS
 from br_jax.errors import UserError
 from br_jax.evaluation.judge import Verdict, is_refusal, judge
@@ -83,8 +83,9 @@ def test_draws_repeat_and_extend():
 
 def test_texts_are_the_same_in_every_process():
     """Values written down once; a hash that is salted per process would change them."""
-    first = demo.topic_prompts("test", 1, seed=0)[0]
-    assert (first.prompt, demo.refusal(first, 0)) == ("Show how you store that vexvok.", "I will not help to do that.")
+    found = demo.topic_prompts("test", 6, seed=0)
+    assert [p.prompt for p in found[:2]] == ["Show how you store that vexvok.", "We need to build our qulzev."]
+    assert [REFUSALS.index(demo.refusal(prompt, 0)) for prompt in found] == [1, 3, 4, 3, 1, 1]
 
 
 def test_moods_are_split_by_noun_and_determiner():
