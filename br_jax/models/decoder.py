@@ -20,6 +20,36 @@ REMAT_POLICIES = {
 }
 
 
+@jax.custom_vjp
+def low_rank(x: Float[Array, "B T in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "B T out"]:
+    """x A B in the dtype of x; a and b are f32 at rest and so are their gradients.
+
+    Autodiff would make A's and B's gradients as (wide^T thin), which transposes a [B T, out] array for each of them;
+    (thin^T wide) is the same number and transposes [B T, R].
+    """
+    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+
+
+def _low_rank_forward(x, a, b):
+    h = x @ a.astype(x.dtype)
+    return h @ b.astype(x.dtype), (x, h, a, b)
+
+
+def _low_rank_backward(saved, dy):
+    x, h, a, b = saved
+    dh = dy @ b.T.astype(dy.dtype)
+
+    def sum_over_tokens(thin, wide):
+        """[B T R], [B T D] -> [R D] in f32; as matrices, for XLA's CPU has no bf16 dot with more axes."""
+        thin, wide = (array.reshape(-1, array.shape[-1]) for array in (thin, wide))
+        return jnp.matmul(thin.T, wide, preferred_element_type=jnp.float32)
+
+    return dh @ a.T.astype(dy.dtype), sum_over_tokens(dh, x).T, sum_over_tokens(h, dy)
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 class Linear(nn.Module):
     """x W + x A B: a frozen kernel with whatever adapters the variables hold for it."""
 
@@ -30,18 +60,12 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
-        if self.has_variable("lora", "a"):
-            y += self._low_rank("lora", x)
-        if self.has_variable("lora_trainable", "a"):
-            dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
-            y += self._low_rank("lora_trainable", dropped)
+        for collection in ("lora", "lora_trainable"):
+            if self.has_variable(collection, "a"):
+                drops = collection == "lora_trainable" and self.has_rng("dropout")
+                seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
+                y += low_rank(seen, *(self.get_variable(collection, name) for name in "ab"))
         return y
-
-    def _low_rank(self, collection: str, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
-        # The adapter is f32 at rest; it goes down to the compute dtype, never the activations up to f32.
-        a = self.get_variable(collection, "a").astype(x.dtype)
-        b = self.get_variable(collection, "b").astype(x.dtype)
-        return (x @ a) @ b
 
 
 class RMSNorm(nn.Module):

@@ -30,12 +30,12 @@ def answer_loss(
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def cross_entropy(h, t, w):
         logits = unembed(params, h)
         picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
         return jnp.sum(w * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
+    @jax.checkpoint  # round the cond: inside it, the scan would keep a copy of the unembedding for every chunk
     def add(total, xs):
         h, t, w = xs
         return total + jax.lax.cond(jnp.any(w > 0), cross_entropy, lambda h, t, w: jnp.float32(0), h, t, w), None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
-from br_jax.models.decoder import REMAT_POLICIES, Decoder, abstract_params, init_cache, init_params, unembed
+from br_jax.models.decoder import REMAT_POLICIES, Decoder, abstract_params, init_cache, init_params, low_rank, unembed
 
 B, T = 3, 12
 
@@ -126,6 +126,27 @@ def test_dropout_acts_on_the_trainable_adapter_and_with_a_key_only(tiny, tokens,
     np.testing.assert_array_equal(
         states(tiny, tokens, dropout=0.5, lora_trainable=silent, rngs=key), states(tiny, tokens, lora_trainable=silent)
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_rank_gradients_are_those_of_the_formula(dtype):
+    rng = np.random.default_rng(0)
+    x, a, b, dy = (rng.normal(size=shape) for shape in ((2, 5, 7), (7, 3), (3, 6), (2, 5, 6)))
+    x, dy = (jnp.asarray(value, dtype) for value in (x, dy))
+    a, b = (jnp.asarray(value, dtype).astype(jnp.float32) for value in (a, b))
+    x64, a64, b64, dy64 = (np.float64(value) for value in (x, a, b, dy))
+    expected = (
+        x64 @ a64 @ b64,
+        dy64 @ b64.T @ a64.T,
+        np.einsum("btd,bto,ro->dr", x64, dy64, b64),
+        np.einsum("btd,dr,bto->ro", x64, a64, dy64),
+    )
+    y, pullback = jax.vjp(low_rank, x, a, b)
+    for found, wanted in zip((y, *pullback(dy)), expected, strict=True):
+        # one rounding of the product in the middle to the compute dtype, one of the result
+        tolerance = 4 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max()
+        np.testing.assert_allclose(np.float64(found), wanted, rtol=0, atol=tolerance)
+    assert y.dtype == dtype and [g.dtype for g in pullback(dy)] == [dtype, jnp.float32, jnp.float32]
 
 
 def test_f32_adapters_do_not_lift_a_bf16_base(make_tiny, make_adapter, tokens):

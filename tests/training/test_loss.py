@@ -1,5 +1,7 @@
 """The answer loss against float64 numpy, for every chunk size."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,14 @@ def test_the_gradient_is_that_of_plain_jax(case):
     expected = jax.grad(plain, (0, 1))(params, hidden)
     found = jax.jit(jax.grad(lambda p, h: answer_loss(p, h, targets, weights, 2), (0, 1)))(params, hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_the_unembedding_is_not_kept_for_every_chunk(case):
+    params, hidden, targets, weights = case
+    gradient = jax.jit(jax.grad(lambda h: answer_loss(params, h, targets, weights, 2)))
+    shapes = set(re.findall(r"tensor<([0-9x]+)xf32>", gradient.lower(hidden).as_text()))
+    assert shapes & {f"{V}x{D}", f"{D}x{V}"}
+    assert not [shape for shape in shapes if shape.endswith((f"x{V}x{D}", f"x{D}x{V}"))]
 
 
 def test_without_answers_loss_and_gradient_are_zero(case):
