@@ -23,11 +23,12 @@ def get_config():
             buckets=(64, 80, 96),
             loss_chunk=16,
             frozen="fold",
+            remat="dots",
             epochs=1,
         )
     config.distill.spare = 0.8
-    config.align.update(refusals=300, benign=600)
-    config.align.train.update(learning_rate=5e-4, epochs=2)
+    config.align.update(refusals=400, benign=600)
+    config.align.train.update(learning_rate=8e-4, epochs=2)
     config.buffer.update(harmful=200)
     config.reinforce.update(refusals=240, benign=400)
     config.reinforce.train.learning_rate = 2e-4

@@ -106,10 +106,10 @@ def test_too_few_and_missing(load, lines, tmp_path):
         load_reviews(tmp_path / "nowhere")
 
 
-REAL = Path(os.environ.get("BR_JAX_DATA", "")) / NAME
+REAL = Path(os.environ.get("BR_JAX_DATA", "data")) / NAME
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason=f"no {NAME} under $BR_JAX_DATA")
+@pytest.mark.skipif(not REAL.is_file(), reason="run experiments/fetch.py, or set BR_JAX_DATA")
 def test_the_real_file():
     train, validation, test = load_reviews(REAL)
     assert (len(validation), len(test)) == (200, 872)
