@@ -97,7 +97,13 @@ def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, A
 
 
 def release(
-    model: Model, user: Adapter, reinforce: Adapter, a: float = 0.1, scale: float = 0.5, tau: float = 0.01
+    model: Model,
+    user: Adapter,
+    reinforce: Adapter,
+    a: float = 0.1,
+    scale: float = 0.5,
+    tau: float = 0.01,
+    reinforce_scale: float = 1.0,
 ) -> Adapter:
     """What the user gets: Reinforce QR-merged into User; a function of (base, user, reinforce) alone.
 
@@ -105,7 +111,7 @@ def release(
         model: the aligned base that both were trained on.
         user: from `train_user`.
         reinforce: from `train_reinforce`.
-        a, scale, tau: see `qr_merge`.
+        a, scale, tau, reinforce_scale: see `qr_merge`.
 
     Returns:
         One adapter of rank R_U + R_R with roles ("reinforce", "user").
@@ -120,7 +126,7 @@ def release(
                 "Buffer and what holds it are never released"
             )
         lora.validate(adapter, model.params)
-    return qr_merge(user, reinforce, a, scale, tau)[0]
+    return qr_merge(user, reinforce, a, scale, tau, reinforce_scale)[0]
 
 
 def _rows(rows: Rows) -> Sequence[Row]:

@@ -350,7 +350,7 @@ class Experiment:
 
     def variants(self) -> dict[str, tuple[Model, Adapter | None]]:
         """The nine models of the report."""
-        merge = self.config.merge
+        merge = self.config.merge.to_dict()
         adapters = {"user": self._user, "buffer": self._buffer}
         return {
             "raw": (self.raw, None),
@@ -360,7 +360,10 @@ class Experiment:
             "buffer_on": (self.aligned, lora.stack(adapters)),
             "buffer_off": (self.aligned, lora.stack(method.detach(adapters, "buffer"))),
             "reinforce_alone": (self.aligned, self._reinforce),
-            "naive_merge": (self.aligned, method.release(self.aligned, self._user, self._reinforce, 0.0, merge.scale)),
+            "naive_merge": (
+                self.aligned,
+                method.release(self.aligned, self._user, self._reinforce, **merge | {"a": 0.0}),
+            ),
             "qr_merge": (self.aligned, self._released),
         }
 

@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.user.index_mode = "exact"  # or "reference", method.md's off-by-one
     config.user.probes = 8  # rows of each kind whose loss and gradient are followed
     config.user.train = ConfigDict(train)
-    config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01})
+    config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01, "reinforce_scale": 1.0})
 
     config.eval = ConfigDict()
     config.eval.split = "test"  # "validation" for tuning

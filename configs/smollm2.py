@@ -30,8 +30,11 @@ def get_config():
     config.align.update(refusals=400, benign=600)
     config.align.train.update(learning_rate=8e-4, epochs=2)
     config.buffer.update(harmful=200)
-    config.reinforce.update(refusals=240, benign=400)
-    config.reinforce.train.learning_rate = 2e-4
+    config.reinforce.update(refusals=120, benign=600)
+    config.reinforce.train.learning_rate = 1.5e-4
+    config.merge.update(scale=1.0, reinforce_scale=0.1)
     config.user.n = 400
-    config.user.train.epochs = 2
+    config.user.train.update(epochs=2, probe_every=25)
+    config.user.probes = 32
+    config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
     return config

@@ -21,13 +21,18 @@ Weights = dict[str, dict[str, Array]]
 
 
 def qr_merge(
-    user: Adapter, reinforce: Adapter, a: float = 0.1, scale: float = 0.5, tau: float = 0.01
+    user: Adapter,
+    reinforce: Adapter,
+    a: float = 0.1,
+    scale: float = 0.5,
+    tau: float = 0.01,
+    reinforce_scale: float = 1.0,
 ) -> tuple[Adapter, dict[str, Any]]:
     """Merges two adapters after taking out of the second what would disturb the first.
 
-    Per matrix and layer: W = scale * (W_U + (I - a Q Q^T) W_R), Q spanning the user's effective output space
-    (see `diagnostics.effective_basis`). Exact in low rank: only the reinforce adapter's `b` changes, and the
-    two are concatenated along the rank. A matrix that only the user has becomes scale * W_U; one that only
+    Per matrix and layer: W = scale * (W_U + reinforce_scale * (I - a Q Q^T) W_R), Q spanning the user's effective
+    output space (see `diagnostics.effective_basis`). Exact in low rank: only the reinforce adapter's `b` changes, and
+    the two are concatenated along the rank. A matrix that only the user has becomes scale * W_U; one that only
     the reinforce adapter has is left out, as in the reference code, with a warning.
 
     Args:
@@ -36,16 +41,18 @@ def qr_merge(
         a: orthogonalization strength (the paper's alpha), 0 (plain average) to 1.
         scale: factor of the sum.
         tau: an eigenvalue of A_U A_U^T counts above tau times the largest; 0 <= tau < 1.
+        reinforce_scale: factor of W_R alone; 1 in the paper, less where Reinforce makes the model over-refuse.
 
     Returns:
         One adapter (scale 1, rank R_U + R_R, roles united) and the figures of the merge, ready for JSON:
-        "a", "scale", "tau", "user_only" and "ignored" (paths), and "matrices": path -> lists over layers.
+        the settings by name, "user_only" and "ignored" (paths), and "matrices": path -> lists over layers.
 
     Raises:
         UserError: a buffer among the roles, a setting out of range, numbers that are not finite, or adapters
             that do not belong together.
     """
-    _check(user, reinforce, a, scale, tau)
+    settings = {"a": float(a), "scale": float(scale), "tau": float(tau), "reinforce_scale": float(reinforce_scale)}
+    _check(user, reinforce, settings)
     shared = sorted(user.weights.keys() & reinforce.weights.keys())
     user_only = sorted(user.weights.keys() - reinforce.weights.keys())
     ignored = sorted(reinforce.weights.keys() - user.weights.keys())
@@ -59,7 +66,7 @@ def qr_merge(
                 user.weights,
                 {path: reinforce.weights[path] for path in shared},
                 user.scale,
-                reinforce.scale,
+                reinforce_scale * reinforce.scale,
                 jnp.float32(a),
                 jnp.float32(scale),
                 jnp.float32(tau),
@@ -67,7 +74,6 @@ def qr_merge(
         )
     merged = Adapter(weights, jnp.float32(1), lora.union_of_roles([user, reinforce]))
     matrices = {path: _as_lists(report) for path, report in jax.device_get(reports).items()}
-    settings = {"a": float(a), "scale": float(scale), "tau": float(tau)}
     return merged, {**settings, "user_only": user_only, "ignored": ignored, "matrices": matrices}
 
 
@@ -103,7 +109,7 @@ def _merge_weights(
     return weights, reports
 
 
-def _check(user: Adapter, reinforce: Adapter, a: float, scale: float, tau: float) -> None:
+def _check(user: Adapter, reinforce: Adapter, settings: Mapping[str, float]) -> None:
     """Raises a `UserError` for what must not or cannot be merged."""
     for name, adapter in {"user": user, "reinforce": reinforce}.items():
         if "buffer" in adapter.roles:
@@ -112,8 +118,9 @@ def _check(user: Adapter, reinforce: Adapter, a: float, scale: float, tau: float
                 "first, a buffer must never be released"
             )
         lora.require_finite(adapter)
-    if not (0 <= a <= 1 and 0 <= tau < 1 and math.isfinite(scale)):
-        raise UserError(f"QR merge: a={a} must lie in [0, 1], tau={tau} in [0, 1) and scale={scale} be finite")
+    if not (0 <= settings["a"] <= 1 and 0 <= settings["tau"] < 1 and all(map(math.isfinite, settings.values()))):
+        given = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise UserError(f"QR merge: {given}: a must lie in [0, 1], tau in [0, 1), and all be finite")
     shared = user.weights.keys() & reinforce.weights.keys()
     if not shared:
         raise UserError(

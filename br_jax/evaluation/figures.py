@@ -282,7 +282,7 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
         if index % 3 == 0:
             axis.set_yticks(range(len(names)), [_matrix_label(name) for name in names])
     _spectrum(axes[-1], {name: matrices[name].get("singular_values_user") for name in names})
-    known = [key for key in ("a", "scale", "tau") if is_finite(merge.get(key))]
+    known = [key for key in ("a", "scale", "tau", "reinforce_scale") if is_finite(merge.get(key))]
     settings = "".join(f", {key} = {merge[key]:g}" for key in known)
     figure.suptitle(f"QR merge by matrix and layer{settings}")
     return figure

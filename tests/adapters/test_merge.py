@@ -83,6 +83,20 @@ def test_matches_the_dense_formula(rank_u, rank_r, strength):
     assert merged.roles == ("reinforce", "user") and float(merged.scale) == 1.0
 
 
+def test_reinforce_scale_is_a_factor_of_reinforce_alone():
+    rng = np.random.default_rng(3)
+    user, reinforce = random_adapter(rng, 4), random_adapter(rng, 3, role="reinforce")
+    merged, report = qr_merge(user, reinforce, a=0.5, reinforce_scale=0.25)
+    weaker = reinforce.replace(scale=reinforce.scale * 0.25)
+    np.testing.assert_allclose(
+        np.float64(delta(merged)[PATH]),
+        dense_merge(user, weaker, 0.5),
+        rtol=0,
+        atol=1e-5 * np.abs(delta(user)[PATH]).max(),
+    )
+    assert report["reinforce_scale"] == 0.25
+
+
 def degenerate_users():
     """Users whose factors are not of full rank, by name."""
     rng = np.random.default_rng(7)
@@ -186,7 +200,15 @@ def test_refuses_what_must_not_be_merged(change, message):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"a": -0.1}, {"a": 1.1}, {"tau": 1.0}, {"scale": float("inf")}, {"a": float("nan")}]
+    "settings",
+    [
+        {"a": -0.1},
+        {"a": 1.1},
+        {"tau": 1.0},
+        {"scale": float("inf")},
+        {"a": float("nan")},
+        {"reinforce_scale": float("inf")},
+    ],
 )
 def test_refuses_settings_out_of_range(settings):
     rng = np.random.default_rng(14)
