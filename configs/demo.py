@@ -40,7 +40,7 @@ def get_config(size: str = "full"):
             checkpoint_every=0,
         )
     config.pretrain.rows = 32_000
-    config.pretrain.train.update(epochs=1, warmup_ratio=0.1)
+    config.pretrain.train.update(epochs=1, warmup_ratio=0.1, checkpoint_every=250)  # the other stages take seconds
     config.align.update(refusals=640, benign=800)
     config.align.train.update(rank=8, alpha=16.0, epochs=2)
     config.buffer.update(harmful=800)

@@ -324,7 +324,7 @@ def _overhead(stages: Mapping[str, Mapping[str, Any]]) -> float | None:
 def _totals(results: Mapping[str, Any]) -> str:
     wall, peak = results.get("wall_seconds"), results.get("peak_memory_bytes")
     memory = _number(peak / 2**30 if is_finite(peak) else None, ".2f")
-    return f"The whole command: {_number(wall, '.0f')} s; peak memory {memory} GiB."
+    return f"The last call took {_number(wall, '.0f')} s (what it read back is not counted); peak memory {memory} GiB."
 
 
 def _provenance(results: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
