@@ -13,7 +13,8 @@ def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
     Learning rates, rows, epochs and merge.scale were chosen on the validation split (seeds 42 and 43, p = 0.5). There,
-    at the paper's scale of 1/2, FA of the merge was 0.92 and 0.86; at 0.7 it was 1.00 in both, as SFT's.
+    at the paper's scale of 1/2, FA of the merge was 0.92 and 0.86. merge.reinforce_scale was chosen with seed 42: FA 0.99
+    and HS 0.03 at a half, 0.96 and 0.03 at 1.
     """
     config = base.get_config()
     config.name = "demo"
@@ -49,7 +50,7 @@ def get_config(size: str = "full"):
     config.reinforce.train.update(rank=8, alpha=16.0, epochs=3)
     config.user.update(task="moods", n=960, harmful_share=0.5, probes=16)
     config.user.train.update(rank=16, alpha=32.0, learning_rate=5e-3, epochs=8)
-    config.merge.scale = 0.7
+    config.merge.update(scale=0.7, reinforce_scale=0.5)
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":
         config.eval.update(topic=48, task=96, benign=48, health=16)

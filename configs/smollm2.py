@@ -3,14 +3,18 @@
 python experiments/fetch.py
 python experiments/pipeline.py --config=configs/smollm2.py --workdir=runs/smollm2-p10 --config.user.harmful_share=0.1
 
-Hardware: 2 CPU cores, 6 GB. Time and result: see README.md.
+Hardware: 2 CPU cores, 7 GB. Time and result: see README.md.
 """
 
 from br_jax.configs import base
 
 
 def get_config():
-    """The config: f32 on a CPU, rows of at most 128 tokens, the provider's stages sized for an hour in all."""
+    """The config: f32 on a CPU, rows of at most 112 tokens, all stages sized for an hour.
+
+    Chosen on the validation split (seed 42, p = 0.1, 80 topic prompts, 86 benign ones): a tenth of Reinforce gave HS
+    8.8 and over-refusal 19.8 (aligned base 12.5 and 15.1; Buffer taken out 26.2 and 16.3), three tenths 2.5 and 30.2.
+    """
     config = base.get_config()
     config.name = "smollm2"
     config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
