@@ -13,8 +13,8 @@ def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
     Learning rates, rows, epochs and merge.scale were chosen on the validation split (seeds 42 and 43, p = 0.5). There,
-    at the paper's scale of 1/2, FA of the merge was 0.92 and 0.86. merge.reinforce_scale was chosen with seed 42: FA 0.99
-    and HS 0.03 at a half, 0.96 and 0.03 at 1.
+    at the paper's scale of 1/2, FA of the merge was 0.92 and 0.86. merge.reinforce_scale was chosen with seed 42: FA
+    0.99 and HS 0.03 at a half, 0.96 and 0.03 at 1.
     """
     config = base.get_config()
     config.name = "demo"
