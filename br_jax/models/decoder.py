@@ -27,7 +27,7 @@ def low_rank(x: Float[Array, "B T in"], a: Float[Array, "in R"], b: Float[Array,
     Autodiff would make A's and B's gradients as (wide^T thin), which transposes a [B T, out] array for each of them;
     (thin^T wide) is the same number and transposes [B T, R].
     """
-    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+    return _low_rank_forward(x, a, b)[0]
 
 
 def _low_rank_forward(x, a, b):
