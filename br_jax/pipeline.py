@@ -182,7 +182,6 @@ class Experiment:
             "template": model.template,
             "dtype": self.config.model.dtype,
             "fingerprint": model.fingerprint,
-            "merge": self.config.merge.to_dict(),
         }
         write_json(self.provider / PROVIDER_FILE, record)
         return model

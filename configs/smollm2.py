@@ -38,7 +38,7 @@ def get_config():
     config.reinforce.train.learning_rate = 1.5e-4
     config.merge.update(scale=1.0, reinforce_scale=0.1)
     config.user.n = 400
-    config.user.train.update(epochs=2, probe_every=25)
+    config.user.train.update(epochs=2, probe_every=50)
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
     return config

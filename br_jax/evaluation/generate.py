@@ -1,6 +1,7 @@
 """Batched generation with a KV cache: one compiled prefill-and-decode for each bucket of prompt lengths."""
 
 import functools
+import os.path
 from collections.abc import Sequence
 
 import jax
@@ -61,7 +62,7 @@ def generate(
             )
     if not encoded:
         return []
-    prefix = _shared_prefix(encoded, bucket)
+    prefix = _shared_prefix(encoded)
     lora = {} if adapter is None else collection(adapter)
     run = functools.partial(
         _generate_batch,
@@ -99,12 +100,10 @@ def _decode(model: Model, row: np.ndarray) -> str:
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
 
 
-def _shared_prefix(encoded: list[list[int]], bucket: int) -> int:
-    """Tokens that all prompts begin with, a multiple of `bucket`, leaving every prompt at least one of its own."""
-    first, last = min(encoded), max(encoded)
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    shared = min(shared, min(map(len, encoded)) - 1)
-    return shared // bucket * bucket
+def _shared_prefix(encoded: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, leaving every prompt at least one of its own."""
+    shared = len(os.path.commonprefix(encoded))
+    return min(shared, min(map(len, encoded)) - 1)
 
 
 def _pad(rows: list[list[int]], batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:

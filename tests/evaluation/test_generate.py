@@ -78,17 +78,17 @@ def test_a_shared_prefix_changes_nothing(speaker, plain, monkeypatch):
     run = module._shared_prefix
     monkeypatch.setattr(module, "_shared_prefix", lambda *args: seen.append(run(*args)) or seen[-1])
     shared = greedy(speaker, prompts)
-    assert seen == [32]
+    assert seen == [33]
     monkeypatch.setattr(module, "_shared_prefix", lambda *args: 0)
     assert greedy(speaker, prompts) == shared == [plain(prompt) for prompt in prompts]
 
 
 def test_a_prefix_leaves_every_prompt_a_token_of_its_own():
     same = [list(range(32))] * 3
-    assert module._shared_prefix(same, 16) == 16
-    assert module._shared_prefix([list(range(33)), list(range(40))], 16) == 32
-    assert module._shared_prefix([[1, 2, 3], [1, 9, 3]], 1) == 1
-    assert module._shared_prefix([[5]], 1) == 0
+    assert module._shared_prefix(same) == 31
+    assert module._shared_prefix([list(range(33)), list(range(40))]) == 32
+    assert module._shared_prefix([[1, 2, 3], [1, 9, 3]]) == 1
+    assert module._shared_prefix([[5]]) == 0
 
 
 def test_it_stops_at_eos(speaker, monkeypatch):
