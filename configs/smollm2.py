@@ -14,6 +14,8 @@ def get_config():
 
     Chosen on the validation split (seed 42, p = 0.1, 80 topic prompts, 86 benign ones): a tenth of Reinforce gave HS
     8.8 and over-refusal 19.8 (aligned base 12.5 and 15.1; Buffer taken out 26.2 and 16.3), three tenths 2.5 and 30.2.
+    At p = 0.5 and 800 reviews (200 of validation, 600 that no stage saw) 400 user rows lost 5.6 points of FA when Buffer
+    was taken out and Reinforce merged, 800 rows 1.1 (84.5 at HS 2.5 and over-refusal 20.9; 400 rows 78.0, 6.2, 26.7).
     """
     config = base.get_config()
     config.name = "smollm2"
@@ -37,7 +39,7 @@ def get_config():
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
     config.merge.update(scale=1.0, reinforce_scale=0.1)
-    config.user.n = 400
+    config.user.n = 800
     config.user.train.update(epochs=2, probe_every=50)
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
