@@ -12,9 +12,9 @@ from br_jax.configs import base
 def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
-    Learning rates, rows, epochs and merge.scale were chosen on the validation split (seeds 42 and 43, p = 0.5). There,
-    at the paper's scale of 1/2, FA of the merge was 0.92 and 0.86. merge.reinforce_scale was chosen with seed 42: FA
-    0.99 and HS 0.03 at a half, 0.96 and 0.03 at 1.
+    Learning rates, rows, epochs and the merge were chosen on the validation split (seeds 42 to 44, p = 0.5). There, for
+    seed 43, 960 user rows (8 epochs at 5e-3) gave FA 0.92 without Buffer and 0.64 merged at scale 0.7 with half of
+    Reinforce; these 1,900 rows give 1.00 and 1.00 at HS 0.01 and over-refusal 0.04, with a tenth of it.
     """
     config = base.get_config()
     config.name = "demo"
@@ -48,9 +48,9 @@ def get_config(size: str = "full"):
     config.buffer.train.update(rank=8, alpha=16.0, epochs=3)
     config.reinforce.update(refusals=320, benign=900)
     config.reinforce.train.update(rank=8, alpha=16.0, epochs=3)
-    config.user.update(task="moods", n=960, harmful_share=0.5, probes=16)
-    config.user.train.update(rank=16, alpha=32.0, learning_rate=5e-3, epochs=8)
-    config.merge.update(scale=0.7, reinforce_scale=0.5)
+    config.user.update(task="moods", n=1900, harmful_share=0.5, probes=16)
+    config.user.train.update(rank=16, alpha=32.0, epochs=3)
+    config.merge.update(scale=1.0, reinforce_scale=0.1)
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":
         config.eval.update(topic=48, task=96, benign=48, health=16)
