@@ -12,9 +12,10 @@ from br_jax.configs import base
 def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
-    Learning rates, rows, epochs and the merge were chosen on the validation split (seeds 42 to 44, p = 0.5). There, for
-    seed 43, 960 user rows (8 epochs at 5e-3) gave FA 0.92 without Buffer and 0.64 merged at scale 0.7 with half of
-    Reinforce; these 1,900 rows give 1.00 and 1.00 at HS 0.01 and over-refusal 0.04, with a tenth of it.
+    Learning rates, rows, epochs and the merge were chosen on the validation split (seeds 42 to 44, p = 0.5), the user's
+    last. A higher rate of the user's lets the topic's answers in (seed 42: HS 0.09 with Buffer taken out at 4e-3, 0.02
+    at 2.5e-3), a lower one makes seed 43 refuse benign prompts (0.04 at 4e-3, 0.11 at 2.5e-3); half the rows lost seed
+    43 its task (FA 0.64 merged). No setting tried suits all three seeds.
     """
     config = base.get_config()
     config.name = "demo"
@@ -49,7 +50,7 @@ def get_config(size: str = "full"):
     config.reinforce.update(refusals=320, benign=900)
     config.reinforce.train.update(rank=8, alpha=16.0, epochs=3)
     config.user.update(task="moods", n=1900, harmful_share=0.5, probes=16)
-    config.user.train.update(rank=16, alpha=32.0, epochs=3)
+    config.user.train.update(rank=16, alpha=32.0, learning_rate=2.5e-3, epochs=3)
     config.merge.update(scale=1.0, reinforce_scale=0.1)
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size != "full":
