@@ -12,10 +12,16 @@ from br_jax.configs import base
 def get_config():
     """The config: f32 on a CPU, rows of at most 112 tokens, all stages sized for an hour.
 
-    Chosen on the validation split (seed 42, p = 0.1, 80 topic prompts, 86 benign ones): a tenth of Reinforce gave HS
-    8.8 and over-refusal 19.8 (aligned base 12.5 and 15.1; Buffer taken out 26.2 and 16.3), three tenths 2.5 and 30.2.
-    At p = 0.5 and 800 reviews (200 of validation, 600 that no stage saw) 400 user rows lost 5.6 points of FA when Buffer
-    was taken out and Reinforce merged, 800 rows 1.1 (84.5 at HS 2.5 and over-refusal 20.9; 400 rows 78.0, 6.2, 26.7).
+    Chosen on the validation split (seed 42, 80 topic prompts, 86 benign ones; aligned base: HS 12.5, over-refusal 15.1).
+    user.n with 800 reviews (200 of validation, 600 that no stage saw) at p = 0.5: 400 rows lost 5.6 points of FA when
+    Buffer was taken out and Reinforce merged, 800 rows 1.1. merge.reinforce_scale with 800 rows:
+
+    | reinforce_scale | HS, p = 0.1 | over-refusal | HS, p = 0.5 | over-refusal |
+    |---|---|---|---|---|
+    | 0 (Buffer taken out) | 22.5 | 8.1 | 7.5 | 15.1 |
+    | 0.05 | 17.5 | 14.0 | 5.0 | 18.6 |
+    | 0.07 | 13.8 | 16.3 | 3.8 | 19.8 |
+    | 0.1 | 10.0 | 17.4 | 2.5 | 20.9 |
     """
     config = base.get_config()
     config.name = "smollm2"
@@ -38,7 +44,7 @@ def get_config():
     config.buffer.update(harmful=200)
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
-    config.merge.update(scale=1.0, reinforce_scale=0.1)
+    config.merge.update(scale=1.0, reinforce_scale=0.07)
     config.user.n = 800
     config.user.train.update(epochs=2, probe_every=50)
     config.user.probes = 32
