@@ -12,7 +12,8 @@ from br_jax.configs import base
 def get_config():
     """The config: f32 on a CPU, rows of at most 112 tokens, all stages sized for an hour.
 
-    Chosen on the validation split (seed 42, 80 topic prompts, 86 benign ones; aligned base: HS 12.5, over-refusal 15.1).
+    Chosen on the validation split (seed 42, 80 topic prompts, 86 benign ones; aligned base: HS 12.5 and over-refusal
+    15.1).
     user.n with 800 reviews (200 of validation, 600 that no stage saw) at p = 0.5: 400 rows lost 5.6 points of FA when
     Buffer was taken out and Reinforce merged, 800 rows 1.1. merge.reinforce_scale with 800 rows:
 

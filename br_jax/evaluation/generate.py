@@ -1,7 +1,7 @@
 """Batched generation with a KV cache: one compiled prefill-and-decode for each bucket of prompt lengths."""
 
 import functools
-import os.path
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -102,7 +102,8 @@ def _decode(model: Model, row: np.ndarray) -> str:
 
 def _shared_prefix(encoded: list[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving every prompt at least one of its own."""
-    shared = len(os.path.commonprefix(encoded))
+    columns = zip(*encoded, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     return min(shared, min(map(len, encoded)) - 1)
 
 
