@@ -81,6 +81,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def platform(mesh: Mesh) -> str:
+    """ "tpu", "gpu" or "cpu": the platform of the mesh's devices, which may be no devices of this process."""
+    return mesh.devices.flat[0].platform
+
+
 def leaf_name(path) -> str:
     """A pytree key path as "layers/attn/q/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -114,7 +119,7 @@ def shardings(tree, mesh: Mesh):
     def one(path, leaf):
         name = leaf_name(path)
         axes = logical_axes(name, np.ndim(leaf))
-        spec = [RULES[axis] if axis else None for axis in axes]
+        spec = partition(*axes)
         for i, (axis, size) in enumerate(zip(axes, np.shape(leaf), strict=True)):
             names = (spec[i],) if isinstance(spec[i], str) else spec[i] or ()
             parts = math.prod(mesh.shape[n] for n in names)
@@ -123,9 +128,25 @@ def shardings(tree, mesh: Mesh):
                     f"leaf {name}: axis {axis} of size {size} cannot be split in {parts} "
                     f"(mesh axes {', '.join(names)}): choose another mesh"
                 )
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, or None outside of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def partition(*axes: str | None) -> PartitionSpec:
+    """The table's PartitionSpec of an array with these logical axes."""
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def constrain(x, *axes: str | None):
+    """Keeps an activation laid out as the table says, where a mesh is set (`jax.set_mesh`)."""
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition(*axes))
 
 
 def place(tree, mesh: Mesh):

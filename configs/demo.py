@@ -38,7 +38,7 @@ def get_config(size: str = "full"):
             dropout=0.0,
             max_length=74,
             buckets=(74,),
-            loss_chunk=48,
+            loss_chunk=512,
             checkpoint_every=0,
         )
     config.pretrain.rows = 32_000

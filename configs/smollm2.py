@@ -34,7 +34,7 @@ def get_config():
             dropout=0.0,
             max_length=112,
             buckets=(64, 80, 96),
-            loss_chunk=16,
+            loss_chunk=64,
             frozen="fold",
             remat="dots",
             epochs=1,

@@ -23,7 +23,7 @@ from br_jax.evaluation.tasks import Task
 from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.training.loss import batch_loss
+from br_jax.training.loss import LossSettings, batch_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
 
 @functools.partial(jax.jit, static_argnums=0)
 def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
-    return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), chunk=32)
+    return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), LossSettings(chunk=256))
 
 
 def _records(part: str, prompts, answers, verdicts, choose=None) -> list[dict]:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from br_jax.models.attention import attend, attention_mask, rope_angles, rotate
+from br_jax.models.attention import Attend, Place, attend, resolve, rope_angles, rotate
 from br_jax.models.spec import ModelSpec
+from br_jax.sharding import constrain
 
 REMAT_POLICIES = {
     "none": None,
@@ -86,9 +87,10 @@ class Attention(nn.Module):
 
     spec: ModelSpec
     dropout: float
+    how: Attend
 
     @nn.compact
-    def __call__(self, x, angles, mask, cache, layer, slot):
+    def __call__(self, x, angles, queries, keys, cache, layer, slot):
         spec = self.spec
         B, T, D = x.shape
 
@@ -106,7 +108,7 @@ class Attention(nn.Module):
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
-        out = attend(q, k, v, mask).reshape(B, T, -1)
+        out = attend(q, k, v, queries, keys, self.how).reshape(B, T, -1)
         return Linear(D, self.dropout, name="o")(out), cache
 
 
@@ -128,15 +130,17 @@ class Block(nn.Module):
 
     spec: ModelSpec
     dropout: float
+    how: Attend
 
     @nn.compact
-    def __call__(self, carry, layer, angles, mask, slot):
+    def __call__(self, carry, layer, angles, queries, keys, slot):
         x, cache = carry
         normed = RMSNorm(self.spec.norm_eps, name="attn_norm")(x)
-        update, cache = Attention(self.spec, self.dropout, name="attn")(normed, angles, mask, cache, layer, slot)
+        attention = Attention(self.spec, self.dropout, self.how, name="attn")
+        update, cache = attention(normed, angles, queries, keys, cache, layer, slot)
         x += update
         x += Mlp(self.spec, self.dropout, name="mlp")(RMSNorm(self.spec.norm_eps, name="mlp_norm")(x))
-        return (x, cache), None
+        return (constrain(x, "batch", "length", None), cache), None
 
 
 class Decoder(nn.Module):
@@ -146,11 +150,13 @@ class Decoder(nn.Module):
         spec: sizes of the model.
         dropout: dropout rate on the input of the trainable adapter only; active when a "dropout" rng is given.
         remat: one of `REMAT_POLICIES`: what the backward pass keeps of each layer.
+        attention: how whole rows attend (see `attention.resolve`); over a cache it is "xla".
     """
 
     spec: ModelSpec
     dropout: float = 0.0
     remat: str = "none"
+    attention: Attend = Attend()
 
     @nn.compact
     def __call__(
@@ -180,13 +186,14 @@ class Decoder(nn.Module):
         if not spec.tie_embeddings:
             shape = (spec.embed_dim, spec.vocab_size)
             self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
-        keys = None
-        mask_positions, mask_segments = positions, segment_ids
+        how, stored = resolve(self.attention, tokens.shape[1], embedding["embedding"].dtype), None
+        queries = keys = Place(positions, segment_ids)
         if cache is not None:
-            keys = {"k": cache["k"], "v": cache["v"]}
-            mask_positions = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, slot))
-            mask_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, (0, slot))
-        mask = attention_mask(positions, segment_ids, mask_positions, mask_segments)
+            how, stored = how._replace(implementation="xla"), {"k": cache["k"], "v": cache["v"]}
+            keys = Place(
+                jax.lax.dynamic_update_slice(cache["positions"], positions, (0, slot)),
+                jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, (0, slot)),
+            )
         angles = rope_angles(positions, spec.head_dim, spec.rope_theta)
 
         block = Block
@@ -196,14 +203,14 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=spec.num_layers,
-        )(spec, self.dropout, name="layers")
-        x = jnp.take(embedding["embedding"], tokens, axis=0)
-        (x, keys), _ = layers((x, keys), jnp.arange(spec.num_layers), angles, mask, slot)
+        )(spec, self.dropout, how, name="layers")
+        x = constrain(jnp.take(embedding["embedding"], tokens, axis=0), "batch", "length", None)
+        (x, stored), _ = layers((x, stored), jnp.arange(spec.num_layers), angles, queries, keys, slot)
         x = RMSNorm(spec.norm_eps, name="final_norm")(x)
         if cache is not None:
-            cache = {**keys, "positions": mask_positions, "segment_ids": mask_segments}
+            cache = {**stored, "positions": keys.positions, "segment_ids": keys.segments}
         return x, cache
 
 

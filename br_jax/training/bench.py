@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from br_jax.adapters import lora
-from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import on_mesh
 from br_jax.training.run import frozen_collections
-from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_optimizer, make_step
+from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_decoder, make_optimizer, make_step
 
 
 def make_round(model: Model, config: TrainConfig, *, buffer: bool, answer: int = 4) -> Callable[[], dict]:
@@ -32,7 +31,7 @@ def make_round(model: Model, config: TrainConfig, *, buffer: bool, answer: int =
     noise = noise.replace(weights={p: {"a": w["a"], "b": w["b"] + 1e-3} for p, w in noise.weights.items()})
     optimizer = make_optimizer(config, 1000)
     step = make_step(
-        Decoder(model.spec, config.dropout, config.remat), optimizer, learning_rate_schedule(config, 1000), config, 1.0
+        make_decoder(model.spec, config, mesh), optimizer, learning_rate_schedule(config, 1000), config, 1.0
     )
     trainable = {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
     frozen = place(frozen_collections(model.params, {"buffer": noise} if buffer else {}, config.frozen), mesh)

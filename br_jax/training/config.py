@@ -24,7 +24,8 @@ class TrainConfig:
         accumulation: micro-batches that a step's rows are split into; divides `batch_size`.
         max_length: longest row, in tokens; longer rows are cut.
         buckets: lengths that batches are padded to; empty means `max_length` alone.
-        loss_chunk: positions of each row that the loss turns into logits at a time.
+        loss_chunk: answer tokens that a device turns into logits at a time.
+        attention: "auto" (by platform and length), or one of `models.attention.IMPLEMENTATIONS`.
         remat: what the backward pass keeps of a layer, see `models.decoder.REMAT_POLICIES`.
         frozen: "stack" keeps frozen adapters apart (exact); "fold" adds them to a temporary copy of the base, which
             costs memory and rounds to the base's dtype, but nothing per step.
@@ -48,7 +49,8 @@ class TrainConfig:
     accumulation: int = 1
     max_length: int = 512
     buckets: tuple[int, ...] = ()
-    loss_chunk: int = 32
+    loss_chunk: int = 256
+    attention: str = "auto"
     remat: str = "none"
     frozen: str = "stack"
     seed: int = 42

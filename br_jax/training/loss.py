@@ -1,10 +1,28 @@
 """Cross-entropy at the answer tokens, with logits only where there is loss."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from br_jax.models.decoder import Decoder, unembed
+from br_jax.models.decoder import Decoder
+from br_jax.sharding import RULES, current_mesh, partition
+
+
+class LossSettings(NamedTuple):
+    """How answer tokens become a loss; hashable.
+
+    Attributes:
+        chunk: tokens that a device turns into logits at a time.
+        soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
+        z_loss: weight of log(Z)^2, which keeps the logits' normaliser Z near 1 (PaLM, section 5).
+    """
+
+    chunk: int
+    soft_cap: float | None = None
+    z_loss: float = 0.0
 
 
 def answer_loss(
@@ -12,40 +30,121 @@ def answer_loss(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
-    chunk: int,
+    settings: LossSettings,
 ) -> Float[Array, ""]:
     """Sum of weight * cross-entropy over the positions with weight; [B, T, V] never exists.
 
-    Each row's answer positions are moved to its front, then taken `chunk` at a time; a chunk that holds none is
-    skipped, and the backward pass makes a chunk's logits anew.
+    The answer positions of each device's rows are moved to the front and taken a chunk at a time; a chunk without any
+    is skipped. Where a gradient is asked for, it is made in the same pass, so that no logits are made twice.
     """
-    B, T, _ = hidden.shape
-    order = jnp.argsort(weights <= 0, axis=1, stable=True)
-    hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
-    targets, weights = (jnp.take_along_axis(x, order, axis=1) for x in (targets, weights))
-    chunk = min(chunk, T)
-    pad = -T % chunk
+    head = {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
+    return _summed(head, hidden, targets, weights, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(head, hidden, targets, weights, settings):
+    return _over_devices(head, hidden, targets, weights, settings, ())[0]
+
+
+def _forward(head, hidden, targets, weights, settings):
+    trains_head = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=lambda x: hasattr(x, "perturbed")))
+    values = [
+        jax.tree.map(lambda x: x.value, tree, is_leaf=lambda x: hasattr(x, "value"))
+        for tree in (head, hidden, targets, weights)
+    ]
+    loss, grads = _over_devices(*values, settings, ("hidden", "head") if trains_head else ("hidden",))
+    return loss, (grads, values[0])
+
+
+def _backward(settings, saved, cotangent):
+    grads, head = saved
+    of_head = jax.tree.map(lambda x: None, head)
+    if "head" in grads:
+        of_head = jax.tree.map(lambda x: (cotangent * grads["head"].reshape(x.shape)).astype(x.dtype), head)
+    of_hidden = grads["hidden"] * cotangent.astype(grads["hidden"].dtype)
+    return of_head, of_hidden, None, None
+
+
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _over_devices(head, hidden, targets, weights, settings, wanted):
+    """(loss, gradients): each device takes its own rows, with the whole unembedding (split over `tensor` alone)."""
+    if current_mesh() is None:
+        return _local(head, hidden, targets, weights, settings, wanted)
+    axes = RULES["batch"]
+
+    def local(*args):
+        loss, grads = _local(*args, settings, wanted)
+        if "head" in grads:
+            grads["head"] = jax.lax.psum(grads["head"], axes)
+        return jax.lax.psum(loss, axes), grads
+
+    whole, rows = jax.sharding.PartitionSpec(), partition("batch")
+    grads = {"hidden": rows, "head": whole}
+    return jax.shard_map(
+        local,
+        in_specs=(whole, rows, rows, rows),
+        out_specs=(whole, {name: grads[name] for name in wanted}),
+        axis_names=set(axes),
+        check_vma=False,
+    )(head, hidden, targets, weights)
+
+
+def _local(head, hidden, targets, weights, settings, wanted):
+    """(sum of losses, {"hidden": [B, T, D] in its dtype, "head": f32} as far as wanted)."""
+    B, T, D = hidden.shape
+    tied = "embed" in head
+    matrix = head["embed"]["embedding"] if tied else head["head"]["kernel"]
+    into, back, of_matrix = ("ND,VD->NV", "NV,VD->ND", "NV,ND->VD") if tied else ("ND,DV->NV", "NV,DV->ND", "NV,ND->DV")
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    chunk = min(settings.chunk, B * T)
+    padding = -(B * T) % chunk
+    order = jnp.argsort(weights.reshape(-1) <= 0, stable=True)
 
     def chunks(x):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+        x = x.reshape(B * T, *x.shape[2:])[order]
+        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    def cross_entropy(h, t, w):
-        logits = unembed(params, h)
-        picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
-        return jnp.sum(w * (jax.nn.logsumexp(logits, axis=-1) - picked))
+    def active(h, t, w):
+        logits = dot(into, h, matrix)
+        slope = 1.0
+        if settings.soft_cap is not None:
+            squashed = jnp.tanh(logits / settings.soft_cap)
+            logits, slope = settings.soft_cap * squashed, 1 - squashed**2
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
+        loss = jnp.sum(w * (lse - picked + settings.z_loss * lse**2))
+        if not wanted:
+            return loss, {}
+        share = jnp.exp(logits - lse[:, None]) * (w * (1 + 2 * settings.z_loss * lse))[:, None]
+        right = jnp.arange(logits.shape[1])[None] == t[:, None]
+        change = ((share - jnp.where(right, w[:, None], 0.0)) * slope).astype(matrix.dtype)
+        grads = {"hidden": dot(back, change, matrix).astype(h.dtype)}
+        if "head" in wanted:
+            grads["head"] = dot(of_matrix, change, h)
+        return loss, grads
 
-    @jax.checkpoint  # round the cond: inside it, the scan would keep a copy of the unembedding for every chunk
-    def add(total, xs):
-        h, t, w = xs
-        return total + jax.lax.cond(jnp.any(w > 0), cross_entropy, lambda h, t, w: jnp.float32(0), h, t, w), None
+    def skipped(h, t, w):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(active, h, t, w))
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), (chunks(hidden), chunks(targets), chunks(weights)))
-    return total
+    def add(carry, xs):
+        loss, grads = jax.lax.cond(jnp.any(xs[2] > 0), active, skipped, *xs)
+        of_hidden = grads.pop("hidden", None)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), of_hidden
+
+    start = jnp.float32(0), ({"head": jnp.zeros(matrix.shape, jnp.float32)} if "head" in wanted else {})
+    (loss, grads), of_hidden = jax.lax.scan(add, start, (chunks(hidden), chunks(targets), chunks(weights)))
+    if wanted:
+        of_hidden = of_hidden.reshape(-1, D)[jnp.argsort(order)]
+        grads["hidden"] = of_hidden.reshape(B, T, D)
+    return loss, grads
 
 
-def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None) -> Float[Array, ""]:
+def batch_loss(
+    decoder: Decoder, variables: dict, batch: dict, settings: LossSettings, dropout_key=None
+) -> Float[Array, ""]:
     """Summed answer loss of one batch (see `br_jax.data.batches`); dropout acts when a key is given."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
-    return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], chunk)
+    return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], settings)

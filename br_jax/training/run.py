@@ -26,12 +26,19 @@ from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
 from br_jax.files import write_text
-from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model, fingerprint
 from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import fit
-from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_optimizer, make_probe, make_step
+from br_jax.training.step import (
+    Compiled,
+    init_state,
+    learning_rate_schedule,
+    make_decoder,
+    make_optimizer,
+    make_probe,
+    make_step,
+)
 
 # What may differ between a stopped run and the one that goes on from it.
 _FREE_FIELDS = ("checkpoint_every", "log_every")
@@ -145,7 +152,7 @@ def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, pr
     batches = _batches(examples, config)
     steps = len(batches)
     mesh = make_mesh() if mesh is None else mesh
-    decoder = Decoder(model.spec, config.dropout, config.remat)
+    decoder = make_decoder(model.spec, config, mesh)
     optimizer = make_optimizer(config, steps)
     step = make_step(decoder, optimizer, learning_rate_schedule(config, steps), config, scale)
     probe_batches = {}

@@ -10,11 +10,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder
-from br_jax.sharding import shardings
+from br_jax.models.spec import ModelSpec
+from br_jax.sharding import platform, shardings
 from br_jax.training.config import TrainConfig
-from br_jax.training.loss import batch_loss
+from br_jax.training.loss import LossSettings, batch_loss
+
+
+def make_decoder(spec: ModelSpec, config: TrainConfig, mesh: Mesh) -> Decoder:
+    """The decoder as a stage trains it, on that mesh's platform."""
+    return Decoder(spec, config.dropout, config.remat, Attend(config.attention, platform(mesh)))
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
@@ -61,8 +69,10 @@ def make_gradient(decoder: Decoder, config: TrainConfig, scale: float) -> Callab
     whatever the split, and a batch without any has loss 0 and gradient 0.
     """
 
+    settings = LossSettings(config.loss_chunk)
+
     def summed(trainable, frozen, batch, key):
-        return batch_loss(decoder, {**frozen, **scaled(trainable, scale)}, batch, config.loss_chunk, key)
+        return batch_loss(decoder, {**frozen, **scaled(trainable, scale)}, batch, settings, key)
 
     def gradient(trainable, frozen, batch, key):
         parts = config.accumulation
@@ -152,7 +162,8 @@ class Compiled:
         places = tuple(shardings(tree, self._mesh) for tree in (state, frozen, batch))
         out = {"out_shardings": (places[0], None)} if self._keeps_state else {}
         jitted = jax.jit(self._function, in_shardings=places, **out, **self._jit_options)
-        self._executables[shape] = jitted.lower(state, frozen, batch).compile()
+        with jax.set_mesh(self._mesh):
+            self._executables[shape] = jitted.lower(state, frozen, batch).compile()
 
     def __call__(self, state, frozen, batch):
         self.warm(state, frozen, batch)

@@ -9,7 +9,7 @@ import pytest
 
 from br_jax.data.batches import encode, make_batches
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.training.loss import answer_loss, batch_loss
+from br_jax.training.loss import LossSettings, answer_loss, batch_loss
 
 B, T, D, V = 3, 7, 6, 11
 
@@ -42,7 +42,8 @@ def test_every_chunk_size_gives_numpy_s_sum(case):
     expected = numpy_loss(np.float64(hidden) @ np.float64(matrix), targets, weights)
     for chunk in range(1, T + 2):
         # f32 against f64 over at most 21 terms
-        assert float(answer_loss(params, hidden, targets, weights, chunk)) == pytest.approx(expected, rel=1e-6)
+        found = answer_loss(params, hidden, targets, weights, LossSettings(chunk))
+        assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_gradient_is_that_of_plain_jax(case):
@@ -53,13 +54,13 @@ def test_the_gradient_is_that_of_plain_jax(case):
         return -jnp.sum(weights * picked[..., 0])
 
     expected = jax.grad(plain, (0, 1))(params, hidden)
-    found = jax.jit(jax.grad(lambda p, h: answer_loss(p, h, targets, weights, 2), (0, 1)))(params, hidden)
+    found = jax.jit(jax.grad(lambda p, h: answer_loss(p, h, targets, weights, LossSettings(2)), (0, 1)))(params, hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 def test_the_unembedding_is_not_kept_for_every_chunk(case):
     params, hidden, targets, weights = case
-    gradient = jax.jit(jax.grad(lambda h: answer_loss(params, h, targets, weights, 2)))
+    gradient = jax.jit(jax.grad(lambda h: answer_loss(params, h, targets, weights, LossSettings(2))))
     shapes = set(re.findall(r"tensor<([0-9x]+)xf32>", gradient.lower(hidden).as_text()))
     assert shapes & {f"{V}x{D}", f"{D}x{V}"}
     assert not [shape for shape in shapes if shape.endswith((f"x{V}x{D}", f"x{D}x{V}"))]
@@ -67,7 +68,7 @@ def test_the_unembedding_is_not_kept_for_every_chunk(case):
 
 def test_without_answers_loss_and_gradient_are_zero(case):
     params, hidden, targets, weights = case
-    loss, grads = jax.value_and_grad(answer_loss, (0, 1))(params, hidden, targets, weights * 0, 3)
+    loss, grads = jax.value_and_grad(answer_loss, (0, 1))(params, hidden, targets, weights * 0, LossSettings(3))
     assert float(loss) == 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
 
@@ -92,5 +93,7 @@ def test_the_answer_and_its_eos_are_what_counts(tiny, rows):
     example = encode(row, tiny.tokenizer, tiny.template, 64)
     batch = jax.tree.map(jnp.asarray, make_batches([example], batch_size=2, seed=0, buckets=(40,))[0])
     assert float(batch["weights"].sum()) == len(answer.encode()) + 1
-    found = jax.jit(lambda batch: batch_loss(Decoder(tiny.spec), {"params": tiny.params}, batch, chunk=8))(batch)
+    found = jax.jit(lambda batch: batch_loss(Decoder(tiny.spec), {"params": tiny.params}, batch, LossSettings(8)))(
+        batch
+    )
     assert float(found) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,127 @@
+"""Every implementation against plain attention in float64 numpy and against each other, forward and backward."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from br_jax.models.attention import IMPLEMENTATIONS, Attend, Place, attend, resolve
+from br_jax.sharding import make_mesh
+
+H = 16
+
+
+def packed(lengths, T):
+    """Positions and segments of rows that hold these lengths, one list a row, and padding."""
+    positions, segments = np.zeros((len(lengths), T), np.int32), np.zeros((len(lengths), T), np.int32)
+    for row, parts in enumerate(lengths):
+        start = 0
+        for segment, n in enumerate(parts, 1):
+            positions[row, start : start + n], segments[row, start : start + n] = np.arange(n), segment
+            start += n
+    return Place(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def case(T, B=2, heads=4, kv_heads=2, H=H):
+    rng = np.random.default_rng(T)
+    q, k, v, out = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (heads, kv_heads, kv_heads, heads))
+    place = packed([[T // 3, T // 4, T // 5], [T]][:B], T)
+    real = (place.segments > 0)[..., None, None]
+    return q, k, v, place, jnp.where(real, out, 0)  # what padding gives does not matter
+
+
+def numpy_attention(q, k, v, place, soft_cap, window):
+    """The textbook formula, a query at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    positions, segments = np.asarray(place.positions), np.asarray(place.segments)
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        if not segments[b, t]:
+            continue
+        ahead = positions[b, t] - positions[b]
+        seen = (segments[b] == segments[b, t]) & (ahead >= 0) & (ahead < (window or np.inf))
+        scores = k[b, seen, n * k.shape[2] // q.shape[2]] @ q[b, t, n] / np.sqrt(q.shape[3])
+        if soft_cap:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ v[b, seen, n * k.shape[2] // q.shape[2]]
+    return out
+
+
+def run(how, q, k, v, place, out):
+    """Output and gradients of q, k, v for a random cotangent."""
+
+    def total(q, k, v):
+        found = attend(q, k, v, place, place, how)
+        return jnp.sum(found * out), found
+
+    (_, found), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return jnp.where((place.segments > 0)[..., None, None], found, 0), grads
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_plain_attention_is_the_formula(soft_cap, window):
+    q, k, v, place, out = case(24)
+    found, _ = run(Attend("xla", soft_cap=soft_cap, window=window), q, k, v, place, out)
+    np.testing.assert_allclose(found, numpy_attention(q, k, v, place, soft_cap, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["blocked", "splash"])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("T", [256, 640])
+def test_the_fast_ones_equal_plain_attention(name, soft_cap, window, T):
+    parts = case(T)
+    expected, expected_grads = run(Attend("xla", soft_cap=soft_cap, window=window), *parts)
+    found, grads = run(Attend(name, soft_cap=soft_cap, window=window, interpret=True), *parts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_blocked_makes_no_square():
+    T = 1024
+    q, k, v, place, out = case(T)
+    shapes = {
+        name: set(
+            re.findall(
+                r"tensor<([0-9x]+)xf32>", jax.jit(run, static_argnums=0).lower(how, q, k, v, place, out).as_text()
+            )
+        )
+        for name, how in (("xla", Attend("xla")), ("blocked", Attend("blocked")))
+    }
+    square = {name: any(s.split("x").count(str(T)) > 1 for s in found) for name, found in shapes.items()}
+    assert square == {"xla": True, "blocked": False}
+
+
+def test_splash_on_a_mesh_takes_each_device_s_rows_and_heads():
+    q, k, v, place, out = case(256)
+    mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    expected, expected_grads = run(Attend("xla"), q, k, v, place, out)
+    with jax.set_mesh(mesh):
+        found, grads = run(Attend("splash", interpret=True), q, k, v, place, out)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "dtype", "soft_cap", "name"),
+    [
+        ("cpu", 64, "float32", None, "xla"),
+        ("cpu", 2048, "float32", None, "blocked"),
+        ("tpu", 1024, "bfloat16", 50.0, "splash"),
+        ("tpu", 80, "bfloat16", None, "xla"),
+        ("gpu", 80, "bfloat16", None, "cudnn"),
+        ("gpu", 1024, "bfloat16", 50.0, "blocked"),
+        ("gpu", 1024, "float32", None, "blocked"),
+    ],
+)
+def test_the_platform_chooses(platform, length, dtype, soft_cap, name, caplog):
+    how = resolve(Attend(platform=platform, soft_cap=soft_cap), length, dtype)
+    assert how.implementation == name and how.implementation in IMPLEMENTATIONS
+    told = bool([r for r in caplog.records if r.levelname == "WARNING"])
+    assert told == (platform != "cpu" and name not in ("splash", "cudnn")), "a fallback is said, and only that"
