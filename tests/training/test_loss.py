@@ -58,6 +58,21 @@ def test_the_gradient_is_that_of_plain_jax(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
+def test_soft_cap_and_z_loss_are_their_formulas(case):
+    params, hidden, targets, weights = case
+    settings = LossSettings(4, soft_cap=3.0, z_loss=0.1)
+
+    def plain(params, hidden):
+        logits = 3.0 * jnp.tanh(unembed(params, hidden) / 3.0)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights * (lse - picked + 0.1 * lse**2))
+
+    expected = jax.value_and_grad(plain, (0, 1))(params, hidden)
+    found = jax.value_and_grad(lambda p, h: answer_loss(p, h, targets, weights, settings), (0, 1))(params, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
 def test_the_unembedding_is_not_kept_for_every_chunk(case):
     params, hidden, targets, weights = case
     gradient = jax.jit(jax.grad(lambda h: answer_loss(params, h, targets, weights, LossSettings(2))))
