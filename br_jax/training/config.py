@@ -3,6 +3,7 @@
 import dataclasses
 
 from br_jax.errors import UserError
+from br_jax.models.attention import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,5 +71,7 @@ class TrainConfig:
             raise UserError(f"dropout is {self.dropout}: it must be in [0, 1)")
         if self.frozen not in ("stack", "fold"):
             raise UserError(f"frozen is {self.frozen!r}: it must be 'stack' or 'fold'")
+        if self.attention not in ("auto", *IMPLEMENTATIONS):
+            raise UserError(f"attention is {self.attention!r}: it must be auto, {', '.join(IMPLEMENTATIONS)}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}: it must be above 0")

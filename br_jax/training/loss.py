@@ -60,7 +60,7 @@ def _backward(settings, saved, cotangent):
     grads, head = saved
     of_head = jax.tree.map(lambda x: None, head)
     if "head" in grads:
-        of_head = jax.tree.map(lambda x: (cotangent * grads["head"].reshape(x.shape)).astype(x.dtype), head)
+        of_head = jax.tree.map(lambda x: (cotangent * grads["head"]).astype(x.dtype), head)
     of_hidden = grads["hidden"] * cotangent.astype(grads["hidden"].dtype)
     return of_head, of_hidden, None, None
 
@@ -136,8 +136,7 @@ def _local(head, hidden, targets, weights, settings, wanted):
     start = jnp.float32(0), ({"head": jnp.zeros(matrix.shape, jnp.float32)} if "head" in wanted else {})
     (loss, grads), of_hidden = jax.lax.scan(add, start, (chunks(hidden), chunks(targets), chunks(weights)))
     if wanted:
-        of_hidden = of_hidden.reshape(-1, D)[jnp.argsort(order)]
-        grads["hidden"] = of_hidden.reshape(B, T, D)
+        grads["hidden"] = of_hidden.reshape(-1, D)[jnp.argsort(order)].reshape(B, T, D)
     return loss, grads
 
 
