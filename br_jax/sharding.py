@@ -54,6 +54,8 @@ LOGICAL_AXES = {
             ("b", ("layers", "rank", fan_out)),
         )
     },
+    "cache/k": ("layers", "batch", "length", "kv", None),
+    "cache/v": ("layers", "batch", "length", "kv", None),
     "tokens": _BATCH,
     "targets": _BATCH,
     "weights": _BATCH,

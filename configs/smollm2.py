@@ -36,7 +36,7 @@ def get_config():
             buckets=(64, 80, 96),
             loss_chunk=64,
             frozen="fold",
-            remat="dots",
+            remat="matmuls",
             epochs=1,
         )
     config.distill.spare = 0.8

@@ -116,21 +116,27 @@ def _pad(rows: list[list[int]], batch: int, width: int) -> tuple[np.ndarray, np.
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "new", "eos", "greedy"))
-def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec, new, eos, greedy, temperature, key):
-    """[B, new] int32 token ids; what follows a row's EOS is EOS.
+def prefill(decoder: Decoder, variables: dict, prefix, tokens, lengths, slots: int):
+    """Runs prompts into a new KV cache: a prefix that all share, then each prompt's own tokens, padded on the right.
 
-    Cache slots: the shared prefix, then the padded prompts, then the new tokens. All rows write a new token to the
-    same slot; rope positions come from each row's own length, and padding is hidden by its segment 0.
+    Args:
+        decoder: the model.
+        variables: its collections.
+        prefix: [P] int32, run once and copied to every row; P may be 0.
+        tokens: [B, T] int32.
+        lengths: [B] int32, tokens that are no padding.
+        slots: of the cache, at least P + T.
+
+    Returns:
+        [B, D] final hidden state at each prompt's last token, and the cache.
     """
     B, T = tokens.shape
     P = prefix.shape[0]
-    decoder = Decoder(spec)
     dtype = variables["params"]["final_norm"]["scale"].dtype
-    cache = init_cache(spec, B, P + T + new, dtype)
+    cache = init_cache(decoder.spec, B, slots, dtype)
     if P:
         positions = jnp.arange(P)[None]
-        head = init_cache(spec, 1, P, dtype)
+        head = init_cache(decoder.spec, 1, P, dtype)
         _, head = decoder.apply(variables, prefix[None], positions, jnp.ones_like(positions), head)
         fill = {
             "k": jnp.broadcast_to(head["k"], (*head["k"].shape[:1], B, *head["k"].shape[2:])),
@@ -142,7 +148,27 @@ def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec,
     place = jnp.arange(T)[None]
     segments = (place < lengths[:, None]).astype(jnp.int32)
     hidden, cache = decoder.apply(variables, tokens, P + place + jnp.zeros_like(segments), segments, cache, P)
-    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
+
+
+def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slot):
+    """Runs one token a row: [B] token ids at [B] positions, written to cache slot `slot`; as `prefill` returns."""
+    where = positions[:, None]
+    hidden, cache = decoder.apply(variables, token[:, None], where, jnp.ones_like(where), cache, slot)
+    return hidden[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "new", "eos", "greedy"))
+def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec, new, eos, greedy, temperature, key):
+    """[B, new] int32 token ids; what follows a row's EOS is EOS.
+
+    Cache slots: the shared prefix, then the padded prompts, then the new tokens. All rows write a new token to the
+    same slot; rope positions come from each row's own length, and padding is hidden by its segment 0.
+    """
+    B, T = tokens.shape
+    P = prefix.shape[0]
+    decoder = Decoder(spec)
+    hidden, cache = prefill(decoder, variables, prefix, tokens, lengths, P + T + new)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
 
     def choose(hidden, t):
@@ -158,9 +184,8 @@ def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec,
 
     def advance(carry):
         t, token, done, out, cache = carry
-        where = (P + lengths + t - 1)[:, None]
-        hidden, cache = decoder.apply(variables, token[:, None], where, jnp.ones_like(where), cache, P + T + t - 1)
-        token = jnp.where(done, eos, choose(hidden[:, 0], t))
+        hidden, cache = decode(decoder, variables, token, P + lengths + t - 1, cache, P + T + t - 1)
+        token = jnp.where(done, eos, choose(hidden, t))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, t))
         return t + 1, token, done | (token == eos), out, cache
 

@@ -5,20 +5,49 @@
 absent, and nothing in the modules changes when one is added or removed.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from br_jax.models.attention import Attend, Place, attend, resolve, rope_angles, rotate
 from br_jax.models.spec import ModelSpec
 from br_jax.sharding import constrain
 
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # a layer's matmuls, whose outputs remat can save by name
+
+
+def remat_policy(name: str) -> Callable | None:
+    """What the backward pass keeps of each layer, beside the layer's input; the rest is computed again.
+
+    Args:
+        name: "none": everything, no rematerialization; "full": nothing more; "offload": outputs of the matmuls, in the
+            host's memory; or a comma list of `PROJECTIONS`: their outputs, on the device ("matmuls" is all of them).
+
+    Returns:
+        A policy of `jax.checkpoint`, or None for "none".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "none":
+        return None
+    if name == "full":
+        return jax.checkpoint_policies.nothing_saveable
+    if name == "offload":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(PROJECTIONS),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    names = PROJECTIONS if name == "matmuls" else tuple(part.strip() for part in name.split(","))
+    if unknown := [part for part in names if part not in PROJECTIONS]:
+        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {', '.join(PROJECTIONS)}")
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 @jax.custom_vjp
@@ -66,7 +95,7 @@ class Linear(nn.Module):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
                 seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
                 y += low_rank(seen, *(self.get_variable(collection, name) for name in "ab"))
-        return y
+        return checkpoint_name(y, self.name)
 
 
 class RMSNorm(nn.Module):
@@ -83,11 +112,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Rotary grouped-query attention over the batch itself, or over one layer of a KV cache."""
+    """Rotary grouped-query attention over the batch itself, or over the first `span` slots of a layer's KV cache."""
 
     spec: ModelSpec
     dropout: float
     how: Attend
+    span: int
 
     @nn.compact
     def __call__(self, x, angles, queries, keys, cache, layer, slot):
@@ -107,7 +137,9 @@ class Attention(nn.Module):
                 name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+            if self.span > T:
+                shape = (1, B, self.span, *k.shape[2:])
+                k, v = (jax.lax.dynamic_slice(cache[name], (layer, 0, 0, 0, 0), shape)[0] for name in ("k", "v"))
         out = attend(q, k, v, queries, keys, self.how).reshape(B, T, -1)
         return Linear(D, self.dropout, name="o")(out), cache
 
@@ -131,12 +163,13 @@ class Block(nn.Module):
     spec: ModelSpec
     dropout: float
     how: Attend
+    span: int
 
     @nn.compact
     def __call__(self, carry, layer, angles, queries, keys, slot):
         x, cache = carry
         normed = RMSNorm(self.spec.norm_eps, name="attn_norm")(x)
-        attention = Attention(self.spec, self.dropout, self.how, name="attn")
+        attention = Attention(self.spec, self.dropout, self.how, self.span, name="attn")
         update, cache = attention(normed, angles, queries, keys, cache, layer, slot)
         x += update
         x += Mlp(self.spec, self.dropout, name="mlp")(RMSNorm(self.spec.norm_eps, name="mlp_norm")(x))
@@ -149,8 +182,8 @@ class Decoder(nn.Module):
     Attributes:
         spec: sizes of the model.
         dropout: dropout rate on the input of the trainable adapter only; active when a "dropout" rng is given.
-        remat: one of `REMAT_POLICIES`: what the backward pass keeps of each layer.
-        attention: how whole rows attend (see `attention.resolve`); over a cache it is "xla".
+        remat: what the backward pass keeps of each layer, see `remat_policy`.
+        attention: how whole rows attend (see `attention.resolve`); to a cache with earlier tokens it is "xla".
     """
 
     spec: ModelSpec
@@ -174,7 +207,7 @@ class Decoder(nn.Module):
             positions: place of each token in its own sequence, from 0.
             segment_ids: 1, 2, ... for the sequences of a row, 0 for padding.
             cache: from `init_cache`; all T tokens of each row are written at slots `slot` .. `slot + T - 1`.
-            slot: first cache slot to write.
+            slot: first cache slot to write; where it is a Python int, slots behind the T written are not looked at.
 
         Returns:
             Final-norm hidden states in the compute dtype (the dtype of the params), and the new cache (or None).
@@ -186,31 +219,34 @@ class Decoder(nn.Module):
         if not spec.tie_embeddings:
             shape = (spec.embed_dim, spec.vocab_size)
             self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
-        how, stored = resolve(self.attention, tokens.shape[1], embedding["embedding"].dtype), None
+        T = span = tokens.shape[1]
+        how, stored = resolve(self.attention, T, embedding["embedding"].dtype), None
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
-            how, stored = how._replace(implementation="xla"), {"k": cache["k"], "v": cache["v"]}
-            keys = Place(
-                jax.lax.dynamic_update_slice(cache["positions"], positions, (0, slot)),
-                jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, (0, slot)),
-            )
+            stored = {"k": cache["k"], "v": cache["v"]}
+            written = {"positions": positions, "segment_ids": segment_ids}
+            placed = {n: jax.lax.dynamic_update_slice(cache[n], new, (0, slot)) for n, new in written.items()}
+            span = slot + T if isinstance(slot, int) else cache["positions"].shape[1]
+            if span > T:
+                how = how._replace(implementation="xla")
+                keys = Place(*(placed[n][:, :span] for n in written))
         angles = rope_angles(positions, spec.head_dim, spec.rope_theta)
 
         block = Block
-        if REMAT_POLICIES[self.remat] is not None:
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        if (policy := remat_policy(self.remat)) is not None:
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=spec.num_layers,
-        )(spec, self.dropout, how, name="layers")
+        )(spec, self.dropout, how, span, name="layers")
         x = constrain(jnp.take(embedding["embedding"], tokens, axis=0), "batch", "length", None)
         (x, stored), _ = layers((x, stored), jnp.arange(spec.num_layers), angles, queries, keys, slot)
         x = RMSNorm(spec.norm_eps, name="final_norm")(x)
         if cache is not None:
-            cache = {**stored, "positions": keys.positions, "segment_ids": keys.segments}
+            cache = {**stored, **placed}
         return x, cache
 
 
@@ -227,9 +263,10 @@ def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
     Empty slots have segment 0, which no real token looks at.
     """
     shape = (spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim)
+    heads = ("layers", "batch", "length", "kv", None)
     return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
+        "k": constrain(jnp.zeros(shape, dtype), *heads),
+        "v": constrain(jnp.zeros(shape, dtype), *heads),
         "positions": jnp.zeros((batch, slots), jnp.int32),
         "segment_ids": jnp.zeros((batch, slots), jnp.int32),
     }

@@ -4,6 +4,7 @@ import dataclasses
 
 from br_jax.errors import UserError
 from br_jax.models.attention import IMPLEMENTATIONS
+from br_jax.models.decoder import remat_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TrainConfig:
         buckets: lengths that batches are padded to; empty means `max_length` alone.
         loss_chunk: answer tokens that a device turns into logits at a time.
         attention: "auto" (by platform and length), or one of `models.attention.IMPLEMENTATIONS`.
-        remat: what the backward pass keeps of a layer, see `models.decoder.REMAT_POLICIES`.
+        remat: what the backward pass keeps of a layer, see `models.decoder.remat_policy`.
         frozen: "stack" keeps frozen adapters apart (exact); "fold" adds them to a temporary copy of the base, which
             costs memory and rounds to the base's dtype, but nothing per step.
         seed: of initialisation, order and dropout.
@@ -73,5 +74,9 @@ class TrainConfig:
             raise UserError(f"frozen is {self.frozen!r}: it must be 'stack' or 'fold'")
         if self.attention not in ("auto", *IMPLEMENTATIONS):
             raise UserError(f"attention is {self.attention!r}: it must be auto, {', '.join(IMPLEMENTATIONS)}")
+        try:
+            remat_policy(self.remat)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}: it must be above 0")
