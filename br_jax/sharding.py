@@ -25,10 +25,12 @@ RULES = {
     "kv": "tensor",
     "ffw": "tensor",
     "rank": None,
+    "head": None,
     "norm": None,
 }
 
 _BATCH = ("batch", "length")
+_CACHE = ("layers", "batch", "length", "kv", "head")
 
 # Path suffix -> logical axes.
 LOGICAL_AXES = {
@@ -54,8 +56,10 @@ LOGICAL_AXES = {
             ("b", ("layers", "rank", fan_out)),
         )
     },
-    "cache/k": ("layers", "batch", "length", "kv", None),
-    "cache/v": ("layers", "batch", "length", "kv", None),
+    "cache/k": _CACHE,
+    "cache/v": _CACHE,
+    "lengths": ("batch",),
+    "token": ("batch",),
     "tokens": _BATCH,
     "targets": _BATCH,
     "weights": _BATCH,

@@ -46,7 +46,9 @@ def remat_policy(name: str) -> Callable | None:
         )
     names = PROJECTIONS if name == "matmuls" else tuple(part.strip() for part in name.split(","))
     if unknown := [part for part in names if part not in PROJECTIONS]:
-        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {', '.join(PROJECTIONS)}")
+        raise ValueError(
+            f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {', '.join(PROJECTIONS)}"
+        )
     return jax.checkpoint_policies.save_only_these_names(*names)
 
 
@@ -220,7 +222,7 @@ class Decoder(nn.Module):
             shape = (spec.embed_dim, spec.vocab_size)
             self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
         T = span = tokens.shape[1]
-        how, stored = resolve(self.attention, T, embedding["embedding"].dtype), None
+        how, stored = self.attention, None
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
             stored = {"k": cache["k"], "v": cache["v"]}
@@ -230,6 +232,7 @@ class Decoder(nn.Module):
             if span > T:
                 how = how._replace(implementation="xla")
                 keys = Place(*(placed[n][:, :span] for n in written))
+        how = resolve(how, T, embedding["embedding"].dtype)
         angles = rope_angles(positions, spec.head_dim, spec.rope_theta)
 
         block = Block
@@ -263,10 +266,10 @@ def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
     Empty slots have segment 0, which no real token looks at.
     """
     shape = (spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim)
-    heads = ("layers", "batch", "length", "kv", None)
+    axes = ("layers", "batch", "length", "kv", "head")
     return {
-        "k": constrain(jnp.zeros(shape, dtype), *heads),
-        "v": constrain(jnp.zeros(shape, dtype), *heads),
+        "k": constrain(jnp.zeros(shape, dtype), *axes),
+        "v": constrain(jnp.zeros(shape, dtype), *axes),
         "positions": jnp.zeros((batch, slots), jnp.int32),
         "segment_ids": jnp.zeros((batch, slots), jnp.int32),
     }

@@ -44,10 +44,16 @@ def read_gguf(path: str | Path) -> tuple[ModelSpec, dict, PreTrainedTokenizerFas
     """
     reader = _open(path)
     metadata = _Metadata(reader, path)
-    spec = _spec(metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    spec = _spec(reader, metadata)
     tensors = {tensor.name: _loader(tensor, spec, path) for tensor in reader.tensors}
     tokenizer = _tokenizer(metadata, spec)
     return spec, stack_tensors(spec, TENSOR_NAMES, tensors, str(path)), tokenizer
+
+
+def read_gguf_spec(path: str | Path) -> ModelSpec:
+    """The spec of a GGUF file, from its metadata alone; raises as `read_gguf`."""
+    reader = _open(path)
+    return _spec(reader, _Metadata(reader, path))
 
 
 class _Metadata:
@@ -84,7 +90,7 @@ def _open(path: str | Path) -> GGUFReader:
         raise UserError(f"{path}: truncated or damaged GGUF file ({error}): download it again") from error
 
 
-def _spec(metadata: _Metadata, tied: bool) -> ModelSpec:
+def _spec(reader: GGUFReader, metadata: _Metadata) -> ModelSpec:
     metadata.demand("general.architecture", "llama", None)
     metadata.demand("llama.rope.scaling.type", "none", "none")
     metadata.demand("llama.expert_count", 0, 0)
@@ -105,7 +111,7 @@ def _spec(metadata: _Metadata, tied: bool) -> ModelSpec:
             rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
             # Stored as float32: 7 digits bring 1e-5 back as it was written in the original config.
             norm_eps=float(f"{metadata.need('llama.attention.layer_norm_rms_epsilon'):.7g}"),
-            tie_embeddings=tied,
+            tie_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
             max_length=metadata.need("llama.context_length"),
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:

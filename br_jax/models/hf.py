@@ -47,12 +47,17 @@ def read_hf(path: str | Path, dtype=np.float32) -> tuple[ModelSpec, dict, PreTra
             or dtype, or config.json asks for something that the decoder does not compute.
     """
     folder = Path(path)
-    spec = _spec(folder / "config.json")
+    spec = read_hf_spec(folder)
     tensors = _tensors(folder)
     if spec.tie_embeddings and "lm_head.weight" in tensors:
         _check_tied(folder, tensors)
     tokenizer = _tokenizer(folder, spec)
     return spec, stack_tensors(spec, TENSOR_NAMES, tensors, str(folder), dtype), tokenizer
+
+
+def read_hf_spec(path: str | Path) -> ModelSpec:
+    """The spec of a folder, from its config.json alone; raises as `read_hf`."""
+    return _spec(Path(path) / "config.json")
 
 
 def write_hf(path: str | Path, spec: ModelSpec, params: dict, tokenizer: PreTrainedTokenizerFast) -> None:

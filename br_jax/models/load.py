@@ -10,9 +10,10 @@ import numpy as np
 from br_jax.adapters import lora
 from br_jax.adapters.peft import load_adapter
 from br_jax.errors import UserError
-from br_jax.models.gguf import read_gguf
-from br_jax.models.hf import read_hf
+from br_jax.models.gguf import read_gguf, read_gguf_spec
+from br_jax.models.hf import read_hf, read_hf_spec
 from br_jax.models.model import Model, make_model
+from br_jax.models.spec import ModelSpec
 
 PROVIDER_FILE = "provider.json"
 
@@ -41,6 +42,18 @@ def load_model(source: str | os.PathLike, *, template: str = "chat", dtype: str 
         raise UserError(f"{path}: no such model: give a GGUF file, a Hugging Face folder or a provider's folder")
     spec, params, tokenizer = read_hf(path) if path.is_dir() else read_gguf(path)
     return make_model(spec, _cast(params, dtype), tokenizer, path.stem if path.is_file() else path.name, template)
+
+
+def read_spec(source: str | os.PathLike) -> ModelSpec:
+    """The sizes of the model at a GGUF file or Hugging Face folder, without its weights.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    path = pathlib.Path(source)
+    if not path.exists():
+        raise UserError(f"{path}: no such model: give a GGUF file or a Hugging Face folder")
+    return read_hf_spec(path) if path.is_dir() else read_gguf_spec(path)
 
 
 def fold_adapter(model: Model, adapter: lora.Adapter, name: str) -> Model:

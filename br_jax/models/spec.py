@@ -1,6 +1,7 @@
 """What distinguishes one model from another, in one small frozen dataclass."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,28 @@ class ModelSpec:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     max_length: int = 2048
+
+    @property
+    def num_params(self) -> int:
+        """N: every param of the model."""
+        layer = sum(math.prod(shape) for shape in self.kernel_shapes.values()) + 2 * self.embed_dim
+        unembedding = 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
+        return self.num_layers * layer + self.vocab_size * self.embed_dim + unembedding + self.embed_dim
+
+    @property
+    def kernel_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each matmul of a layer."""
+        D, F = self.embed_dim, self.ffw_dim
+        heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q": (D, heads),
+            "k": (D, kv),
+            "v": (D, kv),
+            "o": (heads, D),
+            "gate": (D, F),
+            "up": (D, F),
+            "down": (F, D),
+        }
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

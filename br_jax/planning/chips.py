@@ -1,0 +1,86 @@
+"""TPU chips: the one table of their published peaks, and devices to compile for without having any."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from br_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip.
+
+    Attributes:
+        flops: bf16 FLOP a second.
+        hbm_bytes: memory.
+        hbm_rate: bytes a second between memory and cores.
+        ici_rate: bytes a second that reach the chip over all its links to other chips (as many may leave it).
+    """
+
+    flops: float
+    hbm_bytes: int
+    hbm_rate: float
+    ici_rate: float
+
+
+# docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "System architecture", read in November 2026. Links between chips
+# are published in Gbit/s: 2400, 1600, 4800, 3584.
+CHIPS = {
+    "v4": Chip(275e12, 32 << 30, 1228e9, 300e9),
+    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9),
+}
+
+# What libtpu would otherwise ask a metadata server for, which is not there, and its lock: no chip is held.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
+    """(chip, its name, chips along each axis) of a name such as "v5e:2x4" or "v5p:4x4x4".
+
+    Raises:
+        UserError: not such a name.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UserError(
+            f"topology {topology!r}: write KIND:SHAPE with KIND one of {', '.join(CHIPS)}, as v5e:2x4 or v5p:4x4x4"
+        )
+    return CHIPS[kind], kind, tuple(int(n) for n in shape.split("x"))
+
+
+def compile_only_devices(topology: str) -> Sequence[jax.Device]:
+    """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on; needs `libtpu`.
+
+    Args:
+        topology: as "v5e:2x4"; chips, not cores.
+
+    Raises:
+        UserError: no such slice, or libtpu is not installed.
+    """
+    _, kind, shape = parse_topology(topology)
+    options = {}
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # its two cores as one device, as a program on a v4 sees them
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except (RuntimeError, ValueError) as error:
+        if "not installed" in str(error):
+            raise UserError("the TPU's compiler is missing: pip install 'br_jax[tpu]' (package libtpu)") from error
+        raise UserError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error

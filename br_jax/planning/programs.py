@@ -1,0 +1,183 @@
+"""Every stage of a config as a program on abstract arrays: shapes, dtypes and shardings, no memory."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.errors import UserError
+from br_jax.evaluation.generate import decode, prefill
+from br_jax.models.attention import Attend, resolve
+from br_jax.models.decoder import Decoder, abstract_params, init_cache, unembed
+from br_jax.models.load import read_spec
+from br_jax.models.spec import ModelSpec
+from br_jax.sharding import platform, shardings
+from br_jax.training.config import TrainConfig
+from br_jax.training.run import frozen_collections
+from br_jax.training.step import init_state, learning_rate_schedule, make_decoder, make_optimizer, make_step
+
+TRAINING = ("buffer", "reinforce", "user", "sft")
+STAGES = (*TRAINING, "prefill", "decode")
+_STEPS = 1000  # of the schedule; no size depends on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a stage.
+
+    Attributes:
+        stage: one of `STAGES`.
+        spec: the model's sizes.
+        function: of the arguments.
+        arguments: name -> abstract pytree, in order.
+        donated: names of arguments whose buffers the result takes over.
+        tokens: that a call processes, all chips together, padding counted.
+        context: keys that each of them may look at, at most.
+        remat: of a training step.
+        attention: the implementation in use.
+        batch: rows of a call.
+        dtype_bytes: of a number in the compute dtype.
+    """
+
+    stage: str
+    spec: ModelSpec
+    function: Callable
+    arguments: dict
+    donated: tuple[str, ...]
+    tokens: int
+    context: int
+    remat: str
+    attention: str
+    batch: int
+    dtype_bytes: int
+
+    @property
+    def trains(self) -> bool:
+        """Whether it goes backward too."""
+        return self.stage in TRAINING
+
+    def lower(self, mesh: Mesh):
+        """Lowers for the mesh, every argument (and a donated one's result) laid out by the table."""
+        places = {name: shardings({name: tree}, mesh)[name] for name, tree in self.arguments.items()}
+        numbers = tuple(i for i, name in enumerate(self.arguments) if name in self.donated)
+        out = (None, places["cache"]) if "cache" in places else (places["state"], None) if self.trains else None
+        jitted = jax.jit(self.function, in_shardings=tuple(places.values()), out_shardings=out, donate_argnums=numbers)
+        with jax.set_mesh(mesh):
+            return jitted.lower(*self.arguments.values())
+
+
+def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> Program:
+    """A stage of a config as it would run on a mesh.
+
+    Args:
+        config: see configs/base.py; sizes come from `model.spec`, or from the metadata of `model.source`.
+        stage: one of `STAGES`. "prefill" takes prompts of the user stage's `max_length`, "decode" a token each behind
+            `eval.answer_tokens` more.
+        mesh: devices to run on.
+        batch: rows of a call instead of the config's.
+
+    Raises:
+        UserError: bad settings, or no model.
+    """
+    spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
+    params = abstract_params(spec, jnp.dtype(config.model.dtype))
+    if stage in TRAINING:
+        section = config["user" if stage == "sft" else stage].train
+        return _training(stage, spec, params, TrainConfig(**section), TrainConfig(**config.buffer.train), mesh, batch)
+    if stage not in STAGES:
+        raise UserError(f"stage {stage!r}: {lora.near_names(stage, STAGES)}")
+    return _generation(stage, spec, params, config, mesh, batch or config.eval.batch_size)
+
+
+def _training(stage, spec, params, train: TrainConfig, buffer: TrainConfig, mesh, batch) -> Program:
+    rows = batch or train.batch_size
+    optimizer = make_optimizer(train, _STEPS)
+
+    def arrays(params):
+        adapter = _adapter(params, train, "user")
+        frozen = {"buffer": _adapter(params, buffer, "buffer")} if stage in ("reinforce", "user") else {}
+        trainable = {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
+        return init_state(trainable, optimizer, 0), frozen_collections(params, frozen, train.frozen)
+
+    state, frozen = jax.eval_shape(arrays, params)
+    shape = (rows, train.max_length)
+    dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
+    decoder = make_decoder(spec, train, mesh)
+    return Program(
+        stage=stage,
+        spec=spec,
+        function=make_step(decoder, optimizer, learning_rate_schedule(train, _STEPS), train, train.alpha / train.rank),
+        arguments={
+            "state": state,
+            "frozen": frozen,
+            "batch": {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()},
+        },
+        donated=("state",),
+        tokens=rows * train.max_length,
+        context=train.max_length,
+        remat=train.remat,
+        attention=_implementation(decoder.attention, train.max_length, params),
+        batch=rows,
+        dtype_bytes=_dtype(params).itemsize,
+    )
+
+
+def _generation(stage, spec, params, config, mesh, rows) -> Program:
+    user, reinforce = TrainConfig(**config.user.train), TrainConfig(**config.reinforce.train)
+
+    def released(params):
+        return lora.collection(lora.stack([_adapter(params, user, "user"), _adapter(params, reinforce, "reinforce")]))
+
+    length, slots = user.max_length, user.max_length + config.eval.answer_tokens
+    decoder = Decoder(spec, attention=Attend(user.attention, platform(mesh)))
+    variables = {"params": params, "lora": jax.eval_shape(released, params)}
+    words = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def first(variables, tokens, lengths):
+        hidden, cache = prefill(decoder, variables, jnp.zeros(0, jnp.int32), tokens, lengths, slots)
+        return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
+
+    def following(variables, token, lengths, cache, slot):
+        hidden, cache = decode(decoder, variables, token, lengths, cache, slot)
+        return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
+
+    cache = jax.eval_shape(functools.partial(init_cache, spec, rows, slots, _dtype(params)))
+    if stage == "prefill":
+        arguments = {"variables": variables, "tokens": words, "lengths": row}
+        attention = _implementation(decoder.attention, length, params)
+    else:
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        arguments = {"variables": variables, "token": row, "lengths": row, "cache": cache, "slot": slot}
+        attention = "xla"
+    return Program(
+        stage=stage,
+        spec=spec,
+        function=first if stage == "prefill" else following,
+        arguments=arguments,
+        donated=("cache",) if stage == "decode" else (),
+        tokens=rows * length if stage == "prefill" else rows,
+        context=length if stage == "prefill" else slots,
+        remat="none",
+        attention=attention,
+        batch=rows,
+        dtype_bytes=_dtype(params).itemsize,
+    )
+
+
+def _adapter(params, train: TrainConfig, role: str) -> Adapter:
+    return lora.init(jax.random.key(0), lora.target_shapes(params, train.targets), train.rank, train.alpha, role)
+
+
+def _implementation(attention: Attend, length: int, params) -> str:
+    return resolve(attention, length, _dtype(params)).implementation
+
+
+def _dtype(params) -> jnp.dtype:
+    return jnp.dtype(params["embed"]["embedding"].dtype)

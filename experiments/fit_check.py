@@ -1,0 +1,51 @@
+"""Compiles the stages of a config for a TPU slice, on any host and without weights, and says whether they fit.
+
+python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4 [--stage=user] [--largest] [--json=F]
+
+Needs libtpu: pip install 'br_jax[tpu]'. Exit status: 0 everything fits, 1 something does not, 2 bad input.
+"""
+
+import json
+import os
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from br_jax.command_line import require_flags, run_with_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/llama3_8b.py.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v5e:2x4, v4:2x2x1, v5p:4x4x4, v6e:2x4, ...")
+STAGE = flags.DEFINE_list("stage", "all", "Stages: all, or some of buffer,reinforce,user,sft,prefill,decode.")
+LARGEST = flags.DEFINE_bool("largest", False, "Also find the largest batch of each stage that fits.")
+JSON = flags.DEFINE_string("json", None, "File for every figure.")
+
+
+def main(argv: list[str]) -> int:
+    """Flags and one call a stage."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    require_flags(argv, CONFIG, TOPOLOGY)
+    from br_jax.files import write_text
+    from br_jax.planning.fit import check, largest_batch
+    from br_jax.planning.programs import STAGES
+    from br_jax.planning.table import as_record, render
+    from br_jax.progress import progress
+
+    fits = []
+    stages = STAGES if STAGE.value == ["all"] else STAGE.value
+    with progress(len(stages), "compile", "stage") as bar:
+        for stage in stages:
+            bar.set_postfix_str(f"{stage} for {TOPOLOGY.value}", refresh=True)
+            fits.append(check(CONFIG.value, TOPOLOGY.value, stage))
+            if LARGEST.value and fits[-1].fits:
+                bar.set_postfix_str(f"{stage}: largest batch", refresh=True)
+                fits.append(largest_batch(CONFIG.value, TOPOLOGY.value, stage, fits[-1]))
+            bar.update()
+    if JSON.value:
+        write_text(pathlib.Path(JSON.value), json.dumps([as_record(fit) for fit in fits], indent=1) + "\n")
+    print(render(fits))
+    return 0 if all(fit.fits for fit in fits) else 1
+
+
+if __name__ == "__main__":
+    run_with_flags(main)

@@ -1,0 +1,144 @@
+"""Programs and their sizes against XLA's own figures; the TPU's compiler where libtpu is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from br_jax.configs import demo, llama3_8b
+
+from br_jax.errors import UserError
+from br_jax.models.decoder import abstract_params
+from br_jax.models.spec import ModelSpec
+from br_jax.planning import fit as fitting
+from br_jax.planning.chips import CHIPS, parse_topology
+from br_jax.planning.programs import STAGES, TRAINING, make_program
+from br_jax.planning.roofline import model_flops, predict
+from br_jax.sharding import make_mesh
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "fit_check.py"
+GIB = 2**30
+
+
+@pytest.fixture
+def config(tiny):
+    """A tiny model, FSDP over what there is, rows of 128 tokens."""
+    config = demo.get_config("smoke")
+    with config.unlocked():
+        config.model.spec = dataclasses.asdict(tiny.spec)
+    config.mesh.update(data=1, fsdp=-1)
+    for stage in (config.buffer, config.reinforce, config.user):
+        stage.train.update(max_length=128, batch_size=8, loss_chunk=128)
+    config.eval.batch_size = 8
+    return config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_argument_bytes_are_what_xla_says(config, stage):
+    mesh = make_mesh(**config.mesh)
+    program = make_program(config, stage, mesh)
+    compiled = program.lower(mesh).compile()
+    counted = fitting._argument_bytes(program, mesh)
+    assert sum(counted.values()) == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, abs=64)
+    assert ("optimizer" in counted) == (stage in TRAINING)
+    assert ("cache" in counted) == (stage == "decode")
+
+
+@pytest.mark.parametrize("size", ["8b", "1b"])
+def test_num_params_counts_every_param(size):
+    spec = ModelSpec(**llama3_8b.get_config(size).model.spec)
+    assert spec.num_params == sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(spec)))
+
+
+def test_published_model_sizes():
+    sizes = {size: ModelSpec(**llama3_8b.get_config(size).model.spec).num_params for size in ("1b", "8b", "70b")}
+    assert {size: round(n / 1e9, 2) for size, n in sizes.items()} == {"1b": 1.24, "8b": 8.03, "70b": 70.55}
+
+
+def test_model_flops_agree_with_xla(config):
+    """Of one layer, for XLA counts a loop's body once; adapters, norms and the softmax are the difference."""
+    with config.unlocked():
+        config.model.spec.update(num_layers=1, embed_dim=256, ffw_dim=1024, head_dim=64)
+    for stage in (config.user, config.reinforce):
+        stage.train.update(rank=1)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    program = make_program(config, "decode", mesh)
+    counted = program.lower(mesh).compile().cost_analysis()["flops"]
+    assert model_flops(program) == pytest.approx(counted, rel=0.1)
+
+
+def test_the_slowest_resource_bounds(config):
+    program = make_program(config, "user", make_mesh(**config.mesh))
+    quiet, busy = (predict(program, CHIPS["v5e"], 8, received) for received in (0, 10**12))
+    assert quiet.seconds == max(quiet.compute, quiet.memory)
+    assert busy.seconds == busy.links == 10**12 / CHIPS["v5e"].ici_rate
+    assert busy.mfu < quiet.mfu <= 1
+
+
+@pytest.mark.parametrize("limit, found", [(1003, 1000), (64, 64), (71, 64), (8, 8)])
+def test_largest_batch_is_found(config, monkeypatch, limit, found):
+    """Against a pretended compiler: memory rises with the rows, not quite in proportion."""
+    tried = []
+
+    def pretend(config, topology, stage, batch=0):
+        tried.append(batch)
+        total = int(GIB * (2 + 13.5 * (batch / limit) ** 1.1))
+        fits = batch <= limit
+        return dataclasses.replace(
+            base, batch=batch, temporaries=total if fits else None, problem="" if fits else "too large"
+        )
+
+    base = fitting.Fit(
+        "user", "v5e:2x4", 8, {"data": 1, "fsdp": 8, "tensor": 1}, 8, 1, "xla", "full", {}, 0, 0, 16 * GIB, 0.0, {}, {},
+        0, None, "",
+    )  # fmt: skip
+    monkeypatch.setattr(fitting, "check", pretend)
+    assert fitting.largest_batch(config, "v5e:2x4", "user", pretend(None, "", "", 8)).batch == found
+    assert len(tried) <= 13
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:2", "v5e:2x0", "v9:2x2", "v5e:2x2x2x2", ""])
+def test_a_wrong_topology_is_named(name):
+    with pytest.raises(UserError, match="write KIND:SHAPE"):
+        parse_topology(name)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:1x1"])
+def test_a_stage_compiles_for_the_tpu(config, topology):
+    found = fitting.check(config, topology, "user")
+    assert found.fits and found.attention == "splash"
+    assert found.chips == np.prod(parse_topology(topology)[2])
+    assert found.total < found.hbm
+    assert bool(found.collectives) == (found.chips > 1)
+    assert 0 < found.prediction.mfu <= 1
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_named(config):
+    found = fitting.check(config, "v5e:1x1", "user", batch=1 << 16)
+    assert not found.fits and found.prediction is None
+    assert "temporaries is the largest part" in found.problem and "remat=full" in found.problem
+
+
+@needs_libtpu
+def test_the_script(tmp_path):
+    def run(*flags):
+        command = [sys.executable, SCRIPT, "--config=configs/demo.py", *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+
+    done = run("--topology=v5e:1x1", "--stage=user,decode", f"--json={tmp_path / 'fit.json'}")
+    assert done.returncode == 0, done.stderr
+    assert [fit["stage"] for fit in json.loads((tmp_path / "fit.json").read_text())] == ["user", "decode"]
+    assert "predicted" in done.stdout
+    too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=99999999")
+    assert too_large.returncode == 1 and "decode does not fit: cache" in too_large.stdout
+    for wrong in ("--topology=v5e:3x3", "--topology=x", "--topology=v5e:2x4 --stage=usr"):
+        failed = run(*wrong.split())
+        assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and "Traceback" not in failed.stderr
