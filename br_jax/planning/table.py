@@ -25,7 +25,7 @@ def render(fits: Sequence[Fit]) -> str:
         "",
         f"{'stage':<10}{'rows':>6}{'tokens':>8}{'args':>8}{'temps':>8}{'output':>8}{'total':>8}{'fits':>6}"
         f"{'attention':>11}{'compile':>9}{'step *':>10}{'MFU *':>7}",
-        f"{'':<10}{'':>6}{'a chip':>8}{'GiB':>8}{'GiB':>8}{'GiB':>8}{'GiB':>8}{'':>6}{'':>11}{'s':>9}{'ms':>10}{'%':>7}",
+        f"{'':<16}{'a chip':>8}{'GiB':>8}{'GiB':>8}{'GiB':>8}{'GiB':>8}{'':>17}{'s':>9}{'ms':>10}{'%':>7}",
     ]
     lines += [_row(fit) for fit in fits]
     lines += ["", "* predicted by a roofline from published peaks (docs/scaling.md), not measured", ""]

@@ -60,8 +60,8 @@ def test_one_device_has_none():
     assert find_collectives(text) == []
 
 
-# What libtpu writes, cut down: an all-gather that starts in the entry and overlaps a fusion of the layer loop, under one
-# channel id; a layer loop of 32; in it a loop that passes a weight's shards round, two steps at a time.
+# What libtpu writes, cut down: an all-gather that starts in the entry and overlaps a fusion of the layer loop, under
+# one channel id; a layer loop of 32; in it a loop that passes a weight's shards round, two steps at a time.
 TPU = """HloModule jit_step
 
 %fused_computation.1 (param_0: bf16[512,128256]) -> bf16[4096,128256] {
