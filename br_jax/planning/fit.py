@@ -31,12 +31,13 @@ class Fit:
         attention: implementation in use.
         remat: of a training step.
         arguments: bytes of what a call is given, by kind.
+        hbm: the chip's memory.
+        trained: bytes of the whole trained adapter, which is what its gradients weigh; 0 for generation.
+        compile_seconds: on this host.
         temporaries: bytes while it runs; None where the compiler gave up.
         output: bytes of results that take over no argument's buffer.
-        hbm: the chip's memory.
-        compile_seconds: on this host.
         collectives: kind -> {"calls", "bytes"} in a call.
-        largest_gather: (shape, bytes) of the largest all-gather inside the layer loop, and of the largest outside.
+        largest_gather: shape of the largest all-gather of each layer, and of the largest that is made once.
         reduced: bytes that reach a chip to be added up (all-reduce, reduce-scatter).
         prediction: the roofline's; None when it does not fit.
         problem: why it does not fit, and what would help; "" when it fits.
@@ -51,15 +52,16 @@ class Fit:
     attention: str
     remat: str
     arguments: dict[str, int]
-    temporaries: int | None
-    output: int
     hbm: int
-    compile_seconds: float
-    collectives: dict[str, dict[str, int]]
-    largest_gather: dict[str, str]
-    reduced: int
-    prediction: Prediction | None
-    problem: str
+    trained: int
+    compile_seconds: float = 0.0
+    temporaries: int | None = None
+    output: int = 0
+    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    largest_gather: dict[str, str] = dataclasses.field(default_factory=dict)
+    reduced: int = 0
+    prediction: Prediction | None = None
+    problem: str = ""
 
     @property
     def total(self) -> int | None:
@@ -98,15 +100,8 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
         attention=program.attention,
         remat=program.remat,
         arguments=_argument_bytes(program, mesh),
-        temporaries=None,
-        output=0,
         hbm=chip.hbm_bytes,
-        compile_seconds=0.0,
-        collectives={},
-        largest_gather={},
-        reduced=0,
-        prediction=None,
-        problem="",
+        trained=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_trainable(program))),
     )
     start = time.perf_counter()
     try:
@@ -164,6 +159,10 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
         best = fit
         guess = best.batch + int((best.hbm - _RESERVED - best.total) / max(slope, 1))
     return best
+
+
+def _trainable(program: Program) -> dict:
+    return program.arguments["state"]["trainable"] if program.trains else {}
 
 
 def _argument_bytes(program: Program, mesh: Mesh) -> dict[str, int]:

@@ -94,10 +94,8 @@ def test_largest_batch_is_found(config, monkeypatch, limit, found):
             base, batch=batch, temporaries=total if fits else None, problem="" if fits else "too large"
         )
 
-    base = fitting.Fit(
-        "user", "v5e:2x4", 8, {"data": 1, "fsdp": 8, "tensor": 1}, 8, 1, "xla", "full", {}, 0, 0, 16 * GIB, 0.0, {}, {},
-        0, None, "",
-    )  # fmt: skip
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+    base = fitting.Fit("user", "v5e:2x4", 8, mesh, 8, 1, "xla", "full", arguments={}, hbm=16 * GIB, trained=0)
     monkeypatch.setattr(fitting, "check", pretend)
     assert fitting.largest_batch(config, "v5e:2x4", "user", pretend(None, "", "", 8)).batch == found
     assert len(tried) <= 13
