@@ -1,0 +1,357 @@
+"""The launch scripts, without a cloud: shellcheck reads them, and a fake gcloud stands in for the slice.
+
+The fake writes down how it was called. What it is asked to run on a worker runs here, in a folder that stands for the
+worker's home, so that quoting, the lock and exit statuses are tested as bash and flock have them.
+"""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "experiments" / "launch"
+SCRIPTS = sorted(
+    [path for top in ROOT.glob("[!.]*/") for path in top.rglob("*.sh")] + [*ROOT.glob("*.sh"), ROOT / ".ci" / "run"]
+)
+
+GCLOUD = f"""#!{sys.executable}
+import json, os, subprocess, sys
+
+arguments = sys.argv[1:]
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(["gcloud", *arguments]) + "\\n")
+states = os.environ["STATES"]
+if "describe" in arguments:
+    with open(states) as file:
+        state, *rest = file.read().split()
+    with open(states, "w") as file:
+        file.write(" ".join(rest or [state]))
+    print(state)
+for argument in arguments:
+    if argument.startswith("--command="):
+        sys.exit(subprocess.run(["bash", "-c", argument[10:]], cwd=os.environ["WORKER"]).returncode)
+"""
+
+needs_envsubst = pytest.mark.skipif(shutil.which("envsubst") is None, reason="needs gettext's envsubst")
+
+SLICE = {"NAME": "slice", "PROJECT": "me", "ZONE": "us-west4-a", "ACCELERATOR_TYPE": "v5litepod-8"}
+WHERE = ["--project=me", "--zone=us-west4-a"]
+TPUS = ["gcloud", "compute", "tpus"]
+GKE = {
+    "NAME": "demo",
+    "IMAGE": "us-docker.pkg.dev/me/br/br_jax:1",
+    "ACCELERATOR": "tpu-v5-lite-podslice",
+    "TOPOLOGY": "2x4",
+    "CHIPS_PER_HOST": "8",
+    "CLAIM": "shared",
+}
+
+
+class Cloud:
+    """Runs the launch scripts with fakes first on PATH."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.worker = folder / "worker"
+        self._calls, self._bin, self._states = folder / "calls.jsonl", folder / "bin", folder / "states"
+        (self.worker / "br_jax" / ".venv" / "bin").mkdir(parents=True)
+        (self.worker / "br_jax" / ".venv" / "bin" / "python").symlink_to(sys.executable)
+        shutil.copytree(LAUNCH, self.worker / "br_jax" / "experiments" / "launch")
+        self._bin.mkdir()
+        self.fake("gcloud", GCLOUD)
+        self.fake("sleep", "#!/bin/sh\n")
+        self.states("ACTIVE")
+
+    def fake(self, name: str, text: str) -> None:
+        """Puts an executable first on PATH."""
+        (self._bin / name).write_text(text)
+        (self._bin / name).chmod(0o755)
+
+    def states(self, *states: str) -> None:
+        """What the queued resource will be, one look after another."""
+        self._states.write_text(" ".join(states))
+
+    def run(self, script: str, *arguments: str, settings: dict | None = None, **changes) -> subprocess.CompletedProcess:
+        """Runs a launch script with settings in its environment; a change to None takes a setting away."""
+        settings = {k: v for k, v in {**(SLICE if settings is None else settings), **changes}.items() if v is not None}
+        environment = {
+            "PATH": f"{self._bin}:{os.environ['PATH']}",
+            "HOME": str(self.worker),
+            "CALLS": str(self._calls),
+            "STATES": str(self._states),
+            "WORKER": str(self.worker),
+            **settings,
+        }
+        return subprocess.run(
+            [LAUNCH / script, *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """How gcloud was called."""
+        return [yaml.safe_load(line) for line in self._calls.read_text().splitlines()] if self._calls.exists() else []
+
+    def script(self, text: str) -> str:
+        """A Python script in the worker's project; returns its name."""
+        (self.worker / "br_jax" / "script.py").write_text(text)
+        return "script.py"
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    return Cloud(tmp_path)
+
+
+def ssh(worker: str, command: str) -> list[str]:
+    return [*TPUS, "tpu-vm", "ssh", "slice", *WHERE, f"--worker={worker}", f"--command={command}"]
+
+
+def scp(source: str, target: str, worker: str) -> list[str]:
+    return [*TPUS, "tpu-vm", "scp", source, target, *WHERE, f"--worker={worker}"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shellcheck_has_nothing_to_say(script):
+    shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+    result = subprocess.run([shellcheck, "--severity=style", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_dry_run_prints_every_command_in_order_and_runs_none(cloud):
+    script = ["experiments/pipeline.py", "--config=configs/demo.py", "--config.name=it's a try"]
+    result = cloud.run("tpu_vm.sh", "--dry-run", "--spot", "all", "--", *script, SHARED="gs://bucket", RUN="try")
+    assert (result.returncode, result.stderr) == (0, "")
+    worker, archive, folder = "br_jax/experiments/launch/worker.sh", f"{ROOT}/build/br_jax.tar.gz", f"{ROOT}/runs/try"
+    kind = ["--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite"]
+    assert [shlex.split(line) for line in result.stdout.splitlines()] == [
+        [*TPUS, "queued-resources", "create", "slice", *WHERE, "--node-id=slice", *kind, "--spot"],
+        [*TPUS, "queued-resources", "describe", "slice", *WHERE, "--format=value(state.state)"],
+        ["mkdir", "-p", f"{ROOT}/build"],
+        ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "HEAD"],
+        scp(archive, "slice:br_jax.tar.gz", "all"),
+        ssh("all", "mkdir -p br_jax && tar -xzf br_jax.tar.gz -C br_jax"),
+        ssh("all", f"{worker} install /mnt/br_jax gs://bucket"),
+        ssh("all", f"{worker} start {shlex.join(script[:2])} '--config.name=it'\\''s a try' --workdir=/mnt/br_jax/try"),
+        ssh("0", f"{worker} follow"),
+        ssh("0", f"{worker} status"),
+        ssh("0", "tar --exclude=./provider --exclude=checkpoints -czf run.tar.gz -C /mnt/br_jax/try ."),
+        ["mkdir", "-p", folder],
+        scp("slice:run.tar.gz", f"{folder}/run.tar.gz", "0"),
+        ["tar", "-xzf", f"{folder}/run.tar.gz", "-C", folder],
+        ["rm", f"{folder}/run.tar.gz"],
+        [*TPUS, "queued-resources", "delete", "slice", *WHERE, "--force", "--quiet"],
+    ]
+    assert cloud.calls == []
+
+
+def test_a_repository_is_cloned_at_its_ref(cloud):
+    source = cloud.worker.parent / "source"
+    git = ["git", "-C", source, "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main", source], check=True)
+    (source / "file").write_text("first")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message=first"], check=True)
+    subprocess.run([*git, "tag", "v1"], check=True)
+    shutil.rmtree(cloud.worker / "br_jax")
+    cloud.run("tpu_vm.sh", "install", REPOSITORY=str(source), REF="v1")  # its worker.sh is not in that repository
+    assert (cloud.worker / "br_jax" / "file").read_text() == "first"
+    (source / "file").write_text("second")
+    subprocess.run([*git, "commit", "--quiet", "--all", "--message=second"], check=True)
+    cloud.run("tpu_vm.sh", "install", REPOSITORY=str(source))
+    assert (cloud.worker / "br_jax" / "file").read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "several"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base", False),
+        ("v4-16", "tpu-ubuntu2204-base", True),
+        ("v5p-8", "v2-alpha-tpuv5", False),
+        ("v5p-16", "v2-alpha-tpuv5", True),
+        ("v5litepod-1", "v2-alpha-tpuv5-lite", False),
+        ("v5litepod-8", "v2-alpha-tpuv5-lite", False),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite", True),
+        ("v6e-8", "v2-alpha-tpuv6e", False),
+        ("v6e-256", "v2-alpha-tpuv6e", True),
+    ],
+)
+def test_the_type_sets_the_image_and_multihost(cloud, kind, version, several):
+    shared = {"ACCELERATOR_TYPE": kind, "SHARED": "10.0.0.2:/share"}
+    created = cloud.run("tpu_vm.sh", "--dry-run", "create", **shared)
+    assert f"--runtime-version={version}" in shlex.split(created.stdout.splitlines()[0])
+    started = cloud.run("tpu_vm.sh", "--dry-run", "run", "--", "script.py", **shared)
+    assert started.stdout.splitlines()[0].endswith(" --multihost'") == several
+    assert (cloud.run("tpu_vm.sh", "--dry-run", "create", **{**shared, "SHARED": None}).returncode == 2) == several
+
+
+def test_create_waits_until_the_slice_is_there(cloud):
+    cloud.states("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    result = cloud.run("tpu_vm.sh", "create")
+    assert result.returncode == 0
+    assert result.stderr == "slice: WAITING_FOR_RESOURCES\nslice: PROVISIONING\n"
+    assert len(cloud.calls) == 4 and "--spot" not in cloud.calls[0]
+
+
+def test_a_slice_that_was_taken_is_an_error_and_stays_unless_cleanup(cloud):
+    cloud.states("SUSPENDED")
+    result = cloud.run("tpu_vm.sh", "create")
+    assert (result.returncode, result.stderr) == (1, "error: slice is SUSPENDED: delete it, then create it again\n")
+    assert not any("delete" in call for call in cloud.calls)
+    assert cloud.run("tpu_vm.sh", "--cleanup", "create").returncode == 1
+    assert cloud.calls[-1] == [*TPUS, "queued-resources", "delete", "slice", *WHERE, "--force", "--quiet"]
+
+
+def test_run_gives_the_script_its_words_and_shows_its_log(cloud):
+    script = cloud.script("import sys; print(sys.argv[1:])")
+    words = ["--a=b c", "it's", '"$HOME"', "`x`; exit 3 #", "*", ""]
+    result = cloud.run("tpu_vm.sh", "run", "--", script, *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{[*words, '--workdir=/mnt/br_jax/slice']}\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (143, "error: the run was stopped by SIGTERM and saved a checkpoint: the same run command goes on\n"),
+        (2, "error: the run ended with status 2\n"),
+    ],
+)
+def test_run_ends_with_the_script_s_status_and_may_be_repeated(cloud, status, message):
+    script = cloud.script(f"print('at work'); raise SystemExit({status})")
+    for _ in range(2):
+        result = cloud.run("tpu_vm.sh", "run", "--", script)
+        assert (result.returncode, result.stdout, result.stderr) == (status, "at work\n", message)
+
+
+def test_stop_reaches_the_script_and_no_second_run_starts_before_its_end(cloud):
+    script = cloud.script(
+        "import pathlib, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "pathlib.Path('ready').touch()\n"
+        "signal.pause()\n"
+    )
+    worker = cloud.worker / "br_jax"
+    subprocess.run([worker / "experiments" / "launch" / "worker.sh", "start", script], check=True)
+    deadline = time.monotonic() + 60
+    while not (worker / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = subprocess.run(
+        [worker / "experiments" / "launch" / "worker.sh", "start", script], capture_output=True, text=True
+    )
+    assert second.returncode == 2 and "a run is under way" in second.stderr
+    assert cloud.run("tpu_vm.sh", "stop").returncode == 0
+    assert cloud.run("tpu_vm.sh", "logs").returncode == 143
+
+
+def test_logs_without_a_status_says_what_to_do(cloud):
+    (cloud.worker / "br_jax" / "run.pid").write_text("1\n")
+    result = cloud.run("tpu_vm.sh", "logs")
+    assert result.returncode == 1 and "no exit status yet: logs follows again" in result.stderr
+
+
+def test_exec_runs_in_the_project_on_all(cloud):
+    result = cloud.run("tpu_vm.sh", "exec", "--", "ls", "experiments/launch/worker.sh")
+    assert result.stdout == "experiments/launch/worker.sh\n"
+    assert cloud.calls == [ssh("all", "cd br_jax && ls experiments/launch/worker.sh")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ([], {}, "no subcommand: "),
+        (["crate"], {}, "crate: no such flag or subcommand: "),
+        (["create"], {"NAME": None}, "NAME is not set: "),
+        (["create"], {"PROJECT": ""}, "PROJECT is not set: "),
+        (["create"], {"ACCELERATOR_TYPE": "v5e-8"}, "ACCELERATOR_TYPE v5e-8: not v4-N, "),
+        (["run"], {"ACCELERATOR_TYPE": "v4-16"}, "SHARED is not set: "),
+        (["run", "--"], {}, "run: nothing to run: "),
+        (["delete"], {}, "delete: no terminal to ask on: add --yes"),
+        (["all", "--", "script.py"], {}, "all: no terminal to ask on: add --yes"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(cloud, arguments, changes, message):
+    result = cloud.run("tpu_vm.sh", *arguments, **changes)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+    assert cloud.calls == []
+
+
+@needs_envsubst
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "chips", "hosts"),
+    [
+        ("tpu-v5-lite-podslice", "2x4", 8, 1),  # v5litepod-8
+        ("tpu-v5-lite-podslice", "4x4", 4, 4),  # v5litepod-16
+        ("tpu-v4-podslice", "2x2x1", 4, 1),
+        ("tpu-v4-podslice", "2x2x4", 4, 4),
+        ("tpu-v5p-slice", "2x2x2", 4, 2),
+        ("tpu-v6e-slice", "4x8", 4, 8),
+    ],
+)
+def test_the_manifest_asks_for_a_slice(cloud, accelerator, topology, chips, hosts):
+    slice_of = {"ACCELERATOR": accelerator, "TOPOLOGY": topology, "CHIPS_PER_HOST": str(chips)}
+    script = ["experiments/pipeline.py", "--config.name=it's $NAME"]
+    result = cloud.run("gke.sh", "--dry-run", "--", *script, settings={**GKE, **slice_of}, NAME="on", CLAIM="7")
+    assert (result.returncode, result.stderr) == (0, "")
+    manifest = yaml.safe_load(result.stdout)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert manifest["metadata"]["name"] == "on"  # no YAML boolean
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 10
+    (job,) = manifest["spec"]["replicatedJobs"]
+    assert job["replicas"] == 1
+    spec = job["template"]["spec"]
+    assert spec["completions"] == spec["parallelism"] == hosts
+    assert (spec["completionMode"], spec["backoffLimit"]) == ("Indexed", 0)
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy needs
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    (container,) = pod["containers"]
+    assert container["image"] == GKE["IMAGE"]
+    assert container["resources"] == {"requests": {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}}
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "7"}}]
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/mnt/br_jax"}]
+    assert container["command"] == ["bash", "-c"]
+    workdir = ["--workdir=/mnt/br_jax/on"] + ["--multihost"] * (hosts > 1)
+    assert shlex.split(container["args"][0]) == ["exec", "python", *script, *workdir]
+
+
+@needs_envsubst
+def test_the_manifest_is_applied(cloud):
+    cloud.fake("kubectl", '#!/bin/sh\necho "$@" >"$WORKER/arguments"\ncat >"$WORKER/manifest.yaml"\n')
+    dry = cloud.run("gke.sh", "--dry-run", "--", "script.py", settings=GKE)
+    result = cloud.run("gke.sh", "--", "script.py", settings=GKE)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (cloud.worker / "arguments").read_text() == "apply --filename=-\n"
+    assert (cloud.worker / "manifest.yaml").read_text() == dry.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["script.py"], {}, "nothing to run: "),
+        (["--"], {}, "nothing to run: "),
+        *((["--", "script.py"], {name: None}, f"{name} is not set: ") for name in GKE),
+        (["--", "script.py"], {"IMAGE": 'a" b'}, 'IMAGE a" b: only letters, '),
+        (["--", "script.py"], {"TOPOLOGY": "8"}, "TOPOLOGY 8: not like "),
+        (["--", "script.py"], {"TOPOLOGY": "2x2"}, "TOPOLOGY 2x2: 4 chips are not whole hosts of 8"),
+        (["--", "script.py"], {"CHIPS_PER_HOST": "2"}, "CHIPS_PER_HOST 2: not 1, 4 or 8"),
+        (["--", "script.py"], {"MAX_RESTARTS": "x"}, "MAX_RESTARTS x: not a number"),
+    ],
+)
+def test_a_wrong_manifest_setting_is_one_line_and_status_2(cloud, arguments, changes, message):
+    result = cloud.run("gke.sh", *arguments, settings=GKE, **changes)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
