@@ -88,8 +88,9 @@ class Cloud:
             "WORKER": str(self.worker),
             **settings,
         }
+        command = [LAUNCH / script, *arguments]
         return subprocess.run(
-            [LAUNCH / script, *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
         )
 
     @property

@@ -43,9 +43,7 @@ main() {
   COMMAND=${COMMAND# }
   COMMAND=${COMMAND//"'"/"''"} # for YAML's single quotes
   export NAME IMAGE ACCELERATOR TOPOLOGY CHIPS_PER_HOST CLAIM MAX_RESTARTS HOSTS COMMAND
-  # shellcheck disable=SC2016 # names for envsubst: whatever else looks like a variable stays as it is
-  manifest=$(envsubst '$NAME $IMAGE $ACCELERATOR $TOPOLOGY $CHIPS_PER_HOST $CLAIM $MAX_RESTARTS $HOSTS $COMMAND' \
-    <"$(dirname "$0")/gke_jobset.yaml")
+  manifest=$(envsubst <"$(dirname "$0")/gke_jobset.yaml")
   if $dry_run; then
     echo "$manifest"
   else
