@@ -4,6 +4,7 @@ The fake writes down how it was called. What it is asked to run on a worker runs
 worker's home, so that quoting, the lock and exit statuses are tested as bash and flock have them.
 """
 
+import json
 import os
 import pathlib
 import shlex
@@ -96,7 +97,7 @@ class Cloud:
     @property
     def calls(self) -> list[list[str]]:
         """How gcloud was called."""
-        return [yaml.safe_load(line) for line in self._calls.read_text().splitlines()] if self._calls.exists() else []
+        return [json.loads(line) for line in self._calls.read_text().splitlines()] if self._calls.exists() else []
 
     def script(self, text: str) -> str:
         """A Python script in the worker's project; returns its name."""
@@ -252,7 +253,6 @@ def test_stop_reaches_the_script_and_no_second_run_starts_before_its_end(cloud):
 
 
 def test_logs_without_a_status_says_what_to_do(cloud):
-    (cloud.worker / "br_jax" / "run.pid").write_text("1\n")
     result = cloud.run("tpu_vm.sh", "logs")
     assert result.returncode == 1 and "no exit status yet: logs follows again" in result.stderr
 
