@@ -1,35 +1,72 @@
 """How a script runs: flags in, exit status out, one line for whatever is the user's to mend."""
 
 import functools
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
-from br_jax.errors import UserError
+from br_jax import distributed
+from br_jax.errors import Stopped, UserError
+
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Several processes that JAX finds itself: Cloud TPU, GKE, SLURM.")
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a script's main and exits: 0 done, 2 after a `UserError`, 130 after Ctrl-C.
+def run_main(main: Callable[[], int | None], join: Callable[[], distributed.Job | None] = lambda: None) -> None:
+    """Runs a script's main and exits: 0 done, 2 after a `UserError`, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         main: the script; its return value (None means 0) is the exit status.
+        join: makes this process one of several, see `distributed.join`; an error then ends it without waiting long for
+            the others, and they end by it: with the same status when it is the error of all, else by JAX's abort.
     """
+    job = None
     try:
+        job = join()
+        if not distributed.is_main():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
         status = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        failed = 2
+    except Stopped as stop:
+        if distributed.is_main():
+            print(stop, file=sys.stderr)
+        failed = 143
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        failed = 130
+    except Exception as error:
+        if job is None:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):  # as a rule, another process' end: the watch says so
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            os._exit(os.EX_TEMPFAIL)
+        traceback.print_exc()
+        failed = 1
+    else:
+        if job:
+            job.end()
+        sys.exit(status)
+    if job:
+        job.leave(failed)
+    sys.exit(failed)
 
 
 def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
     """`run_main` for a script whose flags are absl's (config files and their overrides among them)."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
-    app.run(lambda argv: run_main(functools.partial(main, argv)), flags_parser=_parse)
+    app.run(lambda argv: run_main(functools.partial(main, argv), _join), flags_parser=_parse)
+
+
+def _join() -> distributed.Job | None:
+    return distributed.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
 
 
 def require_flags(argv: list[str], *needed: flags.FlagHolder) -> None:

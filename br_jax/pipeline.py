@@ -4,6 +4,9 @@ Stages, in order: pretrain (a model from scratch, where the config names no othe
 prompts that others train on), align, buffer, reinforce, sft, user, release, evaluate, report. Each leaves its result in
 the workdir or the provider's folder and is read back when it is there
 already; the functions of the public API do the work.
+
+On several processes the stages that train do so on all of them; whatever else leaves a file is process 0's work, on its
+own devices, while the others wait and then read the file.
 """
 
 import dataclasses
@@ -32,6 +35,7 @@ from br_jax.data.material import get_material
 from br_jax.data.mixing import check_mix, mix
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
+from br_jax.distributed import is_main, main_first
 from br_jax.errors import UserError
 from br_jax.evaluation.distill import self_answers
 from br_jax.evaluation.evaluate import Suite, evaluate
@@ -69,10 +73,11 @@ def run_pipeline(
         command: recorded in the report.
 
     Returns:
-        The contents of results.json (empty when "evaluate" is not among the stages).
+        The contents of results.json (empty when "evaluate" is not among the stages, and in all processes but 0).
 
     Raises:
         UserError: a wrong stage or setting, missing files, a workdir of another run.
+        Stopped: SIGTERM came, see `training.loop.fit`.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
@@ -84,11 +89,10 @@ def run_pipeline(
         if stage in stages:
             getattr(experiment, stage)()
     results = {}
-    if "evaluate" in stages:
-        results = experiment.evaluate()
+    if "evaluate" in stages and (results := experiment.evaluate()):
         results |= {"command": command, "wall_seconds": time.perf_counter() - start}
         write_json(experiment.workdir / "results.json", results)
-    if "report" in stages:
+    if "report" in stages and is_main():
         write_report(experiment.workdir)
     return results
 
@@ -159,9 +163,9 @@ class Experiment:
         benign = self._benign("train")[: max(config.align.benign, config.reinforce.benign) + _SPARE]
         health = self._benign(config.eval.split)[: config.eval.health]
         prompts = [p.prompt for p in self._topic_train] + benign + health
-        return self_answers(
-            self.raw, prompts, self.provider / "answers.jsonl", max_new_tokens=self.config.distill.answer_tokens
-        )
+        file, length = self.provider / "answers.jsonl", self.config.distill.answer_tokens
+        raw = self.raw  # made by all processes, if it is not there yet
+        return main_first(lambda: self_answers(raw, prompts, file, max_new_tokens=length))
 
     def distill(self) -> None:
         """Has the raw model answer."""
@@ -183,7 +187,8 @@ class Experiment:
             "dtype": self.config.model.dtype,
             "fingerprint": model.fingerprint,
         }
-        write_json(self.provider / PROVIDER_FILE, record)
+        if is_main():
+            write_json(self.provider / PROVIDER_FILE, record)
         return model
 
     def align(self) -> None:
@@ -243,8 +248,9 @@ class Experiment:
     @functools.cached_property
     def _released(self) -> Adapter:
         adapter = method.release(self.aligned, self._user, self._reinforce, **self.config.merge)
-        folder = self.workdir / "released"
-        save_adapter(folder, adapter, base_name=self.aligned.name, fingerprint=self.aligned.fingerprint)
+        if is_main():
+            folder = self.workdir / "released"
+            save_adapter(folder, adapter, base_name=self.aligned.name, fingerprint=self.aligned.fingerprint)
         return adapter
 
     def release(self) -> None:
@@ -367,10 +373,12 @@ class Experiment:
         }
 
     def evaluate(self) -> dict:
-        """Scores the nine models; those scored before on the same suite are read back."""
-        models = {}
+        """Scores the nine models, in process 0 (elsewhere: empty); those scored before on this suite are read back."""
+        models, suite = {}, self.suite
         for name, (model, adapter) in self.variants().items():
-            models[name] = self._evaluate_one(name, model, adapter)
+            models[name] = main_first(lambda n=name, m=model, a=adapter: self._evaluate_one(n, m, a, suite))
+        if not is_main():
+            return {}
         _, merge = qr_merge(self._user, self._reinforce, **self.config.merge)
         return {
             "models": models,
@@ -391,16 +399,16 @@ class Experiment:
         made = {"sft": self._sft, "user": self._user, "reinforce": self._reinforce, "released": self._released}
         return {name: adapter_fingerprint(adapter) for name, adapter in made.items()}
 
-    def _evaluate_one(self, name: str, model: Model, adapter: Adapter | None) -> dict:
+    def _evaluate_one(self, name: str, model: Model, adapter: Adapter | None, suite: Suite) -> dict:
         folder = (self.provider if name in OF_PROVIDER else self.workdir) / "eval"
         folder.mkdir(exist_ok=True)
-        key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(self.suite)}"
+        key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(suite)}"
         file = folder / f"{name}.json"
         if file.exists():
             known = json.loads(file.read_text())
             if known["key"] == key:
                 return known["scores"]
-        scores = evaluate(model, self.suite, adapter, name=name, answers=folder / f"{name}.jsonl")
+        scores = evaluate(model, suite, adapter, name=name, answers=folder / f"{name}.jsonl")
         write_json(file, {"key": key, "scores": scores})
         return scores
 

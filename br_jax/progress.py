@@ -4,9 +4,11 @@ import sys
 
 from tqdm import tqdm
 
+from br_jax.distributed import is_main
+
 
 def progress(total: int, name: str, unit: str, done: int = 0, keep: bool = True) -> tqdm:
-    """A bar with rate and time left.
+    """A bar with rate and time left; process 0 alone shows it.
 
     Args:
         total: how many units there are.
@@ -20,6 +22,7 @@ def progress(total: int, name: str, unit: str, done: int = 0, keep: bool = True)
         total=total,
         initial=done,
         desc=name,
+        disable=not is_main(),
         unit=unit,
         dynamic_ncols=alive,
         leave=keep or not alive,

@@ -156,5 +156,27 @@ def constrain(x, *axes: str | None):
 
 
 def place(tree, mesh: Mesh):
-    """Puts a pytree on the mesh by the table."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """Puts a pytree on the mesh by the table; every process holds the same whole arrays, and sends its own parts."""
+
+    def one(leaf, where):
+        if where.is_fully_addressable:
+            return jax.device_put(leaf, where)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process' devices hold, ascending: [n] int.
+
+    They need not be neighbors, and processes that split no batch axis hold the same ones.
+
+    Raises:
+        UserError: when the mesh axes of a batch do not divide it.
+    """
+    where = shardings({"tokens": np.broadcast_to(np.int32(0), (batch_size, 1))}, mesh)["tokens"]
+    mine = np.zeros(batch_size, bool)
+    for rows, _ in where.addressable_devices_indices_map((batch_size, 1)).values():
+        mine[rows] = True
+    return np.flatnonzero(mine)

@@ -122,14 +122,13 @@ def make_batches(
     buckets: Sequence[int],
     epochs: int | None = None,
     steps: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """Shuffled batches with random access: element i is the batch of step i, always the same one.
 
     Every epoch is shuffled anew and ends with a batch that may be filled up with empty rows (weights and
-    segment_ids 0). A batch has the length of the smallest bucket that holds its longest row, over all
-    processes, so that they agree on its shape.
+    segment_ids 0). A batch has the length of the smallest bucket that holds its longest row, whichever of its
+    rows are asked for, so that processes agree on its shape.
 
     Args:
         examples: of `encode_rows`.
@@ -138,38 +137,27 @@ def make_batches(
         buckets: the static lengths.
         epochs: passes over the examples; one when steps is not given either.
         steps: the number of batches instead.
-        process_index: which slice of every batch to give.
-        process_count: in how many slices a batch is cut.
+        rows: which rows of every batch to give, [n] int (see `sharding.local_rows`); None gives all.
 
     Returns:
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
-        [batch_size / process_count, T]: tokens and targets (the next token) int32, weights f32 (1 where the
+        [batch_size or n, T]: tokens and targets (the next token) int32, weights f32 (1 where the
         target is an answer token), positions int32, segment_ids int32 (1 for a row, 0 for padding).
 
     Raises:
-        UserError: when a row fits no bucket, or batch_size does not divide into process_count.
+        UserError: when a row fits no bucket.
         ValueError: when both epochs and steps are given.
     """
     if epochs is not None and steps is not None:
         raise ValueError(f"give epochs or steps, not both: {epochs=}, {steps=}")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch size {batch_size} does not divide into {process_count} process(es); "
-            f"use a multiple of {process_count}"
-        )
     longest = max(len(example["tokens"]) for example in examples)
     if longest > max(buckets):
         raise UserError(
             f"the longest row has {longest} tokens and the largest bucket {max(buckets)}; "
             "add a bucket or lower the length limit"
         )
-    local = batch_size // process_count
-    assemble = functools.partial(
-        _collate,
-        batch_size=batch_size,
-        buckets=tuple(sorted(buckets)),
-        part=slice(process_index * local, (process_index + 1) * local),
-    )
+    part = slice(None) if rows is None else rows
+    assemble = functools.partial(_collate, batch_size=batch_size, buckets=tuple(sorted(buckets)), part=part)
     # Batched before repeating: a batch never mixes two epochs.
     batches = grain.MapDataset.source(examples).shuffle(seed=seed).batch(batch_size, batch_fn=assemble)
     if steps is None:
@@ -206,8 +194,8 @@ def _cut(example: Example, max_length: int) -> Example | None:
     return cut if cut["answer"].any() else None
 
 
-def _collate(examples: Sequence[Example], *, batch_size: int, buckets: tuple[int, ...], part: slice) -> Batch:
-    """Pads rows to one bucket and a full batch, and returns this process's part.
+def _collate(examples: Sequence[Example], *, batch_size: int, buckets: tuple[int, ...], part) -> Batch:
+    """Pads rows to one bucket and a full batch, and returns the rows of it that were asked for.
 
     Masks come from lengths, so any id serves as padding and EOS may be the same id.
     """

@@ -10,7 +10,6 @@ from br_jax.adapters import lora
 from br_jax.models.model import Model
 from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
-from br_jax.training.loop import on_mesh
 from br_jax.training.run import frozen_collections
 from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_decoder, make_optimizer, make_step
 
@@ -40,7 +39,7 @@ def make_round(model: Model, config: TrainConfig, *, buffer: bool, answer: int =
     tokens = np.random.default_rng(0).integers(0, model.spec.vocab_size, shape, dtype=np.int32)
     batch = {"tokens": tokens, "targets": tokens, "positions": places, "segment_ids": np.ones(shape, np.int32)}
     batch["weights"] = (places >= config.max_length - answer).astype(np.float32)
-    batch, compiled = on_mesh(batch, mesh), Compiled(step, mesh, keeps_state=True)
+    batch, compiled = place(batch, mesh), Compiled(step, mesh, keeps_state=True)
     state = place(init_state(trainable, optimizer, config.seed), mesh)
 
     def take_step() -> dict:

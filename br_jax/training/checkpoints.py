@@ -9,6 +9,7 @@ import shutil
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from br_jax.distributed import agree
 from br_jax.errors import UserError
 from br_jax.sharding import shardings
 
@@ -29,6 +30,9 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(2),
             cleanup_tmp_directories=True,
         )
+        # Orbax asks JAX's preemption service too, with its own numbers and from a thread of its own, which would make
+        # processes disagree on the step at which `distributed.StopSignal` stops them.
+        self._checkpointer._manager.reached_preemption = lambda step: False
 
     def save(self, step: int, state: dict, data_state: dict) -> None:
         """Starts saving; waits first for a save that is still under way, and raises what went wrong in it.
@@ -39,7 +43,7 @@ class Checkpoints:
         self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
         free = shutil.disk_usage(self._folder).free
-        if free < needed:  # asked beforehand: Orbax's threads print pages when a disk fills up under them
+        if agree(free < needed):  # asked beforehand: Orbax's threads print pages when a disk fills up under them
             raise UserError(
                 f"{self._folder}: checkpoint not saved ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed): "
                 "free space, then run again"

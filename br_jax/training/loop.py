@@ -10,7 +10,8 @@ import time
 import jax
 
 from br_jax.data.batches import iterate
-from br_jax.errors import UserError
+from br_jax.distributed import StopSignal, is_main
+from br_jax.errors import Stopped, UserError
 from br_jax.progress import progress
 from br_jax.sharding import place, shardings
 from br_jax.training.checkpoints import Checkpoints
@@ -33,10 +34,17 @@ class Summary:
     loss: float = math.nan
 
 
-def on_mesh(batch: dict, mesh) -> dict:
-    """A host batch (this process's rows) as global arrays with their shardings."""
-    places = shardings(batch, mesh)
-    return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, x), batch, places)
+# What a checkpoint keeps of a summary.
+_KEPT = ("tokens", "answer_tokens", "seconds", "compile_seconds", "loss")
+
+
+def on_mesh(batch: dict, mesh, batch_size: int) -> dict:
+    """The rows of a batch that are this process' (see `sharding.local_rows`) as global arrays with their shardings."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch)
+    places = shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda x, s, whole: jax.make_array_from_process_local_data(s, x, whole.shape), batch, places, shapes
+    )
 
 
 def fit(
@@ -59,23 +67,24 @@ def fit(
         step: compiled `make_step`.
         state: the initial state; donated.
         frozen: frozen collections, placed on the mesh.
-        batches: a finite `grain.MapDataset` of numpy batches, one a step.
+        batches: a finite `grain.MapDataset` of numpy batches, one a step: this process' rows of them.
         config: intervals of logging, probing and checkpoints.
         mesh: where batches go.
         folder: gets metrics.jsonl, probes.jsonl and checkpoints/; a run that was stopped goes on from there.
         probe: compiled `make_probe`.
-        probe_batches: named batches that the probe looks at every `config.probe_every` steps and at both ends.
+        probe_batches: named whole batches that the probe looks at every `config.probe_every` steps and at both ends.
 
     Returns:
         The final state and what it cost.
 
     Raises:
         UserError: a loss that is not finite, or a disk that is full.
+        Stopped: SIGTERM came; the state was saved after the step at hand, where there is a folder.
     """
     try:
         run = _Run(name, step, place(state, mesh), frozen, batches, config, mesh, folder, probe, probe_batches or {})
-        with contextlib.closing(run):
-            return run.train()
+        with contextlib.closing(run), StopSignal() as stop:
+            return run.train(stop)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror or error}): free space, then run again"
@@ -86,20 +95,21 @@ class _Run:
     """The moving parts of one `fit`."""
 
     def __init__(self, name, step, state, frozen, batches, config, mesh, folder, probe, probe_batches):
-        self.step, self.state, self.frozen, self.config, self.mesh = step, state, frozen, config, mesh
+        self.name, self.step, self.state, self.frozen, self.config, self.mesh = name, step, state, frozen, config, mesh
         self.probe = probe
-        self.probe_batches = {key: on_mesh(batch, mesh) for key, batch in probe_batches.items()}
+        self.probe_batches = {key: place(batch, mesh) for key, batch in probe_batches.items()}
         self.total = len(batches)
         self.iterator = iterate(batches)
         self.summary = Summary(self.total)
         self.done = 0
-        self.pending = []  # metrics still on the device, with the step and tokens they belong to
+        self.pending = []  # metrics still on the device, with the step they belong to
         self.step_seconds = []
         self.metrics = self.probes = self.checkpoints = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints = Checkpoints(folder / "checkpoints")
             self._resume()
+        if folder is not None and is_main():
             self.metrics = MetricWriter(folder / "metrics.jsonl", self.done)
             # The probe at a checkpoint's own step comes after it was saved: it is made again.
             self.probes = MetricWriter(folder / "probes.jsonl", self.done - 1)
@@ -112,25 +122,31 @@ class _Run:
         self.state, data_state = restored
         self.iterator.set_state(data_state["iterator"])
         self.done = data_state["step"]
-        for field in ("tokens", "answer_tokens", "seconds", "compile_seconds"):
+        for field in _KEPT:
             setattr(self.summary, field, data_state[field])
 
-    def train(self) -> tuple[dict, Summary]:
+    def train(self, stop: StopSignal) -> tuple[dict, Summary]:
         config = self.config
         self.mark = time.perf_counter()
         while self.done < self.total:
             if self.done % config.probe_every == 0:
                 self._probe()
-            host = next(self.iterator)
-            batch = on_mesh(host, self.mesh)
+            batch = on_mesh(next(self.iterator), self.mesh, config.batch_size)
             self._warm(self.step, self.state, batch)
             self.state, metrics = self.step(self.state, self.frozen, batch)
             self.done += 1
-            self.pending.append((self.done, int((host["segment_ids"] > 0).sum()), metrics))
+            self.pending.append((self.done, metrics))
             if self.done % config.log_every == 0 or self.done == self.total:
                 self._log()
-            if config.checkpoint_every and self.done % config.checkpoint_every == 0 and self.done < self.total:
+            due = config.checkpoint_every and self.done % config.checkpoint_every == 0 and self.done < self.total
+            stopped = stop.asked()
+            if due or stopped:
                 self._save()
+            if stopped:
+                goes_on = (
+                    "the same command goes on from there" if self.checkpoints else "without a workdir, all is lost"
+                )
+                raise Stopped(f"{self.name}: stopped by SIGTERM at step {self.done}: {goes_on}")
         self._probe()
         self.summary.compiles = self.step.count
         if self.step_seconds:
@@ -147,21 +163,21 @@ class _Run:
 
     def _log(self) -> None:
         """Fetches what is pending: the one place where the host waits for the device."""
-        values = jax.device_get([metrics for _, _, metrics in self.pending])
+        values = jax.device_get([metrics for _, metrics in self.pending])
         now = time.perf_counter()
         seconds = (now - self.mark) / len(self.pending)
-        tokens = sum(count for _, count, _ in self.pending)
-        for (at, count, _), metrics in zip(self.pending, values, strict=True):
-            record = {key: float(value) for key, value in metrics.items()}
+        tokens = sum(int(metrics["tokens"]) for metrics in values)
+        for (at, _), metrics in zip(self.pending, values, strict=True):
+            record = {key: value.item() for key, value in metrics.items()}
             if not math.isfinite(record["loss"]):
                 raise UserError(
-                    f"{self.bar.desc} step {at}: loss is {record['loss']}: lower learning_rate or look at the rows"
+                    f"{self.name} step {at}: loss is {record['loss']}: lower learning_rate or look at the rows"
                 )
             self.step_seconds.append(seconds)
             self.summary.answer_tokens += int(record.pop("answer_tokens"))
             self.summary.loss = record["loss"]
             if self.metrics:
-                self.metrics.write({"step": at, **record, "tokens": count, "step_seconds": seconds})
+                self.metrics.write({"step": at, **record, "step_seconds": seconds})
         self.summary.tokens += tokens
         self.summary.seconds += now - self.mark
         if self.metrics:
@@ -191,7 +207,7 @@ class _Run:
             return
         if self.pending:
             self._log()
-        cost = {f: getattr(self.summary, f) for f in ("tokens", "answer_tokens", "seconds", "compile_seconds")}
+        cost = {field: getattr(self.summary, field) for field in _KEPT}
         self.checkpoints.save(self.done, self.state, {"iterator": self.iterator.get_state(), "step": self.done, **cost})
         self.mark = time.perf_counter()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from br_jax.adapters import lora
@@ -24,10 +25,11 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
+from br_jax.distributed import agree, barrier, fetch, gather, is_main
 from br_jax.errors import UserError
 from br_jax.files import write_text
 from br_jax.models.model import Model, fingerprint
-from br_jax.sharding import make_mesh, place
+from br_jax.sharding import local_rows, make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import fit
 from br_jax.training.step import (
@@ -76,6 +78,7 @@ def train_adapter(
 
     Raises:
         UserError: bad rows or settings, a folder of another run, a full disk.
+        Stopped: SIGTERM came, see `training.loop.fit`.
     """
     frozen = dict(frozen or {})
     for adapter in frozen.values():
@@ -94,9 +97,10 @@ def train_adapter(
     weights = {path: _at(trained["lora_trainable"], path) for path in adapter.weights}
     adapter = Adapter(weights, adapter.scale, (role,))
     if folder is not None:
-        save_adapter(
-            folder.path / "adapter", adapter, base_name=model.name, fingerprint=model.fingerprint, provider=provider
-        )
+        if is_main():
+            save_adapter(
+                folder.path / "adapter", adapter, base_name=model.name, fingerprint=model.fingerprint, provider=provider
+            )
         folder.finish({**report, "output": adapter_fingerprint(adapter)})
     return adapter
 
@@ -115,13 +119,15 @@ def train_params(
 
     Args:
         name, model, rows, config, workdir, mesh: as in `train_adapter`; no adapter takes part.
-        save: is given the trained params (f32) and writes them; called once, before the run counts as finished.
+        save: is given the trained params (f32) and writes them; called once, in process 0, before the run counts as
+            finished.
     """
     folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
     if not folder.finished:
         start = jax.tree.map(jnp.copy, model.params)  # the step donates its state
         trained, report = _train(name, model, rows, config, {"params": start}, {}, 1.0, folder, mesh, None)
-        save(trained["params"])
+        if is_main():
+            save(trained["params"])
         folder.finish({**report, "output": fingerprint(trained["params"])})
 
 
@@ -149,9 +155,9 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
 def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, probes) -> tuple[dict, dict]:
     """Encodes, compiles and fits; returns the trained collections and the run's report."""
     examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
-    batches = _batches(examples, config)
-    steps = len(batches)
     mesh = make_mesh() if mesh is None else mesh
+    batches = _batches(examples, config, local_rows(mesh, config.batch_size))
+    steps = len(batches)
     decoder = make_decoder(model.spec, config, mesh)
     optimizer = make_optimizer(config, steps)
     step = make_step(decoder, optimizer, learning_rate_schedule(config, steps), config, scale)
@@ -177,13 +183,18 @@ def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, pr
         "dropped": dropped.total,
         "truncated": dropped.truncated,
     }
-    return state["trainable"], report
+    return fetch(state["trainable"]), report
 
 
-def _batches(examples, config: TrainConfig):
+def _batches(examples, config: TrainConfig, rows: np.ndarray):
     length = {"steps": config.steps} if config.steps else {"epochs": config.epochs}
     return make_batches(
-        examples, batch_size=config.batch_size, seed=config.seed, buckets=_buckets(examples, config), **length
+        examples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=_buckets(examples, config),
+        rows=rows,
+        **length,
     )
 
 
@@ -223,27 +234,37 @@ def _identity(name: str, model: Model, rows: Sequence[Row], config: TrainConfig,
 class Folder:
     """A run's folder: refuses to serve another run, and says whether this one is finished.
 
+    Every process makes one; process 0 writes, and what it sees is what counts.
+
+    Attributes:
+        path: the folder.
+        finished: whether `finish` was called for this very run before.
+
     Raises:
-        UserError: the folder cannot be written, or it belongs to a run with another config or other inputs.
+        UserError: the folder cannot be written, it belongs to a run with another config or other inputs, or not all
+            processes see it.
     """
 
     def __init__(self, path: pathlib.Path, identity: dict, private: bool = False):
         self.path, self._identity = path, identity
         try:
-            if private:
-                make_private(path.parent)
-            path.mkdir(parents=True, exist_ok=True)
             known = path / "run.json"
-            if known.exists():
-                self._compare(json.loads(known.read_text()))
-            else:
-                write_json(known, identity)
+            if is_main():
+                if private:
+                    make_private(path.parent)
+                path.mkdir(parents=True, exist_ok=True)
+                if not known.exists():
+                    write_json(known, identity)
+            barrier(str(known))
+            self._require_shared(known)
+            self._compare(json.loads(known.read_text()))
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}): choose another workdir or free space"
             ) from error
         except json.JSONDecodeError as error:
             raise UserError(f"{path}/run.json: not JSON: delete {path} to start anew") from error
+        self.finished = agree((path / "stage.json").exists())
 
     def _compare(self, known: dict) -> None:
         for part in ("config", "inputs"):
@@ -255,13 +276,22 @@ class Folder:
                         "choose another workdir or delete that folder"
                     )
 
-    @property
-    def finished(self) -> bool:
-        """True once `finish` was called for this very run."""
-        return (self.path / "stage.json").exists()
+    @staticmethod
+    def _require_shared(known: pathlib.Path) -> None:
+        seen = gather(known.exists())
+        if not all(seen):
+            raise UserError(
+                f"{known}: written by process 0 and not seen by process {seen.index(False)}: choose a workdir on a "
+                "file system that all of them share"
+            )
 
     def finish(self, report: dict) -> None:
         """Writes stage.json, after which the run is finished, and clears its checkpoints."""
+        if is_main():
+            self._finish(report)
+        barrier(str(self.path))
+
+    def _finish(self, report: dict) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         config_hash = hashlib.sha256(json.dumps(self._identity["config"], sort_keys=True).encode()).hexdigest()
         stage = {"name": self._identity["name"], "config_hash": config_hash, "inputs": self._identity["inputs"]}

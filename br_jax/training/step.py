@@ -97,7 +97,7 @@ def make_gradient(decoder: Decoder, config: TrainConfig, scale: float) -> Callab
 
 
 def make_step(decoder: Decoder, optimizer, schedule: optax.Schedule, config: TrainConfig, scale: float) -> Callable:
-    """The pure step: (state, frozen, batch) -> (state, metrics); metrics are f32 scalars on the device."""
+    """The pure step: (state, frozen, batch) -> (state, metrics); metrics are scalars, of the whole batch."""
     gradient = make_gradient(decoder, config, scale)
 
     def step(state, frozen, batch):
@@ -113,6 +113,7 @@ def make_step(decoder: Decoder, optimizer, schedule: optax.Schedule, config: Tra
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
             "answer_tokens": count,
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
         }
         state = {
             "trainable": optax.apply_updates(state["trainable"], updates),

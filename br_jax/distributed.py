@@ -1,0 +1,216 @@
+"""Several processes (hosts) as one run: how they join, agree, wait for each other, stop together and go down together.
+
+One process is the case in which every function here does nothing. Files are written by process 0 and read by all, so
+they see one file system.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from br_jax.errors import Stopped, UserError
+
+T = TypeVar("T")
+
+_LEAVING = 5  # seconds that a process which fails waits for the others to fail alike
+_PREEMPTION_CHECKS = itertools.count(1)  # JAX wants numbers that never fall while the process lives
+
+
+class Job:
+    """This process' part in a run of several, from `join`."""
+
+    def __init__(self, watch: subprocess.Popen):
+        self._watch = watch
+
+    def end(self) -> None:
+        """To be called before an orderly end: nothing is to be said about it."""
+        self._watch.communicate(b"\n")
+
+    def leave(self, status: int) -> None:
+        """Ends this process after an error; if it is the error of all of them, with this status in each.
+
+        JAX's own shutdown, which waits minutes for processes that may never come, is given a few seconds.
+        """
+        self.end()
+        sys.stdout.flush()
+        threading.Timer(_LEAVING, os._exit, (status,)).start()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.distributed.shutdown()
+        os._exit(status)
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    multihost: bool = False,
+    wait: int = 300,
+    heartbeat: int = 40,
+) -> Job | None:
+    """Joins the processes of a run by `jax.distributed.initialize`; before JAX is used.
+
+    Should another process die, JAX ends this one (at once after process 0, else within `heartbeat` seconds) by an abort
+    that no Python code sees; a small shell that watches this process then says so in one line.
+
+    Args:
+        coordinator: host:port of process 0, for plain machines, together with the next two.
+        num_processes: how many there are.
+        process_id: which one this is.
+        multihost: JAX finds these three itself (Cloud TPU, GKE, SLURM, Open MPI).
+        wait: seconds until processes that do not come are given up.
+        heartbeat: seconds of silence after which a process counts as dead.
+
+    Returns:
+        The part in the run, or None when nothing was asked for: one process, and nothing is initialized.
+
+    Raises:
+        UserError: arguments that are missing or contradict each other, a coordinator that does not answer.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if multihost and len(missing) < 3:
+        raise UserError(
+            "--multihost finds the processes by itself: leave out --coordinator, --num_processes, --process_id"
+        )
+    if not multihost:
+        if len(missing) == 3:
+            return None
+        if missing:
+            raise UserError(f"{' and '.join(missing)} missing: several processes need all three, or --multihost")
+        _check(coordinator, num_processes, process_id, wait)
+    watch = _watch("this process" if process_id is None else f"process {process_id} of {num_processes}")
+    try:
+        jax.distributed.initialize(
+            *given.values(),
+            cluster_detection_method=None if multihost else "deactivate",
+            initialization_timeout=wait,
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        watch.communicate(b"\n")
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the processes could not be joined ({reason}): on machines that JAX does not know give --coordinator, "
+            "--num_processes and --process_id"
+        ) from error
+    return Job(watch)
+
+
+def _check(coordinator: str, num_processes: int, process_id: int, wait: int) -> None:
+    """Finds what JAX would answer with an abort."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator={coordinator}: write host:port, the address of process 0")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id}: with --num_processes={num_processes} it is 0 to {num_processes - 1}"
+        )
+    if process_id == 0:
+        return
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator={coordinator}: no answer in {wait} s ({error}): start process 0 there, "
+                    "and let this port through"
+                ) from error
+            time.sleep(0.5)
+
+
+def _watch(name: str) -> subprocess.Popen:
+    """A shell that says what happened when this process ends without having written it a line."""
+    message = (
+        f"error: {name} did not finish: another process died or never came, or this one was killed (the lines above "
+        "say which): the same command goes on from the last checkpoint"
+    )
+    command = ["sh", "-c", 'read -r _ || echo "$0" >&2', message]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which alone writes files and speaks."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def agree(value: bool) -> bool:
+    """Process 0's value, in every process."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def gather(value: bool) -> list[bool]:
+    """Every process' value, in each."""
+    return [bool(x) for x in multihost_utils.process_allgather(np.asarray([value], np.int32), tiled=True)]
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """Calls a function in process 0 and, when it is done there, in the others, which find the files it left.
+
+    Raises:
+        Stopped: when a process got SIGTERM since the last check.
+    """
+    if _stop_agreed():
+        raise Stopped("stopped by SIGTERM: the same command goes on from there")
+    if is_main():
+        result = function()
+    barrier("main_first")
+    return result if is_main() else function()
+
+
+def fetch(tree):
+    """A pytree of global arrays with every leaf that lies on several processes' devices whole, as numpy, in each."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True), tree
+    )
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """SIGTERM as a question that a loop asks between its steps, instead of the end of the process.
+
+    One process: a signal handler while the context lasts (in the main thread; elsewhere Python has none). Several:
+    JAX's preemption service, which has the signal from `join` on and picks one step for all of them.
+    """
+
+    def __enter__(self):
+        self._came, self._before = False, None
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, signum, frame) -> None:
+        self._came = True
+
+    def asked(self) -> bool:
+        """Whether to stop here; the same answer in every process, if each asks after the same step."""
+        return self._came or _stop_agreed()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            if self._came and kind is None:  # it came when nobody asked any more
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop_agreed() -> bool:
+    """Whether every process stops here, because one got SIGTERM; costs a mutex, no communication."""
+    return multihost_utils.reached_preemption_sync_point(next(_PREEMPTION_CHECKS))

@@ -1,0 +1,109 @@
+"""One process of a small user stage on several: python hosts_run.py WORKDIR PROCESS/PROCESSES PORT DEVICES MESH [HOW].
+
+MESH is data,fsdp,tensor. HOW is "term:P:STEP" or "kill:P:STEP": process P gets that signal after that step, and all of
+them then take their time; or "rows": no training, each process checks its rows of a batch on odd meshes.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from stopped_run import params
+
+import br_jax as br
+from br_jax import distributed
+from br_jax.adapters import lora
+from br_jax.command_line import run_main
+from br_jax.data.rows import Row
+from br_jax.models.model import make_model
+from br_jax.models.spec import ModelSpec
+from br_jax.models.tokenizer import byte_tokenizer
+from br_jax.sharding import local_rows, make_mesh
+from br_jax.training.loop import on_mesh
+
+STEPS = 20
+
+
+def forbid_writing(workdir: str) -> None:
+    """Makes any file that this process writes an error, but for its part of a checkpoint."""
+
+    def look(event, args):
+        opened = event == "open" and isinstance(args[1], str) and not set("wax+").isdisjoint(args[1])
+        if opened or event == "os.rename":
+            path = os.fsdecode(args[0]) if isinstance(args[0], str | bytes) else ""
+            if path.startswith(workdir) and "/checkpoints/" not in path:
+                raise AssertionError(f"{path} written by process {jax.process_index()}")
+
+    sys.addaudithook(look)
+
+
+def signal_after(number: signal.Signals, process: int, step: int) -> None:
+    """Arms the question that the loop asks after every step."""
+    asked, steps = distributed.StopSignal.asked, iter(range(1, STEPS + 1))
+
+    def ask(self):
+        at = next(steps)
+        if at == step and jax.process_index() == process:
+            os.kill(os.getpid(), number)
+        if at >= step:
+            time.sleep(0.3)  # JAX looks for the signal once a second
+        return asked(self)
+
+    distributed.StopSignal.asked = ask
+
+
+def check_rows() -> None:
+    """Batches of 16 rows on meshes whose devices lie in every order: each device has the rows of its place."""
+    rng = np.random.default_rng(0)
+    orders = [np.arange(8), np.arange(8).reshape(2, 4).T.ravel(), *(rng.permutation(8) for _ in range(3))]
+    whole = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
+    shares = set()
+    for order in orders:
+        for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
+            devices = [jax.devices()[i] for i in order]
+            mesh = jax.sharding.Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "tensor"))
+            rows = local_rows(mesh, 16)
+            shares.add(len(rows))
+            array = on_mesh({"tokens": whole[rows]}, mesh, 16)["tokens"]
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, whole[shard.index])
+    assert shares >= {8, 16}, "no mesh made the processes share rows"
+
+
+def main(workdir: str, mesh: str, how: str) -> None:
+    if how == "rows":
+        return check_rows()
+    if not distributed.is_main():
+        forbid_writing(workdir)
+    kind, *at = how.split(":")
+    if kind:
+        signal_after({"term": signal.SIGTERM, "kill": signal.SIGKILL}[kind], *map(int, at))
+    spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
+    model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
+    buffer = lora.init(jax.random.key(7), lora.target_shapes(model.params), 2, 4.0, "buffer")
+    buffer = buffer.replace(
+        weights={path: {"a": pair["a"], "b": pair["b"] + jnp.float32(0.05)} for path, pair in buffer.weights.items()}
+    )
+    rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
+    config = br.TrainConfig(rank=2, learning_rate=3e-3, steps=STEPS, max_length=24, checkpoint_every=4, log_every=1)
+    sizes = [int(size) for size in mesh.split(",")]
+    run = {"workdir": workdir, "mesh": make_mesh(*sizes), "probes": {"task": rows[:8]}}
+    adapter = br.train_user(model, rows, config, buffer=buffer, **run)
+    print("trained")
+    assert all(pair["b"].any() for pair in adapter.weights.values())
+
+
+if __name__ == "__main__":
+    workdir, which, port, devices, mesh, *how = sys.argv[1:]
+    process, processes = map(int, which.split("/"))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    several = (f"127.0.0.1:{port}", processes, process) if processes > 1 else ()
+    pathlib.Path(workdir).mkdir(exist_ok=True)
+    heartbeat = 10 if how and how[0].startswith("kill") else 40
+    run_main(lambda: main(workdir, mesh, *how or [""]), lambda: distributed.join(*several, heartbeat=heartbeat))
