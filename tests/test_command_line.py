@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from br_jax.command_line import run_main
-from br_jax.errors import UserError
+from br_jax.errors import Stopped, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
 
@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
         (None, 0, ""),
         (1, 1, ""),
         (UserError("rows.jsonl:3: no answer: add one"), 2, "error: rows.jsonl:3: no answer: add one\n"),
+        (Stopped("stopped at step 3"), 143, "stopped at step 3\n"),
         (KeyboardInterrupt(), 130, "\nstopped: the same command goes on from the last checkpoint\n"),
     ],
 )
@@ -78,6 +79,8 @@ DEMO = "--config=configs/demo.py"
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
         ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "user"], "user: not a flag"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--num_processes=2"], "--coordinator and --process_id missing"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--multihost", "--process_id=1"], "leave out --coordinator"),
         ("pipeline.py", ["--config=configs/nothere.py", "--workdir={tmp}"], "nothere"),
         ("evaluate.py", [DEMO], "--workdir is missing"),
         ("evaluate.py", [DEMO, "--workdir={tmp}", "--adapter"], "adapter"),

@@ -76,6 +76,12 @@ def test_one_process_is_the_case_in_which_nothing_happens():
     assert distributed.fetch(tree)["a"] is tree["a"]
 
 
+def test_a_stop_comes_between_two_pieces_of_work_too(monkeypatch):
+    monkeypatch.setattr(distributed, "_stop_agreed", lambda: True)
+    with pytest.raises(Stopped, match="stopped by SIGTERM: the same command goes on"):
+        distributed.main_first(lambda: pytest.fail("was done"))
+
+
 def test_a_process_of_one_has_every_row():
     np.testing.assert_array_equal(local_rows(make_mesh(2, 2, 2), 8), np.arange(8))
     with pytest.raises(UserError, match=r"axis batch of size 6 cannot be split in 4"):
