@@ -92,6 +92,11 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts the mesh splits a batch's rows."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def leaf_name(path) -> str:
     """A pytree key path as "layers/attn/q/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

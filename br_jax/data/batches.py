@@ -1,8 +1,9 @@
 """Rows as tokens with an answer mask, and Grain batches of a few static lengths."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -16,6 +17,7 @@ TOO_LONG = ("truncate", "drop", "error")
 
 Example = dict[str, np.ndarray]  # {"tokens": int32[n], "answer": bool[n]}
 Batch = dict[str, np.ndarray]
+Rows = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def make_batches(
     buckets: Sequence[int],
     epochs: int | None = None,
     steps: int | None = None,
-    rows: np.ndarray | None = None,
+    rows: Rows | None = None,
 ) -> grain.MapDataset:
     """Shuffled batches with random access: element i is the batch of step i, always the same one.
 
@@ -137,32 +139,70 @@ def make_batches(
         buckets: the static lengths.
         epochs: passes over the examples; one when steps is not given either.
         steps: the number of batches instead.
-        rows: which rows of every batch to give, [n] int (see `sharding.local_rows`); None gives all.
+        rows: which rows of every batch to give; None gives all.
 
     Returns:
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
-        [batch_size or n, T]: tokens and targets (the next token) int32, weights f32 (1 where the
+        [batch_size, T], or fewer rows: tokens and targets (the next token) int32, weights f32 (1 where the
         target is an answer token), positions int32, segment_ids int32 (1 for a row, 0 for padding).
 
     Raises:
         UserError: when a row fits no bucket.
         ValueError: when both epochs and steps are given.
     """
-    if epochs is not None and steps is not None:
-        raise ValueError(f"give epochs or steps, not both: {epochs=}, {steps=}")
     longest = max(len(example["tokens"]) for example in examples)
     if longest > max(buckets):
         raise UserError(
             f"the longest row has {longest} tokens and the largest bucket {max(buckets)}; "
             "add a bucket or lower the length limit"
         )
-    part = slice(None) if rows is None else rows
+    part = slice(None) if rows is None else rows(batch_size)
     assemble = functools.partial(_collate, batch_size=batch_size, buckets=tuple(sorted(buckets)), part=part)
+    return in_steps(examples, assemble, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
+
+
+def in_steps(
+    elements: Sequence,
+    assemble: Callable[[Sequence], Any],
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+) -> grain.MapDataset:
+    """What `assemble` makes of each step's elements; which these are depends on the number of elements and no more.
+
+    Args:
+        elements: one a row.
+        assemble: given a step's elements, batch_size of them or fewer at the end of an epoch.
+        batch_size, seed, epochs, steps: as in `make_batches`.
+
+    Raises:
+        ValueError: when both epochs and steps are given.
+    """
+    if epochs is not None and steps is not None:
+        raise ValueError(f"give epochs or steps, not both: {epochs=}, {steps=}")
     # Batched before repeating: a batch never mixes two epochs.
-    batches = grain.MapDataset.source(examples).shuffle(seed=seed).batch(batch_size, batch_fn=assemble)
+    batches = grain.MapDataset.source(elements).shuffle(seed=seed).batch(batch_size, batch_fn=assemble)
     if steps is None:
         return batches.repeat(1 if epochs is None else epochs)
     return batches.repeat().slice(slice(0, steps))
+
+
+def with_targets(example: Example) -> dict[str, np.ndarray]:
+    """What a row's tokens learn.
+
+    Args:
+        example: of `encode`, with n tokens.
+
+    Returns:
+        {"tokens": int32[n], "targets": int32[n] (the next token, 0 after the last), "weights": f32[n] (1 where the
+        target is an answer token)}.
+    """
+    targets, weights = np.zeros_like(example["tokens"]), np.zeros(len(example["tokens"]), np.float32)
+    targets[:-1] = example["tokens"][1:]
+    weights[:-1] = example["answer"][1:]
+    return {"tokens": example["tokens"], "targets": targets, "weights": weights}
 
 
 def iterate(batches: grain.MapDataset, prefetch: int = 2) -> grain.DatasetIterator:
@@ -204,10 +244,9 @@ def _collate(examples: Sequence[Example], *, batch_size: int, buckets: tuple[int
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     batch["weights"] = np.zeros(shape, np.float32)
     for index, example in enumerate(examples):
-        tokens, n = example["tokens"], len(example["tokens"])
-        batch["tokens"][index, :n] = tokens
-        batch["targets"][index, : n - 1] = tokens[1:]
-        batch["weights"][index, : n - 1] = example["answer"][1:]
+        n = len(example["tokens"])
+        for name, values in with_targets(example).items():
+            batch[name][index, :n] = values
         batch["positions"][index, :n] = np.arange(n)
         batch["segment_ids"][index, :n] = 1
     return {name: values[part] for name, values in batch.items()}

@@ -26,6 +26,8 @@ class TrainConfig:
         accumulation: micro-batches that a step's rows are split into; divides `batch_size`.
         max_length: longest row, in tokens; longer rows are cut.
         buckets: lengths that batches are padded to; empty means `max_length` alone.
+        packing: rows share rows of the largest of `buckets` and `max_length`; each step's rows and their weights stay
+            what they are (see `data.packing`).
         loss_chunk: answer tokens that a device turns into logits at a time.
         attention: "auto" (by platform and length), or one of `models.attention.IMPLEMENTATIONS`.
         remat: what the backward pass keeps of a layer, see `models.decoder.remat_policy`.
@@ -51,6 +53,7 @@ class TrainConfig:
     accumulation: int = 1
     max_length: int = 512
     buckets: tuple[int, ...] = ()
+    packing: bool = False
     loss_chunk: int = 256
     attention: str = "auto"
     remat: str = "none"

@@ -13,7 +13,7 @@ from br_jax.data.batches import iterate
 from br_jax.distributed import StopSignal, is_main
 from br_jax.errors import Stopped, UserError
 from br_jax.progress import progress
-from br_jax.sharding import place, shardings
+from br_jax.sharding import batch_parts, local_rows, place, shardings
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.config import TrainConfig
 from br_jax.training.metrics import MetricWriter
@@ -38,9 +38,11 @@ class Summary:
 _KEPT = ("tokens", "answer_tokens", "seconds", "compile_seconds", "loss")
 
 
-def on_mesh(batch: dict, mesh, batch_size: int) -> dict:
+def on_mesh(batch: dict, mesh) -> dict:
     """The rows of a batch that are this process' (see `sharding.local_rows`) as global arrays with their shardings."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch)
+    parts = batch_parts(mesh)
+    here = len(local_rows(mesh, parts))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts // here, *x.shape[1:]), x.dtype), batch)
     places = shardings(shapes, mesh)
     return jax.tree.map(
         lambda x, s, whole: jax.make_array_from_process_local_data(s, x, whole.shape), batch, places, shapes
@@ -131,7 +133,7 @@ class _Run:
         while self.done < self.total:
             if self.done % config.probe_every == 0:
                 self._probe()
-            batch = on_mesh(next(self.iterator), self.mesh, config.batch_size)
+            batch = on_mesh(next(self.iterator), self.mesh)
             self._warm(self.step, self.state, batch)
             self.state, metrics = self.step(self.state, self.frozen, batch)
             self.done += 1

@@ -8,6 +8,7 @@ the result and stage.json (what it cost), written last.
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import pathlib
@@ -17,19 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.data.batches import encode_rows, make_batches
+from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row
 from br_jax.distributed import agree, barrier, fetch, gather, is_main
 from br_jax.errors import UserError
 from br_jax.files import write_text
 from br_jax.models.model import Model, fingerprint
-from br_jax.sharding import local_rows, make_mesh, place
+from br_jax.sharding import batch_parts, local_rows, make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import fit
 from br_jax.training.step import (
@@ -156,7 +157,7 @@ def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, pr
     """Encodes, compiles and fits; returns the trained collections and the run's report."""
     examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
     mesh = make_mesh() if mesh is None else mesh
-    batches = _batches(examples, config, local_rows(mesh, config.batch_size))
+    batches = _batches(examples, config, mesh)
     steps = len(batches)
     decoder = make_decoder(model.spec, config, mesh)
     optimizer = make_optimizer(config, steps)
@@ -186,16 +187,14 @@ def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, pr
     return fetch(state["trainable"]), report
 
 
-def _batches(examples, config: TrainConfig, rows: np.ndarray):
-    length = {"steps": config.steps} if config.steps else {"epochs": config.epochs}
-    return make_batches(
-        examples,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        buckets=_buckets(examples, config),
-        rows=rows,
-        **length,
-    )
+def _batches(examples, config: TrainConfig, mesh: Mesh):
+    """This process' rows of every step."""
+    order = {"batch_size": config.batch_size, "seed": config.seed, "rows": functools.partial(local_rows, mesh)}
+    order |= {"steps": config.steps} if config.steps else {"epochs": config.epochs}
+    if not config.packing:
+        return make_batches(examples, buckets=_buckets(examples, config), **order)
+    length = max((config.max_length, *config.buckets))
+    return make_packed_batches(examples, length=length, multiple=batch_parts(mesh) * config.accumulation, **order)
 
 
 def _buckets(examples, config: TrainConfig) -> tuple[int, ...]:

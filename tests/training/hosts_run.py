@@ -69,7 +69,7 @@ def check_rows() -> None:
             mesh = jax.sharding.Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "tensor"))
             rows = local_rows(mesh, 16)
             shares.add(len(rows))
-            array = on_mesh({"tokens": whole[rows]}, mesh, 16)["tokens"]
+            array = on_mesh({"tokens": whole[rows]}, mesh)["tokens"]
             for shard in array.addressable_shards:
                 np.testing.assert_array_equal(shard.data, whole[shard.index])
     assert shares >= {8, 16}, "no mesh made the processes share rows"
