@@ -95,6 +95,19 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, tiny, rows, quick, make_adapter
     np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "straight"), rtol=1e-5)
 
 
+def test_a_packed_run_goes_on_to_the_bit(tmp_path, tiny, rows, quick, interrupt):
+    config = quick(steps=5, batch_size=6, packing=True, checkpoint_every=2)
+    straight = train_adapter("user", "user", tiny, rows, config, workdir=tmp_path / "straight")
+    interrupt(4)
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter("user", "user", tiny, rows, config, workdir=tmp_path / "stopped")
+    assert (tmp_path / "stopped/user/checkpoints/2").is_dir()
+    interrupt(None)
+    resumed = train_adapter("user", "user", tiny, rows, config, workdir=tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, resumed.weights, straight.weights)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
 def test_a_checkpoint_holds_no_base(tmp_path, tiny, rows, quick, make_adapter, interrupt):
     config = quick(steps=5, learning_rate=3e-3, checkpoint_every=2)
     interrupt(4)

@@ -8,8 +8,9 @@ import pytest
 from br_jax.adapters import lora
 from br_jax.adapters.peft import save_adapter
 from br_jax.data.batches import encode_rows, make_batches
+from br_jax.data.packing import make_packed_batches
 from br_jax.errors import UserError
-from br_jax.models.decoder import Decoder
+from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.hf import write_hf
 from br_jax.sharding import leaf_name, make_mesh
 from br_jax.training.config import TrainConfig
@@ -133,6 +134,67 @@ def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):
     assert count == split_count == batch["weights"].sum()
     assert float(split_loss) == pytest.approx(float(loss), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), split_grads, grads)
+
+
+def losses_of_rows(hidden, params, batch):
+    """{tokens of a row: the summed loss of its answer}, by logits and a plain softmax."""
+    at = batch["weights"] > 0
+    logits = np.asarray(unembed(params, np.asarray(hidden)[at]), np.float64)
+    losses = np.zeros(at.shape)
+    right = logits[np.arange(len(logits)), batch["targets"][at]]
+    losses[at] = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1) - right
+    found = {}
+    for row, ids in enumerate(batch["segment_ids"]):
+        for segment in range(1, ids.max() + 1):
+            inside = ids == segment
+            found[tuple(batch["tokens"][row, inside].tolist())] = losses[row, inside].sum()
+    return found
+
+
+def assert_packing_changes_no_gradient(model, adapter, examples, config, steps=None):
+    """Each step's rows, their losses and the adapter's gradient, packed against padded."""
+    order = {"batch_size": config.batch_size, "seed": 1, "steps": steps}
+    padded = make_batches(examples, buckets=(config.max_length,), **order)
+    packed = make_packed_batches(examples, length=config.max_length, **order)
+    assert len(packed) == len(padded)
+    trainable, frozen = as_trainable(adapter), {"params": model.params}
+    decoder, variables = Decoder(model.spec), frozen | {"lora": lora.collection(adapter)}
+    gradient = jax.jit(
+        lambda batch: make_gradient(decoder, config, float(adapter.scale))(trainable, frozen, batch, None)
+    )
+    states = jax.jit(
+        lambda batch: decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"])[0]
+    )
+    for step in range(len(padded)):
+        rows, expected_rows = (
+            losses_of_rows(states(on_device(batches[step])), model.params, batches[step])
+            for batches in (packed, padded)
+        )
+        assert rows.keys() == expected_rows.keys() and len(rows) == min(config.batch_size, len(examples))
+        assert len(packed[step]["tokens"]) < len(padded[step]["tokens"]), "nothing was packed here"
+        np.testing.assert_allclose([rows[row] for row in expected_rows], [*expected_rows.values()], rtol=1e-5)
+        (loss, grads, count), (expected, expected_grads, expected_count) = (
+            gradient(on_device(batches[step])) for batches in (packed, padded)
+        )
+        assert count == expected_count
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        # f32 sums in another order: an entry is off by rounding of the largest of its matrix, not of its own size
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, expected_grads)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [(128, 25), (512, 2)]
+)  # attention is "xla" in one, "blocked" in the other
+def test_packing_changes_no_rows_loss_and_no_gradient(tiny, make_adapter, quick, length, steps):
+    """200 rows, as long as GSM8K's in SmolLM2's tokens (97 to 512, mean 217), or a quarter of that."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(0.4), 0.32, 200), 0.19, 1) * length
+    examples = [
+        {"tokens": rng.integers(0, 256, n, dtype=np.int32), "answer": np.arange(n) >= n // 2}
+        for n in lengths.astype(int)
+    ]
+    config = quick(max_length=length, loss_chunk=256)
+    assert_packing_changes_no_gradient(tiny, make_adapter("user"), examples, config, steps)
 
 
 def test_a_batch_without_answers_moves_nothing(tiny, make_adapter, batches, quick):
