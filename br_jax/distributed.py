@@ -18,12 +18,14 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from br_jax.errors import Stopped, UserError
 
 T = TypeVar("T")
 
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds
 _LEAVING = 5  # seconds that a process which fails waits for the others to fail alike
 _PREEMPTION_CHECKS = itertools.count(1)  # JAX wants numbers that never fall while the process lives
 
@@ -149,8 +151,13 @@ def is_main() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
-    multihost_utils.sync_global_devices(name)
+    """Returns when every process has come here, hours later if need be.
+
+    By JAX's coordination service, as Orbax does it: `multihost_utils.sync_global_devices` is a collective, and gloo
+    gives one up after 30 minutes.
+    """
+    if jax.distributed.is_initialized():
+        global_state.client.wait_at_barrier(name, timeout_in_ms=_WEEK)
 
 
 def agree(value: bool) -> bool:
