@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,12 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
 MULTIHOST = flags.DEFINE_bool("multihost", False, "Several processes that JAX finds itself: Cloud TPU, GKE, SLURM.")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder of compiled programs for the next run, empty for none; default: $JAX_COMPILATION_CACHE_DIR or "
+    "~/.cache/br_jax/xla.",
+)
 
 
 def run_main(main: Callable[[], int | None], join: Callable[[], distributed.Job | None] = lambda: None) -> None:
@@ -66,7 +73,21 @@ def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
 
 
 def _join() -> distributed.Job | None:
+    _keep_compiled(COMPILATION_CACHE.value)
     return distributed.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Has JAX read programs from a folder and leave there what took it more than a second to compile.
+
+    Each machine has its own part of the folder, for a program for a CPU uses what that CPU has.
+    """
+    if folder is None:
+        if jax.config.jax_compilation_cache_dir:
+            return
+        folder = "~/.cache/br_jax/xla"
+    part = os.path.join(os.path.expanduser(folder), platform.node()) if folder else None
+    jax.config.update("jax_compilation_cache_dir", part)
 
 
 def require_flags(argv: list[str], *needed: flags.FlagHolder) -> None:

@@ -25,6 +25,9 @@ def main(argv: list[str]) -> int:
     """Flags and one call a stage."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     require_flags(argv, CONFIG, TOPOLOGY)
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # a program read back would say little of itself
     from br_jax.files import write_text
     from br_jax.planning.fit import check, largest_batch
     from br_jax.planning.programs import STAGES

@@ -5,9 +5,11 @@ import re
 import runpy
 import sys
 
+import jax
 import pytest
 from absl import flags
 
+from br_jax import command_line
 from br_jax.command_line import run_main
 from br_jax.errors import Stopped, UserError
 
@@ -97,3 +99,23 @@ def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, arguments
 def test_a_report_of_nothing_is_one_line(script, tmp_path):
     status, said = script("report.py", f"--workdir={tmp_path}")
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "flag", "after"),
+    [
+        (None, None, "~/.cache/br_jax/xla/here"),
+        ("/x", None, "/x"),
+        ("/x", "/y", "/y/here"),
+        ("/x", "", None),
+    ],
+)
+def test_where_compiled_programs_are_kept(monkeypatch, before, flag, after):
+    monkeypatch.setattr("platform.node", lambda: "here")
+    kept = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", before)
+        command_line._keep_compiled(flag)
+        assert jax.config.jax_compilation_cache_dir == (after and str(pathlib.Path(after).expanduser()))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
