@@ -20,12 +20,30 @@ from br_jax.sharding import constrain
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # a layer's matmuls, whose outputs remat can save by name
 
 
-def remat_policy(name: str) -> Callable | None:
+def saved_projections(remat: str) -> tuple[str, ...]:
+    """The matmuls of a layer whose outputs the backward pass finds again, instead of computing them again.
+
+    Args:
+        remat: "none" or "full"; "matmuls" or "offload": all of `PROJECTIONS`; or a comma list of some.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if remat in ("none", "matmuls", "offload"):
+        return PROJECTIONS
+    names = () if remat == "full" else tuple(part.strip() for part in remat.split(","))
+    if unknown := [name for name in names if name not in PROJECTIONS]:
+        known = ", ".join(PROJECTIONS)
+        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {known}")
+    return names
+
+
+def remat_policy(remat: str) -> Callable | None:
     """What the backward pass keeps of each layer, beside the layer's input; the rest is computed again.
 
     Args:
-        name: "none": everything, no rematerialization; "full": nothing more; "offload": outputs of the matmuls, in the
-            host's memory; or a comma list of `PROJECTIONS`: their outputs, on the device ("matmuls" is all of them).
+        remat: "none" keeps everything, "full" nothing more, others the outputs of `saved_projections`: "offload" in the
+            host's memory, the rest on the device.
 
     Returns:
         A policy of `jax.checkpoint`, or None for "none".
@@ -33,21 +51,15 @@ def remat_policy(name: str) -> Callable | None:
     Raises:
         ValueError: an unknown name.
     """
-    if name == "none":
+    names = saved_projections(remat)
+    if remat == "none":
         return None
-    if name == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    if name == "offload":
+    if remat == "offload":
         return jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(PROJECTIONS),
+            names_which_can_be_offloaded=list(names),
             offload_src="device",
             offload_dst="pinned_host",
-        )
-    names = PROJECTIONS if name == "matmuls" else tuple(part.strip() for part in name.split(","))
-    if unknown := [part for part in names if part not in PROJECTIONS]:
-        raise ValueError(
-            f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {', '.join(PROJECTIONS)}"
         )
     return jax.checkpoint_policies.save_only_these_names(*names)
 

@@ -7,6 +7,7 @@ docs/scaling.md; the bytes from other chips are those of the compiled program.
 
 import dataclasses
 
+from br_jax.models.decoder import saved_projections
 from br_jax.planning.chips import Chip
 from br_jax.planning.programs import Program
 
@@ -70,10 +71,15 @@ def _model_passes(program: Program) -> float:
 
 
 def _passes(program: Program) -> float:
-    """Forward passes' worth of FLOPs, with what rematerialization repeats."""
+    """Forward passes' worth of matmuls, with those that rematerialization repeats.
+
+    A layer's last one, "down", is never repeated: nothing in the layer needs its output.
+    """
     if not program.trains:
         return 1
-    return 3 if program.remat == "full" else 2
+    sizes = {name: a * b for name, (a, b) in program.spec.kernel_shapes.items()}
+    kept = {*saved_projections(program.remat), "down"}
+    return 2 + sum(size for name, size in sizes.items() if name not in kept) / sum(sizes.values())
 
 
 def _memory_bytes(program: Program, chips: int, tensor: int) -> float:

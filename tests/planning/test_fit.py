@@ -140,3 +140,15 @@ def test_the_script(tmp_path):
     for wrong in ("--topology=v5e:3x3", "--topology=x", "--topology=v5e:2x4 --stage=usr"):
         failed = run(*wrong.split())
         assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and "Traceback" not in failed.stderr
+
+
+def test_remat_repeats_what_is_not_saved(config):
+    mesh = make_mesh(**config.mesh)
+
+    def flops(remat):
+        config.user.train.remat = remat
+        return predict(make_program(config, "user", mesh), CHIPS["v5e"], 8, 0).compute
+
+    assert flops("none") == flops("matmuls") == flops("offload") < flops("q,k,v,o") < flops("q") < flops("full")
+    assert flops("full") < 1.5 * flops("none")
+    assert flops("q,k,v,o,gate,up") == flops("none")
