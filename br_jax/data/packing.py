@@ -79,8 +79,8 @@ def make_packed_batches(
 def row_counts(needed: Iterable[int]) -> tuple[int, ...]:
     """The row counts that a run is compiled for: the most that any step needs, and one less than that if it helps.
 
-    The second is the one that leaves the fewest rows over all steps. More of them would save little: a step is compiled
-    for each.
+    The second is the one that leaves the fewest rows over all steps. A third would save less, and the step is compiled
+    once for each.
 
     Args:
         needed: rows that each step needs.
