@@ -1,51 +1,64 @@
-"""Times the user stage with Buffer against plain SFT: ratios of paired steps in one run.
+"""Paired benchmarks: training and generation against PEFT and transformers, the merge, and our own switches.
 
-python experiments/bench.py --config=configs/smollm2.py --pairs=9
+python experiments/bench.py --config=configs/smollm2.py --rows=gsm8k_train.jsonl [--cases=training,merge] [--json=F]
+
+Every contender works in a process of its own and they take turns, so that other load hits all alike: believe the ratios
+of a round, not the seconds. Exit status: 0 done, 2 bad input or something missing.
 """
 
 import dataclasses
-import statistics
-import time
+import json
+import os
+import pathlib
+import tempfile
 
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import run_with_flags
+from br_jax.command_line import require_flags, run_with_flags
 from br_jax.errors import UserError
 
+CASES = ("training", "generation", "merge", "stages", "switches")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with a model.source, e.g. configs/smollm2.py.")
-PAIRS = flags.DEFINE_integer("pairs", 9, "Pairs of steps; at least 5.", lower_bound=5)
+WANTED = flags.DEFINE_list("cases", CASES, "Cases to run.")
+ROWS = flags.DEFINE_string("rows", None, "JSONL file of rows, GSM8K's question/answer or one of the project's layouts.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds; a ratio is taken in each.", lower_bound=1)
+DROPOUT = flags.DEFINE_float("dropout", 0.0, "Of the trained adapter, on both sides.", 0, 0.99)
+JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
 def main(argv: list[str]) -> None:
-    """Runs SFT, Buffer folded and Buffer stacked in turn, and prints the ratios of each round."""
-    import jax
+    """Flags and calls."""
+    from br_jax.benchmarks import generation, merge, stages, switches, training
+    from br_jax.benchmarks.inputs import Setup
+    from br_jax.benchmarks.report import describe_machine, run_case
+    from br_jax.files import write_text
 
-    import br_jax as br
-    from br_jax.training.bench import make_round
-
-    if CONFIG.value is None:
-        raise UserError(f"--config is missing: {CONFIG.help}")
-    config = CONFIG.value
-    model = br.load_model(config.model.source, template=config.model.template, dtype=config.model.dtype)
-    train = br.TrainConfig(**config.user.train)
-    steps = {
-        "SFT": make_round(model, train, buffer=False),
-        "Buffer, folded": make_round(model, dataclasses.replace(train, frozen="fold"), buffer=True),
-        "Buffer, stacked": make_round(model, dataclasses.replace(train, frozen="stack"), buffer=True),
-    }
-    seconds = {name: [] for name in steps}
-    for round_ in range(PAIRS.value + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step())
-            if round_:  # the first one compiled
-                seconds[name].append(time.perf_counter() - start)
-    print(f"{'step':<18}{'median s':>10}{'ratio to SFT: median (least to most)':>44}")
-    for name, times in seconds.items():
-        ratios = [t / base for t, base in zip(times, seconds["SFT"], strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"{name:<18}{statistics.median(times):>10.3f}{spread:>44}")
+    require_flags(argv, CONFIG)
+    makers = {case.__name__.rsplit(".", 1)[-1]: case.cases for case in (training, generation, merge, stages, switches)}
+    for name in WANTED.value:
+        if name not in makers:
+            raise UserError(f"--cases: {name!r} is no case: use {', '.join(makers)}")
+    model = {field: CONFIG.value.model[field] for field in ("source", "template", "dtype")}
+    machine = describe_machine()
+    print(f"machine: {machine}")
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="br_jax-bench-") as folder:
+        setup = Setup(
+            model=model,
+            rows=pathlib.Path(ROWS.value) if ROWS.value else None,
+            folder=pathlib.Path(folder),
+            rounds=ROUNDS.value,
+            prompts=64,
+            new_tokens=128,
+            threads=os.cpu_count(),
+            train=dataclasses.replace(training.PROTOCOL, dropout=DROPOUT.value),
+        )
+        for name in WANTED.value:
+            for case in makers[name](setup):
+                results[case.name] = run_case(case, ROUNDS.value)
+                if JSON.value:
+                    write_text(pathlib.Path(JSON.value), json.dumps({"machine": machine, "cases": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,44 @@ def generate(
     Raises:
         UserError: a prompt that leaves no room for an answer in the model's context.
     """
-    encoded = [_encode(model, prompt) for prompt in prompts]
+    encoded = [encode_prompt(model, prompt) for prompt in prompts]
+    rows = generate_ids(
+        model,
+        encoded,
+        adapter,
+        eos=model.tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        bucket=bucket,
+        name=name,
+    )
+    return [_decode(model, row) for row in rows]
+
+
+def generate_ids(
+    model: Model,
+    encoded: Sequence[Sequence[int]],
+    adapter: Adapter | None = None,
+    *,
+    eos: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    bucket: int = 16,
+    name: str = "generate",
+) -> list[np.ndarray]:
+    """`generate` from token ids to token ids.
+
+    Args:
+        encoded: of `encode_prompt`.
+        eos: the token that ends an answer; -1 for none, and every answer is `max_new_tokens` long.
+
+    Returns:
+        int32[max_new_tokens] for each prompt; what follows an `eos` is `eos`.
+    """
     for i, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > model.spec.max_length:
             raise UserError(
@@ -70,12 +107,12 @@ def generate(
         jnp.asarray(encoded[0][:prefix], jnp.int32),
         spec=model.spec,
         new=max_new_tokens,
-        eos=model.tokenizer.eos_token_id,
+        eos=eos,
         greedy=temperature == 0,
         temperature=jnp.float32(max(temperature, 1e-6)),
         key=jax.random.key(seed),
     )
-    answers: list[str] = [""] * len(encoded)
+    answers = [np.empty(0, np.int32)] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with progress(len(order), name, "prompt", keep=False) as bar:
         for start in range(0, len(order), batch_size):
@@ -85,12 +122,13 @@ def generate(
             ids = np.asarray(list(chosen) + [-1] * (batch_size - len(chosen)), np.int32)  # -1: nobody waits for it
             out = np.asarray(run(tokens, lengths, ids))
             for i, row in zip(chosen, out, strict=False):
-                answers[i] = _decode(model, row)
+                answers[i] = row
             bar.update(len(chosen))
     return answers
 
 
-def _encode(model: Model, prompt: str | Row) -> list[int]:
+def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
+    """Token ids of a prompt in the model's template, up to where it must answer."""
     row = prompt if isinstance(prompt, Row) else Row(turns=(("user", prompt),))
     return tokenize(render_prompt(row, model.template, model.tokenizer), model.template, model.tokenizer)[0]
 
@@ -100,7 +138,7 @@ def _decode(model: Model, row: np.ndarray) -> str:
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
 
 
-def _shared_prefix(encoded: list[list[int]]) -> int:
+def _shared_prefix(encoded: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, leaving every prompt at least one of its own."""
     columns = zip(*encoded, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

@@ -16,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
+import grain
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
-from br_jax.data.batches import encode_rows, make_batches
+from br_jax.data.batches import Example, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row
 from br_jax.distributed import agree, barrier, fetch, gather, is_main
@@ -157,7 +158,7 @@ def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, pr
     """Encodes, compiles and fits; returns the trained collections and the run's report."""
     examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
     mesh = make_mesh() if mesh is None else mesh
-    batches = _batches(examples, config, mesh)
+    batches = step_batches(examples, config, mesh)
     steps = len(batches)
     decoder = make_decoder(model.spec, config, mesh)
     optimizer = make_optimizer(config, steps)
@@ -187,8 +188,8 @@ def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, pr
     return fetch(state["trainable"]), report
 
 
-def _batches(examples, config: TrainConfig, mesh: Mesh):
-    """This process' rows of every step."""
+def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -> grain.MapDataset:
+    """This process' rows of each of a run's batches, as its config orders, pads or packs them; see `data.batches`."""
     order = {"batch_size": config.batch_size, "seed": config.seed, "rows": functools.partial(local_rows, mesh)}
     order |= {"steps": config.steps} if config.steps else {"epochs": config.epochs}
     if not config.packing:

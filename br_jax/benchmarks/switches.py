@@ -1,0 +1,33 @@
+"""Each of our own switches against its alternatives, all else at its best: what it brings in time and in memory."""
+
+import dataclasses
+
+from br_jax.benchmarks.inputs import Setup
+from br_jax.benchmarks.report import Case
+from br_jax.benchmarks.training import BEST, describe, ours, same_losses, tolerance
+from br_jax.training.config import TrainConfig
+
+
+def cases(setup: Setup) -> list[Case]:
+    """A case for each switch that `TrainConfig` has; Buffer's own is in `stages`."""
+    # Each switch's settings by name, and what they change of the best.
+    whole = setup.train.batch_size * setup.train.max_length
+    switches = {
+        "packing": {"packed": {"packing": True}, "in buckets": {"packing": False}},
+        "padding": {"in buckets": {}, "padded to max_length": {"buckets": ()}},
+        "loss": {"in chunks of answer tokens": {}, "one chunk of all tokens": {"loss_chunk": whole}},
+        "remat": {f"remat {name}": {"remat": name} for name in ("none", "matmuls", "full")},
+        "attention": {f"attention {name}": {"attention": name} for name in ("blocked", "xla")},
+    }
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    return [
+        Case(
+            f"switch {switch}",
+            describe(setup),
+            [ours(name, setup, **{**BEST, **changes}) for name, changes in settings.items()],
+            "token",
+            lambda outcomes: same_losses(outcomes, tolerance(setup)),
+        )
+        for switch, settings in switches.items()
+        if known.issuperset(*settings.values())
+    ]
