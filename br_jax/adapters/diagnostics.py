@@ -16,6 +16,29 @@ from jaxtyping import Array, Float, Int
 NOISE_EPS_PER_COLUMN = 4
 
 
+def output_coordinates(
+    first: Float[Array, "J O"], second: Float[Array, "K O"]
+) -> tuple[Float[Array, "O M"], Float[Array, "J N"], Float[Array, "K N"]]:
+    """Writes the rows of two matrices in one orthonormal basis of both their spans, of N <= J + K vectors.
+
+    Products and lengths are what they were, so whatever is asked about two wide b can be asked about the short ones,
+    which an SVD of takes no time.
+
+    Args:
+        first: [J, O].
+        second: [K, O].
+
+    Returns:
+        The first M = min(J, O) vectors of the basis, which span the rows of `first`; and both in its coordinates: the
+        other N - M vectors are never made, and the coordinates of `first` along them are 0.
+    """
+    q, triangle = jnp.linalg.qr(first.T)
+    inside = jnp.matmul(second, q, precision="highest")
+    rest = jnp.linalg.qr((second - jnp.matmul(inside, q.T, precision="highest")).T, mode="r")
+    padded = jnp.pad(triangle.T, [(0, 0), (0, rest.shape[0])])
+    return q, padded, jnp.concatenate([inside, rest.T], axis=1)
+
+
 def effective_basis(
     a: Float[Array, "I R"], b: Float[Array, "R O"], tau: Float[Array, ""]
 ) -> tuple[Float[Array, "O K"], Int[Array, ""]]:

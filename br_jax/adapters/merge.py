@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg.cython_lapack  # noqa: F401  # JAX loads it, and its BLAS, at the first factorization: too late to limit
 from jaxtyping import Array, Float
 from threadpoolctl import threadpool_limits
 
@@ -90,20 +91,22 @@ def _merge_weights(
     """Merges every matrix; all settings are traced, so that one compilation serves all their values."""
 
     def merge_layer(user_pair, reinforce_pair):
-        basis, kept = diagnostics.effective_basis(user_pair["a"], user_pair["b"], tau)
         b = reinforce_pair["b"]
-        inside = jnp.matmul(jnp.matmul(b, basis, precision="highest"), basis.T, precision="highest")
-        merged = {
-            "a": jnp.concatenate([user_pair["a"], reinforce_pair["a"]], axis=-1),
-            "b": scale * jnp.concatenate([user_scale * user_pair["b"], reinforce_scale * (b - strength * inside)]),
-        }
-        report = diagnostics.layer_report(user_pair, reinforce_pair, user_scale, reinforce_scale, basis)
+        basis_of_user, user_b, reinforce_b = diagnostics.output_coordinates(user_pair["b"], b)
+        small_user = {"a": jnp.linalg.qr(user_pair["a"], mode="r"), "b": user_b}
+        small_reinforce = {"a": jnp.linalg.qr(reinforce_pair["a"], mode="r"), "b": reinforce_b}
+        basis, kept = diagnostics.effective_basis(small_user["a"], user_b, tau)
+        inside = jnp.matmul(jnp.matmul(reinforce_b, basis, precision="highest"), basis.T, precision="highest")
+        inside = jnp.matmul(inside[:, : basis_of_user.shape[1]], basis_of_user.T, precision="highest")
+        merged = scale * jnp.concatenate([user_scale * user_pair["b"], reinforce_scale * (b - strength * inside)])
+        report = diagnostics.layer_report(small_user, small_reinforce, user_scale, reinforce_scale, basis)
         return merged, {"kept_rank": kept, **report}
 
     weights, reports = {}, {}
     for path, pair in user.items():
         if path in reinforce:
-            weights[path], reports[path] = jax.lax.map(lambda pairs: merge_layer(*pairs), (pair, reinforce[path]))
+            b, reports[path] = jax.lax.map(lambda pairs: merge_layer(*pairs), (pair, reinforce[path]))
+            weights[path] = {"a": jnp.concatenate([pair["a"], reinforce[path]["a"]], axis=-1), "b": b}
         else:
             weights[path] = {"a": pair["a"], "b": scale * user_scale * pair["b"]}
     return weights, reports

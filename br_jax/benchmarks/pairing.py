@@ -121,7 +121,7 @@ def _take(process: "_Process", index: int, record: Record) -> None:
     if index == 0:
         record.compiles = figures["compiles"]
     else:
-        record.recompiles = figures["compiles"] - record.compiles
+        record.recompiles += figures["compiles"]
         record.seconds.append(figures["seconds"])
         record.busy.append(figures["busy"])
         record.amounts.append(figures["amount"])
@@ -135,7 +135,8 @@ class _Process:
 
     def unit(self, index: int) -> tuple[dict[str, float], Any]:
         """Has one unit done: its figures and its outcome."""
-        self._connection.send(index)
+        with contextlib.suppress(BrokenPipeError):  # `receive` tells why
+            self._connection.send(index)
         return self.receive()
 
     def receive(self) -> tuple:
@@ -166,7 +167,7 @@ def _process(contender: Contender) -> Iterator[_Process]:
             popen = subprocess.Popen(command, pass_fds=[its.fileno()], env=environment)
         try:
             process = _Process(contender, popen, ours)
-            with contextlib.suppress(BrokenPipeError):  # `receive` tells why
+            with contextlib.suppress(BrokenPipeError):
                 ours.send((str(contender.file), contender.function, dict(contender.arguments)))
             yield process
         finally:

@@ -27,12 +27,17 @@ def memory() -> dict[str, float]:
 
 
 class _Compiles:
-    """Counts what XLA is asked to compile, from the moment that JAX is in the process."""
+    """Counts what XLA is asked to compile, where JAX is in the process."""
 
     def __init__(self):
         self.count = 0
         if "jax" in sys.modules:
             sys.modules["jax"].monitoring.register_event_duration_secs_listener(self._listen)
+
+    def take(self) -> int:
+        """The count since it was last taken."""
+        count, self.count = self.count, 0
+        return count
 
     def _listen(self, event: str, seconds: float, **kwargs) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
@@ -51,9 +56,10 @@ def serve(connection: Connection) -> None:
         start, busy = time.perf_counter(), time.process_time()
         amount, outcome = unit(index)
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        figures = {"seconds": seconds, "busy": busy, "amount": amount, "compiles": compiles.count, **memory()}
+        figures = {"seconds": seconds, "busy": busy, "amount": amount, "compiles": compiles.take(), **memory()}
         # A function is called only now, when clock and memory have been read: checking is not the work.
         connection.send(("done", figures, outcome() if callable(outcome) else outcome))
+        compiles.take()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 
 
@@ -37,6 +38,12 @@ def fails(at):
     return unit
 
 
-def dies():
-    """Ends without a word."""
-    return lambda index: os._exit(7)
+def dies(after):
+    """Ends without a word, so many seconds after it was asked for its first unit."""
+
+    def unit(index):
+        threading.Timer(after, os._exit, [7]).start()
+        time.sleep(0 if after else 60)
+        return 1, None
+
+    return unit

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import time
 
 import pytest
 
@@ -64,11 +63,11 @@ def test_an_error_is_told_in_one_line_and_ends_the_others(tmp_path, at):
     assert not alive(int(log.read_text().split()[-1]))
 
 
-def test_a_process_that_dies_is_told():
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"benchmark d: its process ended with status 7"):
-        race([fake("d", "dies")], 1, "test")
-    assert time.monotonic() - start < 60
+@pytest.mark.parametrize("after", [0, 0.1])
+def test_a_process_that_dies_at_work_or_between_is_told(tmp_path, after):
+    slow = fake("slow", "writes", log=str(tmp_path / "log"), name="slow", seconds=1)
+    with pytest.raises(UserError, match=r"^benchmark d: its process ended with status 7$"):
+        race([fake("d", "dies", after=after), slow], 1, "test")
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):
