@@ -29,5 +29,5 @@ def cases(setup: Setup) -> list[Case]:
             lambda outcomes: same_losses(outcomes, tolerance(setup)),
         )
         for switch, settings in switches.items()
-        if known.issuperset(*settings.values())
+        if known.issuperset(set().union(*settings.values()))
     ]
