@@ -134,6 +134,6 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
 
 
 def _noise(adapter: lora.Adapter) -> lora.Adapter:
-    """An adapter of the same shapes that changes the model a little; no array is shared, for a step donates its state."""
+    """An adapter of the same shapes that changes the model a little, and shares no array: a step donates its state."""
     weights = {path: {"a": -pair["a"], "b": pair["b"] + 1e-3} for path, pair in adapter.weights.items()}
     return lora.Adapter(jax.tree.map(jnp.asarray, weights), adapter.scale, ("buffer",))
