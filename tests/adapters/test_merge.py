@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +232,15 @@ def test_no_dense_matrix_is_made():
     side = {PATH: {"a": shape(1, width, rank), "b": shape(1, rank, width)}}
     compiled = merge._merge_weights.lower(side, side, *[shape()] * 5).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * width * width / 8
+
+
+def test_the_blas_of_lapack_is_loaded_before_it_is_limited():
+    script = """
+import br_jax.adapters.merge, jax.numpy as jnp
+from threadpoolctl import threadpool_info
+before = {pool["filepath"] for pool in threadpool_info()}
+jnp.linalg.qr(jnp.ones((8, 2)))
+print({pool["filepath"] for pool in threadpool_info()} - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
