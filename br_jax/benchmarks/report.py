@@ -9,16 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from br_jax.benchmarks.pairing import Contender, Record, race
-
-# Dense bf16 FLOP/s by JAX's name of the device, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-}
+from br_jax.planning.chips import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)

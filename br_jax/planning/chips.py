@@ -1,4 +1,4 @@
-"""TPU chips: the one table of their published peaks, and devices to compile for without having any."""
+"""Chips: the one table of their published peaks, and TPU devices to compile for without having any."""
 
 import dataclasses
 import math
@@ -36,6 +36,18 @@ CHIPS = {
     "v5e": Chip(197e12, 16 << 30, 819e9, 200e9),
     "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9),
     "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9),
+}
+
+# Dense bf16 FLOP a second by JAX's name of a device; of GPUs from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
 }
 
 # What libtpu would otherwise ask a metadata server for, which is not there, and its lock: no chip is held.
