@@ -29,7 +29,8 @@ def render(fits: Sequence[Fit]) -> str:
     ]
     lines += [_row(fit) for fit in fits]
     lines += ["", "* predicted by a roofline from published peaks (docs/scaling.md), not measured", ""]
-    lines += [f"{'stage':<10}{'collective':<28}{'calls':>8}{'MB to a chip':>14}  (a call)"]
+    if any(fit.collectives for fit in fits):
+        lines += [f"{'stage':<10}{'collective':<28}{'calls':>8}{'MB to a chip':>14}  (a call)"]
     for fit in fits:
         for kind, sums in fit.collectives.items():
             lines.append(f"{fit.stage:<10}{kind:<28}{sums['calls']:>8}{sums['bytes'] / 1e6:>14,.1f}")
