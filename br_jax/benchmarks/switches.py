@@ -29,5 +29,5 @@ def cases(setup: Setup) -> list[Case]:
             lambda outcomes: same_losses(outcomes, tolerance(setup)),
         )
         for switch, settings in switches.items()
-        if known.issuperset(set().union(*settings.values()))
+        if all(known >= changes.keys() for changes in settings.values())
     ]
