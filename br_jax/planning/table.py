@@ -37,7 +37,7 @@ def render(fits: Sequence[Fit]) -> str:
         if fit.largest_gather:
             gathers = ", ".join(f"{shape} {where}" for where, shape in fit.largest_gather.items())
             lines.append(f"{fit.stage:<10}largest gathers: {gathers}")
-        if fit.trained and fit.reduced:
+        if fit.trained and fit.reduced and fit.mesh["tensor"] == 1:  # which adds up activations too
             ratio = fit.reduced / fit.trained
             lines.append(
                 f"{fit.stage:<10}added up: {ratio:.2f} times the trained adapter's {fit.trained / 1e6:,.1f} MB"
