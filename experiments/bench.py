@@ -20,7 +20,7 @@ from br_jax.errors import UserError
 
 CASES = ("training", "generation", "merge", "stages", "switches")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with a model.source, e.g. configs/smollm2.py.")
-WANTED = flags.DEFINE_list("cases", CASES, "Cases to run.")
+WANTED = flags.DEFINE_list("cases", list(CASES), "Cases to run.")
 ROWS = flags.DEFINE_string("rows", None, "JSONL file of rows, GSM8K's question/answer or one of the project's layouts.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds; a ratio is taken in each.", lower_bound=1)
 DROPOUT = flags.DEFINE_float("dropout", 0.0, "Of the trained adapter, on both sides.", 0, 0.99)
