@@ -40,7 +40,7 @@ def cases(setup: Setup) -> list[Case]:
         ours("br_jax", setup, **BEST),
         Contender("PEFT, padded to max_length", HERE / "torch_training.py", "padded", other),
         Contender("PEFT, padded to the longest", HERE / "torch_training.py", "lean", other),
-        ours("br_jax, padded to max_length", setup),
+        ours("br_jax, padded to max_length", setup, **{**BEST, "buckets": ()}),
     ]
     return [
         Case(
