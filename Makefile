@@ -19,7 +19,8 @@ $(VENV)/test: $(VENV)/base requirements-test.lock
 	$(RUN) -m pip install --quiet --requirement requirements-test.lock
 	@touch $@
 
-demo: export JAX_PLATFORMS ?= cpu  # too small for anything else; JAX would look for a TPU where libtpu is installed
+# The demo is too small for anything but a CPU; without this JAX would look for a TPU where libtpu is installed.
+demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/base  ## pre-train, align, attack and defend a tiny model; report in runs/demo
 	$(RUN) experiments/pipeline.py --config=configs/demo.py --workdir=$(DEMO) $(DEMO_FLAGS)
 
