@@ -168,7 +168,7 @@ def _trainable(program: Program) -> dict:
 def _argument_bytes(program: Program, mesh: Mesh) -> dict[str, int]:
     """Bytes of a chip's part of each kind of argument."""
     kinds: dict[str, int] = {}
-    places = {name: shardings({name: tree}, mesh)[name] for name, tree in program.arguments.items()}
+    places = shardings(program.arguments, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(program.arguments)
     for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
         kind = _kind(leaf_name(path))

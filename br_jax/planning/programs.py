@@ -64,10 +64,11 @@ class Program:
 
     def lower(self, mesh: Mesh):
         """Lowers for the mesh, every argument (and a donated one's result) laid out by the table."""
-        places = {name: shardings({name: tree}, mesh)[name] for name, tree in self.arguments.items()}
+        places = shardings(self.arguments, mesh)
         numbers = tuple(i for i, name in enumerate(self.arguments) if name in self.donated)
         out = (None, places["cache"]) if "cache" in places else (places["state"], None) if self.trains else None
-        jitted = jax.jit(self.function, in_shardings=tuple(places.values()), out_shardings=out, donate_argnums=numbers)
+        inside = tuple(places[name] for name in self.arguments)  # JAX sorts a dict's keys
+        jitted = jax.jit(self.function, in_shardings=inside, out_shardings=out, donate_argnums=numbers)
         with jax.set_mesh(mesh):
             return jitted.lower(*self.arguments.values())
 
