@@ -127,7 +127,7 @@ def export(model: dict, rows: list[Row], prompts: list[Row], config: TrainConfig
             folder / "adapter", first_adapter(base.params, config), base_name=base.name, fingerprint=base.fingerprint
         )
         examples, _ = encode_rows(rows, base.tokenizer, base.template, config.max_length)
-        padded = dataclasses.replace(config, buckets=(), packing=False)
+        padded = dataclasses.replace(config, buckets=(), packing=0)
         return 0, {
             "model": folder / "model",
             "adapter": folder / "adapter",

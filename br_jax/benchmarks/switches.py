@@ -12,8 +12,8 @@ def cases(setup: Setup) -> list[Case]:
     switches = {
         "layout": {
             "packed": {},
-            "in buckets": {"packing": False, "buckets": (128, 192, 256, 320, 384, 448)},
-            "padded to max_length": {"packing": False},
+            "in buckets": {"packing": 0, "buckets": (128, 192, 256, 320, 384, 448)},
+            "padded to max_length": {"packing": 0},
         },
         "loss": {"in chunks of answer tokens": {}, "one chunk of all tokens": {"loss_chunk": whole}},
         "remat": {f"remat {name}": {"remat": name} for name in ("none", "matmuls", "full")},

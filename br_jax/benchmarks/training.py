@@ -21,7 +21,7 @@ from br_jax.training.step import Compiled, init_state, learning_rate_schedule, m
 
 PROTOCOL = TrainConfig(dropout=0.0, learning_rate=1e-4)
 _OF_OTHERS = ("dropout", "learning_rate", "warmup_ratio", "weight_decay", "clip_norm", "max_length")
-BEST = {"packing": True, "remat": "matmuls"}
+BEST = {"packing": 4096, "remat": "matmuls"}
 
 
 def cases(setup: Setup) -> list[Case]:
@@ -40,7 +40,7 @@ def cases(setup: Setup) -> list[Case]:
         ours("br_jax", setup, **BEST),
         Contender("PEFT, padded to max_length", HERE / "torch_training.py", "padded", other),
         Contender("PEFT, padded to the longest", HERE / "torch_training.py", "lean", other),
-        ours("br_jax, padded to max_length", setup, **{**BEST, "packing": False}),
+        ours("br_jax, padded to max_length", setup, **{**BEST, "packing": 0}),
     ]
     return [
         Case(

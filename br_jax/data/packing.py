@@ -1,4 +1,4 @@
-"""Packed batches: a step's rows side by side, in as few rows of one static length as they need.
+"""Packed batches: a step's rows side by side in a few long rows, whose number is the run's and whose length fits.
 
 Packing changes the layout of a step, never its rows. Step i has the rows of the padded run's step i
 (`batches.make_batches` with the same seed), and there are as many steps. So its loss (the mean over its answer
@@ -8,8 +8,9 @@ as fit, would change the schedule and each row's weight; it is not built.
 """
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import grain
 import numpy as np
@@ -36,21 +37,24 @@ def make_packed_batches(
     seed: int,
     length: int,
     multiple: int = 1,
+    unit: int = 128,
     epochs: int | None = None,
     steps: int | None = None,
     rows: Rows | None = None,
 ) -> grain.MapDataset:
     """The batches of `make_batches`, packed; element i is the batch of step i, always the same one.
 
-    All steps are packed once beforehand, by their lengths alone, so that two row counts serve the whole run and each
-    process knows them: see `row_counts`. Packing saves most where `batch_size` is many times `multiple`.
+    All steps are packed once beforehand, by their lengths alone: the largest says how many packed rows every batch
+    has, and three lengths of them serve the whole run (see `row_lengths`), so that each process knows the shapes.
 
     Args:
         examples: of `encode_rows`.
         batch_size: examples of a step, over all processes.
         seed: of the shuffle, 0 <= seed < 2**32.
-        length: T, the tokens of a packed row.
+        length: the most tokens of a packed row. The longer, the less is left empty; attention over long rows is cheap
+            where it skips what the segments hide ("blocked").
         multiple: what a batch's row count is a multiple of, so that a mesh and micro-batches can split it.
+        unit: what a packed row's length is a multiple of, unless it is `length`.
         epochs: passes over the examples; one when steps is not given either.
         steps: the number of batches instead.
         rows: which (packed) rows of every batch to give; None gives all.
@@ -64,37 +68,40 @@ def make_packed_batches(
         ValueError: when an example is longer than `length`, or both epochs and steps are given.
     """
     order = functools.partial(in_steps, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
+    sizes = [{"tokens": example["tokens"]} for example in examples]
 
-    def count(some: Sequence[Example]) -> int:
-        return -(-len(_pack(some, length)) // multiple) * multiple
+    def over_all_steps(measure: Callable[[Sequence[dict]], int]) -> list[int]:
+        # By index: iterating over a Grain dataset would start its threads, which have nothing to wait for here.
+        measured = order(sizes, measure)
+        return [measured[step] for step in range(len(measured))]
 
-    needed = order([{"tokens": example["tokens"]} for example in examples], count)
-    # By index: iterating over a Grain dataset would start its threads, which have nothing to wait for here.
-    counts = row_counts(needed[step] for step in range(len(needed)))
-    parts = {n: slice(None) if rows is None else rows(n) for n in counts}
-    assemble = functools.partial(_collate, length=length, parts=parts)
+    count = -(-max(over_all_steps(lambda some: len(_pack(some, length)))) // multiple) * multiple
+    tightly = functools.partial(_pack_tightly, count=count, length=length, unit=unit)
+    lengths = row_lengths(over_all_steps(lambda some: tightly(some)[0]))
+    assemble = functools.partial(
+        _collate, pack=tightly, count=count, lengths=lengths, part=slice(None) if rows is None else rows(count)
+    )
     return order([with_targets(example) for example in examples], assemble)
 
 
-def row_counts(needed: Iterable[int]) -> tuple[int, ...]:
-    """The row counts that a run is compiled for: the most that any step needs, and one less than that if it helps.
-
-    The second is the one that leaves the fewest rows over all steps. A third would save less, and the step is compiled
-    once for each.
+def row_lengths(needed: Iterable[int], most: int = 3) -> tuple[int, ...]:
+    """The lengths that a run is compiled for: those that leave the fewest tokens empty, each step taking the next.
 
     Args:
-        needed: rows that each step needs.
+        needed: the length that each step needs.
+        most: how many lengths at most.
 
     Returns:
-        One or two counts, ascending.
+        The lengths, ascending; the last one is the longest needed.
     """
     times = Counter(needed)
-    most = max(times)
+    *others, longest = sorted(times)
+    choices = [(*some, longest) for some in itertools.combinations(others, min(most - 1, len(others)))]
 
-    def rows(low: int) -> int:
-        return sum(n * (low if count <= low else most) for count, n in times.items())
+    def tokens(lengths: tuple[int, ...]) -> int:
+        return sum(count * next(length for length in lengths if length >= n) for n, count in times.items())
 
-    return tuple(sorted({min(times, key=rows), most}))
+    return min(choices, key=tokens)
 
 
 def _pack(examples: Sequence[dict], length: int) -> list[dict]:
@@ -109,13 +116,23 @@ def _pack(examples: Sequence[dict], length: int) -> list[dict]:
     return list(rows)
 
 
-def _collate(examples: Sequence[dict], *, length: int, parts: dict) -> Batch:
-    """Packs a step's examples, adds empty rows up to the next of the counts, and returns the rows asked for of it."""
-    packed = _pack(examples, length)
-    rows = next(count for count in sorted(parts) if count >= len(packed))
+def _pack_tightly(examples: Sequence[dict], count: int, length: int, unit: int) -> tuple[int, list[dict]]:
+    """The first multiple of `unit` (or else `length`) as the length of a row at which `count` rows do, and the rows."""
+    tokens = [len(example["tokens"]) for example in examples]
+    least = max(*tokens, -(-sum(tokens) // count))
+    for tried in range(-(-least // unit) * unit, length, unit):
+        if len(packed := _pack(examples, tried)) <= count:
+            return tried, packed
+    return length, _pack(examples, length)
+
+
+def _collate(examples: Sequence[dict], *, pack: Callable, count: int, lengths: tuple[int, ...], part) -> Batch:
+    """Packs a step's examples, pads to the next length and with empty rows, and returns the rows asked for of it."""
+    needed, packed = pack(examples)
+    shape = (count, next(length for length in lengths if length >= needed))
     batch = {}
     for name, key in _ARRAYS.items():
         values = np.stack([row[key] for row in packed])
-        values = np.pad(values, [(0, rows - len(packed)), (0, 0)])
-        batch[name] = values[parts[rows]]
+        widen = [(0, whole - given) for whole, given in zip(shape, values.shape, strict=True)]
+        batch[name] = np.pad(values, widen)[part]
     return batch

@@ -3,18 +3,21 @@
 What a query may see is said by each token's segment and position, never by a [T, S] mask that somebody carries round.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
 from br_jax.sharding import current_mesh, partition
 
-_BLOCK = 256  # queries that "blocked" takes at a time
+_BLOCK = 64  # queries and keys of a tile of "blocked"
+_LONG = 512  # tokens of a row from which on "blocked" is used
 _LANES = 128  # what splash attention's block sizes and head widths are multiples of
 
 
@@ -53,8 +56,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention, scores and softmax in f32: a query sees its own segment, up to its own position.
 
-    All but "xla" ask that tokens stand in order (a later token of a segment at a later index), as rows and packed rows
-    do; a KV cache does not, and takes "xla".
+    All but "xla" ask that keys are the queries' own rows, and that tokens stand in order (a segment's side by side,
+    later ones at later indices), as rows and packed rows do; a KV cache does not, and takes "xla".
     """
     return IMPLEMENTATIONS[how.implementation](q, k, v, queries, keys, how)
 
@@ -85,26 +88,117 @@ def _xla(q, k, v, queries, keys, how):
 
 
 def _blocked(q, k, v, queries, keys, how):
-    """A block of queries at a time against the keys it may see; going back its scores are made anew.
+    """Flash attention (Dao 2023) for CPUs: tiles of a block of queries by a block of keys, and no larger square.
 
-    Memory grows with T, not T^2, and what lies above the diagonal (or before the window) is never computed.
+    Keys are the queries' own rows. Blocks of keys that no row's queries may see are not visited: those above the
+    diagonal, before the window, and before a packed row's segments; a block of padding alone visits none and gives 0.
     """
     T = q.shape[1]
+    widen = [(0, 0), (0, -T % _BLOCK)]  # by padding, segment 0
+    q, k, v = (jnp.pad(x, [*widen, (0, 0), (0, 0)]) for x in (q, k, v))
+    queries = jax.tree.map(lambda x: jnp.pad(x, widen), queries)
+    return _tiled(q, k, v, queries, how)[:, :T]
 
-    @jax.checkpoint
-    def block(q, k, v, queries, keys):
-        return _xla(q, k, v, queries, keys, how)
 
-    def part(array, first, last):
-        return jax.tree.map(lambda x: x[:, first:last], array)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled(q, k, v, place, how):
+    return _tiled_forward(q, k, v, place, how)[0]
 
-    outs = []
-    for first in range(0, T, _BLOCK):
-        last = min(first + _BLOCK, T)
-        start = 0 if how.window is None else max(0, first - how.window + 1)
-        seen = [part(x, start, last) for x in (k, v)]
-        outs.append(block(part(q, first, last), *seen, part(queries, first, last), part(keys, start, last)))
-    return jnp.concatenate(outs, axis=1)
+
+def _tiled_forward(q, k, v, place, how):
+    qs, ks, vs, tile = _tiles(q, k, v, place, how)
+
+    def block(i):
+        def add(j, carry):
+            top, total, out = carry
+            scores, _ = tile(qs[i], ks[j], i, j)
+            new = jnp.maximum(top, scores.max(-1))
+            weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+            update = _dot("BKqt,BKtH->BKqH", weights.astype(v.dtype), vs[j])
+            return new, total * shrink + weights.sum(-1), out * shrink[..., None] + update
+
+        nothing = jnp.zeros(qs.shape[1:-1], jnp.float32)
+        start = (nothing + jnp.finfo(jnp.float32).min, nothing, jnp.zeros(qs.shape[1:], jnp.float32))
+        top, total, out = jax.lax.fori_loop(_first_block(place, how)[i], i + 1, add, start)
+        total = jnp.where(total > 0, total, 1.0)
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, lse = jax.lax.map(block, jnp.arange(len(qs)))
+    out, lse = (checkpoint_name(x, "attention") for x in (_untile(out, q.shape), lse))
+    return out, (q, k, v, place, out, lse)
+
+
+def _tiled_backward(how, saved, d_out):
+    """From the output and the logarithm of each softmax' sum: weights are made anew, a tile at a time."""
+    q, k, v, place, out, lse = saved
+    qs, ks, vs, tile = _tiles(q, k, v, place, how)
+    inner = _dot("BTNH,BTNH->BTN", d_out, out)[..., None]
+    d_outs, inners = (_tile(x, k.shape[2]) for x in (d_out, inner))
+
+    def block(carry, i):
+        def add(j, carry):
+            dq, dk, dv = carry
+            scores, slope = tile(qs[i], ks[j], i, j)
+            weights = jnp.exp(scores - lse[i][..., None])
+            change = weights * (_dot("BKqH,BKtH->BKqt", d_outs[i], vs[j]) - inners[i]) * slope
+            weights, change = weights.astype(v.dtype), change.astype(q.dtype)
+            dv = dv.at[j].add(_dot("BKqt,BKqH->BKtH", weights, d_outs[i]))
+            dk = dk.at[j].add(_dot("BKqt,BKqH->BKtH", change, qs[i]))
+            return dq + _dot("BKqt,BKtH->BKqH", change, ks[j]), dk, dv
+
+        start = (jnp.zeros(qs.shape[1:], jnp.float32), *carry)
+        dq, *carry = jax.lax.fori_loop(_first_block(place, how)[i], i + 1, add, start)
+        return tuple(carry), dq * q.shape[3] ** -0.5
+
+    nothing = jnp.zeros(ks.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(block, (nothing, nothing), jnp.arange(len(qs)))
+    return *(_untile(d, x.shape).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _tiles(q, k, v, place, how):
+    """q (scaled), k and v in blocks, and what makes the masked scores of two blocks and their slope by the soft-cap."""
+    K, G = k.shape[2], q.shape[2] // k.shape[2]
+    scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
+    places = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x), -1, _BLOCK), 1, 0), place)
+
+    def tile(queries, keys, i, j):
+        scores, slope = _dot("BKqH,BKtH->BKqt", queries, keys), 1.0
+        if how.soft_cap is not None:
+            squashed = jnp.tanh(scores / how.soft_cap)
+            scores, slope = how.soft_cap * squashed, 1 - squashed**2
+        mask = visible(*(Place(*(x[at] for x in places)) for at in (i, j)), how.window)
+        mask = jnp.tile(mask, (1, G, 1))[:, None]
+        return jnp.where(mask, scores, jnp.finfo(jnp.float32).min), slope
+
+    return *(_tile(x, K) for x in (scaled, k, v)), tile
+
+
+def _tile(x: Float[Array, "B T N H"], groups: int) -> Float[Array, "n B K GQ H"]:
+    """Blocks of tokens first, and the query heads of a key head as more rows of it."""
+    B, T, N, H = x.shape
+    x = x.reshape(B, T // _BLOCK, _BLOCK, groups, N // groups, H)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(T // _BLOCK, B, groups, -1, H)
+
+
+def _untile(x: Float[Array, "n B K GQ H"], shape: tuple[int, ...]) -> Float[Array, "B T N H"]:
+    n, B, K, _, H = x.shape
+    return x.reshape(n, B, K, -1, _BLOCK, H).transpose(1, 0, 4, 2, 3, 5).reshape(shape)
+
+
+def _first_block(place: Place, how: Attend) -> Int[Array, " n"]:
+    """For each block of queries, the first block of keys that one of them may see; behind its own where none does."""
+    B, T = place.segments.shape
+    blocks = jnp.arange(T // _BLOCK)
+    ahead = place.segments[:, ::_BLOCK]  # segments are contiguous: the first query's begins no later than the others'
+    first = jnp.argmax(place.segments[:, None] == ahead[..., None], axis=-1) // _BLOCK
+    real = (place.segments.reshape(B, -1, _BLOCK) > 0).any(-1)
+    first = jnp.where(real, first, blocks + 1).min(0)
+    return first if how.window is None else jnp.maximum(first, (blocks * _BLOCK - how.window + 1) // _BLOCK)
 
 
 def _splash(q, k, v, queries, keys, how):
@@ -151,6 +245,7 @@ def _splash_kernel(T: int, heads: int, how: Attend):
         q_seq_shards=1,
         block_sizes=blocks,
         attn_logits_soft_cap=how.soft_cap,
+        residual_checkpoint_name="attention",
         interpret=how.interpret,
     )
 
@@ -168,7 +263,7 @@ def resolve(how: Attend, length: int, dtype) -> Attend:
     """`how` with "auto" replaced by what suits the platform and rows of `length` tokens; a fallback is logged."""
     if how.implementation != "auto":
         return how
-    fallback = "blocked" if length >= 2 * _BLOCK else "xla"
+    fallback = "blocked" if length >= _LONG else "xla"
     if how.platform == "tpu":
         fast, fits, needs = "splash", length % _LANES == 0, f"a length that {_LANES} divides"
     elif how.platform in ("gpu", "cuda"):

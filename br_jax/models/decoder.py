@@ -5,6 +5,7 @@
 absent, and nothing in the modules changes when one is added or removed.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -17,23 +18,24 @@ from br_jax.models.attention import Attend, Place, attend, resolve, rope_angles,
 from br_jax.models.spec import ModelSpec
 from br_jax.sharding import constrain
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # a layer's matmuls, whose outputs remat can save by name
+# What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
+SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
 
-def saved_projections(remat: str) -> tuple[str, ...]:
-    """The matmuls of a layer whose outputs the backward pass finds again, instead of computing them again.
+def saved_names(remat: str) -> tuple[str, ...]:
+    """The parts of a layer whose outputs the backward pass finds again, instead of computing them again.
 
     Args:
-        remat: "none" or "full"; "matmuls" or "offload": all of `PROJECTIONS`; or a comma list of some.
+        remat: "none" or "full"; "matmuls" or "offload": all of `SAVED`; or a comma list of some.
 
     Raises:
         ValueError: an unknown name.
     """
     if remat in ("none", "matmuls", "offload"):
-        return PROJECTIONS
+        return SAVED
     names = () if remat == "full" else tuple(part.strip() for part in remat.split(","))
-    if unknown := [name for name in names if name not in PROJECTIONS]:
-        known = ", ".join(PROJECTIONS)
+    if unknown := [name for name in names if name not in SAVED]:
+        known = ", ".join(SAVED)
         raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {known}")
     return names
 
@@ -42,7 +44,7 @@ def remat_policy(remat: str) -> Callable | None:
     """What the backward pass keeps of each layer, beside the layer's input; the rest is computed again.
 
     Args:
-        remat: "none" keeps everything, "full" nothing more, others the outputs of `saved_projections`: "offload" in the
+        remat: "none" keeps everything, "full" nothing more, others the outputs of `saved_names`: "offload" in the
             host's memory, the rest on the device.
 
     Returns:
@@ -51,7 +53,7 @@ def remat_policy(remat: str) -> Callable | None:
     Raises:
         ValueError: an unknown name.
     """
-    names = saved_projections(remat)
+    names = saved_names(remat)
     if remat == "none":
         return None
     if remat == "offload":
@@ -112,6 +114,36 @@ class Linear(nn.Module):
         return checkpoint_name(y, self.name)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rms_norm(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T D"]:
+    """x / sqrt(mean(x^2) + eps), computed in f32, in the dtype of x; its gradient in two passes over x."""
+    return _rms_norm_forward(x, eps)[0]
+
+
+def _rms_norm_forward(x, eps):
+    wide = x.astype(jnp.float32)
+    return (wide * _inverse_rms(wide, eps)).astype(x.dtype), x
+
+
+def _inverse_rms(wide, eps):
+    return jax.lax.rsqrt(_inner(wide, wide) / wide.shape[-1] + eps)
+
+
+def _inner(x, y):
+    """Sums of products over D, [B T 1], as a dot: XLA's CPU passes a reduction to a library that is slower here."""
+    return jnp.einsum("BTD,BTD->BT", x, y, precision="highest")[..., None]
+
+
+def _rms_norm_backward(eps, x, dy):
+    wide, d_wide = x.astype(jnp.float32), dy.astype(jnp.float32)
+    inverse = _inverse_rms(wide, eps)
+    inner = _inner(wide, d_wide) * inverse**2 / wide.shape[-1]
+    return (((d_wide - wide * inner) * inverse).astype(x.dtype),)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: statistics in f32, the weight applied in the compute dtype (as transformers)."""
 
@@ -120,9 +152,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)[None, None]
+        return rms_norm(x, self.eps) * scale.astype(x.dtype)[None, None]
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ docs/scaling.md; the bytes from other chips are those of the compiled program.
 
 import dataclasses
 
-from br_jax.models.decoder import saved_projections
+from br_jax.models.decoder import saved_names
 from br_jax.planning.chips import Chip
 from br_jax.planning.programs import Program
 
@@ -78,7 +78,7 @@ def _passes(program: Program) -> float:
     if not program.trains:
         return 1
     sizes = {name: a * b for name, (a, b) in program.spec.kernel_shapes.items()}
-    kept = {*saved_projections(program.remat), "down"}
+    kept = {*saved_names(program.remat), "down"}
     return 2 + sum(size for name, size in sizes.items() if name not in kept) / sum(sizes.values())
 
 

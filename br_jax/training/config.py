@@ -26,8 +26,8 @@ class TrainConfig:
         accumulation: micro-batches that a step's rows are split into; divides `batch_size`.
         max_length: longest row, in tokens; longer rows are cut.
         buckets: lengths that batches are padded to; empty means `max_length` alone.
-        packing: rows share rows of the largest of `buckets` and `max_length`; each step's rows and their weights stay
-            what they are (see `data.packing`).
+        packing: tokens of a packed row at most; 0 does not pack. Each step's rows and their weights stay what they are,
+            see `data.packing`.
         loss_chunk: answer tokens that a device turns into logits at a time.
         attention: "auto" (by platform and length), or one of `models.attention.IMPLEMENTATIONS`.
         remat: what the backward pass keeps of a layer, see `models.decoder.remat_policy`.
@@ -53,7 +53,7 @@ class TrainConfig:
     accumulation: int = 1
     max_length: int = 512
     buckets: tuple[int, ...] = ()
-    packing: bool = False
+    packing: int = 0
     loss_chunk: int = 256
     attention: str = "auto"
     remat: str = "none"
@@ -69,6 +69,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % self.accumulation:
             raise UserError(f"accumulation {self.accumulation} does not divide batch_size {self.batch_size}")
+        if self.packing and self.packing < self.max_length:
+            raise UserError(f"packing is {self.packing}: a packed row must hold a row of max_length {self.max_length}")
         if self.epochs < 1 and self.steps < 1:
             raise UserError("epochs and steps are both below 1: nothing would be trained")
         if not 0 <= self.dropout < 1:

@@ -194,8 +194,8 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
     order |= {"steps": config.steps} if config.steps else {"epochs": config.epochs}
     if not config.packing:
         return make_batches(examples, buckets=_buckets(examples, config), **order)
-    length = max((config.max_length, *config.buckets))
-    return make_packed_batches(examples, length=length, multiple=batch_parts(mesh) * config.accumulation, **order)
+    multiple = batch_parts(mesh) * config.accumulation
+    return make_packed_batches(examples, length=config.packing, multiple=multiple, **order)
 
 
 def _buckets(examples, config: TrainConfig) -> tuple[int, ...]:

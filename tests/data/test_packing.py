@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from br_jax.data.batches import iterate, make_batches
-from br_jax.data.packing import make_packed_batches, row_counts
+from br_jax.data.packing import make_packed_batches, row_lengths
 
 LENGTH = 16
 
@@ -38,16 +38,22 @@ def read_back(batch):
     return found
 
 
-def rows_by_a_plain_loop(lengths):
+def rows_by_a_plain_loop(lengths, capacity):
     """How many rows first-fit decreasing takes."""
     room = []
     for n in sorted(lengths, reverse=True):
         row = next((row for row, free in enumerate(room) if n <= free), None)
         if row is None:
-            room.append(LENGTH)
+            room.append(capacity)
             row = -1
         room[row] -= n
     return len(room)
+
+
+def length_by_a_plain_loop(lengths, count, unit):
+    """The first multiple of `unit` at which first-fit decreasing takes `count` rows of them, or else LENGTH."""
+    fits = (n for n in range(unit, LENGTH, unit) if max(lengths) <= n and rows_by_a_plain_loop(lengths, n) <= count)
+    return next(fits, LENGTH)
 
 
 def first_tokens(padded):
@@ -59,25 +65,28 @@ def first_tokens(padded):
     lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=20),
     batch_size=st.integers(1, 24),
     multiple=st.integers(1, 4),
+    unit=st.sampled_from([3, 4, 128]),
     seed=st.integers(0, 5),
 )
-@example(lengths=[5], batch_size=1, multiple=1, seed=0)  # one row
-@example(lengths=[LENGTH] * 6, batch_size=3, multiple=2, seed=0)  # nothing can share
-@example(lengths=[1] * 20, batch_size=20, multiple=1, seed=0)  # one token each: nothing to learn inside a row
-@example(lengths=[3, 4], batch_size=24, multiple=1, seed=0)  # the batch is larger than the data
-@example(lengths=[9, 8, 7, 8], batch_size=4, multiple=1, seed=0)  # two rows, filled to the last token
-def test_every_example_of_the_padded_step_is_there_once_and_whole(lengths, batch_size, multiple, seed):
+@example(lengths=[5], batch_size=1, multiple=1, unit=4, seed=0)  # one row
+@example(lengths=[LENGTH] * 6, batch_size=3, multiple=2, unit=4, seed=0)  # nothing can share
+@example(lengths=[1] * 20, batch_size=20, multiple=1, unit=4, seed=0)  # one token each: nothing to learn inside a row
+@example(lengths=[3, 4], batch_size=24, multiple=1, unit=4, seed=0)  # the batch is larger than the data
+@example(lengths=[9, 8, 7, 8], batch_size=4, multiple=1, unit=4, seed=0)  # two rows, filled to the last token
+@example(lengths=[9, 2, 7, 2, 5, 1], batch_size=1, multiple=1, unit=3, seed=0)  # a length for each step
+def test_every_example_of_the_padded_step_is_there_once_and_whole(lengths, batch_size, multiple, unit, seed):
     examples = make_examples(lengths)
     by_first = {int(one["tokens"][0]): one for one in examples}
     order = {"batch_size": batch_size, "seed": seed, "epochs": 2}
     padded = make_batches(examples, buckets=[LENGTH], **order)
-    packed = make_packed_batches(examples, length=LENGTH, multiple=multiple, **order)
+    packed = make_packed_batches(examples, length=LENGTH, multiple=multiple, unit=unit, **order)
     assert len(packed) == len(padded)
-    shapes = set()
-    for step in range(len(packed)):
-        batch = packed[step]
-        shapes.add(batch["tokens"].shape)
-        found = read_back(batch)
+    found_by_step = [read_back(packed[step]) for step in range(len(packed))]
+    lengths_by_step = [[len(cut["tokens"]) for cut in found.values()] for found in found_by_step]
+    most = max(rows_by_a_plain_loop(some, LENGTH) for some in lengths_by_step)
+    count = -(-most // multiple) * multiple
+    needed = [length_by_a_plain_loop(some, count, unit) for some in lengths_by_step]
+    for step, found in enumerate(found_by_step):
         assert found.keys() == first_tokens(padded[step])
         for first, cut in found.items():
             tokens, answer = by_first[first]["tokens"].tolist(), by_first[first]["answer"].tolist()
@@ -85,25 +94,23 @@ def test_every_example_of_the_padded_step_is_there_once_and_whole(lengths, batch
             assert cut["targets"] == [*tokens[1:], 0]
             assert cut["weights"] == [*map(float, answer[1:]), 0.0]
             assert cut["positions"] == [*range(len(tokens))]
-        filled = int(batch["segment_ids"].any(axis=1).sum())
-        assert filled == rows_by_a_plain_loop([len(cut["tokens"]) for cut in found.values()])
-        assert {name: (values.shape[1], values.dtype) for name, values in batch.items()} == {
-            name: (LENGTH, np.float32 if name == "weights" else np.int32)
+        shape = (count, next(n for n in row_lengths(needed) if n >= needed[step]))
+        assert {name: (values.shape, values.dtype) for name, values in packed[step].items()} == {
+            name: (shape, np.float32 if name == "weights" else np.int32)
             for name in ("tokens", "targets", "weights", "positions", "segment_ids")
         }
-    assert len(shapes) <= 2 and all(rows % multiple == 0 for rows, _ in shapes)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
-def test_no_other_two_row_counts_leave_fewer_rows(needed):
-    def total(counts):
-        return sum(min(count for count in counts if count >= n) for n in needed)
+def test_no_other_three_lengths_leave_fewer_tokens(needed):
+    def total(lengths):
+        return sum(min(length for length in lengths if length >= n) for n in needed)
 
-    counts = row_counts(needed)
-    pairs = [{low, max(needed)} for low in needed]
-    assert counts == tuple(sorted(set(counts))) and counts[-1] == max(needed)
-    assert total(counts) == min(map(total, pairs))
-    assert len(counts) == min(2, len(set(needed)))
+    lengths = row_lengths(needed)
+    triples = [{one, other, max(needed)} for one in needed for other in needed]
+    assert lengths == tuple(sorted(set(lengths))) and lengths[-1] == max(needed)
+    assert total(lengths) == min(map(total, triples))
+    assert len(lengths) <= 3
 
 
 def same(one, other):
@@ -114,7 +121,7 @@ LENGTHS = [1 + 7 * index % LENGTH for index in range(22)]
 
 
 def test_processes_share_a_batch_and_its_shape():
-    order = {"batch_size": 20, "seed": 3, "epochs": 2, "length": LENGTH}
+    order = {"batch_size": 20, "seed": 3, "epochs": 2, "length": LENGTH, "unit": 3}
     whole = make_packed_batches(make_examples(LENGTHS), **order, multiple=6)
 
     def third(i):
@@ -124,7 +131,8 @@ def test_processes_share_a_batch_and_its_shape():
     for step in range(len(whole)):
         joined = {name: np.concatenate([part[step][name] for part in parts]) for name in whole[step]}
         assert same(joined, whole[step])
-    assert {whole[step]["tokens"].shape[0] for step in range(len(whole))} == {6, 12}
+    shapes = {whole[step]["tokens"].shape for step in range(len(whole))}
+    assert {rows for rows, _ in shapes} == {12} and len(shapes) > 1
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

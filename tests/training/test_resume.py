@@ -96,7 +96,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, tiny, rows, quick, make_adapter
 
 
 def test_a_packed_run_goes_on_to_the_bit(tmp_path, tiny, rows, quick, interrupt):
-    config = quick(steps=5, batch_size=6, packing=True, checkpoint_every=2)
+    config = quick(steps=5, batch_size=6, packing=64, checkpoint_every=2)
     straight = train_adapter("user", "user", tiny, rows, config, workdir=tmp_path / "straight")
     interrupt(4)
     with pytest.raises(KeyboardInterrupt):

@@ -238,6 +238,7 @@ def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adap
         ({"steps": 0, "epochs": 0}, "nothing would be trained"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"frozen": "melt"}, "'melt'.*'stack' or 'fold'"),
+        ({"packing": 39}, "packing is 39: a packed row must hold a row of max_length 40"),
         ({"attention": "splosh"}, "'splosh'.*auto, xla"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ],
