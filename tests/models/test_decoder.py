@@ -166,7 +166,8 @@ def test_no_activation_of_a_bf16_layer_is_f32_but_statistics(make_tiny, make_ada
     model = make_tiny(jnp.bfloat16)
     adapter = lora.collection(make_adapter("user"))
     text = jax.jit(lambda adapter: states(model, tokens, lora_trainable=adapter)).lower(adapter).as_text()
-    matmuls = [line for line in text.splitlines() if "dot_general" in line]
+    statistic = "batching_dims = [0, 1] x [0, 1], contracting_dims = [2] x [2]"  # of a norm: x . x for each token
+    matmuls = [line for line in text.splitlines() if "dot_general" in line and statistic not in line]
     wide = [line for line in matmuls if "xf32>" in line.split("->")[0].rsplit(":", 1)[-1]]
     assert matmuls and not wide, wide
 
