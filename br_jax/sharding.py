@@ -30,7 +30,10 @@ RULES = {
 }
 
 _BATCH = ("batch", "length")
-_CACHE = ("layers", "batch", "length", "kv", "head")
+CACHE = {
+    "k": ("layers", "batch", "kv", "head", "length"),
+    "v": ("layers", "batch", "kv", "length", "head"),
+}
 
 # Path suffix -> logical axes.
 LOGICAL_AXES = {
@@ -56,8 +59,7 @@ LOGICAL_AXES = {
             ("b", ("layers", "rank", fan_out)),
         )
     },
-    "cache/k": _CACHE,
-    "cache/v": _CACHE,
+    **CACHE,
     "lengths": ("batch",),
     "token": ("batch",),
     "tokens": _BATCH,
@@ -113,6 +115,8 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
         return (None,) * ndim
     for n in (2, 1):
         axes = LOGICAL_AXES.get("/".join(parts[-n:]))
+        if axes is not None and axes[0] == "layers" and len(axes) == ndim + 1:
+            axes = axes[1:]  # of one layer by itself
         if axes is not None and len(axes) == ndim:
             return axes
     raise UserError(

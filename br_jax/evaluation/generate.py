@@ -1,4 +1,4 @@
-"""Batched generation with a KV cache: one compiled prefill-and-decode for each bucket of prompt lengths."""
+"""Batched generation with a KV cache: prompts run in parts of a batch of like length, then answered all together."""
 
 import functools
 import itertools
@@ -12,10 +12,12 @@ from br_jax.adapters.lora import Adapter, collection
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.errors import UserError
-from br_jax.models.decoder import Decoder, init_cache, unembed
+from br_jax.models.decoder import Decoder, init_cache, join_caches, unembed, unstack_layers
 from br_jax.models.model import Model
 from br_jax.models.spec import ModelSpec
 from br_jax.progress import progress
+
+_PARTS = 4  # of a batch, sorted by length, that are padded to a width of their own
 
 
 def generate(
@@ -32,8 +34,8 @@ def generate(
 ) -> list[str]:
     """Answers prompts, greedily or by sampling.
 
-    Prompts are sorted by length and padded to a multiple of `bucket`; tokens that all of them begin with (a template's
-    header) are run once a batch, not once a prompt. A prompt's answer does not depend on its neighbours in the batch,
+    Prompts are sorted by length, and each quarter of a batch is padded to a multiple of `bucket`; tokens that all of
+    them begin with (a template's header) are run once a quarter, not once a prompt. A prompt's answer does not depend on its neighbours in the batch,
     and a sampled one only on (seed, its index).
 
     Args:
@@ -101,10 +103,11 @@ def generate_ids(
         return []
     prefix = _shared_prefix(encoded)
     lora = {} if adapter is None else collection(adapter)
-    run = functools.partial(
-        _generate_batch,
-        {"params": model.params, "lora": lora},
-        jnp.asarray(encoded[0][:prefix], jnp.int32),
+    variables = {"params": model.params, "lora": lora}
+    start = functools.partial(_start, variables, jnp.asarray(encoded[0][:prefix], jnp.int32), spec=model.spec)
+    finish = functools.partial(
+        _finish,
+        variables,
         spec=model.spec,
         new=max_new_tokens,
         eos=eos,
@@ -112,16 +115,20 @@ def generate_ids(
         temperature=jnp.float32(max(temperature, 1e-6)),
         key=jax.random.key(seed),
     )
+    parts = _PARTS if batch_size % _PARTS == 0 else 1
     answers = [np.empty(0, np.int32)] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with progress(len(order), name, "prompt", keep=False) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = max(len(encoded[i]) for i in chosen) - prefix
-            tokens, lengths = _pad([encoded[i][prefix:] for i in chosen], batch_size, -(-width // bucket) * bucket)
-            ids = np.asarray(list(chosen) + [-1] * (batch_size - len(chosen)), np.int32)  # -1: nobody waits for it
-            out = np.asarray(run(tokens, lengths, ids))
-            for i, row in zip(chosen, out, strict=False):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            ids = np.asarray(chosen + [-1] * (batch_size - len(chosen)), np.int32)  # -1: nobody waits for it
+            batches = [
+                _pad([encoded[i][prefix:] for i in part if i >= 0], len(part), bucket) for part in np.split(ids, parts)
+            ]
+            slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + max_new_tokens
+            hidden, cache = _join([start(*batch) for batch in batches], slots=slots)
+            out, _ = finish(hidden, cache, prefix + np.concatenate([lengths for _, lengths in batches]), ids)
+            for i, row in zip(chosen, np.asarray(out), strict=False):
                 answers[i] = row
             bar.update(len(chosen))
     return answers
@@ -145,16 +152,18 @@ def _shared_prefix(encoded: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, encoded)) - 1)
 
 
-def _pad(rows: list[list[int]], batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.zeros((batch, width), np.int32)
-    lengths = np.ones(batch, np.int32)
+def _pad(rows: list[list[int]], count: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` rows of a width that `bucket` divides, and their lengths; those that `rows` lacks have length 1."""
+    width = -(-max(map(len, rows), default=1) // bucket) * bucket
+    tokens = np.zeros((count, width), np.int32)
+    lengths = np.ones(count, np.int32)
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)] = ids
         lengths[i] = len(ids)
     return tokens, lengths
 
 
-def prefill(decoder: Decoder, variables: dict, prefix, tokens, lengths, slots: int):
+def prefill(decoder: Decoder, variables: dict, prefix, tokens, lengths):
     """Runs prompts into a new KV cache: a prefix that all share, then each prompt's own tokens, padded on the right.
 
     Args:
@@ -163,50 +172,62 @@ def prefill(decoder: Decoder, variables: dict, prefix, tokens, lengths, slots: i
         prefix: [P] int32, run once and copied to every row; P may be 0.
         tokens: [B, T] int32.
         lengths: [B] int32, tokens that are no padding.
-        slots: of the cache, at least P + T.
 
     Returns:
-        [B, D] final hidden state at each prompt's last token, and the cache.
+        [B, D] final hidden state at each prompt's last token, and the cache with P + T slots.
     """
     B, T = tokens.shape
     P = prefix.shape[0]
     dtype = variables["params"]["final_norm"]["scale"].dtype
-    cache = init_cache(decoder.spec, B, slots, dtype)
+    cache = init_cache(decoder.spec, B, P + T, dtype)
     if P:
         positions = jnp.arange(P)[None]
         head = init_cache(decoder.spec, 1, P, dtype)
         _, head = decoder.apply(variables, prefix[None], positions, jnp.ones_like(positions), head)
-        fill = {
-            "k": jnp.broadcast_to(head["k"], (*head["k"].shape[:1], B, *head["k"].shape[2:])),
-            "v": jnp.broadcast_to(head["v"], (*head["v"].shape[:1], B, *head["v"].shape[2:])),
-            "positions": jnp.broadcast_to(head["positions"], (B, P)),
-            "segment_ids": jnp.broadcast_to(head["segment_ids"], (B, P)),
-        }
-        cache = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice(c, x, (0,) * c.ndim), cache, fill)
+        cache = jax.tree.map(_fill, cache, head)
     place = jnp.arange(T)[None]
     segments = (place < lengths[:, None]).astype(jnp.int32)
     hidden, cache = decoder.apply(variables, tokens, P + place + jnp.zeros_like(segments), segments, cache, P)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
+def _fill(cache, head):
+    """Writes one row's slots to the first slots of every row."""
+    batch = 1 if head.ndim > 2 else 0  # behind the layers
+    rows = jnp.repeat(head, cache.shape[batch], axis=batch)
+    return jax.lax.dynamic_update_slice(cache, rows, (0,) * cache.ndim)
+
+
 def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slot):
-    """Runs one token a row: [B] token ids at [B] positions, written to cache slot `slot`; as `prefill` returns."""
+    """Runs one token a row: [B] token ids at [B] positions, to slot `slot` of a joined cache; returns as `prefill`."""
     where = positions[:, None]
     hidden, cache = decoder.apply(variables, token[:, None], where, jnp.ones_like(where), cache, slot)
     return hidden[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "new", "eos", "greedy"))
-def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec, new, eos, greedy, temperature, key):
-    """[B, new] int32 token ids; what follows a row's EOS is EOS.
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _start(variables, prefix, tokens, lengths, *, spec: ModelSpec):
+    return prefill(Decoder(spec), variables, prefix, tokens, lengths)
 
-    Cache slots: the shared prefix, then the padded prompts, then the new tokens. All rows write a new token to the
-    same slot; rope positions come from each row's own length, and padding is hidden by its segment 0.
+
+@functools.partial(jax.jit, static_argnames=("slots",))
+def _join(parts, *, slots: int):
+    hidden, caches = zip(*parts, strict=True)
+    return jnp.concatenate(hidden), join_caches(caches, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "new", "eos", "greedy"), donate_argnames=("cache",))
+def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, eos, greedy, temperature, key):
+    """[B, new] int32 token ids, where what follows a row's EOS is EOS; and the cache, whose buffers are used again.
+
+    The last `new` slots of the cache are for the new tokens. All rows write a new token to the same slot; rope
+    positions come from each row's own length, and padding is hidden by its segment 0.
     """
-    B, T = tokens.shape
-    P = prefix.shape[0]
+    B = len(ids)
+    slots = cache["positions"].shape[1]
     decoder = Decoder(spec)
-    hidden, cache = prefill(decoder, variables, prefix, tokens, lengths, P + T + new)
+    if jax.default_backend() == "cpu":
+        variables = unstack_layers(variables)  # once; in the loop, XLA's CPU would copy each layer's at every token
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
 
     def choose(hidden, t):
@@ -222,7 +243,7 @@ def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec,
 
     def advance(carry):
         t, token, done, out, cache = carry
-        hidden, cache = decode(decoder, variables, token, P + lengths + t - 1, cache, P + T + t - 1)
+        hidden, cache = decode(decoder, variables, token, lengths + t - 1, cache, slots - new + t - 1)
         token = jnp.where(done, eos, choose(hidden, t))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, t))
         return t + 1, token, done | (token == eos), out, cache
@@ -230,4 +251,4 @@ def _generate_batch(variables, prefix, tokens, lengths, ids, *, spec: ModelSpec,
     token = choose(hidden, 0)
     out = jnp.full((B, new), eos, jnp.int32).at[:, 0].set(token)
     carry = (jnp.int32(1), token, (token == eos) | (ids < 0), out, cache)
-    return jax.lax.while_loop(more, advance, carry)[3]
+    return jax.lax.while_loop(more, advance, carry)[3:]

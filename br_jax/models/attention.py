@@ -20,6 +20,8 @@ _BLOCK = 64  # queries and keys of a tile of "blocked"
 _LONG = 512  # tokens of a row from which on "blocked" is used
 _LANES = 128  # what splash attention's block sizes and head widths are multiples of
 
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 class Place(NamedTuple):
     """Where tokens stand: positions in their own sequence, from 0, and segments 1, 2, ... (0 is padding)."""
@@ -75,16 +77,33 @@ def visible(queries: Place, keys: Place, window: int | None = None) -> Bool[Arra
 
 def _xla(q, k, v, queries, keys, how):
     """Plain attention: [B, N, T, S] exists in f32."""
+    return attend_cache(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), queries, keys, how)
+
+
+def attend_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
+    queries: Place,
+    keys: Place,
+    how: Attend,
+) -> Float[Array, "B T N H"]:
+    """`attend` to keys and values as a KV cache holds them: each dot's numbers side by side, a token read at a stride.
+
+    Slots may stand in any order.
+    """
     B, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    K = k.shape[1]
+    # One row of a matrix for each query and query head: XLA's CPU has its fast dot for two axes of a batch, not more.
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
+    scores = _dot("BKQH,BKHS->BKQS", q, k) * H**-0.5
     if how.soft_cap is not None:
         scores = how.soft_cap * jnp.tanh(scores / how.soft_cap)
-    mask = visible(queries, keys, how.window)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    mask = jnp.repeat(visible(queries, keys, how.window), N // K, axis=1)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v)
+    return out.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
 def _blocked(q, k, v, queries, keys, how):
@@ -156,8 +175,6 @@ def _tiled_backward(how, saved, d_out):
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
-
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _tiles(q, k, v, place, how):

@@ -6,7 +6,7 @@ absent, and nothing in the modules changes when one is added or removed.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from br_jax.models.attention import Attend, Place, attend, resolve, rope_angles, rotate
+from br_jax.models.attention import Attend, Place, attend, attend_cache, resolve, rope_angles, rotate
 from br_jax.models.spec import ModelSpec
-from br_jax.sharding import constrain
+from br_jax.sharding import CACHE, constrain
 
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")
@@ -156,15 +156,14 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Rotary grouped-query attention over the batch itself, or over the first `span` slots of a layer's KV cache."""
+    """Rotary grouped-query attention over the batch itself, or over a layer's KV cache that the batch is written to."""
 
     spec: ModelSpec
     dropout: float
     how: Attend
-    span: int
 
     @nn.compact
-    def __call__(self, x, angles, queries, keys, cache, layer, slot):
+    def __call__(self, x, cache, angles, queries, keys, slot):
         spec = self.spec
         B, T, D = x.shape
 
@@ -175,17 +174,16 @@ class Attention(nn.Module):
         k = rotate(heads("k", spec.num_kv_heads), angles)
         v = heads("v", spec.num_kv_heads)
         if cache is not None:
-            # Written in place in the scan's carry: stacking the layers' caches would copy them at every token.
-            at = (layer, 0, slot, 0, 0)
+            new = {"k": k.transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
             cache = {
-                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
-                for name, new in (("k", k), ("v", v))
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name].astype(cache[name].dtype), slot, axis)
+                for name, axis in (("k", 3), ("v", 2))
             }
-            if self.span > T:
-                shape = (1, B, self.span, *k.shape[2:])
-                k, v = (jax.lax.dynamic_slice(cache[name], (layer, 0, 0, 0, 0), shape)[0] for name in ("k", "v"))
-        out = attend(q, k, v, queries, keys, self.how).reshape(B, T, -1)
-        return Linear(D, self.dropout, name="o")(out), cache
+        if keys.positions.shape[1] == T:
+            out = attend(q, k, v, queries, keys, self.how)
+        else:
+            out = attend_cache(q, cache["k"], cache["v"], queries, keys, self.how)
+        return Linear(D, self.dropout, name="o")(out.reshape(B, T, -1)), cache
 
 
 class Mlp(nn.Module):
@@ -202,22 +200,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the carry is (residual stream, whole cache or None)."""
+    """One pre-norm layer, on the residual stream and this layer's cache (or None)."""
 
     spec: ModelSpec
     dropout: float
     how: Attend
-    span: int
 
     @nn.compact
-    def __call__(self, carry, layer, angles, queries, keys, slot):
-        x, cache = carry
+    def __call__(self, x, cache, angles, queries, keys, slot):
         normed = RMSNorm(self.spec.norm_eps, name="attn_norm")(x)
-        attention = Attention(self.spec, self.dropout, self.how, self.span, name="attn")
-        update, cache = attention(normed, angles, queries, keys, cache, layer, slot)
+        attention = Attention(self.spec, self.dropout, self.how, name="attn")
+        update, cache = attention(normed, cache, angles, queries, keys, slot)
         x += update
         x += Mlp(self.spec, self.dropout, name="mlp")(RMSNorm(self.spec.norm_eps, name="mlp_norm")(x))
-        return (constrain(x, "batch", "length", None), cache), None
+        return constrain(x, "batch", "length", None), cache
 
 
 class Decoder(nn.Module):
@@ -250,8 +246,9 @@ class Decoder(nn.Module):
             tokens: token ids.
             positions: place of each token in its own sequence, from 0.
             segment_ids: 1, 2, ... for the sequences of a row, 0 for padding.
-            cache: from `init_cache`; all T tokens of each row are written at slots `slot` .. `slot + T - 1`.
-            slot: first cache slot to write; where it is a Python int, slots behind the T written are not looked at.
+            cache: from `init_cache` or `join_caches` (then layer after layer, unrolled); all T tokens of each row are
+                written at slots `slot` .. `slot + T - 1`.
+            slot: first cache slot to write.
 
         Returns:
             Final-norm hidden states in the compute dtype (the dtype of the params), and the new cache (or None).
@@ -263,36 +260,38 @@ class Decoder(nn.Module):
         if not spec.tie_embeddings:
             shape = (spec.embed_dim, spec.vocab_size)
             self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
-        T = span = tokens.shape[1]
-        how, stored = self.attention, None
+        how, stored, placed = self.attention, None, {}
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
-            stored = {"k": cache["k"], "v": cache["v"]}
+            stored = cache["layers"]
             written = {"positions": positions, "segment_ids": segment_ids}
             placed = {n: jax.lax.dynamic_update_slice(cache[n], new, (0, slot)) for n, new in written.items()}
-            span = slot + T if isinstance(slot, int) else cache["positions"].shape[1]
-            if span > T:
-                how = how._replace(implementation="xla")
-                keys = Place(*(placed[n][:, :span] for n in written))
-        how = resolve(how, T, embedding["embedding"].dtype)
-        angles = rope_angles(positions, spec.head_dim, spec.rope_theta)
-
-        block = Block
-        if (policy := remat_policy(self.remat)) is not None:
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=spec.num_layers,
-        )(spec, self.dropout, how, span, name="layers")
+            keys = Place(placed["positions"], placed["segment_ids"])
+        how = resolve(how, tokens.shape[1], embedding["embedding"].dtype)
+        rest = (rope_angles(positions, spec.head_dim, spec.rope_theta), queries, keys, slot)
         x = constrain(jnp.take(embedding["embedding"], tokens, axis=0), "batch", "length", None)
-        (x, stored), _ = layers((x, stored), jnp.arange(spec.num_layers), angles, queries, keys, slot)
+        if isinstance(stored, list):
+            block, updated = Block(spec, self.dropout, how, parent=None), []
+            held = {name: tree["layers"] for name, tree in unstack_layers(self.variables).items() if "layers" in tree}
+            for i, layer_cache in enumerate(stored):
+                layer = {name: layers[str(i)] for name, layers in held.items()}
+                x, layer_cache = block.apply(layer, x, layer_cache, *rest)
+                updated.append(layer_cache)
+            stored = updated
+        else:
+            block = Block
+            if (policy := remat_policy(self.remat)) is not None:
+                block = nn.remat(Block, policy=policy, prevent_cse=False)
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=spec.num_layers,
+            )(spec, self.dropout, how, name="layers")
+            x, stored = layers(x, stored, *rest)
         x = RMSNorm(spec.norm_eps, name="final_norm")(x)
-        if cache is not None:
-            cache = {**stored, **placed}
-        return x, cache
+        return x, None if cache is None else {"layers": stored, **placed}
 
 
 def unembed(params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
@@ -303,17 +302,64 @@ def unembed(params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
 
 
 def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
-    """An empty KV cache: k and v [L, B, S, K, H] in `dtype`, positions and segment_ids [B, S] int32.
+    """An empty KV cache: "layers": k [L, B, K, H, S] and v [L, B, K, S, H]; positions and segment_ids [B, S] int32.
 
     Empty slots have segment 0, which no real token looks at.
     """
-    shape = (spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim)
-    axes = ("layers", "batch", "length", "kv", "head")
+    heads = (spec.num_layers, batch, spec.num_kv_heads)
     return {
-        "k": constrain(jnp.zeros(shape, dtype), *axes),
-        "v": constrain(jnp.zeros(shape, dtype), *axes),
+        "layers": {
+            "k": constrain(jnp.zeros((*heads, spec.head_dim, slots), dtype), *CACHE["k"]),
+            "v": constrain(jnp.zeros((*heads, slots, spec.head_dim), dtype), *CACHE["v"]),
+        },
         "positions": jnp.zeros((batch, slots), jnp.int32),
         "segment_ids": jnp.zeros((batch, slots), jnp.int32),
+    }
+
+
+def join_caches(caches: Sequence[dict], slots: int) -> dict:
+    """Caches of some rows each as one of all rows with `slots`, where each layer's k and v are arrays of their own.
+
+    A loop over tokens writes such arrays in place and reads them where they are; of a stacked cache XLA's CPU copies
+    every layer at every token.
+
+    Args:
+        caches: stacked ones, with no more than `slots` each.
+        slots: of the new one.
+
+    Returns:
+        A cache whose "layers" is a list of {"k": [B, K, H, S], "v": [B, K, S, H]}.
+    """
+
+    def join(arrays, axis):
+        def widen(array):
+            return jnp.pad(array, [(0, slots - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
+
+        return jnp.concatenate([widen(array) for array in arrays])
+
+    def layer(i, name, axis):
+        joined = join([cache["layers"][name][i] for cache in caches], axis)
+        return constrain(joined, *CACHE[name][1:])
+
+    count = caches[0]["layers"]["k"].shape[0]
+    return {
+        "layers": [{"k": layer(i, "k", 3), "v": layer(i, "v", 2)} for i in range(count)],
+        **{name: join([cache[name] for cache in caches], 1) for name in ("positions", "segment_ids")},
+    }
+
+
+def unstack_layers(variables: dict) -> dict:
+    """The collections with {"0": layer, "1": layer, ...} for "layers"; as they are where they are so already."""
+
+    def unstack(stacked):
+        if "0" in stacked:
+            return stacked
+        count = len(jax.tree.leaves(stacked)[0])
+        return {str(i): jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count)}  # noqa: B023
+
+    return {
+        name: {part: unstack(tree) if part == "layers" else tree for part, tree in held.items()}
+        for name, held in variables.items()
     }
 
 
