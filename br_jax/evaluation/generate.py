@@ -17,6 +17,7 @@ from br_jax.models.model import Model
 from br_jax.models.spec import ModelSpec
 from br_jax.progress import progress
 
+_ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
 _PARTS = 4  # of a batch, sorted by length, that are padded to a width of their own
 
 
@@ -35,8 +36,8 @@ def generate(
     """Answers prompts, greedily or by sampling.
 
     Prompts are sorted by length, and each quarter of a batch is padded to a multiple of `bucket`; tokens that all of
-    them begin with (a template's header) are run once a quarter, not once a prompt. A prompt's answer does not depend on its neighbours in the batch,
-    and a sampled one only on (seed, its index).
+    them begin with (a template's header) are run once a quarter, not once a prompt. A prompt's answer does not depend
+    on its neighbours in the batch, and a sampled one only on (seed, its index).
 
     Args:
         model: the base.
@@ -126,6 +127,7 @@ def generate_ids(
                 _pad([encoded[i][prefix:] for i in part if i >= 0], len(part), bucket) for part in np.split(ids, parts)
             ]
             slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + max_new_tokens
+            slots = -(-slots // _ALIGNED) * _ALIGNED
             hidden, cache = _join([start(*batch) for batch in batches], slots=slots)
             out, _ = finish(hidden, cache, prefix + np.concatenate([lengths for _, lengths in batches]), ids)
             for i, row in zip(chosen, np.asarray(out), strict=False):

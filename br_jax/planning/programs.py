@@ -14,7 +14,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
 from br_jax.evaluation.generate import decode, prefill
 from br_jax.models.attention import Attend, resolve
-from br_jax.models.decoder import Decoder, abstract_params, init_cache, unembed
+from br_jax.models.decoder import Decoder, abstract_params, init_cache, join_caches, unembed
 from br_jax.models.load import read_spec
 from br_jax.models.spec import ModelSpec
 from br_jax.sharding import platform, shardings
@@ -142,18 +142,19 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
     def first(variables, tokens, lengths):
-        hidden, cache = prefill(decoder, variables, jnp.zeros(0, jnp.int32), tokens, lengths, slots)
+        hidden, cache = prefill(decoder, variables, jnp.zeros(0, jnp.int32), tokens, lengths)
         return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
 
     def following(variables, token, lengths, cache, slot):
         hidden, cache = decode(decoder, variables, token, lengths, cache, slot)
         return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
 
-    cache = jax.eval_shape(functools.partial(init_cache, spec, rows, slots, _dtype(params)))
     if stage == "prefill":
         arguments = {"variables": variables, "tokens": words, "lengths": row}
         attention = _implementation(decoder.attention, length, params)
     else:
+        empty = functools.partial(init_cache, spec, rows, slots, _dtype(params))
+        cache = jax.eval_shape(lambda: join_caches([empty()], slots))
         slot = jax.ShapeDtypeStruct((), jnp.int32)
         arguments = {"variables": variables, "token": row, "lengths": row, "cache": cache, "slot": slot}
         attention = "xla"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
-from br_jax.models.decoder import Decoder, abstract_params, init_cache, init_params, low_rank, unembed
+from br_jax.models.decoder import Decoder, abstract_params, init_cache, init_params, join_caches, low_rank, unembed
 
 B, T = 3, 12
 
@@ -42,12 +42,22 @@ def close(found, expected, tolerance=1e-5):
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
-def test_prefill_and_decode_equal_the_full_forward(tiny, tokens):
+@pytest.mark.parametrize("joined", [False, True])
+def test_prefill_and_decode_equal_the_full_forward(tiny, tokens, joined):
+    """Over one stacked cache, and over two of unequal sizes that are joined behind the prompt."""
     decoder, prompt = Decoder(tiny.spec), 5
     variables, positions = {"params": tiny.params}, positions_of(tokens)
     cache = init_cache(tiny.spec, B, T + 2, jnp.float32)
     step = jax.jit(lambda cache, token, at: decoder.apply(variables, token, at, jnp.ones_like(at), cache, at[0, 0]))
-    hidden, cache = step(cache, tokens[:, :prompt], positions[:, :prompt])
+    if joined:
+        parts = [
+            (init_cache(tiny.spec, n, prompt + n, jnp.float32), rows)
+            for n, rows in ((1, slice(1)), (B - 1, slice(1, B)))
+        ]
+        ran = [step(cache, tokens[rows, :prompt], positions[rows, :prompt]) for cache, rows in parts]
+        hidden, cache = jnp.concatenate([hidden for hidden, _ in ran]), join_caches([cache for _, cache in ran], T + 2)
+    else:
+        hidden, cache = step(cache, tokens[:, :prompt], positions[:, :prompt])
     found = [hidden]
     for t in range(prompt, T):
         hidden, cache = step(cache, tokens[:, t : t + 1], positions[:, t : t + 1])
@@ -158,7 +168,7 @@ def test_f32_adapters_do_not_lift_a_bf16_base(make_tiny, make_adapter, tokens):
     cache = init_cache(model.spec, B, T, jnp.bfloat16)
     variables = {"params": model.params, "lora": adapter}
     _, cache = jax.eval_shape(Decoder(model.spec).apply, variables, tokens, tokens, tokens, cache)
-    assert cache["k"].dtype == cache["v"].dtype == jnp.bfloat16
+    assert cache["layers"]["k"].dtype == cache["layers"]["v"].dtype == jnp.bfloat16
 
 
 def test_no_activation_of_a_bf16_layer_is_f32_but_statistics(make_tiny, make_adapter, tokens):
