@@ -138,8 +138,8 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
     length, slots = user.max_length, user.max_length + config.eval.answer_tokens
     decoder = Decoder(spec, attention=Attend(user.attention, platform(mesh)))
     variables = {"params": params, "lora": jax.eval_shape(released, params)}
-    words = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    common = {"stage": stage, "spec": spec, "remat": "none", "batch": rows, "dtype_bytes": _dtype(params).itemsize}
 
     def first(variables, tokens, lengths):
         hidden, cache = prefill(decoder, variables, jnp.zeros(0, jnp.int32), tokens, lengths)
@@ -150,26 +150,27 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
         return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
 
     if stage == "prefill":
-        arguments = {"variables": variables, "tokens": words, "lengths": row}
-        attention = _implementation(decoder.attention, length, params)
-    else:
-        empty = functools.partial(init_cache, spec, rows, slots, _dtype(params))
-        cache = jax.eval_shape(lambda: join_caches([empty()], slots))
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        arguments = {"variables": variables, "token": row, "lengths": row, "cache": cache, "slot": slot}
-        attention = "xla"
+        words = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        return Program(
+            function=first,
+            arguments={"variables": variables, "tokens": words, "lengths": row},
+            donated=(),
+            tokens=rows * length,
+            context=length,
+            attention=_implementation(decoder.attention, length, params),
+            **common,
+        )
+    stacked = functools.partial(init_cache, spec, rows, slots, _dtype(params))
+    cache = jax.eval_shape(lambda: join_caches([stacked()], slots))
+    slot = jax.ShapeDtypeStruct((), jnp.int32)
     return Program(
-        stage=stage,
-        spec=spec,
-        function=first if stage == "prefill" else following,
-        arguments=arguments,
-        donated=("cache",) if stage == "decode" else (),
-        tokens=rows * length if stage == "prefill" else rows,
-        context=length if stage == "prefill" else slots,
-        remat="none",
-        attention=attention,
-        batch=rows,
-        dtype_bytes=_dtype(params).itemsize,
+        function=following,
+        arguments={"variables": variables, "token": row, "lengths": row, "cache": cache, "slot": slot},
+        donated=("cache",),
+        tokens=rows,
+        context=slots,
+        attention="xla",
+        **common,
     )
 
 
