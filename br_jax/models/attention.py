@@ -88,10 +88,7 @@ def attend_cache(
     keys: Place,
     how: Attend,
 ) -> Float[Array, "B T N H"]:
-    """`attend` to keys and values as a KV cache holds them: each dot's numbers side by side, a token read at a stride.
-
-    Slots may stand in any order.
-    """
+    """`attend` to keys and values as a KV cache holds them, whose slots may stand in any order."""
     B, T, N, H = q.shape
     K = k.shape[1]
     # One row of a matrix for each query and query head: XLA's CPU has its fast dot for two axes of a batch, not more.

@@ -267,6 +267,8 @@ class Decoder(nn.Module):
             written = {"positions": positions, "segment_ids": segment_ids}
             placed = {n: jax.lax.dynamic_update_slice(cache[n], new, (0, slot)) for n, new in written.items()}
             keys = Place(placed["positions"], placed["segment_ids"])
+            if keys.positions.shape != positions.shape:
+                how = how._replace(implementation="xla")
         how = resolve(how, tokens.shape[1], embedding["embedding"].dtype)
         rest = (rope_angles(positions, spec.head_dim, spec.rope_theta), queries, keys, slot)
         x = constrain(jnp.take(embedding["embedding"], tokens, axis=0), "batch", "length", None)
