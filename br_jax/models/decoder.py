@@ -277,6 +277,8 @@ class Decoder(nn.Module):
             held = {name: tree["layers"] for name, tree in unstack_layers(self.variables).items() if "layers" in tree}
             for i, layer_cache in enumerate(stored):
                 layer = {name: layers[str(i)] for name, layers in held.items()}
+                # A layer's weights are not gathered (over FSDP) before the layer is due, or all of them might be at once.
+                x, layer = jax.lax.optimization_barrier((x, layer))
                 x, layer_cache = block.apply(layer, x, layer_cache, *rest)
                 updated.append(layer_cache)
             stored = updated
