@@ -274,11 +274,11 @@ class Decoder(nn.Module):
         x = constrain(jnp.take(embedding["embedding"], tokens, axis=0), "batch", "length", None)
         if isinstance(stored, list):
             block, updated = Block(spec, self.dropout, how, parent=None), []
-            held = {name: tree["layers"] for name, tree in unstack_layers(self.variables).items() if "layers" in tree}
+            held = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
             for i, layer_cache in enumerate(stored):
-                layer = {name: layers[str(i)] for name, layers in held.items()}
-                # A layer's weights are not gathered (over FSDP) before the layer is due, or all of them might be at once.
-                x, layer = jax.lax.optimization_barrier((x, layer))
+                # A layer's weights are sliced, and gathered over FSDP, when it is due; or else all of them at once.
+                x, held = jax.lax.optimization_barrier((x, held))
+                layer = {name: layer_of(layers, i) for name, layers in held.items()}
                 x, layer_cache = block.apply(layer, x, layer_cache, *rest)
                 updated.append(layer_cache)
             stored = updated
@@ -353,18 +353,20 @@ def join_caches(caches: Sequence[dict], slots: int) -> dict:
 
 
 def unstack_layers(variables: dict) -> dict:
-    """The collections with {"0": layer, "1": layer, ...} for "layers"; as they are where they are so already."""
+    """The collections with {"0": layer, "1": layer, ...} for "layers"."""
 
     def unstack(stacked):
-        if "0" in stacked:
-            return stacked
-        count = len(jax.tree.leaves(stacked)[0])
-        return {str(i): jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count)}  # noqa: B023
+        return {str(i): layer_of(stacked, i) for i in range(len(jax.tree.leaves(stacked)[0]))}
 
     return {
         name: {part: unstack(tree) if part == "layers" else tree for part, tree in held.items()}
         for name, held in variables.items()
     }
+
+
+def layer_of(layers: dict, index: int) -> dict:
+    """One layer of "layers", stacked ones or those of `unstack_layers`."""
+    return layers[str(index)] if str(index) in layers else jax.tree.map(lambda leaf: leaf[index], layers)
 
 
 def init_params(spec: ModelSpec, key: Array) -> dict:
