@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from br_jax.planning.chips import compile_only_devices, parse_topology
 from br_jax.planning.collectives import Collective, by_kind, find_collectives
-from br_jax.planning.programs import Program, make_program
+from br_jax.planning.programs import TRAINING, Program, make_program, train_section
 from br_jax.planning.roofline import Prediction, predict
 from br_jax.sharding import leaf_name, make_mesh, shardings
 
@@ -141,7 +141,8 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
     Returns:
         The check at the largest batch.
     """
-    unit = first.mesh["data"] * first.mesh["fsdp"] * config.user.train.accumulation
+    micro_batches = train_section(config, stage).accumulation if stage in TRAINING else 1
+    unit = first.mesh["data"] * first.mesh["fsdp"] * micro_batches
     best, worst = first, None  # the largest known to fit, the smallest known not to
     guess = 2 * first.batch
     for _ in range(12):

@@ -89,11 +89,16 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
     spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
     params = abstract_params(spec, jnp.dtype(config.model.dtype))
     if stage in TRAINING:
-        section = config["user" if stage == "sft" else stage].train
-        return _training(stage, spec, params, TrainConfig(**section), TrainConfig(**config.buffer.train), mesh, batch)
+        train = TrainConfig(**train_section(config, stage))
+        return _training(stage, spec, params, train, TrainConfig(**config.buffer.train), mesh, batch)
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {lora.near_names(stage, STAGES)}")
     return _generation(stage, spec, params, config, mesh, batch or config.eval.batch_size)
+
+
+def train_section(config: ConfigDict, stage: str) -> ConfigDict:
+    """The settings of a training stage; plain SFT has the user stage's."""
+    return config["user" if stage == "sft" else stage].train
 
 
 def _training(stage, spec, params, train: TrainConfig, buffer: TrainConfig, mesh, batch) -> Program:
