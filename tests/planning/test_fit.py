@@ -101,6 +101,25 @@ def test_largest_batch_is_found(config, monkeypatch, limit, found):
     assert len(tried) <= 13
 
 
+def test_each_stage_s_batch_is_split_as_its_own_settings_say(config, monkeypatch):
+    """Micro-batches are the user stage's; a batch of prompts has none."""
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+    base = fitting.Fit("user", "v5e:2x4", 8, mesh, 24, 1, "xla", "full", arguments={}, hbm=16 * GIB, trained=0)
+
+    def pretend(config, topology, stage, batch):
+        fits = batch <= 80
+        temporaries = int(GIB * (2 + 13.5 * batch / 80)) if fits else None
+        return dataclasses.replace(base, batch=batch, temporaries=temporaries, problem="" if fits else "too large")
+
+    config.user.train.accumulation = 3
+    monkeypatch.setattr(fitting, "check", pretend)
+    first = pretend(None, "", "", 24)
+    found = {
+        stage: fitting.largest_batch(config, "v5e:2x4", stage, first).batch for stage in ("user", "buffer", "decode")
+    }
+    assert found == {"user": 72, "buffer": 80, "decode": 80}
+
+
 @pytest.mark.parametrize("name", ["v5e", "v5e:2", "v5e:2x0", "v9:2x2", "v5e:2x2x2x2", ""])
 def test_a_wrong_topology_is_named(name):
     with pytest.raises(UserError, match="write KIND:SHAPE"):
