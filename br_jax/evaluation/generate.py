@@ -36,8 +36,8 @@ def generate(
     """Answers prompts, greedily or by sampling.
 
     Prompts are sorted by length, and each quarter of a batch is padded to a multiple of `bucket`; tokens that all of
-    them begin with (a template's header) are run once a quarter, not once a prompt. A prompt's answer does not depend
-    on its neighbours in the batch, and a sampled one only on (seed, its index).
+    them begin with (a template's header) are run once. A prompt's answer does not depend on its neighbours in the
+    batch, and a sampled one only on (seed, its index).
 
     Args:
         model: the base.
@@ -105,7 +105,8 @@ def generate_ids(
     prefix = _shared_prefix(encoded)
     lora = {} if adapter is None else collection(adapter)
     variables = {"params": model.params, "lora": lora}
-    start = functools.partial(_start, variables, jnp.asarray(encoded[0][:prefix], jnp.int32), spec=model.spec)
+    head = _begin(variables, jnp.asarray([encoded[0][:prefix]], jnp.int32), spec=model.spec) if prefix else None
+    start = functools.partial(_start, variables, head, spec=model.spec)
     finish = functools.partial(
         _finish,
         variables,
@@ -165,13 +166,13 @@ def _pad(rows: list[list[int]], count: int, bucket: int) -> tuple[np.ndarray, np
     return tokens, lengths
 
 
-def prefill(decoder: Decoder, variables: dict, prefix, tokens, lengths):
-    """Runs prompts into a new KV cache: a prefix that all share, then each prompt's own tokens, padded on the right.
+def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, lengths):
+    """Runs prompts into a new KV cache: behind the tokens that all share, each prompt's own, padded on the right.
 
     Args:
         decoder: the model.
         variables: its collections.
-        prefix: [P] int32, run once and copied to every row; P may be 0.
+        head: the stacked cache of one row, whose P slots hold what all rows begin with; None for nothing.
         tokens: [B, T] int32.
         lengths: [B] int32, tokens that are no padding.
 
@@ -179,13 +180,9 @@ def prefill(decoder: Decoder, variables: dict, prefix, tokens, lengths):
         [B, D] final hidden state at each prompt's last token, and the cache with P + T slots.
     """
     B, T = tokens.shape
-    P = prefix.shape[0]
-    dtype = variables["params"]["final_norm"]["scale"].dtype
-    cache = init_cache(decoder.spec, B, P + T, dtype)
-    if P:
-        positions = jnp.arange(P)[None]
-        head = init_cache(decoder.spec, 1, P, dtype)
-        _, head = decoder.apply(variables, prefix[None], positions, jnp.ones_like(positions), head)
+    P = 0 if head is None else head["positions"].shape[1]
+    cache = init_cache(decoder.spec, B, P + T, _dtype(variables))
+    if head is not None:
         cache = jax.tree.map(_fill, cache, head)
     place = jnp.arange(T)[None]
     segments = (place < lengths[:, None]).astype(jnp.int32)
@@ -207,9 +204,21 @@ def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slo
     return hidden[:, 0], cache
 
 
+def _dtype(variables: dict) -> jnp.dtype:
+    return variables["params"]["final_norm"]["scale"].dtype
+
+
 @functools.partial(jax.jit, static_argnames=("spec",))
-def _start(variables, prefix, tokens, lengths, *, spec: ModelSpec):
-    return prefill(Decoder(spec), variables, prefix, tokens, lengths)
+def _begin(variables, prefix, *, spec: ModelSpec):
+    """The cache of what all prompts begin with, [1, P]."""
+    positions = jnp.arange(prefix.shape[1])[None]
+    cache = init_cache(spec, *prefix.shape, _dtype(variables))
+    return Decoder(spec).apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _start(variables, head, tokens, lengths, *, spec: ModelSpec):
+    return prefill(Decoder(spec), variables, head, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))

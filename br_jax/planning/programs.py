@@ -147,7 +147,7 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
     common = {"stage": stage, "spec": spec, "remat": "none", "batch": rows, "dtype_bytes": _dtype(params).itemsize}
 
     def first(variables, tokens, lengths):
-        hidden, cache = prefill(decoder, variables, jnp.zeros(0, jnp.int32), tokens, lengths)
+        hidden, cache = prefill(decoder, variables, None, tokens, lengths)
         return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
 
     def following(variables, token, lengths, cache, slot):
