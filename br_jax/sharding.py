@@ -40,8 +40,10 @@ LOGICAL_AXES = {
     "embed/embedding": ("vocab", "embed"),
     "head/kernel": ("embed", "vocab"),
     "final_norm/scale": ("norm",),
-    "attn_norm/scale": ("layers", "norm"),
-    "mlp_norm/scale": ("layers", "norm"),
+    **{
+        f"{name}/scale": ("layers", "norm")
+        for name in ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm")
+    },
     **{
         f"{name}/{leaf}": axes
         for name, fan_in, fan_out in (
@@ -55,6 +57,7 @@ LOGICAL_AXES = {
         )
         for leaf, axes in (
             ("kernel", ("layers", fan_in, fan_out)),
+            ("bias", ("layers", fan_out)),
             ("a", ("layers", fan_in, "rank")),
             ("b", ("layers", "rank", fan_out)),
         )

@@ -59,7 +59,7 @@ def answer(model: dict, rows: list[Row], new: int):
     encoded = [encode_prompt(base, row) for row in rows]
 
     def unit(index: int):
-        out = generate_ids(base, encoded, eos=-1, max_new_tokens=new, batch_size=len(encoded))
+        out = generate_ids(base, encoded, stops=(), max_new_tokens=new, batch_size=len(encoded))
         return len(encoded) * new, {"tokens": np.stack(out)}
 
     return unit

@@ -123,7 +123,9 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
 
 @functools.partial(jax.jit, static_argnums=0)
 def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
-    return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), LossSettings(chunk=256))
+    return batch_loss(
+        Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), LossSettings(256, spec.logit_soft_cap)
+    )
 
 
 def _records(part: str, prompts, answers, verdicts, choose=None) -> list[dict]:

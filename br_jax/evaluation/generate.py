@@ -61,7 +61,7 @@ def generate(
         model,
         encoded,
         adapter,
-        eos=model.tokenizer.eos_token_id,
+        stops=model.stop_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -77,7 +77,7 @@ def generate_ids(
     encoded: Sequence[Sequence[int]],
     adapter: Adapter | None = None,
     *,
-    eos: int,
+    stops: tuple[int, ...],
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
@@ -89,10 +89,10 @@ def generate_ids(
 
     Args:
         encoded: of `encode_prompt`.
-        eos: the token that ends an answer; -1 for none, and every answer is `max_new_tokens` long.
+        stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
 
     Returns:
-        int32[max_new_tokens] for each prompt; what follows an `eos` is `eos`.
+        int32[max_new_tokens] for each prompt; behind one of `stops` comes the first of them.
     """
     for i, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > model.spec.max_length:
@@ -112,7 +112,7 @@ def generate_ids(
         variables,
         spec=model.spec,
         new=max_new_tokens,
-        eos=eos,
+        stops=stops,
         greedy=temperature == 0,
         temperature=jnp.float32(max(temperature, 1e-6)),
         key=jax.random.key(seed),
@@ -144,7 +144,7 @@ def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
 
 
 def _decode(model: Model, row: np.ndarray) -> str:
-    ends = np.flatnonzero(row == model.tokenizer.eos_token_id)
+    ends = np.flatnonzero(np.isin(row, model.stop_tokens))
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
 
 
@@ -227,9 +227,9 @@ def _join(parts, *, slots: int):
     return jnp.concatenate(hidden), join_caches(caches, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "new", "eos", "greedy"), donate_argnames=("cache",))
-def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, eos, greedy, temperature, key):
-    """[B, new] int32 token ids, where what follows a row's EOS is EOS; and the cache, whose buffers are used again.
+@functools.partial(jax.jit, static_argnames=("spec", "new", "stops", "greedy"), donate_argnames=("cache",))
+def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, stops, greedy, temperature, key):
+    """[B, new] int32 token ids, filled up behind a row's stop token; and the cache, whose buffers are used again.
 
     The last `new` slots of the cache are for the new tokens. All rows write a new token to the same slot; rope
     positions come from each row's own length, and padding is hidden by its segment 0.
@@ -242,11 +242,16 @@ def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, eos
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
 
     def choose(hidden, t):
-        logits = unembed(variables["params"], hidden)
+        logits = unembed(spec, variables["params"], hidden)
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys)
         return jax.vmap(jax.random.categorical)(step_keys, logits / temperature).astype(jnp.int32)
+
+    filler = jnp.int32(stops[0] if stops else 0)
+
+    def ends(token):
+        return jnp.isin(token, jnp.asarray(stops, jnp.int32))
 
     def more(carry):
         t, _, done, _, _ = carry
@@ -255,11 +260,11 @@ def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, eos
     def advance(carry):
         t, token, done, out, cache = carry
         hidden, cache = decode(decoder, variables, token, lengths + t - 1, cache, slots - new + t - 1)
-        token = jnp.where(done, eos, choose(hidden, t))
+        token = jnp.where(done, filler, choose(hidden, t))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, t))
-        return t + 1, token, done | (token == eos), out, cache
+        return t + 1, token, done | ends(token), out, cache
 
     token = choose(hidden, 0)
-    out = jnp.full((B, new), eos, jnp.int32).at[:, 0].set(token)
-    carry = (jnp.int32(1), token, (token == eos) | (ids < 0), out, cache)
+    out = jnp.full((B, new), filler, jnp.int32).at[:, 0].set(token)
+    carry = (jnp.int32(1), token, ends(token) | (ids < 0), out, cache)
     return jax.lax.while_loop(more, advance, carry)[3:]

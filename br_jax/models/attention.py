@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
+from br_jax.models.spec import ModelSpec
 from br_jax.sharding import current_mesh, partition
 
 _BLOCK = 64  # queries and keys of a tile of "blocked"
@@ -38,6 +39,7 @@ class Attend(NamedTuple):
         platform: "tpu", "gpu" or "cpu": where it will run, which need not be where it is compiled.
         soft_cap: scores become cap * tanh(scores / cap), as in Gemma-2.
         window: a query sees itself and the window - 1 tokens before it.
+        scale: of the scores before the soft-cap; None is H^-0.5.
         interpret: run the TPU kernel in Pallas' interpreter, on any platform.
     """
 
@@ -45,7 +47,16 @@ class Attend(NamedTuple):
     platform: str = "cpu"
     soft_cap: float | None = None
     window: int | None = None
+    scale: float | None = None
     interpret: bool = False
+
+    def scaled(self, x: Float[Array, "*N H"]) -> Float[Array, "*N H"]:
+        """Queries times the scale, rounded once to their dtype."""
+        return (x.astype(jnp.float32) * self.factor(x)).astype(x.dtype)
+
+    def factor(self, x: Float[Array, "*N H"]) -> float:
+        """The scale of scores of queries like x."""
+        return x.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
 def attend(
@@ -93,7 +104,7 @@ def attend_cache(
     K = k.shape[1]
     # One row of a matrix for each query and query head: XLA's CPU has its fast dot for two axes of a batch, not more.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
-    scores = _dot("BKQH,BKHS->BKQS", q, k) * H**-0.5
+    scores = _dot("BKQH,BKHS->BKQS", q, k) * how.factor(q)
     if how.soft_cap is not None:
         scores = how.soft_cap * jnp.tanh(scores / how.soft_cap)
     mask = jnp.repeat(visible(queries, keys, how.window), N // K, axis=1)
@@ -164,7 +175,7 @@ def _tiled_backward(how, saved, d_out):
 
         start = (jnp.zeros(qs.shape[1:], jnp.float32), *carry)
         dq, *carry = jax.lax.fori_loop(_first_block(place, how)[i], i + 1, add, start)
-        return tuple(carry), dq * q.shape[3] ** -0.5
+        return tuple(carry), dq * how.factor(q)
 
     nothing = jnp.zeros(ks.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(block, (nothing, nothing), jnp.arange(len(qs)))
@@ -177,7 +188,6 @@ _tiled.defvjp(_tiled_forward, _tiled_backward)
 def _tiles(q, k, v, place, how):
     """q (scaled), k and v in blocks, and what makes the masked scores of two blocks and their slope by the soft-cap."""
     K, G = k.shape[2], q.shape[2] // k.shape[2]
-    scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
     places = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x), -1, _BLOCK), 1, 0), place)
 
     def tile(queries, keys, i, j):
@@ -189,7 +199,7 @@ def _tiles(q, k, v, place, how):
         mask = jnp.tile(mask, (1, G, 1))[:, None]
         return jnp.where(mask, scores, jnp.finfo(jnp.float32).min), slope
 
-    return *(_tile(x, K) for x in (scaled, k, v)), tile
+    return *(_tile(x, K) for x in (how.scaled(q), k, v)), tile
 
 
 def _tile(x: Float[Array, "B T N H"], groups: int) -> Float[Array, "n B K GQ H"]:
@@ -225,8 +235,7 @@ def _splash(q, k, v, queries, keys, how):
     def local(q, k, v, q_segments, k_segments):
         kernel = _splash_kernel(T, q.shape[2], how)
         widen = [(0, 0)] * 3 + [(0, -H % _LANES)]  # zeros add nothing to a score, and the output's are cut off
-        scaled = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
-        q, k, v = (jnp.moveaxis(jnp.pad(x, widen), 2, 1) for x in (scaled, k, v))
+        q, k, v = (jnp.moveaxis(jnp.pad(x, widen), 2, 1) for x in (how.scaled(q), k, v))
         segments = splash_attention_kernel.SegmentIds(q_segments, k_segments)
         return jnp.moveaxis(jax.vmap(kernel)(q, k, v, segments), 1, 2)[..., :H]
 
@@ -267,7 +276,7 @@ def _splash_kernel(T: int, heads: int, how: Attend):
 def _cudnn(q, k, v, queries, keys, how):
     """cuDNN's flash attention through `jax.nn`; bf16 or f16."""
     mask = visible(queries, keys, how.window)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=how.factor(q), implementation="cudnn")
 
 
 IMPLEMENTATIONS = {"xla": _xla, "blocked": _blocked, "splash": _splash, "cudnn": _cudnn}
@@ -291,9 +300,14 @@ def resolve(how: Attend, length: int, dtype) -> Attend:
     return how._replace(implementation=fallback)
 
 
-def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Float[Array, "B T half"]:
-    """Rotation angles in f32: position * theta^(-2i/H) for i in [0, H/2)."""
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_angles(positions: Int[Array, "B T"], spec: ModelSpec) -> Float[Array, "B T half"]:
+    """Rotation angles in f32: position * theta^(-2i/H) for i in [0, H/2), or slower as rope scaling has it."""
+    inverse = spec.rope_theta ** (-jnp.arange(0, spec.head_dim, 2, dtype=jnp.float32) / spec.head_dim)
+    if (scaling := spec.rope_scaling) is not None:  # as transformers' `_compute_llama3_parameters`
+        turns = scaling.original_length * inverse / (2 * math.pi)  # in the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        fast = jnp.clip((turns - low) / (high - low), 0, 1)
+        inverse = inverse * (fast + (1 - fast) / scaling.factor)
     return positions[..., None].astype(jnp.float32) * inverse[None, None]
 
 

@@ -97,15 +97,19 @@ low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Linear(nn.Module):
-    """x W + x A B: a frozen kernel with whatever adapters the variables hold for it."""
+    """x W + bias + x A B: a frozen kernel with whatever adapters the variables hold for it."""
 
     features: int
     dropout: float = 0.0
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += bias.astype(x.dtype)[None, None]
         for collection in ("lora", "lora_trainable"):
             if self.has_variable(collection, "a"):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
@@ -115,7 +119,7 @@ class Linear(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def rms_norm(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "*N D"], eps: float) -> Float[Array, "*N D"]:
     """x / sqrt(mean(x^2) + eps), computed in f32, in the dtype of x; its gradient in two passes over x."""
     return _rms_norm_forward(x, eps)[0]
 
@@ -130,8 +134,8 @@ def _inverse_rms(wide, eps):
 
 
 def _inner(x, y):
-    """Sums of products over D, [B T 1], as a dot: XLA's CPU passes a reduction to a library that is slower here."""
-    return jnp.einsum("BTD,BTD->BT", x, y, precision="highest")[..., None]
+    """Sums of products over D, [..., 1], as a dot: XLA's CPU passes a reduction to a library that is slower here."""
+    return jnp.einsum("...D,...D->...", x, y, precision="highest")[..., None]
 
 
 def _rms_norm_backward(eps, x, dy):
@@ -145,14 +149,22 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in f32, the weight applied in the compute dtype (as transformers)."""
+    """Root-mean-square norm over the last axis: statistics in f32, the weight applied as its maker does (transformers).
 
-    eps: float
+    Llama and Qwen round to the compute dtype and multiply by the weight; Gemma multiplies by 1 + weight and rounds.
+    """
+
+    spec: ModelSpec
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return rms_norm(x, self.eps) * scale.astype(x.dtype)[None, None]
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        start = nn.initializers.zeros if self.spec.norm_plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        if self.spec.norm_plus_one:
+            wide = rms_norm(x.astype(jnp.float32), self.spec.norm_eps) * (1 + scale.astype(jnp.float32))
+            return wide.astype(x.dtype)
+        return rms_norm(x, self.spec.norm_eps) * scale.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -163,16 +175,18 @@ class Attention(nn.Module):
     how: Attend
 
     @nn.compact
-    def __call__(self, x, cache, angles, queries, keys, slot):
+    def __call__(self, x, cache, windowed, angles, queries, keys, slot):
         spec = self.spec
         B, T, D = x.shape
 
         def heads(name: str, count: int):
-            return Linear(count * spec.head_dim, self.dropout, name=name)(x).reshape(B, T, count, spec.head_dim)
+            linear = Linear(count * spec.head_dim, self.dropout, name in spec.biases, name=name)
+            return linear(x).reshape(B, T, count, spec.head_dim)
 
-        q = rotate(heads("q", spec.num_heads), angles)
-        k = rotate(heads("k", spec.num_kv_heads), angles)
-        v = heads("v", spec.num_kv_heads)
+        q, k, v = heads("q", spec.num_heads), heads("k", spec.num_kv_heads), heads("v", spec.num_kv_heads)
+        if spec.qk_norm:
+            q, k = RMSNorm(spec, name="q_norm")(q), RMSNorm(spec, name="k_norm")(k)
+        q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             new = {"k": k.transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
             cache = {
@@ -180,23 +194,41 @@ class Attention(nn.Module):
                 for name, axis in (("k", 3), ("v", 2))
             }
         if keys.positions.shape[1] == T:
-            out = attend(q, k, v, queries, keys, self.how)
+            operands, attending = (q, k, v, queries, keys), attend
         else:
-            out = attend_cache(q, cache["k"], cache["v"], queries, keys, self.how)
-        return Linear(D, self.dropout, name="o")(out.reshape(B, T, -1)), cache
+            operands, attending = (q, cache["k"], cache["v"], queries, keys), attend_cache
+        out = self._in_window(attending, operands, windowed)
+        return Linear(D, self.dropout, "o" in spec.biases, name="o")(out.reshape(B, T, -1)), cache
+
+    def _in_window(self, attending, operands, windowed):
+        """Attends with this layer's window; where layers differ, a scanned layer learns its own only when it runs."""
+        layers, slots = set(self.spec.window_layers), operands[-1].positions.shape[1]
+
+        def run(window, *operands):
+            return attending(*operands, self.how._replace(window=window))
+
+        if True not in layers or slots <= self.spec.window:
+            return run(None, *operands)
+        with_window, without = functools.partial(run, self.spec.window), functools.partial(run, None)
+        if len(layers) == 1 or isinstance(windowed, bool):
+            return (with_window if windowed is not False else without)(*operands)
+        return jax.lax.cond(windowed, with_window, without, *operands)
 
 
 class Mlp(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """A gated feed-forward layer: down(act(gate x) * up x); SwiGLU, or GeGLU."""
 
     spec: ModelSpec
     dropout: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = Linear(self.spec.ffw_dim, self.dropout, name="gate")(x)
-        up = Linear(self.spec.ffw_dim, self.dropout, name="up")(x)
-        return Linear(x.shape[-1], self.dropout, name="down")(jax.nn.silu(gate) * up)
+        def linear(name: str, width: int, x):
+            return Linear(width, self.dropout, name in self.spec.biases, name=name)(x)
+
+        gate, up = linear("gate", self.spec.ffw_dim, x), linear("up", self.spec.ffw_dim, x)
+        gate = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return linear("down", x.shape[-1], gate * up)
 
 
 class Block(nn.Module):
@@ -207,12 +239,15 @@ class Block(nn.Module):
     how: Attend
 
     @nn.compact
-    def __call__(self, x, cache, angles, queries, keys, slot):
-        normed = RMSNorm(self.spec.norm_eps, name="attn_norm")(x)
+    def __call__(self, x, cache, windowed, angles, queries, keys, slot):
+        def norm(name: str, x):
+            return RMSNorm(self.spec, name=name)(x)
+
         attention = Attention(self.spec, self.dropout, self.how, name="attn")
-        update, cache = attention(normed, cache, angles, queries, keys, slot)
-        x += update
-        x += Mlp(self.spec, self.dropout, name="mlp")(RMSNorm(self.spec.norm_eps, name="mlp_norm")(x))
+        update, cache = attention(norm("attn_norm", x), cache, windowed, angles, queries, keys, slot)
+        x += norm("attn_post_norm", update) if self.spec.post_norms else update
+        update = Mlp(self.spec, self.dropout, name="mlp")(norm("mlp_norm", x))
+        x += norm("mlp_post_norm", update) if self.spec.post_norms else update
         return constrain(x, "batch", "length", None), cache
 
 
@@ -260,18 +295,20 @@ class Decoder(nn.Module):
         if not spec.tie_embeddings:
             shape = (spec.embed_dim, spec.vocab_size)
             self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
-        how, stored, placed = self.attention, None, {}
+        stored, placed = None, {}
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
             stored = cache["layers"]
             written = {"positions": positions, "segment_ids": segment_ids}
             placed = {n: jax.lax.dynamic_update_slice(cache[n], new, (0, slot)) for n, new in written.items()}
             keys = Place(placed["positions"], placed["segment_ids"])
-            if keys.positions.shape != positions.shape:
-                how = how._replace(implementation="xla")
-        how = resolve(how, tokens.shape[1], embedding["embedding"].dtype)
-        rest = (rope_angles(positions, spec.head_dim, spec.rope_theta), queries, keys, slot)
-        x = constrain(jnp.take(embedding["embedding"], tokens, axis=0), "batch", "length", None)
+        behind = keys.positions.shape != positions.shape
+        how = self.attends(tokens.shape[1], embedding["embedding"].dtype, behind)
+        rest = (rope_angles(positions, spec), queries, keys, slot)
+        x = jnp.take(embedding["embedding"], tokens, axis=0)
+        if spec.scale_embeddings:
+            x *= jnp.asarray(spec.embed_dim**0.5, x.dtype)
+        x = constrain(x, "batch", "length", None)
         if isinstance(stored, list):
             block, updated = Block(spec, self.dropout, how, parent=None), []
             held = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
@@ -279,7 +316,7 @@ class Decoder(nn.Module):
                 # A layer's weights are sliced, and gathered over FSDP, when it is due; or else all of them at once.
                 x, held = jax.lax.optimization_barrier((x, held))
                 layer = {name: layer_of(layers, i) for name, layers in held.items()}
-                x, layer_cache = block.apply(layer, x, layer_cache, *rest)
+                x, layer_cache = block.apply(layer, x, layer_cache, spec.window_layers[i], *rest)
                 updated.append(layer_cache)
             stored = updated
         else:
@@ -290,19 +327,27 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=spec.num_layers,
             )(spec, self.dropout, how, name="layers")
-            x, stored = layers(x, stored, *rest)
-        x = RMSNorm(spec.norm_eps, name="final_norm")(x)
+            x, stored = layers(x, stored, jnp.asarray(spec.window_layers), *rest)
+        x = RMSNorm(spec, name="final_norm")(x)
         return x, None if cache is None else {"layers": stored, **placed}
 
+    def attends(self, length: int, dtype, behind: bool = False) -> Attend:
+        """How rows of `length` tokens attend, implementation and all; `behind` others, in a cache, or to themselves."""
+        how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=self.spec.query_scale)
+        return how._replace(implementation="xla") if behind else resolve(how, length, dtype)
 
-def unembed(params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+
+def unembed(spec: ModelSpec, params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
     """Logits in f32 from final hidden states, by the head or, when tied, the embedding."""
     if "head" in params:
-        return jnp.matmul(hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
-    return jnp.einsum("...D,VD->...V", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+    else:
+        embedding = params["embed"]["embedding"]
+        logits = jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=jnp.float32)
+    return logits if spec.logit_soft_cap is None else spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
 
 
 def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from gguf import GGUFReader, ReaderTensor, TokenType, dequantize
+from jax.sharding import Mesh
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
-from br_jax.models.layout import stack_tensors
+from br_jax.models.layout import Stored, load_params
 from br_jax.models.spec import ModelSpec
 
 TENSOR_NAMES = {
@@ -30,14 +32,18 @@ TENSOR_NAMES = {
 _BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 
 
-def read_gguf(path: str | Path) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
+def read_gguf(
+    path: str | Path, dtype="float32", mesh: Mesh | None = None
+) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
     """Reads a Llama-architecture GGUF file of any quantization that the `gguf` package knows.
 
     Args:
         path: the file.
+        dtype: dtype of the params returned; they are dequantized exactly, to float32, and rounded once.
+        mesh: where the params go; see `layout.load_params`, which streams them.
 
     Returns:
-        The spec; the params tree as float32 numpy arrays (see `decoder`), dequantized exactly; the tokenizer.
+        The spec; the params tree (see `decoder`); the tokenizer.
 
     Raises:
         UserError: not a GGUF file, truncated, or a model, tokenizer or setting that br_jax does not have.
@@ -45,9 +51,12 @@ def read_gguf(path: str | Path) -> tuple[ModelSpec, dict, PreTrainedTokenizerFas
     reader = _open(path)
     metadata = _Metadata(reader, path)
     spec = _spec(reader, metadata)
-    tensors = {tensor.name: _loader(tensor, spec, path) for tensor in reader.tensors}
+    tensors = {
+        tensor.name: Stored(tuple(map(int, tensor.shape[::-1])), str(path), _opener(tensor, spec, path))
+        for tensor in reader.tensors
+    }
     tokenizer = _tokenizer(metadata, spec)
-    return spec, stack_tensors(spec, TENSOR_NAMES, tensors, str(path)), tokenizer
+    return spec, load_params(spec, TENSOR_NAMES, tensors, str(path), jnp.dtype(dtype), mesh), tokenizer
 
 
 def read_gguf_spec(path: str | Path) -> ModelSpec:
@@ -118,10 +127,10 @@ def _spec(reader: GGUFReader, metadata: _Metadata) -> ModelSpec:
         raise UserError(f"{metadata.path}: its sizes make no Llama model: {error}") from error
 
 
-def _loader(tensor: ReaderTensor, spec: ModelSpec, path: str | Path):
+def _opener(tensor: ReaderTensor, spec: ModelSpec, path: str | Path):
     """A function that dequantizes one tensor to float32 [out, in], in the Hugging Face order of its rows."""
 
-    def load() -> np.ndarray:
+    def read() -> np.ndarray:
         try:
             weight = dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, *_BROKEN) as error:
@@ -131,7 +140,7 @@ def _loader(tensor: ReaderTensor, spec: ModelSpec, path: str | Path):
             weight = _half_split_rope(weight, spec.head_dim)
         return weight
 
-    return load
+    return read
 
 
 def _half_split_rope(weight: np.ndarray, head_dim: int) -> np.ndarray:

@@ -1,46 +1,69 @@
-"""Hugging Face model folders of the Llama family, in and out: config.json, safetensors, tokenizer files."""
+"""Hugging Face model folders, in and out: config.json, safetensors (whole or in shards), tokenizer files."""
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
-from br_jax.models.layout import stack_tensors, unstack_tensors
-from br_jax.models.spec import ModelSpec
+from br_jax.models.hf_config import read_config, write_config
+from br_jax.models.layout import Stored, Unstacked, load_params, unstack_tensors
+from br_jax.models.spec import KERNELS, ModelSpec
 
-TENSOR_NAMES = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/attn/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/attn/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/attn/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attn/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-}
-FLOATS = ("float32", "bfloat16", "float16")
-_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+_INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_MAX_JSON = 1 << 26  # bytes: a real config has a few thousand, the index of a large model a few hundred thousand
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What goes with the weights, beside config.json, when a folder is written after another.
+_BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
+           "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
 
 
-def read_hf(path: str | Path, dtype=np.float32) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
-    """Reads a Llama-family folder; nothing is fetched and no code or pickle in it is run.
+def tensor_names(spec: ModelSpec) -> dict[str, str]:
+    """transformers' tensor name of each params path; "{}" stands for the layer."""
+    layer = "model.layers.{}."
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if spec.post_norms:
+        norms |= {
+            "attn_post_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        }
+    names = {
+        "embed/embedding": "model.embed_tokens.weight",
+        "final_norm/scale": "model.norm.weight",
+        "head/kernel": "lm_head.weight",
+        "layers/attn/q_norm/scale": f"{layer}self_attn.q_norm.weight",
+        "layers/attn/k_norm/scale": f"{layer}self_attn.k_norm.weight",
+        **{f"layers/{ours}/scale": f"{layer}{theirs}.weight" for ours, theirs in norms.items()},
+    }
+    for kernel in KERNELS:
+        ours, theirs = ("attn", "self_attn") if kernel in "qkvo" else ("mlp", "mlp")
+        for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
+            names[f"layers/{ours}/{kernel}/{leaf}"] = f"{layer}{theirs}.{kernel}_proj.{suffix}"
+    return names
+
+
+def read_hf(
+    path: str | Path, dtype="float32", mesh: Mesh | None = None
+) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
+    """Reads a model folder; nothing is fetched and no code or pickle in it is run.
 
     Args:
         path: folder with config.json, model.safetensors (or its shards and index) and tokenizer.json.
         dtype: dtype of the params returned; the files may hold float32, bfloat16 or float16.
+        mesh: where the params go; see `layout.load_params`, which streams them.
 
     Returns:
-        The spec; the params tree as numpy arrays (see `decoder`); the tokenizer.
+        The spec; the params tree (see `decoder`); the tokenizer that transformers would use.
 
     Raises:
         UserError: a file is missing or damaged, a tensor is missing, unexpected or of a wrong shape
@@ -52,15 +75,34 @@ def read_hf(path: str | Path, dtype=np.float32) -> tuple[ModelSpec, dict, PreTra
     if spec.tie_embeddings and "lm_head.weight" in tensors:
         _check_tied(folder, tensors)
     tokenizer = _tokenizer(folder, spec)
-    return spec, stack_tensors(spec, TENSOR_NAMES, tensors, str(folder), dtype), tokenizer
+    return spec, load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh), tokenizer
 
 
 def read_hf_spec(path: str | Path) -> ModelSpec:
     """The spec of a folder, from its config.json alone; raises as `read_hf`."""
-    return _spec(Path(path) / "config.json")
+    config = Path(path) / "config.json"
+    return read_config(read_json(config), config)
 
 
-def write_hf(path: str | Path, spec: ModelSpec, params: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
+    """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
+    file = Path(path) / _GENERATION
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(f"{file}: eos_token_id is {ids!r}, not token ids: correct it or delete the file")
+    return tuple(ids)
+
+
+def write_hf(
+    path: str | Path,
+    spec: ModelSpec,
+    params: dict,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    like: str | Path | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
     """Writes a folder that `read_hf` and transformers load; it appears whole or not at all.
 
     Args:
@@ -68,6 +110,8 @@ def write_hf(path: str | Path, spec: ModelSpec, params: dict, tokenizer: PreTrai
         spec: sizes of the model.
         params: params tree, written in its own dtype (float32, bfloat16 or float16).
         tokenizer: its files go beside the weights.
+        like: the folder that the model came from; its config, tokenizer files and licence are copied as they are.
+        shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
 
     Raises:
         UserError: the folder holds something else, or cannot be written (permissions, full disk).
@@ -75,16 +119,25 @@ def write_hf(path: str | Path, spec: ModelSpec, params: dict, tokenizer: PreTrai
     folder = Path(path)
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder}: exists and is no model folder: choose another place or remove it")
-    tensors = unstack_tensors(spec, TENSOR_NAMES, params)
+    tensors = unstack_tensors(spec, tensor_names(spec), params)
+    dtype = str(params["embed"]["embedding"].dtype)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
             whole = Path(staging) / "model"
             whole.mkdir()
-            save_file(tensors, whole / _WEIGHTS, metadata={"format": "pt"})
-            config = _config(spec, tensors["model.embed_tokens.weight"].dtype.name, tokenizer)
+            _save_shards(whole, tensors, shard_bytes)
+            if like is None:
+                tokenizer.save_pretrained(whole)
+                ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+                config = write_config(spec) | ids
+            else:
+                config = read_json(Path(like) / "config.json")
+                for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
+                    if file.suffix not in _PICKLES:
+                        shutil.copyfile(file, whole / file.name)
+            config["dtype" if "dtype" in config else "torch_dtype"] = dtype
             (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            tokenizer.save_pretrained(whole)
             if folder.exists():
                 os.rename(folder, Path(staging) / "replaced")
             os.rename(whole, folder)
@@ -93,134 +146,101 @@ def write_hf(path: str | Path, spec: ModelSpec, params: dict, tokenizer: PreTrai
         raise UserError(f"{folder}: cannot be written: {reason}") from error
 
 
+def _save_shards(folder: Path, tensors: dict[str, Unstacked], shard_bytes: int) -> None:
+    """One file, or numbered ones with an index, as transformers names them."""
+    shards = list(_split(tensors, shard_bytes))
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = _WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: tensors[name].fetch() for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _split(tensors: dict[str, Unstacked], limit: int) -> Iterator[list[str]]:
+    """Names in files of at most `limit` bytes, or of one tensor."""
+    names, size = [], 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
 
 
-def _config(spec: ModelSpec, dtype: str, tokenizer: PreTrainedTokenizerFast) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.embed_dim,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "intermediate_size": spec.ffw_dim,
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": None,
-        "rms_norm_eps": spec.norm_eps,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "max_position_embeddings": spec.max_length,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "torch_dtype": dtype,
-    }
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
 
-
-def _read_json(path: Path) -> dict:
+    Raises:
+        UserError: it cannot be read, is too large to be a config, or holds no JSON object.
+    """
     try:
+        if path.stat().st_size > _MAX_JSON:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for such a file: download it again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
     return content
 
 
-def _spec(path: Path) -> ModelSpec:
-    config = _read_json(path)
-    # transformers 5 keeps theta and the scaling together, earlier versions apart; null means none.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling or rope_parameters is {rope!r}, not an object")
-    settings = {**config, "rope_type": rope.get("rope_type", rope.get("type"))}
-    only = {
-        "model_type": ("llama",),
-        "rope_type": (None, "default"),
-        "hidden_act": (None, "silu"),
-        "attention_bias": (None, False),
-        "mlp_bias": (None, False),
-        "quantization_config": (None,),
-    }
-    for key, allowed in only.items():
-        if settings.get(key) not in allowed:
-            raise UserError(f"{path}: {key} is {settings.get(key)!r}, only {allowed[-1]!r} is supported")
-
-    def number(key: str, default=None, kind=int):
-        value = config.get(key) if config.get(key) is not None else default
-        if isinstance(value, bool) or not isinstance(value, int | kind) or value <= 0:
-            raise UserError(f"{path}: {key} is {value!r}, not a positive {kind.__name__}")
-        return kind(value)
-
-    heads = number("num_attention_heads")
-    try:
-        return ModelSpec(
-            vocab_size=number("vocab_size"),
-            embed_dim=number("hidden_size"),
-            num_layers=number("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=number("num_key_value_heads", heads),
-            head_dim=number("head_dim", number("hidden_size") // heads),
-            ffw_dim=number("intermediate_size"),
-            rope_theta=number("rope_theta", rope.get("rope_theta", 10000.0), float),
-            norm_eps=number("rms_norm_eps", 1e-6, float),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_length=number("max_position_embeddings", 2048),
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _tensors(folder: Path) -> dict:
-    """For each tensor of the folder's safetensors files a function that loads it."""
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the folder's safetensors files, none of them read yet."""
+    index = {}
     if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
-        files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        if not files or any(Path(name).name != name for name in files):
+        index = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
             raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
-    else:
-        files = [_WEIGHTS]
     tensors = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file: weights are read from safetensors only")
-        tensors |= _open_shard(folder / name)
+    for name in sorted(set(index.values())) or [_WEIGHTS]:
+        file = folder / name
+        if file.suffix != ".safetensors" or not file.is_file():
+            pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+            why = f": {pickled[0]} is pickled and can run code; convert it to safetensors" if pickled else ""
+            raise UserError(f"{file}: no such file: weights are read from safetensors only{why}")
+        found = _open_shard(file)
+        if wrong := sorted(n for n in found if index.get(n, name) != name):
+            raise UserError(f"{file}: tensor {wrong[0]} belongs to {index[wrong[0]]} by the index: download again")
+        tensors |= found
     # Old checkpoints carry rope's frequencies, which follow from rope_theta.
-    return {name: load for name, load in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _open_shard(path: Path) -> dict:
+def _open_shard(path: Path) -> dict[str, Stored]:
+    def tensor(name: str, shape: list[int]) -> Stored:
+        # A file of its own for each: the memory that a file is mapped to is given back tensor by tensor.
+        return Stored(tuple(shape), str(path), lambda: safe_open(path, framework="np").get_slice(name))
+
     try:
         with safe_open(path, framework="np") as file:
-            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            for name, found in slices.items():
+                if found.get_dtype() not in _FLOATS:
+                    raise UserError(
+                        f"{path}: tensor {name} is {found.get_dtype()}: only {'/'.join(_FLOATS.values())}; "
+                        "quantized weights are read from GGUF"
+                    )
+            return {name: tensor(name, found.get_shape()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
 
-    def loader(name: str):
-        def load() -> np.ndarray:
-            with safe_open(path, framework="np") as file:
-                tensor = file.get_tensor(name)
-            if tensor.dtype.name not in FLOATS:
-                raise UserError(f"{path}: tensor {name} is {tensor.dtype.name}: only {'/'.join(FLOATS)}")
-            return tensor
 
-        return load
-
-    return {name: loader(name) for name in names}
-
-
-def _check_tied(folder: Path, tensors: dict) -> None:
+def _check_tied(folder: Path, tensors: dict[str, Stored]) -> None:
     """Drops a tied head that was written out all the same, unless it is another matrix than the embedding."""
-    embedding, head = tensors["model.embed_tokens.weight"](), tensors.pop("lm_head.weight")()
-    if embedding.shape != head.shape or (embedding != head).any():
+    head = tensors.pop("lm_head.weight")
+    embedding = tensors.get("model.embed_tokens.weight", head)
+    if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
         raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
 
 
@@ -229,7 +249,7 @@ def _tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     if not path.is_file():
         raise UserError(f"{path}: no such file: save the tokenizer there as a fast tokenizer")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises nothing narrower
         raise UserError(f"{path}: not a tokenizer that can be loaded: {error}") from error
     if len(tokenizer) > spec.vocab_size:

@@ -4,21 +4,22 @@ import json
 import os
 import pathlib
 
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import load_adapter
 from br_jax.errors import UserError
 from br_jax.models.gguf import read_gguf, read_gguf_spec
-from br_jax.models.hf import read_hf, read_hf_spec
+from br_jax.models.hf import read_hf, read_hf_spec, read_stop_tokens
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 
 PROVIDER_FILE = "provider.json"
 
 
-def load_model(source: str | os.PathLike, *, template: str = "chat", dtype: str = "float32") -> Model:
+def load_model(
+    source: str | os.PathLike, *, template: str = "chat", dtype: str = "float32", mesh: Mesh | None = None
+) -> Model:
     """Loads a frozen base.
 
     Args:
@@ -26,9 +27,11 @@ def load_model(source: str | os.PathLike, *, template: str = "chat", dtype: str 
             the aligned base: the model that provider.json names, with the align adapter folded in.
         template: "chat" (the model's own) or "alpaca" (the paper's); a provider's folder brings its own.
         dtype: compute dtype of the params, "float32" or "bfloat16".
+        mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
+            JAX's default device.
 
     Returns:
-        The model, its params on the default device.
+        The model.
 
     Raises:
         UserError: what is there is missing, damaged, of an unsupported family, or not what provider.json recorded.
@@ -37,11 +40,12 @@ def load_model(source: str | os.PathLike, *, template: str = "chat", dtype: str 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
     if (path / PROVIDER_FILE).is_file():
-        return _load_aligned(path, dtype)
+        return _load_aligned(path, dtype, mesh)
     if not path.exists():
         raise UserError(f"{path}: no such model: give a GGUF file, a Hugging Face folder or a provider's folder")
-    spec, params, tokenizer = read_hf(path) if path.is_dir() else read_gguf(path)
-    return make_model(spec, _cast(params, dtype), tokenizer, path.stem if path.is_file() else path.name, template)
+    if path.is_dir():
+        return make_model(*read_hf(path, dtype, mesh), path.name, template, read_stop_tokens(path))
+    return make_model(*read_gguf(path, dtype, mesh), path.stem, template)
 
 
 def read_spec(source: str | os.PathLike) -> ModelSpec:
@@ -58,17 +62,18 @@ def read_spec(source: str | os.PathLike) -> ModelSpec:
 
 def fold_adapter(model: Model, adapter: lora.Adapter, name: str) -> Model:
     """A new model with an adapter added into its weights (in f32, rounded once to their dtype)."""
-    return make_model(model.spec, lora.fold(model.params, adapter), model.tokenizer, name, model.template)
+    params = lora.fold(model.params, adapter)
+    return make_model(model.spec, params, model.tokenizer, name, model.template, model.stop_tokens)
 
 
-def _load_aligned(folder: pathlib.Path, dtype: str) -> Model:
+def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None) -> Model:
     file = folder / PROVIDER_FILE
     try:
         record = json.loads(file.read_text())
         source, template, wanted = record["base"], record["template"], record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a provider's record ({error}): make the folder again") from error
-    raw = load_model(folder / source, template=template, dtype=dtype)
+    raw = load_model(folder / source, template=template, dtype=dtype, mesh=mesh)
     model = raw
     if record.get("align"):
         adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)
@@ -78,10 +83,3 @@ def _load_aligned(folder: pathlib.Path, dtype: str) -> Model:
             f"{file}: the aligned base is {model.fingerprint[:12]}, recorded was {wanted[:12]}: make it again"
         )
     return model
-
-
-def _cast(tree, dtype: str):
-    """To the device in the compute dtype, leaf by leaf, so that two copies of the model never exist."""
-    if isinstance(tree, dict):
-        return {name: _cast(tree[name], dtype) for name in tree}
-    return jnp.asarray(np.asarray(tree), dtype=dtype)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import hashlib
-import json
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from br_jax.distributed import fetch
 from br_jax.models.spec import ModelSpec
 
 
@@ -21,6 +22,7 @@ class Model:
         name: what an adapter's config calls its base.
         template: "alpaca" or "chat", see `data.templates`.
         fingerprint: SHA-256 of spec and params, by which adapters know their base.
+        stop_tokens: ids that end an answer; the tokenizer's EOS is one of them.
     """
 
     spec: ModelSpec
@@ -29,18 +31,27 @@ class Model:
     name: str
     template: str
     fingerprint: str
+    stop_tokens: tuple[int, ...] = ()
 
 
-def make_model(spec: ModelSpec, params: dict, tokenizer, name: str, template: str) -> Model:
+def make_model(
+    spec: ModelSpec, params: dict, tokenizer, name: str, template: str, stop_tokens: Sequence[int] = ()
+) -> Model:
     """A `Model` with its fingerprint taken from the content."""
-    return Model(spec, params, tokenizer, name, template, fingerprint(params, json.dumps(dataclasses.asdict(spec))))
+    eos = tokenizer.eos_token_id
+    stops = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop_tokens]))
+    return Model(spec, params, tokenizer, name, template, fingerprint(params, spec.to_json()), stops)
 
 
 def fingerprint(tree, extra: str = "") -> str:
-    """SHA-256 over paths, shapes, dtypes and bytes of a pytree of arrays (fetched to the host leaf by leaf)."""
+    """SHA-256 over paths, shapes, dtypes and bytes of a pytree of arrays, fetched to the host a layer at a time.
+
+    All processes of a run get the same one.
+    """
     digest = hashlib.sha256(extra.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
-        digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+        for part in (leaf[i] for i in range(len(leaf))) if leaf.ndim > 2 else [leaf]:
+            array = np.ascontiguousarray(fetch(part) if isinstance(part, jax.Array) else part)
+            digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
 from br_jax.evaluation.generate import decode, prefill
-from br_jax.models.attention import Attend, resolve
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder, abstract_params, init_cache, join_caches, unembed
 from br_jax.models.load import read_spec
 from br_jax.models.spec import ModelSpec
@@ -128,7 +128,7 @@ def _training(stage, spec, params, train: TrainConfig, buffer: TrainConfig, mesh
         tokens=rows * train.max_length,
         context=train.max_length,
         remat=train.remat,
-        attention=_implementation(decoder.attention, train.max_length, params),
+        attention=decoder.attends(train.max_length, _dtype(params)).implementation,
         batch=rows,
         dtype_bytes=_dtype(params).itemsize,
     )
@@ -148,11 +148,11 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
 
     def first(variables, tokens, lengths):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
-        return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
+        return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), cache
 
     def following(variables, token, lengths, cache, slot):
         hidden, cache = decode(decoder, variables, token, lengths, cache, slot)
-        return jnp.argmax(unembed(variables["params"], hidden), axis=-1), cache
+        return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), cache
 
     if stage == "prefill":
         words = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -162,7 +162,7 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
             donated=(),
             tokens=rows * length,
             context=length,
-            attention=_implementation(decoder.attention, length, params),
+            attention=decoder.attends(length, _dtype(params)).implementation,
             **common,
         )
     stacked = functools.partial(init_cache, spec, rows, slots, _dtype(params))
@@ -181,10 +181,6 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
 
 def _adapter(params, train: TrainConfig, role: str) -> Adapter:
     return lora.init(jax.random.key(0), lora.target_shapes(params, train.targets), train.rank, train.alpha, role)
-
-
-def _implementation(attention: Attend, length: int, params) -> str:
-    return resolve(attention, length, _dtype(params)).implementation
 
 
 def _dtype(params) -> jnp.dtype:

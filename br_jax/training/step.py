@@ -69,7 +69,7 @@ def make_gradient(decoder: Decoder, config: TrainConfig, scale: float) -> Callab
     whatever the split, and a batch without any has loss 0 and gradient 0.
     """
 
-    settings = LossSettings(config.loss_chunk)
+    settings = LossSettings(config.loss_chunk, decoder.spec.logit_soft_cap)
 
     def summed(trainable, frozen, batch, key):
         return batch_loss(decoder, {**frozen, **scaled(trainable, scale)}, batch, settings, key)

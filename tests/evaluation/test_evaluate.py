@@ -102,7 +102,7 @@ def test_perplexity_is_numpy_s(tiny, rows, make_adapter, with_adapter):
         ids = [*prompt, *answer.encode(), tiny.tokenizer.eos_token_id]
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(ids)] = ids
-        logits = np.float64(unembed(tiny.params, forward(tokens))[0])
+        logits = np.float64(unembed(tiny.spec, tiny.params, forward(tokens))[0])
         highest = logits.max(-1, keepdims=True)
         log_p = logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
         total -= sum(log_p[i - 1, ids[i]] for i in range(len(prompt), len(ids)))

@@ -36,7 +36,7 @@ def plain(speaker):
     def next_token(variables, tokens, n):
         places = jnp.arange(length)[None]
         hidden, _ = Decoder(speaker.spec).apply(variables, tokens, places, (places < n).astype(jnp.int32))
-        return jnp.argmax(unembed(speaker.params, hidden[0, n - 1]))
+        return jnp.argmax(unembed(speaker.spec, speaker.params, hidden[0, n - 1]))
 
     def answer(prompt, adapter=None):
         variables = {"params": speaker.params} | ({"lora": lora.collection(adapter)} if adapter else {})
@@ -130,7 +130,7 @@ def test_samples_follow_the_softmax(speaker):
     hidden, _ = jax.jit(Decoder(speaker.spec).apply)(
         {"params": speaker.params}, tokens, jnp.arange(2)[None], tokens * 0 + 1
     )
-    logits = np.float64(unembed(speaker.params, hidden)[0, -1]) / 0.7
+    logits = np.float64(unembed(speaker.spec, speaker.params, hidden)[0, -1]) / 0.7
     shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     said = generate(speaker, ["a"] * n, temperature=0.7, max_new_tokens=1, batch_size=128)
     for token in [token for token in np.argsort(-shares)[:4] if token < 127]:

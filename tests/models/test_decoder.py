@@ -115,7 +115,7 @@ def test_adapters_beside_the_base_equal_a_fold(make_tiny, make_adapter, tokens, 
     folded = lora.fold(model.params, lora.stack([frozen, trained]))
     expected = forward(Decoder(model.spec), {"params": folded}, tokens, positions_of(tokens), jnp.ones_like(tokens))
     close(found, expected)
-    close(unembed(model.params, found), unembed(folded, expected))
+    close(unembed(model.spec, model.params, found), unembed(model.spec, folded, expected))
     assert np.abs(found - states(model, tokens)).max() > 0.1, "the adapters do nothing here"
 
 
@@ -164,7 +164,7 @@ def test_f32_adapters_do_not_lift_a_bf16_base(make_tiny, make_adapter, tokens):
     adapter = lora.collection(make_adapter("user"))
     hidden = states(model, tokens, lora=adapter, lora_trainable=adapter)
     assert hidden.dtype == jnp.bfloat16
-    assert unembed(model.params, hidden).dtype == jnp.float32
+    assert unembed(model.spec, model.params, hidden).dtype == jnp.float32
     cache = init_cache(model.spec, B, T, jnp.bfloat16)
     variables = {"params": model.params, "lora": adapter}
     _, cache = jax.eval_shape(Decoder(model.spec).apply, variables, tokens, tokens, tokens, cache)

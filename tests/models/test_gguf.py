@@ -100,7 +100,7 @@ def prompt_batch(prompts):
 def our_logits(spec, params, prompts):
     """Logits of each prompt [T, V], all run as one padded batch."""
     hidden, _ = Decoder(spec).apply({"params": params}, *prompt_batch(prompts))
-    logits = np.asarray(unembed(params, hidden))
+    logits = np.asarray(unembed(spec, params, hidden))
     return [row[: len(ids)] for row, ids in zip(logits, prompts, strict=True)]
 
 
@@ -120,7 +120,7 @@ def our_continuations(spec, params, prompts, steps):
     hidden = jnp.take_along_axis(hidden, lengths[:, :, None] - 1, axis=1)
     chosen = []
     for i in range(steps):
-        chosen.append(jnp.argmax(unembed(params, hidden), axis=-1).astype(jnp.int32))
+        chosen.append(jnp.argmax(unembed(spec, params, hidden), axis=-1).astype(jnp.int32))
         hidden, cache = step(params, cache, chosen[-1], lengths + i, jnp.ones_like(lengths), width + i)
     return np.concatenate(chosen, axis=1).tolist()
 

@@ -47,14 +47,14 @@ def our_logits(spec, params, ids):
     positions = jnp.arange(len(ids), dtype=jnp.int32)[None]
     variables = {"params": params}
     hidden, _ = Decoder(spec).apply(variables, tokens, positions, jnp.ones_like(tokens))
-    return np.asarray(unembed(params, hidden)[0])
+    return np.asarray(unembed(spec, params, hidden)[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_bit_equal(tmp_path, tied, dtype):
     make_folder(tmp_path / "theirs", tied, dtype)
-    spec, params, tokenizer = read_hf(tmp_path / "theirs", np.dtype(jnp.dtype(dtype)))
+    spec, params, tokenizer = read_hf(tmp_path / "theirs", dtype)
     write_hf(tmp_path / "ours", spec, params, tokenizer)
     theirs, ours = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
@@ -128,16 +128,29 @@ HEAD = "lm_head.weight"
 DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
     "bad json": (lambda f: cut(f / "config.json", 50), r"config\.json: not valid JSON"),
-    "architecture": (lambda f: edit_config(f, model_type="mamba"), "model_type is 'mamba', only 'llama'"),
-    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
+    "architecture": (lambda f: edit_config(f, model_type="mamba"), "model_type is 'mamba', only llama, mistral"),
+    "rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 5.0, "factor": 2.0}),
+        "rope_type is 'yarn'",
+    ),
     "old rope": (
         lambda f: edit_config(f, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2}),
         "rope_type is 'linear'",
     ),
-    "bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias is True"),
-    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "bias": (lambda f: edit_config(f, attention_bias=True), r"k_proj\.bias is missing"),
+    "unknown field": (lambda f: edit_config(f, attention_sink=4), "attention_sink is 4: br_jax does not know"),
+    "dropout": (lambda f: edit_config(f, attention_dropout=0.1), "attention_dropout is 0.1: only 0 is supported"),
+    "rope field": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "default", "rope_theta": 5.0, "mscale": 2}),
+        r"rope_scaling has \['mscale'\]",
+    ),
+    "llama3 rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 5.0, "factor": 8.0}),
+        "transformers refuses it.*low_freq_factor",
+    ),
+    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "the activation is 'gelu'"),
     "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantization_config"),
-    "size": (lambda f: edit_config(f, hidden_size="42"), "hidden_size is '42', not a positive int"),
+    "size": (lambda f: edit_config(f, hidden_size="42"), "transformers refuses it.*hidden_size"),
     "heads": (lambda f: edit_config(f, num_key_value_heads=4), "num_kv_heads 4 does not divide"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
     "truncated": (lambda f: cut(f / "model.safetensors", 9000), r"model\.safetensors: truncated or damaged"),
@@ -147,7 +160,7 @@ DAMAGE = {
         lambda f: edit_tensors(f, lambda t: t.update({UP: t[UP].T.copy()})),
         rf"{UP} has shape \(42, 77\), the sizes say \(77, 42\)",
     ),
-    "dtype": (lambda f: edit_tensors(f, lambda t: t.update({UP: t[UP].astype(np.int8)})), f"{UP} is int8"),
+    "dtype": (lambda f: edit_tensors(f, lambda t: t.update({UP: t[UP].astype(np.int8)})), f"{UP} is I8"),
     "other head": (lambda f: edit_tensors(f, lambda t: t.update({HEAD: t[EMBED] + 1})), f"{HEAD} differs"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: no such file"),
     "bad tokenizer": (lambda f: cut(f / "tokenizer.json", 900), r"tokenizer\.json: not a tokenizer"),

@@ -36,6 +36,10 @@ def case(request):
     return params, 3 * f32(B, T, D), targets, jnp.asarray(weights, jnp.float32)
 
 
+def logits_of(params, hidden):
+    return hidden @ (params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T)
+
+
 def test_every_chunk_size_gives_numpy_s_sum(case):
     params, hidden, targets, weights = case
     matrix = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
@@ -50,7 +54,7 @@ def test_the_gradient_is_that_of_plain_jax(case):
     params, hidden, targets, weights = case
 
     def plain(params, hidden):
-        picked = jnp.take_along_axis(jax.nn.log_softmax(unembed(params, hidden)), targets[..., None], axis=-1)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits_of(params, hidden)), targets[..., None], axis=-1)
         return -jnp.sum(weights * picked[..., 0])
 
     expected = jax.grad(plain, (0, 1))(params, hidden)
@@ -63,7 +67,7 @@ def test_soft_cap_and_z_loss_are_their_formulas(case):
     settings = LossSettings(4, soft_cap=3.0, z_loss=0.1)
 
     def plain(params, hidden):
-        logits = 3.0 * jnp.tanh(unembed(params, hidden) / 3.0)
+        logits = 3.0 * jnp.tanh(logits_of(params, hidden) / 3.0)
         lse = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (lse - picked + 0.1 * lse**2))
@@ -102,7 +106,7 @@ def test_the_answer_and_its_eos_are_what_counts(tiny, rows):
     hidden, _ = jax.jit(Decoder(tiny.spec).apply)(
         {"params": tiny.params}, tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens)
     )
-    steps = log_softmax(unembed(tiny.params, hidden)[0])
+    steps = log_softmax(unembed(tiny.spec, tiny.params, hidden)[0])
     first = len(question.encode()) + 1
     expected = -sum(steps[i - 1, ids[i]] for i in range(first, len(ids)))
     example = encode(row, tiny.tokenizer, tiny.template, 64)

@@ -136,10 +136,10 @@ def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), split_grads, grads)
 
 
-def losses_of_rows(hidden, params, batch):
+def losses_of_rows(spec, hidden, params, batch):
     """{tokens of a row: the summed loss of its answer}, by logits and a plain softmax."""
     at = batch["weights"] > 0
-    logits = np.asarray(unembed(params, np.asarray(hidden)[at]), np.float64)
+    logits = np.asarray(unembed(spec, params, np.asarray(hidden)[at]), np.float64)
     losses = np.zeros(at.shape)
     right = logits[np.arange(len(logits)), batch["targets"][at]]
     losses[at] = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1) - right
@@ -167,7 +167,7 @@ def assert_packing_changes_no_gradient(model, adapter, examples, config, steps=N
     )
     for step in range(len(padded)):
         rows, expected_rows = (
-            losses_of_rows(states(on_device(batches[step])), model.params, batches[step])
+            losses_of_rows(tiny.spec, states(on_device(batches[step])), model.params, batches[step])
             for batches in (packed, padded)
         )
         assert rows.keys() == expected_rows.keys() and len(rows) == min(config.batch_size, len(examples))
