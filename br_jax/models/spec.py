@@ -123,7 +123,7 @@ class ModelSpec:
         return dict(zip(KERNELS, shapes, strict=True))
 
     def to_json(self) -> str:
-        """The spec, canonically; without what is at its default, so that a switch that is new changes no older model's."""
+        """The spec, canonically; what is at its default is left out, so that a new switch changes no older model's."""
         said = dataclasses.asdict(self)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return json.dumps({name: value for name, value in said.items() if value != defaults[name]}, sort_keys=True)

@@ -167,7 +167,7 @@ def assert_packing_changes_no_gradient(model, adapter, examples, config, steps=N
     )
     for step in range(len(padded)):
         rows, expected_rows = (
-            losses_of_rows(tiny.spec, states(on_device(batches[step])), model.params, batches[step])
+            losses_of_rows(model.spec, states(on_device(batches[step])), model.params, batches[step])
             for batches in (packed, padded)
         )
         assert rows.keys() == expected_rows.keys() and len(rows) == min(config.batch_size, len(examples))
