@@ -122,3 +122,88 @@ def compiles():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Sizes of which none divides another by accident; N * H is not D.
+FAMILY_SIZES = {
+    "vocab_size": 263,
+    "hidden_size": 42,
+    "intermediate_size": 77,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rope_theta": 5000.0,
+    "rms_norm_eps": 3e-5,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+}
+ROPE_3_1 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+# Each family with each of its switches on and off: model_type, and what its config says.
+FAMILIES = {
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama untied": ("llama", {"tie_word_embeddings": False}),
+    "llama 3.1": ("llama", {"rope_scaling": ROPE_3_1}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "mistral full": ("mistral", {"sliding_window": None}),
+    "qwen2.5": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2.5 window": ("qwen2", WINDOW),
+    "qwen3": ("qwen3", {}),
+    "qwen3 bias window": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True, **WINDOW}),
+    # Caps that bite on scores and logits of this size.
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 14,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma2 plain": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def make_family(tmp_path_factory):
+    """make_family(name) -> (transformers' random model, its folder, as transformers saves it)."""
+    torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
+    import transformers
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model_type, switches = FAMILIES[name]
+            config = transformers.CONFIG_MAPPING[model_type](**FAMILY_SIZES | switches)
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+            folder = tmp_path_factory.mktemp(name.replace(" ", "_")) / "theirs"
+            model.save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[name] = model, folder
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, make_family):
+    """(transformers' model, its folder) of each family."""
+    return make_family(request.param)

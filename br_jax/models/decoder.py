@@ -106,10 +106,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y += bias.astype(x.dtype)[None, None]
+            y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+            y = (y + bias.astype(jnp.float32)[None, None]).astype(x.dtype)  # rounded once, as torch does
+        else:
+            y = x @ kernel.astype(x.dtype)
         for collection in ("lora", "lora_trainable"):
             if self.has_variable(collection, "a"):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")

@@ -115,7 +115,6 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
         "intermediate_size": spec.ffw_dim,
         "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation),
         "rms_norm_eps": spec.norm_eps,
@@ -134,6 +133,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": spec.model_type,
+        "head_dim": spec.head_dim,  # all of them look for it, though not every class names it
         **{name: value for name, value in said.items() if name in theirs},
         # as readers older than transformers 5 know it; the newer ones know it too
         "rope_theta": spec.rope_theta,

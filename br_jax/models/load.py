@@ -11,24 +11,33 @@ from br_jax.adapters.peft import load_adapter
 from br_jax.errors import UserError
 from br_jax.models.gguf import read_gguf, read_gguf_spec
 from br_jax.models.hf import read_hf, read_hf_spec, read_stop_tokens
+from br_jax.models.hub import fetch_config, fetch_model, is_hub_name
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 
 PROVIDER_FILE = "provider.json"
+_SOURCES = "give a GGUF file, a Hugging Face folder, a model's name on the Hub or a provider's folder"
 
 
 def load_model(
-    source: str | os.PathLike, *, template: str = "chat", dtype: str = "float32", mesh: Mesh | None = None
+    source: str | os.PathLike,
+    *,
+    template: str = "chat",
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Loads a frozen base.
 
     Args:
-        source: a GGUF file; a Hugging Face folder (config.json and safetensors); or a provider's folder, which gives
-            the aligned base: the model that provider.json names, with the align adapter folded in.
+        source: a GGUF file; a Hugging Face folder (config.json and safetensors) or the name of a model on the Hub; or a
+            provider's folder, which gives the aligned base: the model that provider.json names, with the align adapter
+            folded in.
         template: "chat" (the model's own) or "alpaca" (the paper's); a provider's folder brings its own.
         dtype: compute dtype of the params, "float32" or "bfloat16".
         mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
             JAX's default device.
+        revision: of a model on the Hub: branch, tag or commit.
 
     Returns:
         The model.
@@ -36,27 +45,28 @@ def load_model(
     Raises:
         UserError: what is there is missing, damaged, of an unsupported family, or not what provider.json recorded.
     """
-    path = pathlib.Path(source)
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
+    name = pathlib.Path(source).name
+    path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
     if (path / PROVIDER_FILE).is_file():
         return _load_aligned(path, dtype, mesh)
     if not path.exists():
-        raise UserError(f"{path}: no such model: give a GGUF file, a Hugging Face folder or a provider's folder")
-    if path.is_dir():
-        return make_model(*read_hf(path, dtype, mesh), path.name, template, read_stop_tokens(path))
-    return make_model(*read_gguf(path, dtype, mesh), path.stem, template)
+        raise UserError(f"{path}: no such model: {_SOURCES}")
+    spec, params, tokenizer = (read_hf if path.is_dir() else read_gguf)(path, dtype, mesh)
+    stops = read_stop_tokens(path) if path.is_dir() else ()
+    return make_model(spec, params, tokenizer, name.removesuffix(".gguf"), template, stops)
 
 
-def read_spec(source: str | os.PathLike) -> ModelSpec:
-    """The sizes of the model at a GGUF file or Hugging Face folder, without its weights.
+def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSpec:
+    """The sizes of the model at a GGUF file, in a Hugging Face folder or on the Hub, without its weights.
 
     Raises:
         UserError: as `load_model`.
     """
-    path = pathlib.Path(source)
+    path = fetch_config(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
     if not path.exists():
-        raise UserError(f"{path}: no such model: give a GGUF file or a Hugging Face folder")
+        raise UserError(f"{path}: no such model: {_SOURCES}")
     return read_hf_spec(path) if path.is_dir() else read_gguf_spec(path)
 
 
@@ -73,7 +83,9 @@ def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None) -> Model:
         source, template, wanted = record["base"], record["template"], record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a provider's record ({error}): make the folder again") from error
-    raw = load_model(folder / source, template=template, dtype=dtype, mesh=mesh)
+    source = source if is_hub_name(source) and not (folder / source).exists() else folder / source
+    revision = record.get("revision")
+    raw = load_model(source, template=template, dtype=dtype, mesh=mesh, revision=revision)
     model = raw
     if record.get("align"):
         adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)

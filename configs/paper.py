@@ -1,0 +1,39 @@
+"""What the paper's three models share: its protocol (the defaults of configs/base.py) in bf16 over a TPU slice.
+
+Edited by configs/llama3_8b.py, gemma2_9b.py and qwen3_4b.py; none of its own. Arguments, after a colon:
+v5e-8 (eight chips of 16 GB; the default), v5p-8 (four chips of 95 GB), and capacity: 4 rows of 1,024 tokens a chip of a
+v5e-8 in every stage, which is no protocol but what experiments/fit_check.py is asked about in docs/scaling.md.
+"""
+
+from br_jax.configs import base
+
+PRESETS = ("v5e-8", "v5p-8", "capacity")
+
+
+def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, int]], a: float, preset: str = "v5e-8"):
+    """The config of one model.
+
+    Args:
+        name: of the config.
+        source: the model on the Hugging Face Hub; any folder of it will do (`model.source`).
+        spec: its sizes and switches, for what needs no weights.
+        runs: learning rate and epochs of buffer, reinforce and user.
+        a: the merge's orthogonalization strength.
+        preset: one of `PRESETS`.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"{preset!r} is none of {', '.join(PRESETS)}")
+    config = base.get_config()
+    config.name = name
+    config.model.update(source=source, dtype="bfloat16", template="alpaca")
+    with config.model.spec.unlocked():
+        config.model.spec.update(spec)
+    config.mesh.update(data=1, fsdp=-1)  # weights, adapters and moments are split over all chips
+    for stage, (learning_rate, epochs) in runs.items():
+        config[stage].train.update(learning_rate=learning_rate, epochs=epochs, loss_chunk=512)
+        config[stage].train.remat = "matmuls" if preset == "v5p-8" else "full"
+        if preset == "capacity":
+            config[stage].train.update(batch_size=32, max_length=1024)
+    config.merge.a = a
+    config.eval.update(batch_size=32, answer_tokens=512)
+    return config

@@ -1,0 +1,147 @@
+"""Every family against its makers' code: logits, KV cache, greedy answers, folders. The sizes are in conftest."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from br_jax.evaluation.generate import decode, generate_ids, prefill
+from br_jax.models.attention import Attend
+from br_jax.models.decoder import Decoder, join_caches, unembed
+from br_jax.models.hf import read_hf_spec, write_hf
+from br_jax.models.hf_config import FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
+from br_jax.models.load import load_model
+
+torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig  # noqa: E402
+
+LENGTHS = (1, 7, 8, 9, 31)  # the window, where there is one, is 8
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in LENGTHS]
+
+
+def theirs(network, ids):
+    with torch.no_grad():
+        return network(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def ours(model, rows, left=False, attention="xla"):
+    """Logits of each row [T, V], all run as one padded batch."""
+    width = max(map(len, rows))
+    tokens, positions, segments = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    places = [slice(width - len(ids), width) if left else slice(len(ids)) for ids in rows]
+    for i, (ids, place) in enumerate(zip(rows, places, strict=True)):
+        tokens[i, place], positions[i, place], segments[i, place] = ids, np.arange(len(ids)), 1
+
+    @jax.jit
+    def run(params, *batch):
+        hidden, _ = Decoder(model.spec, attention=Attend(attention)).apply({"params": params}, *batch)
+        return unembed(model.spec, params, hidden)
+
+    logits = np.asarray(run(model.params, tokens, positions, segments))
+    return [row[place] for row, place in zip(logits, places, strict=True)]
+
+
+@pytest.mark.parametrize("how", ["right", "left", "blocked"])
+def test_logits_are_those_of_transformers(family, rows, how):
+    network, folder = family
+    found = ours(load_model(folder), rows, how == "left", "blocked" if how == "blocked" else "xla")
+    for ids, logits in zip(rows, found, strict=True):
+        np.testing.assert_allclose(logits, theirs(network, ids), atol=1e-4, rtol=0)
+
+
+def test_bf16_is_as_near_to_f32_as_transformers_bf16(family, rows):
+    network, folder = family
+    found = ours(load_model(folder, dtype="bfloat16"), rows)
+    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    exact = np.concatenate([theirs(network, ids) for ids in rows])
+
+    def distance(logits):
+        return np.sqrt(np.mean((np.concatenate(logits) - exact) ** 2))
+
+    print(distance(found), distance([theirs(rounded, ids) for ids in rows]))
+    assert distance(found) <= distance([theirs(rounded, ids) for ids in rows])
+
+
+def test_prefill_and_40_steps_equal_the_full_forward(family, rows):
+    network, folder = family
+    model = load_model(folder)
+    variables, decoder = {"params": model.params}, Decoder(model.spec)
+    prompts = rows[:2]
+    lengths = np.asarray([len(ids) for ids in prompts], np.int32)
+    width, more = max(lengths), np.random.default_rng(1).integers(0, 256, (len(prompts), STEPS)).astype(np.int32)
+    tokens = np.asarray([ids + [0] * (width - len(ids)) for ids in prompts], np.int32)
+
+    @jax.jit
+    def first(tokens, lengths):
+        hidden, cache = prefill(decoder, variables, None, tokens, lengths)
+        return hidden, join_caches([cache], width + STEPS)
+
+    step = jax.jit(lambda token, at, cache, slot: decode(decoder, variables, token, at, cache, slot))
+    hidden, cache = first(tokens, lengths)
+    states = [hidden]
+    for t in range(STEPS):
+        hidden, cache = step(more[:, t], lengths + t, cache, width + t)
+        states.append(hidden)
+    logits = np.asarray(unembed(model.spec, model.params, jnp.stack(states, axis=1)))
+    for ids, new, found in zip(prompts, more.tolist(), logits, strict=True):
+        np.testing.assert_allclose(found, theirs(network, ids + new)[len(ids) - 1 :], atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens_are_those_of_generate(family, rows):
+    network, folder = family
+    model = load_model(folder)
+    found = generate_ids(model, rows, stops=model.stop_tokens, max_new_tokens=STEPS, batch_size=8)
+    greedy = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
+    for ids, new in zip(rows, found, strict=True):
+        inputs = torch.tensor([ids])
+        expected = network.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=greedy)
+        expected = expected[0, len(ids) :].tolist()
+        assert new.tolist() == expected + [model.tokenizer.eos_token_id] * (STEPS - len(expected))
+
+
+@pytest.mark.parametrize("like", [True, False])
+def test_a_folder_comes_back_bit_equal(family, rows, tmp_path, like):
+    network, folder = family
+    model = load_model(folder)
+    write_hf(
+        tmp_path / "ours", model.spec, model.params, model.tokenizer, like=folder if like else None, shard_bytes=30_000
+    )
+    before = load_file(folder / "model.safetensors")
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    after = {name: (tensor, file.name) for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 2 and after.keys() == before.keys() == index["weight_map"].keys()
+    for name, tensor in before.items():
+        assert after[name][0].dtype == tensor.dtype and after[name][0].tobytes() == tensor.tobytes(), name
+        assert index["weight_map"][name] == after[name][1]
+    again = load_model(tmp_path / "ours")
+    assert (again.spec, again.fingerprint, again.stop_tokens) == (model.spec, model.fingerprint, model.stop_tokens)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    np.testing.assert_array_equal(theirs(loaded, rows[-1]), theirs(network, rows[-1]))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_of_their_config_is_accounted_for(model_type):
+    fields = set(CONFIG_MAPPING[model_type]().to_dict())
+    assert fields <= READ | HARMLESS | ONLY.keys()
+    assert not READ & HARMLESS and not ONLY.keys() & (READ | HARMLESS)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_their_default_config_is_read_and_written(model_type, tmp_path):
+    """At full size: Llama-2-7B, Mistral-7B, ... as their classes have it; nothing is tiny or odd there."""
+    spec = read_config(CONFIG_MAPPING[model_type]().to_dict(), "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(write_config(spec)))
+    assert read_hf_spec(tmp_path) == spec
