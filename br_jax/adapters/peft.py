@@ -4,8 +4,8 @@ A folder holds `adapter_model.safetensors` and `adapter_config.json`. What PEFT 
 base's fingerprint) travels in the safetensors header, where PEFT does not look.
 """
 
+import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -21,11 +21,13 @@ from safetensors.numpy import save as serialize
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
+from br_jax.adapters.peft_config import PlainLora, adapted_modules, read_config
 from br_jax.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 
 MODULES = {
     "layers/attn/q": "self_attn.q_proj",
@@ -37,16 +39,10 @@ MODULES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 PATHS = {module: path for path, module in MODULES.items()}
-KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
+KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,9})\.(\w+\.\w+)\.lora_[AB]\.weight", re.ASCII)
 
-# LoraConfig fields that, when set, mean more than W + scale * B A
-REFUSED_FIELDS = (
-    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-    "fan_in_fan_out", "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
-# the other initializations (pissa, olora, corda, loftq, ...) also rewrite the base's weights
-HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# PEFT's name of a module, e.g. "model.layers.0.self_attn.q_proj" -> our path and the layer
+Modules = dict[str, tuple[str, int]]
 
 
 def save_adapter(
@@ -60,8 +56,9 @@ def save_adapter(
 ) -> None:
     """Writes an adapter folder that PEFT can load; all of it or nothing.
 
-    Other files in an existing folder stay. A narrower matrix is padded with zeros to the widest rank (exact),
-    as many readers of PEFT's files know only one rank.
+    Other files in an existing folder stay. The form is uniform, as serving stacks (vLLM for one) read only one rank and
+    one alpha: every layer of a path is there, a narrower matrix is padded with zeros to the widest rank (exact), and
+    there is no rank or alpha pattern.
 
     Args:
         folder: where to; made, parents included, if it does not exist.
@@ -104,6 +101,9 @@ def load_adapter(
 ) -> Adapter:
     """Reads an adapter folder made by `save_adapter` or by PEFT; safetensors only.
 
+    Plain LoRA of every form is read: targets as PEFT matches them, some layers only, ranks and alphas by pattern,
+    rsLoRA. A tensor that the config does not call for, or one that is missing, is an error; PEFT would go on.
+
     Args:
         folder: the adapter's folder.
         params: the base's tree, for its shapes; arrays or `jax.ShapeDtypeStruct`.
@@ -114,22 +114,25 @@ def load_adapter(
         The adapter in f32, its layers stacked to [L, ...].
 
     Raises:
-        UserError: a folder that is missing, damaged, pickled, of another model or of a kind of LoRA not
-            supported.
+        UserError: a folder that is missing, damaged, pickled, of another model, of more than plain LoRA, or of the
+            embedding or the head.
     """
     folder = Path(folder)
     weights_file = _find_weights(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(weights_file)
     provenance = read_provenance(folder)
     recorded = provenance.get("base_fingerprint", "")
     if fingerprint and recorded and fingerprint != recorded:
         raise UserError(f"{folder}: made for the base {recorded}, but this base is {fingerprint}; load the other model")
     shapes = {path: shape for path, shape in lora.kernel_shapes(params).items() if path in MODULES}
-    weights = _stack_layers(weights_file, tensors, shapes, config["r"])
-    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    if not tensors:
+        raise UserError(f"{weights_file}: holds no matrices; save the adapter again")
+    adapted = _find_modules(config, tensors, shapes)
+    _check_tensors(weights_file, config, tensors, shapes, adapted)
+    weights, scale = _stack_layers(config, tensors, shapes, adapted)
     roles = tuple(sorted(provenance.get("roles", [role])))
-    return Adapter(weights, jnp.float32(config["lora_alpha"] / root), roles)
+    return Adapter(weights, jnp.float32(scale), roles)
 
 
 def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
@@ -168,7 +171,7 @@ def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(_module(path).rsplit(".", 1)[-1] for path in adapter.weights),
+        "target_modules": sorted(_name(path).rsplit(".", 1)[-1] for path in adapter.weights),
         "modules_to_save": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -190,16 +193,21 @@ def _tensors(adapter: Adapter, rank: int) -> dict[str, np.ndarray]:
         for layer in range(a.shape[0]):
             for name, matrix in {"A": a[layer].T, "B": b[layer].T}.items():
                 # safetensors copies the buffer as it lies, whatever the strides say
-                tensors[_key(layer, _module(path), name)] = np.ascontiguousarray(matrix, dtype=np.float32)
+                tensors[_key(_module(layer, path), name)] = np.ascontiguousarray(matrix, dtype=np.float32)
     return tensors
 
 
-def _key(layer: int, module: str, matrix: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{module}.lora_{matrix}.weight"
+def _key(module: str, matrix: str) -> str:
+    return f"base_model.model.{module}.lora_{matrix}.weight"
 
 
-def _module(path: str) -> str:
-    """Gives PEFT's name of one of our paths."""
+def _module(layer: int, path: str) -> str:
+    """Gives PEFT's name of one layer of one of our paths."""
+    return f"model.layers.{layer}.{_name(path)}"
+
+
+def _name(path: str) -> str:
+    """Gives PEFT's name, inside a layer, of one of our paths."""
     if path not in MODULES:
         raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {lora.near_names(path, MODULES)}")
     return MODULES[path]
@@ -268,36 +276,6 @@ def _find_weights(folder: Path) -> Path:
     raise UserError(f"{folder}: no adapter there ({WEIGHTS_FILE} is missing); give the folder of an adapter")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Reads adapter_config.json and refuses every kind of LoRA that is more than W + scale * B A."""
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); an adapter folder needs it") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f'{path}: not a LoRA adapter; "peft_type" must be "LORA"')
-    for name in REFUSED_FIELDS:
-        if config.get(name):
-            raise UserError(f"{path}: {name}={config[name]!r} is not supported; merge or retrain as plain LoRA")
-    if config.get("bias", "none") != "none":
-        raise UserError(f'{path}: bias={config["bias"]!r} is not supported; retrain with bias="none"')
-    if config.get("init_lora_weights", True) not in HARMLESS_INITS:
-        raise UserError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} also changes the base; convert to plain LoRA"
-        )
-    if not _is_number(config.get("r")) or config["r"] < 1 or config["r"] != int(config["r"]):
-        raise UserError(f'{path}: "r" is {config.get("r")!r}, but must be a whole number of at least 1')
-    if not _is_number(config.get("lora_alpha")):
-        raise UserError(f'{path}: "lora_alpha" is {config.get("lora_alpha")!r}, but must be a finite number')
-    return {**config, "r": int(config["r"])}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _opened(path: Path):
     """Opens a safetensors file; one that is cut short or not of this format is a `UserError`."""
     try:
@@ -308,48 +286,88 @@ def _opened(path: Path):
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Reads all tensors as f32 copies (PEFT often stores bf16)."""
+    tensors = {}
     with _opened(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    for key, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise UserError(f"{path}: {key} is {tensor.dtype}, but adapter weights must be floating-point")
-        tensors[key] = np.array(tensor, dtype=np.float32)
-        if not np.isfinite(tensors[key]).all():
-            raise UserError(f"{path}: {key} holds NaN or infinity; the adapter is damaged or its training diverged")
+        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            kind = file.get_slice(key).get_dtype()
+            if kind not in FLOATS:
+                raise UserError(f"{path}: {key} is {kind}, but adapter weights must be {', '.join(FLOATS)}")
+            with np.errstate(over="ignore"):  # what f32 cannot hold becomes infinity, and is refused as that
+                tensors[key] = np.array(file.get_tensor(key), dtype=np.float32)
+            if not np.isfinite(tensors[key]).all():
+                raise UserError(f"{path}: {key} holds NaN or infinity; the adapter is damaged or its training diverged")
     return tensors
 
 
-def _stack_layers(
-    file: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape], rank: int
-) -> dict[str, dict[str, jax.Array]]:
-    """Checks every tensor against the base and stacks the layers, to {"a": [L, in, r], "b": [L, r, out]}."""
-    found = set()
+def _find_modules(config: PlainLora, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape]) -> Modules:
+    """Finds the modules of this model that the adapter changes."""
+    if config.target_modules is None:
+        # PEFT always writes its targets; without, what has a tensor is a target
+        found = {match[2] for match in map(KEY.fullmatch, tensors) if match}
+        config = dataclasses.replace(config, target_modules=tuple(sorted(found)))
+    modules = {_module(layer, path): (path, layer) for path, shape in shapes.items() for layer in range(shape[0])}
+    return {module: modules[module] for module in adapted_modules(config, modules)}
+
+
+def _check_tensors(
+    file: Path, config: PlainLora, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape], adapted: Modules
+) -> None:
+    """Raises a `UserError` that names a tensor which is unexpected, of the wrong shape or missing."""
+    expected = {}
+    for module, (path, _) in adapted.items():
+        rank, (_, fan_in, fan_out) = config.rank_of(module), shapes[path]
+        expected |= {_key(module, "A"): (rank, [rank, fan_in]), _key(module, "B"): (rank, [fan_out, rank])}
     for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        path = PATHS.get(match[2]) if match else None
-        if path not in shapes:
+        if key not in expected:
+            raise UserError(f"{file}: {key!r} {_why_unexpected(key, config, shapes)}")
+        rank, shape = expected[key]
+        if list(tensor.shape) != shape:
             raise UserError(
-                f"{file}: {key} is no LoRA matrix of this model's layers; those are "
-                f"{sorted(MODULES[p] for p in shapes)}"
-            )
-        layers, fan_in, fan_out = shapes[path]
-        if int(match[1]) >= layers:
-            raise UserError(f"{file}: {key} is beyond this model's {layers} layers; was it made for another model?")
-        expected = (rank, fan_in) if match[3] == "A" else (fan_out, rank)
-        if tensor.shape != expected:
-            raise UserError(
-                f"{file}: {key} is {list(tensor.shape)}, but r={rank} and this model need {list(expected)}; "
+                f"{file}: {key} is {list(tensor.shape)}, but r={rank} in {CONFIG_FILE} and this model need {shape}; "
                 "was it made for another model?"
             )
-        found.add(path)
-    if not found:
-        raise UserError(f"{file}: holds no matrices; save the adapter again")
+    missing = [key for key in expected if key not in tensors]
+    if missing:
+        raise UserError(
+            f"{file}: lacks {missing[0]} ({len(missing)} missing), which {CONFIG_FILE} says is there; save the adapter "
+            "again"
+        )
+
+
+def _why_unexpected(key: str, config: PlainLora, shapes: Mapping[str, lora.Shape]) -> str:
+    """Phrases what is wrong with a tensor that no adapted module has."""
+    match = KEY.fullmatch(key)
+    path = PATHS.get(match[2]) if match else None
+    if path not in shapes:
+        names = ", ".join(MODULES[path].rsplit(".", 1)[-1] for path in shapes)
+        return f"is no LoRA matrix of this model's layers; retrain with target_modules among {names}"
+    if int(match[1]) >= shapes[path][0]:
+        return f"is beyond this model's {shapes[path][0]} layers; was it made for another model?"
+    return (
+        f'is of a module that {config.file} does not adapt ("target_modules", "exclude_modules", '
+        '"layers_to_transform"); save the adapter again'
+    )
+
+
+def _stack_layers(
+    config: PlainLora, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape], adapted: Modules
+) -> tuple[dict[str, dict[str, jax.Array]], float]:
+    """Stacks the layers to {"a": [L, in, R], "b": [L, R, out]} and gives the one scale of all.
+
+    R is a path's widest rank: a narrower one is padded with zeros, and a layer that is not adapted is all zeros (both
+    exact). Where a module's scale is not the config's, the ratio of the two goes into its b.
+    """
+    # nothing is a multiple of a zero scale
+    scale = config.scale if config.scale or not any(map(config.scale_of, adapted)) else 1.0
     weights = {}
-    for path in sorted(found):
-        keys = {name: [_key(i, MODULES[path], name) for i in range(shapes[path][0])] for name in "AB"}
-        missing = [key for key in keys["A"] + keys["B"] if key not in tensors]
-        if missing:
-            raise UserError(f"{file}: lacks {missing[0]} ({len(missing)} missing); an adapter must cover every layer")
-        a, b = (np.stack([tensors[key].T for key in keys[name]]) for name in "AB")
+    for path in sorted({path for path, _ in adapted.values()}):
+        modules = {layer: module for module, (of, layer) in adapted.items() if of == path}
+        layers, fan_in, fan_out = shapes[path]
+        widest = max(map(config.rank_of, modules.values()))
+        a, b = np.zeros((layers, fan_in, widest), np.float32), np.zeros((layers, widest, fan_out), np.float32)
+        for layer, module in modules.items():
+            rank, ratio = config.rank_of(module), config.scale_of(module) / scale if scale else 1.0
+            a[layer, :, :rank] = tensors[_key(module, "A")].T
+            b[layer, :rank] = tensors[_key(module, "B")].T * ratio
         weights[path] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-    return weights
+    return weights, scale

@@ -1,5 +1,6 @@
 """Adapter folders against peft itself, and everything that a bad folder or disk can do."""
 
+import copy
 import errno
 import json
 import os
@@ -81,13 +82,13 @@ def params():
 
 
 def trained(params, rank=4, alpha=6.0, role="user", targets=TARGETS, seed=0):
-    adapter = lora.init(jax.random.key(seed), lora.target_shapes(params, targets), rank, alpha, role)
+    adapter = lora.init(jax.random.key(seed), lora.target_shapes(params, targets), rank, 1.0, role)
     rng = np.random.default_rng(seed)
     weights = {
         path: {"a": pair["a"], "b": jnp.asarray(rng.normal(size=pair["b"].shape), jnp.float32)}
         for path, pair in adapter.weights.items()
     }
-    return adapter.replace(weights=weights)
+    return adapter.replace(weights=weights, scale=jnp.float32(alpha / rank))
 
 
 def assert_same_weights(found, expected):
@@ -142,7 +143,80 @@ def test_we_load_peft_s_folder(tmp_path, llama, rslora, dtype):
     assert_same_weights(lora.fold(before, adapter), expected)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 6.0), (3, 0.7), (32, 64)])
+def made_by_peft(model, folder, **settings):
+    """Saves a random adapter of these settings; the kernels as PEFT merges it."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(str(folder))
+    return params_of(adapted.merge_and_unload())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2, ".*up_proj": 7}},
+        {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 1.5}},
+        {
+            "target_modules": ["q_proj", "k_proj", "down_proj"],
+            "rank_pattern": {".*down_proj": 7, "layers.0.self_attn.q_proj": 2, "layers.1.self_attn.q_proj": 9},
+            "alpha_pattern": {".*[01].mlp.down_proj": 20, "k_proj": 0, "layers.1.self_attn.q_proj": 1.5},
+        },
+        {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 0, "alpha_pattern": {"layers.2.self_attn.q_proj": 5}},
+        {"target_modules": r"model\.layers\.\d\.(self_attn\.[qo]|mlp\.up)_proj"},
+        {"target_modules": r".*layers\.[02]\.mlp\.(down|gate)_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "exclude_modules": r".*\.1\.mlp.*|.*k_proj"},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": 0},
+        {"target_modules": ["v_proj", "gate_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"target_modules": ["v_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+    ],
+    ids=str,
+)
+def test_we_load_every_form_of_peft_s_plain_lora(tmp_path, llama, settings, rslora):
+    before = params_of(llama)
+    expected = made_by_peft(llama, tmp_path / "theirs", use_rslora=rslora, **settings)
+    adapter = load_adapter(tmp_path / "theirs", before)
+    assert_same_weights(lora.fold(before, adapter), expected)
+    # written again it is uniform, and PEFT merges it to the same
+    save_adapter(tmp_path / "ours", adapter, base_name="tiny")
+    config = json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())
+    assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"])
+    assert_same_weights(merged_by_peft(llama, tmp_path / "ours"), expected)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_targets_that_the_config_does_not_spell_out(tmp_path, llama, targets):
+    before = params_of(llama)
+    expected = made_by_peft(llama, tmp_path / "theirs", target_modules="all-linear")
+    edit_config(tmp_path / "theirs", target_modules=targets)  # PEFT spells them out
+    assert_same_weights(lora.fold(before, load_adapter(tmp_path / "theirs", before)), expected)
+    edit_tensors(tmp_path / "theirs", lambda tensors: tensors.pop(KEY.format(2, "A")))
+    with pytest.raises(UserError, match=r"lacks .*layers\.2\.self_attn\.q_proj\.lora_A.*1 missing"):
+        load_adapter(tmp_path / "theirs", before)
+
+
+def test_ranks_alone_are_padded_and_change_no_number(tmp_path, llama):
+    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
+    made_by_peft(llama, tmp_path, target_modules=["q_proj"], layers_to_transform=[0, 1], **patterns)
+    adapter = load_adapter(tmp_path, params_of(llama))  # 3 / 2 = 6 / 4
+    tensors, pair = load_file(tmp_path / WEIGHTS_FILE), adapter.weights["layers/attn/q"]
+    for layer, rank in enumerate((4, 2, 0)):
+        a, b = pair["a"][layer], pair["b"][layer]
+        assert not a[:, rank:].any() and not b[rank:].any()
+        if rank:
+            np.testing.assert_array_equal(a[:, :rank], tensors[KEY.format(layer, "A")].T)
+            np.testing.assert_array_equal(b[:rank], tensors[KEY.format(layer, "B")].T)
+    assert adapter.scale == 1.5
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 6.0), (3, 0.7), (32, 64), (4, 0.0)])
 def test_round_trip_is_exact_to_the_bit(tmp_path, params, rank, alpha):
     adapter = trained(params, rank, alpha, role="reinforce")
     save_adapter(tmp_path / "a", adapter, base_name="tiny", fingerprint="f00", extra={"stage": "reinforce"})
@@ -285,12 +359,25 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
+def edit_config(folder, **fields):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, **fields}))
+
+
 def with_nan(tensors):
     tensors[KEY.format(1, "B")] = np.full((32, 4), np.nan, np.float32)
 
 
 def whole_numbers(tensors):
     tensors[KEY.format(1, "B")] = np.ones((32, 4), np.int32)
+
+
+def beyond_f32(tensors):
+    tensors[KEY.format(1, "B")] = np.full((32, 4), 1e300)
+
+
+def float8(tensors):
+    tensors[KEY.format(1, "B")] = np.ones((32, 4), ml_dtypes.float8_e4m3fn)
 
 
 def narrow_half(tensors):
@@ -302,7 +389,9 @@ def narrow_half(tensors):
     [
         (with_nan, r"layers\.1\.self_attn\.q_proj\.lora_B\.weight holds NaN"),
         (narrow_half, r"layers\.1\.self_attn\.q_proj\.lora_B\.weight holds NaN or infinity"),
-        (whole_numbers, r"lora_B\.weight is int32"),
+        (beyond_f32, r"layers\.1\.self_attn\.q_proj\.lora_B\.weight holds NaN or infinity"),
+        (float8, r"lora_B\.weight is F8_E4M3, but .*F32"),
+        (whole_numbers, r"lora_B\.weight is I32, but .*F32"),
         (lambda t: t.pop(KEY.format(2, "A")), r"lacks .*layers\.2\.self_attn\.q_proj\.lora_A.*1 missing"),
         (
             lambda t: t.update({KEY.format(3, "A"): t[KEY.format(2, "A")]}),
@@ -313,6 +402,13 @@ def narrow_half(tensors):
             lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[KEY.format(0, "A")]}),
             "lm_head.*no LoRA matrix",
         ),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[KEY.format(0, "A")]}),
+            "embed_tokens.lora_embedding_A.*no LoRA matrix",
+        ),
+        (lambda t: t.update({KEY.format("9" * 5000, "A"): t[KEY.format(0, "A")]}), "99.*no LoRA matrix"),
+        (lambda t: t.update({KEY.format("00", "A"): t[KEY.format(0, "A")]}), r"layers\.00\..*not adapt"),
+        (lambda t: t.update({KEY.format("0", "A") + "\n": t[KEY.format(0, "A")]}), r"weight\\n' is no LoRA matrix"),
         (
             lambda t: t.update({KEY.format(0, "magnitude"): t[KEY.format(0, "A")]}),
             "lora_magnitude.*no LoRA matrix",
@@ -352,8 +448,6 @@ def test_another_base_s_fingerprint(folder, params):
         ("use_dora", True),
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa_niter_4"),
         ("peft_type", "IA3"),
@@ -365,10 +459,31 @@ def test_another_base_s_fingerprint(folder, params):
     ],
 )
 def test_configs_that_mean_something_else_are_refused_by_name(folder, params, field, value):
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, field: value}))
+    edit_config(folder, **{field: value})
     with pytest.raises(UserError, match=f"{CONFIG_FILE}.*{field}"):
         load_adapter(folder, params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers_to_transform": [0, 2]}, r"layers\.1\.\S+' is of a module that .*json does not adapt"),
+        ({"target_modules": ["q_proj"]}, r"(down|gate|up|v)_proj\S+' is of a module that .*json does not adapt"),
+        ({"exclude_modules": ["v_proj"]}, r"v_proj\S+' is of a module that .*json does not adapt"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"takes in lm_head"),
+        ({"target_modules": "all-linear"}, r"lacks .*k_proj.*12 missing"),
+        ({"target_modules": None, "exclude_modules": ["q_proj"]}, r"q_proj\S+' is of a module that"),
+        ({"rank_pattern": {"layers.1.self_attn.q_proj": 8}}, r"layers\.1\.self_attn\.q_proj\S+ is .*r=8 in"),
+        ({"rank_pattern": {"q_proj": 10**12}}, r"q_proj\S+ is .*r=1000000000000 in"),
+        ({"target_modules": ["c_attn"]}, r"no module of this model is adapted"),
+    ],
+    ids=str,
+)
+def test_a_config_and_tensors_that_disagree(folder, params, fields, message):
+    edit_config(folder, **fields)
+    with pytest.raises(UserError, match=message) as caught:
+        load_adapter(folder, params)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
@@ -393,6 +508,15 @@ def test_truncated_weights(folder, params, keep):
     (folder / WEIGHTS_FILE).write_bytes(data[:keep])
     with pytest.raises(UserError, match=f"{WEIGHTS_FILE}: not a whole safetensors file"):
         load_adapter(folder, params)
+
+
+@pytest.mark.parametrize("length", [0, 10**5, 10**8, 2**60, 2**64 - 1])
+def test_a_header_of_a_length_that_is_not_there(folder, params, length):
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(length.to_bytes(8, "little") + data[8:])
+    with pytest.raises(UserError, match=f"{WEIGHTS_FILE}: not a whole safetensors file") as caught:
+        load_adapter(folder, params)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter.pt", "adapter.pkl"])
