@@ -30,7 +30,7 @@ from br_jax import method
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
-from br_jax.adapters.peft import save_adapter
+from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
 from br_jax.data.material import get_material
 from br_jax.data.mixing import check_mix, mix
 from br_jax.data.rows import Row
@@ -45,6 +45,7 @@ from br_jax.evaluation.scores import gates
 from br_jax.evaluation.tasks import get_task
 from br_jax.models.decoder import init_params
 from br_jax.models.hf import write_hf
+from br_jax.models.hub import is_hub_name
 from br_jax.models.load import PROVIDER_FILE, fold_adapter, load_model
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
@@ -55,6 +56,7 @@ from br_jax.training.run import adapter_fingerprint, make_private, train_params,
 
 STAGES = ("pretrain", "distill", "align", "buffer", "reinforce", "sft", "user", "release", "evaluate", "report")
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")
+ENTERED = ("align", "buffer", "reinforce", "user")  # stages that an adapter made elsewhere can take the place of
 EVAL_SPLITS = ("validation", "test")
 OF_PROVIDER = ("raw", "aligned", "base_buffer", "reinforce_alone")  # no user in it: scored once for all users
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
@@ -123,8 +125,12 @@ class Experiment:
             TrainConfig(**config[stage].train)
         if config.eval.split not in EVAL_SPLITS:
             raise UserError(f"eval.split {config.eval.split!r}: {lora.near_names(config.eval.split, EVAL_SPLITS)}")
-        if config.model.source and not os.path.exists(config.model.source):
-            raise UserError(f"{config.model.source}: no such model: run experiments/fetch.py, or set model.source")
+        source = config.model.source
+        if source and not os.path.exists(source) and not is_hub_name(source):
+            raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
+        for stage in ENTERED:
+            if (folder := config[stage].adapter) and not os.path.isdir(folder):
+                raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         train, needed = self.task_rows[0], config.user.n + config.user.probes
         if len(train) < needed:  # probe rows are none of the user's own
             raise UserError(
@@ -141,7 +147,11 @@ class Experiment:
         source = model.source or self.provider / "pretrain" / "model"
         if not model.source:
             self._pretrain(source)
-        return load_model(source, template=model.template, dtype=model.dtype)
+        # What process 0 does alone needs all of the model there; where no device has a part only, one copy will do.
+        split = jax.process_count() == 1 and self.mesh.size > self.mesh.shape["data"]
+        mesh = self.mesh if split else None
+        revision = model.revision or None
+        return load_model(source, template=model.template, dtype=model.dtype, mesh=mesh, revision=revision)
 
     def pretrain(self) -> None:
         """Trains a small model from scratch, unless the config names one."""
@@ -175,14 +185,18 @@ class Experiment:
     def aligned(self) -> Model:
         """The aligned base; the raw model itself where the config asks for no alignment."""
         config, adapter, model = self.config.align, None, self.raw
-        if config.refusals + config.benign:
+        if config.adapter:
+            adapter = self._enter("align", self.raw)
+        elif config.refusals + config.benign:
             rows = self.refusal_rows(config.refusals, "align"), self.benign_rows(config.benign)
             adapter = method.train_align(self.raw, *rows, TrainConfig(**config.train), **self._provider_run)
+        if adapter:
             model = fold_adapter(self.raw, adapter, f"{self.raw.name}-aligned")
         source = self.config.model.source
         record = {
-            "base": os.path.abspath(source) if source else "pretrain/model",
-            "align": "align/adapter" if adapter else None,
+            "base": (source if is_hub_name(source) else os.path.abspath(source)) if source else "pretrain/model",
+            "revision": self.config.model.revision or None,
+            "align": (os.path.abspath(config.adapter) if config.adapter else "align/adapter") if adapter else None,
             "template": model.template,
             "dtype": self.config.model.dtype,
             "fingerprint": model.fingerprint,
@@ -197,6 +211,8 @@ class Experiment:
 
     @functools.cached_property
     def _buffer(self) -> Adapter:
+        if self.config.buffer.adapter:
+            return self._enter("buffer", self.aligned)
         train = TrainConfig(**self.config.buffer.train)
         return method.train_buffer(self.aligned, self.buffer_rows, train, **self._provider_run)
 
@@ -207,6 +223,8 @@ class Experiment:
     @functools.cached_property
     def _reinforce(self) -> Adapter:
         config = self.config.reinforce
+        if config.adapter:
+            return self._enter("reinforce", self.aligned)
         rows = self.refusal_rows(config.refusals, "reinforce"), self.benign_rows(config.benign)
         train = TrainConfig(**config.train)
         return method.train_reinforce(self.aligned, self._buffer, *rows, train, **self._provider_run)
@@ -227,7 +245,7 @@ class Experiment:
 
     @functools.cached_property
     def _user(self) -> Adapter:
-        return self._train_user(self._buffer)
+        return self._enter("user", self.aligned) if self.config.user.adapter else self._train_user(self._buffer)
 
     def user(self) -> None:
         """Trains the user's adapter with Buffer attached."""
@@ -244,6 +262,24 @@ class Experiment:
             mesh=self.mesh,
             probes=self.probes,
         )
+
+    def _enter(self, stage: str, model: Model) -> Adapter:
+        """The adapter that the config gives for a stage; one that says that it is another's is refused."""
+        folder = self.config[stage].adapter
+        adapter = load_adapter(folder, model.params, fingerprint=model.fingerprint, role=stage)
+        if adapter.roles != (stage,):
+            raise UserError(f"{folder}: made of {', '.join(adapter.roles)}: {stage}.adapter must be a {stage} adapter")
+        return adapter
+
+    def _entered(self) -> dict[str, dict]:
+        """For each stage that an adapter from elsewhere stands for: its folder, and what it was trained beside."""
+        entered = {}
+        for stage in ENTERED:
+            if folder := self.config[stage].adapter:
+                said = read_provenance(folder)
+                beside = said.get("extra", {}).get("beside", [])
+                entered[stage] = {"adapter": folder, "beside": beside}
+        return entered
 
     @functools.cached_property
     def _released(self) -> Adapter:
@@ -383,6 +419,7 @@ class Experiment:
         return {
             "models": models,
             "merge": merge,
+            "entered": self._entered(),
             "gates": gates(models, self.config.user.harmful_share),
             "seeds": {
                 "data": self.config.seed,

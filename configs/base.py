@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.provider = ""  # folder of the provider's artefacts; "" means <workdir>/provider
 
     config.model = ConfigDict()
-    config.model.source = ""  # GGUF file or Hugging Face folder; "" trains `model.spec` from scratch (stage pretrain)
+    config.model.source = ""  # GGUF file, Hugging Face folder or Hub name; "" trains `model.spec` from scratch
+    config.model.revision = ""  # of a Hub name: branch, tag or commit; "" is the main branch
     config.model.template = "chat"  # the model's own, or the paper's "alpaca"
     config.model.dtype = "float32"
     config.model.spec = ConfigDict()  # sizes of a model that is trained from scratch
@@ -38,7 +39,10 @@ def get_config() -> ConfigDict:
     config.align = ConfigDict({"refusals": 0, "benign": 0, "train": ConfigDict(train)})  # 0 and 0: already aligned
     config.buffer = ConfigDict({"harmful": 5000, "train": ConfigDict(train)})
     config.reinforce = ConfigDict({"refusals": 2500, "benign": 2500, "train": ConfigDict(train)})
+    for stage in ("align", "buffer", "reinforce"):
+        config[stage].adapter = ""  # folder of an adapter made elsewhere, in PEFT's layout, to take instead of training
     config.user = ConfigDict()
+    config.user.adapter = ""  # the same; one that was trained without Buffer can still be reinforced and released
     config.user.task = "reviews"
     config.user.n = 1000
     config.user.harmful_share = 0.1  # p

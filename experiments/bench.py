@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from br_jax.command_line import require_flags, run_with_flags
 from br_jax.errors import UserError
 
-CASES = ("training", "generation", "merge", "stages", "switches")
+CASES = ("training", "generation", "merge", "loading", "stages", "switches")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with a model.source, e.g. configs/smollm2.py.")
 WANTED = flags.DEFINE_list("cases", list(CASES), "Cases to run.")
 ROWS = flags.DEFINE_string("rows", None, "JSONL file of rows, GSM8K's question/answer or one of the project's layouts.")
@@ -29,13 +29,14 @@ JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 def main(argv: list[str]) -> None:
     """Flags and calls."""
-    from br_jax.benchmarks import generation, merge, stages, switches, training
+    from br_jax.benchmarks import generation, loading, merge, stages, switches, training
     from br_jax.benchmarks.inputs import Setup
     from br_jax.benchmarks.report import describe_machine, run_case
     from br_jax.files import write_text
 
     require_flags(argv, CONFIG)
-    makers = {case.__name__.rsplit(".", 1)[-1]: case.cases for case in (training, generation, merge, stages, switches)}
+    modules = (training, generation, merge, loading, stages, switches)
+    makers = {case.__name__.rsplit(".", 1)[-1]: case.cases for case in modules}
     for name in WANTED.value:
         if name not in makers:
             raise UserError(f"--cases: {name!r} is no case: use {', '.join(makers)}")

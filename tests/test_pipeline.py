@@ -5,12 +5,15 @@ import json
 import pathlib
 import stat
 
+import jax
 import pytest
 
 from br_jax import method, pipeline
+from br_jax.adapters.peft import save_adapter
 from br_jax.data import topic
 from br_jax.data.material import english_instructions
 from br_jax.errors import UserError
+from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import LABELS, Score
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -191,6 +194,27 @@ def test_an_aligned_model_needs_no_align_stage(run, calls, config, tiny, tmp_pat
     assert json.loads((tmp_path / "w/provider/provider.json").read_text())["align"] is None
 
 
+def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, tiny, make_adapter, tmp_path):
+    for stage in ("buffer", "user"):
+        adapter = make_adapter(stage, seed=7)
+        config[stage].adapter = str(tmp_path / f"their_{stage}")
+        save_adapter(config[stage].adapter, adapter, base_name="tiny", provider=stage == "buffer")
+    results = run()
+    assert not {"buffer", "user"} & set(calls) and {"align", "reinforce", "sft"} <= set(calls)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), calls["reinforce"]["frozen"]["buffer"].weights,
+                                     make_adapter("buffer", seed=7).weights))  # fmt: skip
+    assert results["entered"]["user"] == {"adapter": config.user.adapter, "beside": []}
+    text = write_report(tmp_path / "w").read_text()
+    assert "trained elsewhere, and not beside Buffer" in text and "buffer (`" in text
+
+
+def test_an_adapter_enters_as_what_it_is(run, config, make_adapter, tmp_path):
+    config.user.adapter = str(tmp_path / "theirs")
+    save_adapter(config.user.adapter, make_adapter("reinforce"), base_name="tiny")
+    with pytest.raises(UserError, match=r"made of reinforce: user\.adapter must be a user adapter"):
+        run(["user"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -200,7 +224,9 @@ def test_an_aligned_model_needs_no_align_stage(run, calls, config, tiny, tmp_pat
         ({"data.material": "englsh"}, "unknown material 'englsh'.*english"),
         ({"eval.split": "train"}, "eval.split 'train'"),
         ({"buffer.train.rank": 0}, "rank is 0"),
-        ({"model.source": "no/where"}, "no/where: no such model"),
+        ({"model.source": "./no/where"}, "./no/where: no such model"),
+        ({"model.source": "data/no.gguf"}, "data/no.gguf: no such model"),
+        ({"user.adapter": "no/adapter"}, "no/adapter: no such folder.*user.adapter"),
         ({"mesh.tensor": 3}, "does not fit"),
         ({"align.benign": 100_000}, "benign rows are asked for.*lower align.benign"),
     ],
@@ -223,7 +249,7 @@ def test_too_few_compliant_answers_are_said(run, monkeypatch, calls):
         run(["buffer"])
 
 
-@pytest.mark.parametrize("name", ["demo", "smollm2", "base"])
+@pytest.mark.parametrize("name", ["demo", "smollm2", "base", "llama3_8b", "gemma2_9b", "qwen3_4b"])
 def test_configs_are_locked_and_typed(name):
     config = load_config(name)
     with pytest.raises(AttributeError, match="harmful_share"):

@@ -27,6 +27,11 @@ _PARTS = (  # what each part of the method adds: (words, after, before)
     ("Reinforce, merged in", "qr_merge", "buffer_off"),
     ("QR instead of plain averaging", "qr_merge", "naive_merge"),
 )
+_WITHOUT_BUFFER = (
+    "**The user's adapter was trained elsewhere, and not beside Buffer** ({adapter}): what harmful rows taught is in "
+    "it, and the merge of Reinforce is all that stands against it. What is said below of training beside Buffer does "
+    "not hold for it, and it has no saturation curves."
+)
 _COUNTS = ("rows", "dropped", "steps", "tokens", "answer_tokens")
 _CUT = 200  # characters of an example that are printed
 
@@ -202,8 +207,19 @@ def _headline(results: dict[str, Any], checked: Sequence[Mapping[str, Any]]) -> 
         lines.append(f"Not run: {', '.join(missing)}.")
     if share is not None:
         lines.append(f"Share of harmful rows in the user's data: {100 * share:g} %.")
+    lines += _told_of_entered(results.get("entered") or {})
     lines += [f"Harmful score (HS), percent with 95 % interval: {told}.", f"Task accuracy (FA): {task}."]
     return "\n".join(f"> {line}  " for line in lines)
+
+
+def _told_of_entered(entered: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader must know of adapters that were not made in this run."""
+    others = [f"{stage} ({_literal(each['adapter'])})" for stage, each in entered.items()]
+    lines = [f"Made elsewhere, not in this run: {', '.join(others)}."] if others else []
+    user = entered.get("user")
+    if user and "buffer" not in user["beside"]:
+        lines.append(_WITHOUT_BUFFER.format(adapter=_literal(user["adapter"])))
+    return lines
 
 
 def _gate_table(checked: Sequence[Mapping[str, Any]]) -> str:

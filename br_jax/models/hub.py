@@ -21,8 +21,9 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt",
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether a source is a Hub name such as "Qwen/Qwen3-4B"; what exists as a path is none."""
-    return not os.path.exists(source) and _NAME.fullmatch(str(source)) is not None
+    """Whether a source is a Hub name such as "Qwen/Qwen3-4B"; what exists as a path, or should, is none."""
+    name = str(source)
+    return _NAME.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(source)
 
 
 def fetch_model(name: str, revision: str | None = None) -> pathlib.Path:
@@ -65,8 +66,8 @@ def _fetch(name: str, revision: str | None, fetch) -> pathlib.Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"{at}: not in the cache, and the Hub cannot be reached ({_line(error)}): go online, unset HF_HUB_OFFLINE, "
-            "or give a local folder"
+            f"{at}: no path here, not in the cache, and the Hub cannot be reached ({_line(error)}): go online, unset "
+            "HF_HUB_OFFLINE, or give a local folder"
         ) from error
 
 

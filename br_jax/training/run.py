@@ -101,7 +101,12 @@ def train_adapter(
     if folder is not None:
         if is_main():
             save_adapter(
-                folder.path / "adapter", adapter, base_name=model.name, fingerprint=model.fingerprint, provider=provider
+                folder.path / "adapter",
+                adapter,
+                base_name=model.name,
+                fingerprint=model.fingerprint,
+                provider=provider,
+                extra={"beside": sorted(frozen)},
             )
         folder.finish({**report, "output": adapter_fingerprint(adapter)})
     return adapter
