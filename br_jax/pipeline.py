@@ -150,8 +150,14 @@ class Experiment:
         # What process 0 does alone needs all of the model there; where no device has a part only, one copy will do.
         split = jax.process_count() == 1 and self.mesh.size > self.mesh.shape["data"]
         mesh = self.mesh if split else None
-        revision = model.revision or None
-        return load_model(source, template=model.template, dtype=model.dtype, mesh=mesh, revision=revision)
+        return load_model(
+            source,
+            template=model.template,
+            dtype=model.dtype,
+            mesh=mesh,
+            revision=model.revision or None,
+            cache=model.cache or None,
+        )
 
     def pretrain(self) -> None:
         """Trains a small model from scratch, unless the config names one."""

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.source = ""  # GGUF file, Hugging Face folder or Hub name; "" trains `model.spec` from scratch
     config.model.revision = ""  # of a Hub name: branch, tag or commit; "" is the main branch
+    config.model.cache = ""  # folder that keeps converted weights, for files that take long to dequantize; "": none
     config.model.template = "chat"  # the model's own, or the paper's "alpaca"
     config.model.dtype = "float32"
     config.model.spec = ConfigDict()  # sizes of a model that is trained from scratch

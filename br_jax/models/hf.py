@@ -1,5 +1,6 @@
 """Hugging Face model folders, in and out: config.json, safetensors (whole or in shards), tokenizer files."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
+from br_jax.models.cache import cached_params
 from br_jax.models.hf_config import read_config, write_config
 from br_jax.models.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
@@ -53,7 +55,7 @@ def tensor_names(spec: ModelSpec) -> dict[str, str]:
 
 
 def read_hf(
-    path: str | Path, dtype="float32", mesh: Mesh | None = None
+    path: str | Path, dtype="float32", mesh: Mesh | None = None, cache: str | os.PathLike | None = None
 ) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
     """Reads a model folder; nothing is fetched and no code or pickle in it is run.
 
@@ -61,6 +63,7 @@ def read_hf(
         path: folder with config.json, model.safetensors (or its shards and index) and tokenizer.json.
         dtype: dtype of the params returned; the files may hold float32, bfloat16 or float16.
         mesh: where the params go; see `layout.load_params`, which streams them.
+        cache: folder of converted params, see `models.cache`.
 
     Returns:
         The spec; the params tree (see `decoder`); the tokenizer that transformers would use.
@@ -75,7 +78,9 @@ def read_hf(
     if spec.tie_embeddings and "lm_head.weight" in tensors:
         _check_tied(folder, tensors)
     tokenizer = _tokenizer(folder, spec)
-    return spec, load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh), tokenizer
+    dtype = jnp.dtype(dtype)
+    load = functools.partial(load_params, spec, tensor_names(spec), tensors, str(folder), dtype, mesh)
+    return spec, cached_params(cache, folder, spec, dtype, mesh, load), tokenizer
 
 
 def read_hf_spec(path: str | Path) -> ModelSpec:

@@ -26,6 +26,7 @@ def load_model(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     revision: str | None = None,
+    cache: str | os.PathLike | None = None,
 ) -> Model:
     """Loads a frozen base.
 
@@ -38,6 +39,7 @@ def load_model(
         mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
             JAX's default device.
         revision: of a model on the Hub: branch, tag or commit.
+        cache: folder of converted weights, see `models.cache`; None converts at each load.
 
     Returns:
         The model.
@@ -50,10 +52,10 @@ def load_model(
     name = pathlib.Path(source).name
     path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
     if (path / PROVIDER_FILE).is_file():
-        return _load_aligned(path, dtype, mesh)
+        return _load_aligned(path, dtype, mesh, cache)
     if not path.exists():
         raise UserError(f"{path}: no such model: {_SOURCES}")
-    spec, params, tokenizer = (read_hf if path.is_dir() else read_gguf)(path, dtype, mesh)
+    spec, params, tokenizer = (read_hf if path.is_dir() else read_gguf)(path, dtype, mesh, cache)
     stops = read_stop_tokens(path) if path.is_dir() else ()
     return make_model(spec, params, tokenizer, name.removesuffix(".gguf"), template, stops)
 
@@ -76,7 +78,7 @@ def fold_adapter(model: Model, adapter: lora.Adapter, name: str) -> Model:
     return make_model(model.spec, params, model.tokenizer, name, model.template, model.stop_tokens)
 
 
-def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None) -> Model:
+def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None, cache) -> Model:
     file = folder / PROVIDER_FILE
     try:
         record = json.loads(file.read_text())
@@ -85,7 +87,7 @@ def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None) -> Model:
         raise UserError(f"{file}: not a provider's record ({error}): make the folder again") from error
     source = source if is_hub_name(source) and not (folder / source).exists() else folder / source
     revision = record.get("revision")
-    raw = load_model(source, template=template, dtype=dtype, mesh=mesh, revision=revision)
+    raw = load_model(source, template=template, dtype=dtype, mesh=mesh, revision=revision, cache=cache)
     model = raw
     if record.get("align"):
         adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)

@@ -1,6 +1,6 @@
 """Checkpoints of a run by Orbax: trainable, optimizer, step, key and data iterator; never the base.
 
-The only file that touches Orbax.
+Of training, this file alone touches Orbax.
 """
 
 import pathlib

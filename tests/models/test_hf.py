@@ -1,6 +1,7 @@
 """Hugging Face folders against transformers: tensors bit for bit, logits, and wrong folders."""
 
 import json
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from br_jax.errors import UserError
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.hf import read_hf, write_hf
+from br_jax.models.load import load_model
 from br_jax.models.tokenizer import byte_tokenizer
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
@@ -123,6 +125,40 @@ def cut(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
 
+def with_nan(tensors):
+    tensors[UP] = np.where(np.arange(tensors[UP].size).reshape(tensors[UP].shape) == 99, np.nan, tensors[UP])
+    tensors[UP] = tensors[UP].astype(np.float32)
+
+
+def sharded(folder, file):
+    """Says that the weights lie in another file, and leaves none of that name."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: file}}))
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
+
+
+def swapped(folder):
+    """An index that gives a tensor to another file than holds it."""
+    names = list(load_file(folder / "model.safetensors"))
+    save_file({"x": np.ones(1, np.float32)}, folder / "other.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors") | {UP: "other.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def zipped(folder):
+    with zipfile.ZipFile(folder / "model.safetensors", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bomb", bytes(10_000_000))
+
+
+def huge(path):
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)  # a hole, that takes no room on the disk
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 HEAD = "lm_head.weight"
 DAMAGE = {
@@ -164,6 +200,23 @@ DAMAGE = {
     "other head": (lambda f: edit_tensors(f, lambda t: t.update({HEAD: t[EMBED] + 1})), f"{HEAD} differs"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: no such file"),
     "bad tokenizer": (lambda f: cut(f / "tokenizer.json", 900), r"tokenizer\.json: not a tokenizer"),
+    "nan": (lambda f: edit_tensors(f, with_nan), f"{UP} holds NaN or infinity"),
+    "layers": (lambda f: edit_config(f, num_hidden_layers=4), r"model\.layers\.3.* is missing \(9 in all\)"),
+    "missing shard": (lambda f: sharded(f, "model-00002.safetensors"), r"model-00002\.safetensors: no such file"),
+    "pickled shard": (lambda f: sharded(f, "pytorch_model.bin"), r"pytorch_model\.bin: no such file.*safetensors only"),
+    "pickled": (pickled, r"pytorch_model\.bin is pickled and can run code"),
+    "swapped": (swapped, f"{UP} belongs to other.safetensors by the index"),
+    "huge header": (
+        lambda f: (f / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}"),
+        r"model\.safetensors: truncated or damaged",
+    ),
+    "zip": (zipped, r"model\.safetensors: truncated or damaged"),
+    "huge json": (lambda f: huge(f / "config.json"), r"config\.json: 1,073,741,824 bytes are too many"),
+    "deep json": (lambda f: (f / "config.json").write_text("[" * 200_000), r"config\.json: not valid JSON"),
+    "stop tokens": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        r"generation_config\.json: eos_token_id",
+    ),
     "shard path": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret"}}'),
         "weight_map must give file names",
@@ -178,7 +231,7 @@ def test_a_wrong_folder_is_one_line(tmp_path, damage):
     spoil, message = DAMAGE[damage]
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        read_hf(tmp_path)
+        load_model(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 

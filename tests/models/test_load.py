@@ -1,6 +1,8 @@
 """`load_model`: every kind of source, and a provider's folder that gives back the very base it recorded."""
 
+import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,11 @@ import pytest
 from br_jax.adapters import lora
 from br_jax.adapters.peft import save_adapter
 from br_jax.errors import UserError
+from br_jax.models import hf
 from br_jax.models.hf import write_hf
+from br_jax.models.layout import Stored, load_params, unstack_tensors
 from br_jax.models.load import PROVIDER_FILE, fold_adapter, load_model
+from br_jax.sharding import make_mesh, shardings
 
 
 @pytest.fixture
@@ -112,3 +117,64 @@ def test_wrong_sources_are_named(tmp_path):
         load_model(tmp_path / "junk.gguf")
     with pytest.raises(UserError, match="'float16': use float32 or bfloat16"):
         load_model(tmp_path, dtype="float16")
+
+
+def test_converted_weights_are_kept_by_content(tmp_path, raw, monkeypatch):
+    """The second load converts nothing; another dtype, or one changed byte, is another entry."""
+    folder, cache = tmp_path / "pretrain" / "model", tmp_path / "cache"
+    first = load_model(folder, cache=cache)
+    monkeypatch.setattr(hf, "load_params", lambda *args: pytest.fail("converted again"))
+    again = load_model(folder, cache=cache)
+    assert again.fingerprint == first.fingerprint == raw.fingerprint and len(list(cache.iterdir())) == 1
+    split = load_model(folder, cache=cache, mesh=make_mesh(1, 4, 2))
+    assert split.fingerprint == raw.fingerprint
+    assert split.params["layers"]["mlp"]["up"]["kernel"].sharding.shard_shape((2, 48, 40)) == (2, 12, 20)
+    monkeypatch.undo()
+    assert load_model(folder, cache=cache, dtype="bfloat16").params["final_norm"]["scale"].dtype == jnp.bfloat16
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert load_model(folder, cache=cache).fingerprint != raw.fingerprint
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_damaged_cache_entry_is_named(tmp_path, raw):
+    folder, cache = tmp_path / "pretrain" / "model", tmp_path / "cache"
+    load_model(folder, cache=cache)
+    (entry,) = cache.iterdir()
+    shutil.rmtree(entry / next(path.name for path in entry.iterdir() if path.is_dir()))
+    with pytest.raises(UserError, match=f"{entry}.*cannot be used.*delete it"):
+        load_model(folder, cache=cache)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (8, 1, 1)])
+def test_a_mesh_gets_the_same_weights_each_device_its_part(tmp_path, raw, mesh):
+    mesh = make_mesh(*mesh)
+    split = load_model(tmp_path / "pretrain" / "model", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, split.params, raw.params)
+    assert split.fingerprint == raw.fingerprint
+    wanted = shardings(split.params, mesh)
+    assert jax.tree.all(jax.tree.map(lambda leaf, place: leaf.sharding == place, split.params, wanted))
+
+
+def test_a_device_s_part_alone_is_read(raw):
+    """Each of 8 devices asks for an eighth of each split tensor; together for each byte once."""
+    asked, mesh = {}, make_mesh(1, 8)
+
+    class Recorded:
+        def __init__(self, name, array):
+            self.name, self.array = name, array
+
+        def __getitem__(self, index):
+            part = self.array[index]
+            asked[self.name] = asked.get(self.name, 0) + part.size
+            return part
+
+    held = unstack_tensors(raw.spec, hf.tensor_names(raw.spec), raw.params)
+    arrays = {name: tensor.fetch() for name, tensor in held.items()}
+    tensors = {
+        name: Stored(array.shape, "memory", functools.partial(Recorded, name, array)) for name, array in arrays.items()
+    }
+    params = load_params(raw.spec, hf.tensor_names(raw.spec), tensors, "memory", jnp.dtype("float32"), mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, raw.params)
+    assert asked == {name: array.size for name, array in arrays.items()}
