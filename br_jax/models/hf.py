@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
 from br_jax.models.cache import cached_params
@@ -250,6 +250,8 @@ def _check_tied(folder: Path, tensors: dict[str, Stored]) -> None:
 
 
 def _tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # here, for it imports torch where torch is installed
+
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: save the tokenizer there as a fast tokenizer")

@@ -10,8 +10,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
 from br_jax.errors import UserError
 from br_jax.models.spec import KERNELS, ModelSpec
 
@@ -103,7 +101,7 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
 
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a spec: `read_config` gives the spec back, and transformers its model."""
-    family, theirs = FAMILIES[spec.model_type], CONFIG_MAPPING[spec.model_type]().to_dict()
+    family, theirs = FAMILIES[spec.model_type], _config_class(spec.model_type)().to_dict()
     rope = {"rope_type": "default"}
     if (scaling := spec.rope_scaling) is not None:
         rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
@@ -141,7 +139,14 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _parse(content: dict[str, Any], path) -> tuple[Family, PretrainedConfig]:
+def _config_class(model_type: str):
+    """transformers' class of a family's configs."""
+    from transformers import CONFIG_MAPPING  # here, for it imports torch where torch is installed
+
+    return CONFIG_MAPPING[model_type]
+
+
+def _parse(content: dict[str, Any], path) -> tuple[Family, Any]:
     model_type = content.get("model_type")
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -149,12 +154,12 @@ def _parse(content: dict[str, Any], path) -> tuple[Family, PretrainedConfig]:
     if content.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantized weights are read from GGUF only; load the plain model")
     try:
-        return FAMILIES[model_type], CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(content))
+        return FAMILIES[model_type], _config_class(model_type).from_dict(copy.deepcopy(content))
     except Exception as error:  # its validators raise what they like
         raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
 
 
-def _rope(config: PretrainedConfig, path) -> dict[str, Any]:
+def _rope(config, path) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     kind = rope.pop("rope_type", "default")
     rope.pop("type", None)
@@ -171,7 +176,7 @@ def _rope(config: PretrainedConfig, path) -> dict[str, Any]:
     return fields
 
 
-def _windows(config: PretrainedConfig) -> dict[str, Any]:
+def _windows(config) -> dict[str, Any]:
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     windowed = tuple(kind == "sliding_attention" for kind in types or ())
     if window is None or (windowed and not any(windowed)):
