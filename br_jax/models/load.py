@@ -16,6 +16,7 @@ from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 
 PROVIDER_FILE = "provider.json"
+_RECORDED = ("base", "template", "dtype", "fingerprint")
 _SOURCES = "give a GGUF file, a Hugging Face folder, a model's name on the Hub or a provider's folder"
 
 
@@ -76,22 +77,46 @@ def fold_adapter(model: Model, adapter: lora.Adapter, name: str) -> Model:
     return make_model(model.spec, params, model.tokenizer, name, model.template, model.stop_tokens)
 
 
-def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None) -> Model:
+def read_provider(folder: pathlib.Path) -> dict:
+    """What provider.json records, with its "base" as a path or a Hub name that can be loaded from anywhere.
+
+    Raises:
+        UserError: the file is damaged, or no such record.
+    """
     file = folder / PROVIDER_FILE
     try:
         record = json.loads(file.read_text())
-        source, template, wanted = record["base"], record["template"], record["fingerprint"]
+        source, *_ = (record[name] for name in _RECORDED)
+        base = source if is_hub_name(source) and not (folder / source).exists() else str(folder / source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a provider's record ({error}): make the folder again") from error
-    source = source if is_hub_name(source) and not (folder / source).exists() else folder / source
-    revision = record.get("revision")
-    raw = load_model(source, template=template, dtype=dtype, mesh=mesh, revision=revision)
+    return record | {"base": base}
+
+
+def find_folder(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path | None:
+    """The Hugging Face folder that the weights of a source come from, through a provider's folder too; None for GGUF.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
+    if (path / PROVIDER_FILE).is_file():
+        record = read_provider(path)
+        return find_folder(record["base"], record.get("revision"))
+    return path if path.is_dir() else None
+
+
+def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None) -> Model:
+    record = read_provider(folder)
+    revision, wanted = record.get("revision"), record["fingerprint"]
+    raw = load_model(record["base"], template=record["template"], dtype=dtype, mesh=mesh, revision=revision)
     model = raw
     if record.get("align"):
         adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)
         model = fold_adapter(raw, adapter, f"{raw.name}-aligned")
     if dtype == record["dtype"] and model.fingerprint != wanted:
         raise UserError(
-            f"{file}: the aligned base is {model.fingerprint[:12]}, recorded was {wanted[:12]}: make it again"
+            f"{folder / PROVIDER_FILE}: the aligned base is {model.fingerprint[:12]}, recorded was {wanted[:12]}: "
+            "make it again"
         )
     return model
