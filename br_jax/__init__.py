@@ -14,6 +14,7 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.evaluation.evaluate import Suite, evaluate
 from br_jax.evaluation.generate import generate
+from br_jax.export import export_adapter, export_model
 from br_jax.method import detach, release, train_buffer, train_reinforce, train_user
 from br_jax.models.load import load_model
 from br_jax.models.model import Model
@@ -30,6 +31,8 @@ __all__ = [
     "__version__",
     "detach",
     "evaluate",
+    "export_adapter",
+    "export_model",
     "generate",
     "load_adapter",
     "load_model",

@@ -1,6 +1,10 @@
 """Settings of all tests: CPU with 8 fake devices, strict promotion, no network; before JAX is used."""
 
+import importlib
 import os
+import pathlib
+import runpy
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from absl import flags  # noqa: E402
 
 from br_jax.adapters import lora  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
@@ -122,6 +127,30 @@ def compiles():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """script(name, *flags) -> (exit status, stderr), run in this process; its flags are forgotten again."""
+    importlib.import_module("br_jax.command_line")  # whose flags, and absl's own, are defined once and stay
+    root = pathlib.Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    # A script has its own folder on the path, not the one that it is started from.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(root))])
+    known = set(flags.FLAGS)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"experiments/{name}", *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as caught:
+                runpy.run_path(f"experiments/{name}", run_name="__main__")
+        finally:
+            for flag in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        return caught.value.code, capfd.readouterr().err
+
+    return run
 
 
 # Sizes of which none divides another by accident; N * H is not D.

@@ -2,20 +2,15 @@
 
 import pathlib
 import re
-import runpy
-import sys
 
 import jax
 import pytest
-from absl import flags
 
 from br_jax import command_line
 from br_jax.command_line import run_main
 from br_jax.errors import Stopped, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -44,26 +39,6 @@ def test_a_bug_keeps_its_traceback():
         run_main(lambda: 1 / 0)
 
 
-@pytest.fixture
-def script(monkeypatch, capfd):
-    """script(name, *flags) -> (exit status, stderr), run in this process; its flags are forgotten afterwards."""
-    monkeypatch.chdir(ROOT)
-    # A script has its own folder on the path, not the one that it is started from.
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
-    known = set(flags.FLAGS)
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"experiments/{name}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(f"experiments/{name}", run_name="__main__")
-        return caught.value.code, capfd.readouterr().err
-
-    yield run
-    for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
-
-
 DEMO = "--config=configs/demo.py"
 
 
@@ -86,6 +61,16 @@ DEMO = "--config=configs/demo.py"
         ("pipeline.py", ["--config=configs/nothere.py", "--workdir={tmp}"], "nothere"),
         ("evaluate.py", [DEMO], "--workdir is missing"),
         ("evaluate.py", [DEMO, "--workdir={tmp}", "--adapter"], "adapter"),
+        ("export.py", ["--model={tmp}"], "--to is missing: Folder"),
+        ("export.py", ["--model={tmp}", "--to={tmp}/to"], "no adapter to export"),
+        ("export.py", ["--model={tmp}", "--to={tmp}/to", "--format=model", "--rank=4"], "a rank is for an adapter"),
+        ("export.py", ["--model={tmp}", "--to={tmp}/to", "--format=zip"], "format"),
+        ("export.py", ["--model={tmp}/nowhere", "--to={tmp}/to", "--format=model"], "nowhere: no such model"),
+        ("describe.py", [], "a path is missing"),
+        ("describe.py", ["{tmp}/nowhere"], "nowhere: no such file or folder"),
+        ("describe.py", ["{tmp}/file"], "file: not known: a file must be"),
+        ("describe.py", ["{tmp}"], "not known: none of provider.json, adapter_config.json"),
+        ("describe.py", ["a", "b", "--plot=c.png"], "--plot is of one adapter"),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, arguments, message):

@@ -288,6 +288,53 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@_styled
+def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
+    """Singular values of an adapter's delta, target by target.
+
+    Args:
+        spectra: {target: for each layer, the singular values, descending}.
+        title: a line above the panels, such as what the adapter is.
+
+    Returns:
+        One panel a target on one logarithmic scale; thin: each layer, colored by its depth, thick: their median.
+        Values that f32 cannot tell from zero beside the adapter's largest are left out.
+    """
+    grids = {name: _grid(layers) for name, layers in spectra.items()}
+    largest = max((np.nanmax(grid, initial=0.0) for grid in grids.values()), default=0.0)
+    if largest <= 0:
+        return _nothing("no singular value but zero")
+    rows = math.ceil(len(grids) / 4)
+    columns = math.ceil(len(grids) / rows)
+    figure = _figure(max(3.1 * columns + 1.2, 6), 2.7 * rows + 0.9)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    depth = max(len(grid) for grid in grids.values())
+    palette = matplotlib.colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))  # no yellow
+    colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(depth - 1, 1)), palette)
+    drawn = []
+    for axis, (name, grid) in zip(axes, grids.items(), strict=False):
+        lines = [*grid, np.median(grid, axis=0)]
+        styles = [{"color": colors.to_rgba(layer), "linewidth": 0.8, "alpha": 0.8} for layer in range(len(grid))]
+        for values, style in zip(lines, [*styles, {"color": DARK, "linewidth": 2.6}], strict=True):
+            shown = values[values > 1e-6 * largest]
+            axis.plot(range(1, len(shown) + 1), shown, marker="." if len(shown) == 1 else None, **style)
+            drawn.append(shown)
+        axis.set_title(name)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axis.grid(axis="y", color=PALE)
+    for axis in axes[len(grids) :]:
+        axis.set_axis_off()
+    for axis in axes[max(len(grids) - columns, 0) : len(grids)]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
+    axes[0].set_xlim(0.5, max(map(len, drawn)) + 0.5)
+    _log_scale(axes[0], drawn)
+    figure.colorbar(colors, ax=list(axes), label="layer", ticks=MaxNLocator(6, integer=True), aspect=30, pad=0.02)
+    figure.suptitle(title, wrap=True)
+    figure.supxlabel("index (thick: median over layers)", fontsize=10)
+    figure.supylabel("singular value (log scale)", fontsize=10)
+    return figure
+
+
 def _heat_map(figure: Figure, axis: Axes, grid: np.ndarray, title: str) -> None:
     colors = matplotlib.colormaps["cividis"].with_extremes(bad=PALE)
     finite = grid[np.isfinite(grid)]

@@ -1,6 +1,8 @@
 """Reads a GGUF file (llama.cpp's format): dequantized weights, sizes, and the tokenizer in its metadata."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,21 @@ def read_gguf_spec(path: str | Path) -> ModelSpec:
     """The spec of a GGUF file, from its metadata alone; raises as `read_gguf`."""
     reader = _open(path)
     return _spec(reader, _Metadata(reader, path))
+
+
+def describe_gguf(path: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec and what else the header says, without a weight being read; raises as `read_gguf`.
+
+    Returns:
+        The spec; and "dtypes" (how many tensors of each), "tokens" and whether there is a "chat_template".
+    """
+    reader = _open(path)
+    metadata = _Metadata(reader, path)
+    return _spec(reader, metadata), {
+        "dtypes": dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
+        "tokens": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "chat_template": bool(metadata.get("tokenizer.chat_template")),
+    }
 
 
 class _Metadata:

@@ -23,7 +23,7 @@ from br_jax.models.spec import KERNELS, ModelSpec
 _INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_JSON = 1 << 26  # bytes: a real config has a few thousand, the index of a large model a few hundred thousand
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
@@ -77,7 +77,7 @@ def read_hf(
     tensors = _tensors(folder)
     if spec.tie_embeddings and "lm_head.weight" in tensors:
         _check_tied(folder, tensors)
-    tokenizer = _tokenizer(folder, spec)
+    tokenizer = read_tokenizer(folder, spec)
     dtype = jnp.dtype(dtype)
     load = functools.partial(load_params, spec, tensor_names(spec), tensors, str(folder), dtype, mesh)
     return spec, cached_params(cache, folder, spec, dtype, mesh, load), tokenizer
@@ -139,7 +139,7 @@ def write_hf(
             else:
                 config = read_json(Path(like) / "config.json")
                 for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
-                    if file.suffix not in _PICKLES:
+                    if file.suffix not in PICKLES:
                         shutil.copyfile(file, whole / file.name)
             config["dtype" if "dtype" in config else "torch_dtype"] = dtype
             (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -200,22 +200,37 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of the folder's safetensors files, none of them read yet."""
-    index = {}
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
-            raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
-    tensors = {}
-    for name in sorted(set(index.values())) or [_WEIGHTS]:
-        file = folder / name
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, in order.
+
+    Raises:
+        UserError: one is missing, weights are pickled, or the index is damaged.
+    """
+    files = [folder / name for name in sorted(set(_index(folder).values())) or [_WEIGHTS]]
+    for file in files:
         if file.suffix != ".safetensors" or not file.is_file():
-            pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+            pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             why = f": {pickled[0]} is pickled and can run code; convert it to safetensors" if pickled else ""
             raise UserError(f"{file}: no such file: weights are read from safetensors only{why}")
+    return files
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Which file holds each tensor; empty without an index."""
+    if not (folder / _INDEX).is_file():
+        return {}
+    index = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
+        raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
+    return index
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the folder's safetensors files, none of them read yet."""
+    index, tensors = _index(folder), {}
+    for file in weight_files(folder):
         found = _open_shard(file)
-        if wrong := sorted(n for n in found if index.get(n, name) != name):
+        if wrong := sorted(n for n in found if index.get(n, file.name) != file.name):
             raise UserError(f"{file}: tensor {wrong[0]} belongs to {index[wrong[0]]} by the index: download again")
         tensors |= found
     # Old checkpoints carry rope's frequencies, which follow from rope_theta.
@@ -249,7 +264,12 @@ def _check_tied(folder: Path, tensors: dict[str, Stored]) -> None:
         raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
 
 
-def _tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
+def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The tokenizer that transformers would use.
+
+    Raises:
+        UserError: it is missing, damaged, or has more tokens than the model has embeddings.
+    """
     from transformers import AutoTokenizer  # here, for it imports torch where torch is installed
 
     path = folder / "tokenizer.json"

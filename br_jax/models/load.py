@@ -16,6 +16,7 @@ from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 
 PROVIDER_FILE = "provider.json"
+_RECORDED = ("base", "template", "dtype", "fingerprint")
 _SOURCES = "give a GGUF file, a Hugging Face folder, a model's name on the Hub or a provider's folder"
 
 
@@ -23,7 +24,7 @@ def load_model(
     source: str | os.PathLike,
     *,
     template: str = "chat",
-    dtype: str = "float32",
+    dtype: str | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
     cache: str | os.PathLike | None = None,
@@ -35,7 +36,8 @@ def load_model(
             provider's folder, which gives the aligned base: the model that provider.json names, with the align adapter
             folded in.
         template: "chat" (the model's own) or "alpaca" (the paper's); a provider's folder brings its own.
-        dtype: compute dtype of the params, "float32" or "bfloat16".
+        dtype: compute dtype of the params, "float32" or "bfloat16"; None is float32, or what a provider's folder
+            records.
         mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
             JAX's default device.
         revision: of a model on the Hub: branch, tag or commit.
@@ -47,7 +49,7 @@ def load_model(
     Raises:
         UserError: what is there is missing, damaged, of an unsupported family, or not what provider.json recorded.
     """
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
     name = pathlib.Path(source).name
     path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
@@ -55,7 +57,8 @@ def load_model(
         return _load_aligned(path, dtype, mesh, cache)
     if not path.exists():
         raise UserError(f"{path}: no such model: {_SOURCES}")
-    spec, params, tokenizer = (read_hf if path.is_dir() else read_gguf)(path, dtype, mesh, cache)
+    read = read_hf if path.is_dir() else read_gguf
+    spec, params, tokenizer = read(path, dtype or "float32", mesh, cache)
     stops = read_stop_tokens(path) if path.is_dir() else ()
     return make_model(spec, params, tokenizer, name.removesuffix(".gguf"), template, stops)
 
@@ -78,22 +81,47 @@ def fold_adapter(model: Model, adapter: lora.Adapter, name: str) -> Model:
     return make_model(model.spec, params, model.tokenizer, name, model.template, model.stop_tokens)
 
 
-def _load_aligned(folder: pathlib.Path, dtype: str, mesh: Mesh | None, cache) -> Model:
+def read_provider(folder: pathlib.Path) -> dict:
+    """What provider.json records, with its "base" as a path or a Hub name that can be loaded from anywhere.
+
+    Raises:
+        UserError: the file is damaged, or no such record.
+    """
     file = folder / PROVIDER_FILE
     try:
         record = json.loads(file.read_text())
-        source, template, wanted = record["base"], record["template"], record["fingerprint"]
+        source, *_ = (record[name] for name in _RECORDED)
+        base = source if is_hub_name(source) and not (folder / source).exists() else str(folder / source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a provider's record ({error}): make the folder again") from error
-    source = source if is_hub_name(source) and not (folder / source).exists() else folder / source
-    revision = record.get("revision")
-    raw = load_model(source, template=template, dtype=dtype, mesh=mesh, revision=revision, cache=cache)
+    return record | {"base": base}
+
+
+def find_folder(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path | None:
+    """The Hugging Face folder that the weights of a source come from, through a provider's folder too; None for GGUF.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
+    if (path / PROVIDER_FILE).is_file():
+        record = read_provider(path)
+        return find_folder(record["base"], record.get("revision"))
+    return path if path.is_dir() else None
+
+
+def _load_aligned(folder: pathlib.Path, dtype: str | None, mesh: Mesh | None, cache) -> Model:
+    record = read_provider(folder)
+    dtype, revision, wanted = dtype or record["dtype"], record.get("revision"), record["fingerprint"]
+    template = record["template"]
+    raw = load_model(record["base"], template=template, dtype=dtype, mesh=mesh, revision=revision, cache=cache)
     model = raw
     if record.get("align"):
         adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)
         model = fold_adapter(raw, adapter, f"{raw.name}-aligned")
     if dtype == record["dtype"] and model.fingerprint != wanted:
         raise UserError(
-            f"{file}: the aligned base is {model.fingerprint[:12]}, recorded was {wanted[:12]}: make it again"
+            f"{folder / PROVIDER_FILE}: the aligned base is {model.fingerprint[:12]}, recorded was {wanted[:12]}: "
+            "make it again"
         )
     return model

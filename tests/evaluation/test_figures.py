@@ -52,12 +52,17 @@ MERGE = {
         }
     },
 }
+SPECTRA = {
+    "q": [[4.0, 2.0, 1e-9], [2.0, 1.0, 0.0], [3.0, 0.5, 0.0]],
+    **{name: [[0.4, 0.2, 0.1]] * 3 for name in ("v", "gate", "up", "down")},
+}
 DRAWN = {
     "results": lambda: figures.results_figure(MODELS, "The claim held."),
     "training": lambda: figures.training_figure(CURVES),
     "saturation": lambda: figures.saturation_figure(WITH, WITHOUT),
     "verdicts": lambda: figures.verdict_figure(MODELS),
     "merge": lambda: figures.merge_figure(MERGE),
+    "spectra": lambda: figures.spectra_figure(SPECTRA, "user, rank 3, on tiny"),
 }
 EMPTY = {
     "results": lambda: figures.results_figure({}),
@@ -65,6 +70,7 @@ EMPTY = {
     "saturation": lambda: figures.saturation_figure([], []),
     "verdicts": lambda: figures.verdict_figure({"aligned": {"verdicts": {}}}),
     "merge": lambda: figures.merge_figure({}),
+    "spectra": lambda: figures.spectra_figure({"q": [[0.0, 0.0]]}),
     "merge, bare": lambda: figures.merge_figure({"matrices": {"layers/attn/q": {}}}),
 }
 
@@ -133,6 +139,13 @@ def test_saturation_lines_are_the_probes():
     assert axes[2].get_yscale() == "log"
     np.testing.assert_allclose(buffer.get_xydata(), [[0, 0.2], [10, 0.2 / 11], [20, 0.2 / 21]])
     np.testing.assert_allclose(sft.get_ydata(), [3.0, 3.0, 3.0])
+
+
+def test_spectra_are_each_layer_s_and_their_median_without_rounding_noise():
+    *layers, median = figures.spectra_figure(SPECTRA).axes[0].lines
+    assert [line.get_ydata().tolist() for line in layers] == [[4.0, 2.0], [2.0, 1.0], [3.0, 0.5]]
+    np.testing.assert_array_equal(median.get_xydata(), [[1, 3.0], [2, 1.0]])
+    assert len({line.get_color() for line in layers}) == 3 and median.get_linewidth() > layers[0].get_linewidth()
 
 
 def test_numbers_that_are_not_finite_leave_a_gap():

@@ -1,0 +1,40 @@
+"""Says what files and folders are: models, adapters, provider's folders, runs; from their headers and configs.
+
+python experiments/describe.py PATH... [--json=F] [--plot=F.png]
+
+An adapter is told without its base: ranks, roles, whether a Buffer is in it, how large its change is and where.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from br_jax.command_line import run_with_flags
+from br_jax.errors import UserError
+
+JSON = flags.DEFINE_string("json", None, "File for every figure, singular values included.")
+PLOT = flags.DEFINE_string("plot", None, "Picture of one adapter's singular values, F.png; a PDF is put beside it.")
+
+
+def main(argv: list[str]) -> None:
+    """Paths and one call for each."""
+    from br_jax.describe import describe, plot_spectra, render
+    from br_jax.files import write_text
+
+    if len(argv) < 2:
+        raise UserError("a path is missing: give a model, an adapter, a provider's folder, a run, or several")
+    if PLOT.value and len(argv) > 2:
+        raise UserError("--plot is of one adapter: give one path")
+    found = []
+    for path in argv[1:]:
+        found.append(describe(path))
+        print(render(found[-1]) + "\n")
+    if JSON.value:
+        write_text(pathlib.Path(JSON.value), json.dumps(found, indent=1) + "\n")
+    if PLOT.value:
+        print(*plot_spectra(found[0], PLOT.value))
+
+
+if __name__ == "__main__":
+    run_with_flags(main)

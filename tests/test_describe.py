@@ -1,0 +1,201 @@
+"""What a path is said to hold: against numpy, transformers and gguf, without a base; and paths that are nothing."""
+
+import hashlib
+import json
+import pickle
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from br_jax.adapters import lora
+from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from br_jax.describe import describe, plot_spectra, render
+from br_jax.errors import UserError
+from br_jax.models.hf import write_hf
+from br_jax.models.load import PROVIDER_FILE
+
+KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was opened",)
+
+
+@pytest.fixture
+def adapter(tmp_path, make_adapter, tiny):
+    """An adapter's folder, and the adapter."""
+    made = make_adapter("user", rank=3)
+    save_adapter(tmp_path / "adapter", made, base_name="tiny", fingerprint=tiny.fingerprint)
+    return tmp_path / "adapter", made
+
+
+@pytest.fixture
+def model(tmp_path, make_tiny):
+    """A model's folder in two shards, bf16, with a pickle beside it."""
+    made = make_tiny(dtype=jnp.bfloat16, tie_embeddings=False, window=16, model_type="mistral")
+    write_hf(tmp_path / "model", made.spec, made.params, made.tokenizer, shard_bytes=60_000)
+    (tmp_path / "model" / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
+    return tmp_path / "model", made
+
+
+def test_an_adapter_is_told_without_its_base(adapter, tiny):
+    folder, made = adapter
+    found = describe(folder)
+    facts, rows = found["facts"], {row["target"]: row for row in found["rows"]}
+    assert found["kind"] == "adapter" and list(rows) == ["q", "v", "gate", "up", "down"]
+    assert facts["roles"] == ["user"] and facts["holds_a_buffer"] == "no" and facts["base"] == "tiny"
+    assert facts["base_fingerprint"] == tiny.fingerprint and facts["base_checked"] is False
+    assert (facts["rank"], facts["alpha"], facts["scale"], facts["layers"]) == (3, 6, 2.0, 2)
+    assert facts["sha256"] == hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    for path, dense in lora.delta(made).items():
+        row = rows[path.rsplit("/", 1)[-1]]
+        sigma = np.linalg.svd(np.float64(dense), compute_uv=False)
+        norms = np.linalg.norm(np.float64(dense), axis=(1, 2))
+        assert (row["in"], row["out"], row["layers"], row["rank"]) == (*dense.shape[1:], 2, [3])
+        np.testing.assert_allclose(found["spectra"][row["target"]], sigma[:, :3], rtol=1e-4)
+        assert row["mean_norm"] == pytest.approx(norms.mean(), rel=1e-5)
+        assert row["largest_norm"] == pytest.approx(norms.max(), rel=1e-5) and row["at_layer"] == norms.argmax()
+        assert row["stable_rank"] == pytest.approx(np.mean(norms**2 / sigma[:, 0] ** 2), rel=1e-4)
+        assert row["effective_rank"] == 3
+    assert facts["largest_norm"] == max(row["largest_norm"] for row in rows.values())
+    json.dumps(found)
+
+
+def test_a_buffer_is_named_as_one(tmp_path, make_adapter):
+    held = lora.stack([make_adapter("user"), make_adapter("buffer", seed=1)])
+    save_adapter(tmp_path / "held", held, base_name="tiny", provider=True)
+    found = describe(tmp_path / "held")
+    assert found["facts"]["roles"] == ["buffer", "user"]
+    assert "holds a buffer    yes, keep it in the provider's folder" in render(found)
+    alone = describe(tmp_path / "held" / WEIGHTS_FILE)
+    assert '"buffer"' in alone["facts"]["notes"]["br_jax"]
+
+
+def test_some_layers_of_peft_s_own(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {KEY.format(layer, "A"): rng.normal(size=(2, 6)) for layer in (1, 3)}
+    tensors |= {KEY.format(layer, "B"): rng.normal(size=(5, 2)) for layer in (1, 3)}
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(CONFIG | {"layers_to_transform": [1, 3]}))
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
+    found = describe(tmp_path)
+    (row,) = found["rows"]
+    norms = [np.linalg.norm(3 * tensors[KEY.format(layer, "B")] @ tensors[KEY.format(layer, "A")]) for layer in (1, 3)]
+    assert row["mean_norm"] == pytest.approx(np.mean(norms)) and row["at_layer"] == (1, 3)[int(np.argmax(norms))]
+    assert row["layers"] == found["facts"]["layers"] == 2 and found["facts"]["roles"] is None
+    assert found["facts"]["holds_a_buffer"] == "not recorded" and found["facts"]["dtypes"] == {"F64": 4}
+    assert found["facts"]["pickles_not_opened"] == ["optimizer.pt"]
+
+
+def test_a_model_is_told_from_config_and_headers(model):
+    folder, made = model
+    facts = describe(folder)["facts"]
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert len(shards) > 1 and facts["shards"] == len(shards) and facts["tensors"] == len(tensors)
+    assert facts["parameters"] == sum(tensor.size for tensor in tensors.values())
+    assert facts["dtypes"] == {"BF16": len(tensors)}
+    assert facts["bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert (facts["family"], facts["layers"], facts["heads"], facts["key_value_heads"]) == ("mistral", 2, 4, 2)
+    assert facts["tokens"] == len(made.tokenizer) and facts["chat_template"] and not facts["tied_embeddings"]
+    assert facts["window"] == "16 in 2 layers" and facts["pickles_not_opened"] == ["optimizer.pt"]
+
+
+def test_a_safetensors_file_is_told_tensor_by_tensor(tmp_path):
+    tensors = {"x": np.ones((2, 3), np.float16), "\x1b[31my": np.ones(4, np.int64), "z": np.ones(5, bool)}
+    save_file(tensors, tmp_path / "some.safetensors")
+    found = describe(tmp_path / "some.safetensors")
+    told = {row["tensor"]: (row["dtype"], row["shape"], row["bytes"]) for row in found["rows"]}
+    assert told == {"x": ("F16", [2, 3], 12), "\x1b[31my": ("I64", [4], 32), "z": ("BOOL", [5], 5)}
+    assert found["facts"]["parameters"] == 15
+    assert "\x1b" not in render(found)  # a terminal would obey it
+
+
+def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
+    record = {"base": "../model", "align": None, "template": "alpaca", "dtype": "float32", "fingerprint": "ab"}
+    provider = tmp_path / "provider"
+    for stage, step in {"align": None, "buffer": 40, "reinforce": None}.items():
+        (provider / stage).mkdir(parents=True)
+        (provider / stage / "run.json").write_text(json.dumps({"config": {"rank": 4}, "inputs": {"rows": "cd"}}))
+        if step:
+            (provider / stage / "checkpoints" / str(step)).mkdir(parents=True)
+            (provider / stage / "checkpoints" / "9").mkdir()
+    (provider / "align" / "stage.json").write_text(json.dumps({"rows": 8, "steps": 2, "finished": "2026"}))
+    assert describe(provider)["kind"] == "workdir"
+    (provider / PROVIDER_FILE).write_text(json.dumps(record))
+    provider.chmod(0o755)
+    found = describe(provider)
+    assert found["kind"] == "provider" and found["facts"]["only_its_owner_may_enter"] is False
+    assert found["facts"]["base"] == str(provider / "../model") and found["facts"]["fingerprint"] == "ab"
+    states = {row["stage"]: row["state"] for row in found["rows"]}
+    assert states == {"align": "finished", "buffer": "stopped, goes on from step 40", "reinforce": "begun"}
+    assert found["rows"][0]["steps"] == 2
+    stage = describe(provider / "align")
+    assert stage["kind"] == "stage" and stage["facts"]["rows"] == 8 and stage["facts"]["config_rank"] == 4
+    (tmp_path / "results.json").write_text(json.dumps({"models": {"raw": {}}, "command": "x"}))
+    assert describe(tmp_path)["facts"]["scored_models"] == ["raw"] and describe(tmp_path)["facts"]["provider"]
+
+
+def bad(tmp_path, what):
+    """A path of something that cannot be described."""
+    folder = tmp_path / what
+    folder.mkdir()
+    if what == "pickled":
+        (folder / CONFIG_FILE).write_text("{}")
+        (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    if what == "pickles":
+        (folder / "weights.pt").write_bytes(pickle.dumps(Bomb()))
+    if what == "a.pt":
+        (folder / "a.pt").write_bytes(pickle.dumps(Bomb()))
+        return folder / "a.pt"
+    if what == "cut":
+        save_file({"x": np.ones(99)}, folder / "x.safetensors")
+        (folder / "x.safetensors").write_bytes((folder / "x.safetensors").read_bytes()[:-8])
+        return folder / "x.safetensors"
+    if what == "junk":
+        (folder / "x.gguf").write_bytes(b"junk" * 100)
+        return folder / "x.gguf"
+    if what in ("deep", "half"):
+        (folder / CONFIG_FILE).write_text(json.dumps(CONFIG))
+    if what == "deep":
+        save_file({KEY.format(999999999, half): np.ones((2, 2)) for half in "AB"}, folder / WEIGHTS_FILE)
+    if what == "half":
+        save_file({KEY.format(0, "A"): np.ones((2, 2))}, folder / WEIGHTS_FILE)
+    if what == "record":
+        (folder / PROVIDER_FILE).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("empty", "none of provider.json, adapter_config.json"),
+        ("pickled", "adapter_model.bin: pickled weights are refused"),
+        ("pickles", "weights.pt is pickled, can run code and is not opened"),
+        ("a.pt", "a.pt: pickled, which can run code, so it is not opened"),
+        ("cut", "x.safetensors: truncated or damaged"),
+        ("junk", "x.gguf: not a GGUF file"),
+        ("deep", "has a tensor of layer 999,999,999"),
+        ("half", r"lacks .*lora_B"),
+        ("record", "provider.json: not a provider's record"),
+    ],
+)
+def test_what_cannot_be_described_is_one_line(tmp_path, what, message):
+    with pytest.raises(UserError, match=message) as caught:
+        describe(bad(tmp_path, what))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_prints_and_writes(script, adapter, model, tmp_path):
+    folder, _ = adapter
+    json_file, picture = tmp_path / "figures.json", tmp_path / "new" / "spectra.png"
+    status, said = script("describe.py", folder, f"--json={json_file}", f"--plot={picture}")
+    assert status == 0, said
+    (found,) = json.loads(json_file.read_text())
+    assert found == describe(folder) and picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="spectra are an adapter's, this is of the kind model"):
+        plot_spectra(describe(model[0]), picture)
