@@ -19,7 +19,7 @@ FORMAT = flags.DEFINE_enum("format", "adapter", ["adapter", "model"], "What to w
 RANK = flags.DEFINE_integer("rank", None, "Rank of the adapter written; default: its own.", lower_bound=1)
 TEMPLATE = flags.DEFINE_enum("template", "chat", ["chat", "alpaca"], "A provider's folder brings its own.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the model; default: a provider's own, or float32."
+    "dtype", None, ["float32", "bfloat16"], "Of the model; default: a provider's, or float32."
 )
 REVISION = flags.DEFINE_string("revision", None, "Of a model on the Hub: branch, tag or commit.")
 
