@@ -81,6 +81,7 @@ def hub(tiny, tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", asked, folder
     server.shutdown()
+    server.server_close()
 
 
 def ask(cases, home, **environment):
