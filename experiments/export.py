@@ -18,9 +18,7 @@ TO = flags.DEFINE_string("to", None, "Folder to write; an earlier export there i
 FORMAT = flags.DEFINE_enum("format", "adapter", ["adapter", "model"], "What to write.")
 RANK = flags.DEFINE_integer("rank", None, "Rank of the adapter written; default: its own.", lower_bound=1)
 TEMPLATE = flags.DEFINE_enum("template", "chat", ["chat", "alpaca"], "A provider's folder brings its own.")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the model; default: a provider's, or float32."
-)
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; default: a provider's, or float32.")
 REVISION = flags.DEFINE_string("revision", None, "Of a model on the Hub: branch, tag or commit.")
 
 
