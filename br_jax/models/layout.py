@@ -114,9 +114,7 @@ def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stor
     """One param: its layers' tensors, each turned, cast and written into place while the next one is read."""
     stacked, turned = path.startswith("layers/"), _is_kernel(path)
     shape = leaf.shape[1:] if stacked else leaf.shape
-    buffer, running = None, None
-    if stacked:
-        buffer = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=place)()
+    buffer, running = _empty(leaf.shape, leaf.dtype, place) if stacked else None, None
     for layer, (key, tensor) in enumerate(tensors.items()):
         if tensor.shape != (shape[::-1] if turned else shape):
             fitting = shape[::-1] if turned else shape
@@ -149,6 +147,12 @@ def _read(tensor: Stored, place: NamedSharding | None, stacked: bool, turned: bo
         return read(tuple(each.indices(size)[:2] for each, size in zip(index, tensor.shape, strict=True)))
 
     return jax.make_array_from_callback(tensor.shape, as_stored, part)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(shape: tuple[int, ...], dtype, place):
+    zeros = jnp.zeros(shape, dtype)
+    return zeros if place is None else jax.lax.with_sharding_constraint(zeros, place)
 
 
 @functools.partial(jax.jit, static_argnames=("turned", "dtype", "place"), donate_argnames=("buffer",))
