@@ -1,5 +1,6 @@
 """QR merge against the paper's formula, dense and in float64."""
 
+import copy
 import json
 import logging
 import subprocess
@@ -9,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from br_jax.adapters import merge
 from br_jax.adapters.lora import Adapter, delta, init
 from br_jax.adapters.merge import qr_merge
+from br_jax.adapters.peft import MODULES, load_adapter
 from br_jax.errors import UserError
+from br_jax.models.load import load_model
 
 LAYERS, FAN_IN, FAN_OUT = 2, 96, 80
 PATH = "layers/attn/q"
@@ -148,6 +152,60 @@ def test_more_rank_than_the_matrix_has():
         delta(merged)[PATH], 0.5 * delta(user)[PATH], atol=1e-6 * np.abs(delta(user)[PATH]).max()
     )
     np.testing.assert_allclose(report["matrices"][PATH]["removed_share"], 1.0, rtol=1e-5)
+
+
+def made_by_peft(network, folder, seed, **settings):
+    """The folder of a random adapter of all projections, written by PEFT."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    targets = [name.rsplit(".", 1)[-1] for name in MODULES.values()]
+    config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
+    adapted = peft.get_peft_model(copy.deepcopy(network), config)
+    torch.manual_seed(seed)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def merged_by_the_paper(user, reinforce, strength, scale, tau):
+    """The formula as it is printed, on PEFT's A [r, in] and B [out, r] in float64; also the rank it keeps."""
+    (a_u, b_u, s_u), (a_r, b_r, s_r) = user, reinforce
+    eigenvalues, vectors = np.linalg.eigh(a_u @ a_u.T)
+    kept = eigenvalues > tau * eigenvalues.max()
+    q, _ = np.linalg.qr(b_u if kept.all() else b_u @ vectors[:, kept])
+    w_u, w_r = s_u * b_u @ a_u, s_r * b_r @ a_r
+    return scale * (w_u + (np.eye(len(q)) - strength * q @ q.T) @ w_r), kept.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of PEFT
+def test_folders_of_peft_merge_as_the_paper_says(tmp_path, make_family):
+    network, base = make_family("llama")
+    user_folder = made_by_peft(network, tmp_path / "user", 1, r=6, lora_alpha=9, use_rslora=True)
+    reinforce_folder = made_by_peft(network, tmp_path / "reinforce", 2, r=4, lora_alpha=8)
+    params = load_model(base).params
+    user, reinforce = (load_adapter(folder, params) for folder in (user_folder, reinforce_folder))
+    files = [load_file(folder / "adapter_model.safetensors") for folder in (user_folder, reinforce_folder)]
+    scales = 9 / np.sqrt(6), 8 / 4
+    ranks = set()
+    for strength in (0.0, 0.1, 1.0):
+        for tau in (0.01, 0.6):  # all of the user's directions, and some
+            merged, report = qr_merge(user, reinforce, a=strength, tau=tau)
+            assert merged.weights.keys() == MODULES.keys()
+            for path, found in delta(merged).items():
+                for layer in range(len(found)):
+                    key = f"base_model.model.model.layers.{layer}.{MODULES[path]}.lora_{{}}.weight"
+                    sides = [
+                        (*(np.float64(file[key.format(matrix)]) for matrix in "AB"), scale)
+                        for file, scale in zip(files, scales, strict=True)
+                    ]
+                    expected, kept = merged_by_the_paper(*sides, strength, 0.5, tau)
+                    assert report["matrices"][path]["kept_rank"][layer] == kept
+                    ranks.add(int(kept))
+                    # 1e-5: as in `assert_merges_as_dense`
+                    distance = np.linalg.norm(np.asarray(found[layer], np.float64).T - expected)
+                    assert distance <= 1e-5 * np.linalg.norm(expected), (path, layer, strength)
+    assert max(ranks) == 6 > min(ranks), "no direction is cut here, or each time"
 
 
 def test_an_untrained_user_leaves_reinforce_as_it_is():
