@@ -35,6 +35,7 @@ two  spaces   three    four
 tab\tand\x0bvertical
 I'm sure they've said we'll go, don't you'd?
 IT'S CAPITALS, WE'RE
+O'REILLY and D'Artagnan
 1234567890
 3.14159 and 2,718 and 1e-10
 a1b2c3 x=42;
@@ -71,6 +72,7 @@ text<|im_end|>glued
 <repo_name>a/b<file_sep>c.py
 <|im_end <|im_end||> almost special
 <gh_stars>100<issue_start>
+the byte <0x41> is spelled out
 supercalifragilisticexpialidocious antidisestablishmentarianism
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 aAbBcC XmlHttpRequest snake_case_name kebab-case-name
@@ -85,7 +87,7 @@ LINES = [line.replace("⏎", "\n") for line in STRINGS.split("\n")]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 USER_DEFINED = ["<repo_name>", "  "]
 ADDED = "|".join(map(re.escape, (*CONTROL, *USER_DEFINED)))
-LONG = "antidisestablishmentarianism"
+LONG, SPELLED = "antidisestablishmentarianism", "<0x41>"
 
 
 def rebuild(path):
@@ -100,7 +102,8 @@ def train(pre_tokenizer, alphabet=(), normalizer=None):
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=list(alphabet), show_progress=False)
-    lines = [part for line in LINES if LONG not in line for part in re.split(ADDED, line)]
+    lines = [line for line in LINES if LONG not in line and SPELLED not in line]
+    lines = [part for line in lines for part in re.split(ADDED, line)]
     tokenizer.train_from_iterator(lines, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
@@ -169,6 +172,8 @@ def test_byte_level_ids_are_those_of_the_makers_class(byte_level, bytes_vocabula
     theirs.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
     theirs.add_tokens([AddedToken(token, normalized=False) for token in USER_DEFINED[:1]])
     for text in LINES:
+        words, expected = (each.pre_tokenizer.pre_tokenize_str(text) for each in (ours.backend_tokenizer, theirs))
+        assert words == expected
         ids = ours.encode(text)
         assert ids == theirs.encode(text).ids, text
         assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
@@ -194,8 +199,9 @@ def pieces():
     """Scores of a vocabulary, as SentencePiece gives them: minus the rank among merges, then the characters."""
     whole = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     vocab, merges = train(whole, normalizer=normalizers.Replace(" ", "▁"))
-    # Two spaces are an added token; what has some of the characters is no piece, and they have to be bytes.
-    ranked = [*map("".join, merges), *(piece for piece in vocab if len(piece) == 1)]
+    # Two spaces are an added token; what has some of the characters is no piece, and they have to be bytes. The last
+    # pieces would make a byte's token of its name, if one could be joined.
+    ranked = [*map("".join, merges), *(piece for piece in vocab if len(piece) == 1), "<0", "x4", "<0x4", "1>"]
     known = dict.fromkeys(piece for piece in ranked if "▁▁" not in piece and not set(piece) & set("é北🙂\n"))
     return {piece: -float(rank) for rank, piece in enumerate(known)}
 
@@ -246,12 +252,14 @@ def test_sentencepiece_ids_follow_its_rule(sentencepiece, pieces, prefix):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_sentencepiece_ids_are_those_of_transformers(sentencepiece, architecture):
-    """Where its converter is right: it puts no space after an added token, and none before a space."""
+    """Where its converter is right: it joins the letters of a byte's name to that byte's token, and for Llama puts no
+    space after an added token, and none before a space.
+    """
     path, ours = sentencepiece(architecture, add_space_prefix=architecture == "llama")
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    plain = [text for text in LINES if not re.search(f"^ |{ADDED}", text)]
-    texts = LINES if architecture == "gemma2" else plain
-    assert len(plain) > 40
+    wrong = SPELLED if architecture == "gemma2" else f"{SPELLED}|^ |{ADDED}"
+    texts = [text for text in LINES if not re.search(wrong, text)]
+    assert len(texts) > 40
     for text in texts:
         assert ours.encode(text) == theirs.encode(text), text
 
