@@ -95,7 +95,7 @@ _ONLY = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0,
 
 def read_gguf(
     path: str | Path, dtype="float32", mesh: Mesh | None = None, cache: str | os.PathLike | None = None
-) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
+) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
     """Reads a GGUF file of one of `ARCHITECTURES`, of any quantization that the `gguf` package knows.
 
     Args:
@@ -105,7 +105,7 @@ def read_gguf(
         cache: folder of converted params, see `models.cache`.
 
     Returns:
-        The spec; the params tree (see `decoder`); the tokenizer.
+        The spec; the params tree (see `decoder`); the tokenizer; the tokens that end an answer beside its EOS.
 
     Raises:
         UserError: not a GGUF file, truncated, or a model, tokenizer or setting that br_jax does not have.
@@ -121,7 +121,17 @@ def read_gguf(
     tokenizer = read_tokenizer(metadata, spec)
     dtype = jnp.dtype(dtype)
     load = functools.partial(load_params, spec, TENSOR_NAMES, tensors, str(path), dtype, mesh)
-    return spec, cached_params(cache, Path(path), spec, dtype, mesh, load), tokenizer
+    return spec, cached_params(cache, Path(path), spec, dtype, mesh, load), tokenizer, _stop_tokens(metadata, spec)
+
+
+def _stop_tokens(metadata: Metadata, spec: ModelSpec) -> tuple[int, ...]:
+    """The ends of a turn and of a message, which chat models say where plain ones say EOS."""
+    names = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    ids = {name: metadata.need(name) for name in names if name in metadata.fields}
+    for name, index in ids.items():
+        if not 0 <= index < spec.vocab_size:
+            raise UserError(f"{metadata.path}: {name} is {index}, but there are {spec.vocab_size} tokens")
+    return tuple(ids.values())
 
 
 def read_gguf_spec(path: str | Path) -> ModelSpec:

@@ -56,7 +56,7 @@ def tensor_names(spec: ModelSpec) -> dict[str, str]:
 
 def read_hf(
     path: str | Path, dtype="float32", mesh: Mesh | None = None, cache: str | os.PathLike | None = None
-) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast]:
+) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
     """Reads a model folder; nothing is fetched and no code or pickle in it is run.
 
     Args:
@@ -66,7 +66,8 @@ def read_hf(
         cache: folder of converted params, see `models.cache`.
 
     Returns:
-        The spec; the params tree (see `decoder`); the tokenizer that transformers would use.
+        The spec; the params tree (see `decoder`); the tokenizer that transformers would use; the tokens that end
+        an answer by generation_config.json.
 
     Raises:
         UserError: a file is missing or damaged, a tensor is missing, unexpected or of a wrong shape
@@ -77,26 +78,16 @@ def read_hf(
     tensors = _tensors(folder)
     if spec.tie_embeddings and "lm_head.weight" in tensors:
         _check_tied(folder, tensors)
-    tokenizer = read_tokenizer(folder, spec)
+    tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder)
     dtype = jnp.dtype(dtype)
     load = functools.partial(load_params, spec, tensor_names(spec), tensors, str(folder), dtype, mesh)
-    return spec, cached_params(cache, folder, spec, dtype, mesh, load), tokenizer
+    return spec, cached_params(cache, folder, spec, dtype, mesh, load), tokenizer, stops
 
 
 def read_hf_spec(path: str | Path) -> ModelSpec:
     """The spec of a folder, from its config.json alone; raises as `read_hf`."""
     config = Path(path) / "config.json"
     return read_config(read_json(config), config)
-
-
-def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
-    """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
-    file = Path(path) / _GENERATION
-    ids = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise UserError(f"{file}: eos_token_id is {ids!r}, not token ids: correct it or delete the file")
-    return tuple(ids)
 
 
 def write_hf(
@@ -223,6 +214,16 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
         raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
     return index
+
+
+def _stop_tokens(folder: Path) -> tuple[int, ...]:
+    """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
+    file = folder / _GENERATION
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(f"{file}: eos_token_id is {ids!r}, not token ids: correct it or delete the file")
+    return tuple(ids)
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:

@@ -10,7 +10,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.peft import load_adapter
 from br_jax.errors import UserError
 from br_jax.models.gguf import read_gguf, read_gguf_spec
-from br_jax.models.hf import read_hf, read_hf_spec, read_stop_tokens
+from br_jax.models.hf import read_hf, read_hf_spec
 from br_jax.models.hub import fetch_config, fetch_model, is_hub_name
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
@@ -58,8 +58,7 @@ def load_model(
     if not path.exists():
         raise UserError(f"{path}: no such model: {_SOURCES}")
     read = read_hf if path.is_dir() else read_gguf
-    spec, params, tokenizer = read(path, dtype or "float32", mesh, cache)
-    stops = read_stop_tokens(path) if path.is_dir() else ()
+    spec, params, tokenizer, stops = read(path, dtype or "float32", mesh, cache)
     return make_model(spec, params, tokenizer, name.removesuffix(".gguf"), template, stops)
 
 

@@ -31,7 +31,7 @@ class Model:
     name: str
     template: str
     fingerprint: str
-    stop_tokens: tuple[int, ...] = ()
+    stop_tokens: tuple[int, ...]
 
 
 def make_model(

@@ -1,5 +1,7 @@
 """Generation against a plain loop over whole forward passes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,13 +101,20 @@ def test_it_stops_at_eos(speaker, monkeypatch):
     head = np.array(speaker.params["head"]["kernel"])
     head[:, [byte, eos]] = head[:, [eos, byte]]
     params = {**speaker.params, "head": {"kernel": jnp.asarray(head)}}
-    model = type(speaker)(speaker.spec, params, speaker.tokenizer, "x", "chat", "")
+    model = dataclasses.replace(speaker, params=params)
     assert greedy(model, ["a"]) == [said[:2]]
     # Among neighbors that go on, what follows a row's EOS is EOS.
     ids = []
     monkeypatch.setattr(module, "_decode", lambda model, row: ids.append(row.tolist()) or "")
     greedy(model, [*PROMPTS, "b", "c"], batch_size=8)
     assert [*map(ord, said[:2]), *[eos] * (NEW - 2)] in ids and any(row[-1] != eos for row in ids)
+
+
+def test_it_stops_at_every_stop_token(speaker):
+    """As a chat model does whose turns end in a token that is not EOS."""
+    said = greedy(speaker, ["a"])[0]
+    model = dataclasses.replace(speaker, stop_tokens=(*speaker.stop_tokens, ord(said[2])))
+    assert greedy(model, ["a"]) == [said[:2]]
 
 
 def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):

@@ -16,6 +16,7 @@ from br_jax.models.decoder import Decoder, init_cache, unembed
 from br_jax.models.gguf import ARCHITECTURES, read_gguf, read_gguf_spec
 from br_jax.models.hf import read_hf, write_hf
 from br_jax.models.hf_config import read_config
+from br_jax.models.load import load_model
 from br_jax.models.spec import RopeScaling
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
@@ -93,7 +94,7 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
     head = np.random.default_rng(1).normal(size=(260, 64), scale=0.3).astype(np.float32)
     untied = {} if tied else {"output.weight": head}
     path = write_gguf(tmp_path / "tiny.gguf", architecture, tensors=untied, kind=kind)
-    spec, params, _ = read_gguf(path)
+    spec, params, *_ = read_gguf(path)
     assert spec.tie_embeddings == tied and ("head" in params) != tied
     assert spec == read_gguf_spec(path) and spec.model_type == architecture
     expected = their_logits(oracle(path, **UNREAD.get(architecture, {})), IDS)
@@ -103,11 +104,20 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_written_as_a_folder_comes_back(write_gguf, tmp_path, architecture):
-    spec, params, tokenizer = read_gguf(write_gguf(tmp_path / "tiny.gguf", architecture))
+    spec, params, tokenizer, _ = read_gguf(write_gguf(tmp_path / "tiny.gguf", architecture))
     write_hf(tmp_path / "folder", spec, params, tokenizer)
-    again, same, _ = read_hf(tmp_path / "folder")
+    again, same, *_ = read_hf(tmp_path / "folder")
     assert again == spec
     jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_a_chat_model_stops_at_the_end_of_a_turn(write_gguf, tmp_path):
+    """As Gemma-2's, whose EOS no chat ever says."""
+    path = write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.eot_token_id": 258})
+    assert load_model(path).stop_tokens == (259, 258)
+    path = write_gguf(tmp_path / "wrong.gguf", metadata={"tokenizer.ggml.eot_token_id": 9999})
+    with pytest.raises(UserError, match=r"eot_token_id is 9999, but there are 260 tokens"):
+        load_model(path)
 
 
 def llama3_divisors(head_dim, theta, factor):
@@ -126,7 +136,7 @@ def test_rope_factors_are_llama_3_scaling(write_gguf, tmp_path):
     divisors, rope = llama3_divisors(16, 10000.0, 8.0)
     assert {1.0, 8.0} < set(divisors.tolist()), "fast, slow and mixed frequencies must all be there"
     path = write_gguf(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": divisors})
-    spec, params, _ = read_gguf(path)
+    spec, params, *_ = read_gguf(path)
     assert spec.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     # transformers' loader skips the tensor. Far apart, or what turns slowly does not turn at all.
     far = [0, 1, 500, 501, 3000, 7000, 7001, 9000]
@@ -320,7 +330,7 @@ PROMPTS = ["The capital of France is", CHAT, "def add(a, b):\n    return"]
 
 @needs_smollm2
 def test_smollm2_is_the_model_that_transformers_loads():
-    spec, params, tokenizer = read_gguf(SMOLLM2)
+    spec, params, tokenizer, _ = read_gguf(SMOLLM2)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     assert len(set(map(len, prompts))) == 3
     params = jax.device_put(params)

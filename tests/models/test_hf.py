@@ -56,7 +56,7 @@ def our_logits(spec, params, ids):
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_bit_equal(tmp_path, tied, dtype):
     make_folder(tmp_path / "theirs", tied, dtype)
-    spec, params, tokenizer = read_hf(tmp_path / "theirs", dtype)
+    spec, params, tokenizer, _ = read_hf(tmp_path / "theirs", dtype)
     write_hf(tmp_path / "ours", spec, params, tokenizer)
     theirs, ours = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     assert ours.keys() == theirs.keys()
@@ -68,7 +68,7 @@ def test_round_trip_is_bit_equal(tmp_path, tied, dtype):
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_those_of_transformers(tmp_path, tied):
     model = make_folder(tmp_path, tied)
-    spec, params, tokenizer = read_hf(tmp_path)
+    spec, params, tokenizer, _ = read_hf(tmp_path)
     ids = tokenizer.encode("What is a frobnicator, and why?")
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(tmp_path, tied):
 
 def test_transformers_loads_what_we_write(tmp_path):
     model = make_folder(tmp_path / "theirs")
-    write_hf(tmp_path / "ours", *read_hf(tmp_path / "theirs"))
+    write_hf(tmp_path / "ours", *read_hf(tmp_path / "theirs")[:3])
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = torch.tensor([[1, 2, 3, 200]])
@@ -106,7 +106,7 @@ def test_old_style_config_and_a_tied_head_written_out(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
     edit_config(tmp_path, rope_parameters=None, rope_scaling=None, rope_theta=5000.0)
-    spec, params, _ = read_hf(tmp_path)
+    spec, params, *_ = read_hf(tmp_path)
     assert spec.rope_theta == 5000.0 and "head" not in params
 
 
@@ -246,7 +246,7 @@ def test_a_vocabulary_too_large_is_refused(tmp_path):
 
 def test_write_replaces_a_model_and_nothing_else(tmp_path):
     make_folder(tmp_path / "theirs")
-    model = read_hf(tmp_path / "theirs")
+    model = read_hf(tmp_path / "theirs")[:3]
     for _ in range(2):
         write_hf(tmp_path / "ours", *model)
     (tmp_path / "notes").mkdir()
@@ -259,7 +259,7 @@ def test_write_replaces_a_model_and_nothing_else(tmp_path):
 def test_a_failed_write_leaves_the_old_model_whole(tmp_path, monkeypatch):
     make_folder(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    spec, params, tokenizer = read_hf(tmp_path / "model")
+    spec, params, tokenizer, _ = read_hf(tmp_path / "model")
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")

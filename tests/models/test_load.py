@@ -1,5 +1,6 @@
 """`load_model`: every kind of source, and a provider's folder that gives back the very base it recorded."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -52,7 +53,7 @@ def test_a_fingerprint_sees_every_bit(tiny):
     key, kernel = "layers", tiny.params["layers"]["mlp"]["up"]["kernel"]
     other = jax.tree.map(lambda leaf: leaf, tiny.params)
     other[key]["mlp"]["up"]["kernel"] = kernel.at[1, 2, 3].set(jnp.nextafter(kernel[1, 2, 3], jnp.float32(9)))
-    changed = type(tiny)(tiny.spec, other, tiny.tokenizer, "x", "chat", "")
+    changed = dataclasses.replace(tiny, params=other)
     assert fold_adapter(changed, lora.stack([]), "x").fingerprint != tiny.fingerprint
     assert fold_adapter(tiny, lora.stack([]), "y").fingerprint == tiny.fingerprint
 
@@ -154,7 +155,9 @@ def test_a_mesh_gets_the_same_weights_each_device_its_part(tmp_path, raw, mesh):
     jax.tree.map(np.testing.assert_array_equal, split.params, raw.params)
     assert split.fingerprint == raw.fingerprint
     wanted = shardings(split.params, mesh)
-    assert jax.tree.all(jax.tree.map(lambda leaf, place: leaf.sharding == place, split.params, wanted))
+    assert jax.tree.all(
+        jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), split.params, wanted)
+    )
 
 
 def test_a_device_s_part_alone_is_read(raw):
