@@ -3,8 +3,8 @@
 python experiments/fit_check.py --config=configs/qwen3_4b.py --topology=v5e:2x4
 --config=configs/qwen3_4b.py:v5p-8 for four v5p chips, :capacity for docs/scaling.md's table.
 
-Hardware: TPU v5e-8. FIT
-Time: TIME
+Hardware: TPU v5e-8 (experiments/fit_check.py says what it takes; not run yet for this config).
+Time: not predicted yet.
 Paper: its figures for this model are not known here. Not run: no TPU was at hand.
 """
 
