@@ -22,8 +22,9 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import read_config
 from br_jax.errors import UserError
 from br_jax.evaluation import figures
+from br_jax.files import PICKLES
 from br_jax.models.gguf import describe_gguf
-from br_jax.models.hf import PICKLES, read_hf_spec, read_json, read_tokenizer, weight_files
+from br_jax.models.hf import read_hf_spec, read_json, read_tokenizer, weight_files
 from br_jax.models.load import PROVIDER_FILE, read_provider
 from br_jax.models.spec import ModelSpec
 

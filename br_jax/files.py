@@ -1,9 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that are not opened."""
 
 import os
 import pathlib
 
 from br_jax.errors import UserError
+
+# Endings of files that are never opened: to read one can run any code.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

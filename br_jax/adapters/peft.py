@@ -23,6 +23,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import PlainLora, adapted_modules, read_config
 from br_jax.errors import UserError
+from br_jax.files import PICKLES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -271,7 +272,7 @@ def _find_weights(folder: Path) -> Path:
     if weights_file in candidates:
         return weights_file
     for path in candidates:
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle") and path.exists():
+        if path.suffix in PICKLES and path.exists():
             raise UserError(f"{path}: pickled weights are refused, they can run code; save the adapter as safetensors")
     raise UserError(f"{folder}: no adapter there ({WEIGHTS_FILE} is missing); give the folder of an adapter")
 

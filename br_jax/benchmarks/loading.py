@@ -18,7 +18,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.sharding import make_mesh
 
-# 1.47 billion params: 2.9 GB in bf16.
+# 1.45 billion params: 2.9 GB in bf16.
 SPEC = ModelSpec(
     vocab_size=64000,
     embed_dim=2048,

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
+from br_jax.files import PICKLES
 from br_jax.models.cache import cached_params
 from br_jax.models.hf_config import read_config, write_config
 from br_jax.models.layout import Stored, Unstacked, load_params, unstack_tensors
@@ -23,7 +24,6 @@ from br_jax.models.spec import KERNELS, ModelSpec
 _INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_JSON = 1 << 26  # bytes: a real config has a few thousand, the index of a large model a few hundred thousand
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
@@ -106,7 +106,7 @@ def write_hf(
         spec: sizes of the model.
         params: params tree, written in its own dtype (float32, bfloat16 or float16).
         tokenizer: its files go beside the weights.
-        like: the folder that the model came from; its config, tokenizer files and licence are copied as they are.
+        like: the folder that the model came from; its config, tokenizer files and license are copied as they are.
         shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
 
     Raises:

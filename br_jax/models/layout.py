@@ -114,10 +114,10 @@ def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stor
     """One param: its layers' tensors, each turned, cast and written into place while the next one is read."""
     stacked, turned = path.startswith("layers/"), _is_kernel(path)
     shape = leaf.shape[1:] if stacked else leaf.shape
+    fitting = shape[::-1] if turned else shape
     buffer, running = _empty(leaf.shape, leaf.dtype, place) if stacked else None, None
     for layer, (key, tensor) in enumerate(tensors.items()):
-        if tensor.shape != (shape[::-1] if turned else shape):
-            fitting = shape[::-1] if turned else shape
+        if tensor.shape != fitting:
             raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {fitting}")
         part = _read(tensor, place, stacked, turned)
         _require_finite(running)

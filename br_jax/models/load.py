@@ -52,7 +52,7 @@ def load_model(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
     name = pathlib.Path(source).name
-    path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
+    path = _locate(source, revision)
     if (path / PROVIDER_FILE).is_file():
         return _load_aligned(path, dtype, mesh, cache)
     if not path.exists():
@@ -96,13 +96,18 @@ def read_provider(folder: pathlib.Path) -> dict:
     return record | {"base": base}
 
 
+def _locate(source: str | os.PathLike, revision: str | None) -> pathlib.Path:
+    """Where a source lies, fetched from the Hub if it is a name there; it need not exist."""
+    return fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
+
+
 def find_folder(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path | None:
     """The Hugging Face folder that the weights of a source come from, through a provider's folder too; None for GGUF.
 
     Raises:
         UserError: as `load_model`.
     """
-    path = fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source)
+    path = _locate(source, revision)
     if (path / PROVIDER_FILE).is_file():
         record = read_provider(path)
         return find_folder(record["base"], record.get("revision"))
