@@ -10,6 +10,7 @@ from br_jax.adapters import lora, peft
 from br_jax.adapters.compress import best_rank
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
+from br_jax.files import require_replaceable
 from br_jax.models.hf import write_hf
 from br_jax.models.load import find_folder, fold_adapter, load_model
 from br_jax.models.model import Model
@@ -52,7 +53,7 @@ def export(
     own = find_folder(source, revision)
     # all that can be said before a model is loaded for nothing
     _require_apart(folder, [place for place in (source, adapter, own) if place is not None])
-    _require_replaceable(folder, form)
+    require_replaceable(folder, form, _MARKS[form])
     if adapter is not None:
         _refuse_buffer(folder, peft.read_provenance(adapter).get("roles", ()))
     model = load_model(source, revision=revision, **load)
@@ -83,7 +84,7 @@ def export_adapter(
         UserError: a Buffer, an adapter of another model, or a folder that cannot be written.
     """
     _refuse_buffer(folder, adapter.roles)
-    _require_replaceable(folder, "adapter")
+    require_replaceable(folder, "adapter", _MARKS["adapter"])
     lora.validate(adapter, model.params)
     loss = {}
     if rank is not None:
@@ -120,7 +121,7 @@ def export_model(
         UserError: a Buffer, an adapter of another model, or a folder that cannot be written.
     """
     _require_apart(folder, [] if like is None else [like])
-    _require_replaceable(folder, "model")
+    require_replaceable(folder, "model", _MARKS["model"])
     whole, rounding = model, {}
     if adapter is not None:
         _refuse_buffer(folder, adapter.roles)
@@ -153,15 +154,6 @@ def _require_apart(folder: str | os.PathLike, sources: Iterable[str | os.PathLik
         place = source.resolve()
         if target == place or target in place.parents or place in target.parents:
             raise UserError(f"{folder}: is, is in or holds the source {source}: choose another place")
-
-
-def _require_replaceable(folder: str | os.PathLike, form: str) -> None:
-    """Raises a `UserError` for what is there already, unless it is empty or an earlier export of this form."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir() or (not any((folder / mark).is_file() for mark in _MARKS[form]) and any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is no {form} folder: choose another place or remove it")
 
 
 def _worst(matrices: Mapping[str, list[float]]) -> dict[str, Any]:

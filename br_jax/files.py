@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 from br_jax.errors import UserError
 
@@ -26,3 +27,21 @@ def write_text(path: pathlib.Path, text: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}): free space or choose another workdir") from error
+
+
+def require_replaceable(folder: str | os.PathLike, kind: str, marks: Iterable[str]) -> None:
+    """Checks that a folder may be written anew: it is not there, is empty, or is an earlier one of its kind.
+
+    Args:
+        folder: to be written.
+        kind: what it will be, for the message.
+        marks: files, any of which makes a folder one of that kind.
+
+    Raises:
+        UserError: something else is there.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (not any((folder / mark).is_file() for mark in marks) and any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is no {kind} folder: choose another place or remove it")

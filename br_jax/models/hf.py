@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
-from br_jax.files import PICKLES
+from br_jax.files import PICKLES, require_replaceable
 from br_jax.models.cache import cached_params
 from br_jax.models.hf_config import read_config, write_config
 from br_jax.models.layout import Stored, Unstacked, load_params, unstack_tensors
@@ -113,8 +113,7 @@ def write_hf(
         UserError: the folder holds something else, or cannot be written (permissions, full disk).
     """
     folder = Path(path)
-    if folder.exists() and not _replaceable(folder):
-        raise UserError(f"{folder}: exists and is no model folder: choose another place or remove it")
+    require_replaceable(folder, "model", ("config.json",))
     tensors = unstack_tensors(spec, tensor_names(spec), params)
     dtype = str(params["embed"]["embedding"].dtype)
     try:
@@ -166,10 +165,6 @@ def _split(tensors: dict[str, Unstacked], limit: int) -> Iterator[list[str]]:
         names.append(name)
         size += tensor.nbytes
     yield names
-
-
-def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
 
 
 def read_json(path: Path) -> dict:

@@ -1,5 +1,6 @@
 """The decoder against itself by other routes: a cache, packing, folding, remat. Its logits: test_hf, test_gguf."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder, abstract_params, init_cache, init_params, join_caches, low_rank, unembed
 
 B, T = 3, 12
@@ -105,6 +107,31 @@ def test_remat_changes_no_gradient(tiny, tokens, make_adapter):
     assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)) > 0
     for remat in ("full", "matmuls", "q, v, down", "offload"):
         jax.tree.map(close, gradient(remat), plain)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_window_in_some_layers_is_the_same_by_the_tpu_kernel(make_tiny, make_adapter, remat):
+    """Splash attention in Pallas' interpreter against plain attention: packed rows beyond the window, soft-caps."""
+    model = make_tiny(num_layers=3, window=100, windowed=(True, False, True), attention_soft_cap=5.0)
+    adapter, rng = lora.collection(make_adapter("user", model=model)), np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 256, (2, 256)), jnp.int32)
+    segments = jnp.asarray([[1] * 180 + [2] * 60 + [0] * 16, [1] * 256], jnp.int32)
+    positions = jnp.asarray([[*range(180), *range(60), *range(16)], [*range(256)]], jnp.int32)
+
+    def gradient(spec, attention):
+        def loss(adapter):
+            variables = {"params": model.params, "lora_trainable": adapter}
+            hidden, _ = Decoder(spec, 0.0, remat, attention).apply(variables, tokens, positions, segments)
+            hidden = jnp.where(segments[..., None] > 0, hidden, 0)
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        (_, hidden), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
+        return hidden, found
+
+    expected, found = (gradient(model.spec, Attend(name, interpret=True)) for name in ("xla", "splash"))
+    jax.tree.map(close, found, expected)
+    other, _ = gradient(dataclasses.replace(model.spec, windowed=(False, True, False)), Attend("xla"))
+    assert np.abs(other - expected[0]).max() > 0.01, "which layers have the window makes no difference here"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -138,6 +138,15 @@ def test_a_stage_compiles_for_the_tpu(config, topology):
 
 
 @needs_libtpu
+def test_a_window_in_some_layers_compiles_for_the_tpu(config):
+    with config.unlocked():
+        config.model.spec.update(window=100, windowed=(True, False), attention_soft_cap=50.0)
+    for stage in ("user", "prefill"):
+        found = fitting.check(config, "v5e:2x2", stage)
+        assert found.fits and found.attention == "splash"
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_named(config):
     found = fitting.check(config, "v5e:1x1", "user", batch=1 << 16)
     assert not found.fits and found.prediction is None
