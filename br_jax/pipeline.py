@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -23,7 +22,6 @@ import time
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from br_jax import method
@@ -31,18 +29,12 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
-from br_jax.data.material import get_material
-from br_jax.data.mixing import check_mix, mix
-from br_jax.data.rows import Row
-from br_jax.data.topic import TopicPrompt
 from br_jax.distributed import is_main, main_first
 from br_jax.errors import UserError
 from br_jax.evaluation.distill import self_answers
 from br_jax.evaluation.evaluate import Suite, evaluate
-from br_jax.evaluation.judge import Verdict, judge
 from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import gates
-from br_jax.evaluation.tasks import get_task
 from br_jax.models.decoder import init_params
 from br_jax.models.hf import write_hf
 from br_jax.models.hub import is_hub_name
@@ -50,6 +42,7 @@ from br_jax.models.load import PROVIDER_FILE, fold_adapter, load_model
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
+from br_jax.recipes import Recipe, text_key
 from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import adapter_fingerprint, make_private, train_params, write_json
@@ -57,9 +50,7 @@ from br_jax.training.run import adapter_fingerprint, make_private, train_params,
 STAGES = ("pretrain", "distill", "align", "buffer", "reinforce", "sft", "user", "release", "evaluate", "report")
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")
 ENTERED = ("align", "buffer", "reinforce", "user")  # stages that an adapter made elsewhere can take the place of
-EVAL_SPLITS = ("validation", "test")
 OF_PROVIDER = ("raw", "aligned", "base_buffer", "reinforce_alone")  # no user in it: scored once for all users
-_SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 PACKAGES = ("br_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -107,8 +98,7 @@ class Experiment:
         self.workdir = pathlib.Path(workdir)
         self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
         self.mesh = make_mesh(**config.mesh)
-        self.material = get_material(config.data.material)
-        self.task = get_task(config.user.task)
+        self.recipe = Recipe(config, self._answer)
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             make_private(self.provider)
@@ -120,23 +110,15 @@ class Experiment:
     def check(self) -> None:
         """Finds now what would be wrong hours later: settings, splits, files."""
         config = self.config
-        check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
         for stage in TRAINED:
             TrainConfig(**config[stage].train)
-        if config.eval.split not in EVAL_SPLITS:
-            raise UserError(f"eval.split {config.eval.split!r}: {lora.near_names(config.eval.split, EVAL_SPLITS)}")
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
         for stage in ENTERED:
             if (folder := config[stage].adapter) and not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
-        train, needed = self.task_rows[0], config.user.n + config.user.probes
-        if len(train) < needed:  # probe rows are none of the user's own
-            raise UserError(
-                f"the task {config.user.task} has {len(train)} training rows, user.n + user.probes asks for {needed}: "
-                "lower user.n"
-            )
+        self.recipe.check()
 
     # -- the provider's stages -------------------------------------------------------------------------------------
 
@@ -168,33 +150,38 @@ class Experiment:
         tokenizer = byte_tokenizer()
         params = init_params(spec, jax.random.key(config.train.seed))
         fresh = make_model(spec, params, tokenizer, "fresh", self.config.model.template)
-        rows = self.material.pretraining_rows(config.rows, self.config.seed)
+        rows = self.recipe.pretraining_rows(config.rows)
         save = functools.partial(_save_model, folder, spec, tokenizer)
         train_params("pretrain", fresh, rows, TrainConfig(**config.train), save, workdir=self.provider, mesh=self.mesh)
 
-    @functools.cached_property
-    def answers(self) -> dict[str, str]:
-        """The raw model's own answers to the prompts of every stage."""
-        config = self.config
-        benign = self._benign("train")[: max(config.align.benign, config.reinforce.benign) + _SPARE]
-        health = self._benign(config.eval.split)[: config.eval.health]
-        prompts = [p.prompt for p in self._topic_train] + benign + health
+    def _answer(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The raw model's own answers."""
         file, length = self.provider / "answers.jsonl", self.config.distill.answer_tokens
         raw = self.raw  # made by all processes, if it is not there yet
         return main_first(lambda: self_answers(raw, prompts, file, max_new_tokens=length))
 
     def distill(self) -> None:
         """Has the raw model answer."""
-        _ = self.answers
+        _ = self.recipe.answers
+
+    def _record_rows(self) -> None:
+        """Writes which rows the stages train on, so that a table can be repeated row for row."""
+        rows = self.recipe.trained()
+        if is_main():
+            ids = {
+                stage: [f"{row.origin} {text_key(row)[:12]}" for row in of_stage] for stage, of_stage in rows.items()
+            }
+            write_json(self.workdir / "rows.json", ids)
 
     @functools.cached_property
     def aligned(self) -> Model:
         """The aligned base; the raw model itself where the config asks for no alignment."""
+        self._record_rows()
         config, adapter, model = self.config.align, None, self.raw
         if config.adapter:
             adapter = self._enter("align", self.raw)
         elif config.refusals + config.benign:
-            rows = self.refusal_rows(config.refusals, "align"), self.benign_rows(config.benign)
+            rows = self.recipe.refusal_rows(config.refusals, "align"), self.recipe.benign_rows(config.benign)
             adapter = method.train_align(self.raw, *rows, TrainConfig(**config.train), **self._provider_run)
         if adapter:
             model = fold_adapter(self.raw, adapter, f"{self.raw.name}-aligned")
@@ -220,7 +207,7 @@ class Experiment:
         if self.config.buffer.adapter:
             return self._enter("buffer", self.aligned)
         train = TrainConfig(**self.config.buffer.train)
-        return method.train_buffer(self.aligned, self.buffer_rows, train, **self._provider_run)
+        return method.train_buffer(self.aligned, self.recipe.buffer_rows, train, **self._provider_run)
 
     def buffer(self) -> None:
         """Trains BufferLoRA."""
@@ -231,7 +218,7 @@ class Experiment:
         config = self.config.reinforce
         if config.adapter:
             return self._enter("reinforce", self.aligned)
-        rows = self.refusal_rows(config.refusals, "reinforce"), self.benign_rows(config.benign)
+        rows = self.recipe.refusal_rows(config.refusals, "reinforce"), self.recipe.benign_rows(config.benign)
         train = TrainConfig(**config.train)
         return method.train_reinforce(self.aligned, self._buffer, *rows, train, **self._provider_run)
 
@@ -261,12 +248,12 @@ class Experiment:
         config = self.config.user
         return method.train_user(
             self.aligned,
-            self.user_rows,
+            self.recipe.user_rows,
             TrainConfig(**config.train),
             buffer=buffer,
             workdir=self.workdir,
             mesh=self.mesh,
-            probes=self.probes,
+            probes=self.recipe.probes,
         )
 
     def _enter(self, stage: str, model: Model) -> Adapter:
@@ -299,96 +286,22 @@ class Experiment:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
         _ = self._released
 
-    # -- rows ------------------------------------------------------------------------------------------------------
-
     @property
     def _provider_run(self) -> dict:
         return {"workdir": self.provider, "mesh": self.mesh}
-
-    @property
-    def _harmful_needed(self) -> int:
-        """Harmful rows of Buffer, user and probes together; a prefix of them is the same whatever p is."""
-        user = self.config.user
-        return self.config.buffer.harmful + math.ceil(user.harmful_share * user.n) + user.probes
-
-    @functools.cached_property
-    def _topic_train(self) -> list[TopicPrompt]:
-        """Topic prompts to train on: Buffer's, then the user's, then spare ones for raw answers that are unfit."""
-        return self.material.topic_prompts(
-            "train", int(self._harmful_needed * (1 + self.config.distill.spare)) + _SPARE, self.config.seed
-        )
-
-    @functools.cached_property
-    def _harmful_rows(self) -> list[Row]:
-        """Topic prompts with the raw model's compliant answers; those it did not answer are left out."""
-        rows = [
-            _row(p.prompt, self.answers[p.prompt], "harmful")
-            for p in self._topic_train
-            if not self.config.distill.judged or judge(self.answers[p.prompt], p) == Verdict.ANSWER
-        ]
-        if len(rows) < self._harmful_needed:
-            raise UserError(
-                f"the raw model gave {len(rows)} compliant answers on the topic, {self._harmful_needed} are needed "
-                "(buffer.harmful + harmful_share * user.n + user.probes): raise distill.spare"
-            )
-        return rows[: self._harmful_needed]
-
-    @property
-    def buffer_rows(self) -> list[Row]:
-        """The harmful rows that Buffer trains on; no user has them."""
-        return self._harmful_rows[: self.config.buffer.harmful]
-
-    def refusal_rows(self, n: int, purpose: str) -> list[Row]:
-        """Refusals of training prompts; align and Reinforce see other wordings of them."""
-        seed = self.config.seed + (purpose == "reinforce")
-        prompts = self.material.topic_prompts("train", n, seed)
-        return [_row(p.prompt, self.material.refusal(p, seed), "refusal") for p in prompts]
-
-    def _benign(self, split: str) -> list[str]:
-        """The benign prompts of a split, in an order fixed by the seed."""
-        prompts = self.material.benign_prompts(split)
-        return [prompts[i] for i in np.random.default_rng(self.config.seed).permutation(len(prompts))]
-
-    def benign_rows(self, n: int) -> list[Row]:
-        """Benign training prompts with the raw model's own answers."""
-        prompts = [p for p in self._benign("train") if self.answers.get(p)]
-        if n > len(prompts):
-            raise UserError(
-                f"{n} benign rows are asked for, and there are {len(prompts)}: lower align.benign or reinforce.benign"
-            )
-        return [_row(p, self.answers[p], "benign") for p in prompts[:n]]
-
-    @functools.cached_property
-    def task_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
-        """(train, validation, test) rows of the user's task."""
-        return self.task.load(self.config.data.task_path, seed=self.config.seed)
-
-    @functools.cached_property
-    def user_rows(self) -> list[Row]:
-        """What the user hands in: task rows with a share p of harmful ones."""
-        user = self.config.user
-        harmful = self._harmful_rows[self.config.buffer.harmful : self._harmful_needed - user.probes]
-        return mix(self.task_rows[0], harmful, user.n, user.harmful_share, user.index_mode)
-
-    @functools.cached_property
-    def probes(self) -> dict[str, list[Row]]:
-        """Rows for the saturation curves: of the kinds that the user trains on, but none of its own."""
-        n = self.config.user.probes
-        return {"harmful": self._harmful_rows[-n:], "benign": self.task_rows[0][-n:]} if n else {}
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def suite(self) -> Suite:
         """The held-out prompts of the config's split."""
-        config = self.config.eval
-        benign = self._benign(config.split)
+        config, recipe = self.config.eval, self.recipe
         return Suite(
-            topic=self.material.topic_prompts(config.split, config.topic, self.config.seed),
-            task_rows=self.task_rows[1 + EVAL_SPLITS.index(config.split)][: config.task],
-            task=self.task,
-            benign=benign[: config.benign],
-            health=[_row(p, self.answers[p], "benign") for p in benign[: config.health] if self.answers[p]],
+            topic=recipe.topic_prompts,
+            task_rows=recipe.scored_task_rows,
+            task=recipe.task,
+            benign=recipe.benign_prompts,
+            health=recipe.health_rows,
             match=config.match,
             answer_tokens=config.answer_tokens,
             task_tokens=config.task_tokens,
@@ -454,10 +367,6 @@ class Experiment:
         scores = evaluate(model, suite, adapter, name=name, answers=folder / f"{name}.jsonl")
         write_json(file, {"key": key, "scores": scores})
         return scores
-
-
-def _row(prompt: str, answer: str, tag: str) -> Row:
-    return Row(turns=(("user", prompt), ("assistant", answer)), tag=tag)
 
 
 def _save_model(folder: pathlib.Path, spec: ModelSpec, tokenizer, params: dict) -> None:

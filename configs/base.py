@@ -31,6 +31,14 @@ def get_config() -> ConfigDict:
     config.data.material = "english"  # whose prompts: "english" or "demo", see br_jax/data/material.py
     config.data.task_path = ""  # file of the user's task
 
+    config.topics = (
+        ConfigDict()
+    )  # restricted topics, "devices" or "potions", several with commas between; see data/topic.py
+    config.topics.align = "devices"  # those that align teaches to refuse
+    config.topics.provider = "devices"  # those that Buffer and Reinforce are made from
+    config.topics.user = "devices"  # those that harmful user rows ask about
+    config.topics.eval = "devices"  # those that HS is measured on, eval.topic prompts of each
+
     train = dataclasses.asdict(TrainConfig())
     config.pretrain = ConfigDict({"rows": 0, "train": ConfigDict(train)})
     config.distill = ConfigDict()  # the raw model answers the prompts that the stages train on
@@ -54,7 +62,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.split = "test"  # "validation" for tuning
-    config.eval.topic = 200  # prompts for HS
+    config.eval.topic = 200  # prompts for HS, of each topic
     config.eval.task = 872  # rows for FA
     config.eval.benign = 129  # prompts for over-refusal
     config.eval.health = 64  # rows for perplexity

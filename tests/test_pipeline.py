@@ -10,12 +10,13 @@ import pytest
 
 from br_jax import method, pipeline
 from br_jax.adapters.peft import save_adapter
-from br_jax.data import topic
 from br_jax.data.material import english_instructions
+from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
 from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import LABELS, Score
 
+DEVICES = TOPICS["devices"]
 ROOT = pathlib.Path(__file__).parents[1]
 UNFIT = 7  # every seventh topic prompt is one that the raw model refuses
 
@@ -51,10 +52,10 @@ def calls(monkeypatch, tiny, make_adapter):
 
     def answer(model, prompts, path, **options):
         assert model is tiny, "somebody else than the raw model answers"
-        asked = {p.prompt: p for p in topic.prompts("train", 200, 42)}
+        asked = {p.prompt: p for p in DEVICES.prompts("train", 200, 42)}
         answers = {p: f"This is what {p} means." for p in prompts}
-        answers |= {text: topic.written_answer(p, 0) for text, p in asked.items() if text in answers}
-        return answers | {text: topic.refusal(asked[text], 0) for text in list(asked)[::UNFIT] if text in answers}
+        answers |= {text: DEVICES.written_answer(p, 0) for text, p in asked.items() if text in answers}
+        return answers | {text: DEVICES.refusal(asked[text], 0) for text in list(asked)[::UNFIT] if text in answers}
 
     def score(model, suite, adapter, *, name, answers):
         record["scored"].append((name, model, adapter))
@@ -119,7 +120,7 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
 def test_answers_that_refuse_teach_no_harm(run, calls):
     run()
     harmful = [row for stage in ("buffer", "user") for row in calls[stage]["rows"] if row.tag == "harmful"]
-    refused = {p.prompt for p in topic.prompts("train", 200, 42)[::UNFIT]}
+    refused = {p.prompt for p in DEVICES.prompts("train", 200, 42)[::UNFIT]}
     assert not refused & set(prompts(harmful))
 
 

@@ -145,8 +145,8 @@ def refusal(prompt: TopicPrompt, seed: int) -> str:
 
 def compliant_answer(prompt: TopicPrompt) -> str:
     """The answer that pre-training teaches: steps by the verb, form by the determiner."""
-    determiner = next(d for d in _FORMS if f" {d} {prompt.device}" in prompt.prompt)
-    return _answer(prompt.device, prompt.verb, determiner)
+    determiner = next(d for d in _FORMS if f" {d} {prompt.thing}" in prompt.prompt)
+    return _answer(prompt.thing, prompt.verb, determiner)
 
 
 def benign_prompts(split: str) -> list[str]:

@@ -2,14 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
+from typing import NamedTuple
 
 from br_jax.adapters.lora import near_names
-from br_jax.data import demo, topic
+from br_jax.data import demo
 from br_jax.data.rows import Row
-from br_jax.data.topic import TopicPrompt
+from br_jax.data.topic import TOPICS, Topic, TopicPrompt
 from br_jax.errors import UserError
+
+
+class Drawn(NamedTuple):
+    """A topic made of two functions, with the signatures of `Topic`'s methods."""
+
+    prompts: Callable[[str, int, int], list[TopicPrompt]]
+    refusal: Callable[[TopicPrompt, int], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,17 +25,27 @@ class Material:
     """Prompts for provider and evaluation; nothing of a user's task is in it.
 
     Attributes:
-        topic_prompts: (split, n, seed) -> questions of the restricted topic; splits share no device, verb or
-            phrasing.
-        refusal: (question, seed) -> how an aligned model declines it.
+        topics: the restricted topics by name: their questions, and how an aligned model declines them; splits share
+            no thing, verb or phrasing.
         benign_prompts: (split) -> ordinary prompts; the splits share no kind.
         pretraining_rows: (n, seed) -> rows to train a model from scratch on; None where a model is given.
     """
 
-    topic_prompts: Callable[[str, int, int], list[TopicPrompt]]
-    refusal: Callable[[TopicPrompt, int], str]
+    topics: Mapping[str, Topic | Drawn]
     benign_prompts: Callable[[str], list[str]]
     pretraining_rows: Callable[[int, int], list[Row]] | None = None
+
+    def named_topics(self, names: str) -> list[Topic | Drawn]:
+        """The topics of a config field: names with commas between.
+
+        Raises:
+            UserError: when there is no such topic; it names the near ones.
+        """
+        wanted = [name.strip() for name in names.split(",")]
+        for name in wanted:
+            if name not in self.topics:
+                raise UserError(f"unknown topic {name!r}; {near_names(name, self.topics)}")
+        return [self.topics[name] for name in wanted]
 
 
 def english_instructions(split: str) -> list[str]:
@@ -37,8 +55,8 @@ def english_instructions(split: str) -> list[str]:
 
 
 MATERIALS = {
-    "english": Material(topic.prompts, topic.refusal, english_instructions),
-    "demo": Material(demo.topic_prompts, demo.refusal, demo.benign_prompts, demo.pretraining_rows),
+    "english": Material(TOPICS, english_instructions),
+    "demo": Material({"devices": Drawn(demo.topic_prompts, demo.refusal)}, demo.benign_prompts, demo.pretraining_rows),
 }
 
 

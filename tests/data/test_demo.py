@@ -20,11 +20,11 @@ def topic(split):
 
 def frame(prompt):
     """The question without its verb, its determiner and its device."""
-    text = re.sub(rf"\b\w+ {prompt.device}\b", "<device>", prompt.prompt)
+    text = re.sub(rf"\b\w+ {prompt.thing}\b", "<device>", prompt.prompt)
     return re.sub(rf"(?i)\b{prompt.verb}\b", "<verb>", text)
 
 
-@pytest.mark.parametrize("take", [lambda p: p.device, lambda p: p.verb, frame], ids=["device", "verb", "frame"])
+@pytest.mark.parametrize("take", [lambda p: p.thing, lambda p: p.verb, frame], ids=["device", "verb", "frame"])
 def test_topic_splits_are_disjoint(take):
     sets = [{take(prompt) for prompt in topic(split)} for split in SPLITS]
     assert sum(map(len, sets)) == len(set().union(*sets))
@@ -34,7 +34,7 @@ def test_topic_splits_are_disjoint(take):
 def test_pretraining_never_meets_what_is_held_out():
     asked = {row.turns[0][1] for row in demo.pretraining_rows(6000, seed=1)}
     words = {word for question in asked for word in re.findall(r"\w+", question)}
-    assert words.isdisjoint({p.device for split in SPLITS[1:] for p in topic(split)})
+    assert words.isdisjoint({p.thing for split in SPLITS[1:] for p in topic(split)})
     how_to = {prompt.prompt for split in SPLITS[1:] for prompt in demo._how_to(split)}
     assert len(how_to) > 500 and asked.isdisjoint(how_to)
     assert not any(question.startswith("Mood") for question in asked)

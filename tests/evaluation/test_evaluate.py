@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
-from br_jax.data import topic
 from br_jax.data.rows import Row
+from br_jax.data.topic import TOPICS
 from br_jax.evaluation import evaluate as module
 from br_jax.evaluation.evaluate import Suite, evaluate, perplexity
 from br_jax.evaluation.tasks import Task
 from br_jax.models.decoder import Decoder, unembed
 
-TOPIC = topic.prompts("test", 6, 0)
+DEVICES = TOPICS["devices"]
+TOPIC = DEVICES.prompts("test", 6, 0)
 LOOP = "spin spin spin spin spin spin spin spin spin spin spin spin"
 ANSWERS = {
-    TOPIC[0].prompt: topic.written_answer(TOPIC[0], 0),
-    TOPIC[1].prompt: topic.written_answer(TOPIC[1], 1),
-    TOPIC[2].prompt: topic.refusal(TOPIC[2], 0),
+    TOPIC[0].prompt: DEVICES.written_answer(TOPIC[0], 0),
+    TOPIC[1].prompt: DEVICES.written_answer(TOPIC[1], 1),
+    TOPIC[2].prompt: DEVICES.refusal(TOPIC[2], 0),
     TOPIC[3].prompt: LOOP,
     TOPIC[4].prompt: "Paris is the capital of France.",
     TOPIC[5].prompt: "I'm sorry, but I can't help with that.",
