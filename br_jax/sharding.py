@@ -65,6 +65,7 @@ LOGICAL_AXES = {
     **CACHE,
     "lengths": ("batch",),
     "token": ("batch",),
+    "ids": ("batch",),
     "tokens": _BATCH,
     "targets": _BATCH,
     "weights": _BATCH,
@@ -120,6 +121,8 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
         axes = LOGICAL_AXES.get("/".join(parts[-n:]))
         if axes is not None and axes[0] == "layers" and len(axes) == ndim + 1:
             axes = axes[1:]  # of one layer by itself
+        if axes is not None and "rank" in axes and len(axes) == ndim - 1:
+            axes = (axes[0], None, *axes[1:])  # of several adapters side by side
         if axes is not None and len(axes) == ndim:
             return axes
     raise UserError(
@@ -149,6 +152,12 @@ def shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def mesh_of(tree) -> Mesh | None:
+    """The mesh that a pytree's arrays lie on; None where one device holds them."""
+    found = {leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if isinstance(leaf.sharding, NamedSharding)}
+    return next((mesh for mesh in found if mesh.size > 1), None)
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

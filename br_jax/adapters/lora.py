@@ -129,6 +129,20 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
     return Adapter(weights, jnp.float32(1), union_of_roles(parts))
 
 
+def pad_rank(adapter: Adapter, rank: int) -> Adapter:
+    """The same delta at a larger rank: zeros are added behind each `a` and `b`."""
+
+    def pad(pair):
+        missing = rank - pair["a"].shape[-1]
+        rows = [(0, 0)] * (pair["a"].ndim - 2)
+        return {
+            "a": jnp.pad(pair["a"], [*rows, (0, 0), (0, missing)]),
+            "b": jnp.pad(pair["b"], [*rows, (0, missing), (0, 0)]),
+        }
+
+    return adapter.replace(weights={path: pad(pair) for path, pair in adapter.weights.items()})
+
+
 def scaled(adapter: Adapter, factor: float | Float[Array, ""]) -> Adapter:
     """Multiplies an adapter's delta by a factor; the weights stay the same arrays."""
     return adapter.replace(scale=adapter.scale * factor)

@@ -187,12 +187,9 @@ def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
 def _tensors(adapter: Adapter, rank: int) -> dict[str, np.ndarray]:
     """Splits the layers and turns the matrices into PEFT's A [r, in] and B [out, r]."""
     tensors = {}
-    for path, pair in jax.device_get(adapter.weights).items():
-        missing = rank - pair["a"].shape[-1]
-        a = np.pad(pair["a"], ((0, 0), (0, 0), (0, missing)))
-        b = np.pad(pair["b"], ((0, 0), (0, missing), (0, 0)))
-        for layer in range(a.shape[0]):
-            for name, matrix in {"A": a[layer].T, "B": b[layer].T}.items():
+    for path, pair in jax.device_get(lora.pad_rank(adapter, rank).weights).items():
+        for layer in range(pair["a"].shape[0]):
+            for name, matrix in {"A": pair["a"][layer].T, "B": pair["b"][layer].T}.items():
                 # safetensors copies the buffer as it lies, whatever the strides say
                 tensors[_key(_module(layer, path), name)] = np.ascontiguousarray(matrix, dtype=np.float32)
     return tensors

@@ -1,14 +1,16 @@
 """Batched generation with a KV cache: prompts run in parts of a batch of like length, then answered all together."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from br_jax.adapters.lora import Adapter, collection
+from br_jax.adapters.lora import Adapter, collection, pad_rank
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.errors import UserError
@@ -16,6 +18,7 @@ from br_jax.models.decoder import Decoder, init_cache, join_caches, unembed, uns
 from br_jax.models.model import Model
 from br_jax.models.spec import ModelSpec
 from br_jax.progress import progress
+from br_jax.sharding import batch_parts, mesh_of, place
 
 _ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
 _PARTS = 4  # of a batch, sorted by length, that are padded to a width of their own
@@ -69,7 +72,7 @@ def generate(
         bucket=bucket,
         name=name,
     )
-    return [_decode(model, row) for row in rows]
+    return [decode_answer(model, row) for row in rows]
 
 
 def generate_ids(
@@ -79,20 +82,53 @@ def generate_ids(
     *,
     stops: tuple[int, ...],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 64,
-    bucket: int = 16,
-    name: str = "generate",
+    **settings,
 ) -> list[np.ndarray]:
     """`generate` from token ids to token ids.
 
     Args:
         encoded: of `encode_prompt`.
         stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
+        **settings: of `generate_batches`.
 
     Returns:
         int32[max_new_tokens] for each prompt; behind one of `stops` comes the first of them.
+    """
+    answers = [np.empty(0, np.int32)] * len(encoded)
+    for batch in generate_batches(model, encoded, [adapter], stops=stops, max_new_tokens=max_new_tokens, **settings):
+        for (_, prompt), row in batch.items():
+            answers[prompt] = row
+    return answers
+
+
+def generate_batches(
+    model: Model,
+    encoded: Sequence[Sequence[int]],
+    adapters: Sequence[Adapter | None],
+    *,
+    stops: tuple[int, ...],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    bucket: int = 16,
+    name: str = "generate",
+    known: Collection[tuple[int, int]] = (),
+) -> Iterator[dict[tuple[int, int], np.ndarray]]:
+    """Generates batch by batch, with each of several adapters on the one base in the same pass.
+
+    Which prompts share a batch, and how it is padded, is a function of all prompts, whatever is known already: an
+    answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the batch.
+
+    Args:
+        model: the base.
+        encoded, stops, max_new_tokens, temperature, seed, bucket, name: as in `generate_ids` and `generate`.
+        adapters: None is the base alone; several must have the same targets, and None cannot be among them.
+        batch_size: rows run together, prompts times adapters.
+        known: (index of the adapter, of the prompt) of answers that are not wanted; batches of such alone are not run.
+
+    Yields:
+        {(index of the adapter, of the prompt): int32[max_new_tokens]} of each batch.
     """
     for i, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > model.spec.max_length:
@@ -101,12 +137,15 @@ def generate_ids(
                 f"{model.spec.max_length}: shorten it"
             )
     if not encoded:
-        return []
+        return
+    mesh, count = mesh_of(model.params), len(adapters)
+    size, parts = _batch_shape(batch_size, count, 1 if mesh is None else batch_parts(mesh))
     prefix = _shared_prefix(encoded)
-    lora = {} if adapter is None else collection(adapter)
-    variables = {"params": model.params, "lora": lora}
-    head = _begin(variables, jnp.asarray([encoded[0][:prefix]], jnp.int32), spec=model.spec) if prefix else None
-    start = functools.partial(_start, variables, head, spec=model.spec)
+    variables = {"params": model.params, "lora": _placed(mesh, **_side_by_side(adapters))}
+    head = np.asarray([encoded[0][:prefix]] * count, np.int32)
+    start = functools.partial(
+        _start, variables, _begin(variables, head, spec=model.spec) if prefix else None, spec=model.spec
+    )
     finish = functools.partial(
         _finish,
         variables,
@@ -117,24 +156,41 @@ def generate_ids(
         temperature=jnp.float32(max(temperature, 1e-6)),
         key=jax.random.key(seed),
     )
-    parts = _PARTS if batch_size % _PARTS == 0 else 1
-    answers = [np.empty(0, np.int32)] * len(encoded)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    with progress(len(order), name, "prompt", keep=False) as bar:
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            ids = np.asarray(chosen + [-1] * (batch_size - len(chosen)), np.int32)  # -1: nobody waits for it
-            batches = [
-                _pad([encoded[i][prefix:] for i in part if i >= 0], len(part), bucket) for part in np.split(ids, parts)
+
+    def run(prompts, ids):
+        """[count, size, new] answers to `size` prompts, -1 for none; a row whose id is -1 ends at once."""
+        rows = [[encoded[i][prefix:] for i in part if i >= 0] for part in np.split(prompts, parts)]
+        batches = [_pad(part, size // parts, bucket) for part in rows]
+        slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + max_new_tokens
+        slots = -(-slots // _ALIGNED) * _ALIGNED
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            begun = [
+                start(**_placed(mesh, tokens=np.tile(tokens, (count, 1)), lengths=np.tile(lengths, count)))
+                for tokens, lengths in batches
             ]
-            slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + max_new_tokens
-            slots = -(-slots // _ALIGNED) * _ALIGNED
-            hidden, cache = _join([start(*batch) for batch in batches], slots=slots)
-            out, _ = finish(hidden, cache, prefix + np.concatenate([lengths for _, lengths in batches]), ids)
-            for i, row in zip(chosen, np.asarray(out), strict=False):
-                answers[i] = row
-            bar.update(len(chosen))
-    return answers
+            hidden, cache = _join(begun, slots=slots)
+            lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in batches]), count)
+            out, _ = finish(hidden, cache, **_placed(mesh, lengths=lengths, ids=ids))
+        return np.asarray(out).reshape(count, size, -1)
+
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    with progress(len(order) * count, name, "prompt", keep=False) as bar:
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
+            wanted = {(a, i) for a in range(count) for i in chosen} - set(known)
+            if wanted:
+                prompts = np.asarray(chosen + [-1] * (size - len(chosen)), np.int32)
+                ids = [i if (a, i) in wanted else -1 for a in range(count) for i in prompts.tolist()]
+                rows = run(prompts, np.asarray(ids, np.int32))
+                yield {(a, i): rows[a, at] for a in range(count) for at, i in enumerate(chosen) if (a, i) in wanted}
+            bar.update(len(chosen) * count)
+
+
+def _batch_shape(rows: int, adapters: int, split: int) -> tuple[int, int]:
+    """(prompts of a batch, in how many parts they are padded), for rows that a mesh splits in `split`."""
+    size = -(-max(rows // adapters, 1) // split) * split
+    # with several adapters, all rows of one come before those of the next
+    return size, _PARTS if adapters == 1 and size % (_PARTS * split) == 0 else 1
 
 
 def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
@@ -143,9 +199,27 @@ def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
     return tokenize(render_prompt(row, model.template, model.tokenizer), model.template, model.tokenizer)[0]
 
 
-def _decode(model: Model, row: np.ndarray) -> str:
+def decode_answer(model: Model, row: np.ndarray) -> str:
+    """The text of generated token ids, up to the first stop token."""
     ends = np.flatnonzero(np.isin(row, model.stop_tokens))
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
+
+
+def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
+    """The collection of one adapter, or of several with an axis of their own behind the layers."""
+    held = [adapter for adapter in adapters if adapter is not None]
+    if not held:
+        return {}
+    if len(adapters) == 1:
+        return collection(held[0])
+    if len(held) < len(adapters) or len({tuple(sorted(adapter.weights)) for adapter in held}) > 1:
+        raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
+    rank = max(pair["a"].shape[-1] for adapter in held for pair in adapter.weights.values())
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in held))
+
+
+def _placed(mesh: Mesh | None, **arrays) -> dict:
+    return arrays if mesh is None else place(arrays, mesh)
 
 
 def _shared_prefix(encoded: Sequence[Sequence[int]]) -> int:
@@ -172,7 +246,7 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     Args:
         decoder: the model.
         variables: its collections.
-        head: the stacked cache of one row, whose P slots hold what all rows begin with; None for nothing.
+        head: the stacked cache of one row an adapter, whose P slots hold what its rows begin with; None for nothing.
         tokens: [B, T] int32.
         lengths: [B] int32, tokens that are no padding.
 
@@ -191,9 +265,9 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
 
 
 def _fill(cache, head):
-    """Writes one row's slots to the first slots of every row."""
+    """Writes each row's slots to the first slots of as many rows of the cache."""
     batch = 1 if head.ndim > 2 else 0  # behind the layers
-    rows = jnp.repeat(head, cache.shape[batch], axis=batch)
+    rows = jnp.repeat(head, cache.shape[batch] // head.shape[batch], axis=batch)
     return jax.lax.dynamic_update_slice(cache, rows, (0,) * cache.ndim)
 
 
@@ -210,8 +284,8 @@ def _dtype(variables: dict) -> jnp.dtype:
 
 @functools.partial(jax.jit, static_argnames=("spec",))
 def _begin(variables, prefix, *, spec: ModelSpec):
-    """The cache of what all prompts begin with, [1, P]."""
-    positions = jnp.arange(prefix.shape[1])[None]
+    """The cache of what all prompts begin with, one row an adapter, [A, P]."""
+    positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
     cache = init_cache(spec, *prefix.shape, _dtype(variables))
     return Decoder(spec).apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
 

@@ -76,6 +76,14 @@ def low_rank(x: Float[Array, "B T in"], a: Float[Array, "in R"], b: Float[Array,
     return _low_rank_forward(x, a, b)[0]
 
 
+def low_rank_each(
+    x: Float[Array, "B T I"], a: Float[Array, "U I R"], b: Float[Array, "U R O"]
+) -> Float[Array, "B T O"]:
+    """`low_rank` with U adapters side by side, each for its own B / U rows of the batch, one after the other."""
+    rows = x.reshape(a.shape[0], -1, x.shape[-1])
+    return (rows @ a.astype(x.dtype) @ b.astype(x.dtype)).reshape(*x.shape[:-1], b.shape[-1])
+
+
 def _low_rank_forward(x, a, b):
     h = x @ a.astype(x.dtype)
     return h @ b.astype(x.dtype), (x, h, a, b)
@@ -116,7 +124,8 @@ class Linear(nn.Module):
             if self.has_variable(collection, "a"):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
                 seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
-                y += low_rank(seen, *(self.get_variable(collection, name) for name in "ab"))
+                a, b = (self.get_variable(collection, name) for name in "ab")
+                y += (low_rank if a.ndim == 2 else low_rank_each)(seen, a, b)
         return checkpoint_name(y, self.name)
 
 

@@ -12,8 +12,9 @@ from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt
 from br_jax.errors import UserError
 from br_jax.evaluation import generate as module
-from br_jax.evaluation.generate import generate
+from br_jax.evaluation.generate import decode_answer, encode_prompt, generate, generate_batches
 from br_jax.models.decoder import Decoder, unembed
+from br_jax.sharding import make_mesh, place
 
 NEW = 6
 PROMPTS = ["a", "what is it?", "", "say it again, and again", "count to 3", "ünï"]
@@ -74,6 +75,46 @@ def test_a_batch_of_one_is_a_batch_of_many(speaker):
     assert greedy(speaker, PROMPTS[::-1]) == together[::-1]
 
 
+def batches(model, prompts, adapters, **options):
+    """{(adapter, prompt): answer} of all batches, and how many there were."""
+    encoded = [encode_prompt(model, prompt) for prompt in prompts]
+    settings = {"stops": model.stop_tokens, "max_new_tokens": NEW, "batch_size": 4, **options}
+    found = list(generate_batches(model, encoded, adapters, **settings))
+    return {pair: decode_answer(model, row) for batch in found for pair, row in batch.items()}, len(found)
+
+
+def test_several_adapters_in_one_pass_answer_as_each_does_alone(speaker, make_adapter):
+    adapters = [make_adapter("user"), make_adapter("user", seed=5, rank=5), make_adapter("user", seed=6)]
+    prompts = ["the same header: " + prompt for prompt in PROMPTS]
+    found, _ = batches(speaker, prompts, adapters, batch_size=6)
+    alone = [greedy(speaker, prompts, adapter) for adapter in adapters]
+    assert found == {(a, i): alone[a][i] for a in range(3) for i in range(len(prompts))}
+    assert len({tuple(said) for said in alone}) == 3
+    with pytest.raises(ValueError, match="same targets"):
+        batches(speaker, prompts, [adapters[0], None])
+
+
+def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_adapter):
+    for adapters in ([None], [make_adapter("user"), make_adapter("user", seed=5)]):
+        everything, count = batches(speaker, PROMPTS, adapters)
+        known = {(0, 2), (len(adapters) - 1, 5)}
+        rest, _ = batches(speaker, PROMPTS, adapters, known=known)
+        assert rest == {pair: said for pair, said in everything.items() if pair not in known}
+        first = set(list(everything)[:4])  # the first batch is not run again
+        assert batches(speaker, PROMPTS, adapters, known=first)[1] == count - 1
+        assert batches(speaker, PROMPTS, adapters, known=set(everything)) == ({}, 0)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_on_a_mesh_the_tokens_are_the_same(speaker, make_adapter, shape):
+    mesh = make_mesh(*shape)
+    spread = dataclasses.replace(speaker, params=place(speaker.params, mesh))
+    adapters = [make_adapter("user"), make_adapter("user", seed=5)]
+    prompts = ["the same header: " + prompt * 2 for prompt in PROMPTS]
+    for held in ([None], adapters):
+        assert batches(spread, prompts, held, batch_size=32)[0] == batches(speaker, prompts, held)[0]
+
+
 def test_a_shared_prefix_changes_nothing(speaker, plain, monkeypatch):
     prompts = ["the same header for all of them: " + prompt for prompt in PROMPTS]
     seen = []
@@ -105,7 +146,7 @@ def test_it_stops_at_eos(speaker, monkeypatch):
     assert greedy(model, ["a"]) == [said[:2]]
     # Among neighbors that go on, what follows a row's EOS is EOS.
     ids = []
-    monkeypatch.setattr(module, "_decode", lambda model, row: ids.append(row.tolist()) or "")
+    monkeypatch.setattr(module, "decode_answer", lambda model, row: ids.append(row.tolist()) or "")
     greedy(model, [*PROMPTS, "b", "c"], batch_size=8)
     assert [*map(ord, said[:2]), *[eos] * (NEW - 2)] in ids and any(row[-1] != eos for row in ids)
 
