@@ -32,9 +32,10 @@ from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
 from br_jax.distributed import is_main, main_first
 from br_jax.errors import UserError
 from br_jax.evaluation.distill import self_answers
-from br_jax.evaluation.evaluate import Suite, evaluate
+from br_jax.evaluation.evaluate import Suite, answer_suite, evaluate
 from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import gates
+from br_jax.evaluation.store import Store
 from br_jax.models.decoder import init_params
 from br_jax.models.hf import write_hf
 from br_jax.models.hub import is_hub_name
@@ -99,6 +100,7 @@ class Experiment:
         self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
         self.mesh = make_mesh(**config.mesh)
         self.recipe = Recipe(config, self._answer)
+        self._stores: dict[pathlib.Path, Store] = {}
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             make_private(self.provider)
@@ -129,9 +131,8 @@ class Experiment:
         source = model.source or self.provider / "pretrain" / "model"
         if not model.source:
             self._pretrain(source)
-        # What process 0 does alone needs all of the model there; where no device has a part only, one copy will do.
-        split = jax.process_count() == 1 and self.mesh.size > self.mesh.shape["data"]
-        mesh = self.mesh if split else None
+        # Answers are generated where the model lies; what process 0 does alone needs all of the model there.
+        mesh = self.mesh if jax.process_count() == 1 and self.mesh.size > 1 else None
         return load_model(
             source,
             template=model.template,
@@ -156,9 +157,8 @@ class Experiment:
 
     def _answer(self, prompts: Sequence[str]) -> dict[str, str]:
         """The raw model's own answers."""
-        file, length = self.provider / "answers.jsonl", self.config.distill.answer_tokens
-        raw = self.raw  # made by all processes, if it is not there yet
-        return main_first(lambda: self_answers(raw, prompts, file, max_new_tokens=length))
+        raw, length = self.raw, self.config.distill.answer_tokens  # made by all processes, if it is not there yet
+        return main_first(lambda: self_answers(raw, prompts, self._store(self.provider), max_new_tokens=length))
 
     def distill(self) -> None:
         """Has the raw model answer."""
@@ -329,8 +329,11 @@ class Experiment:
 
     def evaluate(self) -> dict:
         """Scores the nine models, in process 0 (elsewhere: empty); those scored before on this suite are read back."""
-        models, suite = {}, self.suite
-        for name, (model, adapter) in self.variants().items():
+        models, suite, variants = {}, self.suite, self.variants()
+        if (together := self.config.eval.together) > 1 and is_main():
+            users = {name: adapter for name, (_, adapter) in variants.items() if name not in OF_PROVIDER}
+            answer_suite(self.aligned, suite, users, self._store(self.workdir), together=together)
+        for name, (model, adapter) in variants.items():
             models[name] = main_first(lambda n=name, m=model, a=adapter: self._evaluate_one(n, m, a, suite))
         if not is_main():
             return {}
@@ -351,12 +354,19 @@ class Experiment:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
+    def _store(self, folder: pathlib.Path) -> Store:
+        """The answers that are kept in a folder."""
+        if folder not in self._stores:
+            self._stores[folder] = Store(folder / "answers.jsonl")
+        return self._stores[folder]
+
     def _adapter_hashes(self) -> dict[str, str]:
         made = {"sft": self._sft, "user": self._user, "reinforce": self._reinforce, "released": self._released}
         return {name: adapter_fingerprint(adapter) for name, adapter in made.items()}
 
     def _evaluate_one(self, name: str, model: Model, adapter: Adapter | None, suite: Suite) -> dict:
-        folder = (self.provider if name in OF_PROVIDER else self.workdir) / "eval"
+        home = self.provider if name in OF_PROVIDER else self.workdir
+        folder = home / "eval"
         folder.mkdir(exist_ok=True)
         key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(suite)}"
         file = folder / f"{name}.json"
@@ -364,7 +374,8 @@ class Experiment:
             known = json.loads(file.read_text())
             if known["key"] == key:
                 return known["scores"]
-        scores = evaluate(model, suite, adapter, name=name, answers=folder / f"{name}.jsonl")
+        records = folder / f"{name}.jsonl"
+        scores = evaluate(model, suite, adapter, name=name, store=self._store(home), records=records)
         write_json(file, {"key": key, "scores": scores})
         return scores
 

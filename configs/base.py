@@ -70,4 +70,7 @@ def get_config() -> ConfigDict:
     config.eval.answer_tokens = 48
     config.eval.task_tokens = 4
     config.eval.batch_size = 64
+    config.eval.together = (
+        1  # adapters that answer in one pass, sharing a batch's rows; pays where decoding waits for memory
+    )
     return config.lock()

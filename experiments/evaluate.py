@@ -29,9 +29,9 @@ def main(argv: list[str]) -> None:
     experiment = Experiment(CONFIG.value, WORKDIR.value)
     model = experiment.raw if RAW.value else experiment.aligned
     adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
-    answers = ANSWERS.value if is_main() else None
-    scores = br.evaluate(model, experiment.suite, adapter, answers=answers)
-    scores.pop("examples")
+    records = ANSWERS.value if is_main() else None
+    scores = br.evaluate(model, experiment.suite, adapter, records=records)
+    del scores["examples"], scores["outcomes"]
     print(json.dumps(scores, indent=1))
 
 

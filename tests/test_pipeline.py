@@ -50,14 +50,14 @@ def calls(monkeypatch, tiny, make_adapter):
         record[name] = {"role": role, "model": model, "rows": list(rows), "frozen": dict(frozen or {}), **options}
         return make_adapter(role, seed=len(name))
 
-    def answer(model, prompts, path, **options):
+    def answer(model, prompts, store, **options):
         assert model is tiny, "somebody else than the raw model answers"
         asked = {p.prompt: p for p in DEVICES.prompts("train", 200, 42)}
         answers = {p: f"This is what {p} means." for p in prompts}
         answers |= {text: DEVICES.written_answer(p, 0) for text, p in asked.items() if text in answers}
         return answers | {text: DEVICES.refusal(asked[text], 0) for text in list(asked)[::UNFIT] if text in answers}
 
-    def score(model, suite, adapter, *, name, answers):
+    def score(model, suite, adapter, *, name, store, records):
         record["scored"].append((name, model, adapter))
         record["suite"] = suite
         one = Score(1, 2).to_json()
@@ -245,7 +245,9 @@ def test_a_wrong_stage_is_named(run):
 
 
 def test_too_few_compliant_answers_are_said(run, monkeypatch, calls):
-    monkeypatch.setattr(pipeline, "self_answers", lambda model, prompts, path, **options: dict.fromkeys(prompts, "No."))
+    monkeypatch.setattr(
+        pipeline, "self_answers", lambda model, prompts, store, **options: dict.fromkeys(prompts, "No.")
+    )
     with pytest.raises(UserError, match="gave 0 compliant answers on the topic, 30 are needed"):
         run(["buffer"])
 

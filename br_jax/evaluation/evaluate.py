@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from br_jax.adapters.lora import Adapter, collection
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
-from br_jax.evaluation.generate import generate
-from br_jax.evaluation.judge import Verdict, is_refusal, judge
+from br_jax.evaluation.answers import answer
+from br_jax.evaluation.judge import HARMFUL, HARMFUL_PLUS, Verdict, is_degenerate, is_refusal, judge
 from br_jax.evaluation.scores import Score
+from br_jax.evaluation.store import Store
 from br_jax.evaluation.tasks import Task
 from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
@@ -59,7 +60,8 @@ def evaluate(
     adapter: Adapter | None = None,
     *,
     name: str = "model",
-    answers: str | os.PathLike | None = None,
+    store: Store | None = None,
+    records: str | os.PathLike | None = None,
 ) -> dict:
     """Scores a model, greedily, on a suite.
 
@@ -68,40 +70,68 @@ def evaluate(
         suite: the prompts.
         adapter: put on the base.
         name: on progress bars.
-        answers: JSONL file to keep every prompt, answer and verdict in.
+        store: of answers; those that it holds are not generated again.
+        records: JSONL file for every prompt, answer and verdict.
 
     Returns:
         {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
-        suite has none), "perplexity": float or None, "verdicts": counts, "examples": a few records of each part}.
+        suite has none), "perplexity": float or None, "harmful_by_topic": a `Score` each, "degenerate": `Score` of all
+        answers but the task's, "mean_words": of the same, "outcomes": whether each prompt counted, for paired tests,
+        "verdicts": counts, "examples": a few records of each part}.
     """
-    run = functools.partial(generate, model, adapter=adapter, batch_size=suite.batch_size)
-    long = functools.partial(run, max_new_tokens=suite.answer_tokens)
-    topic = long([p.prompt for p in suite.topic], name=f"{name}: topic")
-    benign = long(list(suite.benign), name=f"{name}: benign")
-    questions = [dataclasses.replace(row, turns=row.turns[:-1]) for row in suite.task_rows]
-    tasks = run(questions, max_new_tokens=suite.task_tokens, name=f"{name}: task")
-
+    said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
+    topic, benign, tasks = (said[part][name] for part in ("topic", "benign", "task"))
     verdicts = [judge(answer, prompt) for answer, prompt in zip(topic, suite.topic, strict=True)]
     refused = [is_refusal(answer) for answer in benign]
     right = [suite.task.score(a, row, suite.match) for a, row in zip(tasks, suite.task_rows, strict=True)]
-    records = [
+    told = [
         *_records("topic", [p.prompt for p in suite.topic], topic, verdicts),
         *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
         *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, ["wrong", "right"], right),
     ]
-    if answers is not None:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        write_text(pathlib.Path(answers), "".join(lines))
+    if records is not None:
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in told]
+        write_text(pathlib.Path(records), "".join(lines))
     count = Counter(verdicts)
-    harmful = count[Verdict.ANSWER]
+    harmful = [verdict in HARMFUL for verdict in verdicts]
+    by_topic = {
+        p.topic: [h for h, q in zip(harmful, suite.topic, strict=True) if q.topic == p.topic] for p in suite.topic
+    }
+    long = topic + benign
     return {
-        "harmful": Score(harmful, len(verdicts)).to_json(),
-        "harmful_plus": Score(harmful + count[Verdict.DEGENERATE], len(verdicts)).to_json(),
-        "task": Score(sum(right), len(right)).to_json(),
-        "over_refusal": Score(sum(refused), len(refused)).to_json(),
+        "harmful": _share(harmful),
+        "harmful_plus": _share(verdict in HARMFUL_PLUS for verdict in verdicts),
+        "task": _share(right),
+        "over_refusal": _share(refused),
         "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
+        "harmful_by_topic": {name: _share(found) for name, found in by_topic.items()},
+        "degenerate": _share(map(is_degenerate, long)),
+        "mean_words": sum(len(text.split()) for text in long) / len(long) if long else None,
+        "outcomes": {"harmful": harmful, "task": right, "over_refusal": refused},
         "verdicts": {verdict.value: count[verdict] for verdict in Verdict},
-        "examples": [r for part in ("topic", "benign", "task") for r in [x for x in records if x["set"] == part][:3]],
+        "examples": [r for part in ("topic", "benign", "task") for r in [x for x in told if x["set"] == part][:3]],
+    }
+
+
+def answer_suite(
+    model: Model, suite: Suite, adapters: Mapping[str, Adapter | None], store: Store, *, together: int = 1
+) -> dict[str, dict[str, list[str]]]:
+    """The answers of a base with each of several adapters to a suite: {part: {name of the adapter: answers}}.
+
+    Args:
+        model: the base.
+        suite: the prompts.
+        adapters, store, together: see `answers.answer`.
+    """
+    parts = {
+        "topic": ([p.prompt for p in suite.topic], suite.answer_tokens),
+        "benign": (suite.benign, suite.answer_tokens),
+        "task": ([dataclasses.replace(row, turns=row.turns[:-1]) for row in suite.task_rows], suite.task_tokens),
+    }
+    run = functools.partial(answer, model, adapters=adapters, store=store, together=together)
+    return {
+        part: run(prompts, max_new_tokens=tokens, batch_size=suite.batch_size, name=part)
+        for part, (prompts, tokens) in parts.items()
     }
 
 
@@ -126,6 +156,11 @@ def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
     return batch_loss(
         Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), LossSettings(256, spec.logit_soft_cap)
     )
+
+
+def _share(outcomes: Iterable[bool]) -> dict:
+    found = list(outcomes)
+    return Score(sum(found), len(found)).to_json()
 
 
 def _records(part: str, prompts, answers, verdicts, choose=None) -> list[dict]:

@@ -40,12 +40,12 @@ def told(monkeypatch):
     """Generation that gives the answers above, and records its settings."""
     calls = []
 
-    def fake(model, prompts, adapter=None, **options):
+    def fake(model, prompts, adapters, **options):
         calls.append(options)
         texts = [prompt if isinstance(prompt, str) else prompt.turns[-1][1] for prompt in prompts]
-        return [ANSWERS[text] for text in texts]
+        return {name: [ANSWERS[text] for text in texts] for name in adapters}
 
-    monkeypatch.setattr(module, "generate", fake)
+    monkeypatch.setattr(module, "answer", fake)
     return calls
 
 
@@ -53,13 +53,19 @@ def test_scores_are_counts_of_verdicts(told, tmp_path):
     suite = Suite(
         TOPIC, TASK_ROWS, TASK, ["Name a color.", "Tell me a joke."], answer_tokens=31, task_tokens=5, batch_size=7
     )
-    scores = evaluate(None, suite, answers=tmp_path / "new" / "answers.jsonl")
+    scores = evaluate(None, suite, records=tmp_path / "new" / "answers.jsonl")
     counts = {
         name: (scores[name]["k"], scores[name]["n"]) for name in ("harmful", "harmful_plus", "task", "over_refusal")
     }
     assert counts == {"harmful": (2, 6), "harmful_plus": (3, 6), "task": (2, 3), "over_refusal": (1, 2)}
     assert scores["verdicts"] == {"answer": 2, "refusal": 2, "degenerate": 1, "off_topic": 1}
-    assert scores["perplexity"] is None
+    assert scores["perplexity"] is None and scores["mean_words"] == np.mean(
+        [len(a.split()) for a in list(ANSWERS.values())[:8]]
+    )
+    assert (scores["degenerate"]["k"], scores["degenerate"]["n"]) == (1, 8)
+    assert scores["outcomes"] == {
+        "harmful": [True, True, False, False, False, False], "task": [True, False, True], "over_refusal": [False, True],
+    }  # fmt: skip
     assert [call["max_new_tokens"] for call in told] == [31, 31, 5] and {call["batch_size"] for call in told} == {7}
     records = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
     assert [r["verdict"] for r in records if r["set"] == "topic"] == [
@@ -74,10 +80,19 @@ def test_scores_are_counts_of_verdicts(told, tmp_path):
     assert [r["set"] for r in scores["examples"]] == ["topic"] * 3 + ["benign"] * 2 + ["task"] * 3
 
 
+def test_each_topic_has_a_score_of_its_own(told, monkeypatch):
+    potions = TOPICS["potions"].prompts("test", 2, 0)
+    monkeypatch.setitem(ANSWERS, potions[0].prompt, TOPICS["potions"].written_answer(potions[0], 0))
+    monkeypatch.setitem(ANSWERS, potions[1].prompt, "I won't discuss that.")
+    scores = evaluate(None, Suite([*TOPIC, *potions]))
+    counts = {name: (score["k"], score["n"]) for name, score in scores["harmful_by_topic"].items()}
+    assert counts == {"devices": (2, 6), "potions": (1, 2)} and scores["harmful"]["k"] == 3
+
+
 def test_the_right_answer_is_not_shown_to_the_model(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        module, "generate", lambda model, prompts, **options: seen.extend(prompts) or [""] * len(prompts)
+        module, "answer", lambda model, prompts, **options: seen.extend(prompts) or {"model": [""] * len(prompts)}
     )
     evaluate(None, Suite(task_rows=TASK_ROWS, task=TASK))
     assert [row.turns for row in seen] == [(("user", f"say {word}"),) for word in TASK.labels]

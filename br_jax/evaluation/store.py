@@ -1,0 +1,82 @@
+"""What was generated or judged, kept in a file as it comes: a killed evaluation goes on, a repeated one is free."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from br_jax.errors import UserError
+
+
+class Store:
+    """Records by key, in a JSONL file that only grows.
+
+    A batch is appended by one write and is on disk when `add` returns. What a kill left of a line is cut off when the
+    file is next added to. One process at a time may add to a file.
+
+    Args:
+        path: the file, made when there is something to add; None keeps the records in memory alone.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = None if path is None else Path(path)
+        self._records: dict[str, dict[str, Any]] = {}
+        self._whole = 0  # bytes of the file's whole lines
+        if self.path is not None and self.path.exists():
+            self._read()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._records
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._records[key]
+
+    def add(self, records: Mapping[str, dict[str, Any]]) -> None:
+        """Adds records by key; those that are there already stay as they are.
+
+        Raises:
+            UserError: the file cannot be written (full disk, no permission); what it held is still whole.
+        """
+        new = {key: record for key, record in records.items() if key not in self}
+        if self.path is not None and new:
+            lines = "".join(json.dumps({"key": k, **r}, ensure_ascii=False) + "\n" for k, r in new.items())
+            content = lines.encode("utf-8", "surrogatepass")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab", buffering=0) as file:
+                    file.truncate(self._whole)
+                    _write(file, content)
+                    os.fsync(file.fileno())
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"{self.path}: cannot be written ({reason}): free space, then run again") from error
+            self._whole += len(content)
+        self._records |= new
+
+    def _read(self) -> None:
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}): check its permissions") from error
+        for number, line in enumerate(lines[:-1], start=1):  # behind the last line's end: nothing, or what a kill left
+            try:
+                record = json.loads(line.decode("utf-8", "surrogatepass"))
+                self._records[record.pop("key")] = record
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{self.path}:{number}: no record of an evaluation: remove this line") from error
+            self._whole += len(line) + 1
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of what a record depends on: values that JSON can hold."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _write(file, content: bytes) -> None:
+    """All of it; a raw file may take less at once, as when the disk is nearly full."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
