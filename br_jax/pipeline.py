@@ -203,7 +203,7 @@ class Experiment:
         _ = self.aligned
 
     @functools.cached_property
-    def _buffer(self) -> Adapter:
+    def buffer_adapter(self) -> Adapter:
         if self.config.buffer.adapter:
             return self._enter("buffer", self.aligned)
         train = TrainConfig(**self.config.buffer.train)
@@ -211,38 +211,42 @@ class Experiment:
 
     def buffer(self) -> None:
         """Trains BufferLoRA."""
-        _ = self._buffer
+        _ = self.buffer_adapter
 
     @functools.cached_property
-    def _reinforce(self) -> Adapter:
+    def reinforce_adapter(self) -> Adapter:
         config = self.config.reinforce
         if config.adapter:
             return self._enter("reinforce", self.aligned)
         rows = self.recipe.refusal_rows(config.refusals, "reinforce"), self.recipe.benign_rows(config.benign)
         train = TrainConfig(**config.train)
-        return method.train_reinforce(self.aligned, self._buffer, *rows, train, **self._provider_run)
+        return method.train_reinforce(self.aligned, self.buffer_adapter, *rows, train, **self._provider_run)
 
     def reinforce(self) -> None:
         """Trains ReinforceLoRA."""
-        _ = self._reinforce
+        _ = self.reinforce_adapter
+
+    def prepare(self) -> None:
+        """Makes all that is the provider's, if it is not there yet."""
+        _ = self.recipe.answers, self.aligned, self.buffer_adapter, self.reinforce_adapter
 
     # -- the user's stages -----------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _sft(self) -> Adapter:
+    def sft_adapter(self) -> Adapter:
         return self._train_user(None)
 
     def sft(self) -> None:
         """Trains the user's adapter without a defence."""
-        _ = self._sft
+        _ = self.sft_adapter
 
     @functools.cached_property
-    def _user(self) -> Adapter:
-        return self._enter("user", self.aligned) if self.config.user.adapter else self._train_user(self._buffer)
+    def user_adapter(self) -> Adapter:
+        return self._enter("user", self.aligned) if self.config.user.adapter else self._train_user(self.buffer_adapter)
 
     def user(self) -> None:
         """Trains the user's adapter with Buffer attached."""
-        _ = self._user
+        _ = self.user_adapter
 
     def _train_user(self, buffer: Adapter | None) -> Adapter:
         config = self.config.user
@@ -276,7 +280,7 @@ class Experiment:
 
     @functools.cached_property
     def _released(self) -> Adapter:
-        adapter = method.release(self.aligned, self._user, self._reinforce, **self.config.merge)
+        adapter = method.release(self.aligned, self.user_adapter, self.reinforce_adapter, **self.config.merge)
         if is_main():
             folder = self.workdir / "released"
             save_adapter(folder, adapter, base_name=self.aligned.name, fingerprint=self.aligned.fingerprint)
@@ -311,33 +315,33 @@ class Experiment:
     def variants(self) -> dict[str, tuple[Model, Adapter | None]]:
         """The nine models of the report."""
         merge = self.config.merge.to_dict()
-        adapters = {"user": self._user, "buffer": self._buffer}
+        adapters = {"user": self.user_adapter, "buffer": self.buffer_adapter}
         return {
             "raw": (self.raw, None),
             "aligned": (self.aligned, None),
-            "base_buffer": (self.aligned, self._buffer),
-            "sft": (self.aligned, self._sft),
+            "base_buffer": (self.aligned, self.buffer_adapter),
+            "sft": (self.aligned, self.sft_adapter),
             "buffer_on": (self.aligned, lora.stack(adapters)),
             "buffer_off": (self.aligned, lora.stack(method.detach(adapters, "buffer"))),
-            "reinforce_alone": (self.aligned, self._reinforce),
+            "reinforce_alone": (self.aligned, self.reinforce_adapter),
             "naive_merge": (
                 self.aligned,
-                method.release(self.aligned, self._user, self._reinforce, **merge | {"a": 0.0}),
+                method.release(self.aligned, self.user_adapter, self.reinforce_adapter, **merge | {"a": 0.0}),
             ),
             "qr_merge": (self.aligned, self._released),
         }
 
     def evaluate(self) -> dict:
         """Scores the nine models, in process 0 (elsewhere: empty); those scored before on this suite are read back."""
-        models, suite, variants = {}, self.suite, self.variants()
+        models, variants = {}, self.variants()
         if (together := self.config.eval.together) > 1 and is_main():
             users = {name: adapter for name, (_, adapter) in variants.items() if name not in OF_PROVIDER}
-            answer_suite(self.aligned, suite, users, self._store(self.workdir), together=together)
+            answer_suite(self.aligned, self.suite, users, self._store(self.workdir), together=together)
         for name, (model, adapter) in variants.items():
-            models[name] = main_first(lambda n=name, m=model, a=adapter: self._evaluate_one(n, m, a, suite))
+            models[name] = self.score(name, model, adapter)
         if not is_main():
             return {}
-        _, merge = qr_merge(self._user, self._reinforce, **self.config.merge)
+        _, merge = qr_merge(self.user_adapter, self.reinforce_adapter, **self.config.merge)
         return {
             "models": models,
             "merge": merge,
@@ -354,6 +358,23 @@ class Experiment:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
+    def score(self, name: str, model: Model, adapter: Adapter | None = None) -> dict:
+        """Scores a model on the suite, in process 0; the scores of the same one on the same suite are read back."""
+        return main_first(lambda: self._score(name, model, adapter))
+
+    def _score(self, name: str, model: Model, adapter: Adapter | None) -> dict:
+        home = self.provider if name in OF_PROVIDER else self.workdir
+        key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(self.suite)}"
+        file = home / "eval" / f"{name}.json"
+        if file.exists():
+            known = json.loads(file.read_text())
+            if known["key"] == key:
+                return known["scores"]
+        records = file.with_suffix(".jsonl")
+        scores = evaluate(model, self.suite, adapter, name=name, store=self._store(home), records=records)
+        write_json(file, {"key": key, "scores": scores})
+        return scores
+
     def _store(self, folder: pathlib.Path) -> Store:
         """The answers that are kept in a folder."""
         if folder not in self._stores:
@@ -361,23 +382,13 @@ class Experiment:
         return self._stores[folder]
 
     def _adapter_hashes(self) -> dict[str, str]:
-        made = {"sft": self._sft, "user": self._user, "reinforce": self._reinforce, "released": self._released}
+        made = {
+            "sft": self.sft_adapter,
+            "user": self.user_adapter,
+            "reinforce": self.reinforce_adapter,
+            "released": self._released,
+        }
         return {name: adapter_fingerprint(adapter) for name, adapter in made.items()}
-
-    def _evaluate_one(self, name: str, model: Model, adapter: Adapter | None, suite: Suite) -> dict:
-        home = self.provider if name in OF_PROVIDER else self.workdir
-        folder = home / "eval"
-        folder.mkdir(exist_ok=True)
-        key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(suite)}"
-        file = folder / f"{name}.json"
-        if file.exists():
-            known = json.loads(file.read_text())
-            if known["key"] == key:
-                return known["scores"]
-        records = folder / f"{name}.jsonl"
-        scores = evaluate(model, suite, adapter, name=name, store=self._store(home), records=records)
-        write_json(file, {"key": key, "scores": scores})
-        return scores
 
 
 def _save_model(folder: pathlib.Path, spec: ModelSpec, tokenizer, params: dict) -> None:
