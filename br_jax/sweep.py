@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -73,44 +73,37 @@ class Run:
         return config
 
 
-def aligned(experiment: Experiment, a: float) -> None:
-    """The base itself."""
+class Method(NamedTuple):
+    """How a run's adapters become what is scored.
+
+    Attributes:
+        label: for tables.
+        adapter: (experiment, a) -> the adapter on the aligned base; None for the base alone.
+        needs: folder of the user's training that it needs, "sft" or "user" (beside Buffer).
+        merges: whether the QR merge's strength a plays a part.
+    """
+
+    label: str
+    adapter: Callable[[Experiment, float | None], Adapter | None]
+    needs: str | None = None
+    merges: bool = False
 
 
-def sft(experiment: Experiment, a: float) -> Adapter:
-    """Plain fine-tuning, undefended."""
-    return experiment.sft_adapter
+def _released(experiment: Experiment, user: Adapter, **merge: float) -> Adapter:
+    settings = experiment.config.merge.to_dict() | merge
+    return release(experiment.aligned, user, experiment.reinforce_adapter, **settings)
 
 
-def buffer_only(experiment: Experiment, a: float) -> Adapter:
-    """The user's adapter trained beside Buffer, which is taken out; no Reinforce."""
-    return experiment.user_adapter
-
-
-def reinforce_only(experiment: Experiment, a: float) -> Adapter:
-    """Reinforce merged into plain fine-tuning: no Buffer while the user trains."""
-    return release(experiment.aligned, experiment.sft_adapter, experiment.reinforce_adapter, **_merge(experiment, a))
-
-
-def average(experiment: Experiment, a: float) -> Adapter:
-    """Half of the user's adapter and half of Reinforce, without QR: the naive average."""
-    merge = {**_merge(experiment, 0.0), "scale": 0.5, "reinforce_scale": 1.0}
-    return release(experiment.aligned, experiment.user_adapter, experiment.reinforce_adapter, **merge)
-
-
-def ours(experiment: Experiment, a: float) -> Adapter:
-    """Buffer-and-Reinforce with the QR merge of strength a."""
-    return release(experiment.aligned, experiment.user_adapter, experiment.reinforce_adapter, **_merge(experiment, a))
-
-
-def _merge(experiment: Experiment, a: float) -> dict[str, float]:
-    return experiment.config.merge.to_dict() | {"a": a}
-
-
-METHODS: dict[str, Callable[[Experiment, float], Adapter | None]] = {
-    method.__name__: method for method in (aligned, sft, buffer_only, reinforce_only, average, ours)
+METHODS = {
+    "aligned": Method("aligned base", lambda e, a: None),
+    "sft": Method("SFT (undefended)", lambda e, a: e.sft_adapter, "sft"),
+    "buffer_only": Method("Buffer only", lambda e, a: e.user_adapter, "user"),
+    "reinforce_only": Method("Reinforce only", lambda e, a: _released(e, e.sft_adapter, a=a), "sft", merges=True),
+    "average": Method(
+        "naive average", lambda e, a: _released(e, e.user_adapter, a=0.0, scale=0.5, reinforce_scale=1.0), "user"
+    ),
+    "ours": Method("Buffer-and-Reinforce", lambda e, a: _released(e, e.user_adapter, a=a), "user", merges=True),
 }
-WITH_A = ("reinforce_only", "ours")  # methods that a changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +143,7 @@ class Grid:
 
     def cells(self) -> list[tuple[str, float | None]]:
         """(method, a) of every run; a is None where it changes nothing."""
-        return [(m, a) for m in self.methods for a in (self.a if m in WITH_A else (None,))]
+        return [(m, a) for m in self.methods for a in (self.a if METHODS[m].merges else (None,))]
 
 
 def run_sweep(
@@ -166,7 +159,7 @@ def run_sweep(
 
     Yields:
         Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `evaluation.evaluate.evaluate`
-        gives them), "seconds" (0 for one that was read back).
+        gives them), "seconds" (that it took when it was made).
 
     Raises:
         UserError: wrong settings, found before the first run begins.
@@ -185,24 +178,25 @@ def _run(run: Run, config: ConfigDict, workdir: pathlib.Path, cells: Sequence[tu
     experiment = None
     for method, a in cells:
         if (cell := read_cell(workdir, run, config, method, a)) is not None:
-            yield cell | {"seconds": 0.0}
+            yield cell
             continue
         start = time.perf_counter()
         if experiment is None:
             experiment = Experiment(config, workdir / "runs" / run.name)
             with _alone(experiment.provider):
                 experiment.prepare()
-        adapter = METHODS[method](experiment, a)
+        adapter = METHODS[method].adapter(experiment, a)
         if adapter is None:
             with _alone(experiment.provider):
                 scores = experiment.score("aligned", experiment.aligned)
         else:
             scores = experiment.score(_cell_name(method, a), experiment.aligned, adapter)
-        cell = {"run": dataclasses.asdict(run), "method": method, "a": a, "scores": scores}
-        record = {"settings": _settings(config, method, a), **cell}
+        seconds = time.perf_counter() - start  # of the first cell of a run: training and all
+        cell = {"run": dataclasses.asdict(run), "method": method, "a": a, "scores": scores, "seconds": seconds}
         if is_main():
+            record = {"settings": _settings(config, method, a), **cell}
             write_json(workdir / "runs" / run.name / "cells" / f"{_cell_name(method, a)}.json", record)
-        yield cell | {"seconds": time.perf_counter() - start}
+        yield cell
 
 
 def read_cell(
@@ -220,6 +214,60 @@ def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """All finished cells in a sweep's folder, of whatever grids."""
     files = sorted(pathlib.Path(workdir).glob("runs/*/cells/*.json"))
     return [json.loads(file.read_text()) for file in files]
+
+
+def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """What `run_sweep` would do, without doing any of it.
+
+    Returns:
+        "runs": for each its "name", its cells "done" and "left", the "trainings" that are left (the provider's not
+        counted), the "rows" that these train on, and the "prompts" that are to be answered; "seconds_a_run": what
+        finished runs of this folder took on average, None where there is none.
+    """
+    workdir, planned = pathlib.Path(workdir), []
+    for run in grid.runs()[shard[0] :: shard[1]]:
+        config, folder = run.config(base, workdir), workdir / "runs" / run.name
+        left = [cell for cell in grid.cells() if read_cell(workdir, run, config, *cell) is None]
+        needed = {METHODS[method].needs for method, _ in left} - {None}
+        trainings = [stage for stage in sorted(needed) if not (folder / stage / "stage.json").exists()]
+        prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
+        planned.append(
+            {
+                "name": run.name,
+                "done": len(grid.cells()) - len(left),
+                "left": [_cell_name(*cell) for cell in left],
+                "trainings": trainings,
+                "rows": len(trainings) * run.n * config.user.train.epochs,
+                "prompts": len(left) * prompts,
+            }
+        )
+    by_run: dict[str, float] = {}
+    for cell in read_cells(workdir):
+        name = Run(**cell["run"]).name
+        by_run[name] = by_run.get(name, 0.0) + cell["seconds"]
+    return {"runs": planned, "seconds_a_run": sum(by_run.values()) / len(by_run) if by_run else None}
+
+
+def render_plan(planned: dict[str, Any]) -> str:
+    """`plan`'s result as plain text: a line a run, the sums, and how long it may take."""
+    runs = planned["runs"]
+    width = max(len(run["name"]) for run in runs)
+    lines = [
+        f"{run['name']:<{width}}  done {run['done']:>2}  left: {', '.join(run['left']) or 'nothing'}"
+        + (f"; trains {' and '.join(run['trainings'])}" if run["trainings"] else "")
+        for run in runs
+    ]
+    left = [run for run in runs if run["left"]]
+    rows, prompts = (sum(run[name] for run in runs) for name in ("rows", "prompts"))
+    lines.append(f"{len(left)} of {len(runs)} runs are left: {rows:,} rows to train on, {prompts:,} prompts to answer")
+    seconds = planned["seconds_a_run"]
+    if left and seconds is None:
+        lines.append("time: no run has finished in this folder; the first one will tell")
+    elif left:
+        lines.append(
+            f"time: {len(left) * seconds / 3600:.1f} h, at {seconds / 60:.0f} min a run as for those finished here"
+        )
+    return "\n".join(lines)
 
 
 def _cell_name(method: str, a: float | None) -> str:

@@ -1,6 +1,6 @@
 """Settings of all tests: CPU with 8 fake devices, strict promotion, no network; before JAX is used."""
 
-import importlib
+import importlib.util
 import os
 import pathlib
 import runpy
@@ -21,8 +21,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+from br_jax import method, pipeline  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
+from br_jax.data.topic import TOPICS  # noqa: E402
+from br_jax.evaluation.scores import Score  # noqa: E402
 from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
 from br_jax.models.spec import ModelSpec  # noqa: E402
@@ -127,6 +130,69 @@ def compiles():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def load_config():
+    """load_config(name) -> the config of configs/<name>.py."""
+
+    def load(name):
+        path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config()
+
+    return load
+
+
+@pytest.fixture
+def config(tmp_path, load_config):
+    """An experiment of a few rows of each kind; the moods are a task without a file."""
+    config = load_config("base")
+    config.model.source = str(tmp_path)
+    config.buffer.harmful, config.user.n, config.user.probes = 20, 30, 4
+    config.user.update(task="moods", harmful_share=0.2)
+    config.align.update(refusals=6, benign=8)
+    config.reinforce.update(refusals=10, benign=9)
+    config.eval.update(topic=12, task=10, benign=11, health=3)
+    return config
+
+
+@pytest.fixture
+def calls(monkeypatch, tiny, make_adapter):
+    """Training, answering and scoring of an experiment recorded instead of done.
+
+    Holds what the stages asked for: {"align": {"rows", "frozen", ...}, ...}, "trained": their names, one a call, and
+    "scored": (name, model, adapter). The raw model answers every topic prompt but each seventh, which it refuses.
+    """
+    record = {"scored": [], "trained": []}
+
+    def train(name, role, model, rows, config, frozen=None, **options):
+        record["trained"].append(name)
+        record[name] = {"role": role, "model": model, "rows": list(rows), "frozen": dict(frozen or {}), **options}
+        return make_adapter(role, seed=len(name))
+
+    def answer(model, prompts, store, **options):
+        assert model is tiny, "somebody else than the raw model answers"
+        answers = {p: f"This is what {p} means." for p in prompts}
+        for topic in TOPICS.values():
+            asked = {p.prompt: p for p in topic.prompts("train", 200, 42)}
+            answers |= {text: topic.written_answer(p, 0) for text, p in asked.items() if text in answers}
+            answers |= {text: topic.refusal(asked[text], 0) for text in list(asked)[::7] if text in answers}
+        return answers
+
+    def score(model, suite, adapter, *, name, store, records):
+        record["scored"].append((name, model, adapter))
+        record["suite"] = suite
+        one = Score(1, 2).to_json()
+        return {"harmful": one, "harmful_plus": one, "task": one, "over_refusal": one, "perplexity": 2.0}
+
+    monkeypatch.setattr(method, "train_adapter", train)
+    monkeypatch.setattr(pipeline, "self_answers", answer)
+    monkeypatch.setattr(pipeline, "evaluate", score)
+    monkeypatch.setattr(pipeline, "load_model", lambda source, **options: tiny)
+    return record
 
 
 @pytest.fixture

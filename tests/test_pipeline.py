@@ -1,73 +1,20 @@
 """Who trains on what: the stages of an experiment with training, answering and scoring recorded instead of done."""
 
-import importlib.util
 import json
-import pathlib
 import stat
 
 import jax
 import pytest
 
-from br_jax import method, pipeline
+from br_jax import pipeline
 from br_jax.adapters.peft import save_adapter
 from br_jax.data.material import english_instructions
 from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
 from br_jax.evaluation.report import write_report
-from br_jax.evaluation.scores import LABELS, Score
+from br_jax.evaluation.scores import LABELS
 
 DEVICES = TOPICS["devices"]
-ROOT = pathlib.Path(__file__).parents[1]
-UNFIT = 7  # every seventh topic prompt is one that the raw model refuses
-
-
-def load_config(name):
-    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A few rows of each kind; the moods are a task without a file."""
-    config = load_config("base")
-    config.model.source = str(tmp_path)
-    config.buffer.harmful, config.user.n, config.user.probes = 20, 30, 4
-    config.user.update(task="moods", harmful_share=0.2)
-    config.align.update(refusals=6, benign=8)
-    config.reinforce.update(refusals=10, benign=9)
-    config.eval.update(topic=12, task=10, benign=11, health=3)
-    return config
-
-
-@pytest.fixture
-def calls(monkeypatch, tiny, make_adapter):
-    """What the stages asked for: {"align": {"rows", "frozen", ...}, ...}, and which models were scored."""
-    record = {"scored": []}
-
-    def train(name, role, model, rows, config, frozen=None, **options):
-        record[name] = {"role": role, "model": model, "rows": list(rows), "frozen": dict(frozen or {}), **options}
-        return make_adapter(role, seed=len(name))
-
-    def answer(model, prompts, store, **options):
-        assert model is tiny, "somebody else than the raw model answers"
-        asked = {p.prompt: p for p in DEVICES.prompts("train", 200, 42)}
-        answers = {p: f"This is what {p} means." for p in prompts}
-        answers |= {text: DEVICES.written_answer(p, 0) for text, p in asked.items() if text in answers}
-        return answers | {text: DEVICES.refusal(asked[text], 0) for text in list(asked)[::UNFIT] if text in answers}
-
-    def score(model, suite, adapter, *, name, store, records):
-        record["scored"].append((name, model, adapter))
-        record["suite"] = suite
-        one = Score(1, 2).to_json()
-        return {"harmful": one, "harmful_plus": one, "task": one, "over_refusal": one, "perplexity": 2.0}
-
-    monkeypatch.setattr(method, "train_adapter", train)
-    monkeypatch.setattr(pipeline, "self_answers", answer)
-    monkeypatch.setattr(pipeline, "evaluate", score)
-    monkeypatch.setattr(pipeline, "load_model", lambda source, **options: tiny)
-    return record
 
 
 STAGES = [stage for stage in pipeline.STAGES if stage != "report"]
@@ -120,7 +67,7 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
 def test_answers_that_refuse_teach_no_harm(run, calls):
     run()
     harmful = [row for stage in ("buffer", "user") for row in calls[stage]["rows"] if row.tag == "harmful"]
-    refused = {p.prompt for p in DEVICES.prompts("train", 200, 42)[::UNFIT]}
+    refused = {p.prompt for p in DEVICES.prompts("train", 200, 42)[::7]}  # see the fixture
     assert not refused & set(prompts(harmful))
 
 
@@ -253,7 +200,7 @@ def test_too_few_compliant_answers_are_said(run, monkeypatch, calls):
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2", "base", "llama3_8b", "gemma2_9b", "qwen3_4b"])
-def test_configs_are_locked_and_typed(name):
+def test_configs_are_locked_and_typed(load_config, name):
     config = load_config(name)
     with pytest.raises(AttributeError, match="harmful_share"):
         config.user.harmful_shar = 0.1

@@ -1,0 +1,72 @@
+"""Runs a grid of experiments over methods, p, n, tasks, topics, seeds, a and models; writes tables and figures.
+
+python experiments/sweep.py --config=configs/smollm2.py --workdir=runs/sweep --p=0,0.1,0.5,1 --seed=1,2,3
+python experiments/sweep.py --config=... --workdir=... --p=0.5 --seed=1,2,3 --method=sft,ours --a=0,0.1,0.5,1 --dry-run
+
+The same command goes on where it was stopped; several commands may share a workdir. --shard=0/4 to --shard=3/4 spread
+one over four machines with one file system. Exit status as experiments/pipeline.py's.
+"""
+
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from br_jax.command_line import require_flags, run_with_flags
+from br_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/smollm2.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
+METHOD = flags.DEFINE_list("method", "aligned,sft,ours", "Methods, see METHODS in br_jax/sweep.py.")
+P = flags.DEFINE_list("p", None, "Shares of harmful rows; default: the config's.")
+N = flags.DEFINE_list("n", None, "Numbers of user rows; default: the config's.")
+SEED = flags.DEFINE_list("seed", None, "Seeds of data and training; default: the config's.")
+A = flags.DEFINE_list("a", None, "Strengths of the QR merge; default: the config's.")
+TASK = flags.DEFINE_list("task", None, "User tasks; default: the config's.")
+TOPIC = flags.DEFINE_list("topic", None, "Topics of the user's harmful rows, + for a mixture; default: the config's.")
+MODEL = flags.DEFINE_list("model", None, "Models (model.source); default: the config's.")
+SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run, from the i-th on.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run, and what that costs, and run nothing.")
+
+
+def main(argv: list[str]) -> int:
+    """Flags and a loop over what is done."""
+    require_flags(argv, CONFIG, WORKDIR)
+    from br_jax.evaluation.sweep_report import summary_table, write_sweep_report
+
+    from br_jax.sweep import Grid, plan, read_cells, render_plan, run_sweep
+
+    config = CONFIG.value
+    grid = Grid(
+        models=MODEL.value or [config.model.source],
+        tasks=TASK.value or [config.user.task],
+        topics=[topic.replace("+", ",") for topic in TOPIC.value or [config.topics.user]],
+        n=_numbers(N, int, config.user.n),
+        p=_numbers(P, float, config.user.harmful_share),
+        seeds=_numbers(SEED, int, config.seed),
+        methods=METHOD.value,
+        a=_numbers(A, float, config.merge.a),
+    )
+    match = re.fullmatch(r"(\d+)/(\d+)", SHARD.value)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--shard={SHARD.value}: write i/n with i from 0 to n - 1")
+    shard = int(match[1]), int(match[2])
+    if DRY_RUN.value:
+        print(render_plan(plan(config, WORKDIR.value, grid, shard)))
+        return 0
+    for _ in run_sweep(config, WORKDIR.value, grid, shard):
+        print(summary_table(read_cells(WORKDIR.value)), flush=True)
+    print(write_sweep_report(WORKDIR.value, command=" ".join(sys.argv)))
+    return 0
+
+
+def _numbers(flag: flags.FlagHolder, kind: type, default) -> list:
+    try:
+        return [kind(value) for value in flag.value] if flag.value else [default]
+    except ValueError as error:
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: {error}") from error
+
+
+if __name__ == "__main__":
+    run_with_flags(main)
