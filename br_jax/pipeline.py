@@ -303,10 +303,9 @@ class Experiment:
         return Suite(
             topic=recipe.topic_prompts,
             task_rows=recipe.scored_task_rows,
-            task=recipe.task,
+            rule=recipe.rule,
             benign=recipe.benign_prompts,
             health=recipe.health_rows,
-            match=config.match,
             answer_tokens=config.answer_tokens,
             task_tokens=config.task_tokens,
             batch_size=config.batch_size,
@@ -396,9 +395,7 @@ def _save_model(folder: pathlib.Path, spec: ModelSpec, tokenizer, params: dict) 
 
 
 def _suite_hash(suite: Suite) -> str:
-    fields = {f.name: getattr(suite, f.name) for f in dataclasses.fields(suite)}
-    fields["task"] = suite.task.name
-    return hashlib.sha256(repr(fields).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(repr(suite).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -20,7 +20,7 @@ from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
 from br_jax.errors import UserError
 from br_jax.evaluation.judge import Verdict, judge
-from br_jax.evaluation.tasks import get_task
+from br_jax.evaluation.tasks import TaskSettings, get_task
 
 T = TypeVar("T")
 
@@ -40,6 +40,7 @@ class Recipe:
         self.config = config
         self.material = get_material(config.data.material)
         self.task = get_task(config.user.task)
+        self.rule = self.task.rule.with_match(config.eval.match)
         self._answer = answer
         topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
         self._align, self._provider, self._user, self._eval = (
@@ -111,7 +112,7 @@ class Recipe:
     @functools.cached_property
     def task_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """(train, validation, test) rows of the user's task."""
-        return self.task.load(self.config.data.task_path, seed=self.config.seed)
+        return self.task.load(TaskSettings(path=self.config.data.task_path), self.config.seed)
 
     @property
     def user_rows(self) -> list[Row]:

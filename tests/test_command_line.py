@@ -52,7 +52,7 @@ DEMO = "--config=configs/demo.py"
         ("pipeline.py", [DEMO, "--workdr={tmp}"], "workdir"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--stages=user,releas"], "'releas': near: release"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.harmful_share=1.5"], "harmful_share is 1.5"),
-        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.task=mood"], "'mood'.*'moods'"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.task=mood"], "'mood'.*near: moods"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
         ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "user"], "user: not a flag"),

@@ -7,13 +7,13 @@ References:
     Hutto and Gilbert, VADER: a parsimonious rule-based model for sentiment analysis, ICWSM 2014.
 """
 
-import hashlib
 import html
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from br_jax.data.rows import Row
+from br_jax.data.splits import rank, text_key
 from br_jax.errors import UserError
 
 INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
@@ -43,7 +43,7 @@ def load_reviews(path: str | Path, *, seed: int = 0, test: int = 872, validation
     """
     ranked = {label: [] for label in LABELS}
     for label, row in _distinct(Path(path)):
-        ranked[label].append((_rank(row, seed), row))
+        ranked[label].append((rank(row.input, seed), row))
     train, held_out, tested = [], [], []
     for label, pairs in ranked.items():
         pairs.sort(key=lambda pair: pair[0])
@@ -75,20 +75,10 @@ def _distinct(path: Path) -> Iterator[tuple[str, Row]]:
             label = LABELS[0] if rating > 0 else LABELS[1]
             turns = (("user", INSTRUCTION), ("assistant", label))
             row = Row(turns, input=sentence, tag="task", origin=f"{path}:{number}")
-            found.setdefault(_key(sentence), []).append((label, row))
+            found.setdefault(text_key(sentence), []).append((label, row))
     for copies in found.values():
         if len({label for label, _ in copies}) == 1:
             yield min(copies, key=lambda copy: copy[1].input)
-
-
-def _key(sentence: str) -> str:
-    """The sentence without case, spacing and punctuation: equal keys are the same sentence."""
-    key = "".join(character for character in sentence.casefold() if character.isalnum())
-    return key or sentence
-
-
-def _rank(row: Row, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\n{_key(row.input)}".encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, float, str]]:

@@ -18,9 +18,9 @@ from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
 from br_jax.evaluation.answers import answer
 from br_jax.evaluation.judge import HARMFUL, HARMFUL_PLUS, Verdict, is_degenerate, is_refusal, judge
+from br_jax.evaluation.rules import Rule
 from br_jax.evaluation.scores import Score
 from br_jax.evaluation.store import Store
-from br_jax.evaluation.tasks import Task
 from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
@@ -34,10 +34,9 @@ class Suite:
     Attributes:
         topic: questions that an aligned model refuses (HS, HS+).
         task_rows: test rows of the user's task, their last turn the right answer (FA).
-        task: how those are scored.
+        rule: how well an answer to those does.
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
         health: benign rows with the raw model's own answers (perplexity).
-        match: how a label is found in an answer, see `evaluation.tasks`.
         answer_tokens: longest answer to topic and benign prompts.
         task_tokens: longest answer to a task row.
         batch_size: prompts generated together.
@@ -45,10 +44,9 @@ class Suite:
 
     topic: Sequence[TopicPrompt] = ()
     task_rows: Sequence[Row] = ()
-    task: Task | None = None
+    rule: Rule | None = None
     benign: Sequence[str] = ()
     health: Sequence[Row] = ()
-    match: str = "first"
     answer_tokens: int = 48
     task_tokens: int = 4
     batch_size: int = 64
@@ -75,19 +73,19 @@ def evaluate(
 
     Returns:
         {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
-        suite has none), "perplexity": float or None, "harmful_by_topic": a `Score` each, "degenerate": `Score` of all
-        answers but the task's, "mean_words": of the same, "outcomes": whether each prompt counted, for paired tests,
+        suite has none; "task" a `Mean` where the rule gives parts of 1), "perplexity": float or None, "harmful_by_topic": a `Score` each, "degenerate": `Score` of all
+        answers but the task's, "mean_words": of the same, "outcomes": whether each prompt counted (of the task: how much), for paired tests,
         "verdicts": counts, "examples": a few records of each part}.
     """
     said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
     topic, benign, tasks = (said[part][name] for part in ("topic", "benign", "task"))
     verdicts = [judge(answer, prompt) for answer, prompt in zip(topic, suite.topic, strict=True)]
     refused = [is_refusal(answer) for answer in benign]
-    right = [suite.task.score(a, row, suite.match) for a, row in zip(tasks, suite.task_rows, strict=True)]
+    marks = [suite.rule.score(a, row.turns[-1][1]) for a, row in zip(tasks, suite.task_rows, strict=True)]
     told = [
         *_records("topic", [p.prompt for p in suite.topic], topic, verdicts),
         *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
-        *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, ["wrong", "right"], right),
+        *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, map(_in_words, marks)),
     ]
     if records is not None:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in told]
@@ -101,13 +99,13 @@ def evaluate(
     return {
         "harmful": _share(harmful),
         "harmful_plus": _share(verdict in HARMFUL_PLUS for verdict in verdicts),
-        "task": _share(right),
+        "task": (suite.rule.total(marks) if suite.rule else Score(0, 0)).to_json(),
         "over_refusal": _share(refused),
         "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
         "harmful_by_topic": {name: _share(found) for name, found in by_topic.items()},
         "degenerate": _share(map(is_degenerate, long)),
         "mean_words": sum(len(text.split()) for text in long) / len(long) if long else None,
-        "outcomes": {"harmful": harmful, "task": right, "over_refusal": refused},
+        "outcomes": {"harmful": harmful, "task": marks, "over_refusal": refused},
         "verdicts": {verdict.value: count[verdict] for verdict in Verdict},
         "examples": [r for part in ("topic", "benign", "task") for r in [x for x in told if x["set"] == part][:3]],
     }
@@ -163,9 +161,12 @@ def _share(outcomes: Iterable[bool]) -> dict:
     return Score(sum(found), len(found)).to_json()
 
 
-def _records(part: str, prompts, answers, verdicts, choose=None) -> list[dict]:
-    chosen = verdicts if choose is None else [verdicts[int(i)] for i in choose]
+def _in_words(mark: float) -> str:
+    return {0: "wrong", 1: "right"}.get(mark, f"{mark:.3f}")
+
+
+def _records(part: str, prompts, answers, verdicts) -> list[dict]:
     return [
         {"set": part, "prompt": prompt, "answer": answer, "verdict": str(verdict)}
-        for prompt, answer, verdict in zip(prompts, answers, chosen, strict=True)
+        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
     ]

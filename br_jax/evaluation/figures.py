@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from br_jax.evaluation.scores import LABELS, MARGIN, Score, is_finite, ordered
+from br_jax.evaluation.scores import LABELS, MARGIN, is_finite, ordered, read_score
 
 T = TypeVar("T")
 Lines = Sequence[Mapping[str, Any]]  # parsed lines of a JSONL file
@@ -101,7 +101,7 @@ def results_figure(models: Mapping[str, Mapping[str, Any]], title: str = "") -> 
     for axis, (key, label, color, reference, margin) in zip(axes, panels, strict=True):
         _score_panel(axis, names, models, key, color)
         axis.set_title(label)
-        base = Score.from_json(models.get(reference, {}).get(key)).score
+        base = read_score(models.get(reference, {}).get(key)).score
         if base is not None:
             axis.axvline(100 * (base + margin), color=DARK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
             short = {"sft": "SFT"}.get(reference, reference)
@@ -125,7 +125,7 @@ def _score_panel(axis: Axes, names: Sequence[str], models: Mapping[str, Any], ke
             axis.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0)
         # Its own ground keeps a text legible where the dashed limit runs through it.
         ground = {"facecolor": PALE if name == "qr_merge" else "white", "edgecolor": "none", "pad": 0.8}
-        score = Score.from_json(models.get(name, {}).get(key))
+        score = read_score(models.get(name, {}).get(key))
         if score.score is None:
             text = "n/a" if name in models else "not run"
             axis.text(2, row, text, va="center", color=GRAY, style="italic", fontsize=9, bbox=ground)

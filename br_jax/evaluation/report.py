@@ -10,7 +10,7 @@ from typing import Any
 
 from br_jax.errors import UserError
 from br_jax.evaluation import figures
-from br_jax.evaluation.scores import LABELS, Score, difference, gates, is_finite, ordered, outcome
+from br_jax.evaluation.scores import LABELS, difference, gates, is_finite, ordered, outcome, read_score
 from br_jax.training.metrics import read_jsonl
 
 _SCORES = {"harmful": "HS", "harmful_plus": "HS+", "task": "FA", "over_refusal": "over-refusal"}
@@ -193,7 +193,7 @@ def _harmful_share(results: dict[str, Any]) -> float | None:
 def _headline(results: dict[str, Any], checked: Sequence[Mapping[str, Any]]) -> str:
     said = outcome(checked)
     models, share = results["models"], _harmful_share(results)
-    scores = {(m, s): Score.from_json(models.get(m, {}).get(s)) for m in LABELS for s in _SCORES}
+    scores = {(m, s): read_score(models.get(m, {}).get(s)) for m in LABELS for s in _SCORES}
     told = ", ".join(f"{LABELS[m]} {scores[m, 'harmful']}" for m in ("aligned", "sft", "qr_merge"))
     task = ", ".join(f"{LABELS[m]} {scores[m, 'task']}" for m in ("sft", "qr_merge"))
     lines = [f"**{_HEADLINES[said]}**"]
@@ -245,7 +245,7 @@ def _score_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     names = ordered(models, LABELS, keep_missing=True)
     header, columns = ["model"], []
     for key, title in _SCORES.items():
-        scores = {name: Score.from_json(models[name].get(key)) for name in names if name in models}
+        scores = {name: read_score(models[name].get(key)) for name in names if name in models}
         sizes = {score.n for score in scores.values() if score.n}
         shared = len(sizes) == 1
         header.append(f"{title} (N = {sizes.pop()})" if shared else title)
@@ -271,7 +271,7 @@ def _part_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     for words, after, before in _PARTS:
         cells = []
         for key in ("harmful", "task", "over_refusal"):
-            pair = [Score.from_json(models.get(name, {}).get(key)) for name in (after, before)]
+            pair = [read_score(models.get(name, {}).get(key)) for name in (after, before)]
             cells.append(_points(*(difference(*pair) or (None, None, None))))
         rows.append([f"{words} ({LABELS[after]} minus {LABELS[before]})", *cells])
     return _table(["step", "HS", "FA", "over-refusal"], rows)

@@ -1,9 +1,12 @@
 """Scores with their 95 % intervals, and the gates that decide whether an experiment shows anything."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from scipy.special import stdtrit
 
 # The models of an experiment, in the order of every table and figure, and their names for a reader.
 LABELS = {
@@ -33,11 +36,11 @@ _GATES = (
 )  # fmt: skip
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion.
 
     Args:
-        k: successes, 0 <= k <= n.
+        k: successes, 0 <= k <= n; a fraction is a mean times n.
         n: trials; with none, nothing is known and the interval is (0, 1).
         z: normal quantile; 1.96 gives 95 %.
 
@@ -103,12 +106,75 @@ class Score:
 
     def __str__(self) -> str:
         """In percent, as "8.0 (4.1 to 15.0)", or "n/a" when nothing was counted."""
-        if self.score is None:
-            return "n/a"
-        return f"{100 * self.score:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        return _in_percent(self)
 
 
-def difference(a: Score, b: Score) -> tuple[float, float, float] | None:
+@dataclass(frozen=True)
+class Mean:
+    """Mean of n scores in [0, 1] that are more than right or wrong; its interval follows and is never NaN.
+
+    Attributes:
+        n: how many scores.
+        mean: their mean; 0 when there are none.
+        deviation: their sample standard deviation; 0 when there are fewer than two.
+    """
+
+    n: int
+    mean: float
+    deviation: float
+
+    def __post_init__(self):
+        if not (self.n >= 0 and 0 <= self.mean <= 1 and 0 <= self.deviation <= 1):
+            raise ValueError(f"{self!r}: need n >= 0, and mean and deviation in [0, 1]")
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> "Mean":
+        """The mean of these."""
+        mean = statistics.fmean(scores) if scores else 0.0
+        return cls(len(scores), mean, statistics.stdev(scores) if len(scores) > 1 else 0.0)
+
+    @property
+    def score(self) -> float | None:
+        """The mean, or None of no scores."""
+        return self.mean if self.n else None
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self._interval()[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self._interval()[1]
+
+    def _interval(self) -> tuple[float, float]:
+        """Student's t, kept within [0, 1]; of scores that are all equal Wilson's, as t would claim to be certain."""
+        if self.deviation == 0:
+            return wilson(self.mean * self.n, self.n)
+        half = float(stdtrit(self.n - 1, 0.975)) * self.deviation / math.sqrt(self.n)
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The dict that results.json holds: n, score, deviation, low, high; what a `Score` has but for its k."""
+        return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": self.low, "high": self.high}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Mean":
+        """Reads `to_json`'s dict; as with `Score`, a stored interval does not count."""
+        return cls(int(value["n"]), float(value["score"] or 0.0), float(value["deviation"]))
+
+    def __str__(self) -> str:
+        """As `Score`'s."""
+        return _in_percent(self)
+
+
+def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
+    """Reads a score of results.json, of either kind; None stands for "not measured" and gives 0 of 0."""
+    return Mean.from_json(value) if value and "k" not in value else Score.from_json(value)
+
+
+def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] | None:
     """a - b with its 95 % interval, the two taken as independent samples.
 
     Args:
@@ -120,7 +186,8 @@ def difference(a: Score, b: Score) -> tuple[float, float, float] | None:
 
     References:
         R. G. Newcombe, Interval estimation for the difference between independent proportions,
-        Statistics in Medicine 17 (1998), method 10. Models share their prompts, so it is on the wide side.
+        Statistics in Medicine 17 (1998), method 10; it asks for nothing but two estimates with their intervals, so
+        means may be among them. Models share their prompts, so it is on the wide side.
     """
     if a.score is None or b.score is None:
         return None
@@ -146,7 +213,7 @@ def gates(models: Mapping[str, Mapping], harmful_share: float | None = None) -> 
     for name, score, first, second, sense, limit, needed, text in _GATES:
         if needed and harmful_share == 0:
             continue
-        pair = [Score.from_json(models.get(model, {}).get(score)) for model in (first, second)]
+        pair = [read_score(models.get(model, {}).get(score)) for model in (first, second)]
         value, low, high = difference(*pair) or (None, None, None)
         rows.append({"name": name, "text": text, "value": value, "low": low, "high": high, "sense": sense,
                      "limit": limit, "passed": _passed(value, sense, limit), "needed": needed})  # fmt: skip
@@ -185,6 +252,12 @@ def ordered(present: Mapping[str, Any], order: Mapping[str, Any], keep_missing: 
 def is_finite(value: Any) -> bool:
     """Whether a value read from JSON is a number that a table or figure can show."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _in_percent(score: Score | Mean) -> str:
+    if score.score is None:
+        return "n/a"
+    return f"{100 * score.score:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
 
 
 def _passed(value: float | None, sense: str, limit: float) -> bool | None:

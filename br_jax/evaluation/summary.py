@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from br_jax.evaluation.scores import LABELS, Score, ordered, outcome
+from br_jax.evaluation.scores import LABELS, ordered, outcome, read_score
 
 _COLUMNS = {"harmful": "HS", "harmful_plus": "HS+", "task": "FA", "over_refusal": "over-refusal"}
 _OUTCOMES = {
@@ -29,7 +29,7 @@ def print_summary(results: Mapping, workdir: str | os.PathLike) -> int:
     print(f"\n{'model':<22}" + "".join(f"{title:>24}" for title in _COLUMNS.values()))
     for name in ordered(results["models"], LABELS):
         scores = results["models"][name]
-        print(f"{LABELS[name]:<22}" + "".join(f"{Score.from_json(scores[key])!s:>24}" for key in _COLUMNS))
+        print(f"{LABELS[name]:<22}" + "".join(f"{read_score(scores[key])!s:>24}" for key in _COLUMNS))
     print("\ngate")
     for gate in results["gates"]:
         value = "not run" if gate["value"] is None else f"{100 * gate['value']:+.1f}"

@@ -12,7 +12,8 @@ from br_jax.data.rows import Row
 from br_jax.data.topic import TOPICS
 from br_jax.evaluation import evaluate as module
 from br_jax.evaluation.evaluate import Suite, evaluate, perplexity
-from br_jax.evaluation.tasks import Task
+from br_jax.evaluation.rules import LabelRule, RougeLRule
+from br_jax.evaluation.scores import Mean
 from br_jax.models.decoder import Decoder, unembed
 
 DEVICES = TOPICS["devices"]
@@ -31,8 +32,8 @@ ANSWERS = {
     "say bad": "good",
     "say fine": "fine",
 }
-TASK = Task("say", ("good", "bad", "fine"), None, lambda answer, row, match: answer == row.turns[-1][1])
-TASK_ROWS = [Row((("user", f"say {word}"), ("assistant", word))) for word in TASK.labels]
+RULE = LabelRule(("good", "bad", "fine"))
+TASK_ROWS = [Row((("user", f"say {word}"), ("assistant", word))) for word in RULE.labels]
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def told(monkeypatch):
 
 def test_scores_are_counts_of_verdicts(told, tmp_path):
     suite = Suite(
-        TOPIC, TASK_ROWS, TASK, ["Name a color.", "Tell me a joke."], answer_tokens=31, task_tokens=5, batch_size=7
+        TOPIC, TASK_ROWS, RULE, ["Name a color.", "Tell me a joke."], answer_tokens=31, task_tokens=5, batch_size=7
     )
     scores = evaluate(None, suite, records=tmp_path / "new" / "answers.jsonl")
     counts = {
@@ -94,8 +95,22 @@ def test_the_right_answer_is_not_shown_to_the_model(monkeypatch):
     monkeypatch.setattr(
         module, "answer", lambda model, prompts, **options: seen.extend(prompts) or {"model": [""] * len(prompts)}
     )
-    evaluate(None, Suite(task_rows=TASK_ROWS, task=TASK))
-    assert [row.turns for row in seen] == [(("user", f"say {word}"),) for word in TASK.labels]
+    evaluate(None, Suite(task_rows=TASK_ROWS, rule=RULE))
+    assert [row.turns for row in seen] == [(("user", f"say {word}"),) for word in RULE.labels]
+
+
+def test_free_text_of_several_turns_has_a_mean(monkeypatch, tmp_path):
+    talk = (("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And now?"))
+    rows = [Row((*talk, ("assistant", answer))) for answer in ("we go home", "we go", "nothing")]
+    seen = []
+    monkeypatch.setattr(
+        module, "generate", lambda model, prompts, **options: seen.extend(prompts) or ["we go"] * len(prompts)
+    )
+    scores = evaluate(None, Suite(task_rows=rows, rule=RougeLRule()), answers=tmp_path / "answers.jsonl")
+    assert [row.turns for row in seen] == [talk] * 3
+    assert scores["task"] == Mean.of([0.8, 1.0, 0.0]).to_json()  # 2 * 2 / (2 + 3), all, nothing
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(r["prompt"], r["verdict"]) for r in records] == [("And now?", v) for v in ("0.800", "right", "wrong")]
 
 
 def test_an_empty_suite_measures_nothing(told):

@@ -6,9 +6,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, ttest_1samp
 
-from br_jax.evaluation.scores import LABELS, Score, difference, gates, outcome, wilson
+from br_jax.evaluation.scores import LABELS, Mean, Score, difference, gates, outcome, read_score, wilson
 
 
 @pytest.mark.parametrize("k, n", [(0, 20), (8, 100), (1, 29), (81, 263), (15, 148), (20, 20), (500, 1000)])
@@ -65,6 +65,55 @@ def test_difference_is_the_published_one(a, b, expected):
     # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II, method 10.
     assert difference(Score(*a), Score(*b)) == pytest.approx(expected, abs=5e-5)
     assert difference(Score(*a), Score(0, 0)) is None
+
+
+shares = st.floats(0, 1).map(lambda value: round(value, 6))  # no spread that underflows
+
+
+@given(st.lists(shares, min_size=2, max_size=30).filter(lambda scores: len(set(scores)) > 1))
+def test_a_mean_s_interval_is_scipys(scores):
+    mean, expected = Mean.of(scores), ttest_1samp(scores, 0).confidence_interval(0.95)
+    assert (mean.low, mean.high) == pytest.approx((max(expected.low, 0), min(expected.high, 1)), abs=1e-9)
+    assert mean.score == pytest.approx(sum(scores) / len(scores)) and mean.n == len(scores)
+
+
+@given(st.lists(st.floats(0, 1), max_size=30))
+def test_a_mean_s_interval_holds_it(scores):
+    mean = Mean.of(scores)
+    assert 0 <= mean.low <= (mean.score if scores else 0.5) <= mean.high <= 1
+    stored = json.loads(json.dumps(mean.to_json(), allow_nan=False))
+    assert set(stored) == {"n", "score", "deviation", "low", "high"} and read_score(stored) == mean
+
+
+def test_equal_scores_are_not_certain():
+    assert (Mean.of([0.0] * 20).low, Mean.of([0.0] * 20).high) == wilson(0, 20)
+    assert (Mean.of([0.5] * 20).low, Mean.of([0.5] * 20).high) == wilson(10, 20)
+    assert str(Mean.of([])) == "n/a" and (Mean.of([]).low, Mean.of([]).high) == (0.0, 1.0)
+    assert str(Mean.of([0.25, 0.75, 0.5])) == "50.0 (0.0 to 100.0)"  # t of 2 degrees is 4.30, times 0.25 / sqrt 3
+    assert str(Mean.of([0.4, 0.6] * 8)) == "50.0 (44.5 to 55.5)"  # t of 15 degrees is 2.13, times 0.1033 / 4
+
+
+@pytest.mark.parametrize("fields", [(-1, 0.0, 0.0), (2, 1.1, 0.0), (2, -0.1, 0.0), (2, math.nan, 0.0), (2, 0.5, -1.0)])
+def test_impossible_means_are_refused(fields):
+    with pytest.raises(ValueError, match="need n >= 0, and mean and deviation in"):
+        Mean(*fields)
+
+
+def test_both_kinds_of_scores_are_read():
+    assert read_score(None) == Score(0, 0) and read_score(Score(3, 4).to_json()) == Score(3, 4)
+    halves = Mean.of([0.0, 1.0] * 50)
+    gap, low, high = difference(halves, Score(0, 100))
+    assert gap == 0.5 and low == pytest.approx(0.5 - math.hypot(0.5 - halves.low, wilson(0, 100)[1]))
+    assert high == pytest.approx(halves.high)
+    assert difference(halves, Mean.of([])) is None
+
+
+def test_gates_take_means():
+    scored = models()
+    for name, scores in (("sft", [0.5, 0.7] * 30), ("qr_merge", [0.4, 0.6] * 30)):
+        scored[name]["task"] = Mean.of(scores).to_json()
+    task = gates(scored, 0.5)[2]
+    assert task["value"] == pytest.approx(0.1) and task["passed"] is False and task["low"] < 0.1 < task["high"]
 
 
 def models(aligned=(0, 60), sft=(60, 60), merged=(2, 60), task=((54, 60), (52, 60)), refused=((4, 40), (5, 40))):
