@@ -223,9 +223,12 @@ def test_chats_and_free_text(tmp_path):
     chat = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "And?"), ("assistant", "Bye."))
     rows = [Row((("user", f"Say {i}"), *chat[2:])) for i in range(60)] + [Row(chat)]
     rows += [Row((("user", "Sum up"), ("assistant", "Short.")), input=f"Long text {i}") for i in range(60)]
+    rows += [Row((*chat[:3], ("user", f"Then {i}?"), ("assistant", "Bye."))) for i in range(60)]
     write_rows(tmp_path / "chats.jsonl", rows)
     splits = load(path=str(tmp_path / "chats.jsonl"), rule="rouge_l")
-    assert sum(map(len, splits)) == 121 and all(len({row.input for row in part}) > 1 for part in splits)
+    assert sum(map(len, splits)) == 181
+    for part in splits:  # prompts that differ in their input, or their last turn, alone
+        assert len({row.input for row in part}) > 1 and len({row.turns[-2] for row in part if len(row.turns) == 5}) > 1
     assert chat in [row.turns for part in splits for row in part]
     assert TASKS["rows"].rule is None and get_task("rows", "rouge_l").rule == RougeLRule()
 
