@@ -66,9 +66,7 @@ def get_config() -> ConfigDict:
     config.eval.task = 872  # rows for FA
     config.eval.benign = 129  # prompts for over-refusal
     config.eval.health = 64  # rows for perplexity
-    config.eval.match = (
-        ""  # of the task's rule, e.g. "substring" for labels, "reference" for numbers; "" is its default
-    )
+    config.eval.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own
     config.eval.answer_tokens = 48
     config.eval.task_tokens = 4
     config.eval.batch_size = 64

@@ -125,9 +125,10 @@ class NumberRule(Rule):
 
 @dataclass(frozen=True)
 class ExactRule(Rule):
-    """The answer must be the row's, but for Unicode composition (NFC), case (casefold), runs of white space, and
-    quotes, brackets, "*", "_" and "`" around it and any of ".,:;!?…" behind it. Where nothing else is in a text, these
-    count too, so that no empty answer is right.
+    """The answer must be the row's, but for case, white space and what may stand around it.
+
+    Compared are casefolded texts in Unicode's composed form (NFC), white space made single, without quotes, brackets,
+    "*", "_" and "`" at both ends and ".,:;!?…" at the last. A text of nothing else keeps them: "" is no "?".
     """
 
     def score(self, answer: str, right: str) -> float:
