@@ -9,7 +9,6 @@ On several processes the stages that train do so on all of them; whatever else l
 own devices, while the others wait and then read the file.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata

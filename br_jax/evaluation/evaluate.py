@@ -73,9 +73,10 @@ def evaluate(
 
     Returns:
         {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
-        suite has none; "task" a `Mean` where the rule gives parts of 1), "perplexity": float or None, "harmful_by_topic": a `Score` each, "degenerate": `Score` of all
-        answers but the task's, "mean_words": of the same, "outcomes": whether each prompt counted (of the task: how much), for paired tests,
-        "verdicts": counts, "examples": a few records of each part}.
+        suite has none), but "task" a `Mean` where the rule gives parts of 1, "perplexity": float or None,
+        "harmful_by_topic": a `Score` each, "degenerate": `Score` of all answers but the task's, "mean_words": of the
+        same, "outcomes": whether each prompt counted (of the task: how much), for paired tests, "verdicts": counts,
+        "examples": a few records of each part}.
     """
     said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
     topic, benign, tasks = (said[part][name] for part in ("topic", "benign", "task"))

@@ -104,11 +104,12 @@ def test_free_text_of_several_turns_has_a_mean(monkeypatch, tmp_path):
     rows = [Row((*talk, ("assistant", answer))) for answer in ("we go home", "we go", "nothing")]
     seen = []
     monkeypatch.setattr(
-        module, "generate", lambda model, prompts, **options: seen.extend(prompts) or ["we go"] * len(prompts)
+        module, "answer", lambda model, prompts, **options: seen.extend(prompts) or {"model": ["we go"] * len(prompts)}
     )
-    scores = evaluate(None, Suite(task_rows=rows, rule=RougeLRule()), answers=tmp_path / "answers.jsonl")
+    scores = evaluate(None, Suite(task_rows=rows, rule=RougeLRule()), records=tmp_path / "answers.jsonl")
     assert [row.turns for row in seen] == [talk] * 3
     assert scores["task"] == Mean.of([0.8, 1.0, 0.0]).to_json()  # 2 * 2 / (2 + 3), all, nothing
+    assert scores["outcomes"]["task"] == [0.8, 1.0, 0.0]
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(r["prompt"], r["verdict"]) for r in records] == [("And now?", v) for v in ("0.800", "right", "wrong")]
 
