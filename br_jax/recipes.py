@@ -18,6 +18,7 @@ from br_jax.data.material import get_material
 from br_jax.data.mixing import check_mix, mix
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
+from br_jax.distributed import main_first
 from br_jax.errors import UserError
 from br_jax.evaluation.judge import Verdict, judge
 from br_jax.evaluation.tasks import TaskSettings, get_task
@@ -39,7 +40,7 @@ class Recipe:
     def __init__(self, config: ConfigDict, answer: Callable[[Sequence[str]], dict[str, str]]):
         self.config = config
         self.material = get_material(config.data.material)
-        self.task = get_task(config.user.task)
+        self.task = get_task(config.user.task, config.user.rule)
         self.rule = self.task.rule.with_match(config.eval.match)
         self._answer = answer
         topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
@@ -112,7 +113,9 @@ class Recipe:
     @functools.cached_property
     def task_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """(train, validation, test) rows of the user's task."""
-        return self.task.load(TaskSettings(path=self.config.data.task_path), self.config.seed)
+        data = self.config.data
+        folder = {"folder": data.folder} if "folder" in self.task.reads else {}
+        return main_first(lambda: self.task.load(TaskSettings(**data[self.task.name], **folder), self.config.seed))
 
     @property
     def user_rows(self) -> list[Row]:

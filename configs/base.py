@@ -7,6 +7,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from br_jax.evaluation.tasks import TASKS, TaskSettings
 from br_jax.training.config import TrainConfig
 
 
@@ -29,7 +30,10 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.material = "english"  # whose prompts: "english" or "demo", see br_jax/data/material.py
-    config.data.task_path = ""  # file of the user's task
+    config.data.folder = "data/tfds"  # where public data sets are kept once built
+    for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
+        fields = [field for field in task.reads if field != "folder"]
+        config.data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
 
     config.topics = (
         ConfigDict()
@@ -53,6 +57,7 @@ def get_config() -> ConfigDict:
     config.user = ConfigDict()
     config.user.adapter = ""  # the same; one that was trained without Buffer can still be reinforced and released
     config.user.task = "reviews"
+    config.user.rule = ""  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
     config.user.n = 1000
     config.user.harmful_share = 0.1  # p
     config.user.index_mode = "exact"  # or "reference", method.md's off-by-one

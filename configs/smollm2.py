@@ -2,15 +2,30 @@
 
 python experiments/fetch.py
 python experiments/pipeline.py --config=configs/smollm2.py --workdir=runs/smollm2-p10 --config.user.harmful_share=0.1
+--config=configs/smollm2.py:ag_news (:sst2, :gsm8k) for other tasks; their files: --config.data.ag_news.path= and so on.
 
 Hardware: 2 CPU cores, 7 GB. Time and result: see README.md.
 """
 
 from br_jax.configs import base
 
+# user task -> what it changes: longer rows, longer answers
+TASKS = {
+    "reviews": {},
+    "sst2": {},
+    "ag_news": {"train": {"max_length": 192, "buckets": (112, 128, 144, 160)}, "eval": {"task_tokens": 6}},
+    "gsm8k": {
+        "train": {"max_length": 320, "buckets": (160, 192, 224, 256)},
+        "eval": {"task_tokens": 192, "task": 200},
+    },
+}
 
-def get_config():
+
+def get_config(task: str = "reviews"):
     """The config: f32 on a CPU, rows of at most 112 tokens, all stages sized for an hour.
+
+    Args:
+        task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
     Chosen on the validation split (seed 42, 80 topic prompts, 86 benign ones; aligned base: HS 12.5 and over-refusal
     15.1).
@@ -24,10 +39,12 @@ def get_config():
     | 0.07 | 13.8 | 16.3 | 3.8 | 19.8 |
     | 0.1 | 10.0 | 17.4 | 2.5 | 20.9 |
     """
+    if task not in TASKS:
+        raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
     config = base.get_config()
     config.name = "smollm2"
     config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
-    config.data.task_path = "data/movieReviewSnippets_GroundTruth.txt"
+    config.data.reviews.path = "data/movieReviewSnippets_GroundTruth.txt"
     for stage in (config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(
             learning_rate=3e-4,
@@ -50,4 +67,7 @@ def get_config():
     config.user.train.update(epochs=2, probe_every=50)
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
+    config.user.task = task
+    config.user.train.update(TASKS[task].get("train", {}))
+    config.eval.update(TASKS[task].get("eval", {}))
     return config
