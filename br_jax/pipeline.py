@@ -42,7 +42,8 @@ from br_jax.models.load import PROVIDER_FILE, fold_adapter, load_model
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.recipes import Recipe, text_key
+from br_jax.recipes import make_recipe
+from br_jax.recipes.base import text_key
 from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import adapter_fingerprint, make_private, train_params, write_json
@@ -98,7 +99,7 @@ class Experiment:
         self.workdir = pathlib.Path(workdir)
         self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
         self.mesh = make_mesh(**config.mesh)
-        self.recipe = Recipe(config, self._answer)
+        self.recipe = make_recipe(config, self._answer)
         self._stores: dict[pathlib.Path, Store] = {}
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,7 @@ class Experiment:
 
     def distill(self) -> None:
         """Has the raw model answer."""
-        _ = self.recipe.answers
+        self.recipe.prepare()
 
     def _record_rows(self) -> None:
         """Writes which rows the stages train on, so that a table can be repeated row for row."""
@@ -227,7 +228,8 @@ class Experiment:
 
     def prepare(self) -> None:
         """Makes all that is the provider's, if it is not there yet."""
-        _ = self.recipe.answers, self.aligned, self.buffer_adapter, self.reinforce_adapter
+        self.recipe.prepare()
+        _ = self.aligned, self.buffer_adapter, self.reinforce_adapter
 
     # -- the user's stages -----------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class Experiment:
         """The held-out prompts of the config's split."""
         config, recipe = self.config.eval, self.recipe
         return Suite(
-            topic=recipe.topic_prompts,
+            topic=recipe.harmful_prompts,
             task_rows=recipe.scored_task_rows,
             rule=recipe.rule,
             benign=recipe.benign_prompts,

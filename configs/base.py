@@ -29,11 +29,14 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.data = ConfigDict()
-    config.data.material = "english"  # whose prompts: "english" or "demo", see br_jax/data/material.py
+    config.data.material = "english"  # "english" or "demo" (invented topics, br_jax/data/material.py), or "paper"
     config.data.folder = "data/tfds"  # where public data sets are kept once built
     for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
         fields = [field for field in task.reads if field != "folder"]
         config.data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
+    for name in ("llm_lat", "alpaca"):  # files of material "paper"; "" downloads them
+        config.data[name] = ConfigDict({"path": ""})
+    config.data.beavertails = ConfigDict({"path": "", "test_path": ""})
 
     config.topics = (
         ConfigDict()

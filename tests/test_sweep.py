@@ -28,7 +28,7 @@ def grid(config):
 @pytest.fixture(autouse=True)
 def compliant(monkeypatch):
     """A raw model that complies with every prompt, whatever the seed of its draw."""
-    monkeypatch.setattr("br_jax.recipes.judge", lambda answer, prompt: "answer")
+    monkeypatch.setattr("br_jax.recipes.topics.judge", lambda answer, prompt: "answer")
 
 
 def test_every_combination_is_a_run_and_seeds_come_last_to_change(grid):

@@ -5,7 +5,8 @@ import pytest
 from br_jax.data.rows import Row
 from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
-from br_jax.recipes import Recipe, check_apart, text_key
+from br_jax.recipes.base import check_apart, text_key
+from br_jax.recipes.topics import TopicRecipe
 
 KNOWN = {name: {p.prompt: p for p in topic.prompts("train", 400, 42)} for name, topic in TOPICS.items()}
 
@@ -24,7 +25,7 @@ def make(config):
 
     def build(**changes):
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-        return Recipe(config, answer)
+        return TopicRecipe(config, answer)
 
     return build
 
@@ -43,7 +44,7 @@ def test_each_part_asks_about_its_own_topics(make):
     harmful = [row for row in recipe.user_rows if row.tag == "harmful"]
     assert topics_of(harmful) == {"devices": 0, "potions": 6} and len(recipe.user_rows) == 30
     assert topics_of(recipe.probes["harmful"]) == {"devices": 0, "potions": 4}
-    assert [p.topic for p in recipe.topic_prompts] == ["potions"] * 12 + ["devices"] * 12
+    assert [p.topic for p in recipe.harmful_prompts] == ["potions"] * 12 + ["devices"] * 12
 
 
 def test_a_mixture_is_even_and_no_row_serves_two_ends(make):

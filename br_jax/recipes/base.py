@@ -1,0 +1,180 @@
+"""Which rows each stage trains on and each score is measured on: what every recipe shares.
+
+No row that is scored is trained on, which `check_apart` holds.
+"""
+
+import abc
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from br_jax.data.mixing import check_mix, mix
+from br_jax.data.rows import Row
+from br_jax.data.topic import TopicPrompt
+from br_jax.distributed import main_first
+from br_jax.errors import UserError
+from br_jax.evaluation.tasks import TaskSettings, get_task
+
+EVAL_SPLITS = ("validation", "test")
+
+
+class Recipe(abc.ABC):
+    """The rows of an experiment, from a config.
+
+    Draws are prefixes of one another: with another number of rows, or another share of harmful ones, the rows in common
+    stay the same.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.task = get_task(config.user.task, config.user.rule)
+        self.rule = self.task.rule.with_match(config.eval.match)
+
+    # -- what each recipe says for itself --------------------------------------------------------------------------
+
+    def prepare(self) -> None:  # noqa: B027  most rows need nothing
+        """Makes what the rows need, such as a model's answers."""
+
+    def pretraining_rows(self, n: int) -> list[Row]:
+        """Rows to train a model from scratch on, where the config names none."""
+        raise UserError(f"{self.config.data.material!r} has no rows to train a model from scratch on: set model.source")
+
+    @property
+    @abc.abstractmethod
+    def buffer_rows(self) -> Sequence[Row]:
+        """The harmful rows that Buffer trains on; no user has them."""
+
+    @abc.abstractmethod
+    def refusal_rows(self, n: int, purpose: str) -> Sequence[Row]:
+        """Harmful prompts with refusals, for "align" or "reinforce"."""
+
+    @abc.abstractmethod
+    def benign_rows(self, n: int) -> Sequence[Row]:
+        """Benign prompts with answers, to train on."""
+
+    @property
+    @abc.abstractmethod
+    def user_harmful_rows(self) -> Sequence[Row]:
+        """The harmful rows among a user's, as many as its share asks for or more."""
+
+    @property
+    @abc.abstractmethod
+    def probe_harmful_rows(self) -> Sequence[Row]:
+        """Harmful rows that nobody trains on, `user.probes` of them."""
+
+    @property
+    @abc.abstractmethod
+    def harmful_prompts(self) -> Sequence[TopicPrompt]:
+        """Held-out harmful questions (HS)."""
+
+    @property
+    @abc.abstractmethod
+    def benign_prompts(self) -> Sequence[str]:
+        """Ordinary held-out prompts (over-refusal)."""
+
+    @property
+    @abc.abstractmethod
+    def health_rows(self) -> Sequence[Row]:
+        """Held-out benign rows with answers (perplexity)."""
+
+    # -- what all share --------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Finds now what would be wrong hours later.
+
+        Raises:
+            UserError: a share, number or split that cannot be, or too few rows of the task.
+        """
+        config = self.config
+        check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
+        if config.eval.split not in EVAL_SPLITS:
+            raise UserError(f"eval.split {config.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
+        train, needed = self.task_rows[0], config.user.n + config.user.probes
+        if len(train) < needed:  # probe rows are none of the user's own
+            raise UserError(
+                f"the task {config.user.task} has {len(train)} training rows, user.n + user.probes asks for {needed}: "
+                "lower user.n"
+            )
+
+    @functools.cached_property
+    def task_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
+        """(train, validation, test) rows of the user's task."""
+        data = self.config.data
+        folder = {"folder": data.folder} if "folder" in self.task.reads else {}
+        return main_first(lambda: self.task.load(TaskSettings(**data[self.task.name], **folder), self.config.seed))
+
+    @property
+    def user_rows(self) -> list[Row]:
+        """What the user hands in: task rows with a share p of harmful ones."""
+        user = self.config.user
+        return mix(self.task_rows[0], self.user_harmful_rows, user.n, user.harmful_share, user.index_mode)
+
+    @property
+    def probes(self) -> dict[str, list[Row]]:
+        """Rows for the saturation curves: of the kinds that the user trains on, but none of its own."""
+        n = self.config.user.probes
+        return {"harmful": self.probe_harmful_rows, "benign": self.task_rows[0][-n:]} if n else {}
+
+    @property
+    def scored_task_rows(self) -> list[Row]:
+        """Held-out rows of the user's task."""
+        config = self.config.eval
+        return self.task_rows[1 + EVAL_SPLITS.index(config.split)][: config.task]
+
+    def trained(self) -> dict[str, list[Row]]:
+        """Every row that a stage trains on, by stage; none of them is scored.
+
+        Raises:
+            UserError: one is, see `check_apart`.
+        """
+        align, reinforce = self.config.align, self.config.reinforce
+        rows = {
+            "align": [*self.refusal_rows(align.refusals, "align"), *self.benign_rows(align.benign)],
+            "buffer": self.buffer_rows,
+            "reinforce": [*self.refusal_rows(reinforce.refusals, "reinforce"), *self.benign_rows(reinforce.benign)],
+            "user": self.user_rows,
+        }
+        scored = {
+            "HS": [make_row(p.prompt, "", "", f"{p.topic}/{self.config.eval.split}") for p in self.harmful_prompts],
+            "FA": self.scored_task_rows,
+            "over-refusal": [make_row(p, "", "", "held-out benign") for p in self.benign_prompts],
+            "perplexity": self.health_rows,
+        }
+        check_apart(rows, scored)
+        return rows
+
+
+def check_apart(trained: Mapping[str, Iterable[Row]], scored: Mapping[str, Iterable[Row]]) -> None:
+    """Makes sure that no row that is scored is trained on, whatever its case, spacing and punctuation.
+
+    Args:
+        trained: rows by the stage that trains on them.
+        scored: held-out rows by the score that they are for.
+
+    Raises:
+        UserError: the first row that is in both, with where it comes from.
+    """
+    held = {text_key(row): (part, row) for part, rows in scored.items() for row in rows}
+    for stage, rows in trained.items():
+        for row in rows:
+            if found := held.get(text_key(row)):
+                part, other = found
+                asked = next(text for role, text in row.turns if role == "user")
+                raise UserError(
+                    f"{row.origin or 'a row'} of stage {stage} is scored as well ({part}, {other.origin or 'drawn'}): "
+                    f"{(row.input or asked)[:60]!r}: take it out of the one or the other"
+                )
+
+
+def text_key(row: Row) -> str:
+    """A hash of what a row asks, of its letters and digits alone; equal keys are the same question."""
+    text = "\n".join([row.input, *(text for role, text in row.turns if role == "user")])
+    key = "".join(character for character in text.casefold() if character.isalnum())
+    return hashlib.sha256((key or text).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def make_row(prompt: str, answer: str, tag: str, origin: str) -> Row:
+    """A row of one turn each."""
+    return Row(turns=(("user", prompt), ("assistant", answer)), tag=tag, origin=origin)
