@@ -15,7 +15,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.proto import tf_example_pb2
 
 from br_jax.data.builders.download import Origin, download
-from br_jax.data.builders.formats import Parsed, read_records
+from br_jax.data.builders.formats import Parsed, one_line, read_records
 from br_jax.data.builders.shards import ShardWriter
 from br_jax.data.rows import text_of
 from br_jax.errors import UserError
@@ -48,7 +48,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init_subclass__(skip_registration=True, **kwargs)  # TFDS may have one of this name
 
     def __init__(self, *, folder: str, split: str, path: Path | None = None):
-        """Finds or names the place of the prepared data; nothing is read or written yet.
+        """Names the place of the prepared data, by the file's content; nothing is prepared yet.
 
         Args:
             folder: of all prepared data.
@@ -163,7 +163,7 @@ def require_columns(record: Mapping[str, Any], wanted: Sequence[str], where: str
     """Raises a `UserError` that names the columns found and wanted, when one is missing."""
     for key in wanted:
         if key not in record:
-            found = ", ".join(map(str, record))[:160]
+            found = one_line(", ".join(map(str, record)))
             raise UserError(f"{where}: no column {key!r}: found {found}; wanted {', '.join(wanted)}")
 
 

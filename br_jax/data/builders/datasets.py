@@ -1,8 +1,9 @@
 """The data sets, one small builder each.
 
-The sha256 of a file was computed from the file (GSM8K, AG News test), is recorded by TFDS or by Hugging Face's data set
-scripts for the same URL (SST-2, GSM8K, AG News), or is one that several public projects pin for the same revision
-(LLM-LAT, Alpaca, AdvBench). Of BeaverTails none is known.
+The sha256 of a file was computed from it (GSM8K, AG News test), is recorded by TFDS (SST-2) or Hugging Face's data set
+scripts (SST-2, GSM8K, AG News), or is one that several public projects pin at the same revision (LLM-LAT, Alpaca,
+AdvBench). Of BeaverTails none is known. No file was downloaded where this was written: a pin that is wrong shows as a
+404 or a mismatch, and `path=` helps.
 """
 
 import json

@@ -66,14 +66,14 @@ def read_records(
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except BROKEN as error:
-        raise UserError(f"{name}: broken or cut short ({_line(error)}); fetch the file anew") from error
+        raise UserError(f"{name}: broken or cut short ({one_line(error)}); fetch the file anew") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror or _line(error)}); give a readable file") from error
+        raise UserError(f"{path}: cannot read ({error.strerror or one_line(error)}); give a readable file") from error
 
 
-def _line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:200]
+def one_line(text: object) -> str:
+    """What an error or a file says, short and in one line, for a message."""
+    return " ".join(str(text).split())[:160]
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def _kind(name: str, head: bytes) -> str:
     """The format of a file by its name and first bytes."""
     ending = Path(name.removesuffix(".gz").removesuffix(".xz")).suffix.lower()
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if head.startswith(b"PAR1"):
+    if ending == ".parquet" or head.startswith(b"PAR1"):
         return "parquet"
     if ending in (".csv", ".tsv"):
         return ending[1:]
@@ -117,7 +117,7 @@ def _read_array(file: BinaryIO, name: str) -> Iterator[Parsed]:
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not valid JSON ({error}); fetch the file anew") from error
+        raise UserError(f"{name}: not valid JSON ({one_line(error)}); fetch the file anew") from error
     for number, row in enumerate(rows, start=1):
         where = f"{name}: row {number}"
         if not isinstance(row, dict):
@@ -133,7 +133,7 @@ def _read_parquet(file: BinaryIO, name: str) -> Iterator[Parsed]:
                 number += 1
                 yield Parsed(number, f"{name}: row {number}", row)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{name}: not a whole Parquet file ({_line(error)}); fetch the file anew") from error
+        raise UserError(f"{name}: not a whole Parquet file ({one_line(error)}); fetch the file anew") from error
 
 
 def _read_csv(file: BinaryIO, name: str, header: Sequence[str]) -> Iterator[Parsed]:
@@ -148,7 +148,7 @@ def _read_csv(file: BinaryIO, name: str, header: Sequence[str]) -> Iterator[Pars
             except StopIteration:
                 return
             except csv.Error as error:
-                raise UserError(f"{name}:{number}: not valid CSV ({error}); mend the quotes there") from error
+                raise UserError(f"{name}:{number}: not valid CSV ({one_line(error)}); mend the row") from error
 
     return _table(rows(), name, header)
 
@@ -172,7 +172,7 @@ def _table(rows: Iterator[tuple[int, list[str]]], name: str, header: Sequence[st
                 continue
         if len(fields) != len(columns):
             raise UserError(
-                f"{name}:{number}: {len(fields)} columns, not {len(columns)} ({', '.join(columns)[:80]}); mend the line"
+                f"{name}:{number}: {len(fields)} columns, not {len(columns)} ({one_line(', '.join(columns))}); mend the line"
             )
         yield Parsed(number, f"{name}:{number}", dict(zip(columns, fields, strict=True)))
 

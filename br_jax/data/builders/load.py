@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from br_jax.adapters.lora import near_names
 from br_jax.data.builders.base import Builder
 from br_jax.data.builders.datasets import DATASETS
+from br_jax.data.builders.formats import one_line
 from br_jax.errors import UserError
 
 BLOCK = 512  # records read at once when they are wanted in order: a single read costs as much as a hundred
@@ -104,6 +105,6 @@ def _prepare(builder: Builder, folder: str) -> None:
         if builder.data_path.exists():  # meanwhile, by another process
             return
         raise UserError(
-            f"{folder}: the data cannot be prepared there ({error.strerror or error}): free some space or choose "
+            f"{folder}: the data cannot be prepared there ({one_line(error.strerror or error)}): free some space or choose "
             "another folder"
         ) from error
