@@ -171,9 +171,8 @@ def _table(rows: Iterator[tuple[int, list[str]]], name: str, header: Sequence[st
             if is_header:
                 continue
         if len(fields) != len(columns):
-            raise UserError(
-                f"{name}:{number}: {len(fields)} columns, not {len(columns)} ({one_line(', '.join(columns))}); mend the line"
-            )
+            told = one_line(", ".join(columns))
+            raise UserError(f"{name}:{number}: {len(fields)} columns, not {len(columns)} ({told}); mend the line")
         yield Parsed(number, f"{name}:{number}", dict(zip(columns, fields, strict=True)))
 
 

@@ -104,7 +104,7 @@ def _prepare(builder: Builder, folder: str) -> None:
     except OSError as error:
         if builder.data_path.exists():  # meanwhile, by another process
             return
+        reason = one_line(error.strerror or error)
         raise UserError(
-            f"{folder}: the data cannot be prepared there ({one_line(error.strerror or error)}): free some space or choose "
-            "another folder"
+            f"{folder}: the data cannot be prepared there ({reason}): free some space or choose another folder"
         ) from error
