@@ -154,6 +154,7 @@ BAD = {
     "half a gzip": ("x.jsonl.gz", gzip.compress(LONG)[:-99], "x.jsonl.gz: broken or cut short ("),
     "half a gzip's head": ("x.jsonl.gz", b"\x1f\x8b\x08", "x.jsonl.gz: broken or cut short ("),
     "broken gzip": ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
+    "broken within": ("x.jsonl.gz", gzip.compress(LONG)[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
     "half an xz": ("x.jsonl.xz", lzma.compress(LONG)[:-99], "x.jsonl.xz: broken or cut short ("),
     "half a Parquet": ("x.parquet", as_parquet(RECORDS)[:-9], "x.parquet: not a whole Parquet file ("),
     "broken Parquet": ("x.parquet", as_parquet(RECORDS)[:40] + bytes(400) + as_parquet(RECORDS)[-200:], "x.parquet"),
