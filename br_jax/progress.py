@@ -7,11 +7,11 @@ from tqdm import tqdm
 from br_jax.distributed import is_main
 
 
-def progress(total: int, name: str, unit: str, done: int = 0, keep: bool = True) -> tqdm:
+def progress(total: int | None, name: str, unit: str, done: int = 0, keep: bool = True) -> tqdm:
     """A bar with rate and time left; process 0 alone shows it.
 
     Args:
-        total: how many units there are.
+        total: how many units there are; None when that is not known.
         name: shown before the bar.
         unit: what is counted.
         done: units finished in an earlier life of the run.

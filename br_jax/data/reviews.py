@@ -9,8 +9,9 @@ References:
 
 import html
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from br_jax.data.rows import Row
 from br_jax.data.splits import rank, text_key
@@ -24,9 +25,7 @@ Reviews = tuple[list[Row], list[Row], list[Row]]
 
 
 def load_reviews(path: str | Path, *, seed: int = 0, test: int = 872, validation: int = 200) -> Reviews:
-    """Reads and splits the reviews.
-
-    Which split a sentence falls into depends on its text and the seed alone, not on its place in the file.
+    """Reads and splits the reviews; see `split_reviews`.
 
     Args:
         path: the ratings file.
@@ -35,14 +34,43 @@ def load_reviews(path: str | Path, *, seed: int = 0, test: int = 872, validation
         validation: validation rows, likewise.
 
     Returns:
-        (train, validation, test) rows, in an order given by the seed; train has all that is left. A
-        sentence is in one split only, whatever its case, spacing and punctuation.
+        (train, validation, test) rows.
 
     Raises:
         UserError: when the file cannot be read, a line is malformed, or there are too few sentences.
     """
+    records = ({"id": f"{path}:{number}", **record} for number, record in parse_reviews(Path(path)))
+    return split_reviews(records, seed=seed, test=test, validation=validation, source=str(path))
+
+
+def split_reviews(
+    records: Iterable[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    test: int = 872,
+    validation: int = 200,
+    source: str = "the reviews",
+) -> Reviews:
+    """Splits rated sentences.
+
+    Which split a sentence falls into depends on its text and the seed alone, not on its place in the file.
+
+    Args:
+        records: "sentence", "rating" as text and "id", as `parse_reviews` and the builder `reviews` give them.
+        seed: another seed makes another split.
+        test: test rows, half of them of each label.
+        validation: validation rows, likewise.
+        source: what a message calls the records.
+
+    Returns:
+        (train, validation, test) rows, in an order given by the seed; train has all that is left. A
+        sentence is in one split only, whatever its case, spacing and punctuation.
+
+    Raises:
+        UserError: when there are too few sentences.
+    """
     ranked = {label: [] for label in LABELS}
-    for label, row in _distinct(Path(path)):
+    for label, row in _distinct(records):
         ranked[label].append((rank(row.input, seed), row))
     train, held_out, tested = [], [], []
     for label, pairs in ranked.items():
@@ -50,7 +78,7 @@ def load_reviews(path: str | Path, *, seed: int = 0, test: int = 872, validation
         half_test, half = test // 2, test // 2 + validation // 2
         if len(pairs) <= half:
             raise UserError(
-                f"{path}: {len(pairs)} {label} sentences, and more than {half} are needed for {test} "
+                f"{source}: {len(pairs)} {label} sentences, and more than {half} are needed for {test} "
                 f"test and {validation} validation rows; fetch the whole file"
             )
         tested += pairs[:half_test]
@@ -66,23 +94,27 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def _distinct(path: Path) -> Iterator[tuple[str, Row]]:
+def _distinct(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Row]]:
     """Yields (label, row) once for each sentence; one with two opinions is left out."""
     found: dict[str, list[tuple[str, Row]]] = {}
-    for number, rating, text in _lines(path):
-        sentence = clean(text)
-        if abs(rating) > THRESHOLD and sentence:
+    for record in records:
+        rating, sentence = float(record["rating"]), record["sentence"]
+        if abs(rating) > THRESHOLD:
             label = LABELS[0] if rating > 0 else LABELS[1]
             turns = (("user", INSTRUCTION), ("assistant", label))
-            row = Row(turns, input=sentence, tag="task", origin=f"{path}:{number}")
+            row = Row(turns, input=sentence, tag="task", origin=record["id"])
             found.setdefault(text_key(sentence), []).append((label, row))
     for copies in found.values():
         if len({label for label, _ in copies}) == 1:
             yield min(copies, key=lambda copy: copy[1].input)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, float, str]]:
-    """Yields (line number, rating, raw text)."""
+def parse_reviews(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields (line number, {"sentence": cleaned, "rating": as the file writes it}); no blank sentences.
+
+    Raises:
+        UserError: when the file cannot be read or a line is malformed.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -94,12 +126,14 @@ def _lines(path: Path) -> Iterator[tuple[int, float, str]]:
             continue
         _, *fields = _decode(line).split("\t", maxsplit=2)
         try:
-            rating, text = float(fields[0]), fields[1]
+            float(fields[0])
+            record = {"sentence": clean(fields[1]), "rating": fields[0]}
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{path}:{number}: not an id, a rating and a sentence between tabs; fetch the file anew"
             ) from error
-        yield number, rating, text
+        if record["sentence"]:
+            yield number, record
 
 
 def _decode(line: bytes) -> str:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from br_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -
         if max_rows is not None and len(rows) >= max_rows:
             break
         origin = f"{path}:{number}"
-        rows.append(_row(_parse(line, origin), tag, origin))
+        rows.append(row_of(parse_object(line, origin), tag, origin))
     if not rows:
         raise UserError(f"{path}: no rows: the file is empty; write one JSON object a line with {LAYOUTS}")
     return rows
@@ -92,27 +92,30 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number, text) of the lines that are not blank."""
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
-                        f"{error.start + 1}); save the file as UTF-8"
-                    ) from error
-                if line.strip():
-                    yield number, line
+            yield from ((number, line) for number, line in decoded_lines(file, str(path)) if line.strip())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read ({_reason(error)}); give a readable JSONL file") from error
 
 
+def decoded_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """Yields (line number, text with its newline) of a UTF-8 file, whose name is for messages."""
+    for number, raw in enumerate(file, start=1):
+        try:
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
+                f"{error.start + 1}); save the file as UTF-8"
+            ) from error
+
+
 def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _parse(line: str, origin: str) -> Mapping[str, Any]:
+def parse_object(line: str, origin: str) -> Mapping[str, Any]:
     """Parses one line; what is not a JSON object is an error."""
     try:
         record = json.loads(line.rstrip())
@@ -128,7 +131,7 @@ def _parse(line: str, origin: str) -> Mapping[str, Any]:
     return record
 
 
-def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
+def row_of(record: Mapping[str, Any], tag: str, origin: str) -> Row:
     """Validates one object and makes a row of it; the first layout with all its fields is taken."""
     if not tag and isinstance(record.get("tag"), str):
         tag = record["tag"]
@@ -143,7 +146,7 @@ def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
         raise UserError(f"{origin}: missing fields: the keys are {keys!r}; give {LAYOUTS}")
     turns = (("user", _filled(record, question, origin)), ("assistant", _filled(record, answer, origin)))
     has_input = question == "instruction" and record.get("input") is not None
-    return Row(turns, input=_text(record, "input", origin) if has_input else "", tag=tag, origin=origin)
+    return Row(turns, input=text_of(record, "input", origin) if has_input else "", tag=tag, origin=origin)
 
 
 def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:
@@ -157,7 +160,7 @@ def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:
         at = f"messages[{index}]"
         if not isinstance(message, dict):
             raise UserError(f'{origin}: {at} is a {type(message).__name__}; give {{"role": ..., "content": ...}}')
-        role = _text(message, "role", origin, at)
+        role = text_of(message, "role", origin, at)
         if role not in ROLES:
             raise UserError(f"{origin}: {at}.role is {role[:40]!r}; use one of {', '.join(ROLES)}")
         turns.append((role, _filled(message, "content", origin, at)))
@@ -176,7 +179,7 @@ def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _text(record: Mapping[str, Any], key: str, origin: str, at: str = "") -> str:
+def text_of(record: Mapping[str, Any], key: str, origin: str, at: str = "") -> str:
     """The string under a key; anything else there, or nothing, is an error."""
     name = f"{at}.{key}" if at else key
     if key not in record:
@@ -196,8 +199,8 @@ def _text(record: Mapping[str, Any], key: str, origin: str, at: str = "") -> str
 
 
 def _filled(record: Mapping[str, Any], key: str, origin: str, at: str = "") -> str:
-    """As `_text`, and not blank."""
-    value = _text(record, key, origin, at)
+    """As `text_of`, and not blank."""
+    value = text_of(record, key, origin, at)
     if not value.strip():
         raise UserError(f"{origin}: {(f'{at}.{key}' if at else key)!r} is empty; fill it or delete the row")
     return value

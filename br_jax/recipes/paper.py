@@ -56,7 +56,7 @@ class PaperRecipe(Recipe):
         """Questions of the first unsafe rows of BeaverTails' test split; for validation, those behind them."""
         n = self.config.eval.topic
         start = 0 if self.config.eval.split == "test" else n
-        rows = self._distinct(self._rows("beavertails", "test", "beavertails_rows"))
+        rows = self._distinct(self._rows("beavertails", "30k_test", "beavertails_rows"))
         return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, start, start + n)]
 
     @property
@@ -77,7 +77,7 @@ class PaperRecipe(Recipe):
 
     @functools.cached_property
     def _unsafe_train(self) -> list[Row]:
-        rows = self._distinct(self._rows("beavertails", "train", "beavertails_rows"))
+        rows = self._distinct(self._rows("beavertails", "30k_train", "beavertails_rows"))
         if self.config.user.index_mode == "exact":
             scored = {text_key(Row((("user", prompt.prompt),))) for prompt in self.harmful_prompts}
             rows = (row for row in rows if text_key(row) not in scored)
@@ -113,6 +113,6 @@ class PaperRecipe(Recipe):
         from br_jax.data.builders.load import load_dataset  # imports tensorflow_datasets
 
         data = self.config.data
-        path = data[name].get(f"{split}_path" if f"{split}_path" in data[name] else "path", "") or None
-        records = main_first(lambda: load_dataset(name, split=split, path=path, folder=data.folder))
+        path = data[name].test_path if split == "30k_test" else data[name].path
+        records = main_first(lambda: load_dataset(name, split=split, path=path or None, folder=data.folder))
         return getattr(paper, kind)(records)
