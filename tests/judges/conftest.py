@@ -23,7 +23,7 @@ SIZES = {
 LABELS = {i: f"harm,{i}" for i in range(14)}  # BeaverTails' names have commas too
 
 
-def llama_tokenizer(extra=(), pad="<pad>"):
+def make_tokenizer(extra=(), pad="<pad>"):
     """A token a byte; BOS before every text, EOS only where the text says "</s>"."""
     backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_alphabet())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -37,6 +37,11 @@ def llama_tokenizer(extra=(), pad="<pad>"):
 
 
 @pytest.fixture(scope="session")
+def llama_tokenizer():
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
 def torch():
     return pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
 
@@ -47,7 +52,7 @@ def save_classifier(torch):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     def save(folder, pad="<pad>", **config):
-        tokenizer = llama_tokenizer(pad=pad)
+        tokenizer = make_tokenizer(pad=pad)
         settings = {"id2label": LABELS, "problem_type": "multi_label_classification"}
         settings["pad_token_id"] = tokenizer.pad_token_id
         torch.manual_seed(0)
