@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from br_jax.errors import UserError
 from br_jax.judges.base import Exchange, Judgement, digest
 from br_jax.models.decoder import Decoder
-from br_jax.models.hf import read_classifier
+from br_jax.models.hf import read_classifier, read_hf_spec
 from br_jax.models.load import find_folder
 from br_jax.models.model import fingerprint
 from br_jax.models.spec import ModelSpec
@@ -69,11 +69,12 @@ class ClassifierJudge:
         folder = find_folder(source, revision)
         if folder is None:
             raise UserError(f"{source}: no such folder: give a classifier's Hugging Face folder or its name on the Hub")
+        longest = read_hf_spec(folder).max_length
+        if not isinstance(max_length, int) or not 0 < max_length <= longest:
+            raise UserError(f"max_length {max_length!r}: the classifier reads 1 to {longest} tokens")
         model = self._model = read_classifier(folder, dtype, mesh)
         if model.tokenizer.eos_token is None:
             raise UserError(f"{folder}: its tokenizer has no EOS, with which a text must end: add it to the tokenizer")
-        if not isinstance(max_length, int) or not 0 < max_length <= model.spec.max_length:
-            raise UserError(f"max_length {max_length!r}: the classifier reads 1 to {model.spec.max_length} tokens")
         self.labels, self.max_length, self.threshold = model.labels, max_length, threshold
         self.name, self.batch_size = f"{os.path.basename(os.path.normpath(source))}@{max_length}", batch_size
         content = fingerprint({"params": model.params, "head": model.head}, model.spec.to_json())
@@ -105,10 +106,10 @@ class ClassifierJudge:
             same = [i for i in range(len(encoded)) if widths[i] == width]
             for first in range(0, len(same), self.batch_size):
                 chosen = same[first : first + self.batch_size]
-                batch = _pad([encoded[i] for i in chosen], self.batch_size, width)
-                last = np.zeros(self.batch_size, np.int32)
-                last[: len(chosen)] = [_last(encoded[i], model.pad_token_id) for i in chosen]
-                logits = _run(model.params, model.head, *batch, last, spec=model.spec)
+                tokens, last = np.zeros((self.batch_size, width), np.int32), np.zeros(self.batch_size, np.int32)
+                for row, i in enumerate(chosen):
+                    tokens[row, : len(encoded[i])], last[row] = encoded[i], _last(encoded[i], model.pad_token_id)
+                logits = _run(model.params, model.head, tokens, last, spec=model.spec)
                 found[chosen] = np.asarray(logits)[: len(chosen)]
         if not np.isfinite(found).all():
             raise UserError(f"{self.name}: gives NaN or infinity: load it as float32, or check its weights")
@@ -131,27 +132,17 @@ def _last(ids: Sequence[int], pad: int | None) -> int:
     return max((i for i, token in enumerate(ids) if token != pad), default=0)
 
 
-def _pad(rows: list[list[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [count, width] and lengths [count], padded on the right; rows that are lacking have length 1."""
-    tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-    return tokens, lengths
-
-
 @functools.partial(jax.jit, static_argnames=("spec",))
 def _run(
     params: dict,
     head: Float[Array, "labels D"],
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
     last: Int[Array, " B"],
     *,
     spec: ModelSpec,
 ) -> Float[Array, "B labels"]:
-    """The head's logits at each row's token `last`, in f32."""
-    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    segments = (place < lengths[:, None]).astype(jnp.int32)
-    hidden, _ = Decoder(spec).apply({"params": params}, tokens, place + jnp.zeros_like(segments), segments)
+    """The head's logits at each row's token `last`, in f32; no token sees the padding behind it."""
+    one = jnp.ones_like(tokens)
+    hidden, _ = Decoder(spec).apply({"params": params}, tokens, jnp.cumsum(one, axis=1) - 1, one)
     read = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     return jnp.matmul(read, head.T, precision="highest")

@@ -6,6 +6,7 @@ import functools
 import re
 
 import jax
+import numpy as np
 import pytest
 from absl import logging
 from transformers import AutoTokenizer
@@ -270,6 +271,15 @@ def test_what_a_verdict_depends_on(make_judge, make_guard):
     versions = [make_judge(*each).version for each in made]
     assert len(set(versions)) == 4 and versions == [make_judge(*each).version for each in made]
     assert load_guard("wildguard", make_guard("wildguard")[1]).version not in versions  # other weights
+
+
+def test_neither_stop_tokens_nor_special_ones_are_said(make_judge, monkeypatch):
+    """A stop token need not be special, nor a special token stop."""
+    judge = make_judge("llama-guard-3", TEXT)
+    judge._model = dataclasses.replace(judge._model, stop_tokens=(ord("h"), 258))
+    rows = [[259, ord("h"), ord("h")], [256, 259, 258], [257, 260, 256]]
+    monkeypatch.setattr("br_jax.judges.guard.generate_ids", lambda *args, **options: np.asarray(rows, np.int32))
+    assert judge.reply(EXCHANGES[:3]) == ["safe", "safe", "unsafe\nS1,S9"]
 
 
 def test_an_exchange_longer_than_the_context(make_judge):
