@@ -48,7 +48,7 @@ def write_csv(path, records, encoding="utf-8"):
 )
 @pytest.mark.parametrize("form", ["jsonl", "csv", "excel"])
 def test_every_way_to_say_it(tmp_path, said, form):
-    records = [{"who": "a human", **row} for row in rows(said)]
+    records = [{**row, "who": "a human"} for row in rows(said)]
     if form == "jsonl":
         path = write_jsonl(tmp_path / "verdicts.jsonl", records)
     else:
