@@ -1,5 +1,6 @@
 """Hugging Face model folders, in and out: config.json, safetensors (whole or in shards), tokenizer files."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -7,8 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -21,6 +24,7 @@ from br_jax.models.hf_config import read_config, write_config
 from br_jax.models.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
 
+_SCORE = "score.weight"  # transformers' head of every sequence classifier
 _INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_JSON = 1 << 26  # bytes: a real config has a few thousand, the index of a large model a few hundred thousand
@@ -82,6 +86,64 @@ def read_hf(
     dtype = jnp.dtype(dtype)
     load = functools.partial(load_params, spec, tensor_names(spec), tensors, str(folder), dtype, mesh)
     return spec, cached_params(cache, folder, spec, dtype, mesh, load), tokenizer, stops
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier, as transformers' `LlamaForSequenceClassification` and its like.
+
+    Attributes:
+        spec: of the decoder, which has no head of its own (`tie_embeddings`).
+        params: the decoder's.
+        head: f32 [labels, D].
+        labels: names, in the head's order.
+        tokenizer: that transformers would use.
+        pad_token_id: config.json's, or None; transformers reads a text at its last token that is another.
+    """
+
+    spec: ModelSpec
+    params: dict
+    head: np.ndarray
+    labels: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerFast
+    pad_token_id: int | None
+
+
+def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None) -> Classifier:
+    """Reads the folder of a sequence classifier; arguments as in `read_hf`.
+
+    Raises:
+        UserError: as `read_hf`; or there is no head, it does not fit, its labels have no names, or they exclude each
+            other.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    spec = dataclasses.replace(read_config(config, folder / "config.json"), tie_embeddings=True)
+    tensors = _tensors(folder)
+    stored = tensors.pop(_SCORE, None)
+    if stored is None:
+        raise UserError(f"{folder}: tensor {_SCORE} is missing: not a sequence classifier as transformers saves it")
+    head = np.asarray(stored.open()[:], np.float32)
+    if head.ndim != 2 or head.shape[1] != spec.embed_dim or not np.isfinite(head).all():
+        raise UserError(
+            f"{stored.file}: tensor {_SCORE}, {stored.shape}, is not [labels, {spec.embed_dim}] of finite numbers"
+        )
+    labels, tokenizer = _read_labels(config, len(head), folder), read_tokenizer(folder, spec)
+    params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
+    return Classifier(spec, params, head, labels, tokenizer, config.get("pad_token_id"))
+
+
+def _read_labels(config: dict, rows: int, folder: Path) -> tuple[str, ...]:
+    """The names of a classifier's labels by their row of the head."""
+    path, named = folder / "config.json", config.get("id2label")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{path}: id2label is missing: name the classifier's {rows} labels there")
+    if set(named) != set(map(str, range(rows))) or config.get("num_labels", rows) != rows:
+        raise UserError(
+            f"{path}: id2label has {len(named)} labels, {_SCORE} has {rows} rows: name 0 to {rows - 1}, one for each"
+        )
+    if (kind := config.get("problem_type")) not in (None, "multi_label_classification"):
+        raise UserError(f"{path}: problem_type is {kind!r}: only multi_label_classification, whose labels stand alone")
+    return tuple(str(named[str(row)]) for row in range(rows))
 
 
 def read_hf_spec(path: str | Path) -> ModelSpec:

@@ -45,8 +45,8 @@ READ = {
 HARMLESS = {
     "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "torch_dtype", "pretraining_tp",
     "cache_implementation", "architectures", "dtype", "transformers_version", "output_attentions",
-    "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
-    "is_encoder_decoder", "_name_or_path",
+    "output_hidden_states", "return_dict", "id2label", "label2id", "num_labels", "problem_type",
+    "chunk_size_feed_forward", "is_encoder_decoder", "_name_or_path",
 }  # fmt: skip
 ONLY = {"attention_dropout": (0, None), "use_bidirectional_attention": (None, False)}
 NOTES = ("_", "unsloth_")  # how fields begin that tools leave for themselves

@@ -1,0 +1,54 @@
+"""Judges by name."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from br_jax.errors import UserError
+from br_jax.judges.base import Judge
+from br_jax.judges.classifier import ClassifierJudge
+from br_jax.judges.guard import load_llama_guard, load_wildguard
+from br_jax.judges.keywords import KeywordJudge
+from br_jax.judges.topic import TopicJudge
+from br_jax.judges.verdicts import OutsideVerdicts
+
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "keywords": KeywordJudge,
+    "topic": TopicJudge,
+    "classifier": ClassifierJudge,
+    "llama-guard-3": load_llama_guard,
+    "wildguard": load_wildguard,
+    "verdicts": OutsideVerdicts,
+}
+
+
+def get_judge(judge: str | Mapping[str, Any], **settings) -> Judge:
+    """Makes a judge.
+
+    Args:
+        judge: its name, or a mapping of settings with its "name".
+        settings: more of them, which win: "source" (a model's or the verdicts' file), "max_length", "threshold",
+            "batch_size", "dtype", "mesh", "revision", as the judge's own class has them.
+
+    Raises:
+        UserError: an unknown judge or setting (the near ones are named), one that is missing, or what the judge
+            itself raises.
+    """
+    given = {"name": judge} if isinstance(judge, str) else dict(judge)
+    name, settings = given.pop("name", None), given | settings
+    if name not in JUDGES:
+        raise UserError(f"unknown judge {name!r}; {_hint(name, JUDGES, 'the judges are')}")
+    known = inspect.signature(JUDGES[name]).parameters
+    for setting in settings:
+        if setting not in known:
+            raise UserError(f"judge {name}: unknown setting {setting!r}; {_hint(setting, known, 'it has')}")
+    for setting, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and setting not in settings:
+            raise UserError(f"judge {name}: setting {setting!r} is missing: give the path or name it reads from")
+    return JUDGES[name](**settings)
+
+
+def _hint(name: Any, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=3)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"{otherwise} {', '.join(known) or 'none'}"

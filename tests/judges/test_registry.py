@@ -1,0 +1,59 @@
+"""Judges by name: what is made, and what a wrong name or setting is told."""
+
+import json
+
+import pytest
+
+from br_jax.errors import UserError
+from br_jax.judges.base import Exchange, judge_all
+from br_jax.judges.classifier import ClassifierJudge
+from br_jax.judges.keywords import KeywordJudge
+from br_jax.judges.registry import JUDGES, get_judge
+from br_jax.judges.topic import TopicJudge
+from br_jax.judges.verdicts import OutsideVerdicts
+
+
+def test_by_name_and_by_settings(classifier, tmp_path):
+    assert isinstance(get_judge("keywords"), KeywordJudge) and isinstance(get_judge({"name": "topic"}), TopicJudge)
+    file = tmp_path / "verdicts.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "answer": "b", "harmful": "yes"}))
+    judge = get_judge({"name": "verdicts", "source": file})
+    assert isinstance(judge, OutsideVerdicts) and judge_all(judge, [Exchange("a", "b")])[0].harmful
+    settings = {"name": "classifier", "source": classifier[1], "max_length": 100, "threshold": 0.25}
+    judge = get_judge(settings, threshold=0.75)
+    assert isinstance(judge, ClassifierJudge) and (judge.max_length, judge.threshold) == (100, 0.75)
+    assert set(settings) == {"name", "source", "max_length", "threshold"}, "the caller's own"
+
+
+@pytest.mark.parametrize(
+    ("judge", "settings", "message"),
+    [
+        ("keyword", {}, "unknown judge 'keyword'; did you mean 'keywords'?"),
+        ("llama-guard", {}, "did you mean 'llama-guard-3'"),
+        (
+            "gpt",
+            {},
+            "unknown judge 'gpt'; the judges are keywords, topic, classifier, llama-guard-3, wildguard, verdicts",
+        ),
+        ({"source": "a"}, {}, "unknown judge None"),
+        ("classifier", {}, "judge classifier: setting 'source' is missing"),
+        ("wildguard", {}, "judge wildguard: setting 'source' is missing"),
+        ("classifier", {"source": "a", "maxlength": 3}, "unknown setting 'maxlength'; did you mean 'max_length'"),
+        ("verdicts", {"path": "a"}, "unknown setting 'path'; it has source"),
+        ("keywords", {"threshold": 0.5}, "unknown setting 'threshold'; it has none"),
+        ("llama-guard-3", {"source": "a", "kind": "wildguard"}, "unknown setting 'kind'"),
+    ],
+)
+def test_a_wrong_name_or_setting(judge, settings, message):
+    with pytest.raises(UserError) as caught:
+        get_judge(judge, **settings)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_judge_has_the_interface(classifier, tmp_path):
+    (tmp_path / "v.jsonl").write_text("")
+    made = [get_judge(name) for name in ("keywords", "topic")]
+    made += [get_judge("verdicts", source=tmp_path / "v.jsonl"), get_judge("classifier", source=classifier[1])]
+    for judge in made:
+        assert judge.name and judge.version and judge.batch_size > 0 and judge([]) == []
+    assert len(JUDGES) == 6
