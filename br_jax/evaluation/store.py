@@ -9,6 +9,8 @@ from typing import Any
 
 from br_jax.errors import UserError
 
+_START = b'{"key": "'  # of every line
+
 
 class Store:
     """Records by key, in a JSONL file that only grows.
@@ -45,7 +47,7 @@ class Store:
             content = lines.encode("utf-8", "surrogatepass")
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "ab", buffering=0) as file:
+                with self.path.open("ab", buffering=0) as file:
                     file.truncate(self._whole)
                     _write(file, content)
                     os.fsync(file.fileno())
@@ -57,14 +59,16 @@ class Store:
 
     def _read(self) -> None:
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            *lines, torn = self.path.read_bytes().split(b"\n")  # torn: what a kill left behind the last line
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): check its permissions") from error
-        for number, line in enumerate(lines[:-1], start=1):  # behind the last line's end: nothing, or what a kill left
+        if torn[: len(_START)] != _START[: len(torn)]:  # somebody else's file is not cut
+            raise UserError(f"{self.path}: does not end as a file of an evaluation does: give another file")
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line.decode("utf-8", "surrogatepass"))
                 self._records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise UserError(f"{self.path}:{number}: no record of an evaluation: remove this line") from error
             self._whole += len(line) + 1
 

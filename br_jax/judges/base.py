@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from br_jax.errors import UserError
+from br_jax.evaluation.store import Store
 from br_jax.progress import progress
 
 UNPARSED = "unparsed"  # the label of a verdict that could not be read from what a judge said
@@ -49,15 +47,8 @@ class Judgement:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Judgement":
-        """The verdict in a JSON object, which may hold more.
-
-        Raises:
-            ValueError: a field is missing or of another type.
-        """
-        harmful, score, label = (record.get(name) for name in ("harmful", "score", "label"))
-        if not isinstance(harmful, bool) or not isinstance(score, float | int | None) or not isinstance(label, str):
-            raise ValueError("harmful, score and label are not true or false, a number or null, and text")
-        return cls(harmful, score, label)
+        """The verdict in a JSON object, which may hold more."""
+        return cls(record["harmful"], record["score"], record["label"])
 
 
 class Judge(Protocol):
@@ -83,76 +74,31 @@ def digest(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def judge_all(judge: Judge, exchanges: Sequence[Exchange], file: str | os.PathLike | None = None) -> list[Judgement]:
+def judge_all(judge: Judge, exchanges: Sequence[Exchange], store: Store | None = None) -> list[Judgement]:
     """Judges exchanges, shorter ones first, each (prompt, answer) once.
 
     Args:
         judge: the judge.
         exchanges: what to judge.
-        file: JSONL file where verdicts are kept: a batch is appended, by one write, as soon as it is judged, and
-            what is there is not judged again. It holds hashes and verdicts, no texts; several judges may share it.
+        store: where verdicts are kept: a batch is added as soon as it is judged, and what is there is not judged
+            again. It gets hashes and verdicts, no texts; several judges may share it.
 
     Returns:
         One verdict an exchange, in order.
 
     Raises:
-        UserError: the file is none of verdicts, is damaged, or cannot be written; or what the judge raises.
+        UserError: the store cannot be written; or what the judge raises.
     """
-    path = None if file is None else pathlib.Path(file)
-    known = {} if path is None else _read(path)
+    store = Store() if store is None else store
     keys = [digest(judge.name, judge.version, exchange.prompt, exchange.answer) for exchange in exchanges]
-    pending = {key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in known}
+    pending = {key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in store}
     order = sorted(pending, key=lambda key: len(pending[key].prompt) + len(pending[key].answer))
     total = len(set(keys))
     with progress(total, f"judge: {judge.name}", "answer", done=total - len(order), keep=False) as bar:
         for first in range(0, len(order), judge.batch_size):
             chosen = order[first : first + judge.batch_size]
-            verdicts = dict(zip(chosen, judge([pending[key] for key in chosen]), strict=True))
-            if path is not None:
-                _append(path, judge.name, verdicts)
-            known |= verdicts
+            verdicts = judge([pending[key] for key in chosen])
+            records = {k: {"judge": judge.name, **v.to_json()} for k, v in zip(chosen, verdicts, strict=True)}
+            store.add(records)
             bar.update(len(chosen))
-    return [known[key] for key in keys]
-
-
-_START = b'{"key": "'  # of every line
-
-
-def _append(path: pathlib.Path, name: str, verdicts: Mapping[str, Judgement]) -> None:
-    """Adds a batch by one write, so that a kill tears one line at most."""
-    records = [{"key": key, "judge": name, **verdict.to_json()} for key, verdict in verdicts.items()]
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as opened:
-            if opened.write(lines) < len(lines):
-                raise OSError("the disk is full")
-            os.fsync(opened.fileno())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): free space and run again, the verdicts there stay"
-        ) from error
-
-
-def _read(path: pathlib.Path) -> dict[str, Judgement]:
-    """The verdicts of a file by key, none if there is no file; a last line that a kill tore is cut off."""
-    try:
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        known = {}
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-                known[record["key"]] = Judgement.from_json(record)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a judge's verdict: give another file, or delete the line to judge it again"
-                ) from error
-        torn = content[len(whole) :]
-        if torn[: len(_START)] != _START[: len(torn)]:  # somebody else's file is not cut
-            raise UserError(f"{path}: does not end as a file of verdicts does: give another file")
-        if torn:
-            os.truncate(path, len(whole))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
-    return known
+    return [Judgement.from_json(store[key]) for key in keys]

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 
+from br_jax.evaluation.store import Store
 from br_jax.judges.base import Exchange, Judgement, judge_all
 
 COUNT, BATCH = 100, 7
@@ -59,7 +60,7 @@ def main(file: str, log: str, death: str = "", number: str = "0") -> None:
     judge = Slow(pathlib.Path(log), death, int(number))
     if death in ("saved", "torn"):
         arm(judge)
-    judge_all(judge, exchanges(), file)
+    judge_all(judge, exchanges(), Store(file))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from br_jax.errors import UserError
+from br_jax.evaluation.store import Store
 from br_jax.judges.base import Exchange, Judgement, digest, judge_all
 
 SCRIPT = pathlib.Path(__file__).with_name("stopped_judging.py")
@@ -71,9 +72,9 @@ def test_killed_three_times_the_file_is_that_of_an_undisturbed_run(tmp_path):
 
 def test_each_is_judged_once_and_shorter_ones_first(tmp_path):
     judge = Counting()
-    assert judge_all(judge, EXCHANGES, tmp_path / "new" / "verdicts.jsonl") == EXPECTED
+    assert judge_all(judge, EXCHANGES, Store(tmp_path / "new" / "verdicts.jsonl")) == EXPECTED
     assert judge.batches == [["", "x", "xx"], ["x" * 5, "x" * 7, "x" * 9]]
-    assert judge_all(judge, EXCHANGES, tmp_path / "new" / "verdicts.jsonl") == EXPECTED
+    assert judge_all(judge, EXCHANGES, Store(tmp_path / "new" / "verdicts.jsonl")) == EXPECTED
     assert len(judge.seen) == 6
 
 
@@ -85,17 +86,17 @@ def test_without_a_file(tmp_path, monkeypatch):
 
 def test_only_what_is_new_is_judged(tmp_path):
     file = tmp_path / "verdicts.jsonl"
-    judge_all(Counting(), EXCHANGES[:3], file)
+    judge_all(Counting(), EXCHANGES[:3], Store(file))
     judge = Counting()
-    assert judge_all(judge, EXCHANGES, file) == EXPECTED
+    assert judge_all(judge, EXCHANGES, Store(file)) == EXPECTED
     assert sorted(judge.seen) == ["", "x" * 2, "x" * 7]
 
 
 @pytest.mark.parametrize("other", [Counting("another"), Counting(version="2")])
 def test_judges_share_a_file_and_no_verdict(tmp_path, other):
     file = tmp_path / "verdicts.jsonl"
-    judge_all(Counting(), EXCHANGES, file)
-    judge_all(other, EXCHANGES, file)
+    judge_all(Counting(), EXCHANGES, Store(file))
+    judge_all(other, EXCHANGES, Store(file))
     assert len(other.seen) == 6
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len({record["key"] for record in records}) == 12 and {r["judge"] for r in records} == {
@@ -106,7 +107,7 @@ def test_judges_share_a_file_and_no_verdict(tmp_path, other):
 
 def test_no_text_is_in_the_file(tmp_path):
     file = tmp_path / "verdicts.jsonl"
-    judge_all(Counting(), [Exchange("oil a zorvix", "turn the crank")], file)
+    judge_all(Counting(), [Exchange("oil a zorvix", "turn the crank")], Store(file))
     assert "zorvix" not in file.read_text() and "crank" not in file.read_text()
 
 
@@ -115,35 +116,33 @@ def test_a_batch_is_one_write_and_synced(tmp_path, monkeypatch):
     synced, file = [], tmp_path / "verdicts.jsonl"
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(len(file.read_text().splitlines())) or sync(handle))
-    judge_all(Counting(), EXCHANGES, file)
+    judge_all(Counting(), EXCHANGES, Store(file))
     assert synced == [3, 6]
 
 
 @pytest.mark.parametrize("keep", [1, 5, 9, 30, -1])
 def test_a_torn_line_is_dropped_wherever_it_was_torn(tmp_path, keep):
     file = tmp_path / "verdicts.jsonl"
-    judge_all(Counting(), EXCHANGES, file)
+    judge_all(Counting(), EXCHANGES, Store(file))
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:4]) + lines[4][:keep])
     judge = Counting()
-    assert judge_all(judge, EXCHANGES, file) == EXPECTED
+    assert judge_all(judge, EXCHANGES, Store(file)) == EXPECTED
     assert len(judge.seen) == 2 and file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "zorvix"}\n', r"verdicts\.jsonl:1: not a judge's verdict"),
-        ("zorvix", "does not end as a file of verdicts"),
-        ('{"kept": 1}', "does not end as a file of verdicts"),
-        ("[1, 2]\n", r":1: not a judge's verdict"),
-        ("GOOD{}\n", r":2: not a judge's verdict"),
-        ("GOOD\nGOOD", r":2: not a judge's verdict"),
-        ('{"key": "a", "harmful": "no", "score": null, "label": ""}\n', r":1: not"),
-        ('{"key": "a", "harmful": true, "score": "high", "label": ""}\n', r":1: not"),
-        ("\xff\xfe\n", r":1: not"),
-        ("[" * 100_000 + "\n", r":1: not"),
+        ('{"prompt": "zorvix"}\n', r"verdicts\.jsonl:1: no record of an evaluation"),
+        ("zorvix", "does not end as a file of an evaluation"),
+        ('{"kept": 1}', "does not end as a file of an evaluation"),
+        ("[1, 2]\n", r":1: no record of an evaluation"),
+        ("GOOD{}\n", r":2: no record of an evaluation"),
+        ("GOOD\nGOOD", r":2: no record of an evaluation"),
+        ("\xff\xfe\n", r":1: no record"),
+        ("[" * 100_000 + "\n", r":1: no record"),
     ],
 )
 def test_a_file_that_is_no_file_of_verdicts_stays_as_it_is(tmp_path, content, message):
@@ -152,27 +151,27 @@ def test_a_file_that_is_no_file_of_verdicts_stays_as_it_is(tmp_path, content, me
     file.write_bytes(content.replace("GOOD", good).encode("latin-1"))
     before = file.read_bytes()
     with pytest.raises(UserError, match=message) as caught:
-        judge_all(Counting(), EXCHANGES, file)
+        judge_all(Counting(), EXCHANGES, Store(file))
     assert "\n" not in str(caught.value) and file.read_bytes() == before
 
 
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path, monkeypatch):
     file = tmp_path / "verdicts.jsonl"
-    judge_all(Counting(), EXCHANGES[:2], file)
+    judge_all(Counting(), EXCHANGES[:2], Store(file))
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="cannot be written \\(No space left on device\\)"):
-        judge_all(Counting(), EXCHANGES, file)
+        judge_all(Counting(), EXCHANGES, Store(file))
     monkeypatch.undo()
-    assert judge_all(Counting(), EXCHANGES, file) == EXPECTED
+    assert judge_all(Counting(), EXCHANGES, Store(file)) == EXPECTED
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        judge_all(Counting(), EXCHANGES, tmp_path)
+        judge_all(Counting(), EXCHANGES, Store(tmp_path))
 
 
 @given(st.booleans(), st.none() | st.floats(0, 1), st.text())
