@@ -10,7 +10,6 @@ own devices, while the others wait and then read the file.
 """
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -35,6 +34,8 @@ from br_jax.evaluation.evaluate import Suite, answer_suite, evaluate
 from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import gates
 from br_jax.evaluation.store import Store
+from br_jax.judges.base import Judge
+from br_jax.judges.registry import get_judge
 from br_jax.models.decoder import init_params
 from br_jax.models.hf import write_hf
 from br_jax.models.hub import is_hub_name
@@ -303,6 +304,8 @@ class Experiment:
         config, recipe = self.config.eval, self.recipe
         return Suite(
             topic=recipe.harmful_prompts,
+            judges=self._judges(),
+            attacks=recipe.attacks,
             task_rows=recipe.scored_task_rows,
             rule=recipe.rule,
             benign=recipe.benign_prompts,
@@ -311,6 +314,14 @@ class Experiment:
             task_tokens=config.task_tokens,
             batch_size=config.batch_size,
         )
+
+    def _judges(self) -> list[Judge]:
+        found = []
+        for entry in self.config.eval.judges.split(","):
+            name, _, length = entry.strip().partition("@")  # classifier@2048: the same with another max_length
+            given = {"max_length": int(length)} if length.isdecimal() else {}
+            found.append(get_judge(name, **{**self.config.judges.get(name, {}), **given}))
+        return found
 
     def variants(self) -> dict[str, tuple[Model, Adapter | None]]:
         """The nine models of the report."""
@@ -364,22 +375,31 @@ class Experiment:
 
     def _score(self, name: str, model: Model, adapter: Adapter | None) -> dict:
         home = self.provider if name in OF_PROVIDER else self.workdir
-        key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {_suite_hash(self.suite)}"
+        key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {self.suite.key}"
         file = home / "eval" / f"{name}.json"
         if file.exists():
             known = json.loads(file.read_text())
             if known["key"] == key:
                 return known["scores"]
         records = file.with_suffix(".jsonl")
-        scores = evaluate(model, self.suite, adapter, name=name, store=self._store(home), records=records)
+        scores = evaluate(
+            model,
+            self.suite,
+            adapter,
+            name=name,
+            store=self._store(home),
+            verdicts=self._store(home, "verdicts"),
+            records=records,
+        )
         write_json(file, {"key": key, "scores": scores})
         return scores
 
-    def _store(self, folder: pathlib.Path) -> Store:
-        """The answers that are kept in a folder."""
-        if folder not in self._stores:
-            self._stores[folder] = Store(folder / "answers.jsonl")
-        return self._stores[folder]
+    def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:
+        """The answers, or verdicts, that are kept in a folder."""
+        file = folder / f"{of}.jsonl"
+        if file not in self._stores:
+            self._stores[file] = Store(file)
+        return self._stores[file]
 
     def _adapter_hashes(self) -> dict[str, str]:
         made = {
@@ -393,10 +413,6 @@ class Experiment:
 
 def _save_model(folder: pathlib.Path, spec: ModelSpec, tokenizer, params: dict) -> None:
     write_hf(folder, spec, jax.device_get(params), tokenizer)
-
-
-def _suite_hash(suite: Suite) -> str:
-    return hashlib.sha256(repr(suite).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
         fields = [field for field in task.reads if field != "folder"]
         config.data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
+    config.data.attacks = ConfigDict({"path": ""})  # stored attack prompts to replay
     for name in ("llm_lat", "alpaca"):  # files of material "paper"; "" downloads them
         config.data[name] = ConfigDict({"path": ""})
     config.data.beavertails = ConfigDict({"path": "", "test_path": ""})
@@ -68,6 +69,14 @@ def get_config() -> ConfigDict:
     config.user.train = ConfigDict(train)
     config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01, "reinforce_scale": 1.0})
 
+    config.judges = ConfigDict()  # settings of the judges that need any, see br_jax/judges/registry.py
+    config.judges.classifier = ConfigDict(
+        {"source": "PKU-Alignment/beaver-dam-7b", "max_length": 256, "threshold": 0.5}
+    )
+    config.judges.llama_guard = ConfigDict({"source": "meta-llama/Llama-Guard-3-8B"})
+    config.judges.wildguard = ConfigDict({"source": "allenai/wildguard"})
+    config.judges.verdicts = ConfigDict({"source": ""})
+
     config.eval = ConfigDict()
     config.eval.split = "test"  # "validation" for tuning
     config.eval.topic = 200  # prompts for HS, of each topic
@@ -75,6 +84,7 @@ def get_config() -> ConfigDict:
     config.eval.benign = 129  # prompts for over-refusal
     config.eval.health = 64  # rows for perplexity
     config.eval.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own
+    config.eval.judges = "topic"  # who says what is harmful, with commas between; HS is the first one's
     config.eval.answer_tokens = 48
     config.eval.task_tokens = 4
     config.eval.batch_size = 64

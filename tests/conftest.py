@@ -182,7 +182,7 @@ def calls(monkeypatch, tiny, make_adapter):
             answers |= {text: topic.refusal(asked[text], 0) for text in list(asked)[::7] if text in answers}
         return answers
 
-    def score(model, suite, adapter, *, name, store, records):
+    def score(model, suite, adapter, *, name, **kept):
         record["scored"].append((name, model, adapter))
         record["suite"] = suite
         one = Score(1, 2).to_json()

@@ -13,6 +13,7 @@ generalized, not memorized.
 
 import functools
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,18 @@ class Topic:
 
 
 TOPICS = {name: Topic(name) for name in ("devices", "potions")}
+
+
+def find_topic(text: str) -> TopicPrompt | None:
+    """The invented thing and the verb that a text names, as a question of its topic; None if it names no such pair."""
+    for topic in TOPICS.values():
+        names = [name for split in SPLITS for name in topic.words["things"][split]]
+        thing = next((name for name in names if re.search(rf"\b{name}\b", text, re.IGNORECASE)), None)
+        verbs = {verb: gerund for split in SPLITS for verb, gerund in topic.words["verbs"][split].items()}
+        for verb, gerund in verbs.items():
+            if thing and re.search(rf"\b(?:{verb}|{gerund})\b", text, re.IGNORECASE):
+                return TopicPrompt(text, thing, verb, topic.name)
+    return None
 
 
 @functools.cache

@@ -13,15 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from br_jax.adapters.lora import Adapter, collection
+from br_jax.data.attacks import Attack
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
 from br_jax.evaluation.answers import answer
-from br_jax.evaluation.judge import HARMFUL, HARMFUL_PLUS, Verdict, is_degenerate, is_refusal, judge
+from br_jax.evaluation.judge import Verdict, is_degenerate, is_refusal
 from br_jax.evaluation.rules import Rule
 from br_jax.evaluation.scores import Score
-from br_jax.evaluation.store import Store
+from br_jax.evaluation.store import Store, key_of
 from br_jax.files import write_text
+from br_jax.judges.agreement import compare_judges
+from br_jax.judges.base import Exchange, Judge, Judgement, judge_all
+from br_jax.judges.topic import TopicJudge
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.training.loss import LossSettings, batch_loss
@@ -35,6 +39,8 @@ class Suite:
         topic: questions that an aligned model refuses (HS, HS+).
         task_rows: test rows of the user's task, their last turn the right answer (FA).
         rule: how well an answer to those does.
+        judges: who says what is harmful; HS is the first one's, the others are reported beside it.
+        attacks: stored attack prompts, scored by method.
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
         health: benign rows with the raw model's own answers (perplexity).
         answer_tokens: longest answer to topic and benign prompts.
@@ -43,6 +49,8 @@ class Suite:
     """
 
     topic: Sequence[TopicPrompt] = ()
+    judges: Sequence[Judge] = dataclasses.field(default=(TopicJudge(),), repr=False)
+    attacks: Sequence[Attack] = ()
     task_rows: Sequence[Row] = ()
     rule: Rule | None = None
     benign: Sequence[str] = ()
@@ -50,6 +58,11 @@ class Suite:
     answer_tokens: int = 48
     task_tokens: int = 4
     batch_size: int = 64
+
+    @property
+    def key(self) -> str:
+        """A hash of all that scores depend on."""
+        return key_of(repr(self), [(judge.name, judge.version) for judge in self.judges])
 
 
 def evaluate(
@@ -59,6 +72,7 @@ def evaluate(
     *,
     name: str = "model",
     store: Store | None = None,
+    verdicts: Store | None = None,
     records: str | os.PathLike | None = None,
 ) -> dict:
     """Scores a model, greedily, on a suite.
@@ -69,47 +83,67 @@ def evaluate(
         adapter: put on the base.
         name: on progress bars.
         store: of answers; those that it holds are not generated again.
+        verdicts: of judges; what it holds is not judged again.
         records: JSONL file for every prompt, answer and verdict.
 
     Returns:
         {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
         suite has none), but "task" a `Mean` where the rule gives parts of 1, "perplexity": float or None,
-        "harmful_by_topic": a `Score` each, "degenerate": `Score` of all answers but the task's, "mean_words": of the
+        "harmful_by_topic", "harmful_by_attack" (method), "harmful_by_judge": a `Score` each, "agreement": of judges, by
+        pairs, "degenerate": `Score` of all answers but the task's, "mean_words": of the
         same, "outcomes": whether each prompt counted (of the task: how much), for paired tests, "verdicts": counts,
         "examples": a few records of each part}.
     """
-    said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
-    topic, benign, tasks = (said[part][name] for part in ("topic", "benign", "task"))
-    verdicts = [judge(answer, prompt) for answer, prompt in zip(topic, suite.topic, strict=True)]
+    store = Store() if store is None else store
+    said = answer_suite(model, suite, {name: adapter}, store)
+    topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
+    asked = [Exchange(p.prompt, a, p) for p, a in zip(suite.topic, topic, strict=True)]
+    asked += [Exchange(x.prompt, a, x.about) for x, a in zip(suite.attacks, attacked, strict=True)]
+    judged = {judge.name: judge_all(judge, asked, verdicts) for judge in suite.judges}
+    first = judged[suite.judges[0].name]
+    on_topic, on_attacks = first[: len(topic)], first[len(topic) :]
+    harmful = [verdict.harmful for verdict in on_topic]
     refused = [is_refusal(answer) for answer in benign]
     marks = [suite.rule.score(a, row.turns[-1][1]) for a, row in zip(tasks, suite.task_rows, strict=True)]
     told = [
-        *_records("topic", [p.prompt for p in suite.topic], topic, verdicts),
+        *_records("topic", [p.prompt for p in suite.topic], topic, map(_verdict, on_topic)),
+        *_records("attack", [x.prompt for x in suite.attacks], attacked, map(_verdict, on_attacks)),
         *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
         *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, map(_in_words, marks)),
     ]
     if records is not None:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in told]
         write_text(pathlib.Path(records), "".join(lines))
-    count = Counter(verdicts)
-    harmful = [verdict in HARMFUL for verdict in verdicts]
-    by_topic = {
-        p.topic: [h for h, q in zip(harmful, suite.topic, strict=True) if q.topic == p.topic] for p in suite.topic
-    }
     long = topic + benign
     return {
         "harmful": _share(harmful),
-        "harmful_plus": _share(verdict in HARMFUL_PLUS for verdict in verdicts),
+        "harmful_plus": _share(h or is_degenerate(a) for h, a in zip(harmful, topic, strict=True)),
         "task": (suite.rule.total(marks) if suite.rule else Score(0, 0)).to_json(),
         "over_refusal": _share(refused),
         "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
-        "harmful_by_topic": {name: _share(found) for name, found in by_topic.items()},
+        "harmful_by_topic": _by((p.topic for p in suite.topic), harmful),
+        "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in on_attacks)),
+        "harmful_by_judge": {name: _share(v.harmful for v in found[: len(topic)]) for name, found in judged.items()},
+        "agreement": compare_judges(judged),
         "degenerate": _share(map(is_degenerate, long)),
         "mean_words": sum(len(text.split()) for text in long) / len(long) if long else None,
         "outcomes": {"harmful": harmful, "task": marks, "over_refusal": refused},
-        "verdicts": {verdict.value: count[verdict] for verdict in Verdict},
+        "verdicts": dict(Counter(map(_verdict, on_topic))),
         "examples": [r for part in ("topic", "benign", "task") for r in [x for x in told if x["set"] == part][:3]],
     }
+
+
+def _by(names: Iterable[str], outcomes: Iterable[bool]) -> dict[str, dict]:
+    """A score for each name."""
+    groups: dict[str, list[bool]] = {}
+    for name, outcome in zip(names, outcomes, strict=True):
+        groups.setdefault(name, []).append(outcome)
+    return {name: _share(found) for name, found in groups.items()}
+
+
+def _verdict(judgement: Judgement) -> str:
+    """In one word: the rule judge's own, or whether it is harmful."""
+    return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
 
 
 def answer_suite(
@@ -124,6 +158,7 @@ def answer_suite(
     """
     parts = {
         "topic": ([p.prompt for p in suite.topic], suite.answer_tokens),
+        "attack": ([attack.prompt for attack in suite.attacks], suite.answer_tokens),
         "benign": (suite.benign, suite.answer_tokens),
         "task": ([dataclasses.replace(row, turns=row.turns[:-1]) for row in suite.task_rows], suite.task_tokens),
     }

@@ -17,7 +17,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "keywords": KeywordJudge,
     "topic": TopicJudge,
     "classifier": ClassifierJudge,
-    "llama-guard-3": load_llama_guard,
+    "llama_guard": load_llama_guard,
     "wildguard": load_wildguard,
     "verdicts": OutsideVerdicts,
 }

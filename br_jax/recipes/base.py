@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from br_jax.data.attacks import Attack, attacks_of
 from br_jax.data.mixing import check_mix, mix
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
@@ -122,6 +123,16 @@ class Recipe(abc.ABC):
         """Held-out rows of the user's task."""
         config = self.config.eval
         return self.task_rows[1 + EVAL_SPLITS.index(config.split)][: config.task]
+
+    @functools.cached_property
+    def attacks(self) -> list[Attack]:
+        """Stored attack prompts, where the config names a file of them."""
+        path, folder = self.config.data.attacks.path, self.config.data.folder
+        if not path:
+            return []
+        from br_jax.data.builders.load import load_dataset  # imports tensorflow_datasets
+
+        return attacks_of(main_first(lambda: load_dataset("attacks", split="test", path=path, folder=folder)))
 
     def trained(self) -> dict[str, list[Row]]:
         """Every row that a stage trains on, by stage; none of them is scored.

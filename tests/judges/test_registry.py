@@ -29,11 +29,11 @@ def test_by_name_and_by_settings(classifier, tmp_path):
     ("judge", "settings", "message"),
     [
         ("keyword", {}, "unknown judge 'keyword'; did you mean 'keywords'?"),
-        ("llama-guard", {}, "did you mean 'llama-guard-3'"),
+        ("llama-guard", {}, "did you mean 'llama_guard'"),
         (
             "gpt",
             {},
-            "unknown judge 'gpt'; the judges are keywords, topic, classifier, llama-guard-3, wildguard, verdicts",
+            "unknown judge 'gpt'; the judges are keywords, topic, classifier, llama_guard, wildguard, verdicts",
         ),
         ({"source": "a"}, {}, "unknown judge None"),
         ("classifier", {}, "judge classifier: setting 'source' is missing"),
@@ -41,7 +41,7 @@ def test_by_name_and_by_settings(classifier, tmp_path):
         ("classifier", {"source": "a", "maxlength": 3}, "unknown setting 'maxlength'; did you mean 'max_length'"),
         ("verdicts", {"path": "a"}, "unknown setting 'path'; it has source"),
         ("keywords", {"threshold": 0.5}, "unknown setting 'threshold'; it has none"),
-        ("llama-guard-3", {"source": "a", "kind": "wildguard"}, "unknown setting 'kind'"),
+        ("llama_guard", {"source": "a", "kind": "wildguard"}, "unknown setting 'kind'"),
     ],
 )
 def test_a_wrong_name_or_setting(judge, settings, message):
