@@ -29,14 +29,20 @@ from br_jax.evaluation.sweep_rows import Row, Setting, estimate, find, one_stren
 Style = tuple[str, str, str | tuple]  # color, marker, dashes: any one of them tells the lines apart
 _STYLES: dict[str, Style] = {
     "aligned": (DARK, "s", ":"),
-    "sft": (RED, "X", "-"),
+    "sft": (RED, "X", (0, (9, 2))),
     "buffer_only": (ORANGE, "^", "--"),
     "reinforce_only": (PURPLE, "v", "-."),
     "average": (GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
     "ours": (BLUE, "o", "-"),
 }
 _OTHER: Style = (GRAY, "P", "--")
-_BY_P: Sequence[Style] = ((BLUE, "o", "-"), (RED, "X", "--"), (GREEN, "D", "-."), (ORANGE, "^", ":"), (SKY, "s", "--"))
+_BY_P: Sequence[Style] = (
+    (BLUE, "o", "-"),
+    (RED, "X", "--"),
+    (GREEN, "D", "-."),
+    (ORANGE, "^", ":"),
+    (SKY, "s", (0, (9, 2))),
+)
 _PANELS = {  # score: its title and the color of its bars
     "harmful": ("Harmful score HS, %\n(lower is safer)", RED),
     "task": ("Task accuracy FA, %\n(higher is better)", BLUE),
