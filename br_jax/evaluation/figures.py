@@ -49,7 +49,7 @@ _STYLE = {
 _JUDGED = {"sft", "aligned", "qr_merge"}  # the models that the gates compare
 
 
-def _styled(draw: Callable[..., T]) -> Callable[..., T]:
+def styled(draw: Callable[..., T]) -> Callable[..., T]:
     """Draws under the report's style, whatever the caller's own settings are, and puts those back."""
 
     @functools.wraps(draw)
@@ -62,7 +62,7 @@ def _styled(draw: Callable[..., T]) -> Callable[..., T]:
     return wrapped
 
 
-@_styled
+@styled
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Writes a figure as stem.png (150 dpi) and stem.pdf, without times or versions in them.
 
@@ -79,7 +79,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return [png, pdf]
 
 
-@_styled
+@styled
 def results_figure(models: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
     """HS, FA and over-refusal of every model, with 95 % intervals and the limits that the gates set.
 
@@ -91,7 +91,7 @@ def results_figure(models: Mapping[str, Mapping[str, Any]], title: str = "") -> 
         Three panels that share their rows; a model without a score reads "not run" or "n/a".
     """
     names = ordered(models, LABELS, keep_missing=True)
-    figure = _figure(11.5, 0.36 * len(names) + 1.9)
+    figure = new_figure(11.5, 0.36 * len(names) + 1.9)
     panels = (
         ("harmful", "Harmful score HS, %\n(lower is safer)", RED, "aligned", MARGIN),
         ("task", "Task accuracy FA, %\n(higher is better)", BLUE, "sft", -MARGIN),
@@ -137,7 +137,7 @@ def _score_panel(axis: Axes, names: Sequence[str], models: Mapping[str, Any], ke
         axis.text(high + 3, row, f"{value:.1f}", va="center", fontsize=9, bbox=ground, zorder=4)
 
 
-@_styled
+@styled
 def training_figure(curves: Mapping[str, Lines]) -> Figure:
     """Loss of every stage over its steps, on one logarithmic scale.
 
@@ -149,10 +149,10 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
     """
     names = [name for name in ordered(curves, STAGES) if len(_series(curves[name], "loss")[0])]
     if not names:
-        return _nothing("no training metrics")
+        return nothing("no training metrics")
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = _figure(11, 2.6 * rows + 0.7)
+    figure = new_figure(11, 2.6 * rows + 0.7)
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axis, name in zip(axes, names, strict=False):
         steps, losses = _series(curves[name], "loss")
@@ -171,7 +171,7 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
     """Loss and adapter-gradient norm of harmful and benign rows over user steps: the method's central claim.
 
@@ -186,7 +186,7 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
         ("with Buffer (user stage)", with_buffer, BLUE, "o", "-"),
         ("without (SFT)", without, RED, "s", "--"),
     )
-    figure = _figure(10, 6.6)
+    figure = new_figure(10, 6.6)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for down, (key, label) in enumerate((("loss", "loss"), ("grad_norm", "adapter-gradient norm"))):
         drawn = []
@@ -211,7 +211,7 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def verdict_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
     """What the judge said of each model's answers to the restricted prompts, as stacked shares.
 
@@ -221,7 +221,7 @@ def verdict_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
     names = ordered(models, LABELS, keep_missing=True)
     counts = {name: models.get(name, {}).get("verdicts") or {} for name in names}
     kinds = ordered({kind: 1 for row in counts.values() for kind in row} | VERDICTS, VERDICTS)
-    figure = _figure(9.5, 0.36 * len(names) + 1.7)
+    figure = new_figure(9.5, 0.36 * len(names) + 1.7)
     axis = figure.subplots()
     left = np.zeros(len(names))
     totals = np.array([sum(counts[name].values()) for name in names])
@@ -249,7 +249,7 @@ def verdict_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def merge_figure(merge: Mapping[str, Any]) -> Figure:
     """Diagnostics of the QR merge by matrix and layer.
 
@@ -263,9 +263,9 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     """
     matrices = merge.get("matrices") or {}
     if not matrices:
-        return _nothing("no merge diagnostics")
+        return nothing("no merge diagnostics")
     names = list(matrices)
-    figure = _figure(12, 2 * (0.24 * len(names) + 1.7) + 0.6)
+    figure = new_figure(12, 2 * (0.24 * len(names) + 1.7) + 0.6)
     axes = figure.subplots(2, 3).ravel()
     angles = {name: {"angle": [_least(row) for row in entry.get("principal_angles") or []]}
               for name, entry in matrices.items()}  # fmt: skip
@@ -288,7 +288,7 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
     """Singular values of an adapter's delta, target by target.
 
@@ -303,10 +303,10 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str 
     grids = {name: _grid(layers) for name, layers in spectra.items()}
     largest = max((np.nanmax(grid, initial=0.0) for grid in grids.values()), default=0.0)
     if largest <= 0:
-        return _nothing("no singular value but zero")
+        return nothing("no singular value but zero")
     rows = math.ceil(len(grids) / 4)
     columns = math.ceil(len(grids) / rows)
-    figure = _figure(max(3.1 * columns + 1.2, 6), 2.7 * rows + 0.9)
+    figure = new_figure(max(3.1 * columns + 1.2, 6), 2.7 * rows + 0.9)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     depth = max(len(grid) for grid in grids.values())
     palette = matplotlib.colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))  # no yellow
@@ -382,14 +382,16 @@ def _spectrum(axis: Axes, values: Mapping[str, Any]) -> None:
         axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=GRAY)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, that lays itself out and needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _nothing(text: str) -> Figure:
-    figure = _figure(6, 1.2)
+def nothing(text: str) -> Figure:
+    """A figure that says why there is none."""
+    figure = new_figure(6, 1.2)
     figure.text(0.5, 0.5, text, ha="center", va="center", color=GRAY, style="italic")
     return figure
 

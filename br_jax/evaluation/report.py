@@ -2,14 +2,15 @@
 
 import json
 import os
-import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from br_jax.errors import UserError
 from br_jax.evaluation import figures
+from br_jax.evaluation.document import CUT, code, literal, number, points, table, write_document
 from br_jax.evaluation.scores import LABELS, difference, gates, is_finite, ordered, outcome, read_score
 from br_jax.training.metrics import read_jsonl
 
@@ -33,7 +34,6 @@ _WITHOUT_BUFFER = (
     "not hold for it, and it has no saturation curves."
 )
 _COUNTS = ("rows", "dropped", "steps", "tokens", "answer_tokens")
-_CUT = 200  # characters of an example that are printed
 
 
 def write_report(workdir: str | os.PathLike[str], examples: int = 2) -> Path:
@@ -54,18 +54,7 @@ def write_report(workdir: str | os.PathLike[str], examples: int = 2) -> Path:
     stages = _read_stages(workdir)
     probes = [_read_lines(workdir / name / "probes.jsonl") for name in ("user", "sft")]
     text = "\n\n".join(_sections(results, stages, probes, examples)) + "\n"
-    try:
-        # Moved when whole, so that a full disk leaves the old report and not half a new one.
-        with tempfile.TemporaryDirectory(dir=workdir, prefix=".report-") as new:
-            (Path(new) / "report.md").write_text(text, encoding="utf-8")
-            drawn = _draw(Path(new), results, stages, probes)
-            (workdir / "figures").mkdir(exist_ok=True)
-            for path in drawn:
-                path.replace(workdir / "figures" / path.name)
-            return (Path(new) / "report.md").replace(workdir / "report.md")
-    except OSError as error:
-        fault = f"cannot write a report in {workdir}: {error.strerror}: make room or give access"
-        raise UserError(fault) from error
+    return write_document(workdir / "report.md", text, "figures", _draw(results, stages, probes))
 
 
 def saturation_lines(with_buffer: figures.Lines, without: figures.Lines) -> list[dict[str, Any]]:
@@ -80,19 +69,19 @@ def saturation_lines(with_buffer: figures.Lines, without: figures.Lines) -> list
         "ratio" (buffer's first over sft's first) and "peak" (buffer's largest over sft's first), both None
         where a number they need is absent or not finite.
     """
-    table = []
+    found = []
     for rows in ("harmful", "benign"):
         for quantity in ("loss", "grad_norm"):
             buffer, sft = ([line.get(quantity) for line in sorted(lines, key=lambda line: line["step"])
                             if line.get("rows") == rows] for lines in (with_buffer, without))  # fmt: skip
             start = sft[0] if sft and is_finite(sft[0]) and sft[0] > 0 else None
             whole = start and buffer and all(is_finite(value) for value in buffer)
-            table.append({"rows": rows, "quantity": quantity,
+            found.append({"rows": rows, "quantity": quantity,
                           "buffer": (buffer[0], buffer[-1]) if buffer else None,
                           "sft": (sft[0], sft[-1]) if sft else None,
                           "ratio": buffer[0] / start if whole else None,
                           "peak": max(buffer) / start if whole else None})  # fmt: skip
-    return table
+    return found
 
 
 def _read_results(workdir: Path) -> dict[str, Any]:
@@ -136,16 +125,15 @@ def _read_stages(workdir: Path) -> dict[str, dict[str, Any]]:
     return {name: stages[name] for name in ordered(stages, figures.STAGES)}
 
 
-def _draw(folder: Path, results: dict[str, Any], stages: dict[str, Any], probes: list[figures.Lines]) -> list[Path]:
+def _draw(results: dict[str, Any], stages: dict[str, Any], probes: list[figures.Lines]) -> dict[str, Figure]:
     models = results["models"]
-    drawn = {
+    return {
         "results": figures.results_figure(models, _HEADLINES[outcome(_gates(results))]),
         "training": figures.training_figure({name: stage["metrics"] for name, stage in stages.items()}),
         "saturation": figures.saturation_figure(*probes),
         "merge": figures.merge_figure(results.get("merge") or {}),
         "verdicts": figures.verdict_figure(models),
     }
-    return [path for name, figure in drawn.items() for path in figures.save(figure, folder / name)]
 
 
 def _sections(
@@ -198,7 +186,7 @@ def _headline(results: dict[str, Any], checked: Sequence[Mapping[str, Any]]) -> 
     task = ", ".join(f"{LABELS[m]} {scores[m, 'task']}" for m in ("sft", "qr_merge"))
     lines = [f"**{_HEADLINES[said]}**"]
     broken = [f"{gate.get('text', gate['name']).partition(':')[0]} "
-              f"({_points(gate['value'])} points, limit {_limit(gate)})"
+              f"({points(gate['value'])} points, limit {_limit(gate)})"
               for gate in checked if gate["passed"] is False]  # fmt: skip
     missing = [LABELS[m] for m in ("aligned", "sft", "qr_merge") if m not in models]
     if broken:
@@ -214,11 +202,11 @@ def _headline(results: dict[str, Any], checked: Sequence[Mapping[str, Any]]) -> 
 
 def _told_of_entered(entered: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know of adapters that were not made in this run."""
-    others = [f"{stage} ({_literal(each['adapter'])})" for stage, each in entered.items()]
+    others = [f"{stage} ({literal(each['adapter'])})" for stage, each in entered.items()]
     lines = [f"Made elsewhere, not in this run: {', '.join(others)}."] if others else []
     user = entered.get("user")
     if user and "buffer" not in user["beside"]:
-        lines.append(_WITHOUT_BUFFER.format(adapter=_literal(user["adapter"])))
+        lines.append(_WITHOUT_BUFFER.format(adapter=literal(user["adapter"])))
     return lines
 
 
@@ -229,10 +217,10 @@ def _gate_table(checked: Sequence[Mapping[str, Any]]) -> str:
         low, high = gate.get("low"), gate.get("high")
         if gate["passed"] is not None and is_finite(low) and is_finite(high) and low < gate["limit"] < high:
             result += " (within noise)"
-        change = _points(gate["value"], low, high)
+        change = points(gate["value"], low, high)
         rows.append([gate.get("text", gate["name"]), change, _limit(gate), result])
     note = "Differences in points; within noise: the 95 % interval holds the limit, a larger N could turn it."
-    return _table(["gate", "difference", "limit", "result"], rows) + f"\n\n{note}"
+    return table(["gate", "difference", "limit", "result"], rows) + f"\n\n{note}"
 
 
 def _at_a_glance(stages: dict[str, Any], saturation: list[dict[str, Any]]) -> str:
@@ -253,9 +241,9 @@ def _score_table(models: Mapping[str, Mapping[str, Any]]) -> str:
                         for name, score in scores.items()})  # fmt: skip
     rows = []
     for name in names:
-        label = f"**{LABELS[name]}**" if name == "qr_merge" else LABELS.get(name, _literal(name))
+        label = f"**{LABELS[name]}**" if name == "qr_merge" else LABELS.get(name, literal(name))
         if name in models:
-            rows.append([label, *(c[name] for c in columns), _number(models[name].get("perplexity"), ".2f")])
+            rows.append([label, *(c[name] for c in columns), number(models[name].get("perplexity"), ".2f")])
         else:
             rows.append([label, *["not run"] * (len(columns) + 1)])
     legend = (
@@ -263,7 +251,7 @@ def _score_table(models: Mapping[str, Mapping[str, Any]]) -> str:
         "safer); HS+ also counts degenerate repetition; FA: accuracy on the user's task; over-refusal: share "
         "of benign prompts that are refused; perplexity: of the raw model's answers on held-out instructions."
     )
-    return _table([*header, "perplexity"], rows) + f"\n\n{legend}"
+    return table([*header, "perplexity"], rows) + f"\n\n{legend}"
 
 
 def _part_table(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -272,9 +260,9 @@ def _part_table(models: Mapping[str, Mapping[str, Any]]) -> str:
         cells = []
         for key in ("harmful", "task", "over_refusal"):
             pair = [read_score(models.get(name, {}).get(key)) for name in (after, before)]
-            cells.append(_points(*(difference(*pair) or (None, None, None))))
+            cells.append(points(*(difference(*pair) or (None, None, None))))
         rows.append([f"{words} ({LABELS[after]} minus {LABELS[before]})", *cells])
-    return _table(["step", "HS", "FA", "over-refusal"], rows)
+    return table(["step", "HS", "FA", "over-refusal"], rows)
 
 
 def _saturation_words(saturation: list[dict[str, Any]]) -> str:
@@ -296,15 +284,15 @@ def _saturation_words(saturation: list[dict[str, Any]]) -> str:
 def _saturation_table(saturation: list[dict[str, Any]]) -> str:
     rows = []
     for row in saturation:
-        ends = [_number(value, ".3g") for run in ("buffer", "sft") for value in row[run] or (None, None)]
+        ends = [number(value, ".3g") for run in ("buffer", "sft") for value in row[run] or (None, None)]
         quantity = {"loss": "loss", "grad_norm": "gradient norm"}[row["quantity"]]
-        rows.append([f"{row['rows']} rows, {quantity}", *ends, _number(row["ratio"], ".3g")])
+        rows.append([f"{row['rows']} rows, {quantity}", *ends, number(row["ratio"], ".3g")])
     header = ["", "with Buffer, first", "last", "without, first", "last", "ratio of the first"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _examples(models: Mapping[str, Mapping[str, Any]], count: int) -> Iterable[str]:
-    yield f"A few answers of each model, cut at {_CUT} characters:"
+    yield f"A few answers of each model, cut at {CUT} characters:"
     rows = []
     for name in ordered(models, LABELS):
         seen: dict[str, int] = {}
@@ -312,9 +300,9 @@ def _examples(models: Mapping[str, Mapping[str, Any]], count: int) -> Iterable[s
             kind = str(example.get("set", ""))
             seen[kind] = seen.get(kind, 0) + 1
             if seen[kind] <= count:
-                told = [_literal(str(example.get(key, ""))) for key in ("prompt", "answer", "verdict")]
-                rows.append([LABELS.get(name, _literal(name)), kind, *told])
-    yield _table(["model", "prompts", "prompt", "answer", "verdict"], rows) if rows else "None were stored."
+                told = [literal(str(example.get(key, ""))) for key in ("prompt", "answer", "verdict")]
+                rows.append([LABELS.get(name, literal(name)), kind, *told])
+    yield table(["model", "prompts", "prompt", "answer", "verdict"], rows) if rows else "None were stored."
 
 
 def _cost_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -323,13 +311,13 @@ def _cost_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
         step = stage.get("step_seconds_median")
         timed = is_finite(step) and step > 0 and stage.get("steps") and is_finite(stage.get("tokens"))
         rate = stage["tokens"] / stage["steps"] / step if timed else None
-        counts = [_number(stage.get(key), ",.0f") for key in _COUNTS]
-        times = [_number(stage.get("seconds"), ".1f"), _number(stage.get("compile_seconds"), ".1f"),
-                 _number(1000 * step if is_finite(step) else None, ".1f"), _number(rate, ",.0f")]  # fmt: skip
-        rows.append([figures.STAGES.get(name, _literal(name)), *counts, *times])
+        counts = [number(stage.get(key), ",.0f") for key in _COUNTS]
+        times = [number(stage.get("seconds"), ".1f"), number(stage.get("compile_seconds"), ".1f"),
+                 number(1000 * step if is_finite(step) else None, ".1f"), number(rate, ",.0f")]  # fmt: skip
+        rows.append([figures.STAGES.get(name, literal(name)), *counts, *times])
     header = ["stage", "rows", "dropped", "steps", "tokens", "answer tokens", "seconds", "compile, s",
               "median step, ms", "tokens/s"]  # fmt: skip
-    return _table(header, rows) if rows else "No stage has written its stage.json."
+    return table(header, rows) if rows else "No stage has written its stage.json."
 
 
 def _overhead(stages: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -339,55 +327,31 @@ def _overhead(stages: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 def _totals(results: Mapping[str, Any]) -> str:
     wall, peak = results.get("wall_seconds"), results.get("peak_memory_bytes")
-    memory = _number(peak / 2**30 if is_finite(peak) else None, ".2f")
-    return f"The last call took {_number(wall, '.0f')} s (what it read back is not counted); peak memory {memory} GiB."
+    memory = number(peak / 2**30 if is_finite(peak) else None, ".2f")
+    return f"The last call took {number(wall, '.0f')} s (what it read back is not counted); peak memory {memory} GiB."
 
 
 def _provenance(results: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    yield _code(str(results.get("command") or "command not recorded"), "sh")
+    yield code(str(results.get("command") or "command not recorded"), "sh")
     for title, key in (("Seeds", "seeds"), ("Versions", "versions"), ("Hashes (sha256)", "hashes")):
         entries = results.get(key) or {}
-        told = ", ".join(f"{entry} {_literal(str(value))}" for entry, value in entries.items())
+        told = ", ".join(f"{entry} {literal(str(value))}" for entry, value in entries.items())
         yield f"{title}: {told or 'not recorded'}."
     rows = []
     for name, stage in stages.items():
         inputs = ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items())
-        label = figures.STAGES.get(name, _literal(name))
+        label = figures.STAGES.get(name, literal(name))
         ends = [_short(stage.get("output")), str(stage.get("finished", "n/a"))]
         rows.append([label, _short(stage.get("config_hash")), inputs or "none", *ends])
     if rows:
         yield "Stages (the first 12 digits of each sha256; the stage.json files hold them whole):"
-        yield _table(["stage", "config", "inputs", "output", "finished"], rows)
+        yield table(["stage", "config", "inputs", "output", "finished"], rows)
     yield "Configuration:"
-    yield _code(json.dumps(results.get("config") or {}, indent=2), "json")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    yield code(json.dumps(results.get("config") or {}, indent=2), "json")
 
 
 def _image(name: str, words: str) -> str:
     return f"![{words}](figures/{name}.png)"
-
-
-def _code(text: str, language: str) -> str:
-    fence = _fence(text, 3)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _fence(text: str, least: int) -> str:
-    # One longer than any run of backticks inside cannot be closed by the text itself.
-    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-
-
-def _literal(text: str) -> str:
-    """Makes untrusted text inert in a Markdown cell: one cut, printable line as code, without cell bars."""
-    cut = text if len(text) <= _CUT else text[: _CUT - 1] + "…"
-    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(cut.split()))
-    line = line.replace("|", "¦")
-    fence = _fence(line, 1)
-    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`" if line else "(empty)"
 
 
 def _short(sha: str | None) -> str:
@@ -397,14 +361,3 @@ def _short(sha: str | None) -> str:
 def _limit(gate: Mapping[str, Any]) -> str:
     sense = gate.get("sense", ">=" if gate["needed"] else "<=")
     return f"{'≥' if sense == '>=' else '≤'} {100 * gate['limit']:g}"
-
-
-def _points(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    if not is_finite(value):
-        return "n/a"
-    interval = f" ({100 * low:+.1f} to {100 * high:+.1f})" if is_finite(low) and is_finite(high) else ""
-    return f"{100 * value:+.1f}{interval}"
-
-
-def _number(value: Any, form: str) -> str:
-    return format(value, form) if is_finite(value) else "n/a"

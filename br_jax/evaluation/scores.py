@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
 # The models of an experiment, in the order of every table and figure, and their names for a reader.
 LABELS = {
@@ -266,3 +267,41 @@ def _passed(value: float | None, sense: str, limit: float) -> bool | None:
     # 0.90 - 0.85 is 0.05 and a little more in floating point: a gap of exactly the limit passes.
     slack = 1e-9
     return value >= limit - slack if sense == ">=" else value <= limit + slack
+
+
+def t_interval(
+    values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float | None, float | None]:
+    """Mean of a few runs with Student's 95 % interval.
+
+    Args:
+        values: one a seed, at least one.
+        bounds: of what they are; those of a share clip its interval, (-1, 1) those of a difference of shares.
+
+    Returns:
+        (mean, low, high); low and high are None of one value. Of equal values they are the mean: so few runs show no
+        spread, which is not to say that there is none.
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None, None
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, max(bounds[0], mean - half), min(bounds[1], mean + half)
+
+
+def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
+    """McNemar's exact test of whether two models do equally well on the same prompts.
+
+    Args:
+        pairs: (first model's outcome, second model's) of each prompt.
+
+    Returns:
+        (prompts that only the first counts, prompts that only the second counts, two-sided p-value).
+
+    References:
+        Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test of the prompts on which they differ.
+    """
+    counts = Counter((bool(first), bool(second)) for first, second in pairs)
+    only_first, only_second = counts[True, False], counts[False, True]
+    tail = float(bdtr(min(only_first, only_second), only_first + only_second, 0.5))
+    return only_first, only_second, min(1.0, 2 * tail)

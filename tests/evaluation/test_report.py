@@ -163,7 +163,7 @@ def workdir(tmp_path):
 @pytest.fixture
 def text_only(monkeypatch):
     """Draws nothing: the words are at test, and a figure takes longer than all of them."""
-    monkeypatch.setattr("br_jax.evaluation.report._draw", lambda *_: [])
+    monkeypatch.setattr("br_jax.evaluation.report._draw", lambda *_: {})
 
 
 def test_the_verdict_comes_first(workdir, text_only):

@@ -3,12 +3,24 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, norm, ttest_1samp
+from scipy.stats import binomtest, norm, sem, t, ttest_1samp
 
-from br_jax.evaluation.scores import LABELS, Mean, Score, difference, gates, outcome, read_score, wilson
+from br_jax.evaluation.scores import (
+    LABELS,
+    Mean,
+    Score,
+    difference,
+    gates,
+    mcnemar,
+    outcome,
+    read_score,
+    t_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("k, n", [(0, 20), (8, 100), (1, 29), (81, 263), (15, 148), (20, 20), (500, 1000)])
@@ -179,3 +191,42 @@ def test_a_missing_model_gives_no_verdict(absent):
 
 def test_every_model_has_a_name_of_its_own():
     assert len(set(LABELS.values())) == len(LABELS) == 9
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2], [0.80, 0.84, 0.79], [0.5, 0.52, 0.47, 0.5, 0.61]])
+def test_t_interval_is_scipys(values):
+    expected = t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
+    assert t_interval(values, (-9.0, 9.0)) == pytest.approx((np.mean(values), *expected), rel=1e-9)
+    assert t_interval(values) == pytest.approx((np.mean(values), *np.clip(expected, 0, 1)), rel=1e-9)
+
+
+def test_t_interval_by_hand():
+    # Three seeds: t = 4.3027 at two degrees of freedom, deviation 1, so 4.3027 / sqrt 3 to each side.
+    assert t_interval([1.0, 2.0, 3.0], (-9.0, 9.0)) == pytest.approx((2.0, -0.48414, 4.48414), abs=1e-5)
+    assert t_interval([0.0, 0.5, 1.0]) == (0.5, 0.0, 1.0)
+    assert t_interval([0.0, -1.0], (-1.0, 1.0)) == (-0.5, -1.0, 1.0)
+
+
+def test_t_interval_of_one_or_equal_values():
+    assert t_interval([0.25]) == (0.25, None, None)
+    assert t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError):
+        t_interval([])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
+def test_mcnemar_is_the_sign_test_of_the_pairs_that_differ(pairs):
+    first = sum(a and not b for a, b in pairs)
+    second = sum(b and not a for a, b in pairs)
+    # SciPy refuses a test of nothing; nothing is no evidence.
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(pairs) == (first, second, pytest.approx(expected, rel=1e-9))
+    assert mcnemar([(b, a) for a, b in pairs])[2] == mcnemar(pairs)[2]
+
+
+def test_mcnemar_by_hand():
+    # 5 discordant pairs, all one way: 2 / 2**5; 4 to 1: 2 (1 + 5) / 32; agreement counts for nothing.
+    assert mcnemar([(True, False)] * 5 + [(True, True)] * 7) == (5, 0, 0.0625)
+    assert mcnemar([(True, False)] + [(False, True)] * 4 + [(False, False)] * 9) == (1, 4, 0.375)
+    assert mcnemar([(True, False), (False, True)]) == (1, 1, 1.0)
+    assert mcnemar(iter([])) == (0, 0, 1.0)
