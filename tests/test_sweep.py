@@ -2,7 +2,11 @@
 
 import fcntl
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -135,3 +139,45 @@ def test_another_process_in_the_provider_s_folder_is_waited_for(config, calls, g
         assert worker.is_alive() and not calls["trained"]
     worker.join(timeout=60)
     assert not worker.is_alive() and "user" in calls["trained"]
+
+
+RUN = """
+import importlib.util, sys
+from br_jax.sweep import Grid, run_sweep
+spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+config = module.get_config("smoke")
+grid = Grid([""], ["moods"], ["devices"], [16], [0.5], [42], ["aligned", "sft", "ours"], [0.1])
+list(run_sweep(config, sys.argv[2], grid))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path, compile_cache):
+    """SIGKILL three times: while the raw model answers, when the user trains, when it is scored."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", RUN, ROOT / "configs" / "demo.py", folder], env=env)
+
+    def lines(folder, pattern):
+        return sum(file.read_bytes().count(b"\n") for file in folder.glob(pattern))
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = tmp_path / "killed"
+    for mark in ("providers/*/answers.jsonl", "runs/*/user/run.json", "runs/*/answers.jsonl"):
+        process = start(killed)
+        while not lines(killed, mark) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"it ended before there was {mark}"
+    assert start(killed).wait() == 0
+    cells = [{k: v for k, v in cell.items() if k != "seconds"} for cell in read_cells(killed)]
+    assert cells == [{k: v for k, v in cell.items() if k != "seconds"} for cell in read_cells(tmp_path / "whole")]
+    for pattern in ("providers/*/*.jsonl", "runs/*/*.jsonl"):
+        ours, theirs = (sorted(folder.glob(pattern)) for folder in (killed, tmp_path / "whole"))
+        assert [file.read_bytes() for file in ours] == [file.read_bytes() for file in theirs] and ours
+        for file in ours:
+            keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+            assert len(keys) == len(set(keys)), "something was made twice"

@@ -126,9 +126,9 @@ def test_attacks_are_scored_by_method_and_judges_compared(told, monkeypatch, tmp
         "cipher": 1,
     }
     assert scores["harmful"]["k"] == 2 and scores["harmful"]["n"] == 6, "attacks are not in HS"
-    assert {name: score["k"] for name, score in scores["harmful_by_judge"].items()} == {"topic": 2, "keywords": 4}
+    assert {name: score["k"] for name, score in scores["harmful_by_judge"].items()} == {"topic": 2, "keywords": 5}
     (pair,) = scores["agreement"]
-    assert pair["judges"] == ["topic", "keywords"] and pair["n"] == 9 and pair["agreement"] == pytest.approx(7 / 9)
+    assert pair["judges"] == ["topic", "keywords"] and pair["n"] == 9 and pair["agreement"] == pytest.approx(5 / 9)
     assert evaluate(None, suite, verdicts=Store(verdicts.path)) == scores
 
 
