@@ -241,6 +241,7 @@ def test_qr_that_cannot_be_told_from_averaging(report, make_grid):
     "average, qr, begin, differs, words",
     [
         ((3, 3, 3), (28, 30, 32), 0, True, "p < 0.001 (81 : 0, 3 seeds); intervals apart"),
+        ((28, 30, 32), (3, 3, 3), 0, True, "p < 0.001 (0 : 81, 3 seeds); intervals apart"),
         ((3, 3, 3), (3, 4, 4), 0, False, "p = 0.500 (2 : 0, 3 seeds); intervals overlap"),
         ((3, 3, 3), (9, 9, 9), 0, False, "p < 0.001 (18 : 0, 3 seeds); intervals overlap"),
         ((2, 2, 3), (5, 5, 6), 50, False, "p = 0.093 (16 : 7, 3 seeds); intervals apart"),
