@@ -10,7 +10,6 @@ from br_jax.evaluation.document import code, literal, number, points, write_docu
 from br_jax.evaluation.scores import ATTACK_MARGIN
 from br_jax.evaluation.sweep_figures import draw_all, name_of
 from br_jax.evaluation.sweep_rows import (
-    LABELS,
     TASK_P,
     TITLES,
     Gate,
@@ -21,6 +20,7 @@ from br_jax.evaluation.sweep_rows import (
     estimate,
     gates,
     group,
+    label_of,
     place,
     shares,
 )
@@ -81,7 +81,7 @@ def summary_table(cells: Iterable[Mapping[str, Any]]) -> str:
             found = [estimate(row.counted(score)) for score in MAIN]
             a = "" if row.a is None else f"{row.a:g}"
             means = [number(100 * one.mean if one else None, ".1f") for one in found]
-            lines.append([f"{row.p:g}", LABELS.get(row.method, row.method), a, *means, str(len(row.scores))])
+            lines.append([f"{row.p:g}", label_of(row.method), a, *means, str(len(row.scores))])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         said.append(str(setting))
         for first, second, *rest in lines:

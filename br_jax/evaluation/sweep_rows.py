@@ -8,16 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from br_jax.evaluation.scores import ATTACK_MARGIN, MARGIN, is_finite, mcnemar, t_interval
-from br_jax.sweep import METHODS, WITH_A
+from br_jax.sweep import METHODS
 
-LABELS = {  # of the methods, for a reader
-    "aligned": "aligned base",
-    "sft": "SFT (undefended)",
-    "buffer_only": "Buffer only",
-    "reinforce_only": "Reinforce only",
-    "average": "plain average",
-    "ours": "Buffer-and-Reinforce",
-}
 TITLES = {  # of the scores, in the order of every table
     "harmful": "HS",
     "harmful_plus": "HS+",
@@ -68,7 +60,7 @@ class Row:
     def label(self) -> str:
         """For a reader."""
         strength = "" if self.a is None else f", a = {self.a:g}"
-        return LABELS.get(self.method, self.method) + strength
+        return label_of(self.method) + strength
 
     def counted(self, score: str, topic: str = "") -> Counted:
         """A score, or HS on one topic, of the seeds that measured it."""
@@ -78,6 +70,11 @@ class Row:
     def numbers(self, name: str) -> dict[int, float]:
         """A number such as the perplexity, of the seeds where it is one."""
         return {seed: s[name] for seed, s in self.scores.items() if is_finite(s[name])}
+
+
+def label_of(method: str) -> str:
+    """A method's name for a reader; cells of a method that is gone keep its own."""
+    return METHODS[method].label if method in METHODS else method
 
 
 def group(cells: Iterable[Mapping[str, Any]]) -> dict[Setting, list[Row]]:
@@ -106,7 +103,7 @@ def place(row: Row) -> tuple:
 
 def find(rows: Iterable[Row], p: float, method: str, a: float | None = None) -> Row | None:
     """The row of a method at p; a counts for the methods that have one."""
-    strength = a if method in WITH_A else None
+    strength = a if METHODS[method].merges else None
     return next((row for row in rows if (row.p, row.method, row.a) == (p, method, strength)), None)
 
 

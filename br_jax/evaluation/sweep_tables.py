@@ -5,7 +5,6 @@ from typing import Any
 
 from br_jax.evaluation.document import literal, number, points, table
 from br_jax.evaluation.sweep_rows import (
-    LABELS,
     TITLES,
     Counted,
     Gap,
@@ -20,6 +19,7 @@ from br_jax.evaluation.sweep_rows import (
     shares,
     strengths,
 )
+from br_jax.sweep import METHODS
 
 Groups = Mapping[Setting, Sequence[Row]]
 
@@ -41,7 +41,7 @@ _PARTS = (  # what each part of the method adds: (words, after, before)
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
     ("Reinforce, merged in", "ours", "buffer_only"),
     ("Buffer, where Reinforce is merged in", "ours", "reinforce_only"),
-    ("the QR merge instead of the plain average", "ours", "average"),
+    ("the QR merge instead of the naive average", "ours", "average"),
 )
 
 
@@ -175,7 +175,7 @@ def told(found: Gap | None) -> str:
 
 def label(row: Row) -> str:
     """A row's method; a name that is not known here is foreign text."""
-    name = row.label if row.method in LABELS else literal(row.label)
+    name = row.label if row.method in METHODS else literal(row.label)
     return f"**{name}**" if row.method == "ours" else name
 
 

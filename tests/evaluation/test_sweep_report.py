@@ -9,7 +9,6 @@ from scipy.stats import binomtest, sem, t
 
 from br_jax.errors import UserError
 from br_jax.evaluation.sweep_report import summary_table, write_sweep_report
-from br_jax.evaluation.sweep_rows import LABELS
 
 OURS = "**Buffer-and-Reinforce, a = 0.1**"
 
@@ -134,7 +133,7 @@ def test_missing_seeds_are_said_and_not_guessed(report, make_grid, make_cell):
     cells = [c for c in make_grid() if (c["method"], c["run"]["p"], c["run"]["seed"]) not in gone]
     text = report(cells)
     told = section(text, "What was run")
-    assert f"{LABELS['sft']} at p = 0.1: not seed 43, 44" in told and "50 cells are finished" in told
+    assert "SFT (undefended) at p = 0.1: not seed 43, 44" in told and "50 cells are finished" in told
     assert line(text, "0.1", "SFT (undefended)", "1")[3].endswith("†")
     assert line(text, "0.1", OURS, "2")[2] == "2"
     assert line(text, "0.1", "0.1", "FA of SFT minus ours'")[3:] == ["n/a", "n/a", "≤ 3", "not run"]
@@ -214,7 +213,7 @@ def test_what_each_part_adds(report, make_grid):
         "training beside Buffer, then taking it out",
         "Reinforce, merged in",
         "Buffer, where Reinforce is merged in",
-        "the QR merge instead of the plain average",
+        "the QR merge instead of the naive average",
     ]
     assert f"({OURS} minus Reinforce only, a = 0.1)" in steps[3] and "a = 0)" not in text
     assert line(text, "0.1", steps[1])[2] == "-76.0; p < 0.001 (0 : 228, 3 seeds)"

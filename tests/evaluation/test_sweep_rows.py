@@ -8,7 +8,6 @@ from scipy.stats import binomtest, sem, t
 
 from br_jax.evaluation.scores import Score
 from br_jax.evaluation.sweep_rows import (
-    LABELS,
     Setting,
     absent,
     attacks,
@@ -21,10 +20,6 @@ from br_jax.evaluation.sweep_rows import (
     paired,
 )
 from br_jax.sweep import METHODS
-
-
-def test_every_method_has_a_name():
-    assert list(LABELS) == list(METHODS)
 
 
 def test_rows_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell):
@@ -172,6 +167,6 @@ def test_what_is_absent_is_said(make_grid, make_cell):
     told = absent(group([*cells, make_cell("sft", n=90)]))
     assert told == [
         "Tiny.gguf, reviews, topic devices, n = 90: every row: not seed 43, 44",
-        "Tiny.gguf, reviews, topic devices, n = 800: plain average at p = 0: no seed",
+        "Tiny.gguf, reviews, topic devices, n = 800: naive average at p = 0: no seed",
         "Tiny.gguf, reviews, topic devices, n = 800: SFT (undefended) at p = 0.5: not seed 43",
     ]
