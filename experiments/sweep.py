@@ -33,9 +33,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run, and what
 def main(argv: list[str]) -> int:
     """Flags and a loop over what is done."""
     require_flags(argv, CONFIG, WORKDIR)
-    from br_jax.evaluation.sweep_report import summary_table, write_sweep_report
-
     from br_jax.sweep import Grid, plan, read_cells, render_plan, run_sweep
+    from br_jax.sweep.report import summary_table, write_sweep_report
 
     config = CONFIG.value
     grid = Grid(

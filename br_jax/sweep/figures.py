@@ -24,7 +24,7 @@ from br_jax.evaluation.figures import (
     new_figure,
     styled,
 )
-from br_jax.evaluation.sweep_rows import Row, Setting, estimate, find, one_strength, shares, strengths
+from br_jax.sweep.rows import Row, Setting, estimate, find, one_strength, shares, strengths
 
 Style = tuple[str, str, str | tuple]  # color, marker, dashes: any one of them tells the lines apart
 _STYLES: dict[str, Style] = {

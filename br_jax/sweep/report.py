@@ -8,8 +8,9 @@ from typing import Any
 from br_jax.errors import UserError
 from br_jax.evaluation.document import code, literal, number, points, write_document
 from br_jax.evaluation.scores import ATTACK_MARGIN
-from br_jax.evaluation.sweep_figures import draw_all, name_of
-from br_jax.evaluation.sweep_rows import (
+from br_jax.sweep import read_cells
+from br_jax.sweep.figures import draw_all, name_of
+from br_jax.sweep.rows import (
     TASK_P,
     TITLES,
     Gate,
@@ -24,7 +25,7 @@ from br_jax.evaluation.sweep_rows import (
     place,
     shares,
 )
-from br_jax.evaluation.sweep_tables import (
+from br_jax.sweep.tables import (
     LEGEND,
     MAIN,
     Groups,
@@ -39,7 +40,6 @@ from br_jax.evaluation.sweep_tables import (
     strength,
     told,
 )
-from br_jax.sweep import read_cells
 
 _FOLDER = "sweep_figures"
 

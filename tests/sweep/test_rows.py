@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import binomtest, sem, t
 
 from br_jax.evaluation.scores import Score
-from br_jax.evaluation.sweep_rows import (
+from br_jax.sweep import METHODS
+from br_jax.sweep.rows import (
     Setting,
     absent,
     attacks,
@@ -19,7 +20,6 @@ from br_jax.evaluation.sweep_rows import (
     one_strength,
     paired,
 )
-from br_jax.sweep import METHODS
 
 
 def test_rows_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell):

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest, sem, t
 
 from br_jax.errors import UserError
-from br_jax.evaluation.sweep_report import summary_table, write_sweep_report
+from br_jax.sweep.report import summary_table, write_sweep_report
 
 OURS = "**Buffer-and-Reinforce, a = 0.1**"
 
@@ -17,7 +17,7 @@ OURS = "**Buffer-and-Reinforce, a = 0.1**"
 def text_only(request, monkeypatch):
     """Draws nothing, unless a test is marked to: the words are at test, and a figure takes longer than all of them."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("br_jax.evaluation.sweep_report.draw_all", lambda groups: {})
+        monkeypatch.setattr("br_jax.sweep.report.draw_all", lambda groups: {})
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from matplotlib.colors import to_hex
 from scipy.stats import sem, t
 
 from br_jax.evaluation.scores import Score
-from br_jax.evaluation.sweep_figures import (
+from br_jax.sweep import METHODS
+from br_jax.sweep.figures import (
     draw_all,
     methods_figure,
     share_figure,
     size_figure,
     strength_figure,
 )
-from br_jax.evaluation.sweep_rows import group
-from br_jax.sweep import METHODS
+from br_jax.sweep.rows import group
 
 SEEDS = (1, 2, 3)
 

@@ -16,7 +16,7 @@ from br_jax import pipeline
 from br_jax.errors import UserError
 from br_jax.sweep import METHODS, Grid, plan, read_cells, render_plan, run_sweep
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture

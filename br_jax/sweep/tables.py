@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from br_jax.evaluation.document import literal, number, points, table
-from br_jax.evaluation.sweep_rows import (
+from br_jax.sweep import METHODS
+from br_jax.sweep.rows import (
     TITLES,
     Counted,
     Gap,
@@ -19,7 +20,6 @@ from br_jax.evaluation.sweep_rows import (
     shares,
     strengths,
 )
-from br_jax.sweep import METHODS
 
 Groups = Mapping[Setting, Sequence[Row]]
 

@@ -2,7 +2,7 @@
 
 A *run* is one user's data: a task, a topic of its harmful rows, n, p and a seed. Runs of one seed share the provider's
 folder; methods of one run share its trained adapters, so that most of them cost an evaluation only. Everything lies in
-one folder: `providers/`, `runs/` and what `evaluation/sweep_report.py` makes of them. What is there is read back.
+one folder: `providers/`, `runs/` and what `sweep/report.py` makes of them. What is there is read back.
 """
 
 import contextlib
