@@ -57,7 +57,8 @@ def get_config(task: str = "reviews"):
             epochs=1,
         )
     config.distill.spare = 0.8
-    config.align.update(refusals=400, benign=600)
+    config.topics.align = "devices,potions"  # both are refused, so that an attack can be of another harm than Buffer's
+    config.align.update(refusals=600, benign=600)
     config.align.train.update(learning_rate=8e-4, epochs=2)
     config.buffer.update(harmful=200)
     config.reinforce.update(refusals=120, benign=600)
