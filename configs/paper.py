@@ -35,5 +35,7 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
         if preset == "capacity":
             config[stage].train.update(batch_size=32, max_length=1024)
     config.merge.a = a
-    config.eval.update(batch_size=32, answer_tokens=512)
+    config.data.material = "paper"  # LLM-LAT, Alpaca and BeaverTails
+    config.user.task = "gsm8k"
+    config.eval.update(judges="classifier", topic=1000, task=1000, batch_size=32, answer_tokens=512, task_tokens=512)
     return config
