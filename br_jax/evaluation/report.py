@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ def _sections(
     yield _saturation_table(saturation)
     yield "## What the models said"
     yield _image("verdicts", "verdicts of the judge, by model")
+    yield from _breakdowns(models)
     if examples:
         yield from _examples(models, examples)
     yield "## Training"
@@ -254,6 +255,33 @@ def _score_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     return table([*header, "perplexity"], rows) + f"\n\n{legend}"
 
 
+def _breakdowns(models: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """HS by topic, judge and attack, where there are several to tell apart; and how far judges agree."""
+    kinds = (
+        ("harmful_by_topic", 2, "HS by topic:"),
+        ("harmful_by_judge", 2, "HS by judge; the first is the one that is meant elsewhere:"),
+        ("harmful_by_attack", 1, "Stored attack prompts that got what they are after, by method:"),
+    )
+    names = [name for name in ordered(models, LABELS) if models[name]]
+    for key, least, words in kinds:
+        parts = list(dict.fromkeys(part for name in names for part in models[name].get(key) or {}))
+        if len(parts) >= least:
+            scores = {name: models[name].get(key) or {} for name in names}
+            yield words
+            yield _by_model(names, parts, lambda name, part: str(read_score(scores[name].get(part))))  # noqa: B023
+    pairs = list(dict.fromkeys(tuple(pair["judges"]) for n in names for pair in models[n].get("agreement") or ()))
+    if pairs:
+        kappa = {(n, tuple(pair["judges"])): pair["kappa"] for n in names for pair in models[n].get("agreement") or ()}
+        yield "Cohen's kappa between judges (n/a where all verdicts are the same):"
+        titles = {" and ".join(pair): pair for pair in pairs}
+        yield _by_model(names, list(titles), lambda name, title: number(kappa.get((name, titles[title])), ".2f"))
+
+
+def _by_model(names: Sequence[str], parts: Sequence[str], cell: Callable[[str, str], str]) -> str:
+    rows = [[LABELS.get(name, literal(name)), *(cell(name, part) for part in parts)] for name in names]
+    return table(["model", *(literal(part or "not named") for part in parts)], rows)
+
+
 def _part_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for words, after, before in _PARTS:
@@ -346,6 +374,7 @@ def _provenance(results: Mapping[str, Any], stages: Mapping[str, Mapping[str, An
     if rows:
         yield "Stages (the first 12 digits of each sha256; the stage.json files hold them whole):"
         yield table(["stage", "config", "inputs", "output", "finished"], rows)
+    yield "Which rows each stage trained on is in `rows.json`: where each comes from, and a hash of what it asks."
     yield "Configuration:"
     yield code(json.dumps(results.get("config") or {}, indent=2), "json")
 

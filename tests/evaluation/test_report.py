@@ -338,3 +338,27 @@ def test_the_script(text_only, tmp_path, monkeypatch, capsys, request, there, st
     told = capsys.readouterr()
     assert caught.value.code == status
     assert told.out.strip().endswith("report.md") if there else told.err.startswith("error: ")
+
+
+def test_topics_judges_and_attacks_are_told_apart_where_there_are_several(tmp_path):
+    workdir = build(tmp_path)
+    text = write_report(workdir).read_text()
+    assert "HS by topic" not in text and "kappa" not in text and "by method" not in text
+    results = json.loads((workdir / "results.json").read_text())
+    score = lambda k, n: Score(k, n).to_json()  # noqa: E731
+    results["models"]["sft"] |= {
+        "harmful_by_topic": {"devices": score(30, 40), "potions": score(4, 40)},
+        "harmful_by_judge": {"topic": score(34, 80), "keywords": score(60, 80)},
+        "harmful_by_attack": {"GCG": score(3, 5), "": score(1, 2)},
+        "agreement": [{"judges": ["topic", "keywords"], "n": 80, "agreement": 0.6, "kappa": 0.25}],
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    text = write_report(workdir).read_text()
+    line = lambda start: next(  # noqa: E731
+        row for row in text.split(start)[1].splitlines() if row.startswith("| SFT (undefended)")
+    )
+    assert "75.0 (59.8 to 85.8) | 10.0 (4.0 to 23.1)" in line("HS by topic:")
+    assert "42.5 (32.3 to 53.4) | 75.0 (64.5 to 83.2)" in line("HS by judge;")
+    assert "60.0 (23.1 to 88.2) | 50.0 (9.5 to 90.5)" in line("Stored attack prompts") and "not named" in text
+    assert line("Cohen's kappa").endswith("| 0.25 |")
+    assert "n/a" in text.split("HS by topic:")[1].splitlines()[4], "another model, which was not asked of topics"
