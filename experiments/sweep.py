@@ -28,6 +28,7 @@ TOPIC = flags.DEFINE_list("topic", None, "Topics of the user's harmful rows, + f
 MODEL = flags.DEFINE_list("model", None, "Models (model.source); default: the config's.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run, from the i-th on.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run, and what that costs, and run nothing.")
+flags.DEFINE_alias("dry-run", "dry_run")
 
 
 def main(argv: list[str]) -> int:

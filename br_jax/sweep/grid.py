@@ -54,8 +54,11 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        model = pathlib.Path(self.model).name or "scratch"
-        return f"{model}-{self.task}-{self.topic.replace(',', '+')}-n{self.n}-p{self.p:g}-s{self.seed}"
+        return f"{self._model_name}-{self.task}-{self.topic.replace(',', '+')}-n{self.n}-p{self.p:g}-s{self.seed}"
+
+    @property
+    def _model_name(self) -> str:
+        return pathlib.Path(self.model).name.removesuffix(".gguf") or "scratch"
 
     def config(self, base: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
         """The experiment's config: the base's with this run's settings, and the provider's folder that it shares."""
@@ -68,7 +71,7 @@ class Run:
         made_of = [config[part].to_dict() for part in ("model", "distill", *PROVIDED)]
         topics = config.topics.align, config.topics.provider
         shared = key_of(made_of, topics, config.data.material, config.pretrain.to_dict(), self.seed)
-        name = f"{pathlib.Path(self.model).name or 'scratch'}-s{self.seed}-{shared[:8]}"
+        name = f"{self._model_name}-s{self.seed}-{shared[:8]}"
         config.provider = config.provider or str(workdir / "providers" / name)
         return config
 
