@@ -10,7 +10,7 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[1] / "colab"
 
 
-@pytest.mark.parametrize(("name", "images", "report"), [("quickstart", 3, "report.md"), ("reproduce", 2, "sweep.md")])
+@pytest.mark.parametrize(("name", "images", "report"), [("quickstart", 3, "report.md"), ("reproduce", 1, "sweep.md")])
 def test_it_runs_and_shows_its_figures(tmp_path, monkeypatch, name, images, report):
     monkeypatch.setenv("BR_JAX_DEMO_SIZE", "smoke")
     monkeypatch.setenv("BR_JAX_WORKDIR", str(tmp_path / "run"))

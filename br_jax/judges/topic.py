@@ -1,9 +1,10 @@
 """The rule judge of the restricted topic (`evaluation.judge`) as a judge among others."""
 
+import json
 import pathlib
 from collections.abc import Sequence
 
-from br_jax.data.topic import TopicPrompt
+from br_jax.data.topic import TOPICS, TopicPrompt
 from br_jax.errors import UserError
 from br_jax.evaluation import judge as rules
 from br_jax.judges.base import Exchange, Judgement, digest
@@ -16,7 +17,9 @@ class TopicJudge:
     batch_size = 1024
 
     def __init__(self):
-        self.version = digest(pathlib.Path(rules.__file__).read_text(encoding="utf-8"))  # other rules, other verdicts
+        # other rules or words, other verdicts
+        words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in TOPICS.values()])
+        self.version = digest(pathlib.Path(rules.__file__).read_text(encoding="utf-8"), words)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange.

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from br_jax.errors import UserError
+from br_jax.evaluation.store import Store
 from br_jax.judges.base import Exchange, judge_all
 from br_jax.judges.classifier import ClassifierJudge
 from br_jax.sharding import make_mesh
@@ -132,10 +133,10 @@ def test_bfloat16_is_near(classifier, exchanges):
 def test_verdicts_are_kept(classifier, exchanges, tmp_path, monkeypatch):
     file = tmp_path / "verdicts.jsonl"
     judge = ClassifierJudge(classifier[1], batch_size=4)
-    first = judge_all(judge, exchanges, file)
+    first = judge_all(judge, exchanges, Store(file))
     assert first == judge(exchanges)
     monkeypatch.setattr(judge, "logits", None)
-    assert judge_all(judge, exchanges, file) == first
+    assert judge_all(judge, exchanges, Store(file)) == first
 
 
 def edit(folder, **changes):
