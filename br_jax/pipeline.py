@@ -31,11 +31,11 @@ from br_jax.distributed import is_main, main_first
 from br_jax.errors import UserError
 from br_jax.evaluation.distill import self_answers
 from br_jax.evaluation.evaluate import Suite, answer_suite, evaluate
+from br_jax.evaluation.judges.base import Judge
+from br_jax.evaluation.judges.registry import get_judge
 from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import gates
 from br_jax.evaluation.store import Store
-from br_jax.judges.base import Judge
-from br_jax.judges.registry import get_judge
 from br_jax.models.decoder import init_params
 from br_jax.models.hf import write_hf
 from br_jax.models.hub import is_hub_name

@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.user.train = ConfigDict(train)
     config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01, "reinforce_scale": 1.0})
 
-    config.judges = ConfigDict()  # settings of the judges that need any, see br_jax/judges/registry.py
+    config.judges = ConfigDict()  # settings of the judges that need any, see br_jax/evaluation/judges/registry.py
     config.judges.classifier = ConfigDict(
         {"source": "PKU-Alignment/beaver-dam-7b", "max_length": 256, "threshold": 0.5}
     )

@@ -19,13 +19,13 @@ from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
 from br_jax.evaluation.answers import answer
 from br_jax.evaluation.judge import Verdict, is_degenerate, is_refusal
+from br_jax.evaluation.judges.agreement import compare_judges
+from br_jax.evaluation.judges.base import Exchange, Judge, Judgement, judge_all
+from br_jax.evaluation.judges.topic import TopicJudge
 from br_jax.evaluation.rules import Rule
 from br_jax.evaluation.scores import Score
 from br_jax.evaluation.store import Store, key_of
 from br_jax.files import write_text
-from br_jax.judges.agreement import compare_judges
-from br_jax.judges.base import Exchange, Judge, Judgement, judge_all
-from br_jax.judges.topic import TopicJudge
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.training.loss import LossSettings, batch_loss

@@ -14,11 +14,11 @@ from br_jax.data.rows import Row
 from br_jax.data.topic import TOPICS
 from br_jax.evaluation import evaluate as module
 from br_jax.evaluation.evaluate import Suite, evaluate, perplexity
+from br_jax.evaluation.judges.keywords import KeywordJudge
+from br_jax.evaluation.judges.topic import TopicJudge
 from br_jax.evaluation.rules import LabelRule, RougeLRule
 from br_jax.evaluation.scores import Mean
 from br_jax.evaluation.store import Store
-from br_jax.judges.keywords import KeywordJudge
-from br_jax.judges.topic import TopicJudge
 from br_jax.models.decoder import Decoder, unembed
 
 DEVICES = TOPICS["devices"]

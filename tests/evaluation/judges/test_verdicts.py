@@ -7,8 +7,8 @@ import json
 import pytest
 
 from br_jax.errors import UserError
-from br_jax.judges.base import Exchange, judge_all
-from br_jax.judges.verdicts import OutsideVerdicts, write_todo
+from br_jax.evaluation.judges.base import Exchange, judge_all
+from br_jax.evaluation.judges.verdicts import OutsideVerdicts, write_todo
 
 EXCHANGES = [
     Exchange("oil a zorvix", 'turn it, "then" oil it'),

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from br_jax.errors import UserError
+from br_jax.evaluation.judges.base import Exchange, Judgement, digest
 from br_jax.files import write_text
-from br_jax.judges.base import Exchange, Judgement, digest
 
 _SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -65,7 +65,8 @@ class OutsideVerdicts:
         if missing := self.missing(exchanges):
             raise UserError(
                 f"{self._path}: no verdict on {len(missing)} of {len(exchanges)} exchanges, the first is "
-                f"{missing[0].prompt[:60]!r}: br_jax.judges.verdicts.write_todo makes the file to fill in and append"
+                f"{missing[0].prompt[:60]!r}: br_jax.evaluation.judges.verdicts.write_todo makes "
+                "the file to fill in and append"
             )
         return [Judgement(self._harmful[digest(exchange.prompt, exchange.answer)]) for exchange in exchanges]
 

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from br_jax.errors import UserError
-from br_jax.judges.base import Exchange, judge_all
-from br_jax.judges.classifier import ClassifierJudge
-from br_jax.judges.keywords import KeywordJudge
-from br_jax.judges.registry import JUDGES, get_judge
-from br_jax.judges.topic import TopicJudge
-from br_jax.judges.verdicts import OutsideVerdicts
+from br_jax.evaluation.judges.base import Exchange, judge_all
+from br_jax.evaluation.judges.classifier import ClassifierJudge
+from br_jax.evaluation.judges.keywords import KeywordJudge
+from br_jax.evaluation.judges.registry import JUDGES, get_judge
+from br_jax.evaluation.judges.topic import TopicJudge
+from br_jax.evaluation.judges.verdicts import OutsideVerdicts
 
 
 def test_by_name_and_by_settings(classifier, tmp_path):

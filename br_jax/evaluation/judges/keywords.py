@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from br_jax.judges.base import Exchange, Judgement, digest
+from br_jax.evaluation.judges.base import Exchange, Judgement, digest
 
 # `test_prefixes` of demo.ipynb in llm-attacks (MIT), the code of Zou et al. 2023, "Universal and Transferable
 # Adversarial Attacks on Aligned Language Models". Despite the name they are looked for anywhere.

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from br_jax.errors import UserError
+from br_jax.evaluation.judges.base import Exchange, judge_all
+from br_jax.evaluation.judges.classifier import ClassifierJudge
 from br_jax.evaluation.store import Store
-from br_jax.judges.base import Exchange, judge_all
-from br_jax.judges.classifier import ClassifierJudge
 from br_jax.sharding import make_mesh
 
 # f32 sums in another order, on logits of size about 10.

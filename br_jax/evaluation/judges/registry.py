@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from br_jax.errors import UserError
-from br_jax.judges.base import Judge
-from br_jax.judges.classifier import ClassifierJudge
-from br_jax.judges.guard import load_llama_guard, load_wildguard
-from br_jax.judges.keywords import KeywordJudge
-from br_jax.judges.topic import TopicJudge
-from br_jax.judges.verdicts import OutsideVerdicts
+from br_jax.evaluation.judges.base import Judge
+from br_jax.evaluation.judges.classifier import ClassifierJudge
+from br_jax.evaluation.judges.guard import load_llama_guard, load_wildguard
+from br_jax.evaluation.judges.keywords import KeywordJudge
+from br_jax.evaluation.judges.topic import TopicJudge
+from br_jax.evaluation.judges.verdicts import OutsideVerdicts
 
 JUDGES: dict[str, Callable[..., Judge]] = {
     "keywords": KeywordJudge,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from br_jax.judges.base import Judgement
+from br_jax.evaluation.judges.base import Judgement
 
 
 def plain_agreement(first: Sequence[bool], second: Sequence[bool]) -> float | None:

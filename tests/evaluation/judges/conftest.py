@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.judges.base import Exchange
+from br_jax.evaluation.judges.base import Exchange
 from br_jax.models.tokenizer import byte_alphabet
 
 SIZES = {

@@ -12,8 +12,8 @@ from absl import logging
 from transformers import AutoTokenizer
 
 from br_jax.errors import UserError
-from br_jax.judges.base import Exchange, Judgement, judge_all
-from br_jax.judges.guard import GUARDS, GuardJudge, load_guard, parse_llama_guard, parse_wildguard
+from br_jax.evaluation.judges.base import Exchange, Judgement, judge_all
+from br_jax.evaluation.judges.guard import GUARDS, GuardJudge, load_guard, parse_llama_guard, parse_wildguard
 from br_jax.models.load import load_model
 from br_jax.sharding import make_mesh
 
@@ -278,7 +278,9 @@ def test_neither_stop_tokens_nor_special_ones_are_said(make_judge, monkeypatch):
     judge = make_judge("llama-guard-3", TEXT)
     judge._model = dataclasses.replace(judge._model, stop_tokens=(ord("h"), 258))
     rows = [[259, ord("h"), ord("h")], [256, 259, 258], [257, 260, 256]]
-    monkeypatch.setattr("br_jax.judges.guard.generate_ids", lambda *args, **options: np.asarray(rows, np.int32))
+    monkeypatch.setattr(
+        "br_jax.evaluation.judges.guard.generate_ids", lambda *args, **options: np.asarray(rows, np.int32)
+    )
     assert judge.reply(EXCHANGES[:3]) == ["safe", "safe", "unsafe\nS1,S9"]
 
 

@@ -5,8 +5,8 @@ import pytest
 from br_jax.data.topic import TOPICS, TopicPrompt
 from br_jax.errors import UserError
 from br_jax.evaluation.judge import Verdict
-from br_jax.judges.base import Exchange
-from br_jax.judges.topic import TopicJudge
+from br_jax.evaluation.judges.base import Exchange
+from br_jax.evaluation.judges.topic import TopicJudge
 
 PROMPT = TopicPrompt("Can you bypass a blorptang?", "blorptang", "bypass")
 
@@ -27,7 +27,7 @@ def test_other_rules_are_another_version(tmp_path, monkeypatch):
     before = TopicJudge().version
     other = tmp_path / "judge.py"
     other.write_text("# other rules\n")
-    monkeypatch.setattr("br_jax.judges.topic.rules.__file__", str(other))
+    monkeypatch.setattr("br_jax.evaluation.judges.topic.rules.__file__", str(other))
     assert TopicJudge().version != before
     monkeypatch.undo()
     assert TopicJudge().version == before

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from br_jax.errors import UserError
+from br_jax.evaluation.judges.base import Exchange, Judgement, digest, judge_all
 from br_jax.evaluation.store import Store
-from br_jax.judges.base import Exchange, Judgement, digest, judge_all
 
 SCRIPT = pathlib.Path(__file__).with_name("stopped_judging.py")
 

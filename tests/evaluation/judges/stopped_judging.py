@@ -10,8 +10,8 @@ import pathlib
 import signal
 import sys
 
+from br_jax.evaluation.judges.base import Exchange, Judgement, judge_all
 from br_jax.evaluation.store import Store
-from br_jax.judges.base import Exchange, Judgement, judge_all
 
 COUNT, BATCH = 100, 7
 

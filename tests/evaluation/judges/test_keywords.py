@@ -2,8 +2,8 @@
 
 import pytest
 
-from br_jax.judges.base import Exchange
-from br_jax.judges.keywords import KEYWORDS, KeywordJudge
+from br_jax.evaluation.judges.base import Exchange
+from br_jax.evaluation.judges.keywords import KEYWORDS, KeywordJudge
 
 CASES = {
     "I'm sorry, but that is not something I do.": "I'm sorry",

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from br_jax.judges.agreement import cohen_kappa, compare_judges, plain_agreement
-from br_jax.judges.base import Judgement
+from br_jax.evaluation.judges.agreement import cohen_kappa, compare_judges, plain_agreement
+from br_jax.evaluation.judges.base import Judgement
 
 
 def kappa_by_matrices(first, second):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from br_jax.data.templates import tokenize
 from br_jax.errors import UserError
 from br_jax.evaluation.generate import generate_ids
-from br_jax.judges.base import UNPARSED, Exchange, Judgement, digest
+from br_jax.evaluation.judges.base import UNPARSED, Exchange, Judgement, digest
 from br_jax.models.load import load_model
 from br_jax.models.model import Model
 

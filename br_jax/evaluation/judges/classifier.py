@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from br_jax.errors import UserError
-from br_jax.judges.base import Exchange, Judgement, digest
+from br_jax.evaluation.judges.base import Exchange, Judgement, digest
 from br_jax.models.decoder import Decoder
 from br_jax.models.hf import read_classifier, read_hf_spec
 from br_jax.models.load import find_folder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from br_jax.data.topic import TOPICS, TopicPrompt
 from br_jax.errors import UserError
 from br_jax.evaluation import judge as rules
-from br_jax.judges.base import Exchange, Judgement, digest
+from br_jax.evaluation.judges.base import Exchange, Judgement, digest
 
 
 class TopicJudge:
