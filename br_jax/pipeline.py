@@ -32,7 +32,7 @@ from br_jax.errors import UserError
 from br_jax.evaluation.distill import self_answers
 from br_jax.evaluation.evaluate import Suite, answer_suite, evaluate
 from br_jax.evaluation.judges.base import Judge
-from br_jax.evaluation.judges.registry import get_judge
+from br_jax.evaluation.judges.registry import get_judge, require_judge
 from br_jax.evaluation.report import write_report
 from br_jax.evaluation.scores import gates
 from br_jax.evaluation.store import Store
@@ -121,6 +121,8 @@ class Experiment:
         for stage in ENTERED:
             if (folder := config[stage].adapter) and not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
+        for name, _ in self._judge_names():
+            require_judge(name)
         self.recipe.check()
 
     # -- the provider's stages -------------------------------------------------------------------------------------
@@ -316,12 +318,13 @@ class Experiment:
         )
 
     def _judges(self) -> list[Judge]:
-        found = []
-        for entry in self.config.eval.judges.split(","):
-            name, _, length = entry.strip().partition("@")  # classifier@2048: the same with another max_length
-            given = {"max_length": int(length)} if length.isdecimal() else {}
-            found.append(get_judge(name, **{**self.config.judges.get(name, {}), **given}))
-        return found
+        settings = self.config.judges
+        return [get_judge(name, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
+
+    def _judge_names(self) -> list[tuple[str, dict]]:
+        """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
+        entries = [entry.strip().partition("@") for entry in self.config.eval.judges.split(",")]
+        return [(name, {"max_length": int(length)} if length.isdecimal() else {}) for name, _, length in entries]
 
     def variants(self) -> dict[str, tuple[Model, Adapter | None]]:
         """The nine models of the report."""

@@ -23,6 +23,12 @@ JUDGES: dict[str, Callable[..., Judge]] = {
 }
 
 
+def require_judge(name: Any) -> None:
+    """Raises a `UserError` when there is no judge of that name; the near ones are named."""
+    if name not in JUDGES:
+        raise UserError(f"unknown judge {name!r}; {_hint(name, JUDGES, 'the judges are')}")
+
+
 def get_judge(judge: str | Mapping[str, Any], **settings) -> Judge:
     """Makes a judge.
 
@@ -37,8 +43,7 @@ def get_judge(judge: str | Mapping[str, Any], **settings) -> Judge:
     """
     given = {"name": judge} if isinstance(judge, str) else dict(judge)
     name, settings = given.pop("name", None), given | settings
-    if name not in JUDGES:
-        raise UserError(f"unknown judge {name!r}; {_hint(name, JUDGES, 'the judges are')}")
+    require_judge(name)
     known = inspect.signature(JUDGES[name]).parameters
     for setting in settings:
         if setting not in known:
