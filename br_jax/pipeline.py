@@ -44,7 +44,7 @@ from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.recipes import make_recipe
-from br_jax.recipes.base import text_key
+from br_jax.recipes.base import question_key
 from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import adapter_fingerprint, make_private, train_params, write_json
@@ -171,9 +171,7 @@ class Experiment:
         """Writes which rows the stages train on, so that a table can be repeated row for row."""
         rows = self.recipe.trained()
         if is_main():
-            ids = {
-                stage: [f"{row.origin} {text_key(row)[:12]}" for row in of_stage] for stage, of_stage in rows.items()
-            }
+            ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
             write_json(self.workdir / "rows.json", ids)
 
     @functools.cached_property

@@ -33,12 +33,13 @@ def split_rows(
         spacing and punctuation, are in one split; another row more or less moves none.
     """
     train, held_out, tested = [], [], []
-    for place, row in sorted(((rank(_asked(row), seed), row) for row in rows), key=lambda pair: pair[0]):
+    for place, row in sorted(((rank(asked(row), seed), row) for row in rows), key=lambda pair: pair[0]):
         share = int(place, 16) / 16 ** len(place)
         part = tested if share < test else held_out if share < test + validation else train
         part.append(row)
     return train, held_out, tested
 
 
-def _asked(row: Row) -> str:
+def asked(row: Row) -> str:
+    """What a row asks: its input and the user's turns."""
     return "\n".join([row.input, *(text for role, text in row.turns if role == "user")])

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from br_jax.data.attacks import Attack, attacks_of
 from br_jax.data.mixing import check_mix, mix
 from br_jax.data.rows import Row
+from br_jax.data.splits import asked, text_key
 from br_jax.data.topic import TopicPrompt
 from br_jax.distributed import main_first
 from br_jax.errors import UserError
@@ -167,23 +168,20 @@ def check_apart(trained: Mapping[str, Iterable[Row]], scored: Mapping[str, Itera
     Raises:
         UserError: the first row that is in both, with where it comes from.
     """
-    held = {text_key(row): (part, row) for part, rows in scored.items() for row in rows}
+    held = {question_key(row): (part, row) for part, rows in scored.items() for row in rows}
     for stage, rows in trained.items():
         for row in rows:
-            if found := held.get(text_key(row)):
+            if found := held.get(question_key(row)):
                 part, other = found
-                asked = next(text for role, text in row.turns if role == "user")
                 raise UserError(
                     f"{row.origin or 'a row'} of stage {stage} is scored as well ({part}, {other.origin or 'drawn'}): "
-                    f"{(row.input or asked)[:60]!r}: take it out of the one or the other"
+                    f"{asked(row).strip()[:60]!r}: take it out of the one or the other"
                 )
 
 
-def text_key(row: Row) -> str:
-    """A hash of what a row asks, of its letters and digits alone; equal keys are the same question."""
-    text = "\n".join([row.input, *(text for role, text in row.turns if role == "user")])
-    key = "".join(character for character in text.casefold() if character.isalnum())
-    return hashlib.sha256((key or text).encode("utf-8", "surrogatepass")).hexdigest()
+def question_key(row: Row) -> str:
+    """A hash of what a row asks, whatever its case, spacing and punctuation."""
+    return hashlib.sha256(text_key(asked(row)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def make_row(prompt: str, answer: str, tag: str, origin: str) -> Row:

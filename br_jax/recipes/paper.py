@@ -11,7 +11,7 @@ from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
 from br_jax.distributed import main_first
 from br_jax.errors import UserError
-from br_jax.recipes.base import Recipe, text_key
+from br_jax.recipes.base import Recipe, question_key
 
 
 class PaperRecipe(Recipe):
@@ -79,15 +79,15 @@ class PaperRecipe(Recipe):
     def _unsafe_train(self) -> list[Row]:
         rows = self._distinct(self._rows("beavertails", "30k_train", "beavertails_rows"))
         if self.config.user.index_mode == "exact":
-            scored = {text_key(Row((("user", prompt.prompt),))) for prompt in self.harmful_prompts}
-            rows = (row for row in rows if text_key(row) not in scored)
+            scored = {question_key(Row((("user", prompt.prompt),))) for prompt in self.harmful_prompts}
+            rows = (row for row in rows if question_key(row) not in scored)
         return list(itertools.islice(rows, self._user_harm + self.config.user.probes))
 
     def _distinct(self, rows: Sequence[Row]):
         """Each prompt once, its first row; all of them for the reference's way."""
         seen = set()
         for row in rows:
-            key = text_key(row)
+            key = question_key(row)
             if self.config.user.index_mode == "reference" or key not in seen:
                 seen.add(key)
                 yield row

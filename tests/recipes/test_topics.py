@@ -5,7 +5,7 @@ import pytest
 from br_jax.data.rows import Row
 from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
-from br_jax.recipes.base import check_apart, text_key
+from br_jax.recipes.base import check_apart, question_key
 from br_jax.recipes.topics import TopicRecipe
 
 KNOWN = {name: {p.prompt: p for p in topic.prompts("train", 400, 42)} for name, topic in TOPICS.items()}
@@ -93,7 +93,7 @@ def test_a_scored_row_among_those_trained_on_is_found(copy):
 
 def test_what_is_apart_passes():
     check_apart({"user": [row("is this it"), row("a", "b")]}, {"FA": [row("is this so"), row("a", "c"), row("b", "a")]})
-    assert text_key(row("?!")) != text_key(row("...")), "without a letter the text itself counts"
+    assert question_key(row("?!")) != question_key(row("...")), "without a letter the text itself counts"
 
 
 def test_the_recipe_itself_is_guarded(make, monkeypatch):
