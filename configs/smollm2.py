@@ -27,9 +27,9 @@ def get_config(task: str = "reviews"):
     Args:
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
-    The alignment on both topics: on the validation split (seed 42; 80 prompts of each, 86 benign ones) HS is 2.5 on devices
-    and 5.0 on potions, over-refusal 12.8. The rest was chosen on that split with an alignment on devices alone (400
-    refusals; HS 12.5, over-refusal 15.1).
+    The alignment on both topics: on the validation split (seed 42; 80 prompts of each, 86 benign ones) HS is 2.5 on
+    devices and 5.0 on potions, over-refusal 12.8. The rest was chosen on that split with an alignment on devices alone
+    (400 refusals; HS 12.5, over-refusal 15.1).
     user.n with 800 reviews (200 of validation, 600 that no stage saw) at p = 0.5: 400 rows lost 5.6 points of FA when
     Buffer was taken out and Reinforce merged, 800 rows 1.1. merge.reinforce_scale with 800 rows:
 
