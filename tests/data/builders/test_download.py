@@ -53,8 +53,8 @@ def test_right_files(fetch, tmp_path, caplog, capfd):
     (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told.startswith("gsm8k: downloading http://127.0.0.1") and "; license: a license (https://example" in told
     assert [name for name in left(tmp_path) if name.startswith(".")] == []
-    out, errors = capfd.readouterr()  # no terminal, no bars; and TFDS prints nothing
-    assert out == "" and all("gsm8k: downloading" in line for line in errors.splitlines())  # where absl logs to stderr
+    out, errors = capfd.readouterr()  # what loggers write to stderr depends on the tests before
+    assert out == "" and not any(sign in errors for sign in ("%|", "it/s", "Dataset gsm8k")), "TFDS prints, or draws bars"
     answers.clear()  # both splits are there: the server is not asked again
     assert load_dataset("gsm8k", split="test", folder=tmp_path / "tfds")[0]["answer"] == "4\n#### 4"
 
