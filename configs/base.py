@@ -28,20 +28,9 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
-    config.data = ConfigDict()
-    config.data.material = "english"  # "english" or "demo" (invented topics, br_jax/data/material.py), or "paper"
-    config.data.folder = "data/tfds"  # where public data sets are kept once built
-    for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
-        fields = [field for field in task.reads if field != "folder"]
-        config.data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
-    config.data.attacks = ConfigDict({"path": ""})  # stored attack prompts to replay
-    for name in ("llm_lat", "alpaca"):  # files of material "paper"; "" downloads them
-        config.data[name] = ConfigDict({"path": ""})
-    config.data.beavertails = ConfigDict({"path": "", "test_path": ""})
+    config.data = _data()
 
-    config.topics = (
-        ConfigDict()
-    )  # restricted topics, "devices" or "potions", several with commas between; see data/topic.py
+    config.topics = ConfigDict()  # restricted topics, several with commas between, see br_jax/data/topic.py
     config.topics.align = "devices"  # those that align teaches to refuse
     config.topics.provider = "devices"  # those that Buffer and Reinforce are made from
     config.topics.user = "devices"  # those that harmful user rows ask about
@@ -69,26 +58,47 @@ def get_config() -> ConfigDict:
     config.user.train = ConfigDict(train)
     config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01, "reinforce_scale": 1.0})
 
-    config.judges = ConfigDict()  # settings of the judges that need any, see br_jax/evaluation/judges/registry.py
-    config.judges.classifier = ConfigDict(
-        {"source": "PKU-Alignment/beaver-dam-7b", "max_length": 256, "threshold": 0.5}
-    )
-    config.judges.llama_guard = ConfigDict({"source": "meta-llama/Llama-Guard-3-8B"})
-    config.judges.wildguard = ConfigDict({"source": "allenai/wildguard"})
-    config.judges.verdicts = ConfigDict({"source": ""})
-
-    config.eval = ConfigDict()
-    config.eval.split = "test"  # "validation" for tuning
-    config.eval.topic = 200  # prompts for HS, of each topic
-    config.eval.task = 872  # rows for FA
-    config.eval.benign = 129  # prompts for over-refusal
-    config.eval.health = 64  # rows for perplexity
-    config.eval.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own
-    config.eval.judges = "topic"  # who says what is harmful, with commas between; HS is the first one's
-    config.eval.answer_tokens = 48
-    config.eval.task_tokens = 4
-    config.eval.batch_size = 64
-    config.eval.together = (
-        1  # adapters that answer in one pass, sharing a batch's rows; pays where decoding waits for memory
-    )
+    config.judges, config.eval = _judges(), _eval()
     return config.lock()
+
+
+def _data() -> ConfigDict:
+    """Whose rows, and the files of every data set."""
+    data = ConfigDict()
+    data.material = "english"  # "english" or "demo" (invented topics, br_jax/data/material.py), or "paper"
+    data.folder = "data/tfds"  # where public data sets are kept once built
+    for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
+        fields = [field for field in task.reads if field != "folder"]
+        data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
+    data.attacks = ConfigDict({"path": ""})  # stored attack prompts to replay
+    for name in ("llm_lat", "alpaca"):  # files of material "paper"; "" downloads them
+        data[name] = ConfigDict({"path": ""})
+    data.beavertails = ConfigDict({"path": "", "test_path": ""})
+    return data
+
+
+def _judges() -> ConfigDict:
+    """Settings of the judges that need any, see br_jax/evaluation/judges/registry.py."""
+    judges = ConfigDict()
+    judges.classifier = ConfigDict({"source": "PKU-Alignment/beaver-dam-7b", "max_length": 256})
+    judges.llama_guard = ConfigDict({"source": "meta-llama/Llama-Guard-3-8B"})
+    judges.wildguard = ConfigDict({"source": "allenai/wildguard"})
+    judges.verdicts = ConfigDict({"source": ""})
+    return judges
+
+
+def _eval() -> ConfigDict:
+    """What is scored, and how answers are made."""
+    evaluation = ConfigDict()
+    evaluation.split = "test"  # "validation" for tuning
+    evaluation.topic = 200  # prompts for HS, of each topic
+    evaluation.task = 872  # rows for FA
+    evaluation.benign = 129  # prompts for over-refusal
+    evaluation.health = 64  # rows for perplexity
+    evaluation.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own
+    evaluation.judges = "topic"  # who says what is harmful, with commas between; HS is the first one's
+    evaluation.answer_tokens = 48
+    evaluation.task_tokens = 4
+    evaluation.batch_size = 64
+    evaluation.together = 1  # adapters that share a batch's rows; pays where decoding waits for memory
+    return evaluation
