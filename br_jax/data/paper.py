@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from br_jax.data.rows import Row
 
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
-AG_NEWS_INSTRUCTION = (
-    "Categorize the news article given in the input into one of the 4 categories:\n\nWorld\nSports\nBusiness\nSci/Tech"
+AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
+AG_NEWS_INSTRUCTION = "\n".join(
+    ["Categorize the news article given in the input into one of the 4 categories:", "", *AG_NEWS]
 )
 FINAL_ANSWER = "The final answer is: "
 

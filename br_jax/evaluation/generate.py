@@ -130,13 +130,9 @@ def generate_batches(
     Yields:
         {(index of the adapter, of the prompt): int32[max_new_tokens]} of each batch.
     """
-    for i, ids in enumerate(encoded):
-        if len(ids) + max_new_tokens > model.spec.max_length:
-            raise UserError(
-                f"prompt {i}: {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
-                f"{model.spec.max_length}: shorten it"
-            )
-    if not encoded:
+    _require_room(model.spec, encoded, max_new_tokens)
+    known = set(known)
+    if all((a, i) in known for a in range(len(adapters)) for i in range(len(encoded))):
         return
     mesh, count = mesh_of(model.params), len(adapters)
     size, parts = _batch_shape(batch_size, count, 1 if mesh is None else batch_parts(mesh))
@@ -177,13 +173,21 @@ def generate_batches(
     with progress(len(order) * count, name, "prompt", keep=False) as bar:
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
-            wanted = {(a, i) for a in range(count) for i in chosen} - set(known)
+            wanted = {(a, i) for a in range(count) for i in chosen} - known
             if wanted:
                 prompts = np.asarray(chosen + [-1] * (size - len(chosen)), np.int32)
                 ids = [i if (a, i) in wanted else -1 for a in range(count) for i in prompts.tolist()]
                 rows = run(prompts, np.asarray(ids, np.int32))
                 yield {(a, i): rows[a, at] for a in range(count) for at, i in enumerate(chosen) if (a, i) in wanted}
             bar.update(len(chosen) * count)
+
+
+def _require_room(spec: ModelSpec, encoded: Sequence[Sequence[int]], new: int) -> None:
+    for i, ids in enumerate(encoded):
+        if len(ids) + new > spec.max_length:
+            raise UserError(
+                f"prompt {i}: {len(ids)} tokens and {new} new ones exceed the model's {spec.max_length}: shorten it"
+            )
 
 
 def _batch_shape(rows: int, adapters: int, split: int) -> tuple[int, int]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from br_jax.adapters.lora import near_names
 from br_jax.data.demo import MOODS, load_moods
+from br_jax.data.paper import AG_NEWS
 from br_jax.data.reviews import LABELS, load_reviews
 from br_jax.data.rows import Row, read_rows
 from br_jax.data.splits import split_rows
 from br_jax.errors import UserError
 from br_jax.evaluation.rules import LabelRule, NumberRule, Rule, parse_rule
 
-TOPICS = ("World", "Sports", "Business", "Sci/Tech")  # of AG News, as its instruction names them
 TEST_ROWS = 1000  # of a paper's task: the reference scores the first thousand
 
 Splits = tuple[Sequence[Row], Sequence[Row], Sequence[Row]]
@@ -173,7 +173,7 @@ TASKS = {
         Task("reviews", _REVIEW_RULE, lambda settings, seed: load_reviews(settings.path, seed=seed), ("path",)),
         Task("moods", LabelRule(MOODS), lambda settings, seed: load_moods("", seed=seed)),
         _paper_task("sst2", _REVIEW_RULE, "validation", 872),
-        _paper_task("ag_news", LabelRule(TOPICS), "test", 1000),
+        _paper_task("ag_news", LabelRule(AG_NEWS), "test", 1000),
         _paper_task("gsm8k", NumberRule(), "test", 500),
         Task("rows", None, _own_rows, ("path", "validation_path", "test_path", "validation_share", "test_share")),
     )

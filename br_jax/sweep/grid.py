@@ -198,7 +198,7 @@ def _run(run: Run, config: ConfigDict, workdir: pathlib.Path, cells: Sequence[tu
         cell = {"run": dataclasses.asdict(run), "method": method, "a": a, "scores": scores, "seconds": seconds}
         if is_main():
             record = {"settings": _settings(config, method, a), **cell}
-            write_json(workdir / "runs" / run.name / "cells" / f"{_cell_name(method, a)}.json", record)
+            write_json(_cell_file(workdir, run, method, a), record)
         yield cell
 
 
@@ -206,7 +206,7 @@ def read_cell(
     workdir: pathlib.Path, run: Run, config: ConfigDict, method: str, a: float | None
 ) -> dict[str, Any] | None:
     """A finished cell, if its file was made with the same settings."""
-    file = workdir / "runs" / run.name / "cells" / f"{_cell_name(method, a)}.json"
+    file = _cell_file(workdir, run, method, a)
     if not file.exists():
         return None
     record = json.loads(file.read_text())
@@ -271,6 +271,10 @@ def render_plan(planned: dict[str, Any]) -> str:
             f"time: {len(left) * seconds / 3600:.1f} h, at {seconds / 60:.0f} min a run as for those finished here"
         )
     return "\n".join(lines)
+
+
+def _cell_file(workdir: pathlib.Path, run: Run, method: str, a: float | None) -> pathlib.Path:
+    return workdir / "runs" / run.name / "cells" / f"{_cell_name(method, a)}.json"
 
 
 def _cell_name(method: str, a: float | None) -> str:

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import br_jax.data
+from br_jax.data.paper import AG_NEWS
 from br_jax.data.rows import Row, write_rows
 from br_jax.data.splits import split_rows, text_key
 from br_jax.errors import UserError
 from br_jax.evaluation.rules import ExactRule, LabelRule, NumberRule, RougeLRule
-from br_jax.evaluation.tasks import TASKS, TOPICS, TaskSettings, get_task
+from br_jax.evaluation.tasks import TASKS, TaskSettings, get_task
 
 
 def test_names_and_rules():
@@ -243,4 +244,4 @@ def test_a_split_is_a_matter_of_text(texts, seed):
 
 
 def test_the_rules_of_the_paper_s_tasks():
-    assert TASKS["ag_news"].rule == LabelRule(TOPICS) and TASKS["gsm8k"].rule == NumberRule()
+    assert TASKS["ag_news"].rule == LabelRule(AG_NEWS) and TASKS["gsm8k"].rule == NumberRule()

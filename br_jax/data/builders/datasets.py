@@ -15,11 +15,11 @@ from br_jax.data.builders.base import Builder, label_of, require_columns
 from br_jax.data.builders.download import Origin, PublicFile, announce
 from br_jax.data.builders.formats import Parsed
 from br_jax.data.downloads import ARCHIVES, fetch
+from br_jax.data.paper import AG_NEWS
 from br_jax.data.reviews import parse_reviews
 from br_jax.data.rows import row_of, text_of
 from br_jax.errors import UserError
 
-AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
 SENTIMENTS = ("negative", "positive")
 _HUB, _GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
 _GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
