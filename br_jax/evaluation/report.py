@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 from br_jax.errors import UserError
 from br_jax.evaluation import figures
 from br_jax.evaluation.document import CUT, code, literal, number, points, table, write_document
-from br_jax.evaluation.scores import LABELS, difference, gates, is_finite, ordered, outcome, read_score
+from br_jax.evaluation.scores import (
+    BREAKDOWNS,
+    KAPPA,
+    LABELS,
+    difference,
+    gates,
+    is_finite,
+    ordered,
+    outcome,
+    read_score,
+)
 from br_jax.training.metrics import read_jsonl
 
 _SCORES = {"harmful": "HS", "harmful_plus": "HS+", "task": "FA", "over_refusal": "over-refusal"}
@@ -257,22 +267,17 @@ def _score_table(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _breakdowns(models: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """HS by topic, judge and attack, where there are several to tell apart; and how far judges agree."""
-    kinds = (
-        ("harmful_by_topic", 2, "HS by topic:"),
-        ("harmful_by_judge", 2, "HS by judge; the first is the one that is meant elsewhere:"),
-        ("harmful_by_attack", 1, "Stored attack prompts that got what they are after, by method:"),
-    )
     names = [name for name in ordered(models, LABELS) if models[name]]
-    for key, least, words in kinds:
+    for key, (least, words) in BREAKDOWNS.items():
         parts = list(dict.fromkeys(part for name in names for part in models[name].get(key) or {}))
         if len(parts) >= least:
             scores = {name: models[name].get(key) or {} for name in names}
-            yield words
+            yield f"{words}:"
             yield _by_model(names, parts, lambda name, part: str(read_score(scores[name].get(part))))  # noqa: B023
     pairs = list(dict.fromkeys(tuple(pair["judges"]) for n in names for pair in models[n].get("agreement") or ()))
     if pairs:
         kappa = {(n, tuple(pair["judges"])): pair["kappa"] for n in names for pair in models[n].get("agreement") or ()}
-        yield "Cohen's kappa between judges (n/a where all verdicts are the same):"
+        yield f"{KAPPA}:"
         titles = {" and ".join(pair): pair for pair in pairs}
         yield _by_model(names, list(titles), lambda name, title: number(kappa.get((name, titles[title])), ".2f"))
 

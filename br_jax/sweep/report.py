@@ -30,6 +30,7 @@ from br_jax.sweep.tables import (
     MAIN,
     Groups,
     ablation,
+    breakdowns,
     by_setting,
     cost,
     label,
@@ -106,6 +107,7 @@ def _sections(groups: Groups, command: str, drawn: Mapping[str, Any]) -> Iterabl
         yield f"## {literal(str(setting))}"
         yield from _images(setting, rows, drawn)
         yield score_table(rows)
+        yield from breakdowns(rows)
         yield "Every seed:"
         yield seed_table(rows)
         yield "Paired tests:"

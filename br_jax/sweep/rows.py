@@ -62,9 +62,9 @@ class Row:
         strength = "" if self.a is None else f", a = {self.a:g}"
         return label_of(self.method) + strength
 
-    def counted(self, score: str, topic: str = "") -> Counted:
-        """A score, or HS on one topic, of the seeds that measured it."""
-        found = {seed: s["harmful_by_topic"].get(topic) if topic else s[score] for seed, s in self.scores.items()}
+    def counted(self, score: str, part: str | None = None) -> Counted:
+        """A score, or one part of a breakdown ("harmful_by_topic", "devices"), of the seeds that measured it."""
+        found = {seed: s[score] if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
         return {seed: value for seed, value in found.items() if value and value["score"] is not None}
 
     def numbers(self, name: str) -> dict[int, float]:

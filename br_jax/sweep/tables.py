@@ -1,9 +1,11 @@
 """The tables of a sweep's report, as Markdown."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from br_jax.evaluation.document import literal, number, points, table
+from br_jax.evaluation.scores import BREAKDOWNS, KAPPA
 from br_jax.sweep import METHODS
 from br_jax.sweep.rows import (
     TITLES,
@@ -52,21 +54,47 @@ def by_setting(groups: Groups, header: Sequence[str], lines: Sequence[Sequence[s
 
 
 def score_table(rows: Sequence[Row]) -> str:
-    """Every score of every row; HS by topic where there are several."""
-    topics = sorted({topic for row in rows for one in row.scores.values() for topic in one["harmful_by_topic"]})
-    topics = topics if len(topics) > 1 else []
+    """Every score of every row."""
     lines = []
     for row in rows:
         cells = [_percent(row.counted(score), row) for score in TITLES]
         cells += [_mean(row, "perplexity", ".2f"), _mean(row, "mean_words", ".1f")]
-        cells += [_percent(row.counted("harmful", topic), row) for topic in topics]
         lines.append([f"{row.p:g}", label(row), str(len(row.scores)), *cells])
     found = {score: sizes(rows, score) for score in TITLES}
     header = [f"{title} (N = {', '.join(map(str, found[score])) or 0})" for score, title in TITLES.items()]
-    header = ["p", "method", "seeds", *header, "perplexity", "words", *(f"HS, {literal(topic)}" for topic in topics)]
+    header = ["p", "method", "seeds", *header, "perplexity", "words"]
     mixed = any(len(each) > 1 for each in found.values())
     note = "\n\n**N differs between cells of this table: they were made with different settings.**" if mixed else ""
     return table(header, lines) + note
+
+
+def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
+    """HS by topic, judge and attack, where there are several to tell apart; and how far judges agree."""
+    for key, (least, words) in BREAKDOWNS.items():
+        parts = list(dict.fromkeys(part for row in rows for one in row.scores.values() for part in one.get(key, ())))
+        if len(parts) >= least:
+            lines = [
+                [f"{row.p:g}", label(row), *(_percent(row.counted(key, part), row) for part in parts)] for row in rows
+            ]
+            yield f"{words}:"
+            yield table(["p", "method", *(literal(part or "not named") for part in parts)], lines)
+    kappas = [_kappas(row) for row in rows]
+    if pairs := list(dict.fromkeys(pair for found in kappas for pair in found)):
+        lines = [
+            [f"{row.p:g}", label(row), *(", ".join(found.get(pair, ["n/a"])) for pair in pairs)]
+            for row, found in zip(rows, kappas, strict=True)
+        ]
+        yield f"{KAPPA}, each seed:"
+        yield table(["p", "method", *(literal(" and ".join(pair)) for pair in pairs)], lines)
+
+
+def _kappas(row: Row) -> dict[tuple[str, ...], list[str]]:
+    """Cohen's kappa of every pair of judges, of each seed."""
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for seed, one in row.scores.items():
+        for pair in one.get("agreement", ()):
+            found[tuple(pair["judges"])].append(f"{seed}: {number(pair['kappa'], '.2f')}")
+    return found
 
 
 def seed_table(rows: Sequence[Row]) -> str:

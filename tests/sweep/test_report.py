@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import binomtest, sem, t
 
 from br_jax.errors import UserError
+from br_jax.evaluation.scores import BREAKDOWNS, KAPPA, Score
 from br_jax.sweep.report import summary_table, write_sweep_report
 
 OURS = "**Buffer-and-Reinforce, a = 0.1**"
@@ -176,19 +177,49 @@ def test_a_part_that_was_not_measured(report, make_grid):
     text = report(make_grid(prompts=0, harmful=0, by_topic={"devices": (0, 0)}))
     row = line(text, "0.1", OURS, "3")
     assert row[3:5] == ["n/a", "n/a"] and row[5].startswith("89.0")
+    assert not re.search("HS by|attack prompts|kappa", text), "nothing to tell apart"
     assert "N of HS: none" in text and "HS (N = 0)" in text and not re.search(r"\bNone\b", text)
 
 
-def test_several_topics_have_columns_of_their_own(report, make_cell):
+def test_several_topics_are_told_apart(report, make_cell):
     cells = [
         make_cell("sft", seed=s, harmful=k, topic="devices,potions", by_topic={"potions": (k, 50), "devices": (20, 50)})
         for s, k in ((1, 30), (2, 40), (3, 48))
     ]
     text = report(cells)
-    assert line(text, "p", "method", "seeds")[-2:] == ["HS, `devices`", "HS, `potions`"]
+    text = after(text, "HS by topic:")
+    assert line(text, "p", "method")[2:] == ["`potions`", "`devices`"]
     wilson = binomtest(20, 50).proportion_ci(method="wilson")
-    row = line(text, "0.1", "SFT (undefended)", "3")
-    assert row[-2:] == [percent(0.4, wilson.low, wilson.high) + "†", percent(*students([0.6, 0.8, 0.96]))]
+    row = line(text, "0.1", "SFT (undefended)")
+    assert row[2:] == [percent(*students([0.6, 0.8, 0.96])), percent(0.4, wilson.low, wilson.high) + "†"]
+
+
+def test_judges_and_attacks_are_told_apart(report, make_grid):
+    cells = make_grid(methods=("sft", "ours"), ps=(0.1,), seeds=(1, 2, 3))
+    score = lambda k, n: Score(k, n).to_json()  # noqa: E731
+    for cell in cells[::2]:  # of SFT
+        seed = cell["run"]["seed"]
+        cell["scores"] |= {
+            "harmful_by_judge": {"topic": score(10 * seed, 100), "keywords": score(50, 100)},
+            "harmful_by_attack": {"GCG": score(seed, 5)},
+            "agreement": [
+                {"judges": ["topic", "keywords"], "n": 100, "agreement": 0.6, "kappa": [0.25, None, 1][seed - 1]}
+            ],
+        }
+    text = report(cells)
+    by_judge, by_attack = (after(text, f"{BREAKDOWNS[f'harmful_by_{part}'][1]}:") for part in ("judge", "attack"))
+    wilson = binomtest(50, 100).proportion_ci(method="wilson")
+    assert line(by_judge, "p", "method")[2:] == ["`topic`", "`keywords`"]
+    assert line(by_judge, "0.1", "SFT (undefended)")[2:] == [
+        percent(*students([0.1, 0.2, 0.3])),
+        percent(0.5, wilson.low, wilson.high) + "†",
+    ]
+    assert line(by_judge, "0.1", OURS)[2:] == ["n/a", "n/a"], "scored by one judge alone"
+    assert line(by_attack, "0.1", "SFT (undefended)")[2:] == [percent(*students([0.2, 0.4, 0.6]))]
+    agreed = after(text, f"{KAPPA}, each seed:")
+    assert line(agreed, "p", "method")[2:] == ["`topic and keywords`"]
+    assert line(agreed, "0.1", "SFT (undefended)")[2:] == ["1: 0.25, 2: n/a, 3: 1.00"]
+    assert line(agreed, "0.1", OURS)[2:] == ["n/a"]
 
 
 def test_paired_tests_pool_the_seeds(report, make_cell):
