@@ -70,7 +70,7 @@ def _data() -> ConfigDict:
     for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
         fields = [field for field in task.reads if field != "folder"]
         data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
-    data.attacks = ConfigDict({"path": ""})  # stored attack prompts to replay
+    data.attacks = ConfigDict({"path": ""})  # stored attack prompts to replay; files, with commas between
     for name in ("llm_lat", "alpaca"):  # files of material "paper"; "" downloads them
         data[name] = ConfigDict({"path": ""})
     data.beavertails = ConfigDict({"path": "", "test_path": ""})

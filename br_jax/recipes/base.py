@@ -127,13 +127,14 @@ class Recipe(abc.ABC):
 
     @functools.cached_property
     def attacks(self) -> list[Attack]:
-        """Stored attack prompts, where the config names a file of them."""
-        path, folder = self.config.data.attacks.path, self.config.data.folder
-        if not path:
+        """Stored attack prompts, where the config names files of them."""
+        paths, folder = self.config.data.attacks.path, self.config.data.folder
+        if not paths:
             return []
         from br_jax.data.builders.load import load_dataset  # imports tensorflow_datasets
 
-        return attacks_of(main_first(lambda: load_dataset("attacks", split="test", path=path, folder=folder)))
+        load = functools.partial(load_dataset, "attacks", split="test", folder=folder)
+        return [attack for path in paths.split(",") for attack in attacks_of(main_first(lambda: load(path=path)))]  # noqa: B023
 
     def trained(self) -> dict[str, list[Row]]:
         """Every row that a stage trains on, by stage; none of them is scored.

@@ -13,7 +13,7 @@ from typing import Any
 
 from br_jax.data.builders.base import Builder, label_of, require_columns
 from br_jax.data.builders.download import Origin, PublicFile, announce
-from br_jax.data.builders.formats import Parsed
+from br_jax.data.builders.formats import Parsed, one_line, read_document
 from br_jax.data.downloads import ARCHIVES, fetch
 from br_jax.data.paper import AG_NEWS
 from br_jax.data.reviews import parse_reviews
@@ -218,10 +218,13 @@ class Reviews(Builder):
 
 
 class Attacks(Builder):
-    """Attack prompts to replay: AdvBench's CSV of goal and target, or JSON lines with a prompt.
+    """Attack prompts to replay, in any of four layouts.
 
-    "behavior" is what the attack wants (AdvBench: its goal, which is the prompt too); "method" and "case" (an "id" in
-    the file) are "" where the file does not say.
+    AdvBench's CSV of goal and target; JSON lines with a prompt; an artifact of JailbreakBench (GCG, PAIR, random
+    search), whose behaviors for which no prompt was found are left out; the test cases of HarmBench (GCG, AutoDAN,
+    PAIR, TAP, GPTFuzz), whose folder, RESULTS/METHOD/EXPERIMENT/test_cases/, names the method.
+    "behavior" is what the attack wants (AdvBench: its goal, which is the prompt too); it, "method" and "case" (an "id",
+    an index or HarmBench's id of the behavior) are "" where the file does not say.
     """
 
     name = "attacks"
@@ -240,6 +243,19 @@ class Attacks(Builder):
         },
     )
 
+    def parse(self, path: Path, name: str, member: str | None) -> Iterator[Parsed]:
+        document = read_document(path) if _is_json(path) else None
+        if not isinstance(document, dict) or document.keys() & {"prompt", "goal"}:
+            yield from super().parse(path, name, member)
+            return
+        records = _artifact if "jailbreaks" in document else _test_cases
+        for number, record in enumerate(records(document, _harmbench_method(path), name), start=1):
+            yield Parsed(number, f"{name}: case {record['id']}", record)
+
+    def _key(self) -> str:
+        method = _harmbench_method(self._path) if self._path else ""  # in no content
+        return super()._key() + (f"-{method}" if method else "")
+
     def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
         if "prompt" not in record:
             require_columns(record, ("goal", "target"), where)
@@ -247,6 +263,38 @@ class Attacks(Builder):
         case = {"case": str(record["id"])} if record.get("id") is not None else {}
         record = dict.fromkeys(self.FEATURES, "") | dict(record) | case
         return {key: text_of(record, key, where) for key in self.FEATURES}
+
+
+def _is_json(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").removesuffix(".xz").endswith(".json")
+
+
+def _harmbench_method(path: Path) -> str:
+    """The method that a file of HarmBench's test cases lies under; "" elsewhere."""
+    parts = path.absolute().parts
+    return parts[-4] if _is_json(path) and len(parts) > 4 and parts[-2] == "test_cases" else ""
+
+
+def _artifact(document: Mapping[str, Any], method: str, name: str) -> Iterator[dict[str, Any]]:
+    """The prompts in `Artifact` of jailbreakbench 1.0: {"parameters": {"method"}, "jailbreaks": [...]}."""
+    cases, said = document["jailbreaks"], document.get("parameters")
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise UserError(f"{name}: 'jailbreaks' is no list of objects; give an artifact of JailbreakBench")
+    method = said.get("method", method) if isinstance(said, dict) else method
+    for case in cases:
+        if (prompt := case.get("prompt")) is not None:
+            yield {"prompt": prompt, "method": method, "behavior": case.get("goal", ""), "id": case.get("index")}
+
+
+def _test_cases(document: Mapping[str, Any], method: str, name: str) -> Iterator[dict[str, Any]]:
+    """The prompts in HarmBench's test_cases.json: {id of a behavior: [prompt, ...]}."""
+    for behavior, prompts in document.items():
+        if not isinstance(prompts, list):
+            raise UserError(
+                f"{name}: {one_line(behavior)!r} holds no list of prompts; give JSON lines with a prompt, an artifact "
+                "of JailbreakBench or HarmBench's test_cases.json"
+            )
+        yield from ({"prompt": prompt, "method": method, "id": behavior} for prompt in prompts)
 
 
 class UserRows(Builder):

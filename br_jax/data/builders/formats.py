@@ -71,6 +71,15 @@ def read_records(
         raise UserError(f"{path}: cannot read ({error.strerror or one_line(error)}); give a readable file") from error
 
 
+def read_document(path: Path) -> Any:
+    """The one JSON value that a file holds; None where it holds something else, JSON lines for instance."""
+    try:
+        with _open(path, None) as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError, *BROKEN):
+        return None  # `read_records` says what is wrong
+
+
 def one_line(text: object) -> str:
     """What an error or a file says, short and in one line, for a message."""
     return " ".join(str(text).split())[:160]

@@ -15,6 +15,7 @@ def load(tmp_path):
 
     def write_and_load(name, split, file, content):
         path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return load_dataset(name, split=split, path=path, folder=tmp_path / "tfds")
 

@@ -107,6 +107,45 @@ FILES = {  # what it is -> data set, split, file name, content, records without 
         ],
         [1, 2],
     ),
+    "a JailbreakBench artifact": (
+        "attacks",
+        "test",
+        "x.json",
+        json.dumps(
+            {
+                "parameters": {"model": "m", "method": "PAIR", "attack_success_rate": 0.5},
+                "jailbreaks": [
+                    {"index": 0, "goal": "w", "behavior": "b", "prompt": "p", "response": "r", "jailbroken": True},
+                    {"index": 1, "goal": "v", "behavior": "b", "prompt": None, "response": None, "jailbroken": False},
+                    {"index": 2, "goal": "u", "behavior": "b", "prompt": "q", "response": "r", "jailbroken": False},
+                ],
+            }
+        ).encode(),
+        [
+            {"prompt": "p", "target": "", "method": "PAIR", "behavior": "w", "case": "0"},
+            {"prompt": "q", "target": "", "method": "PAIR", "behavior": "u", "case": "2"},
+        ],
+        [1, 2],
+    ),
+    "HarmBench test cases": (
+        "attacks",
+        "test",
+        "results/AutoDAN/llama2_7b/test_cases/test_cases.json",
+        json.dumps({"name_a_thing": ["p", "q"], "none": [], "another": ["r"]}, indent=4).encode(),
+        [
+            {"prompt": prompt, "target": "", "method": "AutoDAN", "behavior": "", "case": case}
+            for prompt, case in (("p", "name_a_thing"), ("q", "name_a_thing"), ("r", "another"))
+        ],
+        [1, 2, 3],
+    ),
+    "one attack by itself": (
+        "attacks",
+        "test",
+        "x.json",
+        jsonl({"prompt": "p"}),
+        [{"prompt": "p", "target": "", "method": "", "behavior": "", "case": ""}],
+        [1],
+    ),
     "a user's rows": (
         "rows",
         "train",
@@ -155,6 +194,15 @@ BAD = {
         b"ask,reply\na,b\n",
         ":2: no column 'goal': found ask, reply; wanted goal, target",
     ),
+    "no test cases": ("attacks", "x.json", b'{"a": ["p"], "b": "q"}', ": 'b' holds no list of prompts; give"),
+    "no artifact": ("attacks", "x.json", b'{"jailbreaks": [1]}', ": 'jailbreaks' is no list of objects; give"),
+    "a test case that is no text": (
+        "attacks",
+        "x.json",
+        b'{"a": [["p", 1]]}',
+        ": case a: 'prompt' is list, not a string",
+    ),
+    "half a JSON object": ("attacks", "x.json", b'{"a":\n["p"]', ":1: not valid JSON"),
     "other columns in a Parquet": (
         "alpaca",
         "x.parquet",
@@ -230,6 +278,13 @@ def test_bad_rows(load, tmp_path, case):
         load(name, DATASETS[name].SPLITS[0], file, content)
     assert f"{file}" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
     assert not [path for path in (tmp_path / "tfds").rglob("*") if path.is_file()]
+
+
+def test_the_same_test_cases_of_two_methods_are_two_data_sets(load):
+    content = json.dumps({"a": ["p"]}).encode()
+    for method in ("TAP", "GPTFuzz"):
+        (record,) = load("attacks", "test", f"results/{method}/m/test_cases/test_cases.json", content)
+        assert record["method"] == method
 
 
 VALUES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8) | st.booleans()
