@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from absl import logging
+
 from br_jax.adapters.lora import near_names
 from br_jax.data.demo import MOODS, load_moods
 from br_jax.data.paper import AG_NEWS
 from br_jax.data.reviews import LABELS, load_reviews
 from br_jax.data.rows import Row, read_rows
-from br_jax.data.splits import split_rows
+from br_jax.data.splits import asked, split_rows, text_key
 from br_jax.errors import UserError
 from br_jax.evaluation.rules import LabelRule, NumberRule, Rule, parse_rule
 
@@ -158,11 +160,28 @@ def _own_rows(settings: TaskSettings, seed: int) -> Splits:
     test = 0.0 if settings.test_path else settings.test_share
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise UserError(f"validation_share {validation} and test_share {test}: give shares that leave some to train on")
-    train, *held_out = split_rows(read_rows(settings.path, tag="task"), seed, validation=validation, test=test)
+    train, *held_out = split_rows(_read(settings.path), seed, validation=validation, test=test)
     for part, file in enumerate((settings.validation_path, settings.test_path)):
         if file:  # in an order given by the seed too: the first rows of a sorted file are no sample of it
-            held_out[part] = split_rows(read_rows(file, tag="task"), seed, validation=0, test=0)[0]
+            held_out[part] = split_rows(_read(file), seed, validation=0, test=0)[0]
     return train, *held_out
+
+
+def _read(path: str) -> list[Row]:
+    """A user's rows; those that ask the same may be meant, so they are said and kept."""
+    rows, first, copies = read_rows(path, tag="task"), {}, []
+    for row in rows:
+        earlier = first.setdefault(text_key(asked(row)), row)
+        if earlier is not row:
+            copies.append((row, earlier))
+    if copies:
+        row, earlier = copies[0]
+        logging.warning(
+            "%s: %d of %d rows ask what an earlier one asks (line %s what line %s asks): all are kept, in one split; "
+            "leave them out if they are not meant to weigh more",
+            path, len(copies), len(rows), *(one.origin.rpartition(":")[2] for one in (row, earlier)),
+        )  # fmt: skip
+    return rows
 
 
 _REVIEW_RULE = LabelRule(LABELS)

@@ -170,11 +170,17 @@ def test_one_file_is_split_by_its_prompts(own):
         assert [text for text in prompts(after) if text in set(before)] == before, "new rows moved old ones"
 
 
-def test_copies_are_in_one_split(own):
+def test_copies_are_told_of_and_in_one_split(own, caplog):
     texts = [f"What is {i}?" for i in range(200)]
     path = own("all.jsonl", texts + [f"  WHAT IS {i}" for i in range(200)])
-    splits = [{text.strip(" ?").lower() for text in prompts(part)} for part in load(path=path)]
-    assert sum(map(len, splits)) == 200 and len(set.union(*splits)) == 200
+    loaded = load(path=path)
+    splits = [{text.strip(" ?").lower() for text in prompts(part)} for part in loaded]
+    assert sum(map(len, splits)) == 200 and len(set.union(*splits)) == 200 and sum(map(len, loaded)) == 400
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: 200 of 400 rows ask what an earlier one asks (line 201 what line 1 asks)")
+    caplog.clear()
+    load(path=own("single.jsonl", texts))
+    assert not caplog.messages
 
 
 def test_shares(own):
