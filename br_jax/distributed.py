@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -160,9 +160,9 @@ def barrier(name: str) -> None:
         global_state.client.wait_at_barrier(name, timeout_in_ms=_WEEK)
 
 
-def agree(value: bool) -> bool:
-    """Process 0's value, in every process."""
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+def agree(value: bool | Sequence[bool]) -> bool | list[bool]:
+    """Process 0's value, or values as many as every process has, in all of them."""
+    return multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)).astype(bool).tolist()
 
 
 def gather(value: bool) -> list[bool]:
@@ -174,14 +174,19 @@ def main_first(function: Callable[[], T]) -> T:
     """Calls a function in process 0 and, when it is done there, in the others, which find the files it left.
 
     Raises:
-        Stopped: when a process got SIGTERM since the last check.
+        Stopped: see `stop_if_asked`.
     """
-    if _stop_agreed():
-        raise Stopped("stopped by SIGTERM: the same command goes on from there")
+    stop_if_asked()
     if is_main():
         result = function()
     barrier("main_first")
     return result if is_main() else function()
+
+
+def stop_if_asked() -> None:
+    """Raises a `Stopped`, in every process that comes here, when one of several got SIGTERM since the last check."""
+    if _stop_agreed():
+        raise Stopped("stopped by SIGTERM: the same command goes on from there")
 
 
 def fetch(tree):

@@ -5,8 +5,7 @@ prompts that others train on), align, buffer, reinforce, sft, user, release, eva
 the workdir or the provider's folder and is read back when it is there
 already; the functions of the public API do the work.
 
-On several processes the stages that train do so on all of them; whatever else leaves a file is process 0's work, on its
-own devices, while the others wait and then read the file.
+On several processes every stage runs on the devices of all of them; files are process 0's work, which the others read.
 """
 
 import functools
@@ -20,6 +19,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax import method
@@ -27,7 +27,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
-from br_jax.distributed import is_main, main_first
+from br_jax.distributed import agree, is_main, stop_if_asked
 from br_jax.errors import UserError
 from br_jax.evaluation.distill import self_answers
 from br_jax.evaluation.evaluate import Suite, answer_suite, evaluate
@@ -134,16 +134,19 @@ class Experiment:
         source = model.source or self.provider / "pretrain" / "model"
         if not model.source:
             self._pretrain(source)
-        # Answers are generated where the model lies; what process 0 does alone needs all of the model there.
-        mesh = self.mesh if jax.process_count() == 1 and self.mesh.size > 1 else None
         return load_model(
             source,
             template=model.template,
             dtype=model.dtype,
-            mesh=mesh,
+            mesh=self._several_devices,
             revision=model.revision or None,
             cache=model.cache or None,
         )
+
+    @property
+    def _several_devices(self) -> Mesh | None:
+        """The mesh, where models are to be laid over it; None for one device."""
+        return self.mesh if self.mesh.size > 1 else None
 
     def pretrain(self) -> None:
         """Trains a small model from scratch, unless the config names one."""
@@ -160,8 +163,8 @@ class Experiment:
 
     def _answer(self, prompts: Sequence[str]) -> dict[str, str]:
         """The raw model's own answers."""
-        raw, length = self.raw, self.config.distill.answer_tokens  # made by all processes, if it is not there yet
-        return main_first(lambda: self_answers(raw, prompts, self._store(self.provider), max_new_tokens=length))
+        length = self.config.distill.answer_tokens
+        return self_answers(self.raw, prompts, self._store(self.provider), max_new_tokens=length)
 
     def distill(self) -> None:
         """Has the raw model answer."""
@@ -316,8 +319,8 @@ class Experiment:
         )
 
     def _judges(self) -> list[Judge]:
-        settings = self.config.judges
-        return [get_judge(name, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
+        settings, mesh = self.config.judges, self._several_devices
+        return [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
 
     def _judge_names(self) -> list[tuple[str, dict]]:
         """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
@@ -344,9 +347,9 @@ class Experiment:
         }
 
     def evaluate(self) -> dict:
-        """Scores the nine models, in process 0 (elsewhere: empty); those scored before on this suite are read back."""
+        """Scores the nine models (returned in process 0 alone); those scored before on this suite are read back."""
         models, variants = {}, self.variants()
-        if (together := self.config.eval.together) > 1 and is_main():
+        if (together := self.config.eval.together) > 1:
             users = {name: adapter for name, (_, adapter) in variants.items() if name not in OF_PROVIDER}
             answer_suite(self.aligned, self.suite, users, self._store(self.workdir), together=together)
         for name, (model, adapter) in variants.items():
@@ -371,17 +374,18 @@ class Experiment:
         }
 
     def score(self, name: str, model: Model, adapter: Adapter | None = None) -> dict:
-        """Scores a model on the suite, in process 0; the scores of the same one on the same suite are read back."""
-        return main_first(lambda: self._score(name, model, adapter))
+        """Scores a model on the suite; the scores of the same one on the same suite are read back.
 
-    def _score(self, name: str, model: Model, adapter: Adapter | None) -> dict:
+        Raises:
+            Stopped: see `distributed.stop_if_asked`.
+        """
+        stop_if_asked()
         home = self.provider if name in OF_PROVIDER else self.workdir
         key = f"{model.fingerprint} {adapter_fingerprint(adapter) if adapter else ''} {self.suite.key}"
         file = home / "eval" / f"{name}.json"
-        if file.exists():
-            known = json.loads(file.read_text())
-            if known["key"] == key:
-                return known["scores"]
+        known = json.loads(file.read_text()) if is_main() and file.exists() else {}
+        if agree(known.get("key") == key):
+            return known.get("scores", {})
         records = file.with_suffix(".jsonl")
         scores = evaluate(
             model,
@@ -392,7 +396,8 @@ class Experiment:
             verdicts=self._store(home, "verdicts"),
             records=records,
         )
-        write_json(file, {"key": key, "scores": scores})
+        if is_main():
+            write_json(file, {"key": key, "scores": scores})
         return scores
 
     def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:

@@ -177,10 +177,13 @@ def constrain(x, *axes: str | None):
 
 
 def place(tree, mesh: Mesh):
-    """Puts a pytree on the mesh by the table; every process holds the same whole arrays, and sends its own parts."""
+    """Puts a pytree on the mesh by the table.
+
+    Each leaf lies on the mesh already, or every process holds the same whole array, and sends its own parts.
+    """
 
     def one(leaf, where):
-        if where.is_fully_addressable:
+        if where.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, where)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, where, lambda index: host[index])

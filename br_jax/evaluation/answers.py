@@ -1,5 +1,6 @@
 """Answers of models to prompts, through a store: each is generated once."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from br_jax.adapters.lora import Adapter
@@ -44,7 +45,8 @@ def answer(
         keys[label] = {ids: key_of(*source, ids) for ids in unique}
     texts = {tuple(ids): _text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
     for group in _groups(adapters, together):
-        known = {(a, i) for a, label in enumerate(group) for i, ids in enumerate(unique) if keys[label][ids] in store}
+        places = [(a, i) for a in range(len(group)) for i in range(len(unique))]
+        held = store.holds([keys[group[a]][unique[i]] for a, i in places])
         for batch in generate_batches(
             model,
             unique,
@@ -53,7 +55,7 @@ def answer(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             name=f"{', '.join(group)}: {name}",
-            known=known,
+            known=set(itertools.compress(places, held)),
         ):
             store.add(
                 {

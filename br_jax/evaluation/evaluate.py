@@ -17,6 +17,7 @@ from br_jax.data.attacks import Attack
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.data.topic import TopicPrompt
+from br_jax.distributed import is_main
 from br_jax.evaluation.answers import answer
 from br_jax.evaluation.judge import Verdict, is_degenerate, is_refusal
 from br_jax.evaluation.judges.agreement import compare_judges
@@ -28,6 +29,7 @@ from br_jax.evaluation.store import Store, key_of
 from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
+from br_jax.sharding import batch_parts, mesh_of, place
 from br_jax.training.loss import LossSettings, batch_loss
 
 
@@ -111,7 +113,7 @@ def evaluate(
         *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
         *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, map(_in_words, marks)),
     ]
-    if records is not None:
+    if records is not None and is_main():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in told]
         write_text(pathlib.Path(records), "".join(lines))
     long = topic + benign
@@ -179,9 +181,12 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
     """
     examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
     longest = max(len(example["tokens"]) for example in examples)
-    batches = make_batches(examples, batch_size=16, seed=0, buckets=(-(-longest // 16) * 16,))
-    variables = {"params": model.params} | ({"lora": collection(adapter)} if adapter else {})
-    sums = [(_summed_loss(model.spec, variables, batch), batch["weights"].sum()) for batch in batches]
+    mesh = mesh_of(model.params)
+    parts = 1 if mesh is None else batch_parts(mesh)
+    batches = make_batches(examples, batch_size=-(-16 // parts) * parts, seed=0, buckets=(-(-longest // 16) * 16,))
+    put = (lambda tree: tree) if mesh is None else functools.partial(place, mesh=mesh)
+    variables = {"params": model.params} | ({"lora": put(collection(adapter))} if adapter else {})
+    sums = [(_summed_loss(model.spec, variables, put(batch)), batch["weights"].sum()) for batch in batches]
     return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
 

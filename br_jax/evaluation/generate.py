@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from br_jax.adapters.lora import Adapter, collection, pad_rank
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
+from br_jax.distributed import fetch
 from br_jax.errors import UserError
 from br_jax.models.decoder import Decoder, init_cache, join_caches, unembed, unstack_layers
 from br_jax.models.model import Model
@@ -118,7 +119,8 @@ def generate_batches(
     """Generates batch by batch, with each of several adapters on the one base in the same pass.
 
     Which prompts share a batch, and how it is padded, is a function of all prompts, whatever is known already: an
-    answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the batch.
+    answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the batch; on
+    several processes all of them call this alike, and each gets all answers.
 
     Args:
         model: the base.
@@ -131,55 +133,66 @@ def generate_batches(
         {(index of the adapter, of the prompt): int32[max_new_tokens]} of each batch.
     """
     _require_room(model.spec, encoded, max_new_tokens)
-    known = set(known)
-    if all((a, i) in known for a in range(len(adapters)) for i in range(len(encoded))):
+    known, count = set(known), len(adapters)
+    if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
-    mesh, count = mesh_of(model.params), len(adapters)
-    size, parts = _batch_shape(batch_size, count, 1 if mesh is None else batch_parts(mesh))
-    prefix = _shared_prefix(encoded)
-    variables = {"params": model.params, "lora": _placed(mesh, **_side_by_side(adapters))}
-    head = np.asarray([encoded[0][:prefix]] * count, np.int32)
-    start = functools.partial(
-        _start, variables, _begin(variables, head, spec=model.spec) if prefix else None, spec=model.spec
-    )
-    finish = functools.partial(
-        _finish,
-        variables,
-        spec=model.spec,
-        new=max_new_tokens,
-        stops=stops,
-        greedy=temperature == 0,
-        temperature=jnp.float32(max(temperature, 1e-6)),
-        key=jax.random.key(seed),
-    )
+    run = _Run(model, encoded, adapters, stops, max_new_tokens, temperature, seed, batch_size, bucket)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    with progress(len(order) * count, name, "prompt", keep=False) as bar:
+        for first in range(0, len(order), run.size):
+            chosen = order[first : first + run.size]
+            wanted = {(a, i) for a in range(count) for i in chosen} - known
+            if wanted:
+                rows = run(chosen, wanted)
+                yield {(a, i): rows[a, at] for a in range(count) for at, i in enumerate(chosen) if (a, i) in wanted}
+            bar.update(len(chosen) * count)
 
-    def run(prompts, ids):
-        """[count, size, new] answers to `size` prompts, -1 for none; a row whose id is -1 ends at once."""
-        rows = [[encoded[i][prefix:] for i in part if i >= 0] for part in np.split(prompts, parts)]
-        batches = [_pad(part, size // parts, bucket) for part in rows]
-        slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + max_new_tokens
+
+class _Run:
+    """What the batches of one `generate_batches` share.
+
+    Attributes:
+        size: prompts of a batch.
+    """
+
+    def __init__(self, model, encoded, adapters, stops, new, temperature, seed, batch_size, bucket):
+        self.encoded, self.count, self.new, self.bucket = encoded, len(adapters), new, bucket
+        self.mesh = mesh = mesh_of(model.params)
+        self.size, self.parts = _batch_shape(batch_size, self.count, 1 if mesh is None else batch_parts(mesh))
+        self.prefix = _shared_prefix(encoded)
+        variables = {"params": model.params, "lora": _placed(mesh, **_side_by_side(adapters))}
+        head = np.asarray([encoded[0][: self.prefix]] * self.count, np.int32)
+        cache = _begin(variables, head, spec=model.spec) if self.prefix else None
+        self.start = functools.partial(_start, variables, cache, spec=model.spec)
+        self.finish = functools.partial(
+            _finish,
+            variables,
+            spec=model.spec,
+            new=new,
+            stops=stops,
+            greedy=temperature == 0,
+            temperature=np.float32(max(temperature, 1e-6)),
+            key=np.asarray(jax.random.key_data(jax.random.key(seed))),
+        )
+
+    def __call__(self, chosen: Sequence[int], wanted: Collection[tuple[int, int]]) -> np.ndarray:
+        """[adapters, size, new] answers to at most `size` prompts; a row that is not wanted ends at once."""
+        mesh, count, prefix = self.mesh, self.count, self.prefix
+        prompts = np.asarray([*chosen, *[-1] * (self.size - len(chosen))], np.int32)
+        ids = np.asarray([i if (a, i) in wanted else -1 for a in range(count) for i in prompts.tolist()], np.int32)
+        rows = [[self.encoded[i][prefix:] for i in part if i >= 0] for part in np.split(prompts, self.parts)]
+        batches = [_pad(part, self.size // self.parts, self.bucket) for part in rows]
+        slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + self.new
         slots = -(-slots // _ALIGNED) * _ALIGNED
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             begun = [
-                start(**_placed(mesh, tokens=np.tile(tokens, (count, 1)), lengths=np.tile(lengths, count)))
+                self.start(**_placed(mesh, tokens=np.tile(tokens, (count, 1)), lengths=np.tile(lengths, count)))
                 for tokens, lengths in batches
             ]
             hidden, cache = _join(begun, slots=slots)
             lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in batches]), count)
-            out, _ = finish(hidden, cache, **_placed(mesh, lengths=lengths, ids=ids))
-        return np.asarray(out).reshape(count, size, -1)
-
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    with progress(len(order) * count, name, "prompt", keep=False) as bar:
-        for first in range(0, len(order), size):
-            chosen = order[first : first + size]
-            wanted = {(a, i) for a in range(count) for i in chosen} - known
-            if wanted:
-                prompts = np.asarray(chosen + [-1] * (size - len(chosen)), np.int32)
-                ids = [i if (a, i) in wanted else -1 for a in range(count) for i in prompts.tolist()]
-                rows = run(prompts, np.asarray(ids, np.int32))
-                yield {(a, i): rows[a, at] for a in range(count) for at, i in enumerate(chosen) if (a, i) in wanted}
-            bar.update(len(chosen) * count)
+            out, _ = self.finish(hidden, cache, **_placed(mesh, lengths=lengths, ids=ids))
+        return np.asarray(fetch(out)).reshape(count, self.size, -1)
 
 
 def _require_room(spec: ModelSpec, encoded: Sequence[Sequence[int]], new: int) -> None:
@@ -317,7 +330,7 @@ def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, sto
     decoder = Decoder(spec)
     if jax.default_backend() == "cpu":
         variables = unstack_layers(variables)  # once; in the loop, XLA's CPU would copy each layer's at every token
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key)))(ids.astype(jnp.uint32))
 
     def choose(hidden, t):
         logits = unembed(spec, variables["params"], hidden)

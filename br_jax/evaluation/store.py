@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from br_jax.distributed import agree, gather, is_main
 from br_jax.errors import UserError
 
 _START = b'{"key": "'  # of every line
@@ -16,7 +17,8 @@ class Store:
     """Records by key, in a JSONL file that only grows.
 
     A batch is appended by one write and is on disk when `add` returns. What a kill left of a line is cut off when the
-    file is next added to. One process at a time may add to a file.
+    file is next added to. One run at a time may add to a file; on several processes all of them hold the records, and
+    process 0 writes.
 
     Args:
         path: the file, made when there is something to add; None keeps the records in memory alone.
@@ -35,6 +37,22 @@ class Store:
     def __getitem__(self, key: str) -> dict[str, Any]:
         return self._records[key]
 
+    def holds(self, keys: Sequence[str]) -> list[bool]:
+        """Whether each key is there; the same in every process.
+
+        Raises:
+            UserError: a process does not see what process 0 wrote.
+        """
+        mine = [key in self for key in keys]
+        known = agree(mine)
+        seen = gather(all(here or not there for here, there in zip(mine, known, strict=True)))
+        if False in seen:
+            raise UserError(
+                f"{self.path}: written by process 0 and not seen by process {seen.index(False)}: choose a workdir on a "
+                "file system that all of them share"
+            )
+        return known
+
     def add(self, records: Mapping[str, dict[str, Any]]) -> None:
         """Adds records by key; those that are there already stay as they are.
 
@@ -42,7 +60,7 @@ class Store:
             UserError: the file cannot be written (full disk, no permission); what it held is still whole.
         """
         new = {key: record for key, record in records.items() if key not in self}
-        if self.path is not None and new:
+        if self.path is not None and new and is_main():
             lines = "".join(json.dumps({"key": k, **r}, ensure_ascii=False) + "\n" for k, r in new.items())
             content = lines.encode("utf-8", "surrogatepass")
             try:

@@ -1,9 +1,12 @@
 """One process of a small user stage on several: python hosts_run.py WORKDIR PROCESS/PROCESSES PORT DEVICES MESH [HOW].
 
 MESH is data,fsdp,tensor. HOW is "term:P:STEP" or "kill:P:STEP": process P gets that signal after that step, and all of
-them then take their time; or "rows": no training, each process checks its rows of a batch on odd meshes.
+them then take their time; or, without training, "rows": each process checks its rows of a batch on odd meshes; or
+"evaluate": a model on the mesh is scored, with an adapter and without.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -19,11 +22,16 @@ import br_jax as br
 from br_jax import distributed
 from br_jax.adapters import lora
 from br_jax.command_line import run_main
+from br_jax.data.attacks import Attack
 from br_jax.data.rows import Row
+from br_jax.evaluation.evaluate import Suite, evaluate
+from br_jax.evaluation.judges.keywords import KeywordJudge
+from br_jax.evaluation.rules import LabelRule
+from br_jax.evaluation.store import Store
 from br_jax.models.model import make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.sharding import local_rows, make_mesh
+from br_jax.sharding import local_rows, make_mesh, place
 from br_jax.training.loop import on_mesh
 
 STEPS = 20
@@ -75,13 +83,36 @@ def check_rows() -> None:
     assert shares >= {8, 16}, "no mesh made the processes share rows"
 
 
+def score(workdir: str, mesh, model, adapter) -> None:
+    """Leaves the scores of both models, their answers, verdicts and records."""
+    model = dataclasses.replace(model, params=place(model.params, mesh))
+    rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}"))) for i in range(5)]
+    suite = Suite(
+        judges=(KeywordJudge(),),
+        attacks=[Attack(f"say {i}" + "!" * i, "GCG", "b", None) for i in range(4)],
+        benign=["a", "what is it?", "count to 3"],
+        task_rows=rows,
+        rule=LabelRule(("yes", "no")),
+        health=rows,
+        answer_tokens=8,
+        batch_size=8,
+    )
+    stores = {name: Store(f"{workdir}/{file}.jsonl") for name, file in (("store", "answers"), ("verdicts", "verdicts"))}
+    scores = [
+        evaluate(model, suite, one, name=name, records=f"{workdir}/{name}.jsonl", **stores)
+        for name, one in (("base", None), ("adapted", adapter))
+    ]
+    if distributed.is_main():
+        pathlib.Path(workdir, "scores.json").write_text(json.dumps(scores))
+
+
 def main(workdir: str, mesh: str, how: str) -> None:
     if how == "rows":
         return check_rows()
     if not distributed.is_main():
         forbid_writing(workdir)
     kind, *at = how.split(":")
-    if kind:
+    if at:
         signal_after({"term": signal.SIGTERM, "kill": signal.SIGKILL}[kind], *map(int, at))
     spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
     model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
@@ -89,9 +120,11 @@ def main(workdir: str, mesh: str, how: str) -> None:
     buffer = buffer.replace(
         weights={path: {"a": pair["a"], "b": pair["b"] + jnp.float32(0.05)} for path, pair in buffer.weights.items()}
     )
+    sizes = [int(size) for size in mesh.split(",")]
+    if how == "evaluate":
+        return score(workdir, make_mesh(*sizes), model, buffer)
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
     config = br.TrainConfig(rank=2, learning_rate=3e-3, steps=STEPS, max_length=24, checkpoint_every=4, log_every=1)
-    sizes = [int(size) for size in mesh.split(",")]
     run = {"workdir": workdir, "mesh": make_mesh(*sizes), "probes": {"task": rows[:8]}}
     adapter = br.train_user(model, rows, config, buffer=buffer, **run)
     print("trained")

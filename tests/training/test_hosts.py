@@ -149,3 +149,28 @@ def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(start, st
 def test_each_process_feeds_the_rows_of_its_devices(start, tmp_path):
     ended = start(tmp_path, "rows")
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+
+
+def test_two_processes_answer_what_one_does_and_go_on_where_they_were(start, tmp_path):
+    names = ("answers", "verdicts", "base", "adapted", "scores")
+    read = lambda folder: {name: next(folder.glob(f"{name}.json*")).read_text() for name in names}  # noqa: E731
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, processes in ((one, 1), (two, 2)):
+        ended = start(folder, "evaluate", processes=processes, mesh="2,4,1")
+        assert [status for status, _, _ in ended] == [0] * processes, ended[0][2] + ended[-1][2]
+    alone, whole = read(one), read(two)
+    perplexities = [
+        [scores.pop("perplexity") for scores in json.loads(found.pop("scores"))] for found in (alone, whole)
+    ]
+    np.testing.assert_allclose(*perplexities, rtol=1e-5)
+    assert alone == whole and len(whole["answers"].splitlines()) == 2 * 12
+
+    answers = two / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:9]) + '{"key": "cut')
+    for name in names[1:]:
+        next(two.glob(f"{name}.json*")).unlink()
+    ended = start(two, "evaluate", mesh="2,4,1")
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    again = read(two)
+    assert [scores.pop("perplexity") for scores in json.loads(again.pop("scores"))] == perplexities[1]
+    assert again == whole

@@ -91,7 +91,8 @@ def judge_all(judge: Judge, exchanges: Sequence[Exchange], store: Store | None =
     """
     store = Store() if store is None else store
     keys = [digest(judge.name, judge.version, exchange.prompt, exchange.answer) for exchange in exchanges]
-    pending = {key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in store}
+    held = store.holds(keys)
+    pending = {key: exchange for key, exchange, there in zip(keys, exchanges, held, strict=True) if not there}
     order = sorted(pending, key=lambda key: len(pending[key].prompt) + len(pending[key].answer))
     total = len(set(keys))
     with progress(total, f"judge: {judge.name}", "answer", done=total - len(order), keep=False) as bar:

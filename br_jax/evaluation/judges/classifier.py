@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from br_jax.distributed import fetch
 from br_jax.errors import UserError
 from br_jax.evaluation.judges.base import Exchange, Judgement, digest
 from br_jax.models.decoder import Decoder
@@ -21,6 +22,7 @@ from br_jax.models.hf import read_classifier, read_hf_spec
 from br_jax.models.load import find_folder
 from br_jax.models.model import fingerprint
 from br_jax.models.spec import ModelSpec
+from br_jax.sharding import batch_parts, mesh_of, place
 
 PROMPT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # and the answer, and the tokenizer's EOS
 _NARROWEST = 64  # tokens; widths of batches are this and its doubles
@@ -102,15 +104,20 @@ class ClassifierJudge:
         model, encoded = self._model, [self.encode(exchange) for exchange in exchanges]
         found = np.empty((len(encoded), len(self.labels)), np.float32)
         widths = [_width(len(ids)) for ids in encoded]
+        mesh = mesh_of(model.params)
+        parts = 1 if mesh is None else batch_parts(mesh)
+        size = -(-self.batch_size // parts) * parts
         for width in sorted(set(widths)):
             same = [i for i in range(len(encoded)) if widths[i] == width]
-            for first in range(0, len(same), self.batch_size):
-                chosen = same[first : first + self.batch_size]
-                tokens, last = np.zeros((self.batch_size, width), np.int32), np.zeros(self.batch_size, np.int32)
+            for first in range(0, len(same), size):
+                chosen = same[first : first + size]
+                tokens, last = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
                 for row, i in enumerate(chosen):
                     tokens[row, : len(encoded[i])], last[row] = encoded[i], _last(encoded[i], model.pad_token_id)
-                logits = _run(model.params, model.head, tokens, last, spec=model.spec)
-                found[chosen] = np.asarray(logits)[: len(chosen)]
+                rows = {"tokens": tokens, "lengths": last}
+                rows = rows if mesh is None else place(rows, mesh)
+                logits = _run(model.params, model.head, rows["tokens"], rows["lengths"], spec=model.spec)
+                found[chosen] = np.asarray(fetch(logits))[: len(chosen)]
         if not np.isfinite(found).all():
             raise UserError(f"{self.name}: gives NaN or infinity: load it as float32, or check its weights")
         return found

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from br_jax.errors import UserError
 from br_jax.evaluation.judges.base import Judge
 from br_jax.evaluation.judges.classifier import ClassifierJudge
@@ -29,13 +31,14 @@ def require_judge(name: Any) -> None:
         raise UserError(f"unknown judge {name!r}; {_hint(name, JUDGES, 'the judges are')}")
 
 
-def get_judge(judge: str | Mapping[str, Any], **settings) -> Judge:
+def get_judge(judge: str | Mapping[str, Any], mesh: Mesh | None = None, **settings) -> Judge:
     """Makes a judge.
 
     Args:
         judge: its name, or a mapping of settings with its "name".
+        mesh: devices that a judge which is a model is laid on; None is JAX's default device.
         settings: more of them, which win: "source" (a model's or the verdicts' file), "max_length", "threshold",
-            "batch_size", "dtype", "mesh", "revision", as the judge's own class has them.
+            "batch_size", "dtype", "revision", as the judge's own class has them.
 
     Raises:
         UserError: an unknown judge or setting (the near ones are named), one that is missing, or what the judge
@@ -45,6 +48,8 @@ def get_judge(judge: str | Mapping[str, Any], **settings) -> Judge:
     name, settings = given.pop("name", None), given | settings
     require_judge(name)
     known = inspect.signature(JUDGES[name]).parameters
+    if mesh is not None and "mesh" in known:
+        settings["mesh"] = mesh
     for setting in settings:
         if setting not in known:
             raise UserError(f"judge {name}: unknown setting {setting!r}; {_hint(setting, known, 'it has')}")
