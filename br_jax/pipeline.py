@@ -138,14 +138,14 @@ class Experiment:
             source,
             template=model.template,
             dtype=model.dtype,
-            mesh=self._several_devices,
+            mesh=self._model_mesh,
             revision=model.revision or None,
             cache=model.cache or None,
         )
 
     @property
-    def _several_devices(self) -> Mesh | None:
-        """The mesh, where models are to be laid over it; None for one device."""
+    def _model_mesh(self) -> Mesh | None:
+        """Where models are laid; None is the one device that there is."""
         return self.mesh if self.mesh.size > 1 else None
 
     def pretrain(self) -> None:
@@ -319,7 +319,7 @@ class Experiment:
         )
 
     def _judges(self) -> list[Judge]:
-        settings, mesh = self.config.judges, self._several_devices
+        settings, mesh = self.config.judges, self._model_mesh
         return [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
 
     def _judge_names(self) -> list[tuple[str, dict]]:

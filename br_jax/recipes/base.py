@@ -134,7 +134,8 @@ class Recipe(abc.ABC):
         from br_jax.data.builders.load import load_dataset  # imports tensorflow_datasets
 
         load = functools.partial(load_dataset, "attacks", split="test", folder=folder)
-        return [attack for path in paths.split(",") for attack in attacks_of(main_first(lambda: load(path=path)))]  # noqa: B023
+        files = [main_first(functools.partial(load, path=path)) for path in paths.split(",")]
+        return [attack for records in files for attack in attacks_of(records)]
 
     def trained(self) -> dict[str, list[Row]]:
         """Every row that a stage trains on, by stage; none of them is scored.
