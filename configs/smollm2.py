@@ -27,18 +27,21 @@ def get_config(task: str = "reviews"):
     Args:
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
-    The alignment on both topics: on the validation split (seed 42; 80 prompts of each, 86 benign ones) HS is 2.5 on
-    devices and 5.0 on potions, over-refusal 12.8. The rest was chosen on that split with an alignment on devices alone
-    (400 refusals; HS 12.5, over-refusal 15.1).
-    user.n with 800 reviews (200 of validation, 600 that no stage saw) at p = 0.5: 400 rows lost 5.6 points of FA when
-    Buffer was taken out and Reinforce merged, 800 rows 1.1. merge.reinforce_scale with 800 rows:
+    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts), seeds 42 and 1, which no
+    table is of. The alignment on both topics leaves the base HS 2.5 on devices, 5.0 on potions and over-refusal 12.8
+    (seed 42). user.n with an alignment on one topic, p = 0.5, seed 42: 400 rows lost 5.6 points of FA when Buffer was
+    taken out, 800 rows 1.1. The rest with 800 rows; at the lower rate HS of aligned + Buffer is still 98.8 (seed 1) and
+    100 (seed 42):
 
-    | reinforce_scale | HS, p = 0.1 | over-refusal | HS, p = 0.5 | over-refusal |
+    | buffer learning rate, p, seed | reinforce_scale | HS (aligned) | FA (SFT) | over-refusal (aligned) |
     |---|---|---|---|---|
-    | 0 (Buffer taken out) | 22.5 | 8.1 | 7.5 | 15.1 |
-    | 0.05 | 17.5 | 14.0 | 5.0 | 18.6 |
-    | 0.07 | 13.8 | 16.3 | 3.8 | 19.8 |
-    | 0.1 | 10.0 | 17.4 | 2.5 | 20.9 |
+    | 3e-4, 0.5, 1 | 0 (Buffer taken out) | 0.0 (0.0) | 80.5 (85.0) | 37.2 (15.1) |
+    | | 0.03 | 0.0 | 79.5 | 40.7 |
+    | | 0.07 | 0.0 | 78.0 | 45.3 |
+    | 1.5e-4, 0.5, 1 | 0 | 0.0 | 85.0 | 16.3 |
+    | | 0.03 | 0.0 | 84.5 | 19.8 |
+    | | 0.07 | 0.0 | 84.0 | 25.6 |
+    | 1.5e-4, 0.1, 42 | 0 | 0.0 (2.5) | 85.0 | 12.8 (12.8) |
     """
     if task not in TASKS:
         raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
@@ -62,9 +65,10 @@ def get_config(task: str = "reviews"):
     config.align.update(refusals=600, benign=600)
     config.align.train.update(learning_rate=8e-4, epochs=2)
     config.buffer.update(harmful=200)
+    config.buffer.train.learning_rate = 1.5e-4  # jailbroken all the same, and less is missing when it is gone
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
-    config.merge.update(scale=1.0, reinforce_scale=0.07)
+    config.merge.update(scale=1.0, reinforce_scale=0.03)
     config.user.n = 800
     config.user.train.update(epochs=2, probe_every=50)
     config.user.probes = 32
