@@ -42,6 +42,8 @@ def get_config(task: str = "reviews"):
     | | 0.03 | 0.0 | 84.5 | 19.8 |
     | | 0.07 | 0.0 | 84.0 | 25.6 |
     | 1.5e-4, 0.1, 42 | 0 | 0.0 (2.5) | 85.0 | 12.8 (12.8) |
+    | | 0.03 | 0.0 | 84.5 | 15.1 |
+    | | 0.07 | 0.0 | 84.5 | 16.3 |
     """
     if task not in TASKS:
         raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
