@@ -82,3 +82,19 @@ def test_keys_differ_where_what_they_are_of_does():
     parts = [("a", "b"), ("ab", ""), ("a", ["b"]), ("a", 1), ("a", "1"), ("a",), ("a", "b", None)]
     assert len({key_of(*each) for each in parts}) == len(parts)
     assert key_of("a", (1, 2)) == key_of("a", [1, 2])
+
+
+def test_what_process_0_holds_counts_and_must_be_seen_by_all(tmp_path, monkeypatch):
+    """As in process 1 of two: what it alone holds is made again, what it lacks is no silent gap."""
+    store = Store(tmp_path / "answers.jsonl")
+    store.add({"a": RECORDS["a"]})
+    assert store.holds(["a", "b", "a"]) == [True, False, True] and store.holds([]) == []
+    monkeypatch.setattr(module, "gather", lambda value: [True, value])
+    monkeypatch.setattr(module, "agree", lambda values: [False, False])
+    assert store.holds(["a", "b"]) == [False, False]
+    monkeypatch.setattr(module, "agree", lambda values: [True, True])
+    with pytest.raises(UserError, match=r"answers\.jsonl: written by process 0 and not seen by process 1: choose"):
+        store.holds(["a", "b"])
+    monkeypatch.setattr(module, "is_main", lambda: False)
+    store.add({"b": RECORDS["b"]})
+    assert "b" in store and len(store.path.read_bytes().splitlines()) == 1, "process 1 wrote"
