@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import sys
 import types
 
@@ -224,6 +225,20 @@ def test_answers_that_no_model_could_get_right(own):
     with pytest.raises(UserError, match=r"by NumberRule\(match='value'\) no answer is right"):
         load(path=train, test_path=test, rule="number")
     assert len(load(path=train, test_path=test, rule="rouge_l")[2]) == 1
+
+
+def test_training_rows_outside_the_labels_are_told_of(own, caplog):
+    train = own("train.jsonl", [f"Question {i}" for i in range(50)], answer="perhaps")
+    held_out = {f"{part}_path": own(f"{part}.jsonl", [part]) for part in ("validation", "test")}
+    assert len(load(path=train, **held_out)[0]) == 50
+    (message,) = caplog.messages
+    assert re.match(
+        rf"{re.escape(train)}:\d+: by LabelRule\(labels=\('yes', 'no'\), match='first'\) no answer", message
+    )
+    assert "'perhaps', and so for 50 of 50 rows to train on" in message
+    caplog.clear()
+    load(path=train, **held_out, rule="exact")
+    assert not caplog.messages
 
 
 def test_chats_and_free_text(tmp_path):
