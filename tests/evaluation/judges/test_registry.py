@@ -11,6 +11,7 @@ from br_jax.evaluation.judges.keywords import KeywordJudge
 from br_jax.evaluation.judges.registry import JUDGES, get_judge
 from br_jax.evaluation.judges.topic import TopicJudge
 from br_jax.evaluation.judges.verdicts import OutsideVerdicts
+from br_jax.sharding import make_mesh, mesh_of
 
 
 def test_by_name_and_by_settings(classifier, tmp_path):
@@ -23,6 +24,16 @@ def test_by_name_and_by_settings(classifier, tmp_path):
     judge = get_judge(settings, threshold=0.75)
     assert isinstance(judge, ClassifierJudge) and (judge.max_length, judge.threshold) == (100, 0.75)
     assert set(settings) == {"name", "source", "max_length", "threshold"}, "the caller's own"
+
+
+def test_a_judge_that_is_a_model_lies_on_the_mesh(classifier):
+    mesh = make_mesh(fsdp=4)
+    assert isinstance(get_judge("keywords", mesh), KeywordJudge)
+    judge = get_judge("classifier", mesh, source=classifier[1])
+    assert (
+        mesh_of(judge._model.params) == mesh
+        and mesh_of(get_judge("classifier", source=classifier[1])._model.params) is None
+    )
 
 
 @pytest.mark.parametrize(
