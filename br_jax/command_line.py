@@ -38,6 +38,7 @@ def run_main(main: Callable[[], int | None], join: Callable[[], distributed.Job 
         job = join()
         if not distributed.is_main():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
+            logging.set_verbosity(logging.ERROR)
         status = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

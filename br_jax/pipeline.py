@@ -121,9 +121,16 @@ class Experiment:
         for stage in ENTERED:
             if (folder := config[stage].adapter) and not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
-        for name, _ in self._judge_names():
+        judges = [name for name, _ in self._judge_names()]
+        for name in judges:
             require_judge(name)
         self.recipe.check()
+        unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
+        if unknown and "topic" in judges:
+            raise UserError(
+                f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge topic cannot read "
+                "its answers: set eval.judges to others"
+            )
 
     # -- the provider's stages -------------------------------------------------------------------------------------
 
@@ -319,7 +326,8 @@ class Experiment:
         )
 
     def _judges(self) -> list[Judge]:
-        settings, mesh = self.config.judges, self._model_mesh
+        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
+        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
         return [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
 
     def _judge_names(self) -> list[tuple[str, dict]]:
@@ -374,7 +382,7 @@ class Experiment:
         }
 
     def score(self, name: str, model: Model, adapter: Adapter | None = None) -> dict:
-        """Scores a model on the suite; the scores of the same one on the same suite are read back.
+        """Scores a model on the suite (returned in process 0 alone); the same one's on the same suite are read back.
 
         Raises:
             Stopped: see `distributed.stop_if_asked`.
@@ -398,7 +406,7 @@ class Experiment:
         )
         if is_main():
             write_json(file, {"key": key, "scores": scores})
-        return scores
+        return scores if is_main() else {}
 
     def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:
         """The answers, or verdicts, that are kept in a folder."""

@@ -103,6 +103,12 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def whole_batch(rows: int, mesh: Mesh | None) -> int:
+    """At least so many rows, so that the mesh divides them; None is one device."""
+    parts = 1 if mesh is None else batch_parts(mesh)
+    return -(-rows // parts) * parts
+
+
 def leaf_name(path) -> str:
     """A pytree key path as "layers/attn/q/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -11,7 +11,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from br_jax.command_line import require_flags, run_with_flags
-from br_jax.distributed import is_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of experiments/pipeline.py.")
@@ -29,8 +28,7 @@ def main(argv: list[str]) -> None:
     experiment = Experiment(CONFIG.value, WORKDIR.value)
     model = experiment.raw if RAW.value else experiment.aligned
     adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
-    records = ANSWERS.value if is_main() else None
-    scores = br.evaluate(model, experiment.suite, adapter, records=records)
+    scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)
     del scores["examples"], scores["outcomes"]
     print(json.dumps(scores, indent=1))
 

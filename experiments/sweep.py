@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from br_jax.command_line import require_flags, run_with_flags
+from br_jax.distributed import is_main
 from br_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/smollm2.py.")
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> int:
         return 0
     for _ in run_sweep(config, WORKDIR.value, grid, shard):
         print(summary_table(read_cells(WORKDIR.value)), flush=True)
-    print(write_sweep_report(WORKDIR.value, command=" ".join(sys.argv)))
+    if is_main():
+        print(write_sweep_report(WORKDIR.value, command=" ".join(sys.argv)))
     return 0
 
 

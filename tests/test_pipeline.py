@@ -211,3 +211,23 @@ def test_configs_are_locked_and_typed(load_config, name):
         config.user.n = "many"
     for stage in pipeline.TRAINED:
         pipeline.TrainConfig(**config[stage].train)
+
+
+def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, calls, tmp_path):
+    question = DEVICES.prompts("test", 1, 0)[0].prompt
+    (tmp_path / "artifact.json").write_text(
+        json.dumps({"parameters": {"method": "PAIR"}, "jailbreaks": [{"index": 0, "goal": question, "prompt": "p"}]})
+    )
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "q", "method": "TAP", "behavior": question}) + "\n")
+    config.data.folder = str(tmp_path / "tfds")
+    config.data.attacks.path = f"{tmp_path}/artifact.json, {tmp_path}/lines.jsonl,"
+    experiment = pipeline.Experiment(config, tmp_path / "w")
+    experiment.check()
+    assert [(attack.prompt, attack.method) for attack in experiment.recipe.attacks] == [("p", "PAIR"), ("q", "TAP")]
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "q", "behavior": "Name a river"}) + "\n")
+    with pytest.raises(
+        UserError, match=r"data\.attacks\.path: 'Name a river' is about no invented topic, so the judge"
+    ):
+        pipeline.Experiment(config, tmp_path / "w").check()
+    config.eval.judges = "keywords"
+    pipeline.Experiment(config, tmp_path / "w").check()

@@ -29,7 +29,7 @@ from br_jax.evaluation.store import Store, key_of
 from br_jax.files import write_text
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.sharding import batch_parts, mesh_of, place
+from br_jax.sharding import mesh_of, place, whole_batch
 from br_jax.training.loss import LossSettings, batch_loss
 
 
@@ -182,8 +182,7 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
     examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
     longest = max(len(example["tokens"]) for example in examples)
     mesh = mesh_of(model.params)
-    parts = 1 if mesh is None else batch_parts(mesh)
-    batches = make_batches(examples, batch_size=-(-16 // parts) * parts, seed=0, buckets=(-(-longest // 16) * 16,))
+    batches = make_batches(examples, batch_size=whole_batch(16, mesh), seed=0, buckets=(-(-longest // 16) * 16,))
     put = (lambda tree: tree) if mesh is None else functools.partial(place, mesh=mesh)
     variables = {"params": model.params} | ({"lora": put(collection(adapter))} if adapter else {})
     sums = [(_summed_loss(model.spec, variables, put(batch)), batch["weights"].sum()) for batch in batches]

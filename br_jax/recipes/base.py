@@ -129,12 +129,13 @@ class Recipe(abc.ABC):
     def attacks(self) -> list[Attack]:
         """Stored attack prompts, where the config names files of them."""
         paths, folder = self.config.data.attacks.path, self.config.data.folder
+        paths = [path.strip() for path in paths.split(",") if path.strip()]
         if not paths:
             return []
         from br_jax.data.builders.load import load_dataset  # imports tensorflow_datasets
 
         load = functools.partial(load_dataset, "attacks", split="test", folder=folder)
-        files = [main_first(functools.partial(load, path=path)) for path in paths.split(",")]
+        files = [main_first(functools.partial(load, path=path)) for path in paths]
         return [attack for records in files for attack in attacks_of(records)]
 
     def trained(self) -> dict[str, list[Row]]:

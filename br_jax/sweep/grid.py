@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.distributed import is_main
+from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError
 from br_jax.evaluation.store import key_of
 from br_jax.method import release
@@ -162,7 +162,7 @@ def run_sweep(
 
     Yields:
         Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `evaluation.evaluate.evaluate`
-        gives them), "seconds" (that it took when it was made).
+        gives them; on several processes in process 0 alone), "seconds" (that it took when it was made).
 
     Raises:
         UserError: wrong settings, found before the first run begins.
@@ -199,6 +199,7 @@ def _run(run: Run, config: ConfigDict, workdir: pathlib.Path, cells: Sequence[tu
         if is_main():
             record = {"settings": _settings(config, method, a), **cell}
             write_json(_cell_file(workdir, run, method, a), record)
+        barrier("cell")
         yield cell
 
 
@@ -290,7 +291,8 @@ def _settings(config: ConfigDict, method: str, a: float | None) -> str:
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path):
     """Keeps other processes of a sweep out of a provider's folder while this one works in it."""
-    if not is_main():  # the others of a run on several hosts come with process 0
+    if not is_main():  # the others of a run on several hosts come with process 0, hours later if need be
+        barrier("alone")
         yield
         return
     with open(folder / ".lock", "w") as lock:
@@ -299,4 +301,5 @@ def _alone(folder: pathlib.Path):
         except BlockingIOError:
             logging.warning("another process works in %s: waiting for it", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        barrier("alone")
         yield

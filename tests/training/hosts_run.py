@@ -2,7 +2,8 @@
 
 MESH is data,fsdp,tensor. HOW is "term:P:STEP" or "kill:P:STEP": process P gets that signal after that step, and all of
 them then take their time; or, without training, "rows": each process checks its rows of a batch on odd meshes; or
-"evaluate": a model on the mesh is scored, with an adapter and without.
+"evaluate": a model on the mesh is scored, with an adapter and without; or "sweep": the provider's stages of a tiny
+model from scratch, and its aligned base scored for two users.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from br_jax.configs import demo
 from stopped_run import params
 
 import br_jax as br
@@ -32,6 +34,8 @@ from br_jax.models.model import make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.sharding import local_rows, make_mesh, place
+from br_jax.sweep import Grid, run_sweep
+from br_jax.sweep.report import write_sweep_report
 from br_jax.training.loop import on_mesh
 
 STEPS = 20
@@ -106,11 +110,28 @@ def score(workdir: str, mesh, model, adapter) -> None:
         pathlib.Path(workdir, "scores.json").write_text(json.dumps(scores))
 
 
+def sweep(workdir: str, sizes: list[int]) -> None:
+    """Leaves the folder of a sweep; each process checks what it is told of it."""
+    config = demo.get_config("smoke")
+    with config.model.spec.unlocked():
+        config.model.spec.update(embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=64)
+    for stage in (config.pretrain, config.align, config.buffer, config.reinforce):
+        stage.train.update(steps=1, rank=2, batch_size=8)
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    axes = {"models": [""], "tasks": ["moods"], "topics": ["devices"], "n": [16], "seeds": [1], "a": [0.1]}
+    for cell in run_sweep(config, workdir, Grid(**axes, p=[0.0, 0.5], methods=["aligned"])):
+        assert bool(cell["scores"]) == distributed.is_main()
+    if distributed.is_main():
+        write_sweep_report(workdir)
+
+
 def main(workdir: str, mesh: str, how: str) -> None:
     if how == "rows":
         return check_rows()
     if not distributed.is_main():
         forbid_writing(workdir)
+    if how == "sweep":
+        return sweep(workdir, [int(size) for size in mesh.split(",")])
     kind, *at = how.split(":")
     if at:
         signal_after({"term": signal.SIGTERM, "kill": signal.SIGKILL}[kind], *map(int, at))

@@ -174,3 +174,11 @@ def test_two_processes_answer_what_one_does_and_go_on_where_they_were(start, tmp
     again = read(two)
     assert [scores.pop("perplexity") for scores in json.loads(again.pop("scores"))] == perplexities[1]
     assert again == whole
+
+
+def test_two_processes_run_a_sweep(start, tmp_path):
+    ended = start(tmp_path, "sweep", mesh="2,4,1")
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    first, second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/cells/aligned.json")))
+    assert first["scores"] == second["scores"] and first["scores"]["over_refusal"]["n"] == 8
+    assert (tmp_path / "sweep.md").exists() and len(list(tmp_path.glob("providers/*/buffer/adapter"))) == 1

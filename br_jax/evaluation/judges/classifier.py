@@ -22,7 +22,7 @@ from br_jax.models.hf import read_classifier, read_hf_spec
 from br_jax.models.load import find_folder
 from br_jax.models.model import fingerprint
 from br_jax.models.spec import ModelSpec
-from br_jax.sharding import batch_parts, mesh_of, place
+from br_jax.sharding import mesh_of, place, whole_batch
 
 PROMPT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # and the answer, and the tokenizer's EOS
 _NARROWEST = 64  # tokens; widths of batches are this and its doubles
@@ -55,7 +55,7 @@ class ClassifierJudge:
             max_length: 256 is the reference's. A long question pushes the answer out, and then the verdict says
                 nothing of the answer: report 2048 beside it.
             threshold: 0.5 is the reference's.
-            batch_size: texts run together.
+            batch_size: texts run together, rounded up to what the mesh divides.
             dtype: compute dtype of the params, "float32" or "bfloat16"; the head is always f32.
             mesh: devices that the params are laid on; None is JAX's default device.
             revision: of a model on the Hub.
@@ -78,7 +78,10 @@ class ClassifierJudge:
         if model.tokenizer.eos_token is None:
             raise UserError(f"{folder}: its tokenizer has no EOS, with which a text must end: add it to the tokenizer")
         self.labels, self.max_length, self.threshold = model.labels, max_length, threshold
-        self.name, self.batch_size = f"{os.path.basename(os.path.normpath(source))}@{max_length}", batch_size
+        self.name, self.batch_size = (
+            f"{os.path.basename(os.path.normpath(source))}@{max_length}",
+            whole_batch(batch_size, mesh),
+        )
         content = fingerprint({"params": model.params, "head": model.head}, model.spec.to_json())
         text = digest(PROMPT, model.tokenizer.eos_token, str(model.pad_token_id), *model.labels)
         self.version = f"{content} threshold={threshold} max_length={max_length} text={text[:16]}"
@@ -104,9 +107,7 @@ class ClassifierJudge:
         model, encoded = self._model, [self.encode(exchange) for exchange in exchanges]
         found = np.empty((len(encoded), len(self.labels)), np.float32)
         widths = [_width(len(ids)) for ids in encoded]
-        mesh = mesh_of(model.params)
-        parts = 1 if mesh is None else batch_parts(mesh)
-        size = -(-self.batch_size // parts) * parts
+        mesh, size = mesh_of(model.params), self.batch_size
         for width in sorted(set(widths)):
             same = [i for i in range(len(encoded)) if widths[i] == width]
             for first in range(0, len(same), size):

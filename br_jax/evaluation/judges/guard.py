@@ -19,6 +19,7 @@ from br_jax.evaluation.generate import generate_ids
 from br_jax.evaluation.judges.base import UNPARSED, Exchange, Judgement, digest
 from br_jax.models.load import load_model
 from br_jax.models.model import Model
+from br_jax.sharding import mesh_of, whole_batch
 
 _LONGEST = 64  # tokens of a guard's reply; Llama Guard's with all its categories has about 45
 
@@ -113,12 +114,12 @@ class GuardJudge:
         Args:
             kind: one of `GUARDS`.
             model: the guard's.
-            batch_size: exchanges read together.
+            batch_size: exchanges read together, rounded up to what the model's mesh divides.
 
         Raises:
             UserError: the model's chat template makes the guard's prompt, and leaves the exchange out of it.
         """
-        self.name, self.batch_size = kind, batch_size
+        self.name, self.batch_size = kind, whole_batch(batch_size, mesh_of(model.params))
         self._model, self._guard = model, GUARDS[kind]
         template = model.tokenizer.chat_template
         own = isinstance(template, str) and self._guard.mark in template
