@@ -182,11 +182,14 @@ def constrain(x, *axes: str | None):
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition(*axes))
 
 
-def place(tree, mesh: Mesh):
-    """Puts a pytree on the mesh by the table.
+def place(tree, mesh: Mesh | None):
+    """Puts a pytree on the mesh by the table; without a mesh it stays as it is.
 
     Each leaf lies on the mesh already, or every process holds the same whole array, and sends its own parts.
     """
+
+    if mesh is None:
+        return tree
 
     def one(leaf, where):
         if where.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):

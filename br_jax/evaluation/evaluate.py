@@ -183,9 +183,8 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
     longest = max(len(example["tokens"]) for example in examples)
     mesh = mesh_of(model.params)
     batches = make_batches(examples, batch_size=whole_batch(16, mesh), seed=0, buckets=(-(-longest // 16) * 16,))
-    put = (lambda tree: tree) if mesh is None else functools.partial(place, mesh=mesh)
-    variables = {"params": model.params} | ({"lora": put(collection(adapter))} if adapter else {})
-    sums = [(_summed_loss(model.spec, variables, put(batch)), batch["weights"].sum()) for batch in batches]
+    variables = {"params": model.params} | ({"lora": place(collection(adapter), mesh)} if adapter else {})
+    sums = [(_summed_loss(model.spec, variables, place(batch, mesh)), batch["weights"].sum()) for batch in batches]
     return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from br_jax.adapters.lora import Adapter, collection, pad_rank
 from br_jax.data.rows import Row
@@ -160,7 +159,7 @@ class _Run:
         self.mesh = mesh = mesh_of(model.params)
         self.size, self.parts = _batch_shape(batch_size, self.count, 1 if mesh is None else batch_parts(mesh))
         self.prefix = _shared_prefix(encoded)
-        variables = {"params": model.params, "lora": _placed(mesh, **_side_by_side(adapters))}
+        variables = {"params": model.params, "lora": place(_side_by_side(adapters), mesh)}
         head = np.asarray([encoded[0][: self.prefix]] * self.count, np.int32)
         cache = _begin(variables, head, spec=model.spec) if self.prefix else None
         self.start = functools.partial(_start, variables, cache, spec=model.spec)
@@ -186,12 +185,12 @@ class _Run:
         slots = -(-slots // _ALIGNED) * _ALIGNED
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             begun = [
-                self.start(**_placed(mesh, tokens=np.tile(tokens, (count, 1)), lengths=np.tile(lengths, count)))
+                self.start(**place({"tokens": np.tile(tokens, (count, 1)), "lengths": np.tile(lengths, count)}, mesh))
                 for tokens, lengths in batches
             ]
             hidden, cache = _join(begun, slots=slots)
             lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in batches]), count)
-            out, _ = self.finish(hidden, cache, **_placed(mesh, lengths=lengths, ids=ids))
+            out, _ = self.finish(hidden, cache, **place({"lengths": lengths, "ids": ids}, mesh))
         return np.asarray(fetch(out)).reshape(count, self.size, -1)
 
 
@@ -233,10 +232,6 @@ def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
         raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
     rank = max(pair["a"].shape[-1] for adapter in held for pair in adapter.weights.values())
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in held))
-
-
-def _placed(mesh: Mesh | None, **arrays) -> dict:
-    return arrays if mesh is None else place(arrays, mesh)
 
 
 def _shared_prefix(encoded: Sequence[Sequence[int]]) -> int:

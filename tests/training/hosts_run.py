@@ -130,8 +130,9 @@ def main(workdir: str, mesh: str, how: str) -> None:
         return check_rows()
     if not distributed.is_main():
         forbid_writing(workdir)
+    sizes = [int(size) for size in mesh.split(",")]
     if how == "sweep":
-        return sweep(workdir, [int(size) for size in mesh.split(",")])
+        return sweep(workdir, sizes)
     kind, *at = how.split(":")
     if at:
         signal_after({"term": signal.SIGTERM, "kill": signal.SIGKILL}[kind], *map(int, at))
@@ -141,7 +142,6 @@ def main(workdir: str, mesh: str, how: str) -> None:
     buffer = buffer.replace(
         weights={path: {"a": pair["a"], "b": pair["b"] + jnp.float32(0.05)} for path, pair in buffer.weights.items()}
     )
-    sizes = [int(size) for size in mesh.split(",")]
     if how == "evaluate":
         return score(workdir, make_mesh(*sizes), model, buffer)
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from br_jax.data.builders.base import Builder, label_of, require_columns
 from br_jax.data.builders.download import Origin, PublicFile, announce
-from br_jax.data.builders.formats import Parsed, one_line, read_document
+from br_jax.data.builders.formats import Parsed, ending_of, one_line, read_document
 from br_jax.data.downloads import ARCHIVES, fetch
 from br_jax.data.paper import AG_NEWS
 from br_jax.data.reviews import parse_reviews
@@ -244,7 +244,7 @@ class Attacks(Builder):
     )
 
     def parse(self, path: Path, name: str, member: str | None) -> Iterator[Parsed]:
-        document = read_document(path) if _is_json(path) else None
+        document = read_document(path) if ending_of(path.name) == ".json" else None
         if not isinstance(document, dict) or document.keys() & {"prompt", "goal"}:
             yield from super().parse(path, name, member)
             return
@@ -265,14 +265,10 @@ class Attacks(Builder):
         return {key: text_of(record, key, where) for key in self.FEATURES}
 
 
-def _is_json(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").removesuffix(".xz").endswith(".json")
-
-
 def _harmbench_method(path: Path) -> str:
     """The method that a file of HarmBench's test cases lies under; "" elsewhere."""
     parts = path.absolute().parts
-    return parts[-4] if _is_json(path) and len(parts) > 4 and parts[-2] == "test_cases" else ""
+    return parts[-4] if ending_of(path.name) == ".json" and len(parts) > 4 and parts[-2] == "test_cases" else ""
 
 
 def _artifact(document: Mapping[str, Any], method: str, name: str) -> Iterator[dict[str, Any]]:

@@ -100,9 +100,14 @@ def _open(path: Path, member: str | None) -> Iterator[BinaryIO]:
         yield file
 
 
+def ending_of(name: str) -> str:
+    """The ending that names a file's format, ".json" for instance, whatever it is packed in."""
+    return Path(name.removesuffix(".gz").removesuffix(".xz")).suffix.lower()
+
+
 def _kind(name: str, head: bytes) -> str:
     """The format of a file by its name and first bytes."""
-    ending = Path(name.removesuffix(".gz").removesuffix(".xz")).suffix.lower()
+    ending = ending_of(name)
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if ending == ".parquet" or head.startswith(b"PAR1"):
         return "parquet"

@@ -115,8 +115,7 @@ class ClassifierJudge:
                 tokens, last = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
                 for row, i in enumerate(chosen):
                     tokens[row, : len(encoded[i])], last[row] = encoded[i], _last(encoded[i], model.pad_token_id)
-                rows = {"tokens": tokens, "lengths": last}
-                rows = rows if mesh is None else place(rows, mesh)
+                rows = place({"tokens": tokens, "lengths": last}, mesh)
                 logits = _run(model.params, model.head, rows["tokens"], rows["lengths"], spec=model.spec)
                 found[chosen] = np.asarray(fetch(logits))[: len(chosen)]
         if not np.isfinite(found).all():
