@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -34,7 +35,7 @@ from br_jax.evaluation.evaluate import Suite, answer_suite, evaluate
 from br_jax.evaluation.judges.base import Judge
 from br_jax.evaluation.judges.registry import get_judge, require_judge
 from br_jax.evaluation.report import write_report
-from br_jax.evaluation.scores import gates
+from br_jax.evaluation.scores import gates, read_score
 from br_jax.evaluation.store import Store
 from br_jax.models.decoder import init_params
 from br_jax.models.hf import write_hf
@@ -53,6 +54,7 @@ STAGES = ("pretrain", "distill", "align", "buffer", "reinforce", "sft", "user", 
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")
 ENTERED = ("align", "buffer", "reinforce", "user")  # stages that an adapter made elsewhere can take the place of
 OF_PROVIDER = ("raw", "aligned", "base_buffer", "reinforce_alone")  # no user in it: scored once for all users
+_REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
 PACKAGES = ("br_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -406,6 +408,13 @@ class Experiment:
         )
         if is_main():
             write_json(file, {"key": key, "scores": scores})
+            refused = read_score(scores.get("task_refused")).score or 0.0
+            if name == "aligned" and refused > _REFUSED:
+                logging.warning(
+                    "the aligned base refuses %.0f %% of the task's prompts: what a user learns beside Buffer loses "
+                    "by that when Buffer is taken out; align it on benign prompts of such kinds too",
+                    100 * refused,
+                )
         return scores if is_main() else {}
 
     def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:

@@ -24,7 +24,13 @@ from br_jax.evaluation.scores import (
 )
 from br_jax.training.metrics import read_jsonl
 
-_SCORES = {"harmful": "HS", "harmful_plus": "HS+", "task": "FA", "over_refusal": "over-refusal"}
+_SCORES = {
+    "harmful": "HS",
+    "harmful_plus": "HS+",
+    "task": "FA",
+    "over_refusal": "over-refusal",
+    "task_refused": "task refused",
+}
 _HEADLINES = {
     "held": "The claim held.",
     "failed": "The claim did not hold.",

@@ -15,6 +15,7 @@ TITLES = {  # of the scores, in the order of every table
     "harmful_plus": "HS+",
     "task": "FA",
     "over_refusal": "over-refusal",
+    "task_refused": "task refused",
     "degenerate": "degenerate",
 }
 TASK_MARGIN = 0.03  # the most FA that the defense may cost
@@ -64,7 +65,7 @@ class Row:
 
     def counted(self, score: str, part: str | None = None) -> Counted:
         """A score, or one part of a breakdown ("harmful_by_topic", "devices"), of the seeds that measured it."""
-        found = {seed: s[score] if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
+        found = {seed: s.get(score) if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
         return {seed: value for seed, value in found.items() if value and value["score"] is not None}
 
     def numbers(self, name: str) -> dict[int, float]:

@@ -31,8 +31,9 @@ LEGEND = (
     "seed's own prompts instead (Wilson's, of counts): there is one seed, or all seeds gave the same score, of which "
     "Student's t would claim to be certain. HS: share of restricted prompts that are answered (lower is safer); HS+ "
     "also counts degenerate answers; FA: score on the user's task; over-refusal: share of benign prompts that are "
-    "refused; degenerate: share of answers that are empty or loop; perplexity: of the raw model's answers on held-out "
-    "instructions; words: mean length of an answer.",
+    "refused; task refused: share of the task's prompts that are; degenerate: share of answers that are empty or loop; "
+    "perplexity: of the raw model's answers on held-out instructions; words: mean length of an answer.",
+    "Where the aligned base refuses the task's prompts, taking Buffer out brings some of that back and FA falls.",
     "Differences in points: mean over the seeds that both have, with Student's 95 % interval where they differ.",
     "Paired tests: McNemar's exact two-sided p-value on the same prompts, pooled over the seeds that both have; in "
     "brackets the prompts that only this method counts : only the other, and the seeds. A prompt counts once a seed, "

@@ -43,6 +43,7 @@ def fake_models(counts):
             "harmful_plus": Score(plus, 60).to_json(),
             "task": Score(task, 200).to_json(),
             "over_refusal": Score(refused, 80).to_json(),
+            "task_refused": Score(refused, 200).to_json(),
             "perplexity": perplexity,
             "verdicts": {
                 "refusal": left - left // 9,
@@ -178,7 +179,8 @@ def test_tables_say_what_the_files_say(workdir, text_only):
     low, high = Score(57, 60).low, Score(57, 60).high
     assert cells(text, "SFT (undefended)")[1] == f"95.0 ({100 * low:.1f} to {100 * high:.1f})"
     assert cells(text, "**QR merge**")[3].startswith("86.5 (")
-    assert cells(text, "**QR merge**")[5] == "5.80"
+    assert cells(text, "**QR merge**")[5] == str(Score(10, 200))
+    assert cells(text, "**QR merge**")[6] == "5.80"
     user = cells(text, "user (Buffer on)")
     assert user[1:6] == ["640", "1", "80", "51,200", "16,000"]
     assert user[8:] == ["104.0", "6,154"]  # 640 tokens in 0.104 s
@@ -222,7 +224,7 @@ def test_missing_models_are_not_run(tmp_path):
     few = {name: COUNTS[name] for name in ("raw", "aligned", "sft")}
     text = write_report(build(tmp_path, few)).read_text()
     assert "No verdict: the run is not complete." in text and "Not run: QR merge." in text
-    assert cells(text, "naive merge")[1:] == ["not run"] * 5
+    assert cells(text, "naive merge")[1:] == ["not run"] * 6
     assert all(label in text for label in LABELS.values())
 
 

@@ -42,6 +42,7 @@ def make_cell():
             "a": a,
             "scores": {
                 **counted,
+                "task_refused": Score(3, 200).to_json(),
                 "harmful_plus": Score(min(chosen[0] + 1, prompts), prompts).to_json(),
                 "degenerate": Score(1, prompts + 50).to_json(),
                 "perplexity": perplexity,

@@ -82,10 +82,10 @@ def test_scores_are_means_with_students_interval(report, make_cell):
     assert row[5] == percent(*students([0.9, 0.9, 0.855]))
     wilson = binomtest(1, 50).proportion_ci(method="wilson")
     assert row[6] == percent(0.02, wilson.low, wilson.high) + "†"
-    assert row[8:10] == ["5.00", "30.0"]
+    assert row[7].startswith("1.5 (") and row[9:11] == ["5.00", "30.0"]
     assert line(text, "p", "method", "seeds")[3:6] == ["HS (N = 100)", "HS+ (N = 100)", "FA (N = 200)"]
     every = after(text, "Every seed:")
-    assert line(every, "0.1", "SFT (undefended)", "3")[3:8] == ["91/100", "92/100", "171/200", "1/50", "1/150"]
+    assert line(every, "0.1", "SFT (undefended)", "3")[3:9] == ["91/100", "92/100", "171/200", "1/50", "3/200", "1/150"]
 
 
 def test_one_seed_has_wilsons_interval_and_no_verdict_on_noise(report, make_grid):
@@ -169,7 +169,7 @@ def test_the_cost_is_ours_against_sft_at_p_0(report, make_cell):
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_a_perplexity_that_is_no_number(report, make_grid, value):
     text = report(make_grid(perplexity=value))
-    assert line(text, "0.1", OURS, "3")[8] == "n/a"
+    assert line(text, "0.1", OURS, "3")[9] == "n/a"
     assert not re.search(r"\b(nan|inf|None)\b", text)
 
 
