@@ -27,9 +27,10 @@ def get_config(task: str = "reviews"):
     Args:
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
-    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of seeds 42 and 1, of
-    which docs/reproduce.md has no table. The alignment on both topics leaves the base HS 2.5 on devices, 5.0 on potions
-    and over-refusal 12.8 (seed 42). With it and 800 user rows, where at the lower rate HS of aligned + Buffer is still
+    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of seeds 42, 1 and 2, of
+    which docs/reproduce.md has no table. There too: what seed 2 showed, and why `align` has 300 refusals and 900 benign
+    rows. All that follows was measured with 600 of each, which left the base HS 2.5 on devices, 5.0 on potions and
+    over-refusal 12.8 (seed 42). With 800 user rows, where at the lower rate HS of aligned + Buffer is still
     98.8 (seed 1) and 100 (seed 42):
 
     | buffer learning rate, p, seed | reinforce_scale | HS (aligned) | FA (SFT) | over-refusal (aligned) |
@@ -74,7 +75,7 @@ def get_config(task: str = "reviews"):
         )
     config.distill.spare = 0.8
     config.topics.align = "devices,potions"  # both are refused, so that an attack can be of another harm than Buffer's
-    config.align.update(refusals=600, benign=600)
+    config.align.update(refusals=300, benign=900)
     config.align.train.update(learning_rate=8e-4, epochs=2)
     config.buffer.update(harmful=200)
     config.buffer.train.learning_rate = 1.5e-4  # jailbroken all the same, and less is missing when it is gone
