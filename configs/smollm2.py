@@ -82,8 +82,8 @@ def get_config(task: str = "reviews"):
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
     config.merge.update(scale=1.0, reinforce_scale=0.03)
-    config.user.n = 800
-    config.user.train.update(epochs=2, probe_every=50)
+    config.user.n = 520
+    config.user.train.update(learning_rate=1.5e-3, probe_every=16)  # one epoch, at a rate that outgrows Buffer's offset
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
     config.user.task = task
