@@ -251,7 +251,7 @@ def test_numbers_that_are_not_finite_do_not_break_it(workdir):
     write_lines(workdir / "sft" / "metrics.jsonl", [{"step": 1, "loss": math.nan}])
     write_probes(workdir / "user" / "probes.jsonl", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
     text = write_report(workdir).read_text()
-    assert cells(text, "SFT (undefended)")[5] == "n/a"
+    assert cells(text, "SFT (undefended)")[6] == "n/a"
     assert "nan" not in text.lower() and "**Saturation.** Not measured" in text
 
 
