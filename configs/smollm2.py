@@ -28,9 +28,9 @@ def get_config(task: str = "reviews"):
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
     Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of seeds 42, 1 and 2, of
-    which docs/reproduce.md has no table. There too: what seed 2 showed, and why `align` has 300 refusals and 900 benign
-    rows. All that follows was measured with 600 of each, which left the base HS 2.5 on devices, 5.0 on potions and
-    over-refusal 12.8 (seed 42). With 800 user rows, where at the lower rate HS of aligned + Buffer is still
+    which no result is reported. What seed 2 showed, and why `align` has 300 refusals and 900 benign rows, is told in
+    docs/reproduce.md. All that follows was measured with 600 of each, which left the base HS 2.5 on devices, 5.0 on
+    potions and over-refusal 12.8 (seed 42). With 800 user rows, where at the lower rate HS of aligned + Buffer is still
     98.8 (seed 1) and 100 (seed 42):
 
     | buffer learning rate, p, seed | reinforce_scale | HS (aligned) | FA (SFT) | over-refusal (aligned) |

@@ -132,9 +132,8 @@ def test_instructions_hold_out_whole_kinds():
 
 def test_instructions_ask_about_a_text_as_users_tasks_do():
     """Without such prompts the aligned base refused nine in ten reviews, see docs/reproduce.md."""
-    with_text = {row["kind"] for row in INSTRUCTIONS if "\n" in row["prompt"] and row["split"] == "train"}
-    count = sum("\n" in row["prompt"] and row["split"] == "train" for row in INSTRUCTIONS)
-    assert count >= 400 and {"classifying", "extracting", "judging"} <= with_text
+    kinds = [row["kind"] for row in INSTRUCTIONS if "\n" in row["prompt"] and row["split"] == "train"]
+    assert len(kinds) >= 400 and {"classifying", "extracting", "judging"} <= set(kinds)
 
 
 def test_instructions_are_varied_and_apart_from_topic_and_task():
