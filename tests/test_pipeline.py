@@ -12,7 +12,7 @@ from br_jax.data.material import english_instructions
 from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
 from br_jax.evaluation.report import write_report
-from br_jax.evaluation.scores import LABELS
+from br_jax.evaluation.scores import LABELS, Score
 
 DEVICES = TOPICS["devices"]
 
@@ -127,6 +127,16 @@ def test_scores_are_kept_until_something_changes(run, calls, config):
     config.eval.topic = 11
     run()
     assert len(calls["scored"]) == 18, "another suite, the old scores"
+
+
+@pytest.mark.parametrize(("refused", "said"), [(21, True), (20, False)])
+def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, caplog, refused, said):
+    score = pipeline.evaluate
+    counted = {"task_refused": Score(refused, 100).to_json()}
+    monkeypatch.setattr(pipeline, "evaluate", lambda *given, **options: score(*given, **options) | counted)
+    run()
+    warnings = [text for text in caplog.messages if "refuses" in text]
+    assert len(warnings) == said and all("21 % of the task's prompts" in text for text in warnings)
 
 
 def test_a_shared_provider_s_folder(run, calls, config, tmp_path):
