@@ -27,34 +27,9 @@ def get_config(task: str = "reviews"):
     Args:
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
-    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of seeds 42, 1 and 2, of
-    which no result is reported. What seed 2 showed, and why `align` has 300 refusals and 900 benign rows, is told in
-    docs/reproduce.md. All that follows was measured with 600 of each, which left the base HS 2.5 on devices, 5.0 on
-    potions and over-refusal 12.8 (seed 42). With 800 user rows, where at the lower rate HS of aligned + Buffer is still
-    98.8 (seed 1) and 100 (seed 42):
-
-    | buffer learning rate, p, seed | reinforce_scale | HS (aligned) | FA (SFT) | over-refusal (aligned) |
-    |---|---|---|---|---|
-    | 3e-4, 0.5, 1 | 0 (Buffer taken out) | 0.0 (0.0) | 80.5 (85.0) | 37.2 (15.1) |
-    | | 0.03 | 0.0 | 79.5 | 40.7 |
-    | | 0.07 | 0.0 | 78.0 | 45.3 |
-    | 1.5e-4, 0.5, 1 | 0 | 0.0 | 85.0 | 16.3 |
-    | | 0.03 | 0.0 | 84.5 | 19.8 |
-    | | 0.07 | 0.0 | 84.0 | 25.6 |
-    | 1.5e-4, 0.1, 42 | 0 | 0.0 (2.5) | 85.0 | 12.8 (12.8) |
-    | | 0.03 | 0.0 | 84.5 | 15.1 |
-    | | 0.07 | 0.0 | 84.5 | 16.3 |
-
-    Before (README.md's tables): an alignment on devices alone (400 refusals; HS 12.5, over-refusal 15.1), Buffer's rate
-    3e-4, seed 42. 400 user rows lost 5.6 points of FA at p = 0.5 when Buffer was taken out and Reinforce merged, 800
-    rows 1.1. With 800 (200 reviews of validation, 600 that no stage saw):
-
-    | reinforce_scale | HS, p = 0.1 | over-refusal | HS, p = 0.5 | over-refusal |
-    |---|---|---|---|---|
-    | 0 (Buffer taken out) | 22.5 | 8.1 | 7.5 | 15.1 |
-    | 0.05 | 17.5 | 14.0 | 5.0 | 18.6 |
-    | 0.07 | 13.8 | 16.3 | 3.8 | 19.8 |
-    | 0.1 | 10.0 | 17.4 | 2.5 | 20.9 |
+    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of seeds 42, 1, 2 and 3,
+    which are in no table; what was tried, and what it gave: docs/reproduce.md. README.md's tables of one seed are of
+    the settings at commit 7c8342f.
     """
     if task not in TASKS:
         raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
