@@ -27,8 +27,8 @@ def get_config(task: str = "reviews"):
     Args:
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
-    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of seeds 42, 1, 2 and 3,
-    which are in no table; what was tried, and what it gave: docs/reproduce.md. README.md's tables of one seed are of
+    Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of tuning seeds, which are
+    in no table; which ones, what was tried, and what it gave: docs/reproduce.md. README.md's tables of one seed are of
     the settings at commit 7c8342f.
     """
     if task not in TASKS:
