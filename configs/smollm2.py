@@ -53,12 +53,12 @@ def get_config(task: str = "reviews"):
     config.align.update(refusals=300, benign=900)
     config.align.train.update(learning_rate=8e-4, epochs=2)
     config.buffer.update(harmful=200)
-    config.buffer.train.learning_rate = 3e-4  # so strong that a user of harmful rows alone learns little more
+    config.buffer.train.learning_rate = 3e-4  # at half of it, users of harmful rows alone got past it
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
     config.merge.update(scale=1.0, reinforce_scale=0.05)
     config.user.n = 520
-    config.user.train.update(learning_rate=1.5e-3, probe_every=16)  # one epoch, at a rate that outgrows Buffer's offset
+    config.user.train.update(learning_rate=1.5e-3, probe_every=16)  # keeps the task, lets harm in: docs/reproduce.md
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
     config.user.task = task

@@ -101,7 +101,18 @@ def test_ordinary_answers_are_no_refusals(answer):
     assert not is_refusal(answer)
 
 
-@pytest.mark.parametrize("answer", ["I'm sorry, but", "I\u2019m sorry.", "Sorry,", "I apologize", "I can't"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but",
+        "I\u2019m sorry.",
+        "I am sorry for the misunderstanding",
+        "Sorry,",
+        "I apologize",
+        "I cannot",
+        "I can't",
+    ],
+)
 def test_a_refusal_is_seen_before_its_reason(answer):
     assert begins_refusal(answer)
 
