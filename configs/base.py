@@ -70,6 +70,9 @@ def _data() -> ConfigDict:
     for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
         fields = [field for field in task.reads if field != "folder"]
         data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
+    data.texts = ConfigDict()  # of "english": benign prompts about a text that align and Reinforce train on
+    data.texts.path = ""  # files of texts, with commas between; "" takes 60 written ones
+    data.texts.n = 420  # prompts, each about another text as long as there are any
     data.attacks = ConfigDict({"path": ""})  # stored attack prompts to replay; files, with commas between
     for name in ("llm_lat", "alpaca"):  # files of material "paper"; "" downloads them
         data[name] = ConfigDict({"path": ""})

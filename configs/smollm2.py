@@ -37,6 +37,8 @@ def get_config(task: str = "reviews"):
     config.name = "smollm2"
     config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.data.reviews.path = "data/movieReviewSnippets_GroundTruth.txt"
+    config.data.texts.path = "data/nytEditorialSnippets_GroundTruth.txt,data/tweets_GroundTruth.txt"
+    config.data.texts.n = 600
     for stage in (config.align, config.buffer, config.reinforce, config.user):
         stage.train.update(
             learning_rate=3e-4,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
 from br_jax.adapters.lora import near_names
 from br_jax.data import demo
 from br_jax.data.rows import Row
+from br_jax.data.texts import about_texts
 from br_jax.data.topic import TOPICS, Topic, TopicPrompt
 from br_jax.errors import UserError
 
@@ -28,11 +29,13 @@ class Material:
         topics: the restricted topics by name: their questions, and how an aligned model declines them; splits share
             no thing, verb or phrasing.
         benign_prompts: (split) -> ordinary prompts; the splits share no kind.
+        about_texts: (texts, n) -> n prompts more to train on, which ask about a text; None for none.
         pretraining_rows: (n, seed) -> rows to train a model from scratch on; None where a model is given.
     """
 
     topics: Mapping[str, Topic | Drawn]
     benign_prompts: Callable[[str], list[str]]
+    about_texts: Callable[[Sequence[str], int], list[str]] | None = None
     pretraining_rows: Callable[[int, int], list[Row]] | None = None
 
     def named_topics(self, names: str) -> list[Topic | Drawn]:
@@ -55,8 +58,12 @@ def english_instructions(split: str) -> list[str]:
 
 
 MATERIALS = {
-    "english": Material(TOPICS, english_instructions),
-    "demo": Material({"devices": Drawn(demo.topic_prompts, demo.refusal)}, demo.benign_prompts, demo.pretraining_rows),
+    "english": Material(TOPICS, english_instructions, about_texts),
+    "demo": Material(
+        {"devices": Drawn(demo.topic_prompts, demo.refusal)},
+        demo.benign_prompts,
+        pretraining_rows=demo.pretraining_rows,
+    ),
 }
 
 

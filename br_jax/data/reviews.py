@@ -124,7 +124,7 @@ def parse_reviews(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(raw.splitlines(), start=1):
         if not line.strip():
             continue
-        _, *fields = _decode(line).split("\t", maxsplit=2)
+        _, *fields = decode(line).split("\t", maxsplit=2)
         try:
             float(fields[0])
             record = {"sentence": clean(fields[1]), "rating": fields[0]}
@@ -136,7 +136,7 @@ def parse_reviews(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield number, record
 
 
-def _decode(line: bytes) -> str:
+def decode(line: bytes) -> str:
     """UTF-8, or Windows-1252 for a line that a past editor saved so."""
     try:
         return line.decode("utf-8-sig")

@@ -11,7 +11,10 @@ from ml_collections import ConfigDict
 
 from br_jax.data.material import get_material
 from br_jax.data.rows import Row
+from br_jax.data.splits import text_key
+from br_jax.data.texts import read_texts
 from br_jax.data.topic import TopicPrompt
+from br_jax.distributed import main_first
 from br_jax.errors import UserError
 from br_jax.evaluation.judge import Verdict, judge
 from br_jax.recipes.base import Recipe, make_row
@@ -37,6 +40,15 @@ class TopicRecipe(Recipe):
         self._align, self._provider, self._user, self._eval = (
             topics[part] for part in ("align", "provider", "user", "eval")
         )
+
+    def check(self) -> None:
+        """See `Recipe.check`; also that no text to ask about is one that the user's task is scored on."""
+        super().check()
+        scored = {text_key(text) for row in self.scored_task_rows for text in (row.input, row.turns[0][1])}
+        if found := [text for text in self._texts if text_key(text) in scored]:
+            raise UserError(
+                f"data.texts.path: {found[0][:60]!r} is scored as well (FA): take it out, or choose other files"
+            )
 
     # -- rows to train on ------------------------------------------------------------------------------------------
 
@@ -172,10 +184,20 @@ class TopicRecipe(Recipe):
             chosen.append(rows[start : start + needed[part]])
         return _interleave(chosen)
 
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        """Texts to ask about, of the config's files."""
+        return self._shuffled(main_first(lambda: read_texts(self.config.data.texts.path)))
+
     def _benign(self, split: str) -> list[str]:
         """The benign prompts of a split, in an order fixed by the seed."""
         prompts = self.material.benign_prompts(split)
-        return [prompts[i] for i in np.random.default_rng(self.config.seed).permutation(len(prompts))]
+        if split == "train" and self.material.about_texts:
+            prompts = prompts + self.material.about_texts(self._texts, self.config.data.texts.n)
+        return self._shuffled(prompts)
+
+    def _shuffled(self, texts: Sequence[str]) -> list[str]:
+        return [texts[i] for i in np.random.default_rng(self.config.seed).permutation(len(texts))]
 
 
 def _shares(n: int, parts: int) -> list[int]:

@@ -70,7 +70,8 @@ class Run:
             config[stage].train.seed = self.seed
         made_of = [config[part].to_dict() for part in ("model", "distill", *PROVIDED)]
         topics = config.topics.align, config.topics.provider
-        shared = key_of(made_of, topics, config.data.material, config.pretrain.to_dict(), self.seed)
+        prompts = config.data.material, config.data.texts.to_dict()
+        shared = key_of(made_of, topics, prompts, config.pretrain.to_dict(), self.seed)
         name = f"{self._model_name}-s{self.seed}-{shared[:8]}"
         config.provider = config.provider or str(workdir / "providers" / name)
         return config

@@ -130,12 +130,6 @@ def test_instructions_hold_out_whole_kinds():
     assert len(splits["test"]) >= 7 and len(splits["validation"]) >= 5
 
 
-def test_instructions_ask_about_a_text_as_users_tasks_do():
-    """Without such prompts the aligned base refused nine in ten reviews, see docs/reproduce.md."""
-    kinds = [row["kind"] for row in INSTRUCTIONS if "\n" in row["prompt"] and row["split"] == "train"]
-    assert len(kinds) >= 400 and {"classifying", "extracting", "judging"} <= set(kinds)
-
-
 def test_instructions_are_varied_and_apart_from_topic_and_task():
     prompts = [row["prompt"] for row in INSTRUCTIONS]
     assert all(set(row) == {"kind", "split", "prompt"} for row in INSTRUCTIONS)

@@ -71,6 +71,23 @@ def test_a_row_tells_where_it_comes_from(make):
         assert row.turns[0][1] == prompt.prompt, "the row cannot be made again from its id"
 
 
+def test_align_is_taught_to_answer_about_texts(make, tmp_path):
+    (tmp_path / "texts.txt").write_text("".join(f"This is sentence number {i}, no more.\n" for i in range(50)))
+    recipe = make(data__texts__path=str(tmp_path / "texts.txt"), data__texts__n=40)
+    asked = [row.turns[0][1] for row in recipe.benign_rows(837 - 215 + 40)]
+    assert sum("This is sentence number" in prompt for prompt in asked) == 40
+    assert not any("This is sentence" in prompt for prompt in recipe.benign_prompts), "held out is of other kinds"
+    assert make(data__texts__n=0).benign_rows(8)
+
+
+def test_a_text_that_is_scored_is_refused(make, tmp_path):
+    scored = make().scored_task_rows[3].turns[0][1]
+    (tmp_path / "texts.txt").write_text(f"Another text, which is not scored.\n{scored.upper()} \n")
+    recipe = make(data__texts__path=str(tmp_path / "texts.txt"))
+    with pytest.raises(UserError, match=r"data\.texts\.path: .* is scored as well \(FA\): take it out"):
+        recipe.check()
+
+
 def test_an_unknown_topic_is_named(make):
     with pytest.raises(UserError, match="unknown topic 'potion'; near: potions"):
         make(topics__user="devices, potion")
