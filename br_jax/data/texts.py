@@ -64,9 +64,10 @@ def read_texts(paths: str) -> list[str]:
             raise UserError(
                 f"{path}: cannot read the texts ({error.strerror}); correct data.texts.path, or fetch the file"
             ) from error
-        texts = [clean(decode(line).rpartition("\t")[2]) for line in lines]
-        fit = {text_key(text): text for text in texts if LENGTHS[0] < len(text) < LENGTHS[1]}
+        texts = (clean(decode(line).rpartition("\t")[2]) for line in lines)
+        fit = [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
         if not fit:
             raise UserError(f"{path}: no text of {LENGTHS[0]} to {LENGTHS[1]} characters; write one a line")
-        found = fit | found
+        for text in fit:
+            found.setdefault(text_key(text), text)
     return list(found.values())

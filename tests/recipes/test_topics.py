@@ -2,6 +2,7 @@
 
 import pytest
 
+from br_jax.data.material import english_instructions
 from br_jax.data.rows import Row
 from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
@@ -73,11 +74,11 @@ def test_a_row_tells_where_it_comes_from(make):
 
 def test_align_is_taught_to_answer_about_texts(make, tmp_path):
     (tmp_path / "texts.txt").write_text("".join(f"This is sentence number {i}, no more.\n" for i in range(50)))
-    recipe = make(data__texts__path=str(tmp_path / "texts.txt"), data__texts__n=40)
-    asked = [row.turns[0][1] for row in recipe.benign_rows(837 - 215 + 40)]
+    everything = len(english_instructions("train")) + 40
+    recipe = make(data__texts__path=str(tmp_path / "texts.txt"), data__texts__n=40, align__benign=everything)
+    asked = [row.turns[0][1] for row in recipe.benign_rows(everything)]
     assert sum("This is sentence number" in prompt for prompt in asked) == 40
     assert not any("This is sentence" in prompt for prompt in recipe.benign_prompts), "held out is of other kinds"
-    assert make(data__texts__n=0).benign_rows(8)
 
 
 def test_a_text_that_is_scored_is_refused(make, tmp_path):

@@ -69,6 +69,19 @@ def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config
     assert len(list((tmp_path / "s" / "providers").iterdir())) == 2 and len(list((tmp_path / "s/runs").iterdir())) == 4
 
 
+def test_what_the_provider_trains_on_names_its_folder(config, grid, tmp_path):
+    (run,) = grid(seeds=[1], p=[0.2]).runs()
+
+    def provider(**changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        return run.config(changed, tmp_path).provider
+
+    assert provider(user__n=20, data__texts__n=420) == provider()
+    for changes in ({"data__texts__n": 5}, {"data__texts__path": "t.txt"}, {"align__refusals": 5}):
+        assert provider(**changes) != provider(), changes
+
+
 def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
     methods = list(METHODS)
     list(run_sweep(config, tmp_path / "s", grid(methods=methods, seeds=[1], p=[0.2], a=[0.0, 0.5])))
