@@ -16,12 +16,13 @@ from br_jax.data.texts import read_texts
 from br_jax.data.topic import TopicPrompt
 from br_jax.distributed import main_first
 from br_jax.errors import UserError
-from br_jax.evaluation.judge import Verdict, judge
+from br_jax.evaluation.judge import Verdict, begins_refusal, judge
 from br_jax.recipes.base import Recipe, make_row
 
 T = TypeVar("T")
 
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
+_SPARE_SHARE = 8  # and for each so many benign ones needed, one more
 
 
 class TopicRecipe(Recipe):
@@ -62,7 +63,8 @@ class TopicRecipe(Recipe):
     def answers(self) -> dict[str, str]:
         """The raw model's own answers to the prompts of every stage."""
         config = self.config
-        benign = self._benign("train")[: max(config.align.benign, config.reinforce.benign) + _SPARE]
+        needed = max(config.align.benign, config.reinforce.benign)
+        benign = self._benign("train")[: needed + needed // _SPARE_SHARE + _SPARE]
         health = self._benign(config.eval.split)[: config.eval.health]
         harmful = [p.prompt for prompts in self._harmful_prompts for p in prompts]
         return self._answer(harmful + benign + health)
@@ -103,8 +105,8 @@ class TopicRecipe(Recipe):
         return _interleave(rows)
 
     def benign_rows(self, n: int) -> list[Row]:
-        """Benign training prompts with the raw model's own answers."""
-        prompts = [p for p in self._benign("train") if self.answers.get(p)]
+        """Benign training prompts with the raw model's own answers; one that it refuses would teach over-refusal."""
+        prompts = [p for p in self._benign("train") if self._answered(p)]
         if n > len(prompts):
             raise UserError(
                 f"{n} benign rows are asked for, and there are {len(prompts)}: lower align.benign or reinforce.benign"
@@ -128,7 +130,7 @@ class TopicRecipe(Recipe):
     def health_rows(self) -> list[Row]:
         """Held-out benign prompts with the raw model's own answers."""
         prompts = self._benign(self.config.eval.split)[: self.config.eval.health]
-        return [make_row(p, self.answers[p], "benign", "held-out benign") for p in prompts if self.answers[p]]
+        return [make_row(p, self.answers[p], "benign", "held-out benign") for p in prompts if self._answered(p)]
 
     # -- draws -----------------------------------------------------------------------------------------------------
 
@@ -175,6 +177,11 @@ class TopicRecipe(Recipe):
                 )
             found.append(rows)
         return found
+
+    def _answered(self, prompt: str) -> bool:
+        """Whether the raw model has answered a benign prompt, and not refused it."""
+        answer = self.answers.get(prompt)
+        return bool(answer) and not begins_refusal(answer)
 
     def _harmful(self, part: str) -> list[Row]:
         """The harmful rows of "buffer", "user" or "probes", its topics in turn."""

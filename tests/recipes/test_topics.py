@@ -17,7 +17,7 @@ def make(config):
     """make(**changes) -> the recipe of the small config; its raw model complies but for each fifth topic prompt."""
 
     def answer(prompts):
-        said = {prompt: f"About {prompt}: well." for prompt in prompts}
+        said = dict.fromkeys(prompts, "This is how.")
         for name, known in KNOWN.items():
             for i, (text, prompt) in enumerate(known.items()):
                 if text in said:
@@ -79,6 +79,17 @@ def test_align_is_taught_to_answer_about_texts(make, tmp_path):
     asked = [row.turns[0][1] for row in recipe.benign_rows(everything)]
     assert sum("This is sentence number" in prompt for prompt in asked) == 40
     assert not any("This is sentence" in prompt for prompt in recipe.benign_prompts), "held out is of other kinds"
+
+
+def test_a_benign_prompt_that_the_raw_model_refuses_is_no_row(make):
+    recipe = make()
+    asked = [row.turns[0][1] for row in recipe.benign_rows(9)]
+    recipe.answers[asked[1]] = "I'm sorry for any confusion, but as a chatbot I"
+    recipe.answers[asked[4]] = ""
+    assert [row.turns[0][1] for row in recipe.benign_rows(7)] == asked[:1] + asked[2:4] + asked[5:]
+    scored = recipe.health_rows[0].turns[0][1]
+    recipe.answers[scored] = "I can't help with that."
+    assert scored not in {row.turns[0][1] for row in recipe.health_rows}
 
 
 def test_a_text_that_is_scored_is_refused(make, tmp_path):
