@@ -2,12 +2,15 @@
 
 import collections
 import json
+import re
 from importlib import resources
 
 import pytest
 
 from br_jax.data.texts import about_texts, read_texts
+from br_jax.data.topic import TOPICS
 from br_jax.errors import UserError
+from configs import base
 
 WRITTEN = json.loads(resources.files("br_jax.data").joinpath("texts.json").read_text(encoding="utf-8"))
 MANY = [f"This is sentence number {i}, no more." for i in range(700)]
@@ -21,6 +24,16 @@ def test_what_is_written_is_apart_from_the_task_of_reviews():
     words = set(" ".join(WRITTEN["instructions"] + WRITTEN["texts"]).lower().split())
     assert not words & {"sentiment", "movie", "movies", "reviews", "analyze", "positive", "negative"}
     assert [len(set(part)) for part in WRITTEN.values()] == [24, 60]
+
+
+def test_the_base_config_asks_about_texts_as_users_tasks_do():
+    """Without such prompts the aligned base refused nine in ten reviews, see docs/reproduce.md."""
+    prompts = about_texts([], base.get_config().data.texts.n)
+    assert len(prompts) >= 400 and used(prompts, WRITTEN["instructions"]).keys() == {*WRITTEN["instructions"]}
+    invented = {
+        thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part
+    }
+    assert not invented & {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
 
 
 def test_each_prompt_has_another_text_as_long_as_there_are_any():
