@@ -19,7 +19,7 @@ from br_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/smollm2.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
-METHOD = flags.DEFINE_list("method", "aligned,sft,ours", "Methods, see METHODS in br_jax/sweep.py.")
+METHOD = flags.DEFINE_list("method", "aligned,sft,ours", "Methods, see METHODS in br_jax/sweep/grid.py.")
 P = flags.DEFINE_list("p", None, "Shares of harmful rows; default: the config's.")
 N = flags.DEFINE_list("n", None, "Numbers of user rows; default: the config's.")
 SEED = flags.DEFINE_list("seed", None, "Seeds of data and training; default: the config's.")

@@ -24,9 +24,9 @@ from br_jax.adapters.lora import Adapter
 from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError
 from br_jax.evaluation.store import key_of
+from br_jax.files import write_text
 from br_jax.method import release
 from br_jax.pipeline import TRAINED, Experiment
-from br_jax.training.run import write_json
 
 PROVIDED = ("align", "buffer", "reinforce")
 
@@ -199,7 +199,7 @@ def _run(run: Run, config: ConfigDict, workdir: pathlib.Path, cells: Sequence[tu
         cell = {"run": dataclasses.asdict(run), "method": method, "a": a, "scores": scores, "seconds": seconds}
         if is_main():
             record = {"settings": _settings(config, method, a), **cell}
-            write_json(_cell_file(workdir, run, method, a), record)
+            write_text(_cell_file(workdir, run, method, a), json.dumps(record) + "\n")  # one line: an outcome a prompt
         barrier("cell")
         yield cell
 
