@@ -174,7 +174,8 @@ def run_sweep(
         if any(read_cell(workdir, run, config, *cell) is None for cell in grid.cells()):
             Experiment(config, workdir / "runs" / run.name).check()
     for run, config in mine:
-        yield from _run(run, config, workdir, grid.cells())
+        with _alone(workdir / "runs" / run.name):
+            yield from _run(run, config, workdir, grid.cells())
 
 
 def _run(run: Run, config: ConfigDict, workdir: pathlib.Path, cells: Sequence[tuple[str, float | None]]):
@@ -291,11 +292,12 @@ def _settings(config: ConfigDict, method: str, a: float | None) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path):
-    """Keeps other processes of a sweep out of a provider's folder while this one works in it."""
+    """Keeps other processes of a sweep out of a run's or a provider's folder while this one works in it."""
     if not is_main():  # the others of a run on several hosts come with process 0, hours later if need be
         barrier("alone")
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

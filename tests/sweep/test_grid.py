@@ -140,9 +140,11 @@ def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path
     assert "2 of 4 runs are left" in render_plan(after) and "time: 0.0 h, at 0 min a run" in render_plan(after)
 
 
-def test_another_process_in_the_provider_s_folder_is_waited_for(config, calls, grid, tmp_path):
+@pytest.mark.parametrize("place", ["provider", "run"])
+def test_another_process_in_a_folder_is_waited_for(config, calls, grid, tmp_path, place):
     (run,) = grid(seeds=[1], p=[0.2]).runs()
-    folder = pathlib.Path(run.config(config, tmp_path / "s").provider)
+    provider = pathlib.Path(run.config(config, tmp_path / "s").provider)
+    folder = {"provider": provider, "run": tmp_path / "s" / "runs" / run.name}[place]
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -152,6 +154,18 @@ def test_another_process_in_the_provider_s_folder_is_waited_for(config, calls, g
         assert worker.is_alive() and not calls["trained"]
     worker.join(timeout=60)
     assert not worker.is_alive() and "user" in calls["trained"]
+
+
+def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, tmp_path):
+    ours = run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))
+    cells, others = [next(ours)], []
+    worker = threading.Thread(target=lambda: others.extend(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))))
+    worker.start()
+    time.sleep(0.5)
+    assert worker.is_alive() and not others
+    cells.extend(ours)
+    worker.join(timeout=60)
+    assert not worker.is_alive() and others == cells and len(calls["scored"]) == len(cells) == 3
 
 
 RUN = """
