@@ -163,7 +163,8 @@ def test_the_cost_is_ours_against_sft_at_p_0(report, make_cell):
     row = line(section(report(cells), "What the defense costs"), "0.1")
     mean, low, high = students([-0.01, -0.05, -0.04], -1, 1)
     assert row[1] == f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    assert row[2:] == ["+10.0", "7.00, 2 of 3 seeds", "7.50", "+0.50"]
+    mean, low, high = students([1.5, -0.5], -np.inf, np.inf)
+    assert row[2:] == ["+10.0", "7.00, 2 of 3 seeds", "7.50", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
