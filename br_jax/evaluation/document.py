@@ -66,13 +66,15 @@ def literal(text: str) -> str:
 
 def points(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """A difference of shares in points with its sign, and its interval where there is one; else "n/a"."""
-    return difference(*(100 * one if is_finite(one) else None for one in (value, low, high)), "+.1f")
+    return with_interval(value, low, high, "+.1f", 100)
 
 
-def difference(value: float | None, low: float | None, high: float | None, form: str) -> str:
-    """A difference by a format, and its interval where there is one; else "n/a"."""
-    interval = f" ({low:{form}} to {high:{form}})" if is_finite(low) and is_finite(high) else ""
-    return f"{value:{form}}{interval}" if is_finite(value) else "n/a"
+def with_interval(value: float | None, low: float | None, high: float | None, form: str, scale: float = 1) -> str:
+    """`scale` times a number by a format, and its interval where there is one; else "n/a"."""
+    if not is_finite(value):
+        return "n/a"
+    interval = f" ({scale * low:{form}} to {scale * high:{form}})" if is_finite(low) and is_finite(high) else ""
+    return f"{scale * value:{form}}{interval}"
 
 
 def number(value: Any, form: str) -> str:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from br_jax.evaluation.document import difference, literal, number, points, table
+from br_jax.evaluation.document import literal, number, points, table, with_interval
 from br_jax.evaluation.scores import BREAKDOWNS, KAPPA
 from br_jax.sweep import METHODS
 from br_jax.sweep.rows import (
@@ -188,7 +188,7 @@ def cost(groups: Groups) -> Iterable[str]:
             cells = [told(gap(ours, sft, score)) for score in ("task", "over_refusal")]
             change = gap(ours, sft, "perplexity")
             ends = [_mean(row, "perplexity", ".2f") if row else "not run" for row in (sft, ours)]
-            cells += [*ends, difference(*change[:3], "+.2f") if change else "n/a"]
+            cells += [*ends, with_interval(*change[:3], "+.2f") if change else "n/a"]
             lines.append([literal(str(setting)), f"{ours.a:g}", *cells])
     if not lines:
         yield "Not run."
