@@ -24,7 +24,7 @@ from br_jax.evaluation.figures import (
     new_figure,
     styled,
 )
-from br_jax.sweep.rows import Row, Setting, estimate, find, one_strength, shares, strengths
+from br_jax.sweep.rows import Counted, Row, Setting, estimate, find, one_strength, shares, strengths
 
 Style = tuple[str, str, str | tuple]  # color, marker, dashes: any one of them tells the lines apart
 _STYLES: dict[str, Style] = {
@@ -87,7 +87,7 @@ def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
 
 @styled
 def share_figure(rows: Sequence[Row], title: str = "") -> Figure:
-    """HS and FA against the share of harmful rows p, a line a method."""
+    """HS and FA against the share of harmful rows p, a line a method; no FA at p = 1, where the user has no task."""
     lines = defaultdict(dict)
     for row in one_strength(rows):
         lines[row.method, row.label][row.p] = row
@@ -150,7 +150,7 @@ def methods_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
 def _bar(axis: Axes, place: int, row: Row, score: str, color: str) -> None:
     if row.method == "ours":
         axis.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
-    counted = row.counted(score)
+    counted = _counted(row, score)
     found = estimate(counted)
     if found is None:
         axis.text(2, place, "n/a", va="center", color=GRAY, style="italic", fontsize=9)
@@ -196,7 +196,7 @@ def _line(axis: Axes, points: Sequence[tuple[float, Row | None]], score: str, st
     color, marker, dashes = style
     means = []
     for x, row in points:
-        counted = row.counted(score) if row else {}
+        counted = _counted(row, score)
         found = estimate(counted)
         means.append(100 * found.mean if found else math.nan)  # the line has a gap there
         if found:
@@ -206,6 +206,11 @@ def _line(axis: Axes, points: Sequence[tuple[float, Row | None]], score: str, st
             axis.plot([x] * len(each), each, linestyle="none", **_ring(color) | {"zorder": 2})
     axis.plot([x for x, _ in points], means, color=color, marker=marker, markersize=6, linestyle=dashes, label=label,
               zorder=3, clip_on=False)  # fmt: skip
+
+
+def _counted(row: Row | None, score: str) -> Counted:
+    """What is drawn of a row's score: no FA at p = 1, where the user has no task."""
+    return {} if row is None or (score == "task" and row.p == 1) else row.counted(score)
 
 
 def _ring(color: str) -> dict:

@@ -62,10 +62,12 @@ def test_lines_are_the_means_whiskers_the_intervals_and_rings_the_seeds(moving):
     assert axis.get_ylim()[0] > -5 and axis.get_ylim()[1] < 105
 
 
-def test_the_second_panel_is_the_task(moving):
+def test_the_second_panel_is_the_task_of_users_who_have_one(moving):
     axis = share_figure(rows_of(moving)).axes[1]
     assert axis.get_title().startswith("Task accuracy")
-    np.testing.assert_allclose(named(axis, "Buffer-and-Reinforce, a = 0.1").get_ydata(), [80.0] * 3)
+    np.testing.assert_allclose(named(axis, "Buffer-and-Reinforce, a = 0.1").get_ydata(), [80.0, 80.0, np.nan])
+    bars = methods_figure(rows_of(moving), 1.0).axes
+    assert [[text.get_text() for text in axis.texts].count("n/a") for axis in bars] == [0, 2, 0]
 
 
 def test_lines_stand_beside_each_other_and_each_within_its_step(make_grid):
