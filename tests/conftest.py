@@ -35,12 +35,18 @@ from br_jax.training.config import TrainConfig  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
-    """Programs that several tests share are compiled once a session; the folder, for tests that start a process."""
-    folder = tmp_path_factory.mktemp("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return folder
+    """Programs that several tests share are compiled once a session, those of the processes that tests start too.
+
+    These have a folder of their own, for one that is killed may leave half a program there, which JAX warns of.
+    """
+    settings = {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": -1}
+    ours, theirs = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("compiled_by_processes")
+    for name, value in (settings | {"jax_compilation_cache_dir": str(ours)}).items():
+        jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (settings | {"jax_compilation_cache_dir": str(theirs)}).items():
+            environment.setenv(name.upper(), str(value))
+        yield
 
 
 # Every dimension that a mesh may split is a multiple of 8, and N * H is not D.

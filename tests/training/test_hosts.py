@@ -26,12 +26,8 @@ ABORTED = -signal.SIGABRT
 
 
 @pytest.fixture(scope="module")
-def start(compile_cache):
+def start():
     """start(workdir, *how, processes=2, devices=8, mesh=MESH) -> [(exit status, stdout, stderr), one a process]."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
 
     def run(workdir, *how, processes=2, devices=8, mesh=MESH):
         with socket.socket() as free:
@@ -41,7 +37,7 @@ def start(compile_cache):
             [sys.executable, SCRIPT, workdir, f"{i}/{processes}", port, devices // processes, mesh, *how]
             for i in range(processes)
         ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started = [subprocess.Popen(list(map(str, command)), **pipes) for command in commands]
         ended = [(*process.communicate(timeout=150), process.returncode) for process in started]
         return [(status, GLOO.sub("", out), err) for out, err, status in ended]
