@@ -39,13 +39,15 @@ def compile_cache(tmp_path_factory):
 
     These have a folder of their own, for one that is killed may leave half a program there, which JAX warns of.
     """
-    settings = {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": -1}
     ours, theirs = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("compiled_by_processes")
-    for name, value in (settings | {"jax_compilation_cache_dir": str(ours)}).items():
-        jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in (settings | {"jax_compilation_cache_dir": str(theirs)}).items():
-            environment.setenv(name.upper(), str(value))
+        for name, value, theirs_value in (
+            ("jax_compilation_cache_dir", str(ours), str(theirs)),
+            ("jax_persistent_cache_min_compile_time_secs", 0.1, "0.1"),
+            ("jax_persistent_cache_min_entry_size_bytes", -1, "-1"),
+        ):
+            jax.config.update(name, value)
+            environment.setenv(name.upper(), theirs_value)
         yield
 
 

@@ -25,24 +25,19 @@ MESH = "1,8,1"
 ABORTED = -signal.SIGABRT
 
 
-@pytest.fixture(scope="module")
-def start():
-    """start(workdir, *how, processes=2, devices=8, mesh=MESH) -> [(exit status, stdout, stderr), one a process]."""
-
-    def run(workdir, *how, processes=2, devices=8, mesh=MESH):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        commands = [
-            [sys.executable, SCRIPT, workdir, f"{i}/{processes}", port, devices // processes, mesh, *how]
-            for i in range(processes)
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started = [subprocess.Popen(list(map(str, command)), **pipes) for command in commands]
-        ended = [(*process.communicate(timeout=150), process.returncode) for process in started]
-        return [(status, GLOO.sub("", out), err) for out, err, status in ended]
-
-    return run
+def start(workdir, *how, processes=2, devices=8, mesh=MESH):
+    """Runs the script; returns [(exit status, stdout, stderr), one a process]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = [
+        [sys.executable, SCRIPT, workdir, f"{i}/{processes}", port, devices // processes, mesh, *how]
+        for i in range(processes)
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(list(map(str, command)), **pipes) for command in commands]
+    ended = [(*process.communicate(timeout=150), process.returncode) for process in started]
+    return [(status, GLOO.sub("", out), err) for out, err, status in ended]
 
 
 # gloo speaks of its connections, several threads at once and piece by piece
@@ -73,7 +68,7 @@ def steps(folder):
 
 
 @pytest.fixture(scope="module")
-def straight(start, tmp_path_factory):
+def straight(tmp_path_factory):
     """The folder of two processes that nothing stopped."""
     folder = tmp_path_factory.mktemp("straight")
     trained(start(folder))
@@ -81,7 +76,7 @@ def straight(start, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stopped_alone(start, tmp_path_factory):
+def stopped_alone(tmp_path_factory):
     """The folder of one process of eight devices after SIGTERM at step 6."""
     folder = tmp_path_factory.mktemp("alone")
     ((status, out, err),) = start(folder, "term:0:6", processes=1)
@@ -91,7 +86,7 @@ def stopped_alone(start, tmp_path_factory):
     return folder
 
 
-def test_two_processes_train_what_one_does(start, straight, stopped_alone, tmp_path):
+def test_two_processes_train_what_one_does(straight, stopped_alone, tmp_path):
     alone = shutil.copytree(stopped_alone, tmp_path / "alone")
     trained(start(alone, processes=1))
     assert len(losses(straight)) == STEPS and len(set(losses(straight))) == STEPS
@@ -109,13 +104,13 @@ def test_two_processes_train_what_one_does(start, straight, stopped_alone, tmp_p
         assert stages[0][name] == stages[1][name]
 
 
-def test_a_run_goes_on_in_more_processes(start, straight, stopped_alone, tmp_path):
+def test_a_run_goes_on_in_more_processes(straight, stopped_alone, tmp_path):
     folder = shutil.copytree(stopped_alone, tmp_path / "moved")
     trained(start(folder, mesh="2,4,1"))
     np.testing.assert_allclose(losses(folder), losses(straight), rtol=1e-5)
 
 
-def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(start, straight, tmp_path):
+def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(straight, tmp_path):
     folder = tmp_path / "stopped"
     ended = start(folder, "term:1:5")
     assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
@@ -142,12 +137,12 @@ def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(start, st
     np.testing.assert_allclose(losses(moved), losses(straight), rtol=1e-5)
 
 
-def test_each_process_feeds_the_rows_of_its_devices(start, tmp_path):
+def test_each_process_feeds_the_rows_of_its_devices(tmp_path):
     ended = start(tmp_path, "rows")
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
 
 
-def test_two_processes_go_on_answering_where_one_was(start, tmp_path):
+def test_two_processes_go_on_answering_where_one_was(tmp_path):
     names = ("answers", "verdicts", "base", "adapted", "scores")
     found, one, two = [], tmp_path / "one", tmp_path / "two"
     for folder, processes in ((one, 1), (two, 2)):
@@ -163,7 +158,7 @@ def test_two_processes_go_on_answering_where_one_was(start, tmp_path):
     assert scores[0] == scores[1] and found[0] == found[1] and len(found[0]["answers"].splitlines()) == 2 * 12
 
 
-def test_two_processes_run_a_sweep(start, tmp_path):
+def test_two_processes_run_a_sweep(tmp_path):
     ended = start(tmp_path, "sweep", mesh="2,4,1")
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
     first, second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/cells/aligned.json")))
