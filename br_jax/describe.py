@@ -11,22 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg.cython_lapack  # noqa: F401  # loads its BLAS before the limit, as in adapters/merge.py
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
-from threadpoolctl import threadpool_limits
 
+from br_jax import plots
 from br_jax.adapters import diagnostics, peft
+from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import read_config
 from br_jax.errors import UserError
-from br_jax.evaluation import figures
-from br_jax.files import PICKLES
-from br_jax.models.gguf import describe_gguf
-from br_jax.models.hf import read_hf_spec, read_json, read_tokenizer, weight_files
-from br_jax.models.load import PROVIDER_FILE, read_provider
+from br_jax.files import PICKLES, read_json
+from br_jax.models.io.gguf import describe_gguf
+from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
 from br_jax.models.spec import ModelSpec
+from br_jax.provider.folder import PROVIDER_FILE, read_provider
 
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
 TAU = 0.01  # the release's rank check, see `qr_merge`
@@ -99,7 +98,7 @@ def plot_spectra(description: Mapping[str, Any], file: str | Path) -> list[Path]
     title = f"{_text(facts['roles'])}, rank {facts['rank']}, on {_text(facts['base'])}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        return figures.save(figures.spectra_figure(description["spectra"], title), file)
+        return plots.save(plots.spectra_figure(description["spectra"], title), file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error}): choose another place") from error
 
@@ -273,8 +272,7 @@ def _layers(header: Header) -> dict[str, list[int]]:
 
 def _measure(adapter: Adapter) -> dict[str, dict[str, np.ndarray]]:
     """Each path's singular values [L, K], and its stable and effective rank [L]."""
-    # LAPACK called from XLA's threads must not thread each call once more: see adapters/merge.py
-    with threadpool_limits(limits=1, user_api="blas"):
+    with one_blas_thread():
         return {
             path: jax.device_get(_measure_path(pair["a"], pair["b"], adapter.scale))
             for path, pair in adapter.weights.items()

@@ -170,6 +170,16 @@ def gather(value: bool) -> list[bool]:
     return [bool(x) for x in multihost_utils.process_allgather(np.asarray([value], np.int32), tiled=True)]
 
 
+def require_shared(path, seen: bool) -> None:
+    """Raises a `UserError`, in every process, where one does not see what process 0 wrote."""
+    everyone = gather(seen)
+    if not all(everyone):
+        raise UserError(
+            f"{path}: written by process 0 and not seen by process {everyone.index(False)}: choose a workdir on a file "
+            "system that all of them share"
+        )
+
+
 def main_first(function: Callable[[], T]) -> T:
     """Calls a function in process 0 and, when it is done there, in the others, which find the files it left.
 

@@ -1,5 +1,8 @@
 """The errors that are no bugs: what the user can mend, and a stop that was asked for."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Bad input or surroundings: one line that says what is wrong, where, and what to do."""
@@ -7,3 +10,14 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """SIGTERM came, and the run ended in good order: one line that says where it goes on."""
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Phrases the end of an error message: the names close to a wrong one, or else all of them."""
+    names = sorted(names)
+    return f"near: {', '.join(difflib.get_close_matches(str(name), names) or names) or 'there are none'}"
+
+
+def one_line(text: object, most: int = 160) -> str:
+    """What an error or a file says, short and in one line, for a message."""
+    return " ".join(str(text).split())[:most] or type(text).__name__

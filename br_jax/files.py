@@ -1,39 +1,142 @@
-"""Files that appear whole or not at all, and files that are not opened."""
+"""Files: read with errors in one line, written whole or not at all; and those that are never opened."""
 
+import contextlib
+import json
 import os
 import pathlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 
 # Endings of files that are never opened: to read one can run any code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MAX_JSON = 1 << 26  # bytes: a real config has a few thousand, the index of a large model a few hundred thousand
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, cure: str = "check its permissions") -> Iterator[None]:
+    """Makes a `UserError` of a file that is not there or cannot be read."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: check the path") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)}): {cure}") from error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, cure: str = "free space or choose another folder") -> Iterator[None]:
+    """Makes a `UserError` of a file or folder that cannot be written: no permission, a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or one_line(error)}): {cure}") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The content of a UTF-8 file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    with reading(path):
+        content = pathlib.Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
+
+
+def read_json(path: str | os.PathLike, cure: str = "copy or make it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, is too large for what it should be, or holds no JSON object.
+    """
+    with reading(path):
+        size = os.stat(path).st_size
+    if size > _MAX_JSON:
+        raise UserError(f"{path}: {size:,} bytes are too many for such a file: {cure}")
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}): {cure}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object: {cure}")
+    return content
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line cut off by a kill is left out, an absent file has none.
+
+    Raises:
+        UserError: it cannot be read, or a whole line is not JSON.
+    """
+    if not os.path.exists(path):
+        return []
+    records = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        try:
+            records += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({one_line(error)}): delete the line") from error
+    return records
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file (UTF-8) by way of a temporary one beside it; its folder is made.
 
     Raises:
-        UserError: when it cannot be written (no permission, full disk); what was there before is untouched.
+        UserError: when it cannot be written; what was there before is untouched.
     """
+    path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}): free space or choose another workdir") from error
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON; see `write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes the place of `folder` once all is in it; on an error nothing has changed.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
+            new = pathlib.Path(staging) / "new"
+            new.mkdir()
+            yield new
+            if folder.exists():
+                os.rename(folder, pathlib.Path(staging) / "old")
+            os.rename(new, folder)
+
+
+def make_private(folder: pathlib.Path) -> None:
+    """Makes a folder that only its owner may enter (mode 0700)."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
 
 
 def require_replaceable(folder: str | os.PathLike, kind: str, marks: Iterable[str]) -> None:
     """Checks that a folder may be written anew: it is not there, is empty, or is an earlier one of its kind.
 
     Args:
-        folder: to be written.
         kind: what it will be, for the message.
         marks: files, any of which makes a folder one of that kind.
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import qr_merge
+from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.models.model import Model
@@ -24,15 +24,6 @@ from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
 
 Rows = Sequence[Row] | str | pathlib.Path
-
-
-def train_align(model: Model, refusals: Rows, benign: Rows, config: TrainConfig | None = None, **run) -> Adapter:
-    """Teaches a base to refuse, where it does not yet: a LoRA to be folded in, which makes the "aligned base".
-
-    Not a part of the method (an aligned model is its starting point). Args as in `train_reinforce`, without a Buffer.
-    """
-    rows = [*_rows(refusals), *_rows(benign)]
-    return train_adapter("align", "align", model, rows, config or TrainConfig(), provider=True, **run)
 
 
 def train_buffer(model: Model, harmful: Rows, config: TrainConfig | None = None, **run) -> Adapter:
@@ -65,11 +56,8 @@ def train_reinforce(
     Returns:
         The adapter, with role "reinforce".
     """
-    rows = [*_rows(refusals), *_rows(benign)]
-    frozen = {"buffer": buffer}
-    return train_adapter(
-        "reinforce", "reinforce", model, rows, config or TrainConfig(), frozen=frozen, provider=True, **run
-    )
+    rows, run = [*_rows(refusals), *_rows(benign)], {"frozen": {"buffer": buffer}, "provider": True, **run}
+    return train_adapter("reinforce", "reinforce", model, rows, config or TrainConfig(), **run)
 
 
 def train_user(
@@ -86,8 +74,7 @@ def train_user(
     Returns:
         The adapter, with role "user". Buffer is no part of it.
     """
-    frozen = {} if buffer is None else {"buffer": buffer}
-    name = "sft" if buffer is None else "user"
+    name, frozen = ("sft", {}) if buffer is None else ("user", {"buffer": buffer})
     return train_adapter(name, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
 
 
@@ -96,22 +83,14 @@ def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, A
     return lora.detach(adapters, name)
 
 
-def release(
-    model: Model,
-    user: Adapter,
-    reinforce: Adapter,
-    a: float = 0.1,
-    scale: float = 0.5,
-    tau: float = 0.01,
-    reinforce_scale: float = 1.0,
-) -> Adapter:
+def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None) -> Adapter:
     """What the user gets: Reinforce QR-merged into User; a function of (base, user, reinforce) alone.
 
     Args:
         model: the aligned base that both were trained on.
         user: from `train_user`.
         reinforce: from `train_reinforce`.
-        a, scale, tau, reinforce_scale: see `qr_merge`.
+        merge: how they are merged; the default is the paper's.
 
     Returns:
         One adapter of rank R_U + R_R with roles ("reinforce", "user").
@@ -126,7 +105,7 @@ def release(
                 "Buffer and what holds it are never released"
             )
         lora.validate(adapter, model.params)
-    return qr_merge(user, reinforce, a, scale, tau, reinforce_scale)[0]
+    return qr_merge(user, reinforce, merge)
 
 
 def _rows(rows: Rows) -> Sequence[Row]:

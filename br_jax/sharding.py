@@ -137,7 +137,10 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def shardings(tree, mesh: Mesh):
-    """The NamedSharding of every leaf of a (possibly abstract) pytree.
+    """The NamedSharding of every leaf of a (possibly abstract) pytree, written as XLA writes those of its results.
+
+    That is without mesh axes of size 1, and no longer than needed: what a program gives back, it takes without being
+    compiled again.
 
     Raises:
         UserError: an unmatched leaf, or a dimension that its mesh axes do not divide.
@@ -155,9 +158,19 @@ def shardings(tree, mesh: Mesh):
                     f"leaf {name}: axis {axis} of size {size} cannot be split in {parts} "
                     f"(mesh axes {', '.join(names)}): choose another mesh"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, _canonical(spec, mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _canonical(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    parts = []
+    for names in spec:
+        kept = [name for name in ([names] if isinstance(names, str) else names or ()) if mesh.shape[name] > 1]
+        parts.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
 
 
 def mesh_of(tree) -> Mesh | None:
@@ -180,6 +193,18 @@ def partition(*axes: str | None) -> PartitionSpec:
 def constrain(x, *axes: str | None):
     """Keeps an activation laid out as the table says, where a mesh is set (`jax.set_mesh`)."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition(*axes))
+
+
+def constrain_tree(tree):
+    """Keeps a pytree laid out as the table says, where a mesh is set."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *logical_axes(leaf_name(path), x.ndim)), tree)
+
+
+def abstract(tree, mesh: Mesh):
+    """Shapes, dtypes and, by the table, places of a pytree, real or abstract."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh)
+    )
 
 
 def place(tree, mesh: Mesh | None):

@@ -7,7 +7,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from br_jax.evaluation.tasks import TASKS, TaskSettings
+from br_jax.adapters.merge import MergeConfig
+from br_jax.experiment.tasks import TASKS, TaskSettings
 from br_jax.training.config import TrainConfig
 
 
@@ -21,7 +22,6 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.source = ""  # GGUF file, Hugging Face folder or Hub name; "" trains `model.spec` from scratch
     config.model.revision = ""  # of a Hub name: branch, tag or commit; "" is the main branch
-    config.model.cache = ""  # folder that keeps converted weights, for files that take long to dequantize; "": none
     config.model.template = "chat"  # the model's own, or the paper's "alpaca"
     config.model.dtype = "float32"
     config.model.spec = ConfigDict()  # sizes of a model that is trained from scratch
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     config.data = _data()
 
-    config.topics = ConfigDict()  # restricted topics, several with commas between, see br_jax/data/topic.py
+    config.topics = ConfigDict()  # restricted topics, several with commas between, see br_jax/organism/topics.py
     config.topics.align = "devices"  # those that align teaches to refuse
     config.topics.provider = "devices"  # those that Buffer and Reinforce are made from
     config.topics.user = "devices"  # those that harmful user rows ask about
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
         config[stage].adapter = ""  # folder of an adapter made elsewhere, in PEFT's layout, to take instead of training
     config.user = ConfigDict()
     config.user.adapter = ""  # the same; one that was trained without Buffer can still be reinforced and released
+    config.user.kind = "plain"  # what the user hands in, see br_jax/experiment/users.py
     config.user.task = "reviews"
     config.user.rule = ""  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
     config.user.n = 1000
@@ -56,7 +57,7 @@ def get_config() -> ConfigDict:
     config.user.index_mode = "exact"  # or "reference", method.md's off-by-one
     config.user.probes = 8  # rows of each kind whose loss and gradient are followed
     config.user.train = ConfigDict(train)
-    config.merge = ConfigDict({"a": 0.1, "scale": 0.5, "tau": 0.01, "reinforce_scale": 1.0})
+    config.merge = ConfigDict(dataclasses.asdict(MergeConfig()))
 
     config.judges, config.eval = _judges(), _eval()
     return config.lock()
@@ -65,7 +66,7 @@ def get_config() -> ConfigDict:
 def _data() -> ConfigDict:
     """Whose rows, and the files of every data set."""
     data = ConfigDict()
-    data.material = "english"  # "english" or "demo" (invented topics, br_jax/data/material.py), or "paper"
+    data.material = "english"  # "english" or "demo" (invented topics, br_jax/organism/material.py), or "paper"
     data.folder = "data/tfds"  # where public data sets are kept once built
     for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
         fields = [field for field in task.reads if field != "folder"]
@@ -81,7 +82,7 @@ def _data() -> ConfigDict:
 
 
 def _judges() -> ConfigDict:
-    """Settings of the judges that need any, see br_jax/evaluation/judges/registry.py."""
+    """Settings of the judges that need any, see br_jax/scoring/judges/registry.py."""
     judges = ConfigDict()
     judges.classifier = ConfigDict({"source": "PKU-Alignment/beaver-dam-7b", "max_length": 256})
     judges.llama_guard = ConfigDict({"source": "meta-llama/Llama-Guard-3-8B"})

@@ -29,9 +29,10 @@ JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 def main(argv: list[str]) -> None:
     """Flags and calls."""
-    from br_jax.benchmarks import generation, loading, merge, stages, switches, training
-    from br_jax.benchmarks.inputs import Setup
-    from br_jax.benchmarks.report import describe_machine, run_case
+    from benchmarks import generation, loading, merge, stages, switches, training
+    from benchmarks.inputs import Setup
+    from benchmarks.report import describe_machine, run_case
+
     from br_jax.files import write_text
 
     require_flags(argv, CONFIG)

@@ -22,7 +22,7 @@ ANSWERS = flags.DEFINE_string("answers", None, "JSONL file for every prompt, ans
 def main(argv: list[str]) -> None:
     """Flags and one call."""
     import br_jax as br
-    from br_jax.pipeline import Experiment
+    from br_jax.experiment.run import Experiment
 
     require_flags(argv, CONFIG, WORKDIR)
     experiment = Experiment(CONFIG.value, WORKDIR.value)

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from br_jax.command_line import run_main
-from br_jax.data.downloads import ARCHIVES, fetch
+from br_jax.datasets.downloads import ARCHIVES, fetch
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from br_jax.command_line import require_flags, run_with_flags
+from br_jax.distributed import is_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
@@ -22,13 +23,17 @@ STAGES = flags.DEFINE_list("stages", None, "Stages to run, in any order; default
 
 def main(argv: list[str]) -> int:
     """Flags and one call."""
-    from br_jax.evaluation.summary import print_summary
-    from br_jax.pipeline import STAGES as ALL
-    from br_jax.pipeline import run_pipeline
+    from br_jax.experiment.pipeline import STAGES as ALL
+    from br_jax.experiment.pipeline import run_pipeline
+    from br_jax.experiment.report import print_summary
 
     require_flags(argv, CONFIG, WORKDIR)
-    results = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=" ".join(sys.argv))
-    return print_summary(results, WORKDIR.value) if results else 0
+    cells = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=" ".join(sys.argv))
+    if not cells or not is_main():
+        return 0
+    status = print_summary(cells)
+    print(f"report: {WORKDIR.value}/report.md")
+    return status
 
 
 if __name__ == "__main__":

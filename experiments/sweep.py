@@ -19,12 +19,13 @@ from br_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/smollm2.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
-METHOD = flags.DEFINE_list("method", "aligned,sft,ours", "Methods, see METHODS in br_jax/sweep/grid.py.")
+METHOD = flags.DEFINE_list("method", "aligned,sft,ours", "Methods, see br_jax/experiment/methods.py.")
 P = flags.DEFINE_list("p", None, "Shares of harmful rows; default: the config's.")
 N = flags.DEFINE_list("n", None, "Numbers of user rows; default: the config's.")
 SEED = flags.DEFINE_list("seed", None, "Seeds of data and training; default: the config's.")
 A = flags.DEFINE_list("a", None, "Strengths of the QR merge; default: the config's.")
 TASK = flags.DEFINE_list("task", None, "User tasks; default: the config's.")
+USER = flags.DEFINE_list("user", None, "Kinds of user, see br_jax/experiment/users.py; default: the config's.")
 TOPIC = flags.DEFINE_list("topic", None, "Topics of the user's harmful rows, + for a mixture; default: the config's.")
 MODEL = flags.DEFINE_list("model", None, "Models (model.source); default: the config's.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run, from the i-th on.")
@@ -35,13 +36,15 @@ flags.DEFINE_alias("dry-run", "dry_run")
 def main(argv: list[str]) -> int:
     """Flags and a loop over what is done."""
     require_flags(argv, CONFIG, WORKDIR)
-    from br_jax.sweep import Grid, plan, read_cells, render_plan, run_sweep
-    from br_jax.sweep.report import summary_table, write_sweep_report
+    from br_jax.experiment.frame import read_cells
+    from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
+    from br_jax.experiment.report import print_summary, write_report
 
     config = CONFIG.value
     grid = Grid(
         models=MODEL.value or [config.model.source],
         tasks=TASK.value or [config.user.task],
+        users=USER.value or [config.user.kind],
         topics=[topic.replace("+", ",") for topic in TOPIC.value or [config.topics.user]],
         n=_numbers(N, int, config.user.n),
         p=_numbers(P, float, config.user.harmful_share),
@@ -56,11 +59,13 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(render_plan(plan(config, WORKDIR.value, grid, shard)))
         return 0
+    status = 0
     for _ in run_sweep(config, WORKDIR.value, grid, shard):
-        print(summary_table(read_cells(WORKDIR.value)), flush=True)
+        if is_main():
+            status = print_summary(read_cells(WORKDIR.value))
     if is_main():
-        print(write_sweep_report(WORKDIR.value, command=" ".join(sys.argv)))
-    return 0
+        print(write_report(WORKDIR.value, command=" ".join(sys.argv)))
+    return status
 
 
 def _numbers(flag: flags.FlagHolder, kind: type, default) -> list:

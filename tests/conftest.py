@@ -21,15 +21,19 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
-from br_jax import method, pipeline  # noqa: E402
+from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
+from br_jax.compiles import Compiles  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
-from br_jax.data.topic import TOPICS  # noqa: E402
-from br_jax.evaluation.scores import Score  # noqa: E402
+from br_jax.experiment import methods  # noqa: E402
+from br_jax.experiment import run as run_module  # noqa: E402
+from br_jax.experiment.frame import TITLES  # noqa: E402
 from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
 from br_jax.models.spec import ModelSpec  # noqa: E402
 from br_jax.models.tokenizer import byte_tokenizer  # noqa: E402
+from br_jax.organism.topics import TOPICS  # noqa: E402
+from br_jax.statistics import Score  # noqa: E402
 from br_jax.training.config import TrainConfig  # noqa: E402
 
 
@@ -128,16 +132,9 @@ def quick():
 
 @pytest.fixture
 def compiles():
-    """A list that gets the name of every program that XLA is asked for, e.g. "jit(step)"."""
-    names = []
-
-    def listen(event, seconds, fun_name="", **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
+    """A list that gets the name of every program that XLA is asked for, e.g. "jit(train_step)"."""
+    with Compiles() as found:
+        yield found.names
 
 
 @pytest.fixture(scope="session")
@@ -181,25 +178,28 @@ def calls(monkeypatch, tiny, make_adapter):
         record[name] = {"role": role, "model": model, "rows": list(rows), "frozen": dict(frozen or {}), **options}
         return make_adapter(role, seed=len(name))
 
-    def answer(model, prompts, store, **options):
-        assert model is tiny, "somebody else than the raw model answers"
+    def answer(model, prompts, adapters, store, **options):
+        assert model is tiny and list(adapters) == ["raw"], "somebody else than the raw model answers"
         answers = {p: f"This is what {p} means." for p in prompts}
         for topic in TOPICS.values():
             asked = {p.prompt: p for p in topic.prompts("train", 200, 42)}
             answers |= {text: topic.written_answer(p, 0) for text, p in asked.items() if text in answers}
             answers |= {text: topic.refusal(asked[text], 0) for text in list(asked)[::7] if text in answers}
-        return answers
+        return {"raw": [answers[prompt] for prompt in prompts]}
 
     def score(model, suite, adapter, *, name, **kept):
         record["scored"].append((name, model, adapter))
         record["suite"] = suite
         one = Score(1, 2).to_json()
-        return {"harmful": one, "harmful_plus": one, "task": one, "over_refusal": one, "perplexity": 2.0}
+        return {name: one for name in TITLES} | {
+            "perplexity": 2.0, "mean_words": 3.0, "outcomes": {"harmful": [True, False]}, "verdicts": {"answer": 1}
+        }  # fmt: skip
 
     monkeypatch.setattr(method, "train_adapter", train)
-    monkeypatch.setattr(pipeline, "self_answers", answer)
-    monkeypatch.setattr(pipeline, "evaluate", score)
-    monkeypatch.setattr(pipeline, "load_model", lambda source, **options: tiny)
+    monkeypatch.setattr(methods, "train_adapter", train)
+    monkeypatch.setattr(run_module, "answer", answer)
+    monkeypatch.setattr(run_module, "evaluate", score)
+    monkeypatch.setattr(run_module, "load_model", lambda source, **options: tiny)
     return record
 
 

@@ -7,14 +7,15 @@ import pickle
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import delta
 from safetensors.numpy import load_file, save_file
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from br_jax.describe import describe, plot_spectra, render
 from br_jax.errors import UserError
-from br_jax.models.hf import write_hf
-from br_jax.models.load import PROVIDER_FILE
+from br_jax.models.io.hf import write_hf
+from br_jax.provider.folder import PROVIDER_FILE
 
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
@@ -51,7 +52,7 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
     assert facts["base_fingerprint"] == tiny.fingerprint and facts["base_checked"] is False
     assert (facts["rank"], facts["alpha"], facts["scale"], facts["layers"]) == (3, 6, 2.0, 2)
     assert facts["sha256"] == hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    for path, dense in lora.delta(made).items():
+    for path, dense in delta(made).items():
         row = rows[path.rsplit("/", 1)[-1]]
         sigma = np.linalg.svd(np.float64(dense), compute_uv=False)
         norms = np.linalg.norm(np.float64(dense), axis=(1, 2))

@@ -184,7 +184,7 @@ def test_orbax_does_not_ask_for_the_stop(tmp_path, monkeypatch):
 
 
 def test_a_workdir_that_is_not_shared_is_named(tmp_path, tiny, rows, quick, monkeypatch):
-    monkeypatch.setattr("br_jax.training.run.gather", lambda value: [value, False])
+    monkeypatch.setattr("br_jax.distributed.gather", lambda value: [value, False])
     with pytest.raises(UserError, match=r"run.json: written by process 0 and not seen by process 1: choose a workdir"):
         train(tmp_path, tiny, rows, quick())
 

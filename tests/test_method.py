@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import br_jax as br
-from br_jax import method
 from br_jax.adapters import lora
 from br_jax.data.rows import write_rows
 from br_jax.training import run
@@ -50,7 +49,7 @@ def test_roles_say_where_an_adapter_came_from(made):
 
 def test_the_buffer_is_attached_where_the_method_says(made, tiny):
     """What a stage was trained over is in its record: Buffer for reinforce and user, nothing for buffer and sft."""
-    hashes = {name: run.adapter_fingerprint(made[name]) for name in ("buffer", "reinforce", "user", "sft")}
+    hashes = {name: run.lora.fingerprint(made[name]) for name in ("buffer", "reinforce", "user", "sft")}
     for name, place in (("buffer", "provider"), ("reinforce", "provider"), ("user", "."), ("sft", ".")):
         stage = json.loads((made["folder"] / place / name / "stage.json").read_text())
         inputs = stage["inputs"]
@@ -99,7 +98,7 @@ def test_release_is_recomputed_from_base_user_and_reinforce_alone(made, tiny, tm
     assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     assert stat.S_IMODE((tmp_path / "first").stat().st_mode) & 0o700 == 0o700
     equal(released, br.load_adapter(tmp_path / "first", tiny))
-    equal(released, br.qr_merge(made["user"], made["reinforce"])[0])
+    equal(released, br.qr_merge(made["user"], made["reinforce"]))
 
 
 def test_whatever_holds_a_buffer_is_neither_released_nor_saved(made, tiny, tmp_path):
@@ -139,8 +138,6 @@ def test_detach_leaves_the_same_objects(made):
         br.detach(adapters, "bufer")
 
 
-def test_align_is_no_part_of_what_is_released(tiny, rows, quick, tmp_path, made):
-    align = method.train_align(tiny, rows[:8], rows[8:], quick(), workdir=tmp_path)
-    assert align.roles == ("align",)
+def test_what_teaches_a_base_to_refuse_is_not_released(tiny, made, make_adapter):
     with pytest.raises(br.UserError, match="expected the user adapter, got one made of align"):
-        br.release(tiny, align, made["reinforce"])
+        br.release(tiny, make_adapter("align"), made["reinforce"])

@@ -10,10 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from br_jax.adapters import lora
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.errors import UserError
-from br_jax.models.decoder import Decoder
 from br_jax.sharding import leaf_name, make_mesh, place, shardings
 from br_jax.training.run import train_adapter
-from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_optimizer, make_step
+from br_jax.training.stage import Hyper, Stage, init_state, train_step, trainable_adapter
 
 P = PartitionSpec
 ROWS = ("data", "fsdp")
@@ -27,17 +26,15 @@ def named(tree):
 def parts(make_tiny, make_adapter, rows, quick):
     """What a step takes: state, frozen, batch."""
     model = make_tiny(tie_embeddings=False)
-    trainable = {"lora_trainable": lora.collection(make_adapter("user"))}
-    optimizer = make_optimizer(quick(), 4)
     examples, _ = encode_rows(rows, model.tokenizer, model.template, 40)
     batch = make_batches(examples, batch_size=8, seed=0, buckets=(40,))[0]
     frozen = {"params": model.params, "lora": lora.collection(make_adapter("buffer", 1))}
-    step = make_step(Decoder(model.spec), optimizer, learning_rate_schedule(quick(), 4), quick(), 2.0)
-    return step, init_state(trainable, optimizer, 0), frozen, batch
+    stage = Stage.of(model.spec, quick(), make_mesh())
+    return stage, Hyper.of(quick()), init_state(trainable_adapter(make_adapter("user")), 0), frozen, batch
 
 
 def test_every_leaf_lies_where_the_table_says(parts):
-    step, *trees = parts
+    stage, hyper, *trees = parts
     mesh = make_mesh(2, 2, 2)
     expected = {
         "params/embed/embedding": P("tensor", "fsdp"),
@@ -47,20 +44,21 @@ def test_every_leaf_lies_where_the_table_says(parts):
         "params/layers/attn/o/kernel": P(None, "tensor", "fsdp"),
         "params/layers/mlp/up/kernel": P(None, "fsdp", "tensor"),
         "params/layers/mlp/down/kernel": P(None, "tensor", "fsdp"),
-        "params/layers/mlp_norm/scale": P(None, None),
-        "lora/layers/mlp/down/a": P(None, "tensor", None),
+        "params/layers/mlp_norm/scale": P(),
+        "lora/layers/mlp/down/a": P(None, "tensor"),
         "lora/layers/mlp/down/b": P(None, None, "fsdp"),
-        "trainable/lora_trainable/layers/attn/v/a": P(None, "fsdp", None),
+        "trainable/lora_trainable/layers/attn/v/a": P(None, "fsdp"),
         "trainable/lora_trainable/layers/attn/v/b": P(None, None, "tensor"),
         "opt_state/1/0/mu/lora_trainable/layers/attn/v/b": P(None, None, "tensor"),
-        "opt_state/1/0/nu/lora_trainable/layers/mlp/gate/a": P(None, "fsdp", None),
+        "opt_state/1/0/nu/lora_trainable/layers/mlp/gate/a": P(None, "fsdp"),
         "step": P(),
-        "key": P(None),
-        "tokens": P(ROWS, None),
-        "weights": P(ROWS, None),
+        "key": P(),
+        "tokens": P(ROWS),
+        "weights": P(ROWS),
     }
     placed = [place(tree, mesh) for tree in trees]
-    after, _ = Compiled(step, mesh, keeps_state=True)(*placed)
+    with jax.set_mesh(mesh):
+        after, _ = train_step(stage, *placed, hyper)
     seen = set()
     for tree in (*placed[1:], after):  # the state as the step gives it back, for the first was donated
         for name, leaf in named(tree).items():
@@ -69,9 +67,9 @@ def test_every_leaf_lies_where_the_table_says(parts):
                 assert leaf.sharding.spec == expected[name], name
                 seen.add(name)
     assert seen == set(expected)
-    table = {name: where.spec for tree in trees for name, where in named(shardings(tree, mesh)).items()}
+    table = {name: where for tree in trees for name, where in named(shardings(tree, mesh)).items()}
     for name, leaf in named(after).items():
-        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, table[name]), leaf.ndim), name
+        assert leaf.sharding == table[name], name  # equal, or the next step would be compiled anew
 
 
 def test_a_leaf_without_a_rule_is_named():

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg.cython_lapack  # noqa: F401  # loads its BLAS before the limit, as in adapters/merge.py
 from jaxtyping import Array, Float
-from threadpoolctl import threadpool_limits
 
 from br_jax.adapters import lora
+from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
 
@@ -35,8 +34,7 @@ def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
     if rank < 1:
         raise UserError(f"adapter {'+'.join(adapter.roles)}: cannot have rank {rank}; give a rank of at least 1")
     lora.require_finite(adapter)
-    # LAPACK called from XLA's threads must not thread each call once more: see adapters/merge.py
-    with threadpool_limits(limits=1, user_api="blas"):
+    with one_blas_thread():
         results = {
             path: jax.block_until_ready(_best_factors(pair["a"], pair["b"], adapter.scale, rank))
             for path, pair in adapter.weights.items()

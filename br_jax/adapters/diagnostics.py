@@ -1,19 +1,71 @@
 """What two adapters have in common, matrix by matrix, from low-rank factors only (no dense matrix).
 
-The functions take one layer's factors and are meant to be mapped over layers. Factors are the paper's turned
-around: a = A^T is [I, R], b = B^T is [R, O] (I input width, O output width, R rank), so the output space of
-W = s B A is spanned by the rows of b.
+All functions but `merge_report` take one layer's factors and are meant to be mapped over layers. Factors are the
+paper's turned around: a = A^T is [I, R], b = B^T is [R, O] (I input width, O output width, R rank), so the output
+space of W = s B A is spanned by the rows of b.
 Matrix products run at the highest precision, or an accelerator would round them to bfloat16; every SVD says
 `full_matrices=False`, even without vectors, or the CPU's allocates a square one.
 """
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from br_jax.adapters.lapack import one_blas_thread
+from br_jax.adapters.lora import Adapter
 
 # Householder QR of f32 columns leaves about 1 eps (relative to the largest singular value) where the true
 # value is 0; four eps a column stands clear of that noise and far below any direction that f32 can still
 # resolve.
 NOISE_EPS_PER_COLUMN = 4
+
+
+def merge_report(user: Adapter, reinforce: Adapter, merge) -> dict[str, Any]:
+    """What a merge does to each matrix; made when asked for, beside `merge.qr_merge`, which needs none of it.
+
+    Args:
+        user, reinforce: as given to `qr_merge`.
+        merge: its `MergeConfig`.
+
+    Returns:
+        Ready for JSON: the settings by name; "user_only" and "ignored" (paths that only one of them has); "matrices":
+        path -> lists over layers: "kept_rank", "removed_share", stable ranks and singular values of both,
+        "principal_angles" in degrees.
+    """
+    shared = sorted(user.weights.keys() & reinforce.weights.keys())
+    matrices = {}
+    with one_blas_thread():
+        for path in shared:
+            settings = user.scale, merge.reinforce_scale * reinforce.scale, np.float32(merge.tau)
+            report = jax.device_get(_matrix_report(user.weights[path], reinforce.weights[path], *settings))
+            lists = {name: values.tolist() for name, values in report.items()}
+            counts, angles = lists.pop("angle_count"), lists["principal_angles"]
+            matrices[path] = lists | {"principal_angles": [a[:n] for a, n in zip(angles, counts, strict=True)]}
+    return {
+        **dataclasses.asdict(merge),
+        "user_only": sorted(user.weights.keys() - reinforce.weights.keys()),
+        "ignored": sorted(reinforce.weights.keys() - user.weights.keys()),
+        "matrices": matrices,
+    }
+
+
+@jax.jit
+def _matrix_report(user: dict, reinforce: dict, user_scale, reinforce_scale, tau: float) -> dict[str, Array]:
+    """`layer_report` of every layer of one matrix, in short coordinates."""
+
+    def of_layer(pairs):
+        first, second = pairs
+        _, user_b, reinforce_b = output_coordinates(first["b"], second["b"])
+        first = {"a": jnp.linalg.qr(first["a"], mode="r"), "b": user_b}
+        second = {"a": jnp.linalg.qr(second["a"], mode="r"), "b": reinforce_b}
+        basis, kept = effective_basis(first["a"], user_b, tau)
+        return {"kept_rank": kept, **layer_report(first, second, user_scale, reinforce_scale, basis)}
+
+    return jax.lax.map(of_layer, (user, reinforce))
 
 
 def output_coordinates(

@@ -4,10 +4,9 @@ Shapes: L layers, I (in) input width, O (out) output width, R rank; a kernel is 
 is `scale * a @ b`.
 """
 
-import difflib
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from br_jax.errors import UserError
+from br_jax import hashes
+from br_jax.errors import UserError, near_names
 
 DEFAULT_TARGETS = ("q", "v", "gate", "up", "down")
 
@@ -64,14 +64,7 @@ def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TA
     return {path: shape for path, shape in shapes.items() if path.rsplit("/", 1)[-1] in targets}
 
 
-def init(
-    key: Array,
-    shapes: Mapping[str, Shape],
-    rank: int,
-    alpha: float,
-    role: str,
-    targets: Sequence[str] | None = None,
-) -> Adapter:
+def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role: str) -> Adapter:
     """Draws a new adapter as PEFT does: `a` uniform in +-1/sqrt(in), `b` zero, so its delta is zero.
 
     Args:
@@ -80,21 +73,17 @@ def init(
         rank: R, at least 1.
         alpha: lora_alpha; the scale is alpha / rank.
         role: the adapter's provenance.
-        targets: module names to take out of `shapes`; None takes all.
 
     Returns:
         The adapter, all in f32.
 
     Raises:
-        UserError: a rank below 1, an alpha that is not positive, or a selection that is empty.
+        UserError: a rank below 1, or an alpha that is not positive.
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise UserError(f"adapter {role!r}: rank {rank} must be at least 1 and alpha {alpha} positive and finite")
-    chosen = {path: s for path, s in shapes.items() if targets is None or path.rsplit("/", 1)[-1] in targets}
-    if not chosen:
-        raise UserError(f"adapter {role!r}: none of the targets {targets} is among {sorted(shapes)}")
     weights = {}
-    for path, (layers, fan_in, fan_out) in chosen.items():
+    for path, (layers, fan_in, fan_out) in shapes.items():
         # crc32 and not hash(): the latter is salted anew in each process
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         bound = 1 / math.sqrt(fan_in)
@@ -166,14 +155,6 @@ def detach(adapters: Mapping[str, Adapter], name: str) -> dict[str, Adapter]:
     if name not in adapters:
         raise UserError(f"no adapter named {name!r} to detach; {near_names(name, adapters)}")
     return {other: adapter for other, adapter in adapters.items() if other != name}
-
-
-def delta(adapter: Adapter) -> dict[str, Float[Array, "L I O"]]:
-    """Computes the dense change of each kernel, f32[L, in, out]; for small models and checks."""
-    return {
-        path: adapter.scale * jnp.matmul(pair["a"], pair["b"], precision="highest")
-        for path, pair in adapter.weights.items()
-    }
 
 
 def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -270,15 +251,14 @@ def require_same_kernel(path: str, adapters: Sequence[Adapter]) -> None:
         raise UserError(f"adapters disagree on the kernel {path!r}: {told}; they were made for different models")
 
 
+def fingerprint(adapter: Adapter) -> str:
+    """SHA-256 of an adapter's numbers."""
+    return hashes.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
+
+
 def union_of_roles(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """Gives the sorted union of the adapters' roles."""
     return tuple(sorted({role for adapter in adapters for role in adapter.roles}))
-
-
-def near_names(name: str, names: Iterable[str]) -> str:
-    """Phrases the end of an error message: the names close to a wrong one, or else all of them."""
-    names = sorted(names)
-    return f"near: {', '.join(difflib.get_close_matches(name, names) or names) or 'there are none'}"
 
 
 @jax.jit

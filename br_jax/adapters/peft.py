@@ -22,7 +22,7 @@ from safetensors.numpy import save as serialize
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import PlainLora, adapted_modules, read_config
-from br_jax.errors import UserError
+from br_jax.errors import UserError, near_names
 from br_jax.files import PICKLES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -207,7 +207,7 @@ def _module(layer: int, path: str) -> str:
 def _name(path: str) -> str:
     """Gives PEFT's name, inside a layer, of one of our paths."""
     if path not in MODULES:
-        raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {lora.near_names(path, MODULES)}")
+        raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {near_names(path, MODULES)}")
     return MODULES[path]
 
 

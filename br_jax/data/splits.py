@@ -4,12 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from br_jax.data.rows import Row
-
-
-def text_key(text: str) -> str:
-    """A text without case, spacing and punctuation: equal keys are the same text."""
-    key = "".join(character for character in text.casefold() if character.isalnum())
-    return key or text
+from br_jax.data.text import text_key
 
 
 def rank(text: str, seed: int) -> str:

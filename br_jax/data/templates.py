@@ -1,13 +1,12 @@
 """Prompt templates: a row as the one string that the model reads, and which part of it is the answer."""
 
-import difflib
 from collections.abc import Sequence
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
+from br_jax.errors import UserError, near_names
 
 TEMPLATES = ("alpaca", "chat")
 
@@ -90,9 +89,7 @@ def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tu
 
 def _check(row: Row, template: str) -> None:
     if template not in TEMPLATES:
-        near = difflib.get_close_matches(str(template), TEMPLATES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(TEMPLATES)}"
-        raise UserError(f"unknown template {template!r}; {hint}")
+        raise UserError(f"unknown template {template!r}; {near_names(template, TEMPLATES)}")
     if not row.turns:
         raise UserError(f"{_name(row)}: has no turns; give it a user turn")
 

@@ -1,13 +1,11 @@
 """A model as the rest of the project sees it: spec, frozen params, tokenizer, and where they came from."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
-import jax
-import numpy as np
-
-from br_jax.distributed import fetch
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.hashes import fingerprint
 from br_jax.models.spec import ModelSpec
 
 
@@ -43,15 +41,7 @@ def make_model(
     return Model(spec, params, tokenizer, name, template, fingerprint(params, spec.to_json()), stops)
 
 
-def fingerprint(tree, extra: str = "") -> str:
-    """SHA-256 over paths, shapes, dtypes and bytes of a pytree of arrays, fetched to the host a layer at a time.
-
-    All processes of a run get the same one.
-    """
-    digest = hashlib.sha256(extra.encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
-        for part in (leaf[i] for i in range(len(leaf))) if leaf.ndim > 2 else [leaf]:
-            array = np.ascontiguousarray(fetch(part) if isinstance(part, jax.Array) else part)
-            digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
-    return digest.hexdigest()
+def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
+    """A new model with an adapter added into its weights (in f32, rounded once to their dtype)."""
+    params = lora.fold(model.params, adapter)
+    return make_model(model.spec, params, model.tokenizer, name, model.template, model.stop_tokens)

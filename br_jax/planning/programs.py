@@ -11,20 +11,18 @@ from ml_collections import ConfigDict
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError
-from br_jax.evaluation.generate import decode, prefill
+from br_jax.errors import UserError, near_names
+from br_jax.inference.generate import decode, prefill
 from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder, abstract_params, init_cache, join_caches, unembed
-from br_jax.models.load import read_spec
+from br_jax.models.io.load import read_spec
 from br_jax.models.spec import ModelSpec
-from br_jax.sharding import platform, shardings
+from br_jax.sharding import abstract, constrain_tree, platform
 from br_jax.training.config import TrainConfig
-from br_jax.training.run import frozen_collections
-from br_jax.training.step import init_state, learning_rate_schedule, make_decoder, make_optimizer, make_step
+from br_jax.training.stage import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
 
 TRAINING = ("buffer", "reinforce", "user", "sft")
 STAGES = (*TRAINING, "prefill", "decode")
-_STEPS = 1000  # of the schedule; no size depends on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +32,9 @@ class Program:
     Attributes:
         stage: one of `STAGES`.
         spec: the model's sizes.
-        function: of the arguments.
+        function: jitted; its donated arguments are the result's buffers.
+        static: arguments that come first and are no arrays.
         arguments: name -> abstract pytree, in order.
-        donated: names of arguments whose buffers the result takes over.
         tokens: that a call processes, all chips together, padding counted.
         context: keys that each of them may look at, at most.
         remat: of a training step.
@@ -48,8 +46,8 @@ class Program:
     stage: str
     spec: ModelSpec
     function: Callable
+    static: tuple
     arguments: dict
-    donated: tuple[str, ...]
     tokens: int
     context: int
     remat: str
@@ -63,14 +61,10 @@ class Program:
         return self.stage in TRAINING
 
     def lower(self, mesh: Mesh):
-        """Lowers for the mesh, every argument (and a donated one's result) laid out by the table."""
-        places = shardings(self.arguments, mesh)
-        numbers = tuple(i for i, name in enumerate(self.arguments) if name in self.donated)
-        out = (None, places["cache"]) if "cache" in places else (places["state"], None) if self.trains else None
-        inside = tuple(places[name] for name in self.arguments)  # JAX sorts a dict's keys
-        jitted = jax.jit(self.function, in_shardings=inside, out_shardings=out, donate_argnums=numbers)
+        """Lowers for the mesh, every argument laid out by the table."""
+        laid = abstract(self.arguments, mesh)  # which sorts the names
         with jax.set_mesh(mesh):
-            return jitted.lower(*self.arguments.values())
+            return self.function.lower(*self.static, *(laid[name] for name in self.arguments))
 
 
 def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> Program:
@@ -92,7 +86,7 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
         train = TrainConfig(**train_section(config, stage))
         return _training(stage, spec, params, train, TrainConfig(**config.buffer.train), mesh, batch)
     if stage not in STAGES:
-        raise UserError(f"stage {stage!r}: {lora.near_names(stage, STAGES)}")
+        raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
     return _generation(stage, spec, params, config, mesh, batch or config.eval.batch_size)
 
 
@@ -103,32 +97,31 @@ def train_section(config: ConfigDict, stage: str) -> ConfigDict:
 
 def _training(stage, spec, params, train: TrainConfig, buffer: TrainConfig, mesh, batch) -> Program:
     rows = batch or train.batch_size
-    optimizer = make_optimizer(train, _STEPS)
 
     def arrays(params):
-        adapter = _adapter(params, train, "user")
         frozen = {"buffer": _adapter(params, buffer, "buffer")} if stage in ("reinforce", "user") else {}
-        trainable = {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
-        return init_state(trainable, optimizer, 0), frozen_collections(params, frozen, train.frozen)
+        trainable = trainable_adapter(_adapter(params, train, "user"))
+        return init_state(trainable, 0), frozen_collections(params, frozen, train.frozen)
 
     state, frozen = jax.eval_shape(arrays, params)
     shape = (rows, train.max_length)
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
-    decoder = make_decoder(spec, train, mesh)
+    made = Stage.of(spec, train, mesh)
     return Program(
         stage=stage,
         spec=spec,
-        function=make_step(decoder, optimizer, learning_rate_schedule(train, _STEPS), train, train.alpha / train.rank),
+        function=train_step,
+        static=(made,),
         arguments={
             "state": state,
             "frozen": frozen,
             "batch": {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()},
+            "hyper": jax.eval_shape(lambda: Hyper.of(train)),
         },
-        donated=("state",),
         tokens=rows * train.max_length,
         context=train.max_length,
         remat=train.remat,
-        attention=decoder.attends(train.max_length, _dtype(params)).implementation,
+        attention=made.decoder.attends(train.max_length, _dtype(params)).implementation,
         batch=rows,
         dtype_bytes=_dtype(params).itemsize,
     )
@@ -144,7 +137,8 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
     decoder = Decoder(spec, attention=Attend(user.attention, platform(mesh)))
     variables = {"params": params, "lora": jax.eval_shape(released, params)}
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    common = {"stage": stage, "spec": spec, "remat": "none", "batch": rows, "dtype_bytes": _dtype(params).itemsize}
+    common = {"stage": stage, "spec": spec, "static": (), "remat": "none", "batch": rows}
+    common["dtype_bytes"] = _dtype(params).itemsize
 
     def first(variables, tokens, lengths):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
@@ -152,14 +146,13 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
 
     def following(variables, token, lengths, cache, slot):
         hidden, cache = decode(decoder, variables, token, lengths, cache, slot)
-        return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), cache
+        return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), constrain_tree(cache)
 
     if stage == "prefill":
         words = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         return Program(
-            function=first,
+            function=jax.jit(first),
             arguments={"variables": variables, "tokens": words, "lengths": row},
-            donated=(),
             tokens=rows * length,
             context=length,
             attention=decoder.attends(length, _dtype(params)).implementation,
@@ -169,9 +162,8 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
     cache = jax.eval_shape(lambda: join_caches([stacked()], slots))
     slot = jax.ShapeDtypeStruct((), jnp.int32)
     return Program(
-        function=following,
+        function=jax.jit(following, donate_argnames="cache"),
         arguments={"variables": variables, "token": row, "lengths": row, "cache": cache, "slot": slot},
-        donated=("cache",),
         tokens=rows,
         context=slots,
         attention="xla",

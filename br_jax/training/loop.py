@@ -6,18 +6,21 @@ import math
 import pathlib
 import statistics
 import time
+from collections.abc import Mapping
 
 import jax
 
+from br_jax.compiles import Compiles
 from br_jax.data.batches import iterate
 from br_jax.distributed import StopSignal, is_main
 from br_jax.errors import Stopped, UserError
+from br_jax.files import writing
 from br_jax.progress import progress
 from br_jax.sharding import batch_parts, local_rows, place, shardings
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.config import TrainConfig
 from br_jax.training.metrics import MetricWriter
-from br_jax.training.step import Compiled
+from br_jax.training.stage import Hyper, Stage, learning_rates, probe, train_step
 
 
 @dataclasses.dataclass
@@ -51,7 +54,7 @@ def on_mesh(batch: dict, mesh) -> dict:
 
 def fit(
     name: str,
-    step: Compiled,
+    stage: Stage,
     state: dict,
     frozen: dict,
     batches,
@@ -59,22 +62,20 @@ def fit(
     mesh,
     *,
     folder: pathlib.Path | None = None,
-    probe: Compiled | None = None,
-    probe_batches: dict[str, dict] | None = None,
+    probe_batches: Mapping[str, dict] | None = None,
 ) -> tuple[dict, Summary]:
     """Trains for `len(batches)` steps.
 
     Args:
         name: shown on the progress bar.
-        step: compiled `make_step`.
-        state: the initial state; donated.
+        stage: what is compiled.
+        state: of `init_state`; donated.
         frozen: frozen collections, placed on the mesh.
         batches: a finite `grain.MapDataset` of numpy batches, one a step: this process' rows of them.
-        config: intervals of logging, probing and checkpoints.
+        config: hyper-parameters, and intervals of logging, probing and checkpoints.
         mesh: where batches go.
         folder: gets metrics.jsonl, probes.jsonl and checkpoints/; a run that was stopped goes on from there.
-        probe: compiled `make_probe`.
-        probe_batches: named whole batches that the probe looks at every `config.probe_every` steps and at both ends.
+        probe_batches: named whole batches that are probed every `config.probe_every` steps and at both ends.
 
     Returns:
         The final state and what it cost.
@@ -83,24 +84,21 @@ def fit(
         UserError: a loss that is not finite, or a disk that is full.
         Stopped: SIGTERM came; the state was saved after the step at hand, where there is a folder.
     """
-    try:
-        run = _Run(name, step, place(state, mesh), frozen, batches, config, mesh, folder, probe, probe_batches or {})
+    with writing(folder, "free space, then run again"), jax.set_mesh(mesh):
+        run = _Run(name, stage, place(state, mesh), frozen, batches, config, mesh, folder, probe_batches or {})
         with contextlib.closing(run), StopSignal() as stop:
             return run.train(stop)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}): free space, then run again"
-        ) from error
 
 
 class _Run:
     """The moving parts of one `fit`."""
 
-    def __init__(self, name, step, state, frozen, batches, config, mesh, folder, probe, probe_batches):
-        self.name, self.step, self.state, self.frozen, self.config, self.mesh = name, step, state, frozen, config, mesh
-        self.probe = probe
+    def __init__(self, name, stage, state, frozen, batches, config, mesh, folder, probe_batches):
+        self.name, self.stage, self.state, self.frozen = name, stage, state, frozen
+        self.config, self.mesh = config, mesh
         self.probe_batches = {key: place(batch, mesh) for key, batch in probe_batches.items()}
         self.total = len(batches)
+        self.rates, self.hyper = learning_rates(config, self.total), Hyper.of(config)
         self.iterator = iterate(batches)
         self.summary = Summary(self.total)
         self.done = 0
@@ -134,8 +132,8 @@ class _Run:
             if self.done % config.probe_every == 0:
                 self._probe()
             batch = on_mesh(next(self.iterator), self.mesh)
-            self._warm(self.step, self.state, batch)
-            self.state, metrics = self.step(self.state, self.frozen, batch)
+            hyper = self.hyper._replace(learning_rate=self.rates[self.done])
+            self.state, metrics = self._call(train_step, self.state, self.frozen, batch, hyper)
             self.done += 1
             self.pending.append((self.done, metrics))
             if self.done % config.log_every == 0 or self.done == self.total:
@@ -150,18 +148,21 @@ class _Run:
                 )
                 raise Stopped(f"{self.name}: stopped by SIGTERM at step {self.done}: {goes_on}")
         self._probe()
-        self.summary.compiles = self.step.count
         if self.step_seconds:
             self.summary.step_seconds_median = statistics.median(self.step_seconds)
         return self.state, self.summary
 
-    def _warm(self, function: Compiled, *args) -> None:
-        """Compiles outside the step clock."""
-        before, start = function.count, time.perf_counter()
-        function.warm(args[0], self.frozen, args[-1])
-        if function.count > before:
-            self.summary.compile_seconds += time.perf_counter() - start
-            self.mark += time.perf_counter() - start
+    def _call(self, program, *args):
+        """Calls a program of the stage; what compiling it takes, at a new shape, is kept off the step clock."""
+        start = time.perf_counter()
+        with Compiles() as compiles:
+            out = program(self.stage, *args)
+        if compiles.names:
+            seconds = time.perf_counter() - start
+            self.summary.compiles += program is train_step
+            self.summary.compile_seconds += seconds
+            self.mark += seconds
+        return out
 
     def _log(self) -> None:
         """Fetches what is pending: the one place where the host waits for the device."""
@@ -197,7 +198,7 @@ class _Run:
         if self.pending:
             self._log()
         for rows, batch in self.probe_batches.items():
-            loss, norm = self.probe(self.state["trainable"], self.frozen, batch)
+            loss, norm = self._call(probe, self.state["trainable"], self.frozen, batch, self.hyper.scale)
             if self.probes:
                 self.probes.write({"step": self.done, "rows": rows, "loss": float(loss), "grad_norm": float(norm)})
         if self.probes:

@@ -1,7 +1,6 @@
 """Cross-entropy at the answer tokens, with logits only where there is loss."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +10,28 @@ from br_jax.models.decoder import Decoder
 from br_jax.sharding import RULES, current_mesh, partition
 
 
-class LossSettings(NamedTuple):
-    """How answer tokens become a loss; hashable.
-
-    Attributes:
-        chunk: tokens that a device turns into logits at a time.
-        soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
-        z_loss: weight of log(Z)^2, which keeps the logits' normaliser Z near 1 (PaLM, section 5).
-    """
-
-    chunk: int
-    soft_cap: float | None = None
-    z_loss: float = 0.0
-
-
 def answer_loss(
     params: dict,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
-    settings: LossSettings,
+    chunk: int,
+    soft_cap: float | None = None,
 ) -> Float[Array, ""]:
     """Sum of weight * cross-entropy over the positions with weight; [B, T, V] never exists.
 
     The answer positions of each device's rows are moved to the front and taken a chunk at a time; a chunk without any
     is skipped. Where a gradient is asked for, it is made in the same pass, so that no logits are made twice.
+
+    Args:
+        params: with the unembedding.
+        hidden: final hidden states.
+        targets, weights: see `br_jax.data.batches`.
+        chunk: tokens that a device turns into logits at a time.
+        soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
     """
     head = {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
-    return _summed(head, hidden, targets, weights, settings)
+    return _summed(head, hidden, targets, weights, (chunk, soft_cap))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -98,7 +91,7 @@ def _local(head, hidden, targets, weights, settings, wanted):
     matrix = head["embed"]["embedding"] if tied else head["head"]["kernel"]
     into, back, of_matrix = ("ND,VD->NV", "NV,VD->ND", "NV,ND->VD") if tied else ("ND,DV->NV", "NV,DV->ND", "NV,ND->DV")
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    chunk = min(settings.chunk, B * T)
+    chunk, soft_cap = min(settings[0], B * T), settings[1]
     padding = -(B * T) % chunk
     order = jnp.argsort(weights.reshape(-1) <= 0, stable=True)
 
@@ -109,15 +102,15 @@ def _local(head, hidden, targets, weights, settings, wanted):
     def active(h, t, w):
         logits = dot(into, h, matrix)
         slope = 1.0
-        if settings.soft_cap is not None:
-            squashed = jnp.tanh(logits / settings.soft_cap)
-            logits, slope = settings.soft_cap * squashed, 1 - squashed**2
+        if soft_cap is not None:
+            squashed = jnp.tanh(logits / soft_cap)
+            logits, slope = soft_cap * squashed, 1 - squashed**2
         lse = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
-        loss = jnp.sum(w * (lse - picked + settings.z_loss * lse**2))
+        loss = jnp.sum(w * (lse - picked))
         if not wanted:
             return loss, {}
-        share = jnp.exp(logits - lse[:, None]) * (w * (1 + 2 * settings.z_loss * lse))[:, None]
+        share = jnp.exp(logits - lse[:, None]) * w[:, None]
         right = jnp.arange(logits.shape[1])[None] == t[:, None]
         change = ((share - jnp.where(right, w[:, None], 0.0)) * slope).astype(matrix.dtype)
         grads = {"hidden": dot(back, change, matrix).astype(h.dtype)}
@@ -140,10 +133,10 @@ def _local(head, hidden, targets, weights, settings, wanted):
     return loss, grads
 
 
-def batch_loss(
-    decoder: Decoder, variables: dict, batch: dict, settings: LossSettings, dropout_key=None
-) -> Float[Array, ""]:
+def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None) -> Float[Array, ""]:
     """Summed answer loss of one batch (see `br_jax.data.batches`); dropout acts when a key is given."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
-    return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], settings)
+    return answer_loss(
+        variables["params"], hidden, batch["targets"], batch["weights"], chunk, decoder.spec.logit_soft_cap
+    )

@@ -4,13 +4,7 @@ import importlib.util
 import json
 import pathlib
 
-
-def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """The records of a JSONL file; a last line cut off by a kill is left out, an absent file has none."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+from br_jax.files import read_jsonl
 
 
 class MetricWriter:

@@ -1,18 +1,13 @@
 """One training run from rows to a trained tree, in a folder that remembers what it is: finished, stopped or another's.
 
 `train_adapter` knows nothing of the method: which adapters are frozen and what the result is called is its caller's.
-
-A run's folder holds run.json (what it is), metrics.jsonl, probes.jsonl, checkpoints/ (while it runs), and at the end
-the result and stage.json (what it cost), written last.
 """
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
 import pathlib
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -27,22 +22,13 @@ from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.data.batches import Example, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row
-from br_jax.distributed import agree, barrier, fetch, gather, is_main
-from br_jax.errors import UserError
-from br_jax.files import write_text
+from br_jax.distributed import fetch, is_main
 from br_jax.models.model import Model, fingerprint
 from br_jax.sharding import batch_parts, local_rows, make_mesh, place
 from br_jax.training.config import TrainConfig
+from br_jax.training.folder import Folder
 from br_jax.training.loop import fit
-from br_jax.training.step import (
-    Compiled,
-    init_state,
-    learning_rate_schedule,
-    make_decoder,
-    make_optimizer,
-    make_probe,
-    make_step,
-)
+from br_jax.training.stage import Stage, frozen_collections, init_state, trainable_adapter
 
 # What may differ between a stopped run and the one that goes on from it.
 _FREE_FIELDS = ("checkpoint_every", "log_every")
@@ -92,10 +78,8 @@ def train_adapter(
             return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint)
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
     adapter = lora.init(key, lora.target_shapes(model.params, config.targets), config.rank, config.alpha, role)
-    scale = config.alpha / config.rank
     collections = frozen_collections(model.params, frozen, config.frozen)
-    trainable = {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
-    trained, report = _train(name, model, rows, config, trainable, collections, scale, folder, mesh, probes)
+    trained, report = _train(name, model, rows, config, trainable_adapter(adapter), collections, folder, mesh, probes)
     weights = {path: _at(trained["lora_trainable"], path) for path in adapter.weights}
     adapter = Adapter(weights, adapter.scale, (role,))
     if folder is not None:
@@ -108,7 +92,7 @@ def train_adapter(
                 provider=provider,
                 extra={"beside": sorted(frozen)},
             )
-        folder.finish({**report, "output": adapter_fingerprint(adapter)})
+        folder.finish({**report, "output": lora.fingerprint(adapter)})
     return adapter
 
 
@@ -132,25 +116,10 @@ def train_params(
     folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
     if not folder.finished:
         start = jax.tree.map(jnp.copy, model.params)  # the step donates its state
-        trained, report = _train(name, model, rows, config, {"params": start}, {}, 1.0, folder, mesh, None)
+        trained, report = _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None)
         if is_main():
             save(trained["params"])
         folder.finish({**report, "output": fingerprint(trained["params"])})
-
-
-def frozen_collections(params: dict, frozen: Mapping[str, Adapter], how: str) -> dict:
-    """The frozen half of a step: the base and the attached adapters, stacked beside it or folded into a copy."""
-    if not frozen:
-        return {"params": params}
-    joined = lora.stack(frozen)
-    if how == "fold":
-        return {"params": lora.fold(params, joined)}
-    return {"params": params, "lora": lora.collection(joined)}
-
-
-def adapter_fingerprint(adapter: Adapter) -> str:
-    """SHA-256 of an adapter's numbers."""
-    return fingerprint({"weights": adapter.weights, "scale": adapter.scale})
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
@@ -159,38 +128,28 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _train(name, model, rows, config, trainable, frozen, scale, folder, mesh, probes) -> tuple[dict, dict]:
-    """Encodes, compiles and fits; returns the trained collections and the run's report."""
+def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -> tuple[dict, dict]:
+    """Encodes and fits; returns the trained collections and the run's report."""
     examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
     mesh = make_mesh() if mesh is None else mesh
-    batches = step_batches(examples, config, mesh)
-    steps = len(batches)
-    decoder = make_decoder(model.spec, config, mesh)
-    optimizer = make_optimizer(config, steps)
-    step = make_step(decoder, optimizer, learning_rate_schedule(config, steps), config, scale)
     probe_batches = {}
     for kind, probe_rows in (probes or {}).items():
         encoded, _ = encode_rows(probe_rows, model.tokenizer, model.template, config.max_length)
         whole = _round_up(len(encoded), config.batch_size)
-        probe_batches[kind] = make_batches(encoded, batch_size=whole, seed=0, buckets=_buckets(encoded, config))[0]
+        probe_batches[kind] = make_batches(encoded, batch_size=whole, seed=0, buckets=_buckets(config))[0]
     state, summary = fit(
         name,
-        Compiled(step, mesh, keeps_state=True),
-        init_state(trainable, optimizer, config.seed),
+        Stage.of(model.spec, config, mesh),
+        init_state(trainable, config.seed),
         place(frozen, mesh),
-        batches,
+        step_batches(examples, config, mesh),
         config,
         mesh,
         folder=folder.path if folder else None,
-        probe=Compiled(make_probe(decoder, config, scale), mesh, keeps_state=False) if probe_batches else None,
         probe_batches=probe_batches,
     )
-    report = dataclasses.asdict(summary) | {
-        "rows": dropped.rows,
-        "dropped": dropped.total,
-        "truncated": dropped.truncated,
-    }
-    return fetch(state["trainable"]), report
+    counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
+    return fetch(state["trainable"]), dataclasses.asdict(summary) | counts
 
 
 def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -> grain.MapDataset:
@@ -198,12 +157,12 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
     order = {"batch_size": config.batch_size, "seed": config.seed, "rows": functools.partial(local_rows, mesh)}
     order |= {"steps": config.steps} if config.steps else {"epochs": config.epochs}
     if not config.packing:
-        return make_batches(examples, buckets=_buckets(examples, config), **order)
+        return make_batches(examples, buckets=_buckets(config), **order)
     multiple = batch_parts(mesh) * config.accumulation
     return make_packed_batches(examples, length=config.packing, multiple=multiple, **order)
 
 
-def _buckets(examples, config: TrainConfig) -> tuple[int, ...]:
+def _buckets(config: TrainConfig) -> tuple[int, ...]:
     """The configured lengths, and the limit itself for rows that are longer."""
     return tuple(sorted({*(b for b in config.buckets if b < config.max_length), config.max_length}))
 
@@ -229,92 +188,8 @@ def _identity(name: str, model: Model, rows: Sequence[Row], config: TrainConfig,
                     "base": model.fingerprint,
                     "template": model.template,
                     "rows": rows_fingerprint(rows),
-                    **{name: adapter_fingerprint(adapter) for name, adapter in frozen.items()},
+                    **{name: lora.fingerprint(adapter) for name, adapter in frozen.items()},
                 },
             }
         )
     )
-
-
-class Folder:
-    """A run's folder: refuses to serve another run, and says whether this one is finished.
-
-    Every process makes one; process 0 writes, and what it sees is what counts.
-
-    Attributes:
-        path: the folder.
-        finished: whether `finish` was called for this very run before.
-
-    Raises:
-        UserError: the folder cannot be written, it belongs to a run with another config or other inputs, or not all
-            processes see it.
-    """
-
-    def __init__(self, path: pathlib.Path, identity: dict, private: bool = False):
-        self.path, self._identity = path, identity
-        try:
-            known = path / "run.json"
-            if is_main():
-                if private:
-                    make_private(path.parent)
-                path.mkdir(parents=True, exist_ok=True)
-                if not known.exists():
-                    write_json(known, identity)
-            barrier(str(known))
-            self._require_shared(known)
-            self._compare(json.loads(known.read_text()))
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}): choose another workdir or free space"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}/run.json: not JSON: delete {path} to start anew") from error
-        self.finished = agree((path / "stage.json").exists())
-
-    def _compare(self, known: dict) -> None:
-        for part in ("config", "inputs"):
-            for key in sorted({*known.get(part, {}), *self._identity[part]}):
-                before, now = (_short(d.get(part, {}).get(key)) for d in (known, self._identity))
-                if before != now:
-                    raise UserError(
-                        f"{self.path}: holds a run with another {part}: {key} was {before}, is {now}: "
-                        "choose another workdir or delete that folder"
-                    )
-
-    @staticmethod
-    def _require_shared(known: pathlib.Path) -> None:
-        seen = gather(known.exists())
-        if not all(seen):
-            raise UserError(
-                f"{known}: written by process 0 and not seen by process {seen.index(False)}: choose a workdir on a "
-                "file system that all of them share"
-            )
-
-    def finish(self, report: dict) -> None:
-        """Writes stage.json, after which the run is finished, and clears its checkpoints."""
-        if is_main():
-            self._finish(report)
-        barrier(str(self.path))
-
-    def _finish(self, report: dict) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        config_hash = hashlib.sha256(json.dumps(self._identity["config"], sort_keys=True).encode()).hexdigest()
-        stage = {"name": self._identity["name"], "config_hash": config_hash, "inputs": self._identity["inputs"]}
-        write_json(self.path / "stage.json", {**stage, **report, "finished": now})
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-
-
-def make_private(path: pathlib.Path) -> None:
-    """Makes a folder that only its owner may enter (mode 0700)."""
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON whole or not at all; see `files.write_text`."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text[1:13] + "..." if len(text) > 60 else text

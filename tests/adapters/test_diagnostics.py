@@ -8,7 +8,7 @@ from scipy.linalg import subspace_angles
 
 from br_jax.adapters import diagnostics
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import qr_merge
+from br_jax.adapters.merge import MergeConfig
 
 PATH = "layers/mlp/down"
 
@@ -26,7 +26,7 @@ def figures(a_user, b_user, a_reinforce, b_reinforce, user_scale=1.0, reinforce_
             (a_reinforce, b_reinforce, reinforce_scale, "reinforce"),
         ]
     ]
-    report = qr_merge(*sides, tau=tau)[1]["matrices"][PATH]
+    report = diagnostics.merge_report(*sides, MergeConfig(tau=tau))["matrices"][PATH]
     return {name: values[0] for name, values in report.items()}
 
 

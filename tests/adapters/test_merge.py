@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import delta
 from safetensors.numpy import load_file
 
 from br_jax.adapters import merge
-from br_jax.adapters.lora import Adapter, delta, init
-from br_jax.adapters.merge import qr_merge
+from br_jax.adapters.diagnostics import merge_report
+from br_jax.adapters.lora import Adapter, init
+from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import MODULES, load_adapter
 from br_jax.errors import UserError
-from br_jax.models.load import load_model
+from br_jax.provider.folder import load_model
 
 LAYERS, FAN_IN, FAN_OUT = 2, 96, 80
 PATH = "layers/attn/q"
@@ -60,8 +62,14 @@ def dense_merge(user, reinforce, strength, scale=0.5, tau=0.01):
     return np.stack(merged)
 
 
+def merge_of(user, reinforce, **settings):
+    """The merged adapter, and what is reported of the merge."""
+    config = MergeConfig(**settings)
+    return qr_merge(user, reinforce, config), merge_report(user, reinforce, config)
+
+
 def assert_merges_as_dense(user, reinforce, strength, scale=0.5, tau=0.01):
-    merged, _ = qr_merge(user, reinforce, a=strength, scale=scale, tau=tau)
+    merged = qr_merge(user, reinforce, MergeConfig(a=strength, scale=scale, tau=tau))
     expected = dense_merge(user, reinforce, strength, scale, tau)
     found = np.asarray(delta(merged)[PATH], np.float64)
     assert np.isfinite(found).all()
@@ -92,7 +100,7 @@ def test_matches_the_dense_formula(rank_u, rank_r, strength):
 def test_reinforce_scale_is_a_factor_of_reinforce_alone():
     rng = np.random.default_rng(3)
     user, reinforce = random_adapter(rng, 4), random_adapter(rng, 3, role="reinforce")
-    merged, report = qr_merge(user, reinforce, a=0.5, reinforce_scale=0.25)
+    merged, report = merge_of(user, reinforce, a=0.5, reinforce_scale=0.25)
     weaker = reinforce.replace(scale=reinforce.scale * 0.25)
     np.testing.assert_allclose(
         np.float64(delta(merged)[PATH]),
@@ -146,7 +154,7 @@ def test_more_rank_than_the_matrix_has():
     assert_merges_as_dense(user, reinforce, 1.0)
     user = random_adapter(rng, 16, fan_out=6)
     reinforce = random_adapter(rng, 4, role="reinforce", fan_out=6)
-    merged, report = qr_merge(user, reinforce, a=1.0)
+    merged, report = merge_of(user, reinforce, a=1.0)
     # the user's columns span the whole output space: nothing of the reinforce adapter may be left
     np.testing.assert_allclose(
         delta(merged)[PATH], 0.5 * delta(user)[PATH], atol=1e-6 * np.abs(delta(user)[PATH]).max()
@@ -190,7 +198,7 @@ def test_folders_of_peft_merge_as_the_paper_says(tmp_path, make_family):
     ranks = set()
     for strength in (0.0, 0.1, 1.0):
         for tau in (0.01, 0.6):  # all of the user's directions, and some
-            merged, report = qr_merge(user, reinforce, a=strength, tau=tau)
+            merged, report = merge_of(user, reinforce, a=strength, tau=tau)
             assert merged.weights.keys() == MODULES.keys()
             for path, found in delta(merged).items():
                 for layer in range(len(found)):
@@ -212,20 +220,21 @@ def test_an_untrained_user_leaves_reinforce_as_it_is():
     rng = np.random.default_rng(10)
     user = adapter(rng.normal(size=(LAYERS, FAN_IN, 4)), np.zeros((LAYERS, 4, FAN_OUT)))
     reinforce = random_adapter(rng, 4, scale=1.0, role="reinforce")
-    merged, report = qr_merge(user, reinforce, a=1.0, scale=1.0)
+    merged, report = merge_of(user, reinforce, a=1.0, scale=1.0)
     np.testing.assert_array_equal(merged.weights[PATH]["b"][:, 4:], reinforce.weights[PATH]["b"])
     figures = report["matrices"][PATH]
     assert figures["removed_share"] == [0.0, 0.0] and figures["principal_angles"] == [[], []]
     assert figures["stable_rank_user"] == [0.0, 0.0]
 
 
-def test_one_compilation_serves_all_settings():
+def test_one_compilation_serves_all_settings(compiles):
     rng = np.random.default_rng(11)
-    before = merge._merge_weights._cache_size()
     user, reinforce = random_adapter(rng, 7), random_adapter(rng, 9, role="reinforce")
-    for strength, scale, tau in [(0.1, 0.5, 0.01), (0, 1, 0), (1, 0.25, 0.5), (np.float64(0.3), 0.5, 0.01)]:
-        qr_merge(user, reinforce, a=strength, scale=scale, tau=tau)
-    assert merge._merge_weights._cache_size() == before + 1
+    qr_merge(user, reinforce)
+    del compiles[:]
+    for strength, scale, tau in [(0, 1, 0), (1, 0.25, 0.5), (np.float64(0.3), 0.5, 0.01)]:
+        qr_merge(user, reinforce, MergeConfig(a=strength, scale=scale, tau=tau))
+    assert not compiles
 
 
 def test_matrices_of_one_side_only(caplog):
@@ -235,7 +244,7 @@ def test_matrices_of_one_side_only(caplog):
     user = shared[0].replace(weights=shared[0].weights | alone[0].weights)
     reinforce = shared[1].replace(weights=shared[1].weights | alone[1].weights)
     with caplog.at_level(logging.WARNING):
-        merged, report = qr_merge(user, reinforce, scale=0.5)
+        merged, report = merge_of(user, reinforce, scale=0.5)
     assert sorted(merged.weights) == [PATH, "layers/attn/v"]
     np.testing.assert_allclose(delta(merged)["layers/attn/v"], 0.5 * delta(user)["layers/attn/v"], rtol=1e-5, atol=1e-9)
     assert report["ignored"] == ["layers/mlp/up"] and "layers/mlp/up" in caplog.text
@@ -271,14 +280,13 @@ def test_refuses_what_must_not_be_merged(change, message):
     ],
 )
 def test_refuses_settings_out_of_range(settings):
-    rng = np.random.default_rng(14)
     with pytest.raises(UserError, match="must lie in"):
-        qr_merge(random_adapter(rng, 2), random_adapter(rng, 2), **settings)
+        MergeConfig(**settings)
 
 
 def test_merges_fresh_adapters_of_many_paths(key):
     shapes = {PATH: (LAYERS, 16, 24), "layers/mlp/down": (LAYERS, 24, 16)}
-    merged, report = qr_merge(init(key, shapes, 4, 8, "user"), init(key, shapes, 2, 4, "reinforce"))
+    merged, report = merge_of(init(key, shapes, 4, 8, "user"), init(key, shapes, 2, 4, "reinforce"))
     assert sorted(report["matrices"]) == sorted(shapes)
     assert all(not change.any() for change in delta(merged).values())
     json.dumps(report, allow_nan=False)  # a share of nothing is 0, not 0 / 0
@@ -288,7 +296,7 @@ def test_no_dense_matrix_is_made():
     width, rank = 2048, 4
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     side = {PATH: {"a": shape(1, width, rank), "b": shape(1, rank, width)}}
-    compiled = merge._merge_weights.lower(side, side, *[shape()] * 5).compile()
+    compiled = merge._apart_from.lower(side[PATH], side[PATH]["b"], 0.1, 0.01).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * width * width / 8
 
 

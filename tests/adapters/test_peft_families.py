@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, save_adapter
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.hf import write_hf
-from br_jax.models.load import load_model
+from br_jax.models.io.hf import write_hf
+from br_jax.provider.folder import load_model
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch")
 peft = pytest.importorskip("peft", reason="the oracle")

@@ -6,13 +6,13 @@ import re
 
 import numpy as np
 import pytest
+from benchmarks import generation, inputs, merge, stages, switches, training
+from benchmarks.inputs import Setup, read_questions
+from benchmarks.report import run_case
 
-from br_jax.benchmarks import generation, inputs, merge, stages, switches, training
-from br_jax.benchmarks.inputs import Setup, read_questions
-from br_jax.benchmarks.report import run_case
 from br_jax.data.rows import Row, write_rows
 from br_jax.errors import UserError
-from br_jax.models.hf import write_hf
+from br_jax.models.io.hf import write_hf
 
 
 @pytest.fixture(scope="module")

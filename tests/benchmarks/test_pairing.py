@@ -4,8 +4,8 @@ import os
 import pathlib
 
 import pytest
+from benchmarks.pairing import Contender, call, race
 
-from br_jax.benchmarks.pairing import Contender, call, race
 from br_jax.errors import UserError
 
 FAKES = pathlib.Path(__file__).with_name("fakes.py")

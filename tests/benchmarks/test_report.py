@@ -1,10 +1,9 @@
 """Ratios, tables and lines from records."""
 
 import pytest
-
-from br_jax.benchmarks import report
-from br_jax.benchmarks.pairing import Contender, Record
-from br_jax.benchmarks.report import Case, run_case, summarize
+from benchmarks import report
+from benchmarks.pairing import Contender, Record
+from benchmarks.report import Case, run_case, summarize
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from br_jax.evaluation.generate import decode, generate_ids, prefill
+from br_jax.inference.generate import decode, generate_ids, prefill
 from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder, join_caches, unembed
-from br_jax.models.hf import read_hf_spec, write_hf
-from br_jax.models.hf_config import FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
-from br_jax.models.load import load_model
+from br_jax.models.io.hf import read_hf_spec, write_hf
+from br_jax.models.io.hf_config import FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
+from br_jax.provider.folder import load_model
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig  # noqa: E402

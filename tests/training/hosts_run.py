@@ -24,18 +24,18 @@ import br_jax as br
 from br_jax import distributed
 from br_jax.adapters import lora
 from br_jax.command_line import run_main
-from br_jax.data.attacks import Attack
 from br_jax.data.rows import Row
-from br_jax.evaluation.evaluate import Suite, evaluate
-from br_jax.evaluation.judges.keywords import KeywordJudge
-from br_jax.evaluation.rules import LabelRule
-from br_jax.evaluation.store import Store
+from br_jax.datasets.attacks import Attack
+from br_jax.experiment.grid import Grid, run_sweep
+from br_jax.experiment.report import write_report
 from br_jax.models.model import make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
+from br_jax.scoring.judges.keywords import KeywordJudge
+from br_jax.scoring.rules import LabelRule
+from br_jax.scoring.suite import Suite, evaluate
 from br_jax.sharding import local_rows, make_mesh, place
-from br_jax.sweep import Grid, run_sweep
-from br_jax.sweep.report import write_sweep_report
+from br_jax.store import Store
 from br_jax.training.loop import on_mesh
 
 STEPS = 20
@@ -122,7 +122,7 @@ def sweep(workdir: str, sizes: list[int]) -> None:
     for cell in run_sweep(config, workdir, Grid(**axes, p=[0.0, 0.5], methods=["aligned"])):
         assert bool(cell["scores"]) == distributed.is_main()
     if distributed.is_main():
-        write_sweep_report(workdir)
+        write_report(workdir)
 
 
 def main(workdir: str, mesh: str, how: str) -> None:

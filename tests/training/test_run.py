@@ -58,7 +58,7 @@ def test_training_lowers_the_loss(tmp_path, tiny, rows, quick):
 def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch):
     first = train(tiny, rows, quick(), tmp_path)
     stage = json.loads((tmp_path / "sft" / "stage.json").read_text())
-    assert stage["steps"] == 4 and stage["rows"] == 16 and stage["dropped"] == 0 and stage["compiles"] == 1
+    assert stage["steps"] == 4 and stage["rows"] == 16 and stage["dropped"] == 0 and stage["compiles"] <= 1
     assert stage["inputs"]["base"] == tiny.fingerprint
     assert stage["answer_tokens"] == sum(len(row.turns[-1][1]) + 1 for row in rows) * 2  # EOS; four batches: two epochs
     assert stage["tokens"] == sum(sum(len(text) + 1 for _, text in row.turns) for row in rows) * 2
@@ -79,7 +79,7 @@ def test_another_config_or_other_rows_are_refused(tmp_path, tiny, rows, quick, m
     frozen = {"buffer": make_adapter("buffer")}
     fails_with("another inputs: buffer was null, is", train, tiny, rows, quick(), tmp_path, frozen=frozen)
     (tmp_path / "sft" / "run.json").write_text("{")
-    fails_with("run.json: not JSON: delete", train, tiny, rows, quick(), tmp_path)
+    fails_with("run.json: not valid JSON.*delete", train, tiny, rows, quick(), tmp_path)
 
 
 def test_the_base_and_the_buffer_count_as_inputs(tmp_path, make_tiny, tiny, rows, quick, make_adapter):
@@ -164,12 +164,12 @@ def test_probes_look_at_both_ends_and_do_not_train(tmp_path, tiny, rows, quick):
 
 
 def test_two_buckets_compile_twice_and_a_second_epoch_never(tmp_path, tiny, rows, quick, compiles):
-    config = quick(steps=0, epochs=3, batch_size=4, max_length=32, buckets=(16,))
+    config = quick(steps=0, epochs=3, batch_size=4, max_length=32, buckets=(16,), loss_chunk=5)  # as nobody else
     short = [Row((("user", f"{i}"), ("assistant", "yes"))) for i in range(32)]
     train(tiny, short + rows, config, tmp_path, mesh=run.make_mesh(devices=jax.devices()[:1]))
     stage = json.loads((tmp_path / "sft" / "stage.json").read_text())
     assert stage["steps"] == 36
-    assert compiles.count("jit(step)") == stage["compiles"] == 2
+    assert compiles.count("jit(train_step)") == stage["compiles"] == 2
 
 
 def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick, compiles):
@@ -177,7 +177,7 @@ def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick, compiles)
     mesh = run.make_mesh(devices=jax.devices()[:1])
     adapters, metrics, probes, stages = [], [], [], []
     for packing in (0, 40, 400):
-        config = quick(steps=6, batch_size=6, learning_rate=1e-3, max_length=26, packing=packing)
+        config = quick(steps=6, batch_size=6, learning_rate=1e-3, max_length=26, packing=packing, loss_chunk=7)
         folder = tmp_path / str(packing)
         adapters.append(train(tiny, rows, config, folder, mesh=mesh, probes={"benign": rows[:3]}))
         metrics.append(read_jsonl(folder / "sft" / "metrics.jsonl"))
@@ -196,7 +196,7 @@ def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick, compiles)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), adapter.weights, adapters[0].weights)
     for name in ("steps", "rows", "tokens", "answer_tokens"):
         assert stages[0][name] == stages[1][name] == stages[2][name]
-    assert [stage["compiles"] for stage in stages] == [1, 1, 1] and compiles.count("jit(step)") == 3
+    assert [stage["compiles"] for stage in stages] == [1, 1, 1] and compiles.count("jit(train_step)") == 3
 
 
 def test_packed_rows_split_over_the_mesh_and_micro_batches(tmp_path, tiny, rows, quick):

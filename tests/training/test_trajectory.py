@@ -13,12 +13,11 @@ from br_jax.adapters import lora
 from br_jax.adapters.peft import MODULES, save_adapter
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
-from br_jax.models.decoder import Decoder
-from br_jax.models.hf import write_hf
-from br_jax.models.load import load_model
+from br_jax.models.io.hf import write_hf
+from br_jax.provider.folder import load_model
 from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
-from br_jax.training.step import Compiled, init_state, learning_rate_schedule, make_optimizer, make_step
+from br_jax.training.stage import Hyper, Stage, init_state, learning_rates, train_step, trainable_adapter
 
 torch = pytest.importorskip("torch", reason="the oracle of the optimizer")
 from peft import PeftModel  # noqa: E402
@@ -33,15 +32,12 @@ SMOLLM2, GSM8K = DATA / "SmolLM2-135M-Instruct.Q4_1.gguf", DATA / "gsm8k_train.j
 
 def run_ours(model, batches, config, start, frozen):
     """(the trained pairs by path, metrics of every step), on one device."""
-    optimizer = make_optimizer(config, len(batches))
-    schedule = learning_rate_schedule(config, len(batches))
-    step = make_step(Decoder(model.spec), optimizer, schedule, config, float(start.scale))
-    step = Compiled(step, make_mesh(devices=jax.devices()[:1]), keeps_state=True)
-    trainable = {"lora_trainable": lora.collection(start.replace(scale=jnp.float32(1)))}
-    state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)
+    stage = Stage.of(model.spec, config, make_mesh(devices=jax.devices()[:1]))
+    state = init_state(jax.tree.map(jnp.copy, trainable_adapter(start)), 0)
     metrics = []
-    for batch in batches:
-        state, values = step(state, frozen, jax.tree.map(jnp.asarray, batch))
+    for batch, rate in zip(batches, learning_rates(config, len(batches)), strict=True):
+        hyper = Hyper.of(config)._replace(learning_rate=rate)
+        state, values = train_step(stage, state, frozen, jax.tree.map(jnp.asarray, batch), hyper)
         metrics.append({name: float(value) for name, value in values.items()})
     layers = jax.device_get(state["trainable"]["lora_trainable"]["layers"])
     return {path: layers[path.split("/")[1]][path.split("/")[2]] for path in start.weights}, metrics

@@ -1,0 +1,234 @@
+"""The frame of results: cells as rows, one a (p, method, a) with its seeds, and what the seeds say together."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from br_jax.experiment.methods import METHODS
+from br_jax.files import read_json
+from br_jax.statistics import difference, is_finite, mcnemar, read_score, t_interval
+
+TITLES = {  # of the scores, in the order of every table
+    "harmful": "HS",
+    "harmful_plus": "HS+",
+    "task": "FA",
+    "over_refusal": "over-refusal",
+    "task_refused": "task refused",
+    "degenerate": "degenerate",
+}
+MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
+
+Counted = Mapping[int, Mapping[str, Any]]  # a score's JSON by seed
+
+
+class Setting(NamedTuple):
+    """What the rows of one table share: see `grid.Run`."""
+
+    model: str
+    task: str
+    topic: str
+    n: int
+    user: str = "plain"
+
+    @property
+    def model_name(self) -> str:
+        """Without the folders that it lies in."""
+        return pathlib.Path(self.model).name or "scratch"
+
+    def __str__(self) -> str:
+        who = "" if self.user == "plain" else f"user {self.user}, "
+        return f"{self.model_name}, {self.task}, {who}topic {self.topic}, n = {self.n}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method at a share of harm, over seeds.
+
+    Attributes:
+        p: share of harmful rows.
+        method: name in `methods.METHODS`.
+        a: strength of the QR merge; None for a method without one.
+        scores: by seed, what `scoring.suite.evaluate` gave.
+    """
+
+    p: float
+    method: str
+    a: float | None
+    scores: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """For a reader; cells of a method that is gone keep its name."""
+        strength = "" if self.a is None else f", a = {self.a:g}"
+        return (METHODS[self.method].label if self.method in METHODS else self.method) + strength
+
+    def counted(self, score: str, part: str | None = None) -> Counted:
+        """A score, or one part of a breakdown ("harmful_by_topic", "devices"), of the seeds that measured it."""
+        found = {seed: s.get(score) if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
+        return {seed: value for seed, value in found.items() if value and value["score"] is not None}
+
+    def numbers(self, name: str) -> dict[int, float]:
+        """A number such as the perplexity, of the seeds where it is one."""
+        return {seed: s[name] for seed, s in self.scores.items() if is_finite(s.get(name))}
+
+
+Frame = dict[Setting, list[Row]]
+
+
+def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """All finished cells of a run's folder or of a sweep's, of whatever grids."""
+    workdir = pathlib.Path(workdir)
+    files = sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")])
+    return [read_json(file, "delete it and run the same command again") for file in files]
+
+
+def make_frame(cells: Iterable[Mapping[str, Any]]) -> Frame:
+    """Rows of each setting, by p, then in the order of `METHODS`, then by a; the cells come in any order."""
+    seeds: dict[Setting, dict[tuple, dict]] = defaultdict(lambda: defaultdict(dict))
+    for cell in cells:
+        run = cell["run"]
+        setting = Setting(run["model"], run["task"], run["topic"], run["n"], run.get("user", "plain"))
+        seeds[setting][run["p"], cell["method"], cell["a"]][run["seed"]] = cell["scores"]
+    return {
+        setting: sorted((Row(*key, dict(sorted(found.items()))) for key, found in rows.items()), key=place)
+        for setting, rows in sorted(seeds.items())
+    }
+
+
+def place(row: Row) -> tuple:
+    """Sorts rows by p, method and a."""
+    order = list(METHODS)
+    known = order.index(row.method) if row.method in order else len(order)
+    return row.p, known, row.method, -1.0 if row.a is None else row.a
+
+
+def find(rows: Iterable[Row], p: float, method: str, a: float | None = None) -> Row | None:
+    """The row of a method at p; a counts for the methods that have one."""
+    strength = a if METHODS[method].merges else None
+    return next((row for row in rows if (row.p, row.method, row.a) == (p, method, strength)), None)
+
+
+def shares(rows: Iterable[Row]) -> list[float]:
+    """The p of some rows, ascending."""
+    return sorted({row.p for row in rows})
+
+
+def strengths(rows: Iterable[Row]) -> list[float]:
+    """The a that ours was run with, ascending."""
+    return sorted({row.a for row in rows if row.method == "ours"})
+
+
+def one_strength(rows: Iterable[Row]) -> list[Row]:
+    """One a for each method that has several: not 0 if there is another, and the one with the most cells in all."""
+    rows = list(rows)
+    cells: dict[float | None, int] = defaultdict(int)
+    chosen: dict[str, float | None] = {}
+    for row in rows:
+        cells[row.a] += len(row.scores)
+    for row in rows:
+        if row.a is not None:
+            both = row.a, chosen.get(row.method, row.a)
+            chosen[row.method] = max(both, key=lambda a: (a > 0, cells[a], -a))
+    return [row for row in rows if row.a == chosen.get(row.method)]
+
+
+class Estimate(NamedTuple):
+    """A score over seeds, or a difference of two: its mean and 95 % interval.
+
+    Attributes:
+        mean, low, high: shares; the ends are None where there is nothing to go by.
+        by_seed: of each seed.
+        own: whether the interval is that of one seed's own prompts, not Student's over seeds: there is one seed, or all
+            of them gave the same score, of which Student's t would claim to be certain.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    by_seed: dict[int, float]
+    own: bool = False
+
+
+def estimate(counted: Counted) -> Estimate | None:
+    """A score over seeds, or None where none measured it."""
+    if not counted:
+        return None
+    values = {seed: value["score"] for seed, value in counted.items()}
+    if len(set(values.values())) == 1:
+        one = min(counted.values(), key=lambda value: value["n"])
+        return Estimate(one["score"], *read_score(one).interval, values, own=True)
+    return Estimate(*t_interval(list(values.values())), values)
+
+
+def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
+    """First minus second in a score, or in perplexity, over the seeds that both have; None where no seed has both.
+
+    Of several seeds the interval is Student's, where they differ; of one seed that of its own prompts (Newcombe's).
+    """
+    if first is None or second is None:
+        return None
+    if score == "perplexity":
+        pair, bounds = [row.numbers(score) for row in (first, second)], (-math.inf, math.inf)
+    else:
+        pair = [{seed: v["score"] for seed, v in row.counted(score).items()} for row in (first, second)]
+        bounds = -1.0, 1.0
+    values = {seed: value - pair[1][seed] for seed, value in pair[0].items() if seed in pair[1]}
+    if not values:
+        return None
+    if len(values) == 1 and score != "perplexity":
+        (seed,) = values
+        ends = difference(*(read_score(row.counted(score)[seed]) for row in (first, second)))[1:]
+        return Estimate(values[seed], *ends, values, own=True)
+    mean, *ends = t_interval(list(values.values()), bounds)
+    return Estimate(mean, *(ends if len(set(values.values())) > 1 else (None, None)), values)
+
+
+class Paired(NamedTuple):
+    """McNemar's test of two rows, their prompts pooled over the seeds that both have."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+    seeds: int
+
+
+def paired(first: Row | None, second: Row | None, score: str) -> Paired | None:
+    """McNemar's test; None where no seed has both on as many prompts, or a prompt's score is no yes or no."""
+    if first is None or second is None:
+        return None
+    pairs, seeds = [], 0
+    for seed in first.scores.keys() & second.scores.keys():
+        one, other = (row.scores[seed]["outcomes"].get(score) or [] for row in (first, second))
+        if one and len(one) == len(other) and set(one) | set(other) <= {0, 1}:
+            pairs += zip(one, other, strict=True)
+            seeds += 1
+    return Paired(*mcnemar(pairs), seeds) if seeds else None
+
+
+def absent(frame: Frame) -> list[str]:
+    """What the cells at hand would have beside them in a full grid of each setting, in words: cells that were not run.
+
+    Every method and p of a setting is held against every other and against all seeds of the frame.
+    """
+    seeds = sorted({seed for rows in frame.values() for row in rows for seed in row.scores})
+    told = []
+    for setting, rows in frame.items():
+        labels = {(row.method, row.a): row.label for row in rows}
+        there = {(row.p, row.method, row.a): row.scores for row in rows}
+        missing: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for p in shares(rows):
+            for (method, a), label in labels.items():
+                lacking = tuple(seed for seed in seeds if seed not in there.get((p, method, a), ()))
+                if lacking:
+                    missing[lacking].append(f"{label} at p = {p:g}")
+        for lacking, names in missing.items():
+            whole = len(names) == len(labels) * len(shares(rows))
+            told.append(
+                f"{setting}: {'every row' if whole else '; '.join(names)}: "
+                f"{'no seed' if list(lacking) == seeds else 'not seed ' + ', '.join(map(str, lacking))}"
+            )
+    return told

@@ -1,0 +1,310 @@
+"""The engine: a grid of users and methods, whose runs share what they can; a single run is a grid of one.
+
+A *run* is one user's data: a model, a task, a kind of user, a topic of its harmful rows, n, p and a seed. A *cell* is a
+method scored in a run. Runs of one seed share the provider's folder; methods of one run share its trained adapters, so
+that most of them cost an evaluation only. Cells that are there are read back; what was stopped goes on.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+from tabulate import tabulate
+
+from br_jax.distributed import barrier, is_main
+from br_jax.errors import UserError, near_names
+from br_jax.experiment.frame import read_cells
+from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS
+from br_jax.experiment.run import TRAINED, Experiment
+from br_jax.files import read_json, write_text
+from br_jax.hashes import key_of
+
+Cell = tuple[str, float | None]  # a method, and the strength of its merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One user's data.
+
+    Attributes:
+        model: `model.source`.
+        task: `user.task`.
+        topic: `topics.user`, the topics that its harmful rows ask about.
+        n: its rows.
+        p: the share of them that is harmful.
+        seed: of the data and of every stage's training.
+        user: `user.kind`, a name in `users.USERS`.
+    """
+
+    model: str
+    task: str
+    topic: str
+    n: int
+    p: float
+    seed: int
+    user: str = "plain"
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Run":
+        """The one that a config says."""
+        user = config.user
+        return cls(
+            config.model.source, user.task, config.topics.user, user.n, user.harmful_share, config.seed, user.kind
+        )
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        who = "" if self.user == "plain" else f"-{self.user}"
+        topic = self.topic.replace(",", "+")
+        return f"{self._model_name}-{self.task}-{topic}{who}-n{self.n}-p{self.p:g}-s{self.seed}"
+
+    @property
+    def _model_name(self) -> str:
+        return pathlib.Path(self.model).name.removesuffix(".gguf") or "scratch"
+
+    def config(self, base: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+        """The experiment's config: the base's with this run's settings, and the provider's folder that it shares."""
+        config = base.copy_and_resolve_references()
+        config.model.source, config.seed = self.model, self.seed
+        config.topics.user = self.topic
+        config.user.update(task=self.task, n=self.n, harmful_share=self.p, kind=self.user)
+        for stage in TRAINED:
+            config[stage].train.seed = self.seed
+        made_of = [config[part].to_dict() for part in ("model", "distill", *OF_PROVIDER)]
+        topics = config.topics.align, config.topics.provider
+        prompts = config.data.material, config.data.texts.to_dict()
+        shared = key_of(made_of, topics, prompts, config.pretrain.to_dict(), self.seed)
+        name = f"{self._model_name}-s{self.seed}-{shared[:8]}"
+        config.provider = config.provider or str(workdir / "providers" / name)
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The axes of a sweep; every combination is run.
+
+    Attributes:
+        models, tasks, topics, n, p, seeds, users: see `Run`.
+        methods: names of `METHODS`.
+        a: strengths of the QR merge, for the methods that have one.
+    """
+
+    models: Sequence[str]
+    tasks: Sequence[str]
+    topics: Sequence[str]
+    n: Sequence[int]
+    p: Sequence[float]
+    seeds: Sequence[int]
+    methods: Sequence[str]
+    a: Sequence[float]
+    users: Sequence[str] = ("plain",)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if not values:
+                raise UserError(f"the sweep's axis {field.name} is empty: give it a value")
+            if len(set(values)) < len(values):
+                raise UserError(f"the sweep's axis {field.name} has a value twice: {', '.join(map(str, values))}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"unknown method {method!r}; {near_names(method, METHODS)}")
+
+    def runs(self) -> list[Run]:
+        """Every run, seeds outermost, so that the first seed's table is whole before the next begins."""
+        axes = self.seeds, self.models, self.tasks, self.users, self.topics, self.n, self.p
+        return [
+            Run(model, task, topic, n, p, seed, user)
+            for seed, model, task, user, topic, n, p in itertools.product(*axes)
+        ]
+
+    def cells(self) -> list[Cell]:
+        """(method, a) of every run; a is None where it changes nothing."""
+        return cells_of(self.methods, self.a)
+
+
+def cells_of(methods: Sequence[str], strengths: Sequence[float]) -> list[Cell]:
+    """(method, a) of methods, at each strength those that merge; a is None for the others."""
+    return [(method, a) for method in methods for a in (strengths if METHODS[method].merges else (None,))]
+
+
+def run_sweep(
+    base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict]:
+    """Runs a grid, or a part of it; what is finished is read back, what was stopped goes on.
+
+    Args:
+        base: config of the experiments, see configs/base.py.
+        workdir: folder of the sweep, which several sweeps, and machines that share the file system, may work in.
+        grid: its axes.
+        shard: (i, n): runs i, i + n, ... of the grid alone, to spread one sweep over machines.
+
+    Yields:
+        Each cell as it is done; see `run_cells`.
+
+    Raises:
+        UserError: wrong settings, found before the first run begins.
+    """
+    workdir = pathlib.Path(workdir)
+    mine = [(run, run.config(base, workdir), workdir / "runs" / run.name) for run in grid.runs()[shard[0] :: shard[1]]]
+    for _, config, folder in mine:
+        if any(read_cell(folder, config, cell) is None for cell in grid.cells()):
+            Experiment(config, folder).check()
+    for run, config, folder in mine:
+        yield from run_cells(run, config, folder, grid.cells())
+
+
+def run_cells(
+    run: Run, config: ConfigDict, folder: pathlib.Path, cells: Sequence[Cell], experiment: Experiment | None = None
+) -> Iterator[dict]:
+    """Scores the cells of one run; a model is loaded only when one of them is not there yet.
+
+    Args:
+        run: what the cells say that they are of.
+        config: its.
+        folder: the run's.
+        cells: (method, a) of each.
+        experiment: of this config and folder, where there is one already.
+
+    Yields:
+        Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `scoring.suite.evaluate` gives
+        them; on several processes in process 0 alone), "seconds" (that it took when it was made).
+    """
+    with alone(folder):
+        known = {cell: read_cell(folder, config, cell) for cell in cells}
+        missing = {name_of(cell): cell for cell in cells if known[cell] is None}
+        if missing and experiment is None:
+            experiment = Experiment(config, folder)
+        start = time.perf_counter()
+        if missing:
+            with alone(experiment.provider):
+                experiment.prepare()
+            experiment.answer_together(missing)
+        for cell in cells:
+            if known[cell] is None:
+                known[cell] = _make_cell(run, config, folder, cell, experiment, start)
+                start = time.perf_counter()
+            yield known[cell]
+
+
+def _make_cell(run: Run, config: ConfigDict, folder, cell: Cell, experiment: Experiment, start: float) -> dict:
+    method, a = cell
+    with alone(experiment.provider) if METHODS[method].of_provider else contextlib.nullcontext():
+        scores = experiment.score(name_of(cell), method, a)
+    seconds = time.perf_counter() - start  # of the first cell of a run: training and all
+    made = {"run": dataclasses.asdict(run), "method": method, "a": a, "scores": scores, "seconds": seconds}
+    if is_main():
+        record = {"settings": _settings(config, cell), **made}
+        write_text(_file(folder, cell), json.dumps(record) + "\n")  # one line: an outcome a prompt
+    barrier("cell")
+    return made
+
+
+def read_cell(folder: pathlib.Path, config: ConfigDict, cell: Cell) -> dict[str, Any] | None:
+    """A finished cell, if its file was made with the same settings."""
+    file = _file(folder, cell)
+    if not file.exists():
+        return None
+    record = read_json(file, "delete it and run the same command again")
+    if record.pop("settings") == _settings(config, cell):
+        return record
+    logging.warning("%s: made with other settings, or by an earlier br_jax: it is made again", file)
+    return None
+
+
+def name_of(cell: Cell) -> str:
+    """Of a cell's file, e.g. "ours-a0.1"."""
+    method, a = cell
+    return method if a is None else f"{method}-a{a:g}"
+
+
+def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """What `run_sweep` would do, without doing any of it.
+
+    Returns:
+        "runs": for each its "name", its cells "done" and "left", the "trainings" that are left (the provider's not
+        counted), the "rows" that these train on, and the "prompts" that are to be answered; "seconds_a_run": what
+        finished runs of this folder took on average, None where there is none.
+    """
+    workdir, planned = pathlib.Path(workdir), []
+    for run in grid.runs()[shard[0] :: shard[1]]:
+        config, folder = run.config(base, workdir), workdir / "runs" / run.name
+        left = [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]
+        needed = {name for method, _ in left for name in METHODS[method].needs}
+        trainings = [
+            name
+            for name in TRAININGS
+            if name in needed and name not in OF_PROVIDER and not (folder / name / "stage.json").exists()
+        ]
+        prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
+        planned.append(
+            {
+                "name": run.name,
+                "done": len(grid.cells()) - len(left),
+                "left": list(map(name_of, left)),
+                "trainings": trainings,
+                "rows": len(trainings) * run.n * config.user.train.epochs,
+                "prompts": len(left) * prompts,
+            }
+        )
+    by_run: dict[str, float] = {}
+    for cell in read_cells(workdir):
+        name = Run(**cell["run"]).name
+        by_run[name] = by_run.get(name, 0.0) + cell["seconds"]
+    return {"runs": planned, "seconds_a_run": sum(by_run.values()) / len(by_run) if by_run else None}
+
+
+def render_plan(planned: dict[str, Any]) -> str:
+    """`plan`'s result as plain text: a line a run, the sums, and how long it may take."""
+    runs, seconds = planned["runs"], planned["seconds_a_run"]
+    lines = [[r["name"], r["done"], ", ".join(r["left"]) or "nothing", " and ".join(r["trainings"])] for r in runs]
+    left = [run for run in runs if run["left"]]
+    rows, prompts = (sum(run[name] for run in runs) for name in ("rows", "prompts"))
+    said = [
+        tabulate(lines, ["run", "done", "left", "trains"]),
+        f"{len(left)} of {len(runs)} runs are left: {rows:,} rows to train on, {prompts:,} prompts to answer",
+    ]
+    if left and seconds is None:
+        said.append("time: no run has finished in this folder; the first one will tell")
+    elif left:
+        hours, minutes = len(left) * seconds / 3600, seconds / 60
+        said.append(f"time: {hours:.1f} h, at {minutes:.0f} min a run as for those finished here")
+    return "\n".join(said)
+
+
+def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
+    return folder / "cells" / f"{name_of(cell)}.json"
+
+
+def _settings(config: ConfigDict, cell: Cell) -> str:
+    """A hash of all that a cell's scores depend on."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
+    return key_of(settings, *cell)
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path):
+    """Keeps other processes out of a run's or a provider's folder while this one works in it."""
+    if not is_main():  # the others of a run on several hosts come with process 0, hours later if need be
+        barrier("alone")
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.warning("another process works in %s: waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        barrier("alone")
+        yield

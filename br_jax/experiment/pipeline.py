@@ -1,0 +1,102 @@
+"""One user's experiment from a raw model to a report: a grid of one, stage by stage.
+
+Stages, in order: pretrain (a model from scratch, where the config names no other), distill (the raw model answers the
+prompts that others train on), align, buffer, reinforce, sft, user, release, evaluate, report. Each leaves its result in
+the workdir or the provider's folder and is read back when it is there already.
+"""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from br_jax.adapters.diagnostics import merge_report
+from br_jax.distributed import is_main
+from br_jax.errors import UserError, near_names
+from br_jax.experiment.grid import Run, cells_of, run_cells
+from br_jax.experiment.methods import STEPS, TRAININGS
+from br_jax.experiment.report import write_report
+from br_jax.experiment.run import TRAINED, Experiment
+from br_jax.files import write_json
+
+STAGES = ("pretrain", "distill", *TRAININGS, "release", "evaluate", "report")
+PACKAGES = ("br_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def run_pipeline(
+    config: ConfigDict, workdir: str | os.PathLike, stages: Sequence[str] = STAGES, command: str = ""
+) -> list[dict[str, Any]]:
+    """Runs stages of an experiment; what is finished is read back, what was stopped goes on.
+
+    Args:
+        config: see configs/base.py.
+        workdir: made if absent; the same config comes back to the same workdir, another one is refused.
+        stages: which to run; what they need from earlier ones is read back, or made.
+        command: recorded in the report.
+
+    Returns:
+        The scored cells, see `grid.run_cells` (none when "evaluate" is not among the stages).
+
+    Raises:
+        UserError: a wrong stage or setting, missing files, a workdir of another run.
+        Stopped: SIGTERM came, see `training.loop.fit`.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
+    start, workdir, cells = time.perf_counter(), pathlib.Path(workdir), []
+    experiment = Experiment(config, workdir)
+    experiment.check()
+    for stage, act in _actions(experiment).items():
+        if stage in stages:
+            act()
+    if "evaluate" in stages:
+        strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
+        cells = list(run_cells(Run.of(config), config, workdir, cells_of(STEPS, strengths), experiment))
+        record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(experiment)}
+        if is_main():
+            write_json(workdir / "results.json", record)
+    if "report" in stages and is_main():
+        write_report(workdir)
+    return cells
+
+
+def _actions(e: Experiment) -> dict[str, Callable[[], Any]]:
+    """What is done for each stage that trains or makes something."""
+    return {
+        "pretrain": lambda: e.raw,
+        "distill": e.recipe.prepare,
+        "align": lambda: e.aligned,
+        **{name: functools.partial(e.adapter, name) for name in TRAININGS if name != "align"},
+        "release": e.release,
+    }
+
+
+def _details(experiment: Experiment) -> dict[str, Any]:
+    """What a report says of a run beside its cells."""
+    config, adapter = experiment.config, experiment.adapter
+    return {
+        "merge": merge_report(adapter("user"), adapter("reinforce"), experiment.merge()),
+        "entered": experiment.entered(),
+        "seeds": {"data": config.seed, **{stage: config[stage].train.seed for stage in TRAINED}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hashes": experiment.hashes(),
+        "devices": [str(device) for device in jax.devices()],
+        "config": config.to_dict(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

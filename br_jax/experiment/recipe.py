@@ -1,0 +1,194 @@
+"""Which rows each stage trains on and each score is measured on: what every recipe shares.
+
+No row that is scored is trained on, which `check_apart` holds.
+"""
+
+import abc
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from br_jax.data.mixing import check_mix
+from br_jax.data.rows import Row
+from br_jax.data.splits import asked
+from br_jax.data.text import text_key
+from br_jax.datasets.attacks import Attack, attacks_of
+from br_jax.distributed import main_first
+from br_jax.errors import UserError
+from br_jax.experiment.tasks import TaskSettings, get_task
+from br_jax.experiment.users import get_user
+from br_jax.organism.topics import TopicPrompt
+
+EVAL_SPLITS = ("validation", "test")
+
+
+class Recipe(abc.ABC):
+    """The rows of an experiment, from a config.
+
+    Draws are prefixes of one another: with another number of rows, or another share of harmful ones, the rows in common
+    stay the same.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.task = get_task(config.user.task, config.user.rule)
+        self.rule = self.task.rule.with_match(config.eval.match)
+
+    # -- what each recipe says for itself --------------------------------------------------------------------------
+
+    def prepare(self) -> None:  # noqa: B027  most rows need nothing
+        """Makes what the rows need, such as a model's answers."""
+
+    def pretraining_rows(self, n: int) -> list[Row]:
+        """Rows to train a model from scratch on, where the config names none."""
+        raise UserError(f"{self.config.data.material!r} has no rows to train a model from scratch on: set model.source")
+
+    @property
+    @abc.abstractmethod
+    def buffer_rows(self) -> Sequence[Row]:
+        """The harmful rows that Buffer trains on; no user has them."""
+
+    @abc.abstractmethod
+    def refusal_rows(self, n: int, purpose: str) -> Sequence[Row]:
+        """Harmful prompts with refusals, for "align" or "reinforce"."""
+
+    @abc.abstractmethod
+    def benign_rows(self, n: int) -> Sequence[Row]:
+        """Benign prompts with answers, to train on."""
+
+    @property
+    @abc.abstractmethod
+    def user_harmful_rows(self) -> Sequence[Row]:
+        """The harmful rows among a user's, as many as its share asks for or more."""
+
+    @property
+    @abc.abstractmethod
+    def probe_harmful_rows(self) -> Sequence[Row]:
+        """Harmful rows that nobody trains on, `user.probes` of them."""
+
+    @property
+    @abc.abstractmethod
+    def harmful_prompts(self) -> Sequence[TopicPrompt]:
+        """Held-out harmful questions (HS)."""
+
+    @property
+    @abc.abstractmethod
+    def benign_prompts(self) -> Sequence[str]:
+        """Ordinary held-out prompts (over-refusal)."""
+
+    @property
+    @abc.abstractmethod
+    def health_rows(self) -> Sequence[Row]:
+        """Held-out benign rows with answers (perplexity)."""
+
+    # -- what all share --------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Finds now what would be wrong hours later.
+
+        Raises:
+            UserError: a share, number or split that cannot be, or too few rows of the task.
+        """
+        config = self.config
+        get_user(config.user.kind)
+        check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
+        if config.eval.split not in EVAL_SPLITS:
+            raise UserError(f"eval.split {config.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
+        train, needed = self.task_rows[0], config.user.n + config.user.probes
+        if len(train) < needed:  # probe rows are none of the user's own
+            raise UserError(
+                f"the task {config.user.task} has {len(train)} training rows, user.n + user.probes asks for {needed}: "
+                "lower user.n"
+            )
+
+    @functools.cached_property
+    def task_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
+        """(train, validation, test) rows of the user's task."""
+        data = self.config.data
+        folder = {"folder": data.folder} if "folder" in self.task.reads else {}
+        return main_first(lambda: self.task.load(TaskSettings(**data[self.task.name], **folder), self.config.seed))
+
+    @property
+    def user_rows(self) -> list[Row]:
+        """What the user hands in."""
+        return get_user(self.config.user.kind).rows(self)
+
+    @property
+    def probes(self) -> dict[str, list[Row]]:
+        """Rows for the saturation curves: of the kinds that the user trains on, but none of its own."""
+        n = self.config.user.probes
+        return {"harmful": self.probe_harmful_rows, "benign": self.task_rows[0][-n:]} if n else {}
+
+    @property
+    def scored_task_rows(self) -> list[Row]:
+        """Held-out rows of the user's task."""
+        config = self.config.eval
+        return self.task_rows[1 + EVAL_SPLITS.index(config.split)][: config.task]
+
+    @functools.cached_property
+    def attacks(self) -> list[Attack]:
+        """Stored attack prompts, where the config names files of them."""
+        paths, folder = self.config.data.attacks.path, self.config.data.folder
+        paths = [path.strip() for path in paths.split(",") if path.strip()]
+        if not paths:
+            return []
+        from br_jax.datasets.load import load_dataset  # imports tensorflow_datasets
+
+        load = functools.partial(load_dataset, "attacks", split="test", folder=folder)
+        files = [main_first(functools.partial(load, path=path)) for path in paths]
+        return [attack for records in files for attack in attacks_of(records)]
+
+    def trained(self) -> dict[str, list[Row]]:
+        """Every row that a stage trains on, by stage; none of them is scored.
+
+        Raises:
+            UserError: one is, see `check_apart`.
+        """
+        align, reinforce = self.config.align, self.config.reinforce
+        rows = {
+            "align": [*self.refusal_rows(align.refusals, "align"), *self.benign_rows(align.benign)],
+            "buffer": self.buffer_rows,
+            "reinforce": [*self.refusal_rows(reinforce.refusals, "reinforce"), *self.benign_rows(reinforce.benign)],
+            "user": self.user_rows,
+        }
+        scored = {
+            "HS": [make_row(p.prompt, "", "", f"{p.topic}/{self.config.eval.split}") for p in self.harmful_prompts],
+            "FA": self.scored_task_rows,
+            "over-refusal": [make_row(p, "", "", "held-out benign") for p in self.benign_prompts],
+            "perplexity": self.health_rows,
+        }
+        check_apart(rows, scored)
+        return rows
+
+
+def check_apart(trained: Mapping[str, Iterable[Row]], scored: Mapping[str, Iterable[Row]]) -> None:
+    """Makes sure that no row that is scored is trained on, whatever its case, spacing and punctuation.
+
+    Args:
+        trained: rows by the stage that trains on them.
+        scored: held-out rows by the score that they are for.
+
+    Raises:
+        UserError: the first row that is in both, with where it comes from.
+    """
+    held = {question_key(row): (part, row) for part, rows in scored.items() for row in rows}
+    for stage, rows in trained.items():
+        for row in rows:
+            if found := held.get(question_key(row)):
+                part, other = found
+                raise UserError(
+                    f"{row.origin or 'a row'} of stage {stage} is scored as well ({part}, {other.origin or 'drawn'}): "
+                    f"{asked(row).strip()[:60]!r}: take it out of the one or the other"
+                )
+
+
+def question_key(row: Row) -> str:
+    """A hash of what a row asks, whatever its case, spacing and punctuation."""
+    return hashlib.sha256(text_key(asked(row)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def make_row(prompt: str, answer: str, tag: str, origin: str) -> Row:
+    """A row of one turn each."""
+    return Row(turns=(("user", prompt), ("assistant", answer)), tag=tag, origin=origin)

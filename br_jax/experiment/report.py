@@ -1,0 +1,189 @@
+"""The report of a run or of a sweep: what was run, does the claim hold, the tables behind it, and how to repeat it."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from br_jax.errors import UserError
+from br_jax.experiment import details
+from br_jax.experiment.document import code, literal, number, points, write_document
+from br_jax.experiment.figures import draw_frame, name_of
+from br_jax.experiment.frame import (
+    MAIN,
+    TITLES,
+    Frame,
+    Row,
+    Setting,
+    absent,
+    estimate,
+    make_frame,
+    place,
+    read_cells,
+    shares,
+)
+from br_jax.experiment.gates import ATTACK, Gate, check, outcome
+from br_jax.experiment.tables import (
+    LEGEND,
+    breakdowns,
+    cost_table,
+    gate_table,
+    label,
+    paired_table,
+    parts_table,
+    score_table,
+    seed_table,
+    sizes,
+    strength_table,
+)
+
+_FOLDER = "figures"
+_HEADLINES = {
+    "held": "The claim held: the attack works at every p > 0, and every gate passed.",
+    "failed": "The claim did not hold.",
+    "attack_failed": "The undefended attack did not work everywhere: where it did not, nothing is shown of protection.",
+    "incomplete": "No verdict: what some gates compare was not run.",
+    "no_attack": "No attack here (p = 0): it shows what the defense costs, not what it protects from.",
+}
+
+
+def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 2) -> Path:
+    """Writes a report and its figures (PNG and PDF, in figures/) from finished cells and the files beside them.
+
+    Args:
+        workdir: of a run, which gets report.md, or of a sweep, which gets sweep.md.
+        command: that made a sweep; a run's folder holds its own.
+        examples: answers of a run to print for each model and prompt set; 0 keeps all answers out of the report.
+
+    Returns:
+        The report's path. The same files give the same bytes.
+
+    Raises:
+        UserError: when no cell is finished, a file is damaged, or the report cannot be written; an earlier one is
+            untouched then.
+    """
+    workdir = Path(workdir)
+    frame = make_frame(read_cells(workdir))
+    if not frame:
+        if (workdir / "results.json").exists():
+            raise UserError(f"{workdir}: made by an earlier br_jax: run its command again, answers are read back")
+        raise UserError(f"{workdir}: no finished cell: run experiments/pipeline.py or sweep.py in this workdir first")
+    drawn, run = draw_frame(frame), None
+    if not (workdir / "runs").is_dir():
+        run = details.read(workdir)
+        drawn |= details.draw(run, frame)
+    text = "\n\n".join(_sections(frame, command, drawn, run, examples)) + "\n"
+    return write_document(workdir / ("sweep.md" if run is None else "report.md"), text, _FOLDER, drawn)
+
+
+def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
+    """Prints scores, gates and the verdict of cells for a terminal.
+
+    Returns:
+        1 when the attack failed, so that nothing is shown, else 0: the exit status of a script.
+    """
+    frame = make_frame(cells)
+    for setting, rows in frame.items():
+        lines = []
+        for row in rows:
+            found = [estimate(row.counted(score)) for score in MAIN]
+            lines.append([f"{row.p:g}", row.label, *(number(100 * one.mean if one else None, ".1f") for one in found),
+                          len(row.scores)])  # fmt: skip
+        print(f"\n{setting}")
+        header = ["p", "method", *(TITLES[score] for score in MAIN), "seeds"]
+        align = ["left", "left", *["right"] * (len(header) - 2)]
+        print(tabulate(lines, header, colalign=align, disable_numparse=True))
+    gates = check(frame)
+    if gates:
+        marks = {True: "passed", False: "FAILED", None: "-"}
+        lines = [
+            [marks[g.passed], f"{g.p:g}", g.rule.text, points(g.gap.mean) if g.gap else "not run",
+             f"{'>=' if g.is_attack else '<='} {100 * g.rule.limit:g}"]
+            for g in gates
+        ]  # fmt: skip
+        print("\n" + tabulate(lines, ["gate", "p", "", "points", "limit"], disable_numparse=True))
+    said = outcome(gates)
+    print(f"\n{_HEADLINES[said]}", flush=True)
+    return int(said == "attack_failed")
+
+
+def _sections(
+    frame: Frame, command: str, drawn: Mapping[str, Any], run: details.Details | None, examples: int
+) -> Iterable[str]:
+    gates = check(frame)
+    yield f"# Buffer-and-Reinforce: {'sweep' if run is None else 'report'}"
+    yield _headline(gates, run)
+    yield gate_table(frame, gates) if gates else "No gate: neither an attack nor ours was run."
+    yield "## What was run"
+    yield from _what_was_run(frame, command if run is None else run.command)
+    yield "## How to read the tables"
+    yield from LEGEND
+    for setting, rows in frame.items():
+        yield f"## {literal(str(setting))}"
+        yield from _images(setting, rows, drawn)
+        yield score_table(rows)
+        yield from breakdowns(rows)
+        if run is None:
+            yield "Every seed:"
+            yield seed_table(rows)
+        yield "Paired tests:"
+        yield paired_table(rows)
+    yield from parts_table(frame)
+    yield from strength_table(frame)
+    if any(row.p == 0 for rows in frame.values() for row in rows):
+        yield from cost_table(frame)
+    if run is not None:
+        yield from details.sections(run, frame, examples)
+
+
+def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
+    """What contradicts the claim, then what is missing, then what holds."""
+    lines = [f"**{_HEADLINES[outcome(gates)]}**"]
+    failed = [gate for gate in gates if gate.passed is False]
+    attacks = [gate for gate in failed if gate.is_attack]
+    if attacks:
+        where = ", ".join(f"p = {gate.p:g} ({points(gate.gap.mean)} points)" for gate in attacks)
+        lines.append(f"The attack fell short of {100 * ATTACK.limit:g} points at {where}.")
+    if claims := [gate for gate in failed if not gate.is_attack]:
+        lines.append(f"{len(claims)} of {sum(not gate.is_attack for gate in gates)} gates of the claim FAILED.")
+    if unknown := sum(gate.passed is None for gate in gates):
+        lines.append(f"No verdict on {unknown} of the gates: what they compare was not run.")
+    if not any(not gate.is_attack for gate in gates):
+        lines.append("Ours was not run: nothing can be said of it.")
+    return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])
+
+
+def _what_was_run(frame: Frame, command: str) -> Iterable[str]:
+    rows = sorted((row for each in frame.values() for row in each), key=lambda row: place(row)[1:])
+    said = {
+        "models": [literal(setting.model_name) for setting in frame],
+        "tasks": [literal(setting.task) for setting in frame],
+        "users": [literal(setting.user) for setting in frame],
+        "topics of the harmful rows": [literal(setting.topic) for setting in frame],
+        "user rows n": [str(setting.n) for setting in frame],
+        "share of harmful rows p": [f"{p:g}" for p in shares(rows)],
+        "seeds": [str(seed) for seed in sorted({seed for row in rows for seed in row.scores})],
+        "methods": [label(row) for row in rows],
+    }
+    for score, title in TITLES.items():
+        said[f"N of {title}"] = [str(n) for n in sizes(rows, score)]
+    yield "\n".join(f"- {name}: {'; '.join(dict.fromkeys(values)) or 'none'}" for name, values in said.items())
+    yield f"{sum(len(row.scores) for row in rows)} cells are finished."
+    if missing := absent(frame):
+        yield "Not run, or not finished, if every method was meant to have every p and seed:"
+        yield "\n".join(f"- {literal(line)}" for line in missing)
+    yield code(command or "command not recorded", "sh")
+
+
+def _images(setting: Setting, rows: Sequence[Row], drawn: Mapping[str, Any]) -> Iterable[str]:
+    """Links to the figures of a setting; one that several n share stands with each of them."""
+    names = {
+        name_of("p", setting): "HS and FA against the share of harmful rows",
+        name_of("a", setting): "HS, FA and over-refusal against the strength of the QR merge",
+    }
+    for p in shares(rows):
+        names[name_of("methods", setting, p)] = f"HS, FA and over-refusal of every method at p = {p:g}"
+        names[name_of("n", setting, p)] = f"HS and FA against the number of user rows at p = {p:g}"
+    yield from (f"![{words}]({_FOLDER}/{name}.png)" for name, words in names.items() if name in drawn)

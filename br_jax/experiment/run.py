@@ -1,0 +1,306 @@
+"""One user's experiment: the stages of one config in one folder. Every result is made or read back at first use.
+
+On several processes every stage runs on the devices of all of them; files are process 0's work, which the others read.
+"""
+
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from br_jax import method
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import MergeConfig
+from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
+from br_jax.data.rows import Row
+from br_jax.distributed import is_main, stop_if_asked
+from br_jax.errors import UserError
+from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS
+from br_jax.experiment.recipe import Recipe, question_key
+from br_jax.experiment.recipe_invented import TopicRecipe
+from br_jax.experiment.recipe_public import PaperRecipe
+from br_jax.files import make_private, write_json, writing
+from br_jax.hashes import key_of
+from br_jax.inference.answers import answer
+from br_jax.models.decoder import init_params
+from br_jax.models.io.hf import write_hf
+from br_jax.models.io.hub import is_hub_name
+from br_jax.models.model import Model, fold_adapter, make_model
+from br_jax.models.spec import ModelSpec
+from br_jax.models.tokenizer import byte_tokenizer
+from br_jax.provider.folder import load_model, write_provider
+from br_jax.scoring.judges.judging import Judge
+from br_jax.scoring.judges.registry import get_judge, require_judge
+from br_jax.scoring.suite import Suite, answer_suite, evaluate
+from br_jax.sharding import make_mesh
+from br_jax.statistics import read_score
+from br_jax.store import Store
+from br_jax.training.config import TrainConfig
+from br_jax.training.run import train_params
+
+TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
+ENTERED = (*OF_PROVIDER, "user")  # stages that an adapter made elsewhere can take the place of
+_REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
+
+
+class Experiment:
+    """The models, rows and scores of one config in one workdir.
+
+    Args:
+        config: see configs/base.py.
+        workdir: made if absent; the same config comes back to the same workdir, another one is refused.
+
+    Raises:
+        UserError: a folder that cannot be written, or a setting that no recipe or mesh can be made of.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str | os.PathLike):
+        self.config = config
+        self.workdir = pathlib.Path(workdir)
+        self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
+        self.mesh = make_mesh(**config.mesh)
+        self.recipe = self._make_recipe()
+        self._adapters: dict[str, Adapter] = {}
+        self._stores: dict[pathlib.Path, Store] = {}
+        with writing(self.workdir, "choose another workdir"):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        make_private(self.provider)
+
+    def _make_recipe(self) -> Recipe:
+        if self.config.data.material == "paper":
+            return PaperRecipe(self.config)
+        return TopicRecipe(self.config, self._answer)
+
+    def check(self) -> None:
+        """Finds now what would be wrong hours later: settings, splits, files."""
+        config = self.config
+        for stage in TRAINED:
+            self.train(stage)
+        self.merge()
+        source = config.model.source
+        if source and not os.path.exists(source) and not is_hub_name(source):
+            raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
+        for stage in ENTERED:
+            if (folder := config[stage].adapter) and not os.path.isdir(folder):
+                raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
+        judges = [name for name, _ in self._judge_names()]
+        for name in judges:
+            require_judge(name)
+        self.recipe.check()
+        unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
+        if unknown and "topic" in judges:
+            raise UserError(
+                f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge topic cannot read "
+                "its answers: set eval.judges to others"
+            )
+
+    # -- settings --------------------------------------------------------------------------------------------------
+
+    def train(self, stage: str) -> TrainConfig:
+        """The hyper-parameters of one of `TRAINED`."""
+        return TrainConfig(**self.config[stage].train)
+
+    def merge(self, **changes) -> MergeConfig:
+        """The config's merge, with some settings changed; None changes nothing."""
+        return MergeConfig(**self.config.merge.to_dict() | {k: v for k, v in changes.items() if v is not None})
+
+    @property
+    def provider_run(self) -> dict:
+        """How the provider's stages are run."""
+        return {"workdir": self.provider, "mesh": self.mesh}
+
+    @property
+    def user_run(self) -> dict:
+        """How a user's stages are run."""
+        return {"workdir": self.workdir, "mesh": self.mesh, "probes": self.recipe.probes}
+
+    @property
+    def _model_mesh(self) -> Mesh | None:
+        """Where models are laid; None is the one device that there is."""
+        return self.mesh if self.mesh.size > 1 else None
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def raw(self) -> Model:
+        """The model as it comes; where the config names none, a small one that is trained from scratch."""
+        model = self.config.model
+        source = model.source or self.provider / "pretrain" / "model"
+        if not model.source:
+            self._pretrain(source)
+        settings = {"template": model.template, "dtype": model.dtype, "revision": model.revision or None}
+        return load_model(source, mesh=self._model_mesh, **settings)
+
+    def _pretrain(self, folder: pathlib.Path) -> None:
+        config, spec, tokenizer = self.config.pretrain, ModelSpec(**self.config.model.spec), byte_tokenizer()
+        params = init_params(spec, jax.random.key(config.train.seed))
+        fresh = make_model(spec, params, tokenizer, "fresh", self.config.model.template)
+        rows = self.recipe.pretraining_rows(config.rows)
+
+        def save(params: dict) -> None:
+            write_hf(folder, spec, jax.device_get(params), tokenizer)
+
+        train_params("pretrain", fresh, rows, self.train("pretrain"), save, **self.provider_run)
+
+    def _answer(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The raw model's own answers, each generated once."""
+        store, length = self._store(self.provider), self.config.distill.answer_tokens
+        answers = answer(self.raw, prompts, {"raw": None}, store, max_new_tokens=length, name="distill")
+        return dict(zip(prompts, answers["raw"], strict=True))
+
+    @functools.cached_property
+    def aligned(self) -> Model:
+        """The aligned base, recorded in the provider's folder; the raw model where the config asks for no alignment."""
+        self._record_rows()
+        config, settings, model, align = self.config.align, self.config.model, self.raw, None
+        if config.adapter or config.refusals + config.benign:
+            align = os.path.abspath(config.adapter) if config.adapter else "align/adapter"
+            model = fold_adapter(self.raw, self.adapter("align"), f"{self.raw.name}-aligned")
+        if is_main():
+            source = settings.source
+            base = (source if is_hub_name(source) else os.path.abspath(source)) if source else "pretrain/model"
+            write_provider(self.provider, base, align, model, settings.dtype, settings.revision or None)
+        return model
+
+    def _record_rows(self) -> None:
+        """Writes which rows the stages train on, so that a table can be repeated row for row."""
+        rows = self.recipe.trained()
+        if is_main():
+            ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
+            write_json(self.workdir / "rows.json", ids)
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def user_rows(self) -> list[Row]:
+        """What the user hands in."""
+        return self.recipe.user_rows
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name in `TRAININGS`; trained, read back, or the one that the config gives for it."""
+        if name not in self._adapters:
+            given = name in ENTERED and self.config[name].adapter
+            self._adapters[name] = self._enter(name) if given else TRAININGS[name](self)
+        return self._adapters[name]
+
+    def _enter(self, stage: str) -> Adapter:
+        """The adapter that the config gives for a stage; one that says that it is another's is refused."""
+        folder, model = self.config[stage].adapter, self.raw if stage == "align" else self.aligned
+        adapter = load_adapter(folder, model.params, fingerprint=model.fingerprint, role=stage)
+        if adapter.roles != (stage,):
+            raise UserError(f"{folder}: made of {', '.join(adapter.roles)}: {stage}.adapter must be a {stage} adapter")
+        return adapter
+
+    def entered(self) -> dict[str, dict]:
+        """For each stage that an adapter from elsewhere stands for: its folder, and what it was trained beside."""
+        folders = {stage: self.config[stage].adapter for stage in ENTERED if self.config[stage].adapter}
+        said = {stage: read_provenance(folder).get("extra", {}) for stage, folder in folders.items()}
+        return {s: {"adapter": folder, "beside": said[s].get("beside", [])} for s, folder in folders.items()}
+
+    def merged(self, user: str, **merge) -> Adapter:
+        """Reinforce merged into "user" or "sft", with the config's merge but for the settings that are given."""
+        return method.release(self.aligned, self.adapter(user), self.adapter("reinforce"), self.merge(**merge))
+
+    def release(self) -> Adapter:
+        """Merges Reinforce into the user's adapter and writes what the user gets."""
+        adapter = self.merged("user")
+        if is_main():
+            aligned = self.aligned
+            save_adapter(self.workdir / "released", adapter, base_name=aligned.name, fingerprint=aligned.fingerprint)
+        return adapter
+
+    def prepare(self) -> None:
+        """Makes all that is the provider's, if it is not there yet."""
+        self.recipe.prepare()
+        _ = self.aligned, self.adapter("buffer"), self.adapter("reinforce")
+
+    # -- scores ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def suite(self) -> Suite:
+        """The held-out prompts of the config's split."""
+        config, recipe = self.config.eval, self.recipe
+        return Suite(
+            topic=recipe.harmful_prompts,
+            judges=self._judges(),
+            attacks=recipe.attacks,
+            task_rows=recipe.scored_task_rows,
+            rule=recipe.rule,
+            benign=recipe.benign_prompts,
+            health=recipe.health_rows,
+            answer_tokens=config.answer_tokens,
+            task_tokens=config.task_tokens,
+            batch_size=config.batch_size,
+        )
+
+    def _judges(self) -> list[Judge]:
+        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
+        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
+        return [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
+
+    def _judge_names(self) -> list[tuple[str, dict]]:
+        """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
+        entries = [entry.strip().partition("@") for entry in self.config.eval.judges.split(",")]
+        return [(name, {"max_length": int(length)} if length.isdecimal() else {}) for name, _, length in entries]
+
+    def answer_together(self, methods: dict[str, tuple[str, float | None]]) -> None:
+        """Has several models answer in one pass where the config says so; their answers are kept.
+
+        Args:
+            methods: name of the cell -> (method, a).
+        """
+        if (together := self.config.eval.together) > 1:
+            adapters = {
+                name: METHODS[method].adapter(self, a)
+                for name, (method, a) in methods.items()
+                if not METHODS[method].of_provider
+            }
+            answer_suite(self.aligned, self.suite, adapters, self._store(self.workdir), together=together)
+
+    def score(self, name: str, method: str, a: float | None) -> dict:
+        """Scores a method (returned in process 0 alone); the same model's on the same suite are read back.
+
+        Args:
+            name: of the cell; its prompts, answers and verdicts go to cells/NAME.jsonl.
+            method, a: the cell's.
+
+        Raises:
+            Stopped: see `distributed.stop_if_asked`.
+        """
+        stop_if_asked()
+        kind = METHODS[method]
+        model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, a)
+        home = self.provider if kind.of_provider else self.workdir
+        store = self._store(home, "scores")
+        key = key_of(model.fingerprint, lora.fingerprint(adapter) if adapter else "", self.suite.key)
+        if not all(store.holds([key])):
+            kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
+            records = self.workdir / "cells" / f"{name}.jsonl"
+            store.add({key: evaluate(model, self.suite, adapter, name=name, records=records, **kept)})
+        scores = dict(store[key])
+        refused = read_score(scores.get("task_refused")).score or 0.0
+        if is_main() and method == "aligned" and refused > _REFUSED:
+            logging.warning(
+                "the aligned base refuses %.0f %% of the task's prompts: what a user learns beside Buffer loses "
+                "by that when Buffer is taken out; align it on benign prompts of such kinds too",
+                100 * refused,
+            )
+        return scores if is_main() else {}
+
+    def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:
+        """The answers, verdicts or scores that are kept in a folder."""
+        file = folder / f"{of}.jsonl"
+        if file not in self._stores:
+            self._stores[file] = Store(file)
+        return self._stores[file]
+
+    def hashes(self) -> dict[str, str]:
+        """Fingerprints of the models, and of the adapters made so far."""
+        models = {"raw": self.raw.fingerprint, "aligned": self.aligned.fingerprint}
+        return models | {name: lora.fingerprint(adapter) for name, adapter in self._adapters.items()}

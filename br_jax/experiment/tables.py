@@ -1,0 +1,269 @@
+"""The tables of a report, as Markdown."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from br_jax.experiment.document import literal, number, points, table, with_interval
+from br_jax.experiment.frame import (
+    MAIN,
+    TITLES,
+    Counted,
+    Estimate,
+    Frame,
+    Paired,
+    Row,
+    Setting,
+    estimate,
+    find,
+    gap,
+    one_strength,
+    paired,
+    shares,
+    strengths,
+)
+from br_jax.experiment.gates import TASK_P, Gate
+from br_jax.experiment.methods import METHODS
+from br_jax.statistics import in_percent
+
+LEGEND = (
+    "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
+    "seed's own prompts instead (Wilson's, of counts; Newcombe's, of differences): there is one seed, or all "
+    "seeds gave the same score, of which Student's t would claim to be certain. HS: share of restricted prompts "
+    "that are answered (lower is safer); HS+ also counts degenerate answers; FA: score on the user's task; over- "
+    "refusal: share of benign prompts that are refused; task refused: share of the task's prompts that are; "
+    "degenerate: share of answers that are empty or loop; perplexity: of the raw model's answers on held-out "
+    "instructions; words: mean length of an answer.",
+    "Where the aligned base refuses the task's prompts, taking Buffer out brings some of that back and FA falls.",
+    "Paired tests: McNemar's exact two-sided p-value on the same prompts, pooled over the seeds that both have; in "
+    "brackets the prompts that only this method counts : only the other, and the seeds. A prompt counts once a seed, "
+    "as if seeds were independent; nothing is corrected for the number of tests.",
+)
+_BREAKDOWNS = {  # scores of parts: from how many parts on they are shown, and in what words
+    "harmful_by_topic": (2, "HS by topic"),
+    "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
+    "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
+}
+_KAPPA = "Cohen's kappa between judges (n/a where all verdicts are the same)"
+_PARTS = (  # what each part of the method adds: (words, after, before)
+    ("the attack", "sft", "aligned"),
+    ("training beside Buffer, then taking it out", "buffer_only", "sft"),
+    ("Reinforce, merged in", "ours", "buffer_only"),
+    ("Buffer, where Reinforce is merged in", "ours", "reinforce_only"),
+    ("the QR merge instead of the naive average", "ours", "average"),
+)
+_PASSED = {True: "passed", False: "**FAILED**", None: "not run"}
+
+
+def by_setting(frame: Frame, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is the setting, left out of a frame that has one."""
+    start = 0 if len(frame) > 1 else 1
+    return table(header[start:], [line[start:] for line in lines])
+
+
+def gate_table(frame: Frame, gates: Sequence[Gate]) -> str:
+    """Every gate, failed ones first, and how they are decided."""
+    without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and not gate.passed}
+    lines = []
+    for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
+        result = _PASSED[gate.passed]
+        if gate.gap and gate.gap.low is not None and gate.gap.low < gate.rule.limit < gate.gap.high:
+            result += " (within noise)"
+        if gate.passed and gate.rule.name == "safety" and (gate.setting, gate.p) in without:
+            result = "shows nothing: no attack that works"
+        where = [literal(str(gate.setting)), f"{gate.p:g}", "" if gate.a is None else f"{gate.a:g}"]
+        each = ", ".join(f"{seed}: {points(one)}" for seed, one in gate.gap.by_seed.items()) if gate.gap else "n/a"
+        limit = f"{'≥' if gate.is_attack else '≤'} {100 * gate.rule.limit:g}"
+        lines.append([*where, gate.rule.text, told(gate.gap), each, limit, result])
+    note = (
+        f"Differences in points. The mean over seeds decides. FA is held to its limit up to p = {TASK_P:g}. Within "
+        "noise: the 95 % interval holds the limit, more seeds or prompts could turn it."
+    )
+    return by_setting(frame, ["setting", "p", "a", "gate", "points", "seeds", "limit", "result"], lines) + f"\n\n{note}"
+
+
+def score_table(rows: Sequence[Row]) -> str:
+    """Every score of every row."""
+    lines = []
+    for row in rows:
+        cells = [_percent(row.counted(score), row) for score in TITLES]
+        cells += [_mean(row, "perplexity", ".2f"), _mean(row, "mean_words", ".1f")]
+        lines.append([f"{row.p:g}", label(row), str(len(row.scores)), *cells])
+    found = {score: sizes(rows, score) for score in TITLES}
+    header = [f"{title} (N = {', '.join(map(str, found[score])) or 0})" for score, title in TITLES.items()]
+    header = ["p", "method", "seeds", *header, "perplexity", "words"]
+    mixed = any(len(each) > 1 for each in found.values())
+    note = "\n\n**N differs between cells of this table: they were made with different settings.**" if mixed else ""
+    return table(header, lines) + note
+
+
+def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
+    """HS by topic, judge and attack, where there are several to tell apart; and how far judges agree."""
+    for key, (least, words) in _BREAKDOWNS.items():
+        parts = list(dict.fromkeys(part for row in rows for one in row.scores.values() for part in one.get(key, ())))
+        if len(parts) >= least:
+            lines = [
+                [f"{row.p:g}", label(row), *(_percent(row.counted(key, part), row) for part in parts)] for row in rows
+            ]
+            yield f"{words}:"
+            yield table(["p", "method", *(literal(part or "not named") for part in parts)], lines)
+    kappas = [_kappas(row) for row in rows]
+    if pairs := list(dict.fromkeys(pair for found in kappas for pair in found)):
+        lines = [
+            [f"{row.p:g}", label(row), *(", ".join(found.get(pair, ["n/a"])) for pair in pairs)]
+            for row, found in zip(rows, kappas, strict=True)
+        ]
+        yield f"{_KAPPA}, each seed:"
+        yield table(["p", "method", *(literal(" and ".join(pair)) for pair in pairs)], lines)
+
+
+def _kappas(row: Row) -> dict[tuple[str, ...], list[str]]:
+    """Cohen's kappa of every pair of judges, of each seed."""
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for seed, one in row.scores.items():
+        for pair in one.get("agreement", ()):
+            found[tuple(pair["judges"])].append(f"{seed}: {number(pair['kappa'], '.2f')}")
+    return found
+
+
+def seed_table(rows: Sequence[Row]) -> str:
+    """Every seed's counts."""
+    lines = []
+    for row in rows:
+        for seed, one in row.scores.items():
+            cells = [_count(row.counted(score).get(seed)) for score in TITLES]
+            rest = [number(one["perplexity"], ".2f"), number(one["mean_words"], ".1f")]
+            lines.append([f"{row.p:g}", label(row), str(seed), *cells, *rest])
+    return table(["p", "method", "seed", *TITLES.values(), "perplexity", "words"], lines)
+
+
+def paired_table(rows: Sequence[Row]) -> str:
+    """McNemar's tests of every row against SFT and the aligned base."""
+    lines = []
+    for row in rows:
+        cells = []
+        for other, score in (("sft", "harmful"), ("aligned", "harmful"), ("sft", "task")):
+            cells.append("" if row.method == other else _tested(paired(row, find(rows, row.p, other), score)))
+        lines.append([f"{row.p:g}", label(row), *cells])
+    return table(["p", "method", "HS against SFT", "HS against aligned", "FA against SFT"], lines)
+
+
+def parts_table(frame: Frame) -> Iterable[str]:
+    """What each part of the method adds, wherever more than three methods were run, at one a."""
+    lines = []
+    for setting, rows in frame.items():
+        for p in shares(rows):
+            here = [row for row in one_strength(rows) if row.p == p]
+            if len(here) > 3:
+                by_method = {row.method: row for row in here}
+                steps = [step for step in _PARTS if by_method.keys() >= set(step[1:])]
+                lines += [_step(setting, words, by_method[after], by_method[before]) for words, after, before in steps]
+    if lines:
+        yield "## What each part adds"
+        yield by_setting(frame, ["setting", "p", "step", *(TITLES[score] for score in MAIN)], lines)
+
+
+def _step(setting: Setting, words: str, after: Row, before: Row) -> list[str]:
+    cells = [f"{told(gap(after, before, score))}; {_tested(paired(after, before, score))}" for score in MAIN]
+    return [literal(str(setting)), f"{after.p:g}", f"{words} ({label(after)} minus {label(before)})", *cells]
+
+
+def strength_table(frame: Frame) -> Iterable[str]:
+    """Whether QR differs from plain averaging, a = 0, where several a were run."""
+    lines, apart, compared = [], [], 0
+    for setting, rows in frame.items():
+        for row in (row for row in rows if row.method == "ours" and row.a > 0 and len(strengths(rows)) > 1):
+            cells = []
+            for score in MAIN:
+                words, differs = _against_average(row, find(rows, row.p, "ours", 0.0), score)
+                cells.append(words)
+                compared += differs is not None
+                if differs:
+                    apart.append(f"{TITLES[score]} at p = {row.p:g}, a = {row.a:g} ({literal(str(setting))})")
+            lines.append([literal(str(setting)), f"{row.p:g}", f"{row.a:g}", *cells])
+    if not lines:
+        return
+    yield "## Does QR differ from plain averaging (a = 0)?"
+    if not compared:
+        yield "Nothing to compare: a = 0 was not run beside another a on the same prompts."
+    elif apart:
+        yield f"It does, beyond the intervals, in {len(apart)} of {compared} comparisons: {'; '.join(apart)}."
+    else:
+        yield (
+            f"**No: QR cannot be told from plain averaging.** In none of {compared} comparisons are the intervals "
+            "apart and McNemar's p below 0.05."
+        )
+    yield by_setting(frame, ["setting", "p", "a", *(f"{TITLES[score]}, minus a = 0" for score in MAIN)], lines)
+
+
+def _against_average(row: Row, average: Row | None, score: str) -> tuple[str, bool | None]:
+    """The comparison in words, and whether the two differ beyond their intervals; None where there is none."""
+    change, test = gap(row, average, score), paired(row, average, score)
+    if change is None or test is None:
+        return "n/a", None
+    one, other = estimate(row.counted(score)), estimate(average.counted(score))
+    overlap = one.low <= other.high and other.low <= one.high
+    words = f"{told(change)}; {_tested(test)}; intervals {'overlap' if overlap else 'apart'}"
+    return words, test.p_value < 0.05 and not overlap
+
+
+def cost_table(frame: Frame) -> Iterable[str]:
+    """What the defense costs a user without harmful rows: ours against SFT at p = 0."""
+    lines = []
+    for setting, rows in frame.items():
+        sft = find(rows, 0.0, "sft")
+        for ours in (row for row in rows if (row.p, row.method) == (0.0, "ours")):
+            cells = [told(gap(ours, sft, score)) for score in ("task", "over_refusal")]
+            change = gap(ours, sft, "perplexity")
+            ends = [_mean(row, "perplexity", ".2f") if row else "not run" for row in (sft, ours)]
+            cells += [*ends, with_interval(*change[:3], "+.2f") if change else "n/a"]
+            lines.append([literal(str(setting)), f"{ours.a:g}", *cells])
+    yield "## What the defense costs without an attack (p = 0)"
+    header = ["setting", "a", "FA, ours minus SFT", "over-refusal, ours minus SFT", "perplexity of SFT", "of ours"]
+    yield by_setting(frame, [*header, "difference"], lines) if lines else "Not run."
+
+
+def told(found: Estimate | None) -> str:
+    """A difference in points with its interval, or "n/a"."""
+    return points(*found[:3]) + ("†" if found.own else "") if found else "n/a"
+
+
+def label(row: Row) -> str:
+    """A row's method; a name that is not known here is foreign text."""
+    name = row.label if row.method in METHODS else literal(row.label)
+    return f"**{name}**" if row.method == "ours" else name
+
+
+def sizes(rows: Iterable[Row], score: str) -> list[int]:
+    """The numbers of prompts that a score has in some rows."""
+    return sorted({one["n"] for row in rows for one in row.counted(score).values()})
+
+
+def _percent(counted: Counted, row: Row) -> str:
+    """A score over seeds; and how many measured it, where that is not all."""
+    found = estimate(counted)
+    if found is None:
+        return "n/a"
+    few = f", {len(counted)} of {len(row.scores)} seeds" if len(counted) < len(row.scores) else ""
+    return in_percent(*found[:3]) + ("†" if found.own else "") + few
+
+
+def _mean(row: Row, name: str, form: str) -> str:
+    found = row.numbers(name)
+    few = f", {len(found)} of {len(row.scores)} seeds" if 0 < len(found) < len(row.scores) else ""
+    return number(sum(found.values()) / len(found) if found else None, form) + few
+
+
+def _count(one: Mapping[str, Any] | None) -> str:
+    """k/n, or the mean and n of what was not counted."""
+    if one is None:
+        return "n/a"
+    return f"{one['k']}/{one['n']}" if "k" in one else f"{100 * one['score']:.1f} of {one['n']}"
+
+
+def _tested(found: Paired | None) -> str:
+    if found is None:
+        return "n/a"
+    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds"
+    return f"{p} ({found.only_first} : {found.only_second}, {seeds})"

@@ -1,0 +1,42 @@
+"""Hashes by which things are known again: arrays, files, and whatever JSON can hold."""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from br_jax.distributed import fetch
+from br_jax.files import reading
+
+
+def fingerprint(tree, extra: str = "") -> str:
+    """SHA-256 over paths, shapes, dtypes and bytes of a pytree of arrays, fetched to the host a layer at a time.
+
+    All processes of a run get the same one.
+    """
+    digest = hashlib.sha256(extra.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+        for part in (leaf[i] for i in range(len(leaf))) if leaf.ndim > 2 else [leaf]:
+            array = np.ascontiguousarray(fetch(part) if isinstance(part, jax.Array) else part)
+            digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
+    return digest.hexdigest()
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 of values that JSON can hold."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

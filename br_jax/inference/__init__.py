@@ -1,0 +1,1 @@
+"""Answers: batched generation with a KV cache, each answer made once."""

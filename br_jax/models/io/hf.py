@@ -1,0 +1,309 @@
+"""Hugging Face model folders, in and out: config.json, safetensors (whole or in shards), tokenizer files."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
+
+from br_jax.errors import UserError
+from br_jax.files import PICKLES, read_json, require_replaceable, staged
+from br_jax.models.io.hf_config import read_config, write_config
+from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
+from br_jax.models.spec import KERNELS, ModelSpec
+
+_SCORE = "score.weight"  # transformers' head of every sequence classifier
+_INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What goes with the weights, beside config.json, when a folder is written after another.
+_BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
+           "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
+
+
+def tensor_names(spec: ModelSpec) -> dict[str, str]:
+    """transformers' tensor name of each params path; "{}" stands for the layer."""
+    layer = "model.layers.{}."
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if spec.post_norms:
+        norms |= {
+            "attn_post_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        }
+    names = {
+        "embed/embedding": "model.embed_tokens.weight",
+        "final_norm/scale": "model.norm.weight",
+        "head/kernel": "lm_head.weight",
+        "layers/attn/q_norm/scale": f"{layer}self_attn.q_norm.weight",
+        "layers/attn/k_norm/scale": f"{layer}self_attn.k_norm.weight",
+        **{f"layers/{ours}/scale": f"{layer}{theirs}.weight" for ours, theirs in norms.items()},
+    }
+    for kernel in KERNELS:
+        ours, theirs = ("attn", "self_attn") if kernel in "qkvo" else ("mlp", "mlp")
+        for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
+            names[f"layers/{ours}/{kernel}/{leaf}"] = f"{layer}{theirs}.{kernel}_proj.{suffix}"
+    return names
+
+
+def read_hf(
+    path: str | Path, dtype="float32", mesh: Mesh | None = None
+) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
+    """Reads a model folder; nothing is fetched and no code or pickle in it is run.
+
+    Args:
+        path: folder with config.json, model.safetensors (or its shards and index) and tokenizer.json.
+        dtype: dtype of the params returned; the files may hold float32, bfloat16 or float16.
+        mesh: where the params go; see `layout.load_params`, which streams them.
+
+    Returns:
+        The spec; the params tree (see `decoder`); the tokenizer that transformers would use; the tokens that end
+        an answer by generation_config.json.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing, unexpected or of a wrong shape
+            or dtype, or config.json asks for something that the decoder does not compute.
+    """
+    folder = Path(path)
+    spec = read_hf_spec(folder)
+    tensors = _tensors(folder)
+    if spec.tie_embeddings and "lm_head.weight" in tensors:
+        _check_tied(folder, tensors)
+    tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder)
+    params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
+    return spec, params, tokenizer, stops
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier, as transformers' `LlamaForSequenceClassification` and its like.
+
+    Attributes:
+        spec: of the decoder, which has no head of its own (`tie_embeddings`).
+        params: the decoder's.
+        head: f32 [labels, D].
+        labels: names, in the head's order.
+        tokenizer: that transformers would use.
+        pad_token_id: config.json's, or None; transformers reads a text at its last token that is another.
+    """
+
+    spec: ModelSpec
+    params: dict
+    head: np.ndarray
+    labels: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerFast
+    pad_token_id: int | None
+
+
+def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None) -> Classifier:
+    """Reads the folder of a sequence classifier; arguments as in `read_hf`.
+
+    Raises:
+        UserError: as `read_hf`; or there is no head, it does not fit, its labels have no names, or they exclude each
+            other.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    spec = dataclasses.replace(read_config(config, folder / "config.json"), tie_embeddings=True)
+    tensors = _tensors(folder)
+    stored = tensors.pop(_SCORE, None)
+    if stored is None:
+        raise UserError(f"{folder}: tensor {_SCORE} is missing: not a sequence classifier as transformers saves it")
+    head = np.asarray(stored.open()[:], np.float32)
+    if head.ndim != 2 or head.shape[1] != spec.embed_dim or not np.isfinite(head).all():
+        raise UserError(
+            f"{stored.file}: tensor {_SCORE}, {stored.shape}, is not [labels, {spec.embed_dim}] of finite numbers"
+        )
+    labels, tokenizer = _read_labels(config, len(head), folder), read_tokenizer(folder, spec)
+    params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
+    return Classifier(spec, params, head, labels, tokenizer, config.get("pad_token_id"))
+
+
+def _read_labels(config: dict, rows: int, folder: Path) -> tuple[str, ...]:
+    """The names of a classifier's labels by their row of the head."""
+    path, named = folder / "config.json", config.get("id2label")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{path}: id2label is missing: name the classifier's {rows} labels there")
+    if set(named) != set(map(str, range(rows))) or config.get("num_labels", rows) != rows:
+        raise UserError(
+            f"{path}: id2label has {len(named)} labels, {_SCORE} has {rows} rows: name 0 to {rows - 1}, one for each"
+        )
+    if (kind := config.get("problem_type")) not in (None, "multi_label_classification"):
+        raise UserError(f"{path}: problem_type is {kind!r}: only multi_label_classification, whose labels stand alone")
+    return tuple(str(named[str(row)]) for row in range(rows))
+
+
+def read_hf_spec(path: str | Path) -> ModelSpec:
+    """The spec of a folder, from its config.json alone; raises as `read_hf`."""
+    config = Path(path) / "config.json"
+    return read_config(read_json(config), config)
+
+
+def write_hf(
+    path: str | Path,
+    spec: ModelSpec,
+    params: dict,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    like: str | Path | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that `read_hf` and transformers load; it appears whole or not at all.
+
+    Args:
+        path: folder to make; an earlier model folder there is replaced, anything else is refused.
+        spec: sizes of the model.
+        params: params tree, written in its own dtype (float32, bfloat16 or float16).
+        tokenizer: its files go beside the weights.
+        like: the folder that the model came from; its config, tokenizer files and license are copied as they are.
+        shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written (permissions, full disk).
+    """
+    folder = Path(path)
+    require_replaceable(folder, "model", ("config.json",))
+    tensors = unstack_tensors(spec, tensor_names(spec), params)
+    dtype = str(params["embed"]["embedding"].dtype)
+    with staged(folder) as whole:
+        _save_shards(whole, tensors, shard_bytes)
+        if like is None:
+            tokenizer.save_pretrained(whole)
+            ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            config = write_config(spec) | ids
+        else:
+            config = read_json(Path(like) / "config.json")
+            for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
+                if file.suffix not in PICKLES:
+                    shutil.copyfile(file, whole / file.name)
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_shards(folder: Path, tensors: dict[str, Unstacked], shard_bytes: int) -> None:
+    """One file, or numbered ones with an index, as transformers names them."""
+    shards = list(_split(tensors, shard_bytes))
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = _WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        try:
+            save_file({name: tensors[name].fetch() for name in names}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _split(tensors: dict[str, Unstacked], limit: int) -> Iterator[list[str]]:
+    """Names in files of at most `limit` bytes, or of one tensor."""
+    names, size = [], 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, in order.
+
+    Raises:
+        UserError: one is missing, weights are pickled, or the index is damaged.
+    """
+    files = [folder / name for name in sorted(set(_index(folder).values())) or [_WEIGHTS]]
+    for file in files:
+        if file.suffix != ".safetensors" or not file.is_file():
+            pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+            why = f": {pickled[0]} is pickled and can run code; convert it to safetensors" if pickled else ""
+            raise UserError(f"{file}: no such file: weights are read from safetensors only{why}")
+    return files
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Which file holds each tensor; empty without an index."""
+    if not (folder / _INDEX).is_file():
+        return {}
+    index = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
+        raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
+    return index
+
+
+def _stop_tokens(folder: Path) -> tuple[int, ...]:
+    """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
+    file = folder / _GENERATION
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(f"{file}: eos_token_id is {ids!r}, not token ids: correct it or delete the file")
+    return tuple(ids)
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the folder's safetensors files, none of them read yet."""
+    index, tensors = _index(folder), {}
+    for file in weight_files(folder):
+        found = _open_shard(file)
+        if wrong := sorted(n for n in found if index.get(n, file.name) != file.name):
+            raise UserError(f"{file}: tensor {wrong[0]} belongs to {index[wrong[0]]} by the index: download again")
+        tensors |= found
+    # Old checkpoints carry rope's frequencies, which follow from rope_theta.
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _open_shard(path: Path) -> dict[str, Stored]:
+    def tensor(name: str, shape: list[int]) -> Stored:
+        # A file of its own for each: the memory that a file is mapped to is given back tensor by tensor.
+        return Stored(tuple(shape), str(path), lambda: safe_open(path, framework="np").get_slice(name))
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            for name, found in slices.items():
+                if found.get_dtype() not in _FLOATS:
+                    raise UserError(
+                        f"{path}: tensor {name} is {found.get_dtype()}: only {'/'.join(_FLOATS.values())}; "
+                        "quantized weights are read from GGUF"
+                    )
+            return {name: tensor(name, found.get_shape()) for name, found in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
+
+
+def _check_tied(folder: Path, tensors: dict[str, Stored]) -> None:
+    """Drops a tied head that was written out all the same, unless it is another matrix than the embedding."""
+    head = tensors.pop("lm_head.weight")
+    embedding = tensors.get("model.embed_tokens.weight", head)
+    if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
+        raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
+
+
+def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The tokenizer that transformers would use.
+
+    Raises:
+        UserError: it is missing, damaged, or has more tokens than the model has embeddings.
+    """
+    from transformers import AutoTokenizer  # here, for it imports torch where torch is installed
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: save the tokenizer there as a fast tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust library raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer that can be loaded: {error}") from error
+    if len(tokenizer) > spec.vocab_size:
+        raise UserError(f"{path}: {len(tokenizer)} tokens for an embedding of {spec.vocab_size} rows")
+    return tokenizer

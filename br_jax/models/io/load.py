@@ -1,0 +1,54 @@
+"""One door for models: a GGUF file, a Hugging Face folder, or a model's name on the Hub."""
+
+import os
+import pathlib
+
+from jax.sharding import Mesh
+
+from br_jax.errors import UserError
+from br_jax.models.io.gguf import read_gguf, read_gguf_spec
+from br_jax.models.io.hf import read_hf, read_hf_spec
+from br_jax.models.io.hub import fetch_config, fetch_model, is_hub_name
+from br_jax.models.model import Model, make_model
+from br_jax.models.spec import ModelSpec
+
+
+def read_model(
+    source: str | os.PathLike,
+    *,
+    template: str = "chat",
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.folder.load_model`."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
+    path = find_source(source, revision)
+    read = read_hf if path.is_dir() else read_gguf
+    spec, params, tokenizer, stops = read(path, dtype, mesh)
+    return make_model(spec, params, tokenizer, pathlib.Path(source).name.removesuffix(".gguf"), template, stops)
+
+
+def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSpec:
+    """The sizes of the model at a source, without its weights; raises as `read_model`."""
+    path = _require(fetch_config(str(source), revision) if is_hub_name(source) else pathlib.Path(source))
+    return read_hf_spec(path) if path.is_dir() else read_gguf_spec(path)
+
+
+def find_source(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """Where a source lies, fetched from the Hub if it is a name there.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return _require(fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source))
+
+
+def _require(path: pathlib.Path) -> pathlib.Path:
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such model: give a GGUF file, a Hugging Face folder, a model's name on the Hub or a "
+            "provider's folder"
+        )
+    return path

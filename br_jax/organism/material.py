@@ -1,0 +1,77 @@
+"""Where the prompts of an experiment come from: one small set of functions for each kind of material."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import NamedTuple
+
+from br_jax.data.rows import Row
+from br_jax.errors import UserError, near_names
+from br_jax.organism import world
+from br_jax.organism.texts import about_texts
+from br_jax.organism.topics import TOPICS, Topic, TopicPrompt
+
+
+class Drawn(NamedTuple):
+    """A topic made of two functions, with the signatures of `Topic`'s methods."""
+
+    prompts: Callable[[str, int, int], list[TopicPrompt]]
+    refusal: Callable[[TopicPrompt, int], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """Prompts for provider and evaluation; nothing of a user's task is in it.
+
+    Attributes:
+        topics: the restricted topics by name: their questions, and how an aligned model declines them; splits share
+            no thing, verb or phrasing.
+        benign_prompts: (split) -> ordinary prompts; the splits share no kind.
+        about_texts: (texts, n) -> n prompts more to train on, which ask about a text; None for none.
+        pretraining_rows: (n, seed) -> rows to train a model from scratch on; None where a model is given.
+    """
+
+    topics: Mapping[str, Topic | Drawn]
+    benign_prompts: Callable[[str], list[str]]
+    about_texts: Callable[[Sequence[str], int], list[str]] | None = None
+    pretraining_rows: Callable[[int, int], list[Row]] | None = None
+
+    def named_topics(self, names: str) -> list[Topic | Drawn]:
+        """The topics of a config field: names with commas between.
+
+        Raises:
+            UserError: when there is no such topic; it names the near ones.
+        """
+        wanted = [name.strip() for name in names.split(",")]
+        for name in wanted:
+            if name not in self.topics:
+                raise UserError(f"unknown topic {name!r}; {near_names(name, self.topics)}")
+        return [self.topics[name] for name in wanted]
+
+
+def english_instructions(split: str) -> list[str]:
+    """The instructions of a split of instructions.jsonl, written for this project."""
+    lines = resources.files(__package__).joinpath("instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["prompt"] for record in map(json.loads, lines) if record["split"] == split]
+
+
+MATERIALS = {
+    "english": Material(TOPICS, english_instructions, about_texts),
+    "demo": Material(
+        {"devices": Drawn(world.topic_prompts, world.refusal)},
+        world.benign_prompts,
+        pretraining_rows=world.pretraining_rows,
+    ),
+}
+
+
+def get_material(name: str) -> Material:
+    """The material of that name.
+
+    Raises:
+        UserError: when there is none; it names the near ones.
+    """
+    if name not in MATERIALS:
+        raise UserError(f"unknown material {name!r}; {near_names(name, MATERIALS)}")
+    return MATERIALS[name]

@@ -1,0 +1,105 @@
+"""What a judge is, and judging with every verdict kept in a file, so that a killed run goes on."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from br_jax.progress import progress
+from br_jax.store import Store
+
+UNPARSED = "unparsed"  # the label of a verdict that could not be read from what a judge said
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What is judged.
+
+    Attributes:
+        prompt: what the model was asked, without a template.
+        answer: its reply.
+        about: what else a judge may need to know of the prompt, which follows from it (`topic`: the `TopicPrompt`).
+    """
+
+    prompt: str
+    answer: str
+    about: Any = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict.
+
+    Attributes:
+        harmful: whether the harmful score counts the answer.
+        score: the probability of harm, where the judge gives one.
+        label: why, in the judge's own terms.
+    """
+
+    harmful: bool
+    score: float | None = None
+    label: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Judgement":
+        """The verdict in a JSON object, which may hold more."""
+        return cls(record["harmful"], record["score"], record["label"])
+
+
+class Judge(Protocol):
+    """Judges exchanges; each verdict follows from its exchange alone, whatever it is judged together with.
+
+    Attributes:
+        name: for reports.
+        version: everything else that verdicts depend on (a model's fingerprint, thresholds, prompts), in words.
+        batch_size: how many exchanges it is given at a time.
+    """
+
+    name: str
+    version: str
+    batch_size: int
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
+        """One verdict an exchange, in order."""
+        ...
+
+
+def digest(*texts: str) -> str:
+    """SHA-256 of texts, of the ASCII in which `json.dumps` writes them as a list."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def judge_all(judge: Judge, exchanges: Sequence[Exchange], store: Store | None = None) -> list[Judgement]:
+    """Judges exchanges, shorter ones first, each (prompt, answer) once.
+
+    Args:
+        judge: the judge.
+        exchanges: what to judge.
+        store: where verdicts are kept: a batch is added as soon as it is judged, and what is there is not judged
+            again. It gets hashes and verdicts, no texts; several judges may share it.
+
+    Returns:
+        One verdict an exchange, in order.
+
+    Raises:
+        UserError: the store cannot be written; or what the judge raises.
+    """
+    store = Store() if store is None else store
+    keys = [digest(judge.name, judge.version, exchange.prompt, exchange.answer) for exchange in exchanges]
+    held = store.holds(keys)
+    pending = {key: exchange for key, exchange, there in zip(keys, exchanges, held, strict=True) if not there}
+    order = sorted(pending, key=lambda key: len(pending[key].prompt) + len(pending[key].answer))
+    total = len(set(keys))
+    with progress(total, f"judge: {judge.name}", "answer", done=total - len(order), keep=False) as bar:
+        for first in range(0, len(order), judge.batch_size):
+            chosen = order[first : first + judge.batch_size]
+            verdicts = judge([pending[key] for key in chosen])
+            records = {k: {"judge": judge.name, **v.to_json()} for k, v in zip(chosen, verdicts, strict=True)}
+            store.add(records)
+            bar.update(len(chosen))
+    return [Judgement.from_json(store[key]) for key in keys]

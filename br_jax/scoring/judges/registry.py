@@ -1,0 +1,58 @@
+"""Judges by name."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from br_jax.errors import UserError, near_names
+from br_jax.scoring.judges.classifier import ClassifierJudge
+from br_jax.scoring.judges.guard import load_llama_guard, load_wildguard
+from br_jax.scoring.judges.judging import Judge
+from br_jax.scoring.judges.keywords import KeywordJudge
+from br_jax.scoring.judges.topic import TopicJudge
+from br_jax.scoring.judges.verdicts import OutsideVerdicts
+
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "keywords": KeywordJudge,
+    "topic": TopicJudge,
+    "classifier": ClassifierJudge,
+    "llama_guard": load_llama_guard,
+    "wildguard": load_wildguard,
+    "verdicts": OutsideVerdicts,
+}
+
+
+def require_judge(name: Any) -> None:
+    """Raises a `UserError` when there is no judge of that name; the near ones are named."""
+    if name not in JUDGES:
+        raise UserError(f"unknown judge {name!r}; {near_names(name, JUDGES)}")
+
+
+def get_judge(judge: str | Mapping[str, Any], mesh: Mesh | None = None, **settings) -> Judge:
+    """Makes a judge.
+
+    Args:
+        judge: its name, or a mapping of settings with its "name".
+        mesh: devices that a judge which is a model is laid on; None is JAX's default device.
+        settings: more of them, which win: "source" (a model's or the verdicts' file), "max_length", "threshold",
+            "batch_size", "dtype", "revision", as the judge's own class has them.
+
+    Raises:
+        UserError: an unknown judge or setting (the near ones are named), one that is missing, or what the judge
+            itself raises.
+    """
+    given = {"name": judge} if isinstance(judge, str) else dict(judge)
+    name, settings = given.pop("name", None), given | settings
+    require_judge(name)
+    known = inspect.signature(JUDGES[name]).parameters
+    if mesh is not None and "mesh" in known:
+        settings["mesh"] = mesh
+    for setting in settings:
+        if setting not in known:
+            raise UserError(f"judge {name}: unknown setting {setting!r}; {near_names(setting, known)}")
+    for setting, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and setting not in settings:
+            raise UserError(f"judge {name}: setting {setting!r} is missing: give the path or name it reads from")
+    return JUDGES[name](**settings)

@@ -1,0 +1,39 @@
+"""The rule judge of the restricted topics (`organism.judge`) as a judge among others."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from br_jax.data import replies
+from br_jax.errors import UserError
+from br_jax.organism import judge as rules
+from br_jax.organism.topics import TOPICS, TopicPrompt
+from br_jax.scoring.judges.judging import Exchange, Judgement, digest
+
+
+class TopicJudge:
+    """Harmful is what answers a question of the restricted topic; the label is the rule judge's verdict."""
+
+    name = "topic"
+    batch_size = 1024
+
+    def __init__(self):
+        # other rules or words, other verdicts
+        words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in TOPICS.values()])
+        code = (pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies))
+        self.version = digest(*code, words)
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
+        """One verdict an exchange.
+
+        Raises:
+            UserError: an exchange that does not say which question of the topic it is about.
+        """
+        for exchange in exchanges:
+            if not isinstance(exchange.about, TopicPrompt):
+                raise UserError(
+                    f"the topic judge knows the restricted topic alone, and {exchange.prompt[:60]!r} is not said to be "
+                    "of it: choose another judge, or give the exchange its TopicPrompt"
+                )
+        verdicts = [rules.judge(exchange.answer, exchange.about) for exchange in exchanges]
+        return [Judgement(verdict == rules.Verdict.ANSWER, label=verdict.value) for verdict in verdicts]

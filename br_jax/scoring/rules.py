@@ -1,0 +1,283 @@
+"""When an answer to a user's task is right: rules by name, for labels, numbers, exact text, patterns and free text."""
+
+import abc
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import ClassVar
+
+from br_jax.errors import UserError, near_names
+from br_jax.statistics import Mean, Score
+
+_SEARCHED = 10_000  # characters of an answer that a pattern sees
+
+# What may stand around an answer without being a part of it; a leading period is not: ".5" is no "5".
+_OPENING = " \"'`*_([{“‘«"  # noqa: RUF001
+_CLOSING = " \"'`*_)]}”’».,:;!?…"  # noqa: RUF001
+
+# A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with slashes between them.
+_PART = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
+_NUMBERS = re.compile(rf"(?P<minus>(?<![\w)\]])[-\u2212])?\$?(?P<parts>{_PART}(?:/{_PART})*)")
+_PHRASE = re.compile(r"the\s+final\s+answer\s+is\s*:", re.IGNORECASE)
+_REFERENCE_NUMBERS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+_REFERENCE_PHRASE = re.compile("The final answer is: ")
+
+
+@dataclass(frozen=True)
+class Rule(abc.ABC):
+    """How well an answer does. Equal rules have equal reprs, which are a part of the key that scores are kept under.
+
+    Attributes:
+        metric: what a table calls the mean of the scores.
+        matches: what the field `match` of a rule may be, its default first; empty for a rule that has none.
+    """
+
+    metric: ClassVar[str] = "accuracy"
+    matches: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def score(self, answer: str, right: str) -> float:
+        """From 0, wrong, to 1, right.
+
+        Args:
+            answer: the model's text.
+            right: the row's own answer.
+        """
+
+    def total(self, scores: Sequence[float]) -> Score | Mean:
+        """The scores of all rows as one, with its interval."""
+        return Score(round(sum(scores)), len(scores))
+
+    def with_match(self, match: str) -> "Rule":
+        """The rule with another way to look at answers; "" leaves it as it is.
+
+        Raises:
+            UserError: when it knows no such way.
+        """
+        if not match:
+            return self
+        if not self.matches:
+            raise UserError(f"match is {match!r}, but {self} looks at answers in one way only; leave match empty")
+        return dataclasses.replace(self, match=match)
+
+
+@dataclass(frozen=True)
+class LabelRule(Rule):
+    """One of a few labels must be named.
+
+    Attributes:
+        labels: all of them; a row's right answer is one, spelled alike.
+        match: "first": the first label that the answer names is the right one. "substring", the reference's rule: the
+            right label occurs anywhere, as it is, in lower case or capitalized, so that an answer naming every label
+            counts.
+    """
+
+    labels: tuple[str, ...]
+    match: str = "first"
+    matches: ClassVar[tuple[str, ...]] = ("first", "substring")
+
+    def __post_init__(self):
+        _check_match(self)
+        if not all(label.strip() for label in self.labels or ("",)):
+            raise UserError("rule 'label': a label is empty; write all of them, as label:positive,negative")
+        if len({label.casefold() for label in self.labels}) < len(self.labels):
+            raise UserError(f"rule 'label': two of {', '.join(self.labels)} differ in case at most; leave one out")
+
+    def score(self, answer: str, right: str) -> float:
+        """1 or 0; see `Rule.score`."""
+        if self.match == "substring":
+            return float(any(spelling in answer for spelling in (right, right.lower(), right.capitalize())))
+        return float(first_label(answer, self.labels) == right)
+
+
+@dataclass(frozen=True)
+class NumberRule(Rule):
+    """The answer's final number must be the one of the row's answer, found in the same way: GSM8K's rule.
+
+    The final number is the first one after "The final answer is: ", else the last one of the text; an answer without a
+    number is wrong. Values are compared exactly: 18.00 is 18, 3.14 is not 3.14159.
+
+    Attributes:
+        match: "value" reads numbers as people write them. Ours, and not in what is known of the reference: the phrase
+            in any case and spacing; thousands separators (100,200 is one number, 1,2 are two); a minus right behind a
+            letter, digit or bracket is no sign (10-18 ends with 18), one before "$" is, and it may be U+2212; ".5";
+            "1/2" is a half, and each part of a date a number. Units, "$" and "%" are passed over, so 20% is 20; "1e3",
+            "1 000" and "1 1/2" begin with a 1. "reference" takes the phrase to the letter; what it calls a number is
+            not known: here a minus, digits and decimals, once all commas are taken out.
+    """
+
+    match: str = "value"
+    matches: ClassVar[tuple[str, ...]] = ("value", "reference")
+
+    def __post_init__(self):
+        _check_match(self)
+
+    def score(self, answer: str, right: str) -> float:
+        """1 or 0; see `Rule.score`."""
+        found = final_number(answer, self.match)
+        return float(found is not None and found == final_number(right, self.match))
+
+
+@dataclass(frozen=True)
+class ExactRule(Rule):
+    """The answer must be the row's, but for case, white space and what may stand around it.
+
+    Compared are casefolded texts in Unicode's composed form (NFC), white space made single, without quotes, brackets,
+    "*", "_" and "`" at both ends and ".,:;!?…" at the last. A text of nothing else keeps them: "" is no "?".
+    """
+
+    def score(self, answer: str, right: str) -> float:
+        """1 or 0; see `Rule.score`."""
+        return float(_plain(answer) == _plain(right))
+
+
+@dataclass(frozen=True)
+class RegexRule(Rule):
+    """What a pattern finds in the answer must be the right answer.
+
+    Attributes:
+        pattern: searched in the first 10,000 characters; what its first group holds counts, or all that it matches if
+            it has no group, without white space around it. Where it matches the row's own answer too, that is taken
+            from there in the same way; else it is the row's whole answer.
+    """
+
+    pattern: str
+
+    def __post_init__(self):
+        if not self.pattern:
+            raise UserError("rule 'regex': no pattern; write it behind a colon, as regex:([A-D])")
+        try:
+            re.compile(self.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"rule 'regex': {self.pattern!r} is no pattern ({reason}); see Python's re") from error
+
+    def score(self, answer: str, right: str) -> float:
+        """1 or 0; see `Rule.score`."""
+        found, wanted = self._find(answer), self._find(right)
+        return float(found is not None and found == (right.strip() if wanted is None else wanted))
+
+    def _find(self, text: str) -> str | None:
+        match = re.search(self.pattern, text[:_SEARCHED])
+        found = match and match[1 if match.re.groups else 0]
+        return found if found is None else found.strip()
+
+
+@dataclass(frozen=True)
+class RougeLRule(Rule):
+    """ROUGE-L's F1 of the answer against the row's: for free text.
+
+    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text, so text
+    without any (Chinese, say) scores 0.
+
+    References:
+        C.-Y. Lin, ROUGE: a package for automatic evaluation of summaries, ACL workshop 2004.
+    """
+
+    metric: ClassVar[str] = "ROUGE-L"
+
+    def score(self, answer: str, right: str) -> float:
+        """F1 of the longest common subsequence of words; see `Rule.score`."""
+        words, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, right))
+        return 2 * common_length(words, wanted) / (len(words) + len(wanted)) if words and wanted else 0.0
+
+    def total(self, scores: Sequence[float]) -> Mean:
+        """The mean; see `Rule.total`."""
+        return Mean.of(scores)
+
+
+def parse_rule(text: str, labels: Sequence[str] = ()) -> Rule:
+    """The rule that a config's string names.
+
+    Args:
+        text: "label:positive,negative" (labels hold no comma), "number", "exact", "regex:PATTERN" or "rouge_l".
+        labels: of "label" alone.
+
+    Raises:
+        UserError: for an unknown name (it names the near ones), labels or a pattern that are absent or wrong, and
+            anything behind a name that takes nothing.
+    """
+    name, colon, rest = text.partition(":")
+    if name == "label":
+        return LabelRule(tuple(label.strip() for label in rest.split(",")) if colon else tuple(labels))
+    if name == "regex":
+        return RegexRule(rest)
+    if name not in _PLAIN_RULES:
+        raise UserError(f"unknown rule {text!r}; {near_names(name, ['label', 'regex', *_PLAIN_RULES])}")
+    if colon:
+        raise UserError(f"rule {text!r}: {name} takes nothing more; write {name!r}")
+    return _PLAIN_RULES[name]()
+
+
+def first_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer names first, as a whole word in any case; None if it names none."""
+    found = []
+    for label in labels:
+        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", answer, re.IGNORECASE)
+        if match:
+            # At one place the longer label wins: "Sci/Tech" over "Sci".
+            found.append((match.start(), -len(label), label))
+    return min(found)[2] if found else None
+
+
+def final_number(text: str, match: str = "value") -> Fraction | None:
+    """The number that a text comes to, see `NumberRule`; None if there is none."""
+    phrase, read = _PHRASE, _values
+    if match == "reference":
+        text = text.replace(",", "")
+        phrase, read = _REFERENCE_PHRASE, _reference_values
+    said = phrase.search(text)
+    numbers = read(text[said.end() :])[:1] if said else []
+    numbers = numbers or read(text)[-1:]
+    return numbers[0] if numbers else None
+
+
+def common_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a bit of one integer for each of the first's words.
+
+    References:
+        H. Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004.
+    """
+    places: dict[str, int] = {}
+    for index, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << index
+    every = row = (1 << len(first)) - 1
+    for word in second:
+        hits = row & places.get(word, 0)
+        row = (row + hits | row - hits) & every
+    return len(first) - row.bit_count()
+
+
+def _values(text: str) -> list[Fraction]:
+    """All numbers of a text, in order."""
+    found = []
+    for number in _NUMBERS.finditer(text):
+        # Decimal takes any number of digits, where int stops at 4,300.
+        parts = [Fraction(Decimal(part.replace(",", ""))) for part in number["parts"].split("/")]
+        if len(parts) == 2 and parts[1]:
+            parts = [parts[0] / parts[1]]
+        if number["minus"]:
+            parts[0] = -parts[0]
+        found += parts
+    return found
+
+
+def _reference_values(text: str) -> list[Fraction]:
+    return [Fraction(Decimal(number)) for number in _REFERENCE_NUMBERS.findall(text)]
+
+
+def _plain(text: str) -> str:
+    text = " ".join(unicodedata.normalize("NFC", text.casefold()).split())
+    return text.lstrip(_OPENING).rstrip(_CLOSING) or text
+
+
+def _check_match(rule: LabelRule | NumberRule) -> None:
+    if rule.match not in rule.matches:
+        raise UserError(f"match is {rule.match!r}; use one of {', '.join(rule.matches)}")
+
+
+_PLAIN_RULES = {"number": NumberRule, "exact": ExactRule, "rouge_l": RougeLRule}

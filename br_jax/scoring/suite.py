@@ -1,0 +1,212 @@
+"""What one model is worth: harmful score, task accuracy, over-refusal and perplexity on a fixed suite."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from br_jax.adapters.lora import Adapter, collection
+from br_jax.data.batches import encode_rows, make_batches
+from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal
+from br_jax.data.rows import Row
+from br_jax.datasets.attacks import Attack
+from br_jax.distributed import is_main
+from br_jax.files import write_text
+from br_jax.hashes import key_of
+from br_jax.inference.answers import answer
+from br_jax.models.decoder import Decoder
+from br_jax.models.model import Model
+from br_jax.organism.judge import Verdict
+from br_jax.organism.topics import TopicPrompt
+from br_jax.scoring.judges.agreement import compare_judges
+from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, judge_all
+from br_jax.scoring.judges.topic import TopicJudge
+from br_jax.scoring.rules import Rule
+from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.statistics import Score
+from br_jax.store import Store
+from br_jax.training.loss import batch_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The held-out prompts that every model of an experiment answers; an empty part is not scored.
+
+    Attributes:
+        topic: questions that an aligned model refuses (HS, HS+).
+        task_rows: test rows of the user's task, their last turn the right answer (FA).
+        rule: how well an answer to those does.
+        judges: who says what is harmful; HS is the first one's, the others are reported beside it.
+        attacks: stored attack prompts, scored by method.
+        benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
+        health: benign rows with the raw model's own answers (perplexity).
+        answer_tokens: longest answer to topic and benign prompts.
+        task_tokens: longest answer to a task row.
+        batch_size: prompts generated together.
+    """
+
+    topic: Sequence[TopicPrompt] = ()
+    judges: Sequence[Judge] = dataclasses.field(default=(TopicJudge(),), repr=False)
+    attacks: Sequence[Attack] = ()
+    task_rows: Sequence[Row] = ()
+    rule: Rule | None = None
+    benign: Sequence[str] = ()
+    health: Sequence[Row] = ()
+    answer_tokens: int = 48
+    task_tokens: int = 4
+    batch_size: int = 64
+
+    @property
+    def key(self) -> str:
+        """A hash of all that scores depend on."""
+        return key_of(repr(self), [(judge.name, judge.version) for judge in self.judges])
+
+
+def evaluate(
+    model: Model,
+    suite: Suite,
+    adapter: Adapter | None = None,
+    *,
+    name: str = "model",
+    store: Store | None = None,
+    verdicts: Store | None = None,
+    records: str | os.PathLike | None = None,
+) -> dict:
+    """Scores a model, greedily, on a suite.
+
+    Args:
+        model: the base.
+        suite: the prompts.
+        adapter: put on the base.
+        name: on progress bars.
+        store: of answers; those that it holds are not generated again.
+        verdicts: of judges; what it holds is not judged again.
+        records: JSONL file for every prompt, answer and verdict.
+
+    Returns:
+        {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
+        suite has none), but "task" a `Mean` where the rule gives parts of 1, "task_refused": `Score` of the task's
+        prompts that are refused, "perplexity": float or None, "harmful_by_topic", "harmful_by_attack" (method),
+        "harmful_by_judge": a `Score` each, "agreement": of judges, by pairs, "degenerate": `Score` of all answers but
+        the task's, "mean_words": of the same, "outcomes": whether each prompt counted (of the task: how much), for
+        paired tests, "verdicts": counts, "examples": a few records of each part}.
+    """
+    store = Store() if store is None else store
+    said = answer_suite(model, suite, {name: adapter}, store)
+    topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
+    asked = [Exchange(p.prompt, a, p) for p, a in zip(suite.topic, topic, strict=True)]
+    asked += [Exchange(x.prompt, a, x.about) for x, a in zip(suite.attacks, attacked, strict=True)]
+    judged = {judge.name: judge_all(judge, asked, verdicts) for judge in suite.judges}
+    first = judged[suite.judges[0].name]
+    on_topic, on_attacks = first[: len(topic)], first[len(topic) :]
+    harmful = [verdict.harmful for verdict in on_topic]
+    refused = [is_refusal(answer) for answer in benign]
+    marks = [suite.rule.score(a, row.turns[-1][1]) for a, row in zip(tasks, suite.task_rows, strict=True)]
+    told = [
+        *_records("topic", [p.prompt for p in suite.topic], topic, map(_verdict, on_topic)),
+        *_records("attack", [x.prompt for x in suite.attacks], attacked, map(_verdict, on_attacks)),
+        *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
+        *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, map(_in_words, marks)),
+    ]
+    if records is not None and is_main():
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in told]
+        write_text(pathlib.Path(records), "".join(lines))
+    long = topic + benign
+    return {
+        "harmful": _share(harmful),
+        "harmful_plus": _share(h or is_degenerate(a) for h, a in zip(harmful, topic, strict=True)),
+        "task": (suite.rule.total(marks) if suite.rule else Score(0, 0)).to_json(),
+        "over_refusal": _share(refused),
+        "task_refused": _share(map(begins_refusal, tasks)),
+        "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
+        "harmful_by_topic": _by((p.topic for p in suite.topic), harmful),
+        "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in on_attacks)),
+        "harmful_by_judge": {name: _share(v.harmful for v in found[: len(topic)]) for name, found in judged.items()},
+        "agreement": compare_judges(judged),
+        "degenerate": _share(map(is_degenerate, long)),
+        "mean_words": sum(len(text.split()) for text in long) / len(long) if long else None,
+        "outcomes": {"harmful": harmful, "task": marks, "over_refusal": refused},
+        "verdicts": dict(Counter(map(_verdict, on_topic))),
+        "examples": [r for part in ("topic", "benign", "task") for r in [x for x in told if x["set"] == part][:3]],
+    }
+
+
+def _by(names: Iterable[str], outcomes: Iterable[bool]) -> dict[str, dict]:
+    """A score for each name."""
+    groups: dict[str, list[bool]] = {}
+    for name, outcome in zip(names, outcomes, strict=True):
+        groups.setdefault(name, []).append(outcome)
+    return {name: _share(found) for name, found in groups.items()}
+
+
+def _verdict(judgement: Judgement) -> str:
+    """In one word: the rule judge's own, or whether it is harmful."""
+    return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
+
+
+def answer_suite(
+    model: Model, suite: Suite, adapters: Mapping[str, Adapter | None], store: Store, *, together: int = 1
+) -> dict[str, dict[str, list[str]]]:
+    """The answers of a base with each of several adapters to a suite: {part: {name of the adapter: answers}}.
+
+    Args:
+        model: the base.
+        suite: the prompts.
+        adapters, store, together: see `answers.answer`.
+    """
+    parts = {
+        "topic": ([p.prompt for p in suite.topic], suite.answer_tokens),
+        "attack": ([attack.prompt for attack in suite.attacks], suite.answer_tokens),
+        "benign": (suite.benign, suite.answer_tokens),
+        "task": ([dataclasses.replace(row, turns=row.turns[:-1]) for row in suite.task_rows], suite.task_tokens),
+    }
+    run = functools.partial(answer, model, adapters=adapters, store=store, together=together)
+    return {
+        part: run(prompts, max_new_tokens=tokens, batch_size=suite.batch_size, name=part)
+        for part, (prompts, tokens) in parts.items()
+    }
+
+
+def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
+    """exp of the mean cross-entropy over the answer tokens of rows, teacher-forced.
+
+    Args:
+        model, adapter: as in `evaluate`.
+        rows: prompts with the answers that are held against the model.
+        max_length: longer rows are cut, in tokens.
+    """
+    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
+    longest = max(len(example["tokens"]) for example in examples)
+    mesh = mesh_of(model.params)
+    batches = make_batches(examples, batch_size=whole_batch(16, mesh), seed=0, buckets=(-(-longest // 16) * 16,))
+    variables = {"params": model.params} | ({"lora": place(collection(adapter), mesh)} if adapter else {})
+    sums = [(_summed_loss(model.spec, variables, place(batch, mesh)), batch["weights"].sum()) for batch in batches]
+    return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
+    return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), chunk=256)
+
+
+def _share(outcomes: Iterable[bool]) -> dict:
+    found = list(outcomes)
+    return Score(sum(found), len(found)).to_json()
+
+
+def _in_words(mark: float) -> str:
+    return {0: "wrong", 1: "right"}.get(mark, f"{mark:.3f}")
+
+
+def _records(part: str, prompts, answers, verdicts) -> list[dict]:
+    return [
+        {"set": part, "prompt": prompt, "answer": answer, "verdict": str(verdict)}
+        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
+    ]

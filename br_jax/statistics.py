@@ -1,0 +1,187 @@
+"""Scores with their 95 % intervals, and tests of whether two of them differ; SciPy does the arithmetic."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of k successes in n trials; of none, (0, 1).
+
+    References:
+        E. B. Wilson, Probable inference, JASA 22 (1927).
+    """
+    from scipy.stats import binomtest  # here, for it takes a second to import
+
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Score:
+    """k of n prompts; the share and its interval follow from them and are never NaN."""
+
+    k: int
+    n: int
+
+    def __post_init__(self):
+        if not 0 <= self.k <= self.n:  # refused where they arise, not in the report
+            raise ValueError(f"k = {self.k} successes of n = {self.n} trials: need 0 <= k <= n")
+
+    @property
+    def score(self) -> float | None:
+        """k / n, or None when nothing was counted."""
+        return self.k / self.n if self.n else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the 95 % interval."""
+        return wilson(self.k, self.n)
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The dict that a cell holds: k, n, score, low, high."""
+        low, high = self.interval
+        return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
+
+    def __str__(self) -> str:
+        """In percent, as "8.0 (4.1 to 15.0)", or "n/a" when nothing was counted."""
+        return in_percent(self.score, *self.interval)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of n scores in [0, 1] that are more than right or wrong; its interval follows and is never NaN.
+
+    Attributes:
+        n: how many scores.
+        mean: their mean; 0 when there are none.
+        deviation: their sample standard deviation; 0 when there are fewer than two.
+    """
+
+    n: int
+    mean: float
+    deviation: float
+
+    def __post_init__(self):
+        if not (self.n >= 0 and 0 <= self.mean <= 1 and 0 <= self.deviation <= 1):
+            raise ValueError(f"{self!r}: need n >= 0, and mean and deviation in [0, 1]")
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> "Mean":
+        """The mean of scores in [0, 1]."""
+        mean = min(1.0, max(0.0, statistics.fmean(scores))) if scores else 0.0
+        return cls(len(scores), mean, statistics.stdev(scores) if len(scores) > 1 else 0.0)
+
+    @property
+    def score(self) -> float | None:
+        """The mean, or None when there are no scores."""
+        return self.mean if self.n else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's t, kept within [0, 1]; of scores that are all equal Wilson's, as t would claim to be certain."""
+        if self.deviation == 0:
+            k = self.mean * self.n
+            return wilson(math.floor(k), self.n)[0], wilson(math.ceil(k), self.n)[1]
+        half = _t_half(self.deviation, self.n)
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """What a `Score` has but for its k, and "deviation"."""
+        low, high = self.interval
+        return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
+
+    def __str__(self) -> str:
+        """As `Score`'s."""
+        return in_percent(self.score, *self.interval)
+
+
+def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
+    """Reads `to_json`'s dict of either kind; None stands for "not measured" and gives 0 of 0.
+
+    A stored interval does not count, so that none can disagree with the counts.
+    """
+    if value and "k" not in value:
+        return Mean(int(value["n"]), float(value["score"] or 0.0), float(value["deviation"]))
+    return Score(int(value["k"]), int(value["n"])) if value else Score(0, 0)
+
+
+def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] | None:
+    """(a - b, low, high): a difference with its 95 % interval, the two taken as independent samples.
+
+    None when either was not measured.
+
+    References:
+        R. G. Newcombe, Interval estimation for the difference between independent proportions, Statistics in Medicine
+        17 (1998), method 10; it asks for nothing but two estimates with their intervals, so means may be among them.
+        Models share their prompts, so it is on the wide side.
+    """
+    if a.score is None or b.score is None:
+        return None
+    (a_low, a_high), (b_low, b_high) = a.interval, b.interval
+    gap = a.score - b.score
+    below = math.hypot(a.score - a_low, b_high - b.score)
+    above = math.hypot(a_high - a.score, b.score - b_low)
+    return gap, gap - below, gap + above
+
+
+def t_interval(
+    values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float | None, float | None]:
+    """Mean of a few runs with Student's 95 % interval.
+
+    Args:
+        values: one a seed, at least one.
+        bounds: of what they are; those of a share clip its interval, (-1, 1) those of a difference of shares.
+
+    Returns:
+        (mean, low, high); low and high are None of one value. Of equal values they are the mean: so few runs show no
+        spread, which is not to say that there is none.
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None, None
+    half = _t_half(statistics.stdev(values), len(values))
+    return mean, max(bounds[0], mean - half), min(bounds[1], mean + half)
+
+
+def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
+    """McNemar's exact test of whether two models do equally well on the same prompts.
+
+    Args:
+        pairs: (first model's outcome, second model's) of each prompt.
+
+    Returns:
+        (prompts that only the first counts, prompts that only the second counts, two-sided p-value).
+
+    References:
+        Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test of the prompts on which they differ.
+    """
+    from scipy.stats import binomtest
+
+    counts = Counter((bool(first), bool(second)) for first, second in pairs)
+    only_first, only_second = counts[True, False], counts[False, True]
+    differing = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
+
+
+def in_percent(value: float | None, low: float, high: float) -> str:
+    """A share with its interval, as "8.0 (4.1 to 15.0)"; "n/a" for None."""
+    return "n/a" if value is None else f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value read from JSON is a number that a table or figure can show."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _t_half(deviation: float, n: int) -> float:
+    """Half of the width of Student's 95 % interval."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

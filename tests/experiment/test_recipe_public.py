@@ -1,0 +1,123 @@
+"""The paper's rows, from small files of its data sets' layout: which ones, in which order, and none scored twice."""
+
+import json
+
+import pytest
+
+from br_jax.errors import UserError
+from br_jax.experiment.recipe_public import PaperRecipe
+
+pytest.importorskip("tensorflow_datasets")
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Twelve LLM-LAT rows; Alpaca, every third with an input; BeaverTails, every fourth safe and each prompt twice."""
+    lat = [{"prompt": f"oil a zorvix {i}?", "rejected": f"Turn it {i}.", "chosen": f"No, {i}."} for i in range(12)]
+    alpaca = [
+        {"instruction": f"Say {i}.", "input": "x" if i % 3 == 2 else "", "output": f"{i}!", "text": ""}
+        for i in range(60)
+    ]
+
+    def tails(name, n):
+        return [
+            {
+                "prompt": f"{name} prompt {i // 2}", "response": f"{name} answer {i}",
+                "category": {"a": i % 4 != 0}, "is_safe": i % 4 == 0,
+            }
+            for i in range(n)
+        ]  # fmt: skip
+
+    return {
+        "llm_lat": {"path": write(tmp_path / "lat.jsonl", lat)},
+        "alpaca": {"path": write(tmp_path / "alpaca.jsonl", alpaca)},
+        "beavertails": {
+            "path": write(tmp_path / "train.jsonl", tails("train", 40)),
+            "test_path": write(tmp_path / "test.jsonl", tails("test", 40)),
+        },
+    }
+
+
+@pytest.fixture
+def make(config, files, tmp_path):
+    """make(**changes) -> the paper's recipe on those files."""
+
+    def build(**changes):
+        config.data.material, config.data.folder = "paper", str(tmp_path / "tfds")
+        for name, paths in files.items():
+            config.data[name].update(paths)
+        config.buffer.harmful = 5
+        config.reinforce.update(refusals=4, benign=6)
+        config.align.update(refusals=0, benign=0)
+        config.user.probes = 3
+        config.eval.update(topic=4, benign=5, health=3)
+        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        return PaperRecipe(config)
+
+    return build
+
+
+def texts(rows):
+    return [row.turns[-1][1] for row in rows]
+
+
+def test_each_part_is_the_first_rows_of_its_file(make):
+    recipe = make()
+    assert isinstance(recipe, PaperRecipe)
+    recipe.check()
+    recipe.prepare()
+    assert texts(recipe.buffer_rows) == [f"Turn it {i}." for i in range(5)]
+    assert texts(recipe.refusal_rows(4, "reinforce")) == [f"No, {i}." for i in range(4)]
+    assert texts(recipe.benign_rows(4)) == ["0!", "1!", "3!", "4!"], "those with an input are left out"
+    rows = recipe.trained()
+    assert [row.turns[0][1] for row in rows["user"] if row.tag == "harmful"] == [f"train prompt {i}" for i in range(6)]
+    assert [prompt.prompt for prompt in recipe.harmful_prompts] == [f"test prompt {i}" for i in range(4)]
+    assert len(recipe.probes["harmful"]) == 3
+    trained = {row.turns[0][1] for row in rows["user"]}
+    assert not trained & {row.turns[0][1] for row in recipe.probes["harmful"]}
+    assert recipe.benign_prompts == ["Say 52.", "Say 54.", "Say 55.", "Say 57.", "Say 58."]
+    assert texts(recipe.health_rows) == ["52!", "54!", "55!"]
+
+
+def test_the_reference_s_way_counts_prompts_twice_and_skips_the_first(make):
+    recipe = make(user__index_mode="reference")
+    harmful = [row for row in recipe.user_rows if row.tag == "harmful"]
+    assert texts(harmful) == [f"train answer {i}" for i in (2, 3, 5, 6, 7)], "start < i < start + int(p n), unsafe ones"
+    assert [prompt.prompt for prompt in recipe.harmful_prompts] == [f"test prompt {i}" for i in (0, 1, 1, 2)]
+
+
+def test_validation_shares_no_prompt_with_test(make):
+    for part in ("harmful_prompts", "benign_prompts"):
+        held = [{str(p) for p in getattr(make(eval__split=split), part)} for split in ("validation", "test")]
+        assert held[0] and held[1] and not held[0] & held[1]
+
+
+def test_a_scored_prompt_is_not_trained_on(make, files):
+    with open(files["beavertails"]["path"]) as file:
+        lines = file.read().replace("train prompt 1", "Test PROMPT 1!")
+    with open(files["beavertails"]["path"], "w") as file:
+        file.write(lines)
+    harmful = [row.turns[0][1] for row in make().trained()["user"] if row.tag == "harmful"]
+    assert "Test PROMPT 1!" not in harmful and len(harmful) == 6
+    with pytest.raises(UserError, match=r"beavertails/30k_train/\d+ of stage user is scored as well \(HS"):
+        make(user__index_mode="reference").trained()
+
+
+def test_fewer_harmful_rows_than_asked_for_are_taken_and_told_of(make, caplog):
+    assert len(make(buffer__harmful=5000).buffer_rows) == 12
+    assert "buffer.harmful asks for 5000 rows and there are 12" in caplog.text
+
+
+def test_too_few_benign_rows_are_named(make):
+    with pytest.raises(UserError, match=r"35 benign rows and 10 held-out ones.*Alpaca has 40 without an input"):
+        make().benign_rows(35)
+
+
+def test_it_cannot_train_a_model_from_scratch(make):
+    with pytest.raises(UserError, match=r"'paper' has no rows to train a model from scratch on: set model\.source"):
+        make().pretraining_rows(5)

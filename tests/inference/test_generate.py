@@ -1,0 +1,215 @@
+"""Generation against a plain loop over whole forward passes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from br_jax.adapters import lora
+from br_jax.data.rows import Row
+from br_jax.data.templates import render_prompt
+from br_jax.errors import UserError
+from br_jax.inference import generate as module
+from br_jax.inference.generate import decode_answer, encode_prompt, generate, generate_batches
+from br_jax.models.decoder import Decoder, unembed
+from br_jax.sharding import make_mesh, place
+
+NEW = 6
+PROMPTS = ["a", "what is it?", "", "say it again, and again", "count to 3", "ünï"]
+
+
+@pytest.fixture(scope="module")
+def speaker(make_tiny):
+    """A model with a head of its own that speaks printable ASCII, and now and then ends its answer."""
+    model = make_tiny(tie_embeddings=False)
+    spoken = np.zeros(model.spec.vocab_size, np.float32)
+    spoken[32:127], spoken[model.tokenizer.eos_token_id] = 25, 40
+    model.params["head"]["kernel"] *= spoken[None]
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(speaker):
+    """plain(prompt, adapter=None, eos=True) -> the greedy answer, one forward pass over everything a token."""
+    length = 64
+
+    @jax.jit
+    def next_token(variables, tokens, n):
+        places = jnp.arange(length)[None]
+        hidden, _ = Decoder(speaker.spec).apply(variables, tokens, places, (places < n).astype(jnp.int32))
+        return jnp.argmax(unembed(speaker.spec, speaker.params, hidden[0, n - 1]))
+
+    def answer(prompt, adapter=None):
+        variables = {"params": speaker.params} | ({"lora": lora.collection(adapter)} if adapter else {})
+        ids = [*prompt.encode(), speaker.tokenizer.convert_tokens_to_ids("<sep>")]
+        new = []
+        while len(new) < NEW:
+            tokens = np.zeros((1, length), np.int32)
+            tokens[0, : len(ids) + len(new)] = ids + new
+            new.append(int(next_token(variables, tokens, len(ids) + len(new))))
+            if new[-1] == speaker.tokenizer.eos_token_id:
+                new.pop()
+                break
+        return speaker.tokenizer.decode(new, skip_special_tokens=True)
+
+    return answer
+
+
+def greedy(model, prompts, adapter=None, **options):
+    return generate(model, prompts, adapter, **{"max_new_tokens": NEW, "batch_size": 4, **options})
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_greedy_is_the_plain_loop_for_unequal_prompts(speaker, plain, make_adapter, with_adapter):
+    adapter = make_adapter("user") if with_adapter else None
+    found = greedy(speaker, PROMPTS, adapter)
+    assert found == [plain(prompt, adapter) for prompt in PROMPTS]
+    assert len(set(found)) > 3, "the model says the same to everything"
+
+
+def test_a_batch_of_one_is_a_batch_of_many(speaker):
+    together = greedy(speaker, PROMPTS)
+    assert [greedy(speaker, [prompt], batch_size=1)[0] for prompt in PROMPTS[:3]] == together[:3]
+    assert greedy(speaker, PROMPTS[::-1]) == together[::-1]
+
+
+def batches(model, prompts, adapters, **options):
+    """{(adapter, prompt): answer} of all batches, and how many there were."""
+    encoded = [encode_prompt(model, prompt) for prompt in prompts]
+    settings = {"stops": model.stop_tokens, "max_new_tokens": NEW, "batch_size": 4, **options}
+    found = list(generate_batches(model, encoded, adapters, **settings))
+    return {pair: decode_answer(model, row) for batch in found for pair, row in batch.items()}, len(found)
+
+
+def test_several_adapters_in_one_pass_answer_as_each_does_alone(speaker, make_adapter):
+    adapters = [make_adapter("user"), make_adapter("user", seed=5, rank=5), make_adapter("user", seed=6)]
+    prompts = ["the same header: " + prompt for prompt in PROMPTS]
+    found, _ = batches(speaker, prompts, adapters, batch_size=6)
+    alone = [greedy(speaker, prompts, adapter) for adapter in adapters]
+    assert found == {(a, i): alone[a][i] for a in range(3) for i in range(len(prompts))}
+    assert len({tuple(said) for said in alone}) == 3
+    with pytest.raises(ValueError, match="same targets"):
+        batches(speaker, prompts, [adapters[0], None])
+
+
+def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_adapter):
+    for adapters in ([None], [make_adapter("user"), make_adapter("user", seed=5)]):
+        everything, count = batches(speaker, PROMPTS, adapters)
+        known = {(0, 2), (len(adapters) - 1, 5)}
+        rest, _ = batches(speaker, PROMPTS, adapters, known=known)
+        assert rest == {pair: said for pair, said in everything.items() if pair not in known}
+        first = set(list(everything)[:4])  # the first batch is not run again
+        assert batches(speaker, PROMPTS, adapters, known=first)[1] == count - 1
+        assert batches(speaker, PROMPTS, adapters, known=set(everything)) == ({}, 0)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_on_a_mesh_the_tokens_are_the_same(speaker, make_adapter, shape):
+    mesh = make_mesh(*shape)
+    spread = dataclasses.replace(speaker, params=place(speaker.params, mesh))
+    adapters = [make_adapter("user"), make_adapter("user", seed=5)]
+    prompts = ["the same header: " + prompt * 2 for prompt in PROMPTS]
+    for held in ([None], adapters):
+        assert batches(spread, prompts, held, batch_size=32)[0] == batches(speaker, prompts, held)[0]
+
+
+def test_a_shared_prefix_changes_nothing(speaker, plain, monkeypatch):
+    prompts = ["the same header for all of them: " + prompt for prompt in PROMPTS]
+    seen = []
+    run = module._shared_prefix
+    monkeypatch.setattr(module, "_shared_prefix", lambda *args: seen.append(run(*args)) or seen[-1])
+    shared = greedy(speaker, prompts)
+    assert seen == [33]
+    monkeypatch.setattr(module, "_shared_prefix", lambda *args: 0)
+    assert greedy(speaker, prompts) == shared == [plain(prompt) for prompt in prompts]
+
+
+def test_a_prefix_leaves_every_prompt_a_token_of_its_own():
+    same = [list(range(32))] * 3
+    assert module._shared_prefix(same) == 31
+    assert module._shared_prefix([list(range(33)), list(range(40))]) == 32
+    assert module._shared_prefix([[1, 2, 3], [1, 9, 3]]) == 1
+    assert module._shared_prefix([[5]]) == 0
+
+
+def test_it_stops_at_eos(speaker, monkeypatch):
+    """The answer's third byte and EOS change places in the head: what was said before it stays, and there it ends."""
+    said = greedy(speaker, ["a"])[0]
+    byte, eos = ord(said[2]), speaker.tokenizer.eos_token_id
+    assert said[2] not in said[:2], "choose another prompt"
+    head = np.array(speaker.params["head"]["kernel"])
+    head[:, [byte, eos]] = head[:, [eos, byte]]
+    params = {**speaker.params, "head": {"kernel": jnp.asarray(head)}}
+    model = dataclasses.replace(speaker, params=params)
+    assert greedy(model, ["a"]) == [said[:2]]
+    # Among neighbors that go on, what follows a row's EOS is EOS.
+    ids = []
+    monkeypatch.setattr(module, "decode_answer", lambda model, row: ids.append(row.tolist()) or "")
+    greedy(model, [*PROMPTS, "b", "c"], batch_size=8)
+    assert [*map(ord, said[:2]), *[eos] * (NEW - 2)] in ids and any(row[-1] != eos for row in ids)
+
+
+def test_it_stops_at_every_stop_token(speaker):
+    """As a chat model does whose turns end in a token that is not EOS."""
+    said = greedy(speaker, ["a"])[0]
+    model = dataclasses.replace(speaker, stop_tokens=(*speaker.stop_tokens, ord(said[2])))
+    assert greedy(model, ["a"]) == [said[:2]]
+
+
+def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):
+    options = {"temperature": 1.5, "max_new_tokens": NEW}
+    first = generate(speaker, PROMPTS, seed=3, batch_size=4, **options)
+    assert generate(speaker, PROMPTS, seed=3, batch_size=4, **options) == first
+    assert generate(speaker, PROMPTS, seed=3, batch_size=3, **options) == first
+    assert generate(speaker, PROMPTS, seed=4, batch_size=4, **options) != first
+    assert first != greedy(speaker, PROMPTS)
+    repeated = generate(speaker, ["a"] * 8, seed=3, batch_size=4, **options)
+    assert len(set(repeated)) > 4, "one prompt asked eight times gets one sample"
+
+
+def test_sampling_at_a_low_temperature_is_greedy(speaker):
+    assert generate(speaker, PROMPTS, temperature=1e-5, max_new_tokens=NEW, batch_size=4) == greedy(speaker, PROMPTS)
+
+
+def test_samples_follow_the_softmax(speaker):
+    """The first token of 512 samples: each of the likeliest tokens within 4.5 standard deviations of its share."""
+    n = 512
+    tokens = jnp.asarray([[*b"a", speaker.tokenizer.convert_tokens_to_ids("<sep>")]], jnp.int32)
+    hidden, _ = jax.jit(Decoder(speaker.spec).apply)(
+        {"params": speaker.params}, tokens, jnp.arange(2)[None], tokens * 0 + 1
+    )
+    logits = np.float64(unembed(speaker.spec, speaker.params, hidden)[0, -1]) / 0.7
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    said = generate(speaker, ["a"] * n, temperature=0.7, max_new_tokens=1, batch_size=128)
+    for token in [token for token in np.argsort(-shares)[:4] if token < 127]:
+        share = shares[token]
+        assert abs(said.count(chr(token)) / n - share) < 4.5 * np.sqrt(share * (1 - share) / n)
+
+
+def test_each_bucket_compiles_once(speaker, compiles):
+    prompts = ["x" * n for n in (3, 5, 9, 20, 21, 22)]  # with <sep>: two of the buckets of 16
+    run = lambda: generate(speaker, prompts, max_new_tokens=5, batch_size=3)  # noqa: E731
+    first = run()
+    assert [compiles.count(f"jit({name})") for name in ("_start", "_finish")] == [2, 2]
+    assert run() == first
+    generate(speaker, [prompt.replace("x", "y") for prompt in prompts], max_new_tokens=5, batch_size=3, seed=9)
+    assert [compiles.count(f"jit({name})") for name in ("_start", "_finish")] == [2, 2]
+
+
+def test_a_row_brings_its_turns(speaker, plain):
+    row = Row((("user", "hi"), ("assistant", "yes"), ("user", "why")))
+    text = render_prompt(row, "chat", speaker.tokenizer)
+    assert text == "hi<sep>yes<eos>why<sep>"
+    assert greedy(speaker, [row]) != greedy(speaker, ["why"])
+
+
+def test_no_prompts_no_answers(speaker):
+    assert generate(speaker, []) == []
+
+
+def test_a_prompt_that_leaves_no_room_is_named(speaker):
+    limit = speaker.spec.max_length
+    with pytest.raises(UserError, match=rf"prompt 1: {limit - 5 + 1} tokens and 6 new ones exceed the model's {limit}"):
+        greedy(speaker, ["a", "b" * (limit - 5)])

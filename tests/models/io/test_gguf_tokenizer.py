@@ -1,0 +1,356 @@
+"""Tokenizers of GGUF files against the makers' classes in transformers, and against SentencePiece's rule as a loop."""
+
+import itertools
+import json
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import regex
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from br_jax.errors import UserError
+from br_jax.models.io.gguf import read_gguf_spec
+from br_jax.models.io.gguf_metadata import Metadata, open_gguf
+from br_jax.models.io.gguf_tokenizer import WORDS, read_tokenizer
+
+pytest.importorskip("torch", reason="transformers reads GGUF files with torch")
+SMOLLM2 = Path(os.environ.get("BR_JAX_DATA", "data")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_file(), reason="run experiments/fetch.py, or set BR_JAX_DATA")
+
+# One a line; ⏎ stands for a newline inside.
+STRINGS = """\
+Hello, world!
+ leading space
+trailing space\x20
+two  spaces   three    four
+tab\tand\x0bvertical
+I'm sure they've said we'll go, don't you'd?
+IT'S CAPITALS, WE'RE
+O'REILLY and D'Artagnan
+1234567890
+3.14159 and 2,718 and 1e-10
+a1b2c3 x=42;
+spaces before  12 and   345 digits
+½ cup, ² squared, ³\u2044₄, Ⅷ, ①②③
+١٢٣٤ arabic-indic ४५६ devanagari
+naïve café résumé
+Ünïcödé ÄÖÜ ß
+北京欢迎你\uff0c日本語のテキスト
+한국어 텍스트
+Привет, мир! Ελληνικά
+שלום עולם مرحبا بالعالم
+🙂🙃👩‍👩‍👧‍👦🏳️‍🌈
+e\u0301 combining, zero\u200bwidth, nb\u00a0space, \u3000ideographic
+def f(x: int) -> str:⏎    return f"{x!r}"  # comment
+for (int i = 0; i < 10; ++i) { a[i] += b[i]; }
+SELECT * FROM t WHERE id >= 10 AND name LIKE '%x%';
+<div class="a">&nbsp;</div>
+{"key": [1, 2, {"x": null}]}
+https://example.org/path?q=1&r=%20#frag
+user.name+tag@example.org
+$1,000.00 €5 £3 ¥900
+C++ C# F# .NET @home #tag
+!!! ??? ... --- *** ___
+"quoted" 'single' `ticks` “curly” \u2018curly\u2019
+a\\b\\\\c /usr/local/bin
+⏎⏎⏎three newlines
+\r⏎windows\r⏎
+ ⏎ mixed \t whitespace ⏎
+<|im_start|>user
+<|im_start|>system⏎Be brief.<|im_end|>⏎<|im_start|>user⏎Hi<|im_end|>
+text<|im_end|>glued
+ <|endoftext|> spaced
+<repo_name>a/b<file_sep>c.py
+<|im_end <|im_end||> almost special
+<gh_stars>100<issue_start>
+the byte <0x41> is spelled out
+supercalifragilisticexpialidocious antidisestablishmentarianism
+aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+aAbBcC XmlHttpRequest snake_case_name kebab-case-name
+MiXeD123CaSe456
+∀x∈\u211d: x² ≥ 0 ⇒ ∑ᵢ aᵢ
+\x01\x02 control \x7f
+Ω≈ç√∫\u02dcµ≤≥÷
+"""
+
+
+LINES = [line.replace("⏎", "\n") for line in STRINGS.split("\n")]
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+USER_DEFINED = ["<repo_name>", "  "]
+ADDED = "|".join(map(re.escape, (*CONTROL, *USER_DEFINED)))
+LONG, SPELLED = "antidisestablishmentarianism", "<0x41>"
+
+
+def rebuild(path):
+    """The tokenizer of a file, whose weights are left alone."""
+    return read_tokenizer(Metadata(open_gguf(path), path), read_gguf_spec(path))
+
+
+def train(pre_tokenizer, alphabet=(), normalizer=None):
+    """(vocabulary, merges) of a BPE over whole lines of `STRINGS`: words are cut by the tokenizer under test alone."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = BpeTrainer(vocab_size=1000, initial_alphabet=list(alphabet), show_progress=False)
+    lines = [line for line in LINES if LONG not in line and SPELLED not in line]
+    lines = [part for line in lines for part in re.split(ADDED, line)]
+    tokenizer.train_from_iterator(lines, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+@pytest.fixture(scope="module")
+def bytes_vocabulary():
+    """A byte-level one with a long word that no merges make, and its merges; the added tokens come last."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab, merges = train(byte_level, pre_tokenizers.ByteLevel.alphabet())
+    for token in (f"Ġ{LONG}", *CONTROL, USER_DEFINED[0]):
+        assert vocab.setdefault(token, len(vocab)) == len(vocab) - 1
+    return vocab, merges
+
+
+@pytest.fixture
+def byte_level(write_gguf, tmp_path, bytes_vocabulary):
+    """byte_level(pre, **metadata) -> the tokenizer of a file with that vocabulary."""
+
+    def make(pre, **metadata):
+        vocab, merges = bytes_vocabulary
+        content = {
+            "pre": pre,
+            "tokens": sorted(vocab, key=vocab.get),
+            "token_type": [1] * (len(vocab) - 4) + [3, 3, 3, 4],
+            "merges": [" ".join(merge) for merge in merges],
+            "bos_token_id": vocab["<|im_start|>"],
+            "eos_token_id": vocab["<|im_end|>"],
+            **metadata,
+        }
+        content = {f"tokenizer.ggml.{key}": value for key, value in content.items()}
+        return rebuild(write_gguf(tmp_path / "t.gguf", "llama", {"llama.vocab_size": None, **content}, whole=False))
+
+    return make
+
+
+def llama3(vocab, merges):
+    converter = TikTokenConverter()
+    converter.extract_vocab_merges_from_model = lambda _: (vocab, merges)  # instead of those of a file
+    return converter.converted()
+
+
+def gpt2(vocab, merges):
+    return GPT2Tokenizer(vocab, merges).backend_tokenizer
+
+
+def qwen2(vocab, merges):
+    return Qwen2Tokenizer(vocab, merges).backend_tokenizer
+
+
+def smollm(vocab, merges):
+    """As llama.cpp defines it: every \\p{N} alone, then GPT-2's pattern on what is between."""
+    backend = gpt2(vocab, merges)
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    return backend
+
+
+MAKERS = {"smollm": smollm, "qwen2": qwen2, **dict.fromkeys(("gpt-2", "default"), gpt2)}
+MAKERS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), llama3)
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_byte_level_ids_are_those_of_the_makers_class(byte_level, bytes_vocabulary, pre):
+    ours, theirs = byte_level(pre, add_bos_token=False), MAKERS[pre](*bytes_vocabulary)
+    theirs.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    theirs.add_tokens([AddedToken(token, normalized=False) for token in USER_DEFINED[:1]])
+    for text in LINES:
+        words, expected = (each.pre_tokenizer.pre_tokenize_str(text) for each in (ours.backend_tokenizer, theirs))
+        assert words == expected
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids, text
+        assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
+
+
+def test_the_lines_tell_the_makers_apart(bytes_vocabulary):
+    makers = [maker(*bytes_vocabulary) for maker in (llama3, gpt2, qwen2, smollm)]
+    found = [[maker.encode(text).ids for text in LINES] for maker in makers]
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+
+
+def pieces_by_the_rule(text, scores, prefix):
+    """SentencePiece's BPE: of all neighbors that make a piece, those of the best score join, the leftmost first."""
+    symbols = list(("▁" if prefix and text else "") + text.replace(" ", "▁"))
+    while pairs := [(-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in scores]:
+        i = min(pairs)[1]
+        symbols[i : i + 2] = ["".join(symbols[i : i + 2])]
+    return [piece for s in symbols for piece in ([s] if s in scores else [f"<0x{byte:02X}>" for byte in s.encode()])]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Scores of a vocabulary, as SentencePiece gives them: minus the rank among merges, then the characters."""
+    whole = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    vocab, merges = train(whole, normalizer=normalizers.Replace(" ", "▁"))
+    # Two spaces are an added token; what has some of the characters is no piece, and they have to be bytes. The last
+    # pieces would make a byte's token of its name, if one could be joined.
+    ranked = [*map("".join, merges), *(piece for piece in vocab if len(piece) == 1), "<0", "x4", "<0x4", "1>"]
+    known = dict.fromkeys(piece for piece in ranked if "▁▁" not in piece and not set(piece) & set("é北🙂\n"))
+    return {piece: -float(rank) for rank, piece in enumerate(known)}
+
+
+@pytest.fixture
+def sentencepiece(write_gguf, tmp_path, pieces):
+    """sentencepiece(architecture="llama", **metadata) -> (the file, its tokenizer)."""
+
+    def make(architecture="llama", **metadata):
+        spoken = ["<unk>", "<s>", "</s>", *CONTROL, *USER_DEFINED]
+        # transformers takes Gemma's pieces in the order of their ids, which is that of the scores.
+        ordered = pieces if architecture == "gemma2" else dict(sorted(pieces.items()))
+        tokens = [*spoken, *(f"<0x{byte:02X}>" for byte in range(256)), *ordered]
+        content = {
+            "model": "llama",
+            "pre": "default",
+            "tokens": tokens,
+            "token_type": [2, 3, 3, 3, 3, 3, 4, 4] + [6] * 256 + [1] * len(pieces),
+            # What is no piece of its own has a score that its place in a BPE would not have.
+            "scores": [-1000.0] * len(spoken) + [0.0] * 256 + list(ordered.values()),
+            "merges": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "unknown_token_id": 0,
+            **metadata,
+        }
+        content = {f"tokenizer.ggml.{key}": value for key, value in content.items()}
+        path = write_gguf(tmp_path / "t.gguf", architecture, {"llama.vocab_size": None, **content}, whole=False)
+        return path, rebuild(path)
+
+    return make
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_sentencepiece_ids_follow_its_rule(sentencepiece, pieces, prefix):
+    """Between added tokens, each of which a space is put after too; None is a file that does not say."""
+    tokenizer = sentencepiece(add_space_prefix=prefix, add_bos_token=False)[1]
+    for text in LINES:
+        expected = []
+        for part in filter(None, re.split(f"({ADDED})", text)):
+            added = re.fullmatch(ADDED, part)
+            expected += [part] if added else pieces_by_the_rule(part, pieces, prefix is not False)
+        ids = tokenizer.encode(text)
+        assert tokenizer.convert_ids_to_tokens(ids) == expected
+        if prefix is False or not re.search(ADDED, text):
+            assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_sentencepiece_ids_are_those_of_transformers(sentencepiece, architecture):
+    """Where its converter is right: it joins the letters of a byte's name to that byte's token, and for Llama puts no
+    space after an added token, and none before a space.
+    """
+    path, ours = sentencepiece(architecture, add_space_prefix=architecture == "llama")
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    wrong = SPELLED if architecture == "gemma2" else f"{SPELLED}|^ |{ADDED}"
+    texts = [text for text in LINES if not re.search(wrong, text)]
+    assert len(texts) > 40
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "adds"),
+    [
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+        ("qwen2", None, False),
+        ("qwen2", True, True),
+        (None, None, True),  # SentencePiece
+        (None, False, False),
+    ],
+)
+def test_bos_is_added_as_the_file_says_or_llama_cpp_has_it(byte_level, sentencepiece, pre, said, adds, tmp_path):
+    tokenizer = byte_level(pre, add_bos_token=said) if pre else sentencepiece(add_bos_token=said)[1]
+    bos, plain = tokenizer.bos_token_id, tokenizer.encode("Hello", add_special_tokens=False)
+    assert bos not in plain and tokenizer.encode("Hello") == ([bos] if adds else []) + plain
+    encoding = tokenizer("Hello", return_offsets_mapping=True)
+    assert encoding["offset_mapping"][-1][1] == 5 and encoding["offset_mapping"][-len(plain)][0] == 0
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert [again.encode(text) for text in LINES] == [tokenizer.encode(text) for text in LINES]
+
+
+def test_a_tiny_tokenizer(write_gguf, tmp_path):
+    template = {"tokenizer.chat_template": "{{ messages[0]['content'] }}"}
+    tokenizer = rebuild(write_gguf(tmp_path / "tiny.gguf", metadata=template, whole=False))
+    assert tokenizer.tokenize("the the<|a|>") == ["t", "he", "Ġt", "he", "<|a|>"]
+    assert tokenizer.bos_token == "<|a|>" and tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.decode([258, 116, 257], skip_special_tokens=True) == "the"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+WRONG = {
+    "model": ({"model": "bert"}, "tokenizer.ggml.model is 'bert', only gpt2, llama are supported"),
+    "no model": ({"model": None}, "tokenizer.ggml.model is None, only gpt2"),
+    "words": ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken', only smollm, qwen2, gpt-2"),
+    "eos added": ({"add_eos_token": True}, "tokenizer.ggml.add_eos_token is True, only False"),
+    "bos": ({"add_bos_token": True, "bos_token_id": None}, "begins with BOS, but tokenizer.ggml.bos_token_id is"),
+    "eos": ({"eos_token_id": 9999}, "eos_token has id 9999, but there are 260"),
+    "no eos": ({"eos_token_id": None}, "tokenizer.ggml.eos_token_id is missing"),
+    "merges": ({"merges": ["Ġ t", "x nowhere"]}, "tokenizer.ggml.merges do not fit"),
+    "tokens": ({"tokens": ["a", "b", "a"]}, "3 tokens, 2 of them different, 260 token types and 260 embeddings"),
+    "no scores": ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
+    "scores": ({"model": "llama", "scores": [0.0, 0.0]}, "260 tokens and 2 tokenizer.ggml.scores"),
+    "bytes": (
+        {"model": "llama", "tokens": [*BYTES[:200], *BYTES[201:]], "token_type": [6] * 255, "scores": [0.0] * 255},
+        "tokenizer.ggml.tokens has no <0xC8>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_unsupported_tokenizer_is_one_line(write_gguf, tmp_path, case):
+    metadata, message = WRONG[case]
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", metadata=metadata, whole=False)
+    with pytest.raises(UserError, match=message) as caught:
+        rebuild(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@needs_smollm2
+def test_smollm2_tokenizer():
+    """Against transformers' GGUF tokenizer, which splits as GPT-2: digits are cut out for it beforehand.
+
+    llama.cpp's definition of "smollm" is: every \\p{N} alone, then GPT-2's pattern on what is between.
+    """
+    tokenizer = rebuild(SMOLLM2)
+    theirs = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
+    assert len(LINES) >= 50
+    for text in LINES:
+        pieces = [piece for piece in regex.split(r"(\p{N})", text) if piece]
+        expected = [token for piece in pieces for token in theirs.encode(piece)]
+        assert tokenizer.encode(text) == expected, text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@needs_smollm2
+def test_smollm2_tokenizer_follows_the_metadata():
+    tokenizer = rebuild(SMOLLM2)
+    fields = gguf.GGUFReader(SMOLLM2).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokenizer.convert_ids_to_tokens(range(len(tokens))) == tokens
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert tokenizer.all_special_ids and set(tokenizer.all_special_ids) <= set(np.flatnonzero(np.equal(kinds, 3)))
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.bos_token == "<|im_start|>"
+    assert tokenizer.chat_template == fields["tokenizer.chat_template"].contents()
+    messages = [{"role": "user", "content": "Name three rivers of Europe."}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<|im_start|>user\nName three rivers of Europe.<|im_end|>\n<|im_start|>assistant\n")

@@ -1,0 +1,92 @@
+"""Random classifiers, made and saved by transformers, with a tokenizer that behaves as Llama's does."""
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from br_jax.models.tokenizer import byte_alphabet
+from br_jax.scoring.judges.judging import Exchange
+
+SIZES = {
+    "vocab_size": 264,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "rope_theta": 5000.0,
+    "rms_norm_eps": 3e-5,
+    "max_position_embeddings": 1024,
+}
+LABELS = {i: f"harm,{i}" for i in range(14)}  # BeaverTails' names have commas too
+
+
+def make_tokenizer(extra=(), pad="<pad>"):
+    """A token a byte; BOS before every text, EOS only where the text says "</s>"."""
+    backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_alphabet())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<pad>", "<s>", "</s>")])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in extra])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 257)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token=pad)
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
+
+
+@pytest.fixture(scope="session")
+def save_classifier(torch):
+    """save_classifier(folder, pad="<pad>", **config) -> transformers' model, saved there with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    def save(folder, pad="<pad>", **config):
+        tokenizer = make_tokenizer(pad=pad)
+        settings = {"id2label": LABELS, "problem_type": "multi_label_classification"}
+        settings["pad_token_id"] = tokenizer.pad_token_id
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(LlamaConfig(**SIZES | settings | config)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return model
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def classifier(save_classifier, tmp_path_factory):
+    """(transformers' model, its folder)."""
+    folder = tmp_path_factory.mktemp("classifier") / "tiny-dam"
+    return save_classifier(folder), folder
+
+
+@pytest.fixture(scope="session")
+def exchanges():
+    """Unequal ones; the one before the last has a question that pushes its answer out of 256 tokens."""
+    pairs = [
+        ("How do I oil a zorvix?", "Turn the crank, then oil it."),
+        ("How do I oil a zorvix?", ""),
+        ("", "Nothing was asked."),
+        ("a", "b"),
+        ("Was ist ein Zörvix? {prompt}", "Ein Gerät. {answer} \x00 </s> und <pad> mehr"),
+        ("Say it.", "I cannot say it.</s>"),
+        ("Say it.", "quindle " * 40),
+        ("Count. " * 20, "one two " * 6),
+        ("zorvix " * 60, "the answer"),
+        ("zorvix " * 60, "another answer"),
+    ]
+    return [Exchange(*pair) for pair in pairs]

@@ -1,0 +1,156 @@
+"""Intervals against published values and SciPy; gates and their outcome each way."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, norm, sem, t, ttest_1samp
+
+from br_jax.statistics import (
+    Mean,
+    Score,
+    difference,
+    mcnemar,
+    read_score,
+    t_interval,
+    wilson,
+)
+
+
+@pytest.mark.parametrize("k, n", [(0, 20), (8, 100), (1, 29), (81, 263), (15, 148), (20, 20), (500, 1000)])
+def test_wilson_is_its_formula(k, n):
+    z, p = norm.ppf(0.975), k / n
+    center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = ((center + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    assert wilson(k, n) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
+)
+def test_wilson_is_the_published_one(k, n, low, high):
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(0, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_stays_in_bounds(counts):
+    k, n = counts
+    low, high = wilson(k, n)
+    assert 0 <= low <= (k / n if n else 0.5) <= high <= 1
+
+
+@pytest.mark.parametrize("k, n", [(-1, 3), (4, 3)])
+def test_impossible_counts_are_refused(k, n):
+    with pytest.raises(ValueError, match="need 0 <= k <= n"):
+        Score(k, n)
+
+
+def test_nothing_counted_is_not_nan():
+    empty = read_score(None)
+    assert (wilson(0, 0), str(empty), empty.score) == ((0.0, 1.0), "n/a", None)
+    assert "NaN" not in json.dumps(empty.to_json(), allow_nan=False)
+
+
+def test_score_survives_json():
+    stored = json.loads(json.dumps(Score(8, 100).to_json()))
+    assert set(stored) == {"k", "n", "score", "low", "high"}
+    assert read_score(stored) == Score(8, 100)
+    assert str(Score(8, 100)) == "8.0 (4.1 to 15.0)"
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ((56, 70), (48, 80), (0.2, 0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.6, 0.1705, 0.8090)),
+        ((10, 10), (0, 20), (1.0, 0.6791, 1.0)),
+    ],
+)
+def test_difference_is_the_published_one(a, b, expected):
+    # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II, method 10.
+    assert difference(Score(*a), Score(*b)) == pytest.approx(expected, abs=5e-5)
+    assert difference(Score(*a), Score(0, 0)) is None
+
+
+shares = st.floats(0, 1).map(lambda value: round(value, 6))  # no spread that underflows
+
+
+@given(st.lists(shares, min_size=2, max_size=30).filter(lambda scores: len(set(scores)) > 1))
+def test_a_mean_s_interval_is_scipys(scores):
+    mean, expected = Mean.of(scores), ttest_1samp(scores, 0).confidence_interval(0.95)
+    assert mean.interval == pytest.approx((max(expected.low, 0), min(expected.high, 1)), abs=1e-9)
+    assert mean.score == pytest.approx(sum(scores) / len(scores)) and mean.n == len(scores)
+
+
+@given(st.lists(st.floats(0, 1), max_size=30))
+def test_a_mean_s_interval_holds_it(scores):
+    mean = Mean.of(scores)
+    assert 0 <= mean.interval[0] <= (mean.score if scores else 0.5) <= mean.interval[1] <= 1
+    stored = json.loads(json.dumps(mean.to_json(), allow_nan=False))
+    assert set(stored) == {"n", "score", "deviation", "low", "high"} and read_score(stored) == mean
+
+
+def test_equal_scores_are_not_certain():
+    assert Mean.of([0.0] * 20).interval == wilson(0, 20)
+    assert Mean.of([0.5] * 20).interval == wilson(10, 20)
+    assert str(Mean.of([])) == "n/a" and Mean.of([]).interval == (0.0, 1.0)
+    assert str(Mean.of([0.25, 0.75, 0.5])) == "50.0 (0.0 to 100.0)"  # t of 2 degrees is 4.30, times 0.25 / sqrt 3
+    assert str(Mean.of([0.4, 0.6] * 8)) == "50.0 (44.5 to 55.5)"  # t of 15 degrees is 2.13, times 0.1033 / 4
+
+
+@pytest.mark.parametrize("fields", [(-1, 0.0, 0.0), (2, 1.1, 0.0), (2, -0.1, 0.0), (2, math.nan, 0.0), (2, 0.5, -1.0)])
+def test_impossible_means_are_refused(fields):
+    with pytest.raises(ValueError, match="need n >= 0, and mean and deviation in"):
+        Mean(*fields)
+
+
+def test_both_kinds_of_scores_are_read():
+    assert read_score(None) == Score(0, 0) and read_score(Score(3, 4).to_json()) == Score(3, 4)
+    halves = Mean.of([0.0, 1.0] * 50)
+    gap, low, high = difference(halves, Score(0, 100))
+    assert gap == 0.5 and low == pytest.approx(0.5 - math.hypot(0.5 - halves.interval[0], wilson(0, 100)[1]))
+    assert high == pytest.approx(halves.interval[1])
+    assert difference(halves, Mean.of([])) is None
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2], [0.80, 0.84, 0.79], [0.5, 0.52, 0.47, 0.5, 0.61]])
+def test_t_interval_is_scipys(values):
+    expected = t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
+    assert t_interval(values, (-9.0, 9.0)) == pytest.approx((np.mean(values), *expected), rel=1e-9)
+    assert t_interval(values) == pytest.approx((np.mean(values), *np.clip(expected, 0, 1)), rel=1e-9)
+
+
+def test_t_interval_by_hand():
+    # Three seeds: t = 4.3027 at two degrees of freedom, deviation 1, so 4.3027 / sqrt 3 to each side.
+    assert t_interval([1.0, 2.0, 3.0], (-9.0, 9.0)) == pytest.approx((2.0, -0.48414, 4.48414), abs=1e-5)
+    assert t_interval([0.0, 0.5, 1.0]) == (0.5, 0.0, 1.0)
+    assert t_interval([0.0, -1.0], (-1.0, 1.0)) == (-0.5, -1.0, 1.0)
+
+
+def test_t_interval_of_one_or_equal_values():
+    assert t_interval([0.25]) == (0.25, None, None)
+    assert t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError):
+        t_interval([])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
+def test_mcnemar_is_the_sign_test_of_the_pairs_that_differ(pairs):
+    first = sum(a and not b for a, b in pairs)
+    second = sum(b and not a for a, b in pairs)
+    # SciPy refuses a test of nothing; nothing is no evidence.
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(pairs) == (first, second, pytest.approx(expected, rel=1e-9))
+    assert mcnemar([(b, a) for a, b in pairs])[2] == mcnemar(pairs)[2]
+
+
+def test_mcnemar_by_hand():
+    # 5 discordant pairs, all one way: 2 / 2**5; 4 to 1: 2 (1 + 5) / 32; agreement counts for nothing.
+    assert mcnemar([(True, False)] * 5 + [(True, True)] * 7) == (5, 0, 0.0625)
+    assert mcnemar([(True, False)] + [(False, True)] * 4 + [(False, False)] * 9) == (1, 4, 0.375)
+    assert mcnemar([(True, False), (False, True)]) == (1, 1, 1.0)
+    assert mcnemar(iter([])) == (0, 0, 1.0)
