@@ -14,27 +14,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost as orbax
 
-from br_jax.errors import Stopped, UserError
-
-T = TypeVar("T")
+from br_jax.errors import Stopped, UserError, one_line
 
 _WEEK = 7 * 24 * 3600 * 1000  # milliseconds
-_LEAVING = 5  # seconds that a process which fails waits for the others to fail alike
 _PREEMPTION_CHECKS = itertools.count(1)  # JAX wants numbers that never fall while the process lives
 
 
 class Job:
     """This process' part in a run of several, from `join`."""
 
-    def __init__(self, watch: subprocess.Popen):
-        self._watch = watch
+    def __init__(self, name: str):
+        """Starts a shell that says what happened when this process ends without having written it a line."""
+        message = (
+            f"error: {name} did not finish: another process died or never came, or this one was killed (the lines "
+            "above say which): the same command goes on from the last checkpoint"
+        )
+        shell = ["sh", "-c", 'read -r _ || echo "$0" >&2', message]
+        self._watch = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
     def end(self) -> None:
         """To be called before an orderly end: nothing is to be said about it."""
@@ -43,11 +46,11 @@ class Job:
     def leave(self, status: int) -> None:
         """Ends this process after an error; if it is the error of all of them, with this status in each.
 
-        JAX's own shutdown, which waits minutes for processes that may never come, is given a few seconds.
+        JAX's own shutdown, which waits minutes for processes that may never come, is given five seconds.
         """
         self.end()
         sys.stdout.flush()
-        threading.Timer(_LEAVING, os._exit, (status,)).start()
+        threading.Timer(5, os._exit, (status,)).start()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.distributed.shutdown()
         os._exit(status)
@@ -67,62 +70,54 @@ def join(
     that no Python code sees; a small shell that watches this process then says so in one line.
 
     Args:
-        coordinator: host:port of process 0, for plain machines, together with the next two.
-        num_processes: how many there are.
-        process_id: which one this is.
+        coordinator, num_processes, process_id: host:port of process 0, how many there are, which one this is.
         multihost: JAX finds these three itself (Cloud TPU, GKE, SLURM, Open MPI).
         wait: seconds until processes that do not come are given up.
         heartbeat: seconds of silence after which a process counts as dead.
 
     Returns:
-        The part in the run, or None when nothing was asked for: one process, and nothing is initialized.
+        The part in the run; None when nothing was asked for, and nothing is initialized.
 
     Raises:
         UserError: arguments that are missing or contradict each other, a coordinator that does not answer.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if multihost and len(missing) < 3:
+    given = (coordinator, num_processes, process_id)
+    missing = given.count(None)
+    if missing == 3 and not multihost:
+        return None
+    if missing != (3 if multihost else 0):
         raise UserError(
-            "--multihost finds the processes by itself: leave out --coordinator, --num_processes, --process_id"
+            "several processes need all of --coordinator, --num_processes and --process_id, or --multihost alone"
         )
     if not multihost:
-        if len(missing) == 3:
-            return None
-        if missing:
-            raise UserError(f"{' and '.join(missing)} missing: several processes need all three, or --multihost")
-        _check(coordinator, num_processes, process_id, wait)
-    watch = _watch("this process" if process_id is None else f"process {process_id} of {num_processes}")
+        _check(*given, wait)
+    job = Job("this process" if multihost else f"process {process_id} of {num_processes}")
     try:
         jax.distributed.initialize(
-            *given.values(),
+            *given,
             cluster_detection_method=None if multihost else "deactivate",
             initialization_timeout=wait,
             heartbeat_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        watch.communicate(b"\n")
-        reason = " ".join(str(error).split())
+        job.end()
         raise UserError(
-            f"the processes could not be joined ({reason}): on machines that JAX does not know give --coordinator, "
-            "--num_processes and --process_id"
+            f"the processes could not be joined ({one_line(error)}): on machines that JAX does not know give "
+            "--coordinator, --num_processes and --process_id"
         ) from error
-    return Job(watch)
+    return job
 
 
 def _check(coordinator: str, num_processes: int, process_id: int, wait: int) -> None:
     """Finds what JAX would answer with an abort."""
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--coordinator={coordinator}: write host:port, the address of process 0")
-    if not 0 <= process_id < num_processes:
+    if not host or not port.isdecimal() or not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process_id={process_id}: with --num_processes={num_processes} it is 0 to {num_processes - 1}"
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: write host:port, "
+            "the address of process 0, and number the processes from 0"
         )
-    if process_id == 0:
-        return
     deadline = time.monotonic() + wait
-    while True:
+    while process_id > 0:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
@@ -135,16 +130,6 @@ def _check(coordinator: str, num_processes: int, process_id: int, wait: int) -> 
             time.sleep(0.5)
 
 
-def _watch(name: str) -> subprocess.Popen:
-    """A shell that says what happened when this process ends without having written it a line."""
-    message = (
-        f"error: {name} did not finish: another process died or never came, or this one was killed (the lines above "
-        "say which): the same command goes on from the last checkpoint"
-    )
-    command = ["sh", "-c", 'read -r _ || echo "$0" >&2', message]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-
-
 def is_main() -> bool:
     """Whether this is process 0, which alone writes files and speaks."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
@@ -153,15 +138,15 @@ def is_main() -> bool:
 def barrier(name: str) -> None:
     """Returns when every process has come here, hours later if need be.
 
-    By JAX's coordination service, as Orbax does it: `multihost_utils.sync_global_devices` is a collective, and gloo
+    By Orbax, which asks JAX's coordination service: `multihost_utils.sync_global_devices` is a collective, and gloo
     gives one up after 30 minutes.
     """
     if jax.distributed.is_initialized():
-        global_state.client.wait_at_barrier(name, timeout_in_ms=_WEEK)
+        orbax.get_barrier_sync_fn()(key=name, timeout_ms=_WEEK)
 
 
 def agree(value: bool | Sequence[bool]) -> bool | list[bool]:
-    """Process 0's value, or values as many as every process has, in all of them."""
+    """Process 0's value or values, in all of them."""
     return multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)).astype(bool).tolist()
 
 
@@ -180,12 +165,8 @@ def require_shared(path, seen: bool) -> None:
         )
 
 
-def main_first(function: Callable[[], T]) -> T:
-    """Calls a function in process 0 and, when it is done there, in the others, which find the files it left.
-
-    Raises:
-        Stopped: see `stop_if_asked`.
-    """
+def main_first(function: Callable[[], Any]) -> Any:
+    """Calls a function in process 0 and, when it is done there, in the others, which find the files it left."""
     stop_if_asked()
     if is_main():
         result = function()

@@ -12,27 +12,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from br_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
-
-# Logical axis -> mesh axes. Only this table changes when a layout is tried.
+# Logical axis -> mesh axes; any other axis is whole on every device. Only this table changes when a layout is tried.
 RULES = {
     "batch": ("data", "fsdp"),
-    "length": None,
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv": "tensor",
-    "ffw": "tensor",
-    "rank": None,
-    "head": None,
-    "norm": None,
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "ffw": ("tensor",),
 }
 
-_BATCH = ("batch", "length")
 CACHE = {
     "k": ("layers", "batch", "kv", "head", "length"),
     "v": ("layers", "batch", "kv", "length", "head"),
+}
+_PROJECTIONS = {
+    "q": ("embed", "heads"),
+    "k": ("embed", "kv"),
+    "v": ("embed", "kv"),
+    "o": ("heads", "embed"),
+    "gate": ("embed", "ffw"),
+    "up": ("embed", "ffw"),
+    "down": ("ffw", "embed"),
 }
 
 # Path suffix -> logical axes.
@@ -40,37 +41,14 @@ LOGICAL_AXES = {
     "embed/embedding": ("vocab", "embed"),
     "head/kernel": ("embed", "vocab"),
     "final_norm/scale": ("norm",),
-    **{
-        f"{name}/scale": ("layers", "norm")
-        for name in ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm")
-    },
-    **{
-        f"{name}/{leaf}": axes
-        for name, fan_in, fan_out in (
-            ("q", "embed", "heads"),
-            ("k", "embed", "kv"),
-            ("v", "embed", "kv"),
-            ("o", "heads", "embed"),
-            ("gate", "embed", "ffw"),
-            ("up", "embed", "ffw"),
-            ("down", "ffw", "embed"),
-        )
-        for leaf, axes in (
-            ("kernel", ("layers", fan_in, fan_out)),
-            ("bias", ("layers", fan_out)),
-            ("a", ("layers", fan_in, "rank")),
-            ("b", ("layers", "rank", fan_out)),
-        )
-    },
+    **{f"{name}_norm/scale": ("layers", "norm") for name in ("attn", "attn_post", "mlp", "mlp_post", "q", "k")},
+    **{f"{name}/kernel": ("layers", *axes) for name, axes in _PROJECTIONS.items()},
+    **{f"{name}/bias": ("layers", fan_out) for name, (_, fan_out) in _PROJECTIONS.items()},
+    **{f"{name}/a": ("layers", fan_in, "rank") for name, (fan_in, _) in _PROJECTIONS.items()},
+    **{f"{name}/b": ("layers", "rank", fan_out) for name, (_, fan_out) in _PROJECTIONS.items()},
     **CACHE,
-    "lengths": ("batch",),
-    "token": ("batch",),
-    "ids": ("batch",),
-    "tokens": _BATCH,
-    "targets": _BATCH,
-    "weights": _BATCH,
-    "positions": _BATCH,
-    "segment_ids": _BATCH,
+    **dict.fromkeys(("lengths", "token", "ids"), ("batch",)),
+    **dict.fromkeys(("tokens", "targets", "weights", "positions", "segment_ids"), ("batch", "length")),
 }
 
 
@@ -90,7 +68,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} device(s): "
             "make the sizes multiply to that number, or set one of them to -1"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -115,22 +93,17 @@ def leaf_name(path) -> str:
 
 
 def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of the leaf with this path; scalars and keys (ndim 0, or named key/step/count) are replicated.
-
-    Raises:
-        UserError: when no row of the table matches.
-    """
+    """Logical axes of the leaf with this path; scalars and keys have none."""
     parts = name.split("/")
     if ndim == 0 or parts[-1] == "key":
         return (None,) * ndim
-    for n in (2, 1):
-        axes = LOGICAL_AXES.get("/".join(parts[-n:]))
-        if axes is not None and axes[0] == "layers" and len(axes) == ndim + 1:
-            axes = axes[1:]  # of one layer by itself
-        if axes is not None and "rank" in axes and len(axes) == ndim - 1:
-            axes = (axes[0], None, *axes[1:])  # of several adapters side by side
-        if axes is not None and len(axes) == ndim:
-            return axes
+    axes = LOGICAL_AXES.get("/".join(parts[-2:])) or LOGICAL_AXES.get(parts[-1], ())
+    if "layers" in axes and len(axes) == ndim + 1:
+        axes = axes[1:]  # of one layer by itself
+    if "rank" in axes and len(axes) == ndim - 1:
+        axes = (axes[0], None, *axes[1:])  # of several adapters side by side
+    if len(axes) == ndim:
+        return axes
     raise UserError(
         f"no sharding rule for leaf {name} with {ndim} axes: add its path to LOGICAL_AXES in br_jax/sharding.py"
     )
@@ -148,29 +121,21 @@ def shardings(tree, mesh: Mesh):
 
     def one(path, leaf):
         name = leaf_name(path)
-        axes = logical_axes(name, np.ndim(leaf))
-        spec = partition(*axes)
-        for i, (axis, size) in enumerate(zip(axes, np.shape(leaf), strict=True)):
-            names = (spec[i],) if isinstance(spec[i], str) else spec[i] or ()
+        spec = []
+        for axis, size in zip(logical_axes(name, np.ndim(leaf)), np.shape(leaf), strict=True):
+            names = RULES.get(axis, ())
             parts = math.prod(mesh.shape[n] for n in names)
             if size % parts:
                 raise UserError(
                     f"leaf {name}: axis {axis} of size {size} cannot be split in {parts} "
                     f"(mesh axes {', '.join(names)}): choose another mesh"
                 )
-        return NamedSharding(mesh, _canonical(spec, mesh))
+            spec.append(tuple(n for n in names if mesh.shape[n] > 1))
+        while spec and not spec[-1]:
+            spec.pop()
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _canonical(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    parts = []
-    for names in spec:
-        kept = [name for name in ([names] if isinstance(names, str) else names or ()) if mesh.shape[name] > 1]
-        parts.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
-    while parts and parts[-1] is None:
-        parts.pop()
-    return PartitionSpec(*parts)
 
 
 def mesh_of(tree) -> Mesh | None:
@@ -187,11 +152,11 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 
 def partition(*axes: str | None) -> PartitionSpec:
     """The table's PartitionSpec of an array with these logical axes."""
-    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+    return PartitionSpec(*(RULES.get(axis) for axis in axes))
 
 
 def constrain(x, *axes: str | None):
-    """Keeps an activation laid out as the table says, where a mesh is set (`jax.set_mesh`)."""
+    """Keeps an activation laid out as the table says, where a mesh is set."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition(*axes))
 
 
@@ -202,9 +167,8 @@ def constrain_tree(tree):
 
 def abstract(tree, mesh: Mesh):
     """Shapes, dtypes and, by the table, places of a pytree, real or abstract."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh)
-    )
+    places = shardings(tree, mesh)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, places)
 
 
 def place(tree, mesh: Mesh | None):
@@ -212,7 +176,6 @@ def place(tree, mesh: Mesh | None):
 
     Each leaf lies on the mesh already, or every process holds the same whole array, and sends its own parts.
     """
-
     if mesh is None:
         return tree
 
@@ -229,9 +192,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch this process' devices hold, ascending: [n] int.
 
     They need not be neighbors, and processes that split no batch axis hold the same ones.
-
-    Raises:
-        UserError: when the mesh axes of a batch do not divide it.
     """
     where = shardings({"tokens": np.broadcast_to(np.int32(0), (batch_size, 1))}, mesh)["tokens"]
     mine = np.zeros(batch_size, bool)

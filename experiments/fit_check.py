@@ -5,9 +5,7 @@ python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4
 Needs libtpu: pip install 'br_jax[tpu]'. Exit status: 0 everything fits, 1 something does not, 2 bad input.
 """
 
-import json
 import os
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,10 +26,10 @@ def main(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)  # a program read back would say little of itself
-    from br_jax.files import write_text
+    from br_jax.files import write_json
     from br_jax.planning.fit import check, largest_batch
     from br_jax.planning.programs import STAGES
-    from br_jax.planning.table import as_record, render
+    from br_jax.planning.table import render
     from br_jax.progress import progress
 
     fits = []
@@ -40,14 +38,14 @@ def main(argv: list[str]) -> int:
         for stage in stages:
             bar.set_postfix_str(f"{stage} for {TOPOLOGY.value}", refresh=True)
             fits.append(check(CONFIG.value, TOPOLOGY.value, stage))
-            if LARGEST.value and fits[-1].fits:
+            if LARGEST.value and not fits[-1].problem:
                 bar.set_postfix_str(f"{stage}: largest batch", refresh=True)
                 fits.append(largest_batch(CONFIG.value, TOPOLOGY.value, stage, fits[-1]))
             bar.update()
     if JSON.value:
-        write_text(pathlib.Path(JSON.value), json.dumps([as_record(fit) for fit in fits], indent=1) + "\n")
+        write_json(JSON.value, [fit.to_json() for fit in fits])
     print(render(fits))
-    return 0 if all(fit.fits for fit in fits) else 1
+    return int(any(fit.problem for fit in fits))
 
 
 if __name__ == "__main__":

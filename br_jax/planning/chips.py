@@ -1,10 +1,10 @@
 """Chips: the one table of their published peaks, and TPU devices to compile for without having any."""
 
-import dataclasses
 import math
 import os
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -12,21 +12,13 @@ from jax.experimental import topologies
 from br_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published peaks of one chip.
+class Chip(NamedTuple):
+    """Published peaks of one chip."""
 
-    Attributes:
-        flops: bf16 FLOP a second.
-        hbm_bytes: memory.
-        hbm_rate: bytes a second between memory and cores.
-        ici_rate: bytes a second that reach the chip over all its links to other chips (as many may leave it).
-    """
-
-    flops: float
+    flops: float  # bf16, a second
     hbm_bytes: int
-    hbm_rate: float
-    ici_rate: float
+    hbm_rate: float  # bytes a second between memory and cores
+    ici_rate: float  # bytes a second that reach the chip over all its links to other chips (as many may leave it)
 
 
 # docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "System architecture", read in November 2026. Links between chips
@@ -60,11 +52,7 @@ _ALONE = {
 
 
 def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
-    """(chip, its name, chips along each axis) of a name such as "v5e:2x4" or "v5p:4x4x4".
-
-    Raises:
-        UserError: not such a name.
-    """
+    """(chip, its name, chips along each axis) of a name such as "v5e:2x4" or "v5p:4x4x4"."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(
@@ -74,22 +62,16 @@ def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
 
 
 def compile_only_devices(topology: str) -> Sequence[jax.Device]:
-    """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on; needs `libtpu`.
-
-    Args:
-        topology: as "v5e:2x4"; chips, not cores.
+    """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on.
 
     Raises:
         UserError: no such slice, or libtpu is not installed.
     """
     _, kind, shape = parse_topology(topology)
-    options = {}
-    if math.prod(shape) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # its two cores as one device, as a program on a v4 sees them
-    for name, value in _ALONE.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(_ALONE | os.environ)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (RuntimeError, ValueError) as error:

@@ -1,67 +1,48 @@
 """Which collectives a compiled program runs in one call, and the bytes they bring to a chip, read from its HLO text."""
 
 import collections
-import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLEES = re.compile(r"(calls|to_apply|body|condition|\w*computations?)=(%?[\w.\-]+|\{[^{}]*\})")
 _COLLECTIVE = re.compile(
-    r" = (?P<shape>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r" = (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
-_ARRAY = re.compile(r"([a-z]+\d+|pred)\[([\d,]*)\]")
+_ARRAY = re.compile(r"(?:[a-z]+(\d+)|pred)\[([\d,]*)\]")
 _WINDOWED = {"_ag": "all-gather in pieces", "_rs": "reduce-scatter in pieces"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective of a program.
-
-    Attributes:
-        kind: the HLO's; "... in pieces" when the compiler took it apart into permutes between slices of a matmul.
-        shape: of its (largest) result, as HLO writes it.
-        received: bytes that reach a chip in one execution, on a ring.
-        times: executions in one call of the program.
-    """
-
-    kind: str
-    shape: str
-    received: int
-    times: int
-
-
-def find_collectives(hlo: str) -> list[Collective]:
-    """Reads every collective of an optimized HLO module.
+def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """Sums over a call: kind -> {"calls", "bytes"}, bytes as they reach a chip, on a ring.
 
     A loop's body counts as often as the loop runs. An asynchronous collective of a TPU appears in every fusion that it
-    overlaps with, under one channel id: it is counted once, where it is started.
+    overlaps with, under one channel id: it is counted once, where it is started. A kind is the HLO's; "... in pieces"
+    when the compiler took it apart into permutes between slices of a matmul.
 
     Args:
         hlo: `compiled.as_text()`, of a TPU or a CPU.
     """
     bodies, times = _executions(hlo)
     fused = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", hlo))
-    found: dict[str, Collective] = {}
+    found = {}
     for name, lines in bodies.items():
         for line in lines:
-            if (match := _COLLECTIVE.search(line)) and times[name]:
-                new = _collective(match["kind"], match["shape"], line, name, times[name])
-                channel = re.search(r"channel_id=(\d+)", line) if name in fused else None
-                key = channel[1] if channel else f"{name} {line}"
-                if key not in found or new.times < found[key].times:  # a fusion that it overlaps may run more often
-                    found[key] = new
-    return [one for one in found.values() if one.received]
-
-
-def by_kind(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """Sums over a call: kind -> {"calls", "bytes"}, bytes as they reach a chip."""
+            if not (match := _COLLECTIVE.search(line)):
+                continue
+            kind, received = match["kind"], _received(match["kind"], match["result"], line)
+            if kind == "collective-permute" and (window := re.search(r"windowed_dot_general_body(_ag|_rs)", name)):
+                kind = _WINDOWED[window[1]]
+            channel = re.search(r"channel_id=\d+", line) if name in fused else None
+            key = channel[0] if channel else (name, line)
+            one = times[name], kind, received
+            found[key] = min(one, found.get(key, one))  # a fusion that it overlaps may run more often
     sums = collections.defaultdict(lambda: {"calls": 0, "bytes": 0})
-    for one in collectives:
-        sums[one.kind]["calls"] += one.times
-        sums[one.kind]["bytes"] += one.times * one.received
+    for count, kind, received in found.values():
+        if count and received:
+            sums[kind]["calls"] += count
+            sums[kind]["bytes"] += count * received
     return dict(sorted(sums.items()))
 
 
@@ -82,12 +63,10 @@ def _executions(hlo: str) -> tuple[dict[str, list[str]], dict[str, int]]:
                 factor = _trip_count(line, bodies) if role == "body" else 1
                 for callee in re.findall(r"[\w.\-]+", callees):
                     callers[callee].append((name, factor))
-    times = {entry: 1}
 
+    @functools.cache
     def count(name: str) -> int:
-        if name not in times:
-            times[name] = sum(factor * count(caller) for caller, factor in callers[name])
-        return times[name]
+        return 1 if name == entry else sum(factor * count(caller) for caller, factor in callers[name])
 
     return bodies, {name: count(name) for name in bodies}
 
@@ -97,37 +76,31 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
     if known := re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', line):
         return int(known[1])
     condition, body = ("\n".join(bodies[re.search(rf"{role}=%?([\w.\-]+)", line)[1]]) for role in ("condition", "body"))
-    bound = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", condition)
-    counter = re.findall(r" [su]32\[\]\S* get-tuple-element\(.*index=(\d+)", condition)
-    if len(bound) != 1 or len(counter) != 1:
+    bounds = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", condition)
+    counters = re.findall(r" [su]32\[\]\S* get-tuple-element\(.*index=(\d+)", condition)
+    if len(bounds) != 1 or len(counters) != 1:
         return 1
-    step = 1
-    if root := re.search(r"ROOT \S+ = .* tuple\((.*?)\)", body):
-        name = re.findall(r"%?[\w.\-]+(?=,|$)", re.sub(r"/\*.*?\*/", "", root[1]))[int(counter[0])]
-        if added := re.search(rf"{re.escape(name)} = [su]32\[\]\S* add\([^,]+, (%?[\w.\-]+)\)", body):
-            value = re.search(rf"{re.escape(added[1])} = [su]32\[\]\S* constant\((\d+)\)", body)
-            step = int(value[1]) if value else 1
-    return -(-int(bound[0]) // step)
+    root = re.search(r"ROOT \S+ = .* tuple\((.*?)\)", body)
+    results = re.findall(r"%?[\w.\-]+(?=,|$)", re.sub(r"/\*.*?\*/", "", root[1])) if root else []
+    counter = results[int(counters[0])] if results else ""
+    added = re.search(rf"{re.escape(counter)} = [su]32\[\]\S* add\([^,]+, (%?[\w.\-]+)\)", body)
+    step = added and re.search(rf"{re.escape(added[1])} = [su]32\[\]\S* constant\((\d+)\)", body)
+    return -(-int(bounds[0]) // int(step[1] if step else 1))
 
 
-def _collective(kind: str, shape: str, line: str, computation: str, times: int) -> Collective:
-    arrays = [(f"{dtype}[{sizes}]", _size(dtype, sizes)) for dtype, sizes in _ARRAY.findall(shape)]
-    largest = max(arrays, key=lambda array: array[1])
+def _received(kind: str, result: str, line: str) -> int:
+    """Bytes that one execution brings to a chip; `result` is its arrays, as HLO writes them."""
+    sizes = [
+        max(1, int(bits or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
+        for bits, shape in _ARRAY.findall(result)
+    ]
+    chips = _group_size(line)
     if kind == "collective-permute":
-        window = re.search(r"windowed_dot_general_body(_ag|_rs)", computation)
-        return Collective(_WINDOWED[window[1]] if window else kind, largest[0], largest[1], times)
-    others = 1 - 1 / _group_size(line)
-    received = {
-        "all-gather": largest[1] * others,
-        "all-reduce": 2 * sum(size for _, size in arrays) * others,
-        "reduce-scatter": min(size for _, size in arrays) * (_group_size(line) - 1),
-        "all-to-all": sum(size for _, size in arrays) * others,
-    }[kind]
-    return Collective(kind, largest[0], round(received), times)
-
-
-def _size(dtype: str, sizes: str) -> int:
-    return _BYTES.get(dtype, 8) * math.prod(int(n) for n in sizes.split(",") if n)
+        return max(sizes)
+    if kind == "reduce-scatter":
+        return min(sizes) * (chips - 1)
+    whole = {"all-gather": max(sizes), "all-reduce": 2 * sum(sizes), "all-to-all": sum(sizes)}[kind]
+    return round(whole * (1 - 1 / chips))
 
 
 def _group_size(line: str) -> int:
@@ -135,8 +108,7 @@ def _group_size(line: str) -> int:
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
-        return int(iota[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(listed[1].split(","))
-    return 1
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return len(listed[1].split(",")) if listed else 1

@@ -1,77 +1,59 @@
 """Compiles a stage for a TPU slice and says whether it fits, what it moves, and what would make it fit."""
 
+import collections
 import dataclasses
 import math
 import re
 import time
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax.planning.chips import compile_only_devices, parse_topology
-from br_jax.planning.collectives import Collective, by_kind, find_collectives
+from br_jax.planning.collectives import count_collectives
 from br_jax.planning.programs import TRAINING, Program, make_program, train_section
 from br_jax.planning.roofline import Prediction, predict
 from br_jax.sharding import leaf_name, make_mesh, shardings
 
 _RESERVED = 1 << 28  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
+# What an argument is, by the first of these that is in its path; else it is of the batch.
+_KINDS = {"opt_state": "optimizer", "/params/": "base", "/lora": "adapters", "cache": "cache"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Fit:
-    """What one stage needs on one slice; bytes are a chip's.
-
-    Attributes:
-        stage, topology, chips: what was compiled for what.
-        mesh: axis -> size.
-        batch: rows of a call, all chips together.
-        tokens: of a call on a chip, padding counted.
-        attention: implementation in use.
-        remat: of a training step.
-        arguments: bytes of what a call is given, by kind.
-        hbm: the chip's memory.
-        trained: bytes of the whole trained adapter, which is what its gradients weigh; 0 for generation.
-        compile_seconds: on this host.
-        temporaries: bytes while it runs; None where the compiler gave up.
-        output: bytes of results that take over no argument's buffer.
-        collectives: kind -> {"calls", "bytes"} in a call.
-        largest_gather: shape of the largest all-gather of each layer, and of the largest that is made once.
-        reduced: bytes that reach a chip to be added up (all-reduce, reduce-scatter).
-        prediction: the roofline's; None when it does not fit.
-        problem: why it does not fit, and what would help; "" when it fits.
-    """
+    """What one stage needs on one slice; bytes are a chip's."""
 
     stage: str
     topology: str
-    chips: int
-    mesh: dict[str, int]
-    batch: int
-    tokens: int
+    mesh: dict[str, int]  # axis -> size
+    batch: int  # rows of a call, all chips together
+    tokens: int  # of a call on a chip, padding counted
     attention: str
     remat: str
-    arguments: dict[str, int]
+    arguments: dict[str, int]  # bytes of what a call is given, by kind
     hbm: int
-    trained: int
-    compile_seconds: float = 0.0
-    temporaries: int | None = None
-    output: int = 0
-    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    largest_gather: dict[str, str] = dataclasses.field(default_factory=dict)
-    reduced: int = 0
-    prediction: Prediction | None = None
-    problem: str = ""
+    compile_seconds: float = 0.0  # on this host
+    temporaries: int | None = None  # bytes while it runs; None where the compiler gave up
+    output: int = 0  # bytes of results that take over no argument's buffer
+    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # see `count_collectives`
+    prediction: Prediction | None = None  # None when it does not fit
+    problem: str = ""  # why it does not fit, and what would help
+
+    @property
+    def chips(self) -> int:
+        """Of the slice."""
+        return math.prod(self.mesh.values())
 
     @property
     def total(self) -> int | None:
         """Bytes in use at the peak."""
         return None if self.temporaries is None else sum(self.arguments.values()) + self.temporaries + self.output
 
-    @property
-    def fits(self) -> bool:
-        """Whether it does."""
-        return not self.problem
+    def to_json(self) -> dict:
+        """As plain JSON types, with what follows from the fields."""
+        return dataclasses.asdict(self) | {"chips": self.chips, "total": self.total, "fits": not self.problem}
 
 
 def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
@@ -80,8 +62,7 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
     Args:
         config: see configs/base.py; `config.mesh` is laid on the slice's chips.
         topology: such as "v5e:2x4".
-        stage: one of `planning.programs.STAGES`.
-        batch: rows of a call instead of the config's.
+        stage, batch: see `make_program`.
 
     Raises:
         UserError: bad settings, no such slice, no TPU compiler.
@@ -89,19 +70,16 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
     chip = parse_topology(topology)[0]
     mesh = make_mesh(**config.mesh, devices=compile_only_devices(topology))
     program = make_program(config, stage, mesh, batch)
-    chips = mesh.devices.size
     fit = Fit(
         stage=stage,
         topology=topology,
-        chips=chips,
         mesh=dict(mesh.shape),
         batch=program.batch,
-        tokens=program.tokens // chips,
+        tokens=program.tokens // mesh.size,
         attention=program.attention,
-        remat=program.remat,
-        arguments=_argument_bytes(program, mesh),
+        remat=program.decoder.remat,
+        arguments=argument_bytes(program, mesh),
         hbm=chip.hbm_bytes,
-        trained=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_trainable(program))),
     )
     start = time.perf_counter()
     try:
@@ -110,40 +88,31 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"\(([\d.]+)G\)", str(error))
-        problem = _advice(fit, program, int(float(used[1]) * 2**30) if used else None)
-        return dataclasses.replace(fit, compile_seconds=time.perf_counter() - start, problem=problem)
-    seconds = time.perf_counter() - start
-    memory, collectives = compiled.memory_analysis(), find_collectives(compiled.as_text())
-    fit = dataclasses.replace(
-        fit,
-        temporaries=memory.temp_size_in_bytes,
-        output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        compile_seconds=seconds,
-        collectives=by_kind(collectives),
-        largest_gather=_largest_gathers(collectives),
-        reduced=sum(c.times * c.received for c in collectives if "reduce" in c.kind),
-    )
+        fit.problem = _advice(fit, int(float(used[1]) * 2**30) if used else 0)
+        return fit
+    finally:
+        fit.compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    fit.temporaries = memory.temp_size_in_bytes
+    fit.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    fit.collectives = count_collectives(compiled.as_text())
     if fit.total > fit.hbm - _RESERVED:
-        return dataclasses.replace(fit, problem=_advice(fit, program, fit.temporaries))
-    received = sum(kind["bytes"] for kind in fit.collectives.values())
-    return dataclasses.replace(fit, prediction=predict(program, chip, chips, received, mesh.shape["tensor"]))
+        fit.problem = _advice(fit, fit.temporaries)
+    else:
+        received = sum(kind["bytes"] for kind in fit.collectives.values())
+        fit.prediction = predict(program, chip, mesh.size, received, mesh.shape["tensor"])
+    return fit
 
 
 def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> Fit:
-    """The largest batch of a stage that fits, rows rising with the chips that share them.
+    """The check of a stage at the largest batch that fits, rows rising with the chips that share them.
 
-    Temporaries grow nearly in proportion to the rows, so each compilation tells where to try next.
-
-    Args:
-        config, topology, stage: as in `check`.
-        first: a check of that stage that fits.
-
-    Returns:
-        The check at the largest batch.
+    Temporaries grow nearly in proportion to the rows, so each compilation tells where to try next. `first` is a check
+    of that stage that fits.
     """
     micro_batches = train_section(config, stage).accumulation if stage in TRAINING else 1
     unit = first.mesh["data"] * first.mesh["fsdp"] * micro_batches
-    best, worst = first, None  # the largest known to fit, the smallest known not to
+    best, worst = first, None  # the largest known to fit, the rows of the smallest known not to
     guess = 2 * first.batch
     for _ in range(12):
         guess = max(guess // unit * unit, best.batch + unit)
@@ -152,7 +121,7 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
         if guess <= best.batch:
             break
         fit = check(config, topology, stage, guess)
-        if not fit.fits:
+        if fit.problem:
             worst = guess
             guess = (best.batch + worst) // 2
             continue
@@ -162,44 +131,23 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
     return best
 
 
-def _trainable(program: Program) -> dict:
-    return program.arguments["state"]["trainable"] if program.trains else {}
-
-
-def _argument_bytes(program: Program, mesh: Mesh) -> dict[str, int]:
+def argument_bytes(program: Program, mesh: Mesh) -> dict[str, int]:
     """Bytes of a chip's part of each kind of argument."""
-    kinds: dict[str, int] = {}
+    kinds = collections.Counter()
     places = shardings(program.arguments, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(program.arguments)
     for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
-        kind = _kind(leaf_name(path))
-        size = math.prod(place.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        kinds[kind] = kinds.get(kind, 0) + size
-    return kinds
+        kind = next((kind for part, kind in _KINDS.items() if part in leaf_name(path)), "batch")
+        kinds[kind] += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return dict(kinds)
 
 
-def _kind(name: str) -> str:
-    if "opt_state" in name:
-        return "optimizer"
-    if "/params/" in name:
-        return "base"
-    if "/lora" in name:
-        return "adapters"
-    return "cache" if name.startswith("cache") else "batch"
-
-
-def _largest_gathers(collectives: list[Collective]) -> dict[str, str]:
-    largest = {}
-    for where, inside in (("a layer", True), ("once", False)):
-        found = [c for c in collectives if c.kind.startswith("all-gather") and (c.times > 1) == inside]
-        if found:
-            largest[where] = max(found, key=lambda c: c.received).shape
-    return largest
-
-
-def _advice(fit: Fit, program: Program, temporaries: int | None) -> str:
+def _advice(fit: Fit, temporaries: int) -> str:
     """Which part is too large, and the settings that cut it."""
-    parts = {**fit.arguments, "temporaries": temporaries or 0}
+    rows = "a smaller batch_size"
+    if fit.stage in TRAINING:
+        rows = "remat=full" if fit.remat != "full" else f"{rows} (or accumulation), max_length or loss_chunk"
+    parts = {**fit.arguments, "temporaries": temporaries}
     part = max(parts, key=parts.get)
     advice = {
         "base": "more chips on mesh.fsdp or mesh.tensor, or model.dtype=bfloat16",
@@ -207,11 +155,7 @@ def _advice(fit: Fit, program: Program, temporaries: int | None) -> str:
         "adapters": "a smaller rank, or more chips on mesh.fsdp",
         "cache": "a smaller eval.batch_size or eval.answer_tokens, or more chips",
         "batch": "a smaller batch_size",
-        "temporaries": "a smaller batch_size"
-        if not program.trains
-        else "remat=full"
-        if program.remat != "full"
-        else "a smaller batch_size (or accumulation), max_length or loss_chunk",
+        "temporaries": rows,
     }[part]
     sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
     return f"{part} is the largest part ({sizes} GiB of {fit.hbm / 2**30:.0f}): try {advice}"

@@ -27,44 +27,36 @@ STAGES = (*TRAINING, "prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program of a stage.
-
-    Attributes:
-        stage: one of `STAGES`.
-        spec: the model's sizes.
-        function: jitted; its donated arguments are the result's buffers.
-        static: arguments that come first and are no arrays.
-        arguments: name -> abstract pytree, in order.
-        tokens: that a call processes, all chips together, padding counted.
-        context: keys that each of them may look at, at most.
-        remat: of a training step.
-        attention: the implementation in use.
-        batch: rows of a call.
-        dtype_bytes: of a number in the compute dtype.
-    """
+    """One program of a stage."""
 
     stage: str
-    spec: ModelSpec
-    function: Callable
-    static: tuple
-    arguments: dict
-    tokens: int
-    context: int
-    remat: str
-    attention: str
-    batch: int
-    dtype_bytes: int
+    decoder: Decoder  # with its remat and attention
+    dtype: jnp.dtype  # of the base and of what is computed
+    batch: int  # rows of a call
+    context: int  # keys that a token may look at, at most
+    lowering: Callable  # of its arguments; donated ones are the result's buffers
+    arguments: dict  # name -> abstract pytree, in order
 
     @property
     def trains(self) -> bool:
         """Whether it goes backward too."""
         return self.stage in TRAINING
 
+    @property
+    def tokens(self) -> int:
+        """That a call processes, all chips together, padding counted."""
+        return self.batch if self.stage == "decode" else self.batch * self.context
+
+    @property
+    def attention(self) -> str:
+        """The implementation in use."""
+        return self.decoder.attends(self.context, self.dtype, behind=self.stage == "decode").implementation
+
     def lower(self, mesh: Mesh):
         """Lowers for the mesh, every argument laid out by the table."""
         laid = abstract(self.arguments, mesh)  # which sorts the names
         with jax.set_mesh(mesh):
-            return self.function.lower(*self.static, *(laid[name] for name in self.arguments))
+            return self.lowering(*(laid[name] for name in self.arguments))
 
 
 def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> Program:
@@ -80,14 +72,12 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
     Raises:
         UserError: bad settings, or no model.
     """
-    spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
-    params = abstract_params(spec, jnp.dtype(config.model.dtype))
-    if stage in TRAINING:
-        train = TrainConfig(**train_section(config, stage))
-        return _training(stage, spec, params, train, TrainConfig(**config.buffer.train), mesh, batch)
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
-    return _generation(stage, spec, params, config, mesh, batch or config.eval.batch_size)
+    spec = ModelSpec(**config.model.spec.to_dict()) if config.model.spec else read_spec(config.model.source)
+    dtype = jnp.dtype(config.model.dtype)
+    make = _training if stage in TRAINING else _generation
+    return make(config, stage, spec, abstract_params(spec, dtype), dtype, mesh, batch)
 
 
 def train_section(config: ConfigDict, stage: str) -> ConfigDict:
@@ -95,50 +85,32 @@ def train_section(config: ConfigDict, stage: str) -> ConfigDict:
     return config["user" if stage == "sft" else stage].train
 
 
-def _training(stage, spec, params, train: TrainConfig, buffer: TrainConfig, mesh, batch) -> Program:
+def _training(config, stage, spec, params, dtype, mesh, batch) -> Program:
+    train = TrainConfig(**train_section(config, stage))
     rows = batch or train.batch_size
 
     def arrays(params):
-        frozen = {"buffer": _adapter(params, buffer, "buffer")} if stage in ("reinforce", "user") else {}
+        frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if stage in ("reinforce", "user") else {}
         trainable = trainable_adapter(_adapter(params, train, "user"))
-        return init_state(trainable, 0), frozen_collections(params, frozen, train.frozen)
+        return init_state(trainable, 0), frozen_collections(params, frozen, train.frozen), Hyper.of(train)
 
-    state, frozen = jax.eval_shape(arrays, params)
-    shape = (rows, train.max_length)
+    state, frozen, hyper = jax.eval_shape(arrays, params)
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
+    inputs = {name: jax.ShapeDtypeStruct((rows, train.max_length), each) for name, each in dtypes.items()}
     made = Stage.of(spec, train, mesh)
-    return Program(
-        stage=stage,
-        spec=spec,
-        function=train_step,
-        static=(made,),
-        arguments={
-            "state": state,
-            "frozen": frozen,
-            "batch": {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()},
-            "hyper": jax.eval_shape(lambda: Hyper.of(train)),
-        },
-        tokens=rows * train.max_length,
-        context=train.max_length,
-        remat=train.remat,
-        attention=made.decoder.attends(train.max_length, _dtype(params)).implementation,
-        batch=rows,
-        dtype_bytes=_dtype(params).itemsize,
-    )
+    arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
+    lowering = functools.partial(train_step.lower, made)
+    return Program(stage, made.decoder, dtype, rows, train.max_length, lowering, arguments)
 
 
-def _generation(stage, spec, params, config, mesh, rows) -> Program:
-    user, reinforce = TrainConfig(**config.user.train), TrainConfig(**config.reinforce.train)
+def _generation(config, stage, spec, params, dtype, mesh, batch) -> Program:
+    rows, length = batch or config.eval.batch_size, config.user.train.max_length
+    slots = length + config.eval.answer_tokens
+    decoder = Decoder(spec, attention=Attend(config.user.train.attention, platform(mesh)))
 
     def released(params):
-        return lora.collection(lora.stack([_adapter(params, user, "user"), _adapter(params, reinforce, "reinforce")]))
-
-    length, slots = user.max_length, user.max_length + config.eval.answer_tokens
-    decoder = Decoder(spec, attention=Attend(user.attention, platform(mesh)))
-    variables = {"params": params, "lora": jax.eval_shape(released, params)}
-    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    common = {"stage": stage, "spec": spec, "static": (), "remat": "none", "batch": rows}
-    common["dtype_bytes"] = _dtype(params).itemsize
+        roles = ("user", "reinforce")
+        return lora.collection(lora.stack([_adapter(params, config[role].train, role) for role in roles]))
 
     def first(variables, tokens, lengths):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
@@ -148,32 +120,17 @@ def _generation(stage, spec, params, config, mesh, rows) -> Program:
         hidden, cache = decode(decoder, variables, token, lengths, cache, slot)
         return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), constrain_tree(cache)
 
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    arguments = {"variables": {"params": params, "lora": jax.eval_shape(released, params)}}
     if stage == "prefill":
-        words = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        return Program(
-            function=jax.jit(first),
-            arguments={"variables": variables, "tokens": words, "lengths": row},
-            tokens=rows * length,
-            context=length,
-            attention=decoder.attends(length, _dtype(params)).implementation,
-            **common,
-        )
-    stacked = functools.partial(init_cache, spec, rows, slots, _dtype(params))
-    cache = jax.eval_shape(lambda: join_caches([stacked()], slots))
-    slot = jax.ShapeDtypeStruct((), jnp.int32)
-    return Program(
-        function=jax.jit(following, donate_argnames="cache"),
-        arguments={"variables": variables, "token": row, "lengths": row, "cache": cache, "slot": slot},
-        tokens=rows,
-        context=slots,
-        attention="xla",
-        **common,
-    )
+        lowering = jax.jit(first).lower
+        arguments |= {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32), "lengths": row}
+    else:
+        lowering = jax.jit(following, donate_argnames="cache").lower
+        cache = jax.eval_shape(lambda: join_caches([init_cache(spec, rows, slots, dtype)], slots))
+        arguments |= {"token": row, "lengths": row, "cache": cache, "slot": jax.ShapeDtypeStruct((), jnp.int32)}
+    return Program(stage, decoder, dtype, rows, length if stage == "prefill" else slots, lowering, arguments)
 
 
-def _adapter(params, train: TrainConfig, role: str) -> Adapter:
+def _adapter(params, train: TrainConfig | ConfigDict, role: str) -> Adapter:
     return lora.init(jax.random.key(0), lora.target_shapes(params, train.targets), train.rank, train.alpha, role)
-
-
-def _dtype(params) -> jnp.dtype:
-    return jnp.dtype(params["embed"]["embedding"].dtype)
