@@ -1,4 +1,5 @@
-# make demo: the whole method on a tiny model, in minutes. make test: all tests. Both set up .venv by themselves.
+# make demo: the whole method on a tiny model, in minutes. make test: what a contributor needs; make test-all: all tests.
+# Each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -6,7 +7,7 @@ DEMO ?= runs/demo
 DEMO_FLAGS ?=
 
 
-.PHONY: demo test data lint lock clean
+.PHONY: demo test test-all check data lint lock clean
 
 $(VENV)/base: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]}: br_jax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
@@ -27,11 +28,16 @@ demo: $(VENV)/base  ## pre-train, align, attack and defend a tiny model; report 
 data: $(VENV)/base  ## the real model and reviews of configs/smollm2.py, 96 MB
 	$(RUN) experiments/fetch.py --into=data
 
-test: $(VENV)/test  ## all tests; those on the real model are skipped when it cannot be fetched
+test: check  ## all tests but the slow ones
+	$(RUN) -m pytest -q -m "not slow"
+
+test-all: check  ## all tests; those on the real model are skipped when it cannot be fetched
 	-$(RUN) experiments/fetch.py --into=data
+	$(RUN) -m pytest -q
+
+check: $(VENV)/test
 	$(RUN) -m ruff check --quiet .
 	$(RUN) -m ruff format --check --quiet .
-	$(RUN) -m pytest -q
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check --fix .
@@ -45,4 +51,4 @@ lock:  ## pins every dependency for Python 3.11 to 3.13 (needs uv); torch keeps 
 	echo 'torch>=2.6,<3' >> requirements-test.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .cache build *.egg-info
