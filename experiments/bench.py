@@ -7,7 +7,7 @@ of a round, not the seconds. Exit status: 0 done, 2 bad input or something missi
 """
 
 import dataclasses
-import json
+import importlib
 import os
 import pathlib
 import tempfile
@@ -29,18 +29,16 @@ JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 def main(argv: list[str]) -> None:
     """Flags and calls."""
-    from benchmarks import generation, loading, merge, stages, switches, training
     from benchmarks.inputs import Setup
     from benchmarks.report import describe_machine, run_case
+    from benchmarks.training import PROTOCOL
 
-    from br_jax.files import write_text
+    from br_jax.files import write_json
 
     require_flags(argv, CONFIG)
-    modules = (training, generation, merge, loading, stages, switches)
-    makers = {case.__name__.rsplit(".", 1)[-1]: case.cases for case in modules}
     for name in WANTED.value:
-        if name not in makers:
-            raise UserError(f"--cases: {name!r} is no case: use {', '.join(makers)}")
+        if name not in CASES:
+            raise UserError(f"--cases: {name!r} is no case: use {', '.join(CASES)}")
     model = {field: CONFIG.value.model[field] for field in ("source", "template", "dtype")}
     machine = describe_machine()
     print(f"machine: {machine}")
@@ -54,13 +52,13 @@ def main(argv: list[str]) -> None:
             prompts=64,
             new_tokens=128,
             threads=os.cpu_count(),
-            train=dataclasses.replace(training.PROTOCOL, dropout=DROPOUT.value),
+            train=dataclasses.replace(PROTOCOL, dropout=DROPOUT.value),
         )
         for name in WANTED.value:
-            for case in makers[name](setup):
+            for case in importlib.import_module(f"benchmarks.{name}").cases(setup):
                 results[case.name] = run_case(case, ROUNDS.value)
                 if JSON.value:
-                    write_text(pathlib.Path(JSON.value), json.dumps({"machine": machine, "cases": results}, indent=1))
+                    write_json(JSON.value, {"machine": machine, "cases": results})
 
 
 if __name__ == "__main__":

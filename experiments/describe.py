@@ -5,9 +5,6 @@ python experiments/describe.py PATH... [--json=F] [--plot=F.png]
 An adapter is told without its base: ranks, roles, whether a Buffer is in it, how large its change is and where.
 """
 
-import json
-import pathlib
-
 from absl import flags
 
 from br_jax.command_line import run_with_flags
@@ -20,7 +17,7 @@ PLOT = flags.DEFINE_string("plot", None, "Picture of one adapter's singular valu
 def main(argv: list[str]) -> None:
     """Paths and one call for each."""
     from br_jax.describe import describe, plot_spectra, render
-    from br_jax.files import write_text
+    from br_jax.files import write_json
 
     if len(argv) < 2:
         raise UserError("a path is missing: give a model, an adapter, a provider's folder, a run, or several")
@@ -31,7 +28,7 @@ def main(argv: list[str]) -> None:
         found.append(describe(path))
         print(render(found[-1]) + "\n")
     if JSON.value:
-        write_text(pathlib.Path(JSON.value), json.dumps(found, indent=1) + "\n")
+        write_json(JSON.value, found)
     if PLOT.value:
         print(*plot_spectra(found[0], PLOT.value))
 

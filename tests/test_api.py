@@ -1,6 +1,5 @@
 """The names that others build on."""
 
-import inspect
 import subprocess
 import sys
 
@@ -14,24 +13,17 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_name_is_there_and_told(name):
-    function = getattr(br, name)
-    assert name in br.__all__ and callable(function)
-    assert len(inspect.getdoc(function)) > 60
-
-
-def test_all_names_exist():
+def test_every_name_is_there():
+    assert set(NAMES) <= set(br.__all__) and sorted(br.__all__) == br.__all__
+    assert all(callable(getattr(br, name)) for name in NAMES)
     assert not [name for name in br.__all__ if not hasattr(br, name)]
-    assert sorted(br.__all__) == br.__all__
 
 
 def test_importing_does_nothing():
     """No device is touched: a user can still choose the platform, or the number of fake devices."""
     code = (
         "import sys, br_jax, jax\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge.backends_are_initialized()\n"
+        "jax.config.update('jax_num_cpu_devices', 3)  # an error once there is a device\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

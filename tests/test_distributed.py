@@ -1,37 +1,34 @@
 """Joining, and what the functions of several processes do in one; tests/training/test_hosts.py has two."""
 
+import concurrent.futures
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
 import pytest
 
-from br_jax import distributed
+from br_jax import distributed, progress
 from br_jax.errors import Stopped, UserError
 from br_jax.sharding import local_rows, make_mesh, place
 from br_jax.training import loop
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.run import train_adapter
 
+PARTIAL = "several processes need all of --coordinator, --num_processes and --process_id, or --multihost alone"
+ADDRESS = "write host:port, the address of process 0, and number the processes from 0"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"coordinator": "host:1"}, "--num_processes and --process_id missing: several processes need all three"),
-        ({"num_processes": 2, "process_id": 0}, "--coordinator missing"),
-        ({"multihost": True, "process_id": 0}, "--multihost finds the processes by itself: leave out"),
-        ({"coordinator": "host", "num_processes": 2, "process_id": 1}, "--coordinator=host: write host:port"),
-        ({"coordinator": ":1", "num_processes": 2, "process_id": 1}, "--coordinator=:1: write host:port"),
-        (
-            {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
-            "--process_id=2: with --num_processes=2 it is 0 to",
-        ),
-        ({"coordinator": "h:1", "num_processes": 2, "process_id": -1}, "--process_id=-1"),
+        ({"coordinator": "host:1"}, PARTIAL),
+        ({"multihost": True, "process_id": 0}, PARTIAL),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 1}, f"--coordinator=host .*{ADDRESS}"),
+        ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, f"--process_id=2: {ADDRESS}"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message):
@@ -40,31 +37,32 @@ def test_wrong_arguments_are_one_line(arguments, message):
     assert "\n" not in str(caught.value) and not jax.distributed.is_initialized()
 
 
-def test_a_coordinator_that_does_not_answer_is_one_line():
-    with socket.socket() as closed:  # bound, and nobody listens
-        closed.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(UserError, match=rf"--coordinator={address}: no answer in 1 s .*start process 0 there"):
-            distributed.join(address, 2, 1, wait=1)
-
-
-def test_no_cluster_for_multihost_is_one_line():
-    script = "from br_jax import command_line as c; c.run_main(int, lambda: c.distributed.join(multihost=True))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the processes could not be joined (") and done.stderr.count("\n") == 1
-
-
-def test_processes_that_never_come_are_named():
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = f"from br_jax import distributed; distributed.join('127.0.0.1:{port}', 2, 0, wait=1)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGABRT  # JAX's
-    assert done.stderr.splitlines()[-1].startswith(
-        "error: process 0 of 2 did not finish: another process died or never"
-    )
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line():
+    address = free_address()
+    with pytest.raises(UserError, match=rf"--coordinator={address}: no answer in 0 s .*start process 0 there"):
+        distributed.join(address, 2, 1, wait=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("multihost=True", 2, "error: the processes could not be joined ("),
+        ("'{address}', 2, 0, wait=1", -signal.SIGABRT, "error: process 0 of 2 did not finish: another process"),
+    ],
+)
+def test_processes_that_do_not_come_are_told_in_the_last_line(arguments, status, said):
+    script = f"from br_jax import command_line as c; c.run_main(int, lambda: c.distributed.join({arguments}))"
+    script = script.format(address=free_address())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == status  # an abort is JAX's
+    assert done.stderr.splitlines()[-1].startswith(said) and done.stderr.count("error: ") == 1
 
 
 def test_one_process_is_the_case_in_which_nothing_happens():
@@ -101,48 +99,26 @@ def test_parts_of_an_array_that_lies_on_several_processes_are_sent_from_the_host
         np.testing.assert_array_equal(a.data, b.data)
 
 
-@pytest.fixture
-def sigterm(monkeypatch):
-    """sigterm(step): this process sends itself SIGTERM after that step."""
-
-    def arm(step):
-        asked, steps = loop.StopSignal.asked, iter(range(1, 100))
-
-        def ask(self):
-            if next(steps) == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return asked(self)
-
-        monkeypatch.setattr(loop.StopSignal, "asked", ask)
-
-    return arm
-
-
-def train(folder, tiny, rows, config):
-    return train_adapter("sft", "user", tiny, rows, config, workdir=folder)
-
-
 @pytest.mark.parametrize("step", [1, 4])  # 4 is the last
-def test_sigterm_ends_a_run_in_good_order(tmp_path, tiny, rows, quick, sigterm, monkeypatch, step):
-    before = signal.getsignal(signal.SIGTERM)
-    sigterm(step)
-    with pytest.raises(Stopped, match=f"sft: stopped by SIGTERM at step {step}: the same command goes on from there"):
-        train(tmp_path / "stopped", tiny, rows, quick())
-    assert (tmp_path / "stopped" / "sft" / "checkpoints" / str(step)).is_dir()
+def test_sigterm_ends_a_run_in_good_order(tmp_path, tiny, rows, quick, monkeypatch, step):
+    def train(workdir):
+        return train_adapter("sft", "user", tiny, rows, quick(), workdir=workdir)
+
+    def ask(self):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(self)
+
+    asked, before = loop.StopSignal.asked, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop.StopSignal, "asked", ask)
+    for workdir, said in ((tmp_path, "the same command goes on from there"), (None, "without a workdir, all is lost")):
+        steps = iter(range(1, 100))
+        with pytest.raises(Stopped, match=f"sft: stopped by SIGTERM at step {step}: {said}"):
+            train(workdir)
+    assert (tmp_path / "sft" / "checkpoints" / str(step)).is_dir()
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.undo()
-    resumed = train(tmp_path / "stopped", tiny, rows, quick())
-    jax.tree.map(np.testing.assert_array_equal, resumed, train(tmp_path / "straight", tiny, rows, quick()))
-    losses = [
-        (tmp_path / f / "sft" / "stage.json").read_text().split('"loss": ')[1][:8] for f in ("stopped", "straight")
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_sigterm_without_a_workdir_says_what_is_lost(tiny, rows, quick, sigterm):
-    sigterm(2)
-    with pytest.raises(Stopped, match="at step 2: without a workdir, all is lost"):
-        train_adapter("sft", "user", tiny, rows, quick())
+    jax.tree.map(np.testing.assert_array_equal, train(tmp_path), train(None))
 
 
 def test_sigterm_that_nobody_asked_for_any_more_is_sent_again():
@@ -158,25 +134,18 @@ def test_sigterm_that_nobody_asked_for_any_more_is_sent_again():
 
 
 def test_another_thread_than_the_main_one_trains_without_the_signal():
-    answers = []
-
     def ask():
         with distributed.StopSignal() as stop:
-            answers.append(stop.asked())
+            return stop.asked()
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert answers == [False]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(ask).result() is False
 
 
 def test_orbax_does_not_ask_for_the_stop(tmp_path, monkeypatch):
     """JAX's preemption service wants numbers that only rise: Orbax would give it steps, from a thread of its own."""
     asked = []
-    ask = jax.experimental.multihost_utils.reached_preemption_sync_point
-    monkeypatch.setattr(
-        jax.experimental.multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or ask(step)
-    )
+    monkeypatch.setattr(jax.experimental.multihost_utils, "reached_preemption_sync_point", asked.append)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(3, {"step": jax.numpy.int32(3)}, {})
     checkpoints.close()
@@ -186,15 +155,12 @@ def test_orbax_does_not_ask_for_the_stop(tmp_path, monkeypatch):
 def test_a_workdir_that_is_not_shared_is_named(tmp_path, tiny, rows, quick, monkeypatch):
     monkeypatch.setattr("br_jax.distributed.gather", lambda value: [value, False])
     with pytest.raises(UserError, match=r"run.json: written by process 0 and not seen by process 1: choose a workdir"):
-        train(tmp_path, tiny, rows, quick())
+        train_adapter("sft", "user", tiny, rows, quick(), workdir=tmp_path)
 
 
 def test_only_the_main_process_shows_a_bar(monkeypatch, capsys):
-    from br_jax import progress
-
-    for main, shown in ((True, True), (False, False)):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for main in (True, False):
         monkeypatch.setattr(progress, "is_main", lambda main=main: main)
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        with progress.progress(3, "steps", "step") as bar:
-            bar.update(3)
-        assert ("steps" in capsys.readouterr().err) == shown
+        progress.progress(3, "steps", "step").close()
+        assert ("steps" in capsys.readouterr().err) == main

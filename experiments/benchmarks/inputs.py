@@ -17,6 +17,7 @@ from br_jax.adapters.peft import save_adapter
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
+from br_jax.files import reading
 from br_jax.inference.generate import encode_prompt
 from br_jax.models.io.hf import write_hf
 from br_jax.provider.folder import load_model
@@ -52,11 +53,7 @@ class Setup:
     train: TrainConfig
 
     def read(self, count: int) -> list[Row]:
-        """The first rows of the file.
-
-        Raises:
-            UserError: no file was given, or it holds too few.
-        """
+        """The first rows of the file; a `UserError` when none was given, or it holds too few."""
         if self.rows is None:
             raise UserError("--rows is missing: a JSONL file to train on and to answer, e.g. GSM8K's train.jsonl")
         rows = read_questions(self.rows, count)
@@ -103,11 +100,9 @@ def require_torch(case: str) -> None:
 def read_questions(path: pathlib.Path, count: int) -> list[Row]:
     """The first rows of a JSONL file in one of the project's layouts, or with GSM8K's `question` and `answer`."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with reading(path), path.open(encoding="utf-8") as file:
             records = [json.loads(line) for line in itertools.islice(file, count)]
         return [Row((("user", record["question"]), ("assistant", record["answer"]))) for record in records]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError):
         return read_rows(path, max_rows=count)
 

@@ -9,7 +9,7 @@ from benchmarks.pairing import Contender
 from benchmarks.report import Case
 from benchmarks.torch_merge import random_factors
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import qr_merge
+from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.errors import UserError
 
 # Llama-3-8B's adapted kernels: (L, in, out).
@@ -35,8 +35,8 @@ def cases(setup: Setup, shapes: dict = SHAPES, dense_layers: int = DENSE_LAYERS)
         Case(
             "merge",
             f"QR merge of two adapters, f32, r {RANK}, {layers} layers of Llama-3-8B's q, v, gate, up, down; ours "
-            f"makes an adapter and its diagnostics; dense makes the matrices one at a time in torch on {setup.threads} "
-            f"threads, {dense_layers} of {layers} layers in a unit",
+            f"makes an adapter; dense makes the matrices one at a time in torch on {setup.threads} threads, "
+            f"{dense_layers} of {layers} layers in a unit",
             [
                 Contender("br_jax, low rank", HERE / "merge.py", "merge", settings),
                 Contender("torch, dense", HERE / "torch_merge.py", "merge", dense),
@@ -70,7 +70,7 @@ def merge(shapes: dict, rank: int, scale: float, a: float, weight: float, tau: f
     user, reinforce = load(0, "user"), load(1, "reinforce")
 
     def unit(index: int):
-        merged, _ = qr_merge(user, reinforce, a, weight, tau)
+        merged = qr_merge(user, reinforce, MergeConfig(a, weight, tau))
         jax.block_until_ready(merged.weights)
         pair = {name: array[0] for name, array in merged.weights[sample].items()}
         return len(shapes) * shapes[sample][0], lambda: np.asarray(

@@ -33,14 +33,12 @@ class Contender:
         function: takes `arguments` and returns the work: a function that takes the number of a unit, does that unit and
             returns (amount of work done, outcome). The outcome is compared, not timed; a function is called for it.
         arguments: what can be pickled.
-        environment: variables set on top of the parent's.
     """
 
     name: str
     file: pathlib.Path
     function: str
     arguments: Mapping[str, Any]
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -76,12 +74,9 @@ def race(contenders: Sequence[Contender], rounds: int, name: str) -> dict[str, R
     Each round has every contender do the same unit, one at a time; the next round begins with the next contender.
 
     Args:
-        contenders: with distinct names.
+        contenders: with distinct names, by which their records are found.
         rounds: units that are timed; the warm-up is unit 0, round i is unit i.
         name: on the progress bar.
-
-    Returns:
-        A record for each contender, by name.
 
     Raises:
         UserError: a contender failed or died; the others are ended.
@@ -140,11 +135,7 @@ class _Process:
         return self.receive()
 
     def receive(self) -> tuple:
-        """What the worker says next.
-
-        Raises:
-            UserError: it failed, or it is no more.
-        """
+        """What the worker says next; a `UserError` when it failed, or is no more."""
         try:
             kind, *content = self._connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -164,7 +155,7 @@ def _process(contender: Contender) -> Iterator[_Process]:
         with its:
             command = [sys.executable, "-P", str(_WORKER), str(its.fileno())]
             found = os.pathsep.join(filter(None, [str(_WORKER.parents[1]), os.environ.get("PYTHONPATH")]))
-            environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": found, **contender.environment}
+            environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": found}
             popen = subprocess.Popen(command, pass_fds=[its.fileno()], env=environment)
         try:
             process = _Process(contender, popen, ours)

@@ -8,6 +8,8 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from tabulate import tabulate
+
 from benchmarks.pairing import Contender, Record, race
 from br_jax.planning.chips import PEAK_FLOPS
 
@@ -109,25 +111,31 @@ def summarize(records: Mapping[str, Record]) -> dict[str, dict]:
     return results
 
 
-GIGABYTES = ("GB: peak", "loaded", "work")
-AT_START = ("s to first", "compiles")
-
-
 def print_table(result: dict) -> None:
     """The figures of `run_case` as a table: speed-ups and memory of the first line against every other."""
-    rate = f"{result['unit']}/s"
-    lines = [["", "s", "CPU s", rate, "first is faster", "(least to most)", *GIGABYTES, "first's peak", *AT_START]]
+    header = [
+        "",
+        "s",
+        "CPU s",
+        f"{result['unit']}/s",
+        "first is faster",
+        "(least to most)",
+        "GB: peak",
+        "loaded",
+        "work",
+    ]
+    header += ["first's peak", "s to first", "compiles"]
+    rows = []
     for name, line in result["contenders"].items():
         speedup = line["speedup"]
         again = f"+{line['recompiles']}" if line["recompiles"] else ""
-        lines.append(
+        rows.append(
             [name, f"{line['seconds']:.3f}", f"{line['busy']:.3f}", f"{line['per_second']:,.1f}"]
             + [f"{speedup['median']:.3f}x", f"({speedup['least']:.3f} to {speedup['most']:.3f})"]
-            + [f"{line[key.split()[-1]]:.2f}" for key in GIGABYTES]
+            + [f"{line[key]:.2f}" for key in ("peak", "loaded", "work")]
             + [f"{line['peak_ratio']:.2f}x", f"{line['first']:.1f}", f"{line['compiles']}{again}"]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)))
+    align = ["left"] + ["right"] * (len(header) - 1)
+    print(tabulate(rows, header, tablefmt="plain", colalign=align, disable_numparse=True))
     for line in result["checks"]:
         print(f"  {line}")

@@ -26,40 +26,30 @@ def memory() -> dict[str, float]:
     return {"resident": resident / 1e9, "peak": peak / 1e9}
 
 
-class _Compiles:
-    """Counts what XLA is asked to compile, where JAX is in the process."""
-
-    def __init__(self):
-        self.count = 0
-        if "jax" in sys.modules:
-            sys.modules["jax"].monitoring.register_event_duration_secs_listener(self._listen)
-
-    def take(self) -> int:
-        """The count since it was last taken."""
-        count, self.count = self.count, 0
-        return count
-
-    def _listen(self, event: str, seconds: float, **kwargs) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
 def serve(connection: Connection) -> None:
     """Answers until told to stop."""
     file, function, arguments = connection.recv()
     spec = importlib.util.spec_from_file_location("contender", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    compiles = _Compiles()
+    compiles = []
+
+    def listen(event: str, seconds: float, **kwargs) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiles.append(event)
+
+    if "jax" in sys.modules:
+        sys.modules["jax"].monitoring.register_event_duration_secs_listener(listen)
     unit = getattr(module, function)(**arguments)
     connection.send(("ready", memory()))
     while (index := connection.recv()) is not None:
         start, busy = time.perf_counter(), time.process_time()
         amount, outcome = unit(index)
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        figures = {"seconds": seconds, "busy": busy, "amount": amount, "compiles": compiles.take(), **memory()}
+        figures = {"seconds": seconds, "busy": busy, "amount": amount, "compiles": len(compiles), **memory()}
         # A function is called only now, when clock and memory have been read: checking is not the work.
         connection.send(("done", figures, outcome() if callable(outcome) else outcome))
-        compiles.take()
+        compiles.clear()
 
 
 def main() -> None:

@@ -6,16 +6,15 @@ import threading
 import time
 
 
-def writes(log, name, amount=2.0, seconds=0.02):
+def writes(log, name):
     """Notes the beginning and the end of each unit, and who ran it."""
 
     def unit(index):
-        with open(log, "a") as file:
-            file.write(f"{name} {index} begin {os.getpid()}\n")
-            file.flush()
-            time.sleep(seconds)
-            file.write(f"{name} {index} end {os.getpid()}\n")
-        return amount, lambda: f"{name}{index}"
+        for at in ("begin", "end"):
+            with open(log, "a") as file:
+                file.write(f"{name} {index} {at} {os.getpid()}\n")
+            time.sleep(0.02)
+        return 2.0, lambda: f"{name}{index}"
 
     return unit
 
@@ -25,25 +24,17 @@ def modules():
     return lambda index: (0, sorted(name for name in sys.modules if "." not in name))
 
 
-def fails(at):
-    """Raises in unit `at`; before the first one when that is -1."""
+def ends(fails=None, dies=None):
+    """Raises in unit `fails`, before the first one when that is -1; or ends without a word, `dies` seconds after it."""
 
     def unit(index):
-        if index == at:
+        if index == fails:
             raise ValueError("no such\n  luck")
+        if dies is not None:
+            threading.Timer(dies, os._exit, [7]).start()
+            time.sleep(0 if dies else 60)
         return 1, None
 
-    if at < 0:
-        unit(at)
-    return unit
-
-
-def dies(after):
-    """Ends without a word, so many seconds after it was asked for its first unit."""
-
-    def unit(index):
-        threading.Timer(after, os._exit, [7]).start()
-        time.sleep(0 if after else 60)
-        return 1, None
-
+    if fails == -1:
+        unit(-1)
     return unit
