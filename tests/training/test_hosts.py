@@ -48,7 +48,7 @@ GLOO = re.compile(
 
 def done(ended, *kinds):
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-    assert [out.split() for out, _, _ in ended] == [list(kinds), []]
+    assert [out.split() for _, out, _ in ended] == [list(kinds), []]
 
 
 def losses(folder):
@@ -99,7 +99,7 @@ def two(alone, tmp_path_factory):
     )
     ended = start(folder, *works, "train:stopped:1,8,1:term:1:5")
     assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
-    assert [out.split() for out, _, _ in ended] == [[work.partition(":")[0] for work in works], []]
+    assert [out.split() for _, out, _ in ended] == [[work.partition(":")[0] for work in works], []]
     last = ended[0][2].splitlines()[-1]
     at = steps(folder / "stopped")[-1]
     assert last == f"user: stopped by SIGTERM at step {at}: the same command goes on from there"
