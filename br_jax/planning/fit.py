@@ -19,6 +19,13 @@ from br_jax.sharding import leaf_name, make_mesh, shardings
 _RESERVED = 1 << 28  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
 # What an argument is, by the first of these that is in its path; else it is of the batch.
 _KINDS = {"opt_state": "optimizer", "/params/": "base", "/lora": "adapters", "cache": "cache"}
+# What cuts a part that is too large; of any other, fewer rows.
+_CURES = {
+    "base": "more chips on mesh.fsdp or mesh.tensor, or model.dtype=bfloat16",
+    "optimizer": "a smaller rank, or more chips on mesh.fsdp",
+    "adapters": "a smaller rank, or more chips on mesh.fsdp",
+    "cache": "a smaller eval.batch_size or eval.answer_tokens, or more chips",
+}
 
 
 @dataclasses.dataclass
@@ -149,13 +156,5 @@ def _advice(fit: Fit, temporaries: int) -> str:
         rows = "remat=full" if fit.remat != "full" else f"{rows} (or accumulation), max_length or loss_chunk"
     parts = {**fit.arguments, "temporaries": temporaries}
     part = max(parts, key=parts.get)
-    advice = {
-        "base": "more chips on mesh.fsdp or mesh.tensor, or model.dtype=bfloat16",
-        "optimizer": "a smaller rank, or more chips on mesh.fsdp",
-        "adapters": "a smaller rank, or more chips on mesh.fsdp",
-        "cache": "a smaller eval.batch_size or eval.answer_tokens, or more chips",
-        "batch": "a smaller batch_size",
-        "temporaries": rows,
-    }[part]
     sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
-    return f"{part} is the largest part ({sizes} GiB of {fit.hbm / 2**30:.0f}): try {advice}"
+    return f"{part} is the largest part ({sizes} GiB of {fit.hbm / 2**30:.0f}): try {_CURES.get(part, rows)}"

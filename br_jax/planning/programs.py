@@ -38,11 +38,6 @@ class Program:
     arguments: dict  # name -> abstract pytree, in order
 
     @property
-    def trains(self) -> bool:
-        """Whether it goes backward too."""
-        return self.stage in TRAINING
-
-    @property
     def tokens(self) -> int:
         """That a call processes, all chips together, padding counted."""
         return self.batch if self.stage == "decode" else self.batch * self.context

@@ -2,14 +2,14 @@
 
 A call takes at least as long as the slowest of three: its FLOPs at the peak of the matrix units, the bytes between
 memory and cores at the memory's rate, the bytes from other chips at the links' rate. The formulas are in
-docs/scaling.md; the bytes from other chips are those of the compiled program.
+docs/pods.md; the bytes from other chips are those of the compiled program.
 """
 
 import dataclasses
 
 from br_jax.models.decoder import saved_names
 from br_jax.planning.chips import Chip
-from br_jax.planning.programs import Program
+from br_jax.planning.programs import TRAINING, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ def predict(program: Program, chip: Chip, chips: int, received: int, tensor: int
         tensor: parts that each weight is split in for good; over other axes it is gathered.
     """
     needed = model_flops(program) / chips / chip.flops
-    compute = needed * _passes(program) / (2 if program.trains else 1)
+    passes, made = _passes(program)
+    compute = needed * made / passes
     memory = _memory_bytes(program, chips, tensor) / chip.hbm_rate
     links = received / chip.ici_rate
     bound = max(compute, memory, links)
@@ -50,19 +51,19 @@ def model_flops(program: Program) -> float:
     weights = spec.num_layers * sum(a * b for a, b in spec.kernel_shapes.values())
     attention = spec.num_layers * 4 * spec.num_heads * spec.head_dim * program.context * (1 if decodes else 0.5)
     head = 2 * spec.vocab_size * spec.embed_dim if decodes else 0
-    return program.tokens * (2 * weights + attention + head) * (2 if program.trains else 1)
+    return program.tokens * (2 * weights + attention + head) * _passes(program)[0]
 
 
-def _passes(program: Program) -> float:
-    """Forward passes' worth of matmuls, with those that rematerialization repeats.
+def _passes(program: Program) -> tuple[int, float]:
+    """Forward passes' worth of matmuls: those that the model needs, and with those that rematerialization repeats.
 
     A layer's last one, "down", is never repeated: nothing in the layer needs its output.
     """
-    if not program.trains:
-        return 1
+    if program.stage not in TRAINING:
+        return 1, 1
     sizes = {name: a * b for name, (a, b) in program.decoder.spec.kernel_shapes.items()}
     kept = {*saved_names(program.decoder.remat), "down"}
-    return 2 + sum(size for name, size in sizes.items() if name not in kept) / sum(sizes.values())
+    return 2, 2 + sum(size for name, size in sizes.items() if name not in kept) / sum(sizes.values())
 
 
 def _memory_bytes(program: Program, chips: int, tensor: int) -> float:
@@ -75,4 +76,4 @@ def _memory_bytes(program: Program, chips: int, tensor: int) -> float:
     streams = spec.num_layers * sum(a + b for a, b in spec.kernel_shapes.values()) * width
     per_key = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width if program.stage == "decode" else 0
     cache = program.batch * program.context * per_key / chips
-    return _passes(program) * (weights + program.tokens / chips * streams) + cache
+    return _passes(program)[1] * (weights + program.tokens / chips * streams) + cache

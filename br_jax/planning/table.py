@@ -23,7 +23,7 @@ def render(fits: Sequence[Fit]) -> str:
     lines = [
         f"{first.topology}: {first.chips} chip(s) of {first.hbm / _GIB:.0f} GiB, mesh {mesh}\n",
         _table([_row(fit) for fit in fits], _HEADER, left=1),
-        "\n* predicted by a roofline from published peaks (docs/scaling.md), not measured\n",
+        "\n* predicted by a roofline from published peaks (docs/pods.md), not measured\n",
     ]
     if moved:
         lines.append(_table(moved, ["stage", "collective", "calls\na call", "MB\nto a chip"], left=2))
