@@ -27,7 +27,7 @@ def test_what_is_written_is_apart_from_the_task_of_reviews():
 
 
 def test_the_base_config_asks_about_texts_as_users_tasks_do():
-    """Without such prompts the aligned base refused nine in ten reviews, see docs/tuning.md."""
+    """Without such prompts the aligned base refused nine in ten reviews, see docs/lab-notes.md."""
     prompts = about_texts([], base.get_config().data.texts.n)
     assert len(prompts) >= 400 and used(prompts, WRITTEN["instructions"]).keys() == {*WRITTEN["instructions"]}
     invented = {
