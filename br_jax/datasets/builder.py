@@ -43,7 +43,7 @@ class PublicFile:
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+        return (self.member or self.url).rsplit("/", 1)[-1]
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -118,11 +118,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         if self._path is not None:
             return {self._split: self._generate_examples(self._split, self._path, str(self._path))}
-        folder = Path(dl_manager.download_dir)
-        for file in {file.url: file for file in self.FILES.values()}.values():  # an archive may hold several splits
-            self._download(file, folder / file.name)
+        files = {file.url: file for file in self.FILES.values()}  # an archive may hold several splits
+        paths = {url: self._download(file, Path(dl_manager.download_dir)) for url, file in files.items()}
         return {
-            split: self._generate_examples(split, folder / file.name, file.name, file.member)
+            split: self._generate_examples(split, paths[file.url], file.name, file.member)
             for split, file in self.FILES.items()
         }
 
@@ -135,8 +134,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if number is None:
             raise UserError(f"{name}: no rows: the file is empty; give one that holds {', '.join(self.FEATURES)}")
 
-    def _download(self, file: PublicFile, path: Path) -> None:
-        """Downloads a public file and verifies it; the license is told before."""
+    def _download(self, file: PublicFile, folder: Path) -> Path:
+        """Downloads a public file into a folder and verifies it; the license is told before."""
+        path = folder / file.url.rsplit("/", 1)[-1]
         size = f"{file.size / 1e6:.1f} MB" if file.size else "size unknown"
         told = self.name, file.url, size, self.LICENSE, self.HOMEPAGE
         logger.warning("%s: downloading %s (%s); license: %s (%s)", *told)
@@ -164,6 +164,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         elif got != file.sha256:
             expected = f"expected {file.sha256}, got {got}"
             raise UserError(f"{file.url}: sha256 mismatch: {expected}: nothing was kept: look at {self.HOMEPAGE}")
+        return path
 
 
 class _Info(tfds.core.DatasetInfo):
