@@ -158,9 +158,9 @@ def answer_suite(
     `adapters`, `store` and `together` are those of `answers.answer`.
     """
     settings = {"adapters": adapters, "store": store, "together": together, "batch_size": suite.batch_size}
-    lengths = {"task": suite.task_tokens}
+    tokens = dict.fromkeys(suite.prompts, suite.answer_tokens) | {"task": suite.task_tokens}
     return {
-        part: answer(model, prompts, max_new_tokens=lengths.get(part, suite.answer_tokens), name=part, **settings)
+        part: answer(model, prompts, max_new_tokens=tokens[part], name=part, **settings)
         for part, prompts in suite.prompts.items()
     }
 

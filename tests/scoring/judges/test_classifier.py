@@ -89,7 +89,7 @@ def test_thresholds_and_what_a_verdict_depends_on(classifier, save_classifier, t
     _, folder = classifier
     low, high = (load(folder, threshold=t) for t in (0.01, 0.999999))
     assert [j.label.count(";") for j in low(exchanges)] > [j.label.count(";") for j in high(exchanges)]
-    save_classifier(tmp_path, id2label={i: f"other {i}" for i in range(14)})
+    save_classifier(tmp_path, id2label={i: f"other {i}" for i in range(14)}, num_labels=14, problem_type=None)
     judges = [low, high, load(folder, threshold=0.01, max_length=300), load(tmp_path)]
     assert len({judge.version for judge in judges}) == 4
     assert load(folder, threshold=0.01).version == low.version and low.name == "tiny-dam@256"
@@ -153,12 +153,6 @@ def test_a_wrong_folder_is_one_line(classifier, tmp_path, damage):
     with pytest.raises(UserError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-
-
-def test_the_number_of_labels_may_be_said(classifier, tmp_path):
-    folder = shutil.copytree(classifier[1], tmp_path / "classifier")
-    edit(folder, num_labels=14, problem_type=None)
-    assert len(load(folder).labels) == 14
 
 
 @pytest.mark.parametrize(

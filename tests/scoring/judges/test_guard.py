@@ -75,6 +75,7 @@ def make_judge(guard):
 def test_prompts_are_those_of_transformers(make_judge, kind, template):
     """Or the published ones where the chat template is no guard's; Llama Guard's has no white space around texts."""
     judge = make_judge(kind, template)
+    assert judge._guard.mark in judge._guard.text
     for exchange in EXCHANGES:
         texts = exchange.prompt, exchange.answer
         if template in (TEXT, PARTS):
@@ -151,14 +152,6 @@ def test_replies_read_by_hand():
         assert (found and found.harmful) == harmful, reply
     label = parse_wildguard(LINES.format("yes", "n/a", "NO")).label
     assert label == "harmful request: yes, response refusal: n/a, harmful response: no"
-
-
-def test_the_published_prompts():
-    """Their marks are words of theirs, and a text's own braces and white space stay."""
-    for guard in GUARDS.values():
-        text = guard.text.format(prompt="{answer} ", answer=" {0}")
-        assert guard.mark in guard.text and text.count("{answer} ") == 1 and text.count(" {0}") == 1
-    assert [f"S{i}: " in GUARDS["llama-guard-3"].text for i in range(1, 16)] == [True] * 14 + [False]
 
 
 @pytest.mark.parametrize(
