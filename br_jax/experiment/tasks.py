@@ -204,7 +204,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("reviews", _REVIEW_RULE, lambda settings, seed: load_reviews(settings.path, seed=seed), ("path",)),
-        Task("moods", LabelRule(MOODS), lambda settings, seed: load_moods("", seed=seed)),
+        Task("moods", LabelRule(MOODS), lambda settings, seed: load_moods(seed)),
         _paper_task("sst2", _REVIEW_RULE, "validation", 872),
         _paper_task("ag_news", LabelRule(AG_NEWS), "test", 1000),
         _paper_task("gsm8k", NumberRule(), "test", 500),
