@@ -1,8 +1,8 @@
 """The whole method in minutes: a tiny byte-level model is aligned, attacked and defended. Nothing is downloaded.
 
 python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo
---config=configs/demo.py:short scores fewer prompts, :scratch pre-trains the model itself, :smoke is all plumbing and learns
-nothing.
+--config=configs/demo.py:short scores fewer prompts, :scratch pre-trains the model itself, :smoke is all plumbing and
+learns nothing.
 
 Hardware: 2 CPU cores, 2 GB. Time and result: docs/results.md.
 """
