@@ -10,7 +10,6 @@ import pytest
 
 import br_jax as br
 from br_jax.adapters import lora
-from br_jax.data.rows import write_rows
 from br_jax.training import run
 
 
@@ -69,7 +68,8 @@ def test_the_user_s_stage_sees_nothing_of_reinforce():
 
 
 def test_a_jsonl_file_is_as_good_as_its_rows(made, tiny, rows, quick, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", rows)
+    records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     equal(made["sft"], br.train_user(tiny, tmp_path / "rows.jsonl", quick()))
     equal(made["sft"], br.train_user(tiny, str(tmp_path / "rows.jsonl"), quick(), workdir=made["folder"]))
 

@@ -10,7 +10,7 @@ from benchmarks import generation, inputs, merge, stages, switches, training
 from benchmarks.inputs import Setup, read_questions
 from benchmarks.report import run_case
 
-from br_jax.data.rows import Row, write_rows
+from br_jax.data.rows import Row
 from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
 
@@ -82,9 +82,9 @@ def test_generation_tells_ties_from_errors():
 
 
 def test_rows_in_either_layout(setup, tmp_path):
-    (row,) = setup.read(16)[:1]
-    assert row == Row((("user", "0?"), ("assistant", "0")))
-    write_rows(tmp_path / "rows.jsonl", [row])
+    row = Row((("user", "0?"), ("assistant", "0")))
+    assert setup.read(16)[0] == row
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "0?", "response": "0"}) + "\n")
     assert [other.turns for other in read_questions(tmp_path / "rows.jsonl", 5)] == [row.turns]
 
 

@@ -1,5 +1,5 @@
-"""Models by name: those of the Hugging Face Hub, through huggingface_hub (its cache, its progress bar, its offline mode),
-and the tiny one that comes with br_jax.
+"""Models by name: those of the Hugging Face Hub, by huggingface_hub's cache, progress bar and offline mode, and the tiny
+one that comes with br_jax.
 """
 
 import os
@@ -26,7 +26,7 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt",
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether a source is a name such as "Qwen/Qwen3-4B" or "br_jax/tiny"; what exists as a path, or should, is none."""
+    """Whether a source is a name, as "Qwen/Qwen3-4B" or "br_jax/tiny"; what exists as a path, or should, is none."""
     name = str(source)
     return _NAME.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(source)
 
