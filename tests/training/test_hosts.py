@@ -41,9 +41,7 @@ def start(workdir, *acts):
 
 
 # gloo speaks of its connections, several threads at once and piece by piece
-GLOO = re.compile(
-    r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+|\s"
-)
+GLOO = re.compile(r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+")
 
 
 def done(ended, *kinds):

@@ -1,4 +1,4 @@
-"""Models by name: those of the Hugging Face Hub, by huggingface_hub's cache, progress bar and offline mode, and the tiny
+"""Models by name: those of the Hugging Face Hub, by huggingface_hub (its cache, its offline mode), and the tiny
 one that comes with br_jax.
 """
 
