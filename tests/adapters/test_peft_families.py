@@ -46,15 +46,10 @@ def assert_adapted_logits(found, expected, network):
     assert np.abs(expected - theirs(network)).max() > 0.1, "the adapter changes nothing here"
 
 
-def test_an_adapter_that_peft_made(tmp_path, family):
+def test_an_adapter_that_peft_made(tmp_path, family, made_by_peft):
     network, folder = family
-    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
-    adapted = peft.get_peft_model(copy.deepcopy(network), peft.LoraConfig(**settings)).eval()
-    torch.manual_seed(1)
-    for name, weight in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.2)
-    adapted.save_pretrained(tmp_path / "theirs")
+    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS}
+    adapted = made_by_peft(network, tmp_path / "theirs", std=0.2, **settings)
     model = load_model(folder)
     adapter = load_adapter(tmp_path / "theirs", model.params)
     assert adapter.weights.keys() == MODULES.keys()
