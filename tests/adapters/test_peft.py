@@ -21,17 +21,10 @@ KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 ALL = tuple(path.rsplit("/", 1)[-1] for path in MODULES)
 
 
-@pytest.fixture(scope="module")
-def llama():
+@pytest.fixture
+def llama(make_family):
     """A random Llama with unlike widths, so that no transposition goes unseen."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    return make_family("llama")[0]
 
 
 def params_of(model):
