@@ -90,7 +90,7 @@ def test_bf16_weights_are_read_as_f32(tmp_path, llama, made_by_peft):
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
         {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": 0},
         {"target_modules": ["v_proj", "gate_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
-        {"target_modules": ["self_attn.v_proj", "model.layers.0.mlp.up_proj", "2.mlp.up_proj"]},
+        {"target_modules": ["self_attn.v_proj", "model.layers.0.mlp.up_proj", "2.mlp.up_proj", "attn.k_proj"]},
         {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
     ],
     ids=str,
