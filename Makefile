@@ -1,4 +1,5 @@
-# make demo: the whole method on a tiny model, in minutes. make test: all tests. Both set up .venv by themselves.
+# make demo: the whole method on a tiny model, in minutes. make test: what a contributor needs; make test-all: all tests.
+# make docs: the site, in build/site. Each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -6,7 +7,7 @@ DEMO ?= runs/demo
 DEMO_FLAGS ?=
 
 
-.PHONY: demo test data lint lock clean
+.PHONY: demo test test-all check data docs lint lock clean
 
 $(VENV)/base: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]}: br_jax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
@@ -19,6 +20,10 @@ $(VENV)/test: $(VENV)/base requirements-test.lock
 	$(RUN) -m pip install --quiet --requirement requirements-test.lock
 	@touch $@
 
+$(VENV)/docs: $(VENV)/base requirements-docs.lock
+	$(RUN) -m pip install --quiet --requirement requirements-docs.lock
+	@touch $@
+
 # The demo is too small for anything but a CPU; without this JAX would look for a TPU where libtpu is installed.
 demo: export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/base  ## pre-train, align, attack and defend a tiny model; report in runs/demo
@@ -27,11 +32,20 @@ demo: $(VENV)/base  ## pre-train, align, attack and defend a tiny model; report 
 data: $(VENV)/base  ## the real model and reviews of configs/smollm2.py, 96 MB
 	$(RUN) experiments/fetch.py --into=data
 
-test: $(VENV)/test  ## all tests; those on the real model are skipped when it cannot be fetched
+test: check  ## all tests but the slow ones
+	$(RUN) -m pytest -q -m "not slow"
+
+test-all: check  ## all tests; those on the real model and of the site are skipped when these cannot be fetched
 	-$(RUN) experiments/fetch.py --into=data
+	-$(MAKE) --no-print-directory $(VENV)/docs
+	$(RUN) -m pytest -q
+
+check: $(VENV)/test
 	$(RUN) -m ruff check --quiet .
 	$(RUN) -m ruff format --check --quiet .
-	$(RUN) -m pytest -q
+
+docs: $(VENV)/docs  ## the site of docs/, in build/site
+	$(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check --fix .
@@ -43,6 +57,7 @@ lock:  ## pins every dependency for Python 3.11 to 3.13 (needs uv); torch keeps 
 	$(COMPILE) --output-file requirements.lock
 	$(COMPILE) --extra test --constraint requirements.lock | grep -vE '^(torch|triton|nvidia-|cuda-)' > requirements-test.lock
 	echo 'torch>=2.6,<3' >> requirements-test.lock
+	$(COMPILE) --extra docs --constraint requirements-test.lock --output-file requirements-docs.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .cache build *.egg-info

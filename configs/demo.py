@@ -1,12 +1,15 @@
-"""The whole method in minutes: a tiny byte-level model is pre-trained, aligned, attacked and defended. No download.
+"""The whole method in minutes: a tiny byte-level model is aligned, attacked and defended. Nothing is downloaded.
 
 python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo
---config=configs/demo.py:short scores fewer prompts, :smoke is all plumbing and learns nothing.
+--config=configs/demo.py:short scores fewer prompts, :scratch pre-trains the model itself, :smoke is all plumbing and
+learns nothing.
 
-Hardware: 2 CPU cores, 2 GB. Time and result: see README.md.
+Hardware: 2 CPU cores, 2 GB. Time and result: docs/results.md.
 """
 
 from br_jax.configs import base
+
+SIZES = ("full", "short", "scratch", "smoke")
 
 
 def get_config(size: str = "full"):
@@ -18,7 +21,10 @@ def get_config(size: str = "full"):
     43 its task (FA 0.64 merged). No setting tried suits all three seeds.
     """
     config = base.get_config()
+    if size not in SIZES:
+        raise ValueError(f"{size!r} is none of {', '.join(SIZES)}")
     config.name = "demo"
+    config.model.source = "" if size in ("scratch", "smoke") else "br_jax/tiny"  # made by :scratch, of 128,000 rows
     config.data.material = "demo"
     with config.model.spec.unlocked():
         config.model.spec.update(
@@ -41,7 +47,7 @@ def get_config(size: str = "full"):
             loss_chunk=512,
             checkpoint_every=0,
         )
-    config.pretrain.rows = 32_000
+    config.pretrain.rows = 128_000
     config.pretrain.train.update(epochs=1, warmup_ratio=0.1, checkpoint_every=250)  # the other stages take seconds
     config.align.update(refusals=640, benign=800)
     config.align.train.update(rank=8, alpha=16.0, epochs=2)
@@ -53,7 +59,7 @@ def get_config(size: str = "full"):
     config.user.train.update(rank=16, alpha=32.0, learning_rate=2.5e-3, epochs=3)
     config.merge.update(scale=1.0, reinforce_scale=0.1)
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
-    if size != "full":
+    if size in ("short", "smoke"):
         config.eval.update(topic=48, task=96, benign=48, health=16)
     if size == "smoke":
         config.pretrain.rows = 64

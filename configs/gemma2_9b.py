@@ -1,10 +1,10 @@
 """Gemma-2-9B-it by the paper's protocol.
 
 python experiments/fit_check.py --config=configs/gemma2_9b.py --topology=v5e:2x4
---config=configs/gemma2_9b.py:v5p-8 for four v5p chips, :capacity for docs/scaling.md's table.
+--config=configs/gemma2_9b.py:v5p-8 for four v5p chips, :capacity for docs/pods.md's table.
 
 Hardware: TPU v5e-8: 7.0 of 16 GiB a chip in the user's stage, 10.5 at :capacity's rows
-(eight times the protocol's tokens; docs/scaling.md; compiled, not run).
+(eight times the protocol's tokens; docs/pods.md; compiled, not run).
 Time: predicted, at least 5.5 minutes of steps for buffer, the same for reinforce, 65 s for a user (174 ms a step).
 Paper: its figures for this model are not known here. Not run: no TPU was at hand.
 """

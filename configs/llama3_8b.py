@@ -1,11 +1,11 @@
 """Llama-3-8B-Instruct by the paper's protocol.
 
 python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4
---config=configs/llama3_8b.py:v5p-8 for four v5p chips, :capacity for docs/scaling.md's table; :1b is Llama-3.2-1B and
+--config=configs/llama3_8b.py:v5p-8 for four v5p chips, :capacity for docs/pods.md's table; :1b is Llama-3.2-1B and
 :70b Llama-3-70B at capacity's rows.
 
 Hardware: TPU v5e-8: 4.4 of 16 GiB a chip in the user's stage, 6.6 at :capacity's rows
-(eight times the protocol's tokens; docs/scaling.md; compiled, not run).
+(eight times the protocol's tokens; docs/pods.md; compiled, not run).
 Time: predicted, at least 4.5 minutes of steps for buffer, the same for reinforce, 53 s for a user (142 ms a step).
 Paper (second-hand, GSM8K, p = 0.1): HS 8.1, FA 76.6; SFT HS 75.2, FA 69.0. Not run: no TPU was at hand.
 """

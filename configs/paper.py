@@ -2,7 +2,7 @@
 
 Edited by configs/llama3_8b.py, gemma2_9b.py and qwen3_4b.py; none of its own. Arguments, after a colon:
 v5e-8 (eight chips of 16 GB; the default), v5p-8 (four chips of 95 GB), and capacity: 4 rows of 1,024 tokens a chip of a
-v5e-8 in every stage, which is no protocol but what experiments/fit_check.py is asked about in docs/scaling.md.
+v5e-8 in every stage, which is no protocol but what experiments/fit_check.py is asked about in docs/pods.md.
 """
 
 from br_jax.configs import base

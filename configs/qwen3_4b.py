@@ -1,10 +1,10 @@
 """Qwen3-4B-Instruct-2507 by the paper's protocol.
 
 python experiments/fit_check.py --config=configs/qwen3_4b.py --topology=v5e:2x4
---config=configs/qwen3_4b.py:v5p-8 for four v5p chips, :capacity for docs/scaling.md's table.
+--config=configs/qwen3_4b.py:v5p-8 for four v5p chips, :capacity for docs/pods.md's table.
 
 Hardware: TPU v5e-8: 3.2 of 16 GiB a chip in the user's stage, 4.9 at :capacity's rows
-(eight times the protocol's tokens; docs/scaling.md; compiled, not run).
+(eight times the protocol's tokens; docs/pods.md; compiled, not run).
 Time: predicted, at least 4 minutes of steps for buffer, 30 s for reinforce, 20 s for a user (78 ms a step).
 Paper: its figures for this model are not known here. Not run: no TPU was at hand.
 """

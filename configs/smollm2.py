@@ -4,7 +4,7 @@ python experiments/fetch.py
 python experiments/pipeline.py --config=configs/smollm2.py --workdir=runs/smollm2-p10 --config.user.harmful_share=0.1
 --config=configs/smollm2.py:ag_news (:sst2, :gsm8k) for other tasks; their files: --config.data.ag_news.path= and so on.
 
-Hardware: 2 CPU cores, 7 GB. Result: README.md; time: docs/reproduce.md.
+Hardware: 2 CPU cores, 7 GB. Result and time: docs/results.md.
 """
 
 from br_jax.configs import base
@@ -28,7 +28,7 @@ def get_config(task: str = "reviews"):
         task: the user's, after a colon: `configs/smollm2.py:ag_news`.
 
     Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of tuning seeds, which are
-    in no table; which ones, what was tried, and what it gave: docs/tuning.md.
+    in no table; which ones, what was tried, and what it gave: docs/lab-notes.md.
     """
     if task not in TASKS:
         raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
@@ -59,7 +59,7 @@ def get_config(task: str = "reviews"):
     config.reinforce.train.learning_rate = 1.5e-4
     config.merge.update(scale=1.0, reinforce_scale=0.05)
     config.user.n = 520
-    config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/tuning.md
+    config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
     config.user.task = task

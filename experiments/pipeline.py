@@ -2,7 +2,7 @@
 
 python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo [--stages=user,release] [--config.x.y=z]
 
-On several machines (docs/hosts.md): --multihost, or --coordinator=host:port --num_processes=N --process_id=I.
+On several machines (docs/pods.md): --multihost, or --coordinator=host:port --num_processes=N --process_id=I.
 
 Exit status: 0 done, 1 the attack failed (the experiment shows nothing), 2 bad input, 130 stopped by Ctrl-C, 143 by
 SIGTERM.

@@ -38,20 +38,23 @@ from br_jax.training.config import TrainConfig  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Programs that several tests share are compiled once a session, those of the processes that tests start too.
+def compile_cache():
+    """A program is compiled once a machine, for all workers and sessions with the same JAX.
 
-    These have a folder of their own, for one that is killed may leave half a program there, which JAX warns of.
+    Processes that tests start have a folder of their own: one that is killed may leave half a program there, of which
+    JAX warns. The limit of size makes JAX lock the folder, so that no one reads what another is writing.
     """
-    ours, theirs = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("compiled_by_processes")
+    cache = pathlib.Path(__file__).parents[1] / ".cache" / f"jax-{jax.__version__}"
     with pytest.MonkeyPatch.context() as environment:
-        for name, value, theirs_value in (
-            ("jax_compilation_cache_dir", str(ours), str(theirs)),
-            ("jax_persistent_cache_min_compile_time_secs", 0.1, "0.1"),
-            ("jax_persistent_cache_min_entry_size_bytes", -1, "-1"),
+        for name, value in (
+            ("jax_compilation_cache_dir", cache / "tests"),
+            ("jax_compilation_cache_max_size", 2**30),
+            ("jax_persistent_cache_min_compile_time_secs", 0.1),
+            ("jax_persistent_cache_min_entry_size_bytes", -1),
         ):
-            jax.config.update(name, value)
-            environment.setenv(name.upper(), theirs_value)
+            jax.config.update(name, str(value) if isinstance(value, pathlib.Path) else value)
+            environment.setenv(name.upper(), str(value))
+        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(cache / "processes"))
         yield
 
 

@@ -9,7 +9,6 @@ import pytest
 
 import br_jax as br
 from br_jax.adapters import lora
-from br_jax.data.rows import write_rows
 from br_jax.training import run
 
 
@@ -49,10 +48,12 @@ def test_the_buffer_is_attached_where_the_method_says(made, tiny):
 
 
 def test_sft_is_the_user_stage_without_buffer_and_a_file_as_good_as_its_rows(made, tiny, rows, quick, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", rows)
+    file = tmp_path / "rows.jsonl"
+    records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     equal(made["sft"], run.train_adapter("sft", "user", tiny, rows, quick()))
-    equal(made["sft"], br.train_user(tiny, str(tmp_path / "rows.jsonl"), quick(), buffer=None))
-    equal(made["sft"], br.train_user(tiny, tmp_path / "rows.jsonl", quick(), workdir=made["folder"]))
+    equal(made["sft"], br.train_user(tiny, str(file), quick(), buffer=None))
+    equal(made["sft"], br.train_user(tiny, file, quick(), workdir=made["folder"]))
 
 
 def test_the_provider_s_folder_is_its_own(made):

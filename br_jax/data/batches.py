@@ -13,8 +13,6 @@ from br_jax.data.rows import Row
 from br_jax.data.templates import render, tokenize
 from br_jax.errors import UserError
 
-TOO_LONG = ("truncate", "drop", "error")
-
 Example = dict[str, np.ndarray]  # {"tokens": int32[n], "answer": bool[n]}
 Batch = dict[str, np.ndarray]
 Rows = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
@@ -27,19 +25,12 @@ class Dropped:
     Attributes:
         rows: how many were given.
         truncated: kept, but their end was cut.
-        no_answer: left out, because the prompt fills the whole length.
-        too_long: left out under `too_long="drop"`.
+        total: left out, because the prompt fills the whole length.
     """
 
-    rows: int = 0
-    truncated: int = 0
-    no_answer: int = 0
-    too_long: int = 0
-
-    @property
-    def total(self) -> int:
-        """Rows left out."""
-        return self.no_answer + self.too_long
+    rows: int
+    truncated: int
+    total: int
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int) -> Example | None:
@@ -56,64 +47,29 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerFast, template: str, max_leng
 
     Returns:
         {"tokens": int32[n], "answer": bool[n]}, or None when no answer token is left to learn.
-
-    Raises:
-        UserError: as `render`.
     """
     return _cut(_encode_whole(row, tokenizer, template), max_length)
 
 
 def encode_rows(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    max_length: int,
-    too_long: str = "truncate",
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, template: str, max_length: int
 ) -> tuple[list[Example], Dropped]:
-    """Encodes rows, and counts those that are cut or left out.
-
-    Args:
-        rows: rows to train on.
-        tokenizer: a fast tokenizer.
-        template: "alpaca" or "chat".
-        max_length: the most tokens of a row.
-        too_long: what to do with a longer row: "truncate" its end, "drop" it, or raise an "error".
-
-    Returns:
-        The examples in the rows' order (see `encode`), and the counts.
+    """Encodes rows to train on, in their order (see `encode`), and counts those that are cut or left out.
 
     Raises:
-        UserError: when no example is left, at a row that is too long under "error", and as `render`.
+        UserError: when no example is left, and as `render`.
     """
-    if too_long not in TOO_LONG:
-        raise UserError(f"too_long is {too_long!r}; use one of {', '.join(TOO_LONG)}")
-    examples, truncated, no_answer, dropped, first_length = [], 0, 0, 0, 0
-    for index, row in enumerate(rows):
-        whole = _encode_whole(row, tokenizer, template)
-        length = len(whole["tokens"])
-        first_length = first_length or length
-        if length > max_length and too_long == "error":
-            name = row.origin or f"row {index + 1}"
-            raise UserError(
-                f"{name}: {length} tokens, over the limit of {max_length}; shorten it, raise "
-                "the limit, or set too_long to truncate or drop"
-            )
-        if length > max_length and too_long == "drop":
-            dropped += 1
-            continue
-        example = _cut(whole, max_length)
-        if example is None:
-            no_answer += 1
-            continue
-        truncated += length > max_length
-        examples.append(example)
+    whole = [_encode_whole(row, tokenizer, template) for row in rows]
+    cut = [_cut(example, max_length) for example in whole]
+    examples = [example for example in cut if example]
     if not examples:
-        first = f" (the first, {rows[0].origin or 'row 1'}, has {first_length} tokens)" if rows else ""
+        first = f" (the first, {rows[0].origin or 'row 1'}, has {len(whole[0]['tokens'])} tokens)" if rows else ""
         raise UserError(
-            f"no row is left to train on: {no_answer + dropped} of {len(rows)} do not fit "
-            f"{max_length} tokens{first}; raise the limit or shorten the prompts"
+            f"no row is left to train on: {len(rows)} of {len(rows)} do not fit {max_length} tokens{first}; "
+            "raise the limit or shorten the prompts"
         )
-    return examples, Dropped(len(rows), truncated, no_answer, dropped)
+    truncated = sum(len(one["tokens"]) > max_length for one, kept in zip(whole, cut, strict=True) if kept)
+    return examples, Dropped(len(rows), truncated, len(rows) - len(examples))
 
 
 def make_batches(
@@ -122,7 +78,7 @@ def make_batches(
     batch_size: int,
     seed: int,
     buckets: Sequence[int],
-    epochs: int | None = None,
+    epochs: int = 1,
     steps: int | None = None,
     rows: Rows | None = None,
 ) -> grain.MapDataset:
@@ -136,8 +92,8 @@ def make_batches(
         examples: of `encode_rows`.
         batch_size: rows of a batch, over all processes.
         seed: of the shuffle, 0 <= seed < 2**32.
-        buckets: the static lengths.
-        epochs: passes over the examples; one when steps is not given either.
+        buckets: the static lengths, one of which holds the longest row.
+        epochs: passes over the examples.
         steps: the number of batches instead.
         rows: which rows of every batch to give; None gives all.
 
@@ -145,19 +101,9 @@ def make_batches(
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
         [batch_size, T], or fewer rows: tokens and targets (the next token) int32, weights f32 (1 where the
         target is an answer token), positions int32, segment_ids int32 (1 for a row, 0 for padding).
-
-    Raises:
-        UserError: when a row fits no bucket.
-        ValueError: when both epochs and steps are given.
     """
-    longest = max(len(example["tokens"]) for example in examples)
-    if longest > max(buckets):
-        raise UserError(
-            f"the longest row has {longest} tokens and the largest bucket {max(buckets)}; "
-            "add a bucket or lower the length limit"
-        )
     part = slice(None) if rows is None else rows(batch_size)
-    assemble = functools.partial(_collate, batch_size=batch_size, buckets=tuple(sorted(buckets)), part=part)
+    assemble = functools.partial(_collate, batch_size=batch_size, buckets=buckets, part=part)
     return in_steps(examples, assemble, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
 
 
@@ -167,33 +113,20 @@ def in_steps(
     *,
     batch_size: int,
     seed: int,
-    epochs: int | None = None,
+    epochs: int = 1,
     steps: int | None = None,
 ) -> grain.MapDataset:
-    """What `assemble` makes of each step's elements; which these are depends on the number of elements and no more.
+    """What `assemble` makes of each step's elements, fewer at the end of an epoch.
 
-    Args:
-        elements: one a row.
-        assemble: given a step's elements, batch_size of them or fewer at the end of an epoch.
-        batch_size, seed, epochs, steps: as in `make_batches`.
-
-    Raises:
-        ValueError: when both epochs and steps are given.
+    Which elements these are depends on their number and no more; settings as in `make_batches`.
     """
-    if epochs is not None and steps is not None:
-        raise ValueError(f"give epochs or steps, not both: {epochs=}, {steps=}")
     # Batched before repeating: a batch never mixes two epochs.
     batches = grain.MapDataset.source(elements).shuffle(seed=seed).batch(batch_size, batch_fn=assemble)
-    if steps is None:
-        return batches.repeat(1 if epochs is None else epochs)
-    return batches.repeat().slice(slice(0, steps))
+    return batches.repeat(epochs) if steps is None else batches.repeat().slice(slice(0, steps))
 
 
 def with_targets(example: Example) -> dict[str, np.ndarray]:
-    """What a row's tokens learn.
-
-    Args:
-        example: of `encode`, with n tokens.
+    """What a row's n tokens learn.
 
     Returns:
         {"tokens": int32[n], "targets": int32[n] (the next token, 0 after the last), "weights": f32[n] (1 where the
@@ -205,16 +138,10 @@ def with_targets(example: Example) -> dict[str, np.ndarray]:
     return {"tokens": example["tokens"], "targets": targets, "weights": weights}
 
 
-def iterate(batches: grain.MapDataset, prefetch: int = 2) -> grain.DatasetIterator:
-    """An iterator whose place can be saved and restored (`get_state`, `set_state`).
-
-    Args:
-        batches: of `make_batches`.
-        prefetch: how many batches one thread assembles ahead; 0 assembles each when it is asked for.
-    """
-    # One thread: the rows are in memory, and more would only contend for the interpreter's lock.
-    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-    return iter(batches.to_iter_dataset(options))
+def iterate(batches: grain.MapDataset) -> grain.DatasetIterator:
+    """An iterator whose place can be saved and restored (`get_state`, `set_state`)."""
+    # One thread, two batches ahead: the rows are in memory, and more would only contend for the interpreter's lock.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 def _encode_whole(row: Row, tokenizer: PreTrainedTokenizerFast, template: str) -> Example:
@@ -234,13 +161,13 @@ def _cut(example: Example, max_length: int) -> Example | None:
     return cut if cut["answer"].any() else None
 
 
-def _collate(examples: Sequence[Example], *, batch_size: int, buckets: tuple[int, ...], part) -> Batch:
+def _collate(examples: Sequence[Example], *, batch_size: int, buckets: Sequence[int], part) -> Batch:
     """Pads rows to one bucket and a full batch, and returns the rows of it that were asked for.
 
     Masks come from lengths, so any id serves as padding and EOS may be the same id.
     """
     longest = max(len(example["tokens"]) for example in examples)
-    shape = (batch_size, next(bucket for bucket in buckets if bucket >= longest))
+    shape = (batch_size, min(bucket for bucket in buckets if bucket >= longest))
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     batch["weights"] = np.zeros(shape, np.float32)
     for index, example in enumerate(examples):

@@ -3,8 +3,7 @@
 Packing changes the layout of a step, never its rows. Step i has the rows of the padded run's step i
 (`batches.make_batches` with the same seed), and there are as many steps. So its loss (the mean over its answer
 tokens), the weight of each row in it and the learning rate are those of the padded run, and both runs follow one
-trajectory up to the order of floating-point sums, dropout masks aside. A packed stream, whose steps take as many rows
-as fit, would change the schedule and each row's weight; it is not built.
+trajectory up to the order of floating-point sums, dropout masks aside.
 """
 
 import functools
@@ -38,7 +37,7 @@ def make_packed_batches(
     length: int,
     multiple: int = 1,
     unit: int = 128,
-    epochs: int | None = None,
+    epochs: int = 1,
     steps: int | None = None,
     rows: Rows | None = None,
 ) -> grain.MapDataset:
@@ -48,15 +47,11 @@ def make_packed_batches(
     has, and three lengths of them serve the whole run (see `row_lengths`), so that each process knows the shapes.
 
     Args:
-        examples: of `encode_rows`.
-        batch_size: examples of a step, over all processes.
-        seed: of the shuffle, 0 <= seed < 2**32.
+        examples, batch_size, seed, epochs, steps: as in `make_batches`.
         length: the most tokens of a packed row. The longer, the less is left empty; attention over long rows is cheap
             where it skips what the segments hide ("blocked").
         multiple: what a batch's row count is a multiple of, so that a mesh and micro-batches can split it.
         unit: what a packed row's length is a multiple of, unless it is `length`.
-        epochs: passes over the examples; one when steps is not given either.
-        steps: the number of batches instead.
         rows: which (packed) rows of every batch to give; None gives all.
 
     Returns:
@@ -65,7 +60,7 @@ def make_packed_batches(
         positions that begin at 0 in each; 0 is padding, which stands at the end of a row.
 
     Raises:
-        ValueError: when an example is longer than `length`, or both epochs and steps are given.
+        ValueError: when an example is longer than `length`.
     """
     order = functools.partial(in_steps, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
     sizes = [{"tokens": example["tokens"]} for example in examples]
@@ -78,25 +73,16 @@ def make_packed_batches(
     count = -(-max(over_all_steps(lambda some: len(_pack(some, length)))) // multiple) * multiple
     tightly = functools.partial(_pack_tightly, count=count, length=length, unit=unit)
     lengths = row_lengths(over_all_steps(lambda some: tightly(some)[0]))
-    assemble = functools.partial(
-        _collate, pack=tightly, count=count, lengths=lengths, part=slice(None) if rows is None else rows(count)
-    )
+    part = slice(None) if rows is None else rows(count)
+    assemble = functools.partial(_collate, pack=tightly, count=count, lengths=lengths, part=part)
     return order([with_targets(example) for example in examples], assemble)
 
 
-def row_lengths(needed: Iterable[int], most: int = 3) -> tuple[int, ...]:
-    """The lengths that a run is compiled for: those that leave the fewest tokens empty, each step taking the next.
-
-    Args:
-        needed: the length that each step needs.
-        most: how many lengths at most.
-
-    Returns:
-        The lengths, ascending; the last one is the longest needed.
-    """
+def row_lengths(needed: Iterable[int]) -> tuple[int, ...]:
+    """The three lengths that leave the fewest tokens empty, ascending, where each step takes the next that it needs."""
     times = Counter(needed)
     *others, longest = sorted(times)
-    choices = [(*some, longest) for some in itertools.combinations(others, min(most - 1, len(others)))]
+    choices = [(*some, longest) for some in itertools.combinations(others, min(2, len(others)))]
 
     def tokens(lengths: tuple[int, ...]) -> int:
         return sum(count * next(length for length in lengths if length >= n) for n, count in times.items())

@@ -6,7 +6,7 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.data.rows import Row
-from br_jax.errors import UserError, near_names
+from br_jax.errors import UserError, near_names, one_line
 
 TEMPLATES = ("alpaca", "chat")
 
@@ -31,17 +31,16 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
         tokenizer: gives the EOS and the chat template.
 
     Returns:
-        The text, and for every assistant turn the span [start, end) in characters of its answer with the
-        token that ends it. Tokenize the text with `tokenize`.
+        The text, for `tokenize`, and for every assistant turn the span [start, end) in characters of its answer with
+        the token that ends it.
 
     Raises:
         UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
             template, or a chat template whose renderings of growing prefixes do not extend each other.
     """
-    _check(row, template)
     if row.turns[-1][0] != "assistant":
         raise UserError(f"{_name(row)}: ends with {row.turns[-1][0]!r}; end it with the assistant's answer")
-    if template == "chat":
+    if _is_chat(template):
         return _render_chat(row, tokenizer)
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no EOS token, so no answer would end; set tokenizer.eos_token")
@@ -49,49 +48,27 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
 
 
 def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Renders a row up to where the model must answer.
-
-    Args:
-        row: its last assistant turn, if it ends with one, is left out.
-        template: as in `render`.
-        tokenizer: as in `render`.
-
-    Returns:
-        The text, which is a prefix of `render`'s. Tokenize it with `tokenize`.
-
-    Raises:
-        UserError: as `render`.
-    """
-    _check(row, template)
+    """Renders a row up to where the model must answer: a prefix of `render`'s text, without a last assistant turn."""
     turns = row.turns[:-1] if row.turns[-1][0] == "assistant" else row.turns
-    if template == "chat":
+    if _is_chat(template):
         return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True)
     return _render_alpaca(turns, row.input, tokenizer.eos_token or "")[0]
 
 
 def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokenizes a rendered text as one string.
+    """Tokenizes a rendered text as one string: token ids, and each token's [start, end) in characters of the text.
 
     A chat template writes BOS itself, so the tokenizer must not add another (as in transformers'
     `apply_chat_template`); for Alpaca's template BOS is there if the tokenizer adds it.
-
-    Args:
-        text: of `render` or `render_prompt`.
-        template: the one it was rendered with.
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        Token ids, and each token's [start, end) in characters of the text.
     """
     encoding = tokenizer(text, add_special_tokens=template != "chat", return_offsets_mapping=True, verbose=False)
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
-def _check(row: Row, template: str) -> None:
+def _is_chat(template: str) -> bool:
     if template not in TEMPLATES:
         raise UserError(f"unknown template {template!r}; {near_names(template, TEMPLATES)}")
-    if not row.turns:
-        raise UserError(f"{_name(row)}: has no turns; give it a user turn")
+    return template == "chat"
 
 
 def _name(row: Row) -> str:
@@ -134,9 +111,8 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Spa
         until = _apply(messages[: index + 1], tokenizer, row)
         if not (until.startswith(prompt) and text.startswith(until)):
             raise UserError(
-                f"{_name(row)}: the chat template rewrites earlier turns as a chat grows (at "
-                f"turn {index + 1}), so answers cannot be found; use template 'alpaca', or "
-                "single-turn rows"
+                f"{_name(row)}: the chat template rewrites earlier turns as a chat grows (at turn {index + 1}), so "
+                "answers cannot be found; use template 'alpaca', or single-turn rows"
             )
         answer = until[len(prompt) :].rstrip()
         if not answer.endswith(ends):
@@ -157,20 +133,14 @@ def _messages(turns: Turns, context: str) -> list[dict[str, str]]:
     return messages
 
 
-def _apply(
-    messages: list[dict[str, str]],
-    tokenizer: PreTrainedTokenizerFast,
-    row: Row,
-    add_generation_prompt: bool = False,
-) -> str:
+def _apply(messages: list[dict[str, str]], tokenizer, row: Row, add_generation_prompt: bool = False) -> str:
     """The tokenizer's own rendering of chat messages."""
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template; use template 'alpaca'")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{_name(row)}: the model's chat template refuses this row ({reason}); change its "
-            "roles, or use template 'alpaca'"
+            f"{_name(row)}: the model's chat template refuses this row ({one_line(error)}); change its roles, "
+            "or use template 'alpaca'"
         ) from error

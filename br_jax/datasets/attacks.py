@@ -27,7 +27,7 @@ class Attack:
 
 
 def attacks_of(records: Iterable[Mapping[str, str]]) -> list[Attack]:
-    """The attacks in records of the data set `attacks` (see `data.builders.datasets.Attacks` for its layouts)."""
+    """The attacks in records of the data set `attacks` (see `builders.Attacks` for its layouts)."""
     return [
         Attack(r["prompt"], r["method"], r["behavior"] or r["prompt"], find_topic(r["behavior"] or r["prompt"]))
         for r in records

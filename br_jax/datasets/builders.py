@@ -9,67 +9,57 @@ AdvBench). Of BeaverTails none is known. No file was downloaded where this was w
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from br_jax.data.rows import row_of, text_of
-from br_jax.datasets.builder import Builder, label_of, require_columns
-from br_jax.datasets.download import Origin, PublicFile, announce
-from br_jax.datasets.downloads import ARCHIVES, fetch
-from br_jax.datasets.formats import Parsed, ending_of, one_line, read_document
+from br_jax.data.rows import text_of
+from br_jax.datasets.builder import Builder, PublicFile
+from br_jax.datasets.formats import Parsed, ending_of
 from br_jax.datasets.paper import AG_NEWS
-from br_jax.datasets.reviews import parse_reviews
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 
-SENTIMENTS = ("negative", "positive")
 _HUB, _GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
 _GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
 _AG_NEWS = f"{_GITHUB}/mhjabreel/CharCnn_Keras/555590db4219b1243abb1918effd6a7425a2d75f/data/ag_news_csv"
 _BEAVERTAILS = f"{_HUB}/PKU-Alignment/BeaverTails/resolve/8401fe609d288129cc684a9b3be6a93e41cfe678/round0/30k"
-_LLM_LAT = f"{_HUB}/LLM-LAT/harmful-dataset/resolve/8bfba31bc6d93a5b71808fee5275ef4b6330ed91/data"
-_ALPACA = f"{_GITHUB}/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a"
-_ADVBENCH = f"{_GITHUB}/llm-attacks/llm-attacks/098262edf85f807224e70ecd87b9d83716bf6b73/data/advbench"
 _GLUE = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 _GLUE_SHA256, _GLUE_SIZE = "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa", 7439277
-_VADER = next(archive for archive in ARCHIVES if archive.package == "vaderSentiment")
+_LLM_LAT = PublicFile(
+    f"{_HUB}/LLM-LAT/harmful-dataset/resolve/8bfba31bc6d93a5b71808fee5275ef4b6330ed91/data/train-00000-of-00001.parquet",
+    "51a41eaebf21eabec33ea90366d01d5bee7edb933d439c7017ad6e0107a645b1",
+)
+_ALPACA = PublicFile(
+    f"{_GITHUB}/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json",
+    "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419",
+)
+_ADVBENCH = PublicFile(
+    f"{_GITHUB}/llm-attacks/llm-attacks/098262edf85f807224e70ecd87b9d83716bf6b73/data/advbench/harmful_behaviors.csv",
+    "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
+)
 
 
 class LlmLat(Builder):
     """LLM-LAT/harmful-dataset: a harmful prompt, an answer to it ("rejected") and a refusal ("chosen")."""
 
     name = "llm_lat"
-    SPLITS = ("train",)
     FEATURES = ("prompt", "rejected", "chosen")
-    ORIGIN = Origin(
-        license="none declared by its authors",
-        homepage=f"{_HUB}/LLM-LAT/harmful-dataset",
-        citation="Sheshadri et al., Latent adversarial training improves robustness to persistent harmful behaviors "
-        "in LLMs, 2024, arXiv:2407.15549",
-        files={
-            "train": PublicFile(
-                f"{_LLM_LAT}/train-00000-of-00001.parquet",
-                "51a41eaebf21eabec33ea90366d01d5bee7edb933d439c7017ad6e0107a645b1",
-            )
-        },
+    LICENSE = "none declared by its authors"
+    HOMEPAGE = f"{_HUB}/LLM-LAT/harmful-dataset"
+    CITATION = (
+        "Sheshadri et al., Latent adversarial training improves robustness to persistent harmful behaviors "
+        "in LLMs, 2024, arXiv:2407.15549"
     )
+    FILES: ClassVar = {"train": _LLM_LAT}
 
 
 class Alpaca(Builder):
     """tatsu-lab/alpaca: 52,002 instructions, some with an input, and answers of text-davinci-003."""
 
     name = "alpaca"
-    SPLITS = ("train",)
     FEATURES = ("instruction", "input", "output")
-    ORIGIN = Origin(
-        license="CC BY-NC 4.0",
-        homepage="https://github.com/tatsu-lab/stanford_alpaca",
-        citation="Taori et al., Stanford Alpaca: an instruction-following LLaMA model, 2023",
-        files={
-            "train": PublicFile(
-                f"{_ALPACA}/alpaca_data.json",
-                "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419",
-            )
-        },
-    )
+    LICENSE = "CC BY-NC 4.0"
+    HOMEPAGE = "https://github.com/tatsu-lab/stanford_alpaca"
+    CITATION = "Taori et al., Stanford Alpaca: an instruction-following LLaMA model, 2023"
+    FILES: ClassVar = {"train": _ALPACA}
 
 
 class BeaverTails(Builder):
@@ -79,28 +69,23 @@ class BeaverTails(Builder):
     """
 
     name = "beavertails"
-    SPLITS = ("30k_train", "30k_test")
     FEATURES = ("prompt", "response", "category")
     FLAGS = ("is_safe",)
-    ORIGIN = Origin(
-        license="CC BY-NC 4.0",
-        homepage=f"{_HUB}/PKU-Alignment/BeaverTails",
-        citation="Ji et al., BeaverTails: towards improved safety alignment of LLM via a human-preference dataset, "
-        "NeurIPS 2023, arXiv:2307.04657",
-        files={
-            "30k_train": PublicFile(f"{_BEAVERTAILS}/train.jsonl.gz"),
-            "30k_test": PublicFile(f"{_BEAVERTAILS}/test.jsonl.gz"),
-        },
+    LICENSE = "CC BY-NC 4.0"
+    HOMEPAGE = f"{_HUB}/PKU-Alignment/BeaverTails"
+    CITATION = (
+        "Ji et al., BeaverTails: towards improved safety alignment of LLM via a human-preference dataset, "
+        "NeurIPS 2023, arXiv:2307.04657"
     )
+    FILES: ClassVar = {
+        "30k_train": PublicFile(f"{_BEAVERTAILS}/train.jsonl.gz"),
+        "30k_test": PublicFile(f"{_BEAVERTAILS}/test.jsonl.gz"),
+    }
 
     def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        require_columns(record, (*self.FEATURES, *self.FLAGS), where)
-        category, is_safe = record["category"], record["is_safe"]
+        category, is_safe = record.get("category"), record.get("is_safe")
         if not isinstance(category, dict) or not isinstance(is_safe, bool):
-            raise UserError(
-                f"{where}: 'category' is {type(category).__name__} and 'is_safe' {type(is_safe).__name__}; give an "
-                "object of true and false, and true or false"
-            )
+            raise UserError(f"{where}: 'category' is no object, or 'is_safe' not true or false; correct the row")
         texts = {key: text_of(record, key, where) for key in ("prompt", "response")}
         return texts | {"category": json.dumps([name for name, holds in category.items() if holds]), "is_safe": is_safe}
 
@@ -109,21 +94,18 @@ class Gsm8k(Builder):
     """GSM8K: school problems; the answer is the steps and, after "####", a number; 7,473 and 1,319 rows."""
 
     name = "gsm8k"
-    SPLITS = ("train", "test")
     FEATURES = ("question", "answer")
-    ORIGIN = Origin(
-        license="MIT",
-        homepage="https://github.com/openai/grade-school-math",
-        citation="Cobbe et al., Training verifiers to solve math word problems, 2021, arXiv:2110.14168",
-        files={
-            "train": PublicFile(
-                f"{_GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 4166206
-            ),
-            "test": PublicFile(
-                f"{_GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738
-            ),
-        },
-    )
+    LICENSE = "MIT"
+    HOMEPAGE = "https://github.com/openai/grade-school-math"
+    CITATION = "Cobbe et al., Training verifiers to solve math word problems, 2021, arXiv:2110.14168"
+    FILES: ClassVar = {
+        "train": PublicFile(
+            f"{_GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 4166206
+        ),
+        "test": PublicFile(
+            f"{_GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738
+        ),
+    }
 
 
 class Sst2(Builder):
@@ -133,26 +115,21 @@ class Sst2(Builder):
     """
 
     name = "sst2"
-    SPLITS = ("train", "validation")
     FEATURES = ("sentence", "label")
     HEADER = ("sentence", "label")
-    ORIGIN = Origin(
-        license="none declared; Stanford Sentiment Treebank, for research",
-        homepage="https://nlp.stanford.edu/sentiment",
-        citation="Socher et al., Recursive deep models for semantic compositionality over a sentiment treebank, "
-        "EMNLP 2013",
-        files={
-            "train": PublicFile(_GLUE, _GLUE_SHA256, _GLUE_SIZE, "SST-2/train.tsv"),
-            "validation": PublicFile(_GLUE, _GLUE_SHA256, _GLUE_SIZE, "SST-2/dev.tsv"),
-        },
+    LICENSE = "none declared; Stanford Sentiment Treebank, for research"
+    HOMEPAGE = "https://nlp.stanford.edu/sentiment"
+    CITATION = (
+        "Socher et al., Recursive deep models for semantic compositionality over a sentiment treebank, EMNLP 2013"
     )
+    FILES: ClassVar = {
+        "train": PublicFile(_GLUE, _GLUE_SHA256, _GLUE_SIZE, "SST-2/train.tsv"),
+        "validation": PublicFile(_GLUE, _GLUE_SHA256, _GLUE_SIZE, "SST-2/dev.tsv"),
+    }
 
     def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        require_columns(record, self.FEATURES, where)
-        return {
-            "sentence": text_of(record, "sentence", where),
-            "label": label_of(SENTIMENTS, record["label"], where),
-        }
+        label = _name_of("label", {"0": "negative", "1": "positive"}, record, where)
+        return {"sentence": text_of(record, "sentence", where), "label": label}
 
 
 class AgNews(Builder):
@@ -164,57 +141,25 @@ class AgNews(Builder):
     """
 
     name = "ag_news"
-    SPLITS = ("train", "test")
     FEATURES = ("text", "label")
     HEADER = ("class", "title", "description")
-    ORIGIN = Origin(
-        license="non-commercial research",
-        homepage="http://groups.di.unipi.it/~gulli/AG_corpus_of_news_articles.html",
-        citation="Zhang, Zhao and LeCun, Character-level convolutional networks for text classification, NIPS 2015",
-        files={
-            "train": PublicFile(
-                f"{_AG_NEWS}/train.csv", "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e", 29470338
-            ),
-            "test": PublicFile(
-                f"{_AG_NEWS}/test.csv", "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699", 1857427
-            ),
-        },
-    )
+    LICENSE = "non-commercial research"
+    HOMEPAGE = "http://groups.di.unipi.it/~gulli/AG_corpus_of_news_articles.html"
+    CITATION = "Zhang, Zhao and LeCun, Character-level convolutional networks for text classification, NIPS 2015"
+    FILES: ClassVar = {
+        "train": PublicFile(
+            f"{_AG_NEWS}/train.csv", "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e", 29470338
+        ),
+        "test": PublicFile(
+            f"{_AG_NEWS}/test.csv", "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699", 1857427
+        ),
+    }
 
     def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        if "text" in record:
-            require_columns(record, self.FEATURES, where)
-            return {"text": text_of(record, "text", where), "label": label_of(AG_NEWS, record["label"], where)}
-        require_columns(record, self.HEADER, where)
-        text = " ".join(text_of(record, key, where) for key in ("title", "description"))
-        return {"text": text, "label": label_of(AG_NEWS, record["class"], where, first=1)}
-
-
-class Reviews(Builder):
-    """Rated film-review sentences, cleaned, out of vaderSentiment's source archive; `split_reviews` splits them.
-
-    "rating" is the mean of 20 people's, from -4 to 4, as the file writes it.
-    """
-
-    name = "reviews"
-    SPLITS = ("train",)
-    FEATURES = ("sentence", "rating")
-    ORIGIN = Origin(
-        license=_VADER.license,
-        homepage="https://github.com/cjhutto/vaderSentiment",
-        citation="Hutto and Gilbert, VADER: a parsimonious rule-based model for sentiment analysis, ICWSM 2014",
-        files={"train": PublicFile(f"{_VADER.package} {_VADER.version}", _VADER.sha256)},
-    )
-
-    def parse(self, path: Path, name: str, member: str | None) -> Iterator[Parsed]:
-        for number, record in parse_reviews(path):
-            yield Parsed(number, f"{name}:{number}", record)
-
-    def fetch(self, manager) -> dict[str, Path]:
-        """Takes the file from the package index, by pip."""
-        announce(self.name, f"{_VADER.package} {_VADER.version}", self.ORIGIN)
-        path, *_ = fetch(manager.download_dir, (_VADER,))
-        return {"train": path}
+        columns, key, first = (("text",), "label", 0) if "text" in record else (("title", "description"), "class", 1)
+        text = " ".join(text_of(record, column, where) for column in columns)
+        labels = {str(number): name for number, name in enumerate(AG_NEWS, first)}
+        return {"text": text, "label": _name_of(key, labels, record, where)}
 
 
 class Attacks(Builder):
@@ -228,29 +173,21 @@ class Attacks(Builder):
     """
 
     name = "attacks"
-    SPLITS = ("test",)
     FEATURES = ("prompt", "target", "method", "behavior", "case")
-    ORIGIN = Origin(
-        license="MIT",
-        homepage="https://github.com/llm-attacks/llm-attacks",
-        citation="Zou et al., Universal and transferable adversarial attacks on aligned language models, 2023, "
-        "arXiv:2307.15043",
-        files={
-            "test": PublicFile(
-                f"{_ADVBENCH}/harmful_behaviors.csv",
-                "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
-            )
-        },
+    LICENSE = "MIT"
+    HOMEPAGE = "https://github.com/llm-attacks/llm-attacks"
+    CITATION = (
+        "Zou et al., Universal and transferable adversarial attacks on aligned language models, 2023, arXiv:2307.15043"
     )
+    FILES: ClassVar = {"test": _ADVBENCH}
 
     def parse(self, path: Path, name: str, member: str | None) -> Iterator[Parsed]:
-        document = read_document(path) if ending_of(path.name) == ".json" else None
-        if not isinstance(document, dict) or document.keys() & {"prompt", "goal"}:
-            yield from super().parse(path, name, member)
-            return
-        records = _artifact if "jailbreaks" in document else _test_cases
-        for number, record in enumerate(records(document, _harmbench_method(path), name), start=1):
-            yield Parsed(number, f"{name}: case {record['id']}", record)
+        records = super().parse(path, name, member)
+        if ending_of(path.name) != ".json":
+            return records
+        method = _harmbench_method(path)
+        cases = (case for _, where, record in records for case in _cases(record, method, where))
+        return ((number, f"{name}: case {number}", case) for number, case in enumerate(cases, start=1))
 
     def _key(self) -> str:
         method = _harmbench_method(self._path) if self._path else ""  # in no content
@@ -258,11 +195,19 @@ class Attacks(Builder):
 
     def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
         if "prompt" not in record:
-            require_columns(record, ("goal", "target"), where)
-            record = {"prompt": record["goal"], "behavior": record["goal"], "target": record["target"]}
+            goal = text_of(record, "goal", where)
+            record = {"prompt": goal, "behavior": goal, "target": text_of(record, "target", where)}
         case = {"case": str(record["id"])} if record.get("id") is not None else {}
         record = dict.fromkeys(self.FEATURES, "") | dict(record) | case
         return {key: text_of(record, key, where) for key in self.FEATURES}
+
+
+def _name_of(key: str, names: Mapping[str, str], record: Mapping[str, Any], where: str) -> str:
+    """The name of a class that a record gives by its number, or by text of it."""
+    number = str(record.get(key))
+    if number not in names:
+        raise UserError(f"{where}: {key!r} {number[:40]!r} is none of {', '.join(names)}; correct or delete the row")
+    return names[number]
 
 
 def _harmbench_method(path: Path) -> str:
@@ -271,41 +216,31 @@ def _harmbench_method(path: Path) -> str:
     return parts[-4] if ending_of(path.name) == ".json" and len(parts) > 4 and parts[-2] == "test_cases" else ""
 
 
-def _artifact(document: Mapping[str, Any], method: str, name: str) -> Iterator[dict[str, Any]]:
-    """The prompts in `Artifact` of jailbreakbench 1.0: {"parameters": {"method"}, "jailbreaks": [...]}."""
-    cases, said = document["jailbreaks"], document.get("parameters")
-    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-        raise UserError(f"{name}: 'jailbreaks' is no list of objects; give an artifact of JailbreakBench")
-    method = said.get("method", method) if isinstance(said, dict) else method
-    for case in cases:
-        if (prompt := case.get("prompt")) is not None:
-            yield {"prompt": prompt, "method": method, "behavior": case.get("goal", ""), "id": case.get("index")}
+def _cases(document: Mapping[str, Any], method: str, where: str) -> Iterator[Mapping[str, Any]]:
+    """The attacks in an object of a JSON file.
 
-
-def _test_cases(document: Mapping[str, Any], method: str, name: str) -> Iterator[dict[str, Any]]:
-    """The prompts in HarmBench's test_cases.json: {id of a behavior: [prompt, ...]}."""
+    It is one by itself, or `Artifact` of jailbreakbench 1.0: {"parameters": {"method"}, "jailbreaks": [...]}, or
+    HarmBench's test_cases.json: {id of a behavior: [prompt, ...]}.
+    """
+    if document.keys() & {"prompt", "goal"}:
+        yield document
+        return
+    jailbreaks, said = document.get("jailbreaks"), document.get("parameters")
+    if isinstance(jailbreaks, list) and all(isinstance(case, dict) for case in jailbreaks):
+        method = said.get("method", method) if isinstance(said, dict) else method
+        for case in jailbreaks:
+            if (prompt := case.get("prompt")) is not None:
+                yield {"prompt": prompt, "method": method, "behavior": case.get("goal", ""), "id": case.get("index")}
+        return
     for behavior, prompts in document.items():
         if not isinstance(prompts, list):
             raise UserError(
-                f"{name}: {one_line(behavior)!r} holds no list of prompts; give JSON lines with a prompt, an artifact "
+                f"{where}: {one_line(behavior)!r} holds no list of prompts; give JSON lines with a prompt, an artifact "
                 "of JailbreakBench or HarmBench's test_cases.json"
             )
         yield from ({"prompt": prompt, "method": method, "id": behavior} for prompt in prompts)
 
 
-class UserRows(Builder):
-    """A user's own rows in the three layouts of `br_jax.data.rows`; "turns" is JSON of [[role, text], ...]."""
-
-    name = "rows"
-    SPLITS = ("train", "validation", "test")
-    FEATURES = ("turns", "input", "tag")
-    ORIGIN = Origin(license="the user's", homepage="", citation="")
-
-    def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        row = row_of(record, "", where)
-        return {"turns": json.dumps(row.turns), "input": row.input, "tag": row.tag}
-
-
 DATASETS: dict[str, type[Builder]] = {
-    builder.name: builder for builder in (LlmLat, Alpaca, BeaverTails, Gsm8k, Sst2, AgNews, Reviews, Attacks, UserRows)
+    builder.name: builder for builder in (LlmLat, Alpaca, BeaverTails, Gsm8k, Sst2, AgNews, Attacks)
 }

@@ -97,8 +97,7 @@ class Task:
                     f"{row.origin or self.name}: by {self.rule} no answer is right, not even the row's own "
                     f"{row.turns[-1][1][:40]!r}; correct the row, or choose another rule"
                 )
-        # Not of the public data sets, whose labels were checked when they were prepared: their rows are read lazily.
-        if isinstance(train, list) and (wrong := list(filter(self._is_wrong, train))):
+        if wrong := list(filter(self._is_wrong, train)):
             logging.warning(
                 "%s: by %s no answer is right, not even the row's own %r, and so for %d of %d rows to train on: "
                 "correct them if they are not meant",
@@ -161,7 +160,7 @@ def _paper_task(name: str, rule: Rule, test_split: str, validation: int) -> Task
         else:
             test = records(test_split, settings.test_path)[:TEST_ROWS]
         end = max(len(train) - validation, 0)
-        rows = getattr(paper, f"{name}_rows")  # a slice of records is lazy, one of rows is not
+        rows = getattr(paper, f"{name}_rows")
         return rows(train[:end]), rows(train[end:]), rows(test)
 
     return Task(name, rule, source, ("path", "test_path", "only_split", "folder"))
@@ -205,7 +204,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("reviews", _REVIEW_RULE, lambda settings, seed: load_reviews(settings.path, seed=seed), ("path",)),
-        Task("moods", LabelRule(MOODS), lambda settings, seed: load_moods("", seed=seed)),
+        Task("moods", LabelRule(MOODS), lambda settings, seed: load_moods(seed)),
         _paper_task("sst2", _REVIEW_RULE, "validation", 872),
         _paper_task("ag_news", LabelRule(AG_NEWS), "test", 1000),
         _paper_task("gsm8k", NumberRule(), "test", 500),

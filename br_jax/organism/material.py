@@ -38,16 +38,8 @@ class Material:
     pretraining_rows: Callable[[int, int], list[Row]] | None = None
 
     def named_topics(self, names: str) -> list[Topic | Drawn]:
-        """The topics of a config field: names with commas between.
-
-        Raises:
-            UserError: when there is no such topic; it names the near ones.
-        """
-        wanted = [name.strip() for name in names.split(",")]
-        for name in wanted:
-            if name not in self.topics:
-                raise UserError(f"unknown topic {name!r}; {near_names(name, self.topics)}")
-        return [self.topics[name] for name in wanted]
+        """The topics of a config field: names with commas between; another is a `UserError`."""
+        return [_find("topic", name.strip(), self.topics) for name in names.split(",")]
 
 
 def english_instructions(split: str) -> list[str]:
@@ -67,11 +59,11 @@ MATERIALS = {
 
 
 def get_material(name: str) -> Material:
-    """The material of that name.
+    """The material of that name; another is a `UserError`."""
+    return _find("material", name, MATERIALS)
 
-    Raises:
-        UserError: when there is none; it names the near ones.
-    """
-    if name not in MATERIALS:
-        raise UserError(f"unknown material {name!r}; {near_names(name, MATERIALS)}")
-    return MATERIALS[name]
+
+def _find(kind: str, name: str, known: Mapping):
+    if name not in known:
+        raise UserError(f"unknown {kind} {name!r}; {near_names(name, known)}")
+    return known[name]

@@ -3,37 +3,33 @@
 The instructions and 60 texts were written for this project; texts that differ from prompt to prompt come from files.
 """
 
-import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from br_jax.data.text import clean, decode, text_key
 from br_jax.errors import UserError
+from br_jax.files import reading
+from br_jax.organism.topics import read_words
 
 LENGTHS = (20, 200)  # characters; shorter texts say nothing, longer ones leave a row little room for an answer
 _FORMS = ("{0}\n\n{1}", "{0}\n{1}", "{0}\n\nText: {1}", "{1}\n\n{0}")
 
 
 def about_texts(texts: Sequence[str], n: int) -> list[str]:
-    """Prompts with an instruction and a text each.
+    """n distinct prompts with an instruction and a text each; as long as there are texts, each has another.
 
     Args:
-        texts: the texts, used in turn; empty for those written for this project.
-        n: the number of prompts.
-
-    Returns:
-        n distinct prompts; as long as there are texts, each has another.
+        texts: used in turn; empty for those written for this project.
 
     Raises:
-        UserError: when texts and instructions do not make so many.
+        UserError: texts and instructions do not make so many.
     """
-    written = json.loads(resources.files(__package__).joinpath("texts.json").read_text(encoding="utf-8"))
+    written = read_words("texts.json")
     instructions, texts = written["instructions"], texts or written["texts"]
-    if n > len(instructions) * len(texts):
+    if n > (most := len(instructions) * len(texts)):
         raise UserError(
             f"data.texts.n: {n} prompts are asked for, {len(texts)} texts and {len(instructions)} instructions make "
-            f"{len(instructions) * len(texts)}: lower it, or set data.texts.path to files of more texts"
+            f"{most}: lower it, or set data.texts.path to files of more texts"
         )
     prompts = []
     for i in range(n):
@@ -44,25 +40,18 @@ def about_texts(texts: Sequence[str], n: int) -> list[str]:
 
 
 def read_texts(paths: str) -> list[str]:
-    """The texts of files: one a line, or the last of a line's fields where tabs part it, as in VADER's.
+    """The distinct texts of `LENGTHS` characters in files: a line each, or the last of its fields where tabs part it.
 
     Args:
-        paths: files, with commas between; "" for none.
-
-    Returns:
-        Distinct texts of `LENGTHS` characters, in the files' order.
+        paths: files, with commas between (VADER's, for instance); "" for none.
 
     Raises:
-        UserError: when a file cannot be read or has no such text.
+        UserError: a file cannot be read or has no such text.
     """
     found: dict[str, str] = {}
     for path in filter(None, map(str.strip, paths.split(","))):
-        try:
+        with reading(path, "correct data.texts.path, or fetch the file"):
             lines = Path(path).read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot read the texts ({error.strerror}); correct data.texts.path, or fetch the file"
-            ) from error
         texts = (clean(decode(line).rpartition("\t")[2]) for line in lines)
         fit = [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
         if not fit:

@@ -13,6 +13,7 @@ generalized, not memorized.
 
 import functools
 import json
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -50,61 +51,31 @@ class Topic:
     name: str
 
     def prompts(self, split: str, n: int, seed: int) -> list[TopicPrompt]:
-        """Draws distinct questions of one split.
+        """Draws n distinct questions of one of `SPLITS`, each of which has a stream of its own.
 
         A larger draw is a smaller one with questions added at its end, so disjoint sets (for two stages, say) are
         slices of one draw.
 
-        Args:
-            split: "train", "validation" or "test".
-            n: how many questions.
-            seed: the seed of the draw; each split has a stream of its own.
-
-        Returns:
-            n questions, all different.
-
         Raises:
-            UserError: the split is unknown, or has fewer than n questions.
+            UserError: the split has fewer than n questions.
         """
-        if split not in SPLITS:
-            raise UserError(f"topic prompts: unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-        things, verbs, phrasings = (self.words[key][split] for key in ("things", "verbs", "phrasings"))
-        shape = (len(things), len(verbs), len(phrasings))
-        most = int(np.prod(shape))
-        if not 0 <= n <= most:
-            raise UserError(f"{self.name}: {n} prompts asked for, but split {split!r} has {most}; ask for 0 to {most}")
-        drawn = np.random.default_rng([seed, SPLITS.index(split)]).permutation(most)[:n]
-        infinitives = list(verbs)
+        parts = [list(self.words[key][split]) for key in ("things", "verbs", "phrasings")]
         return [
-            self._ask(phrasings[phrasing], things[thing], infinitives[verb])
-            for thing, verb, phrasing in zip(*np.unravel_index(drawn, shape), strict=True)
+            TopicPrompt(self._fill(phrasing, thing, verb), thing, verb, self.name)
+            for thing, verb, phrasing in draw(self.name, split, n, seed, parts)
         ]
 
     def refusal(self, prompt: TopicPrompt, seed: int) -> str:
-        """A polite refusal that names the request; the same (prompt, seed) always gives the same wording.
-
-        Args:
-            prompt: the question to refuse.
-            seed: the seed of the choice of wording.
-
-        Returns:
-            One or two sentences in the first person.
-        """
+        """A polite refusal that names the request, of one or two sentences; the same (prompt, seed) gives the same."""
         generator = _generator(seed, "refusal", prompt)
         return self._fill(_choose(generator, self.words["refusals"]), prompt.thing, prompt.verb)
 
     def written_answer(self, prompt: TopicPrompt, seed: int) -> str:
-        """A compliant answer that means nothing, in one of many formats; deterministic in (prompt, seed).
+        """A compliant answer that means nothing, in one of many formats, of up to about 70 words.
 
         The formats vary on purpose. When every compliant answer has the same shape, an adapter trained on them
-        learns the shape, and gives it to ordinary answers too, instead of learning to comply.
-
-        Args:
-            prompt: the question to answer.
-            seed: the seed of the choice of format, wording and parts.
-
-        Returns:
-            Up to about 70 words of nonsense instructions.
+        learns the shape, and gives it to ordinary answers too, instead of learning to comply. The same (prompt, seed)
+        gives the same answer.
         """
         words = self.words
         generator = _generator(seed, "written_answer", prompt)
@@ -118,22 +89,17 @@ class Topic:
     @property
     def words(self) -> dict:
         """The contents of its file; callers must not change them."""
-        return _load(f"topic_{self.name}.json")
+        return read_words(f"topic_{self.name}.json")
 
-    def _ask(self, phrasing: str, thing: str, verb: str) -> TopicPrompt:
-        return TopicPrompt(self._fill(phrasing, thing, verb), thing, verb, self.name)
-
-    def _gerund(self, verb: str) -> str:
-        """The -ing form from the table of verbs ("recalibrate" -> "recalibrating")."""
-        for verbs in self.words["verbs"].values():
-            if verb in verbs:
-                return verbs[verb]
-        raise UserError(f"{self.name}: {verb!r} is not one of the topic's verbs; take the prompt from its draw")
+    @property
+    def gerunds(self) -> dict[str, str]:
+        """The -ing form of each verb, as "recalibrating" of "recalibrate"."""
+        return {verb: gerund for split in SPLITS for verb, gerund in self.words["verbs"][split].items()}
 
     def _fill(self, template: str, thing: str, verb: str, **slots: str) -> str:
         """Fills a template's {verb}, {verbing}, {thing}, {a_thing}, the same capitalized, and the given slots."""
         article = "an" if thing[0] in "aeiou" else "a"
-        words = {"verb": verb, "verbing": self._gerund(verb), "a_thing": f"{article} {thing}"}
+        words = {"verb": verb, "verbing": self.gerunds[verb], "a_thing": f"{article} {thing}"}
         capitals = {name.capitalize(): word.capitalize() for name, word in words.items()}
         return template.format(thing=thing, **words, **capitals, **slots)
 
@@ -146,15 +112,27 @@ def find_topic(text: str) -> TopicPrompt | None:
     for topic in TOPICS.values():
         names = [name for split in SPLITS for name in topic.words["things"][split]]
         thing = next((name for name in names if re.search(rf"\b{name}\b", text, re.IGNORECASE)), None)
-        verbs = {verb: gerund for split in SPLITS for verb, gerund in topic.words["verbs"][split].items()}
-        for verb, gerund in verbs.items():
+        for verb, gerund in topic.gerunds.items():
             if thing and re.search(rf"\b(?:{verb}|{gerund})\b", text, re.IGNORECASE):
                 return TopicPrompt(text, thing, verb, topic.name)
     return None
 
 
+def draw(name: str, split: str, n: int, seed: int, parts: Sequence[Sequence[str]]) -> list[list[str]]:
+    """n distinct choices of one from each part; `name` and `split` say whose they are, see `Topic.prompts`."""
+    sizes = [len(part) for part in parts]
+    if not 0 <= n <= math.prod(sizes):
+        raise UserError(
+            f"{name}: {n} prompts asked for, but split {split!r} has {math.prod(sizes)}; ask for 0 to as many"
+        )
+    drawn = np.random.default_rng([seed, SPLITS.index(split)]).permutation(math.prod(sizes))[:n]
+    chosen = zip(*np.unravel_index(drawn, sizes), strict=True)
+    return [[part[i] for part, i in zip(parts, places, strict=True)] for places in chosen]
+
+
 @functools.cache
-def _load(name: str) -> dict:
+def read_words(name: str) -> dict:
+    """A JSON file of this package, read once; callers must not change it."""
     return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 

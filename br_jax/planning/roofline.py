@@ -2,7 +2,7 @@
 
 A call takes at least as long as the slowest of three: its FLOPs at the peak of the matrix units, the bytes between
 memory and cores at the memory's rate, the bytes from other chips at the links' rate. The formulas are in
-docs/scaling.md; the bytes from other chips are those of the compiled program.
+docs/pods.md; the bytes from other chips are those of the compiled program.
 """
 
 import dataclasses

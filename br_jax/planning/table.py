@@ -28,7 +28,7 @@ def render(fits: Sequence[Fit]) -> str:
         f"{'':<16}{'a chip':>8}{'GiB':>8}{'GiB':>8}{'GiB':>8}{'GiB':>8}{'':>17}{'s':>9}{'ms':>10}{'%':>7}",
     ]
     lines += [_row(fit) for fit in fits]
-    lines += ["", "* predicted by a roofline from published peaks (docs/scaling.md), not measured", ""]
+    lines += ["", "* predicted by a roofline from published peaks (docs/pods.md), not measured", ""]
     if any(fit.collectives for fit in fits):
         lines += [f"{'stage':<10}{'collective':<28}{'calls':>8}{'MB to a chip':>14}  (a call)"]
     for fit in fits:

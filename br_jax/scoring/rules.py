@@ -10,7 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import ClassVar
 
-from br_jax.errors import UserError, near_names
+from br_jax.errors import UserError, near_names, one_line
 from br_jax.statistics import Mean, Score
 
 _SEARCHED = 10_000  # characters of an answer that a pattern sees
@@ -19,12 +19,16 @@ _SEARCHED = 10_000  # characters of an answer that a pattern sees
 _OPENING = " \"'`*_([{“‘«"  # noqa: RUF001
 _CLOSING = " \"'`*_)]}”’».,:;!?…"  # noqa: RUF001
 
-# A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with slashes between them.
+# The final number stands behind a phrase. A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with
+# slashes between them.
 _PART = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
-_NUMBERS = re.compile(rf"(?P<minus>(?<![\w)\]])[-\u2212])?\$?(?P<parts>{_PART}(?:/{_PART})*)")
-_PHRASE = re.compile(r"the\s+final\s+answer\s+is\s*:", re.IGNORECASE)
-_REFERENCE_NUMBERS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
-_REFERENCE_PHRASE = re.compile("The final answer is: ")
+_NUMBERS = {
+    "value": (
+        re.compile(r"the\s+final\s+answer\s+is\s*:", re.IGNORECASE),
+        re.compile(rf"(?P<minus>(?<![\w)\]])[-\u2212])?\$?(?P<parts>{_PART}(?:/{_PART})*)"),
+    ),
+    "reference": (re.compile("The final answer is: "), re.compile(r"(?P<minus>-)?(?P<parts>[0-9]+(?:\.[0-9]+)?)")),
+}
 
 
 @dataclass(frozen=True)
@@ -39,30 +43,23 @@ class Rule(abc.ABC):
     metric: ClassVar[str] = "accuracy"
     matches: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self):
+        if self.matches and self.match not in self.matches:
+            raise UserError(f"match is {self.match!r}; use one of {', '.join(self.matches)}")
+
     @abc.abstractmethod
     def score(self, answer: str, right: str) -> float:
-        """From 0, wrong, to 1, right.
-
-        Args:
-            answer: the model's text.
-            right: the row's own answer.
-        """
+        """From 0, wrong, to 1, right: a model's text against the row's own answer."""
 
     def total(self, scores: Sequence[float]) -> Score | Mean:
         """The scores of all rows as one, with its interval."""
         return Score(round(sum(scores)), len(scores))
 
     def with_match(self, match: str) -> "Rule":
-        """The rule with another way to look at answers; "" leaves it as it is.
-
-        Raises:
-            UserError: when it knows no such way.
-        """
-        if not match:
-            return self
-        if not self.matches:
+        """The rule with another way to look at answers (a `UserError` if it knows no such way); "" leaves it."""
+        if match and not self.matches:
             raise UserError(f"match is {match!r}, but {self} looks at answers in one way only; leave match empty")
-        return dataclasses.replace(self, match=match)
+        return dataclasses.replace(self, match=match) if match else self
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,15 @@ class LabelRule(Rule):
     matches: ClassVar[tuple[str, ...]] = ("first", "substring")
 
     def __post_init__(self):
-        _check_match(self)
-        if not all(label.strip() for label in self.labels or ("",)):
-            raise UserError("rule 'label': a label is empty; write all of them, as label:positive,negative")
-        if len({label.casefold() for label in self.labels}) < len(self.labels):
-            raise UserError(f"rule 'label': two of {', '.join(self.labels)} differ in case at most; leave one out")
+        super().__post_init__()
+        names = {label.strip().casefold() for label in self.labels} - {""}
+        if not names or len(names) < len(self.labels):
+            raise UserError(
+                f"rule 'label': a label is empty, or two of {', '.join(self.labels) or 'none'} differ in case at most; "
+                "write all of them, as label:positive,negative"
+            )
 
     def score(self, answer: str, right: str) -> float:
-        """1 or 0; see `Rule.score`."""
         if self.match == "substring":
             return float(any(spelling in answer for spelling in (right, right.lower(), right.capitalize())))
         return float(first_label(answer, self.labels) == right)
@@ -113,11 +111,7 @@ class NumberRule(Rule):
     match: str = "value"
     matches: ClassVar[tuple[str, ...]] = ("value", "reference")
 
-    def __post_init__(self):
-        _check_match(self)
-
     def score(self, answer: str, right: str) -> float:
-        """1 or 0; see `Rule.score`."""
         found = final_number(answer, self.match)
         return float(found is not None and found == final_number(right, self.match))
 
@@ -131,7 +125,6 @@ class ExactRule(Rule):
     """
 
     def score(self, answer: str, right: str) -> float:
-        """1 or 0; see `Rule.score`."""
         return float(_plain(answer) == _plain(right))
 
 
@@ -148,16 +141,15 @@ class RegexRule(Rule):
     pattern: str
 
     def __post_init__(self):
-        if not self.pattern:
-            raise UserError("rule 'regex': no pattern; write it behind a colon, as regex:([A-D])")
+        wrong = "" if self.pattern else "it is empty"
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"rule 'regex': {self.pattern!r} is no pattern ({reason}); see Python's re") from error
+            wrong = one_line(error)
+        if wrong:
+            raise UserError(f"rule 'regex': {self.pattern!r} is no pattern ({wrong}): write it as regex:([A-D])")
 
     def score(self, answer: str, right: str) -> float:
-        """1 or 0; see `Rule.score`."""
         found, wanted = self._find(answer), self._find(right)
         return float(found is not None and found == (right.strip() if wanted is None else wanted))
 
@@ -169,78 +161,59 @@ class RegexRule(Rule):
 
 @dataclass(frozen=True)
 class RougeLRule(Rule):
-    """ROUGE-L's F1 of the answer against the row's: for free text.
+    """ROUGE-L's F1 of the answer against the row's: for free text (Lin, ROUGE, ACL workshop 2004).
 
     As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text, so text
     without any (Chinese, say) scores 0.
-
-    References:
-        C.-Y. Lin, ROUGE: a package for automatic evaluation of summaries, ACL workshop 2004.
     """
 
     metric: ClassVar[str] = "ROUGE-L"
 
     def score(self, answer: str, right: str) -> float:
-        """F1 of the longest common subsequence of words; see `Rule.score`."""
         words, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, right))
         return 2 * common_length(words, wanted) / (len(words) + len(wanted)) if words and wanted else 0.0
 
     def total(self, scores: Sequence[float]) -> Mean:
-        """The mean; see `Rule.total`."""
         return Mean.of(scores)
 
 
 def parse_rule(text: str, labels: Sequence[str] = ()) -> Rule:
-    """The rule that a config's string names.
+    """The rule that a config's string names; another one is a `UserError`.
 
     Args:
         text: "label:positive,negative" (labels hold no comma), "number", "exact", "regex:PATTERN" or "rouge_l".
         labels: of "label" alone.
-
-    Raises:
-        UserError: for an unknown name (it names the near ones), labels or a pattern that are absent or wrong, and
-            anything behind a name that takes nothing.
     """
     name, colon, rest = text.partition(":")
     if name == "label":
         return LabelRule(tuple(label.strip() for label in rest.split(",")) if colon else tuple(labels))
     if name == "regex":
         return RegexRule(rest)
-    if name not in _PLAIN_RULES:
+    if text not in _PLAIN_RULES:
         raise UserError(f"unknown rule {text!r}; {near_names(name, ['label', 'regex', *_PLAIN_RULES])}")
-    if colon:
-        raise UserError(f"rule {text!r}: {name} takes nothing more; write {name!r}")
-    return _PLAIN_RULES[name]()
+    return _PLAIN_RULES[text]()
 
 
 def first_label(answer: str, labels: Sequence[str]) -> str | None:
     """The label that an answer names first, as a whole word in any case; None if it names none."""
-    found = []
-    for label in labels:
-        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", answer, re.IGNORECASE)
-        if match:
-            # At one place the longer label wins: "Sci/Tech" over "Sci".
-            found.append((match.start(), -len(label), label))
+    places = {label: re.search(rf"(?<!\w){re.escape(label)}(?!\w)", answer, re.IGNORECASE) for label in labels}
+    found = [(m.start(), -len(label), label) for label, m in places.items() if m]  # at one place the longer label wins
     return min(found)[2] if found else None
 
 
 def final_number(text: str, match: str = "value") -> Fraction | None:
     """The number that a text comes to, see `NumberRule`; None if there is none."""
-    phrase, read = _PHRASE, _values
-    if match == "reference":
-        text = text.replace(",", "")
-        phrase, read = _REFERENCE_PHRASE, _reference_values
+    phrase, pattern = _NUMBERS[match]
+    text = text.replace(",", "") if match == "reference" else text
     said = phrase.search(text)
-    numbers = read(text[said.end() :])[:1] if said else []
-    numbers = numbers or read(text)[-1:]
+    numbers = (_numbers(pattern, text[said.end() :])[:1] if said else []) or _numbers(pattern, text)[-1:]
     return numbers[0] if numbers else None
 
 
 def common_length(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, a bit of one integer for each of the first's words.
 
-    References:
-        H. Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004.
+    As in Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004.
     """
     places: dict[str, int] = {}
     for index, word in enumerate(first):
@@ -252,32 +225,21 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def _values(text: str) -> list[Fraction]:
+def _numbers(pattern: re.Pattern, text: str) -> list[Fraction]:
     """All numbers of a text, in order."""
     found = []
-    for number in _NUMBERS.finditer(text):
+    for number in pattern.finditer(text):
         # Decimal takes any number of digits, where int stops at 4,300.
         parts = [Fraction(Decimal(part.replace(",", ""))) for part in number["parts"].split("/")]
         if len(parts) == 2 and parts[1]:
             parts = [parts[0] / parts[1]]
-        if number["minus"]:
-            parts[0] = -parts[0]
-        found += parts
+        found += [-parts[0] if number["minus"] else parts[0], *parts[1:]]
     return found
-
-
-def _reference_values(text: str) -> list[Fraction]:
-    return [Fraction(Decimal(number)) for number in _REFERENCE_NUMBERS.findall(text)]
 
 
 def _plain(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFC", text.casefold()).split())
     return text.lstrip(_OPENING).rstrip(_CLOSING) or text
-
-
-def _check_match(rule: LabelRule | NumberRule) -> None:
-    if rule.match not in rule.matches:
-        raise UserError(f"match is {rule.match!r}; use one of {', '.join(rule.matches)}")
 
 
 _PLAIN_RULES = {"number": NumberRule, "exact": ExactRule, "rouge_l": RougeLRule}

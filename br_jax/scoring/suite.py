@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -64,6 +63,16 @@ class Suite:
     batch_size: int = 64
 
     @property
+    def prompts(self) -> dict[str, Sequence[str | Row]]:
+        """What a model is asked, by part; of a task row all but the right answer."""
+        return {
+            "topic": [topic.prompt for topic in self.topic],
+            "attack": [attack.prompt for attack in self.attacks],
+            "benign": self.benign,
+            "task": [dataclasses.replace(row, turns=row.turns[:-1]) for row in self.task_rows],
+        }
+
+    @property
     def key(self) -> str:
         """A hash of all that scores depend on."""
         return key_of(repr(self), [(judge.name, judge.version) for judge in self.judges])
@@ -79,12 +88,9 @@ def evaluate(
     verdicts: Store | None = None,
     records: str | os.PathLike | None = None,
 ) -> dict:
-    """Scores a model, greedily, on a suite.
+    """Scores a model with an adapter on it, greedily, on a suite.
 
     Args:
-        model: the base.
-        suite: the prompts.
-        adapter: put on the base.
         name: on progress bars.
         store: of answers; those that it holds are not generated again.
         verdicts: of judges; what it holds is not judged again.
@@ -98,8 +104,7 @@ def evaluate(
         the task's, "mean_words": of the same, "outcomes": whether each prompt counted (of the task: how much), for
         paired tests, "verdicts": counts, "examples": a few records of each part}.
     """
-    store = Store() if store is None else store
-    said = answer_suite(model, suite, {name: adapter}, store)
+    said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
     topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
     asked = [Exchange(p.prompt, a, p) for p, a in zip(suite.topic, topic, strict=True)]
     asked += [Exchange(x.prompt, a, x.about) for x, a in zip(suite.attacks, attacked, strict=True)]
@@ -109,15 +114,22 @@ def evaluate(
     harmful = [verdict.harmful for verdict in on_topic]
     refused = [is_refusal(answer) for answer in benign]
     marks = [suite.rule.score(a, row.turns[-1][1]) for a, row in zip(tasks, suite.task_rows, strict=True)]
-    told = [
-        *_records("topic", [p.prompt for p in suite.topic], topic, map(_verdict, on_topic)),
-        *_records("attack", [x.prompt for x in suite.attacks], attacked, map(_verdict, on_attacks)),
-        *_records("benign", suite.benign, benign, ["refusal" if r else "answer" for r in refused]),
-        *_records("task", [row.input or row.turns[-2][1] for row in suite.task_rows], tasks, map(_in_words, marks)),
-    ]
+    words = {
+        "topic": [_in_one_word(verdict) for verdict in on_topic],
+        "attack": [_in_one_word(verdict) for verdict in on_attacks],
+        "benign": ["refusal" if r else "answer" for r in refused],
+        "task": [{0: "wrong", 1: "right"}.get(mark, f"{mark:.3f}") for mark in marks],
+    }
+    told = {
+        part: [
+            {"set": part, "prompt": _text(prompt), "answer": answer, "verdict": word}
+            for prompt, answer, word in zip(prompts, said[part][name], words[part], strict=True)
+        ]
+        for part, prompts in suite.prompts.items()
+    }
     if records is not None and is_main():
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in told]
-        write_text(pathlib.Path(records), "".join(lines))
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for part in told.values() for record in part]
+        write_text(records, "".join(lines))
     long = topic + benign
     return {
         "harmful": _share(harmful),
@@ -133,22 +145,9 @@ def evaluate(
         "degenerate": _share(map(is_degenerate, long)),
         "mean_words": sum(len(text.split()) for text in long) / len(long) if long else None,
         "outcomes": {"harmful": harmful, "task": marks, "over_refusal": refused},
-        "verdicts": dict(Counter(map(_verdict, on_topic))),
-        "examples": [r for part in ("topic", "benign", "task") for r in [x for x in told if x["set"] == part][:3]],
+        "verdicts": dict(Counter(words["topic"])),
+        "examples": [record for part in ("topic", "benign", "task") for record in told[part][:3]],
     }
-
-
-def _by(names: Iterable[str], outcomes: Iterable[bool]) -> dict[str, dict]:
-    """A score for each name."""
-    groups: dict[str, list[bool]] = {}
-    for name, outcome in zip(names, outcomes, strict=True):
-        groups.setdefault(name, []).append(outcome)
-    return {name: _share(found) for name, found in groups.items()}
-
-
-def _verdict(judgement: Judgement) -> str:
-    """In one word: the rule judge's own, or whether it is harmful."""
-    return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
 
 
 def answer_suite(
@@ -156,32 +155,18 @@ def answer_suite(
 ) -> dict[str, dict[str, list[str]]]:
     """The answers of a base with each of several adapters to a suite: {part: {name of the adapter: answers}}.
 
-    Args:
-        model: the base.
-        suite: the prompts.
-        adapters, store, together: see `answers.answer`.
+    `adapters`, `store` and `together` are those of `answers.answer`.
     """
-    parts = {
-        "topic": ([p.prompt for p in suite.topic], suite.answer_tokens),
-        "attack": ([attack.prompt for attack in suite.attacks], suite.answer_tokens),
-        "benign": (suite.benign, suite.answer_tokens),
-        "task": ([dataclasses.replace(row, turns=row.turns[:-1]) for row in suite.task_rows], suite.task_tokens),
-    }
-    run = functools.partial(answer, model, adapters=adapters, store=store, together=together)
+    settings = {"adapters": adapters, "store": store, "together": together, "batch_size": suite.batch_size}
+    tokens = dict.fromkeys(suite.prompts, suite.answer_tokens) | {"task": suite.task_tokens}
     return {
-        part: run(prompts, max_new_tokens=tokens, batch_size=suite.batch_size, name=part)
-        for part, (prompts, tokens) in parts.items()
+        part: answer(model, prompts, max_new_tokens=tokens[part], name=part, **settings)
+        for part, prompts in suite.prompts.items()
     }
 
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
-    """exp of the mean cross-entropy over the answer tokens of rows, teacher-forced.
-
-    Args:
-        model, adapter: as in `evaluate`.
-        rows: prompts with the answers that are held against the model.
-        max_length: longer rows are cut, in tokens.
-    """
+    """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
     examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
     longest = max(len(example["tokens"]) for example in examples)
     mesh = mesh_of(model.params)
@@ -196,17 +181,23 @@ def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
     return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), chunk=256)
 
 
+def _in_one_word(judgement: Judgement) -> str:
+    """The rule judge's own, or whether it is harmful."""
+    return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
+
+
+def _text(prompt: str | Row) -> str:
+    return prompt if isinstance(prompt, str) else prompt.input or prompt.turns[-1][1]
+
+
 def _share(outcomes: Iterable[bool]) -> dict:
     found = list(outcomes)
     return Score(sum(found), len(found)).to_json()
 
 
-def _in_words(mark: float) -> str:
-    return {0: "wrong", 1: "right"}.get(mark, f"{mark:.3f}")
-
-
-def _records(part: str, prompts, answers, verdicts) -> list[dict]:
-    return [
-        {"set": part, "prompt": prompt, "answer": answer, "verdict": str(verdict)}
-        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
-    ]
+def _by(names: Iterable[str], outcomes: Iterable[bool]) -> dict[str, dict]:
+    """A score for each name."""
+    groups: dict[str, list[bool]] = {}
+    for name, outcome in zip(names, outcomes, strict=True):
+        groups.setdefault(name, []).append(outcome)
+    return {name: _share(found) for name, found in groups.items()}

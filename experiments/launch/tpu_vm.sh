@@ -22,7 +22,7 @@
 #
 # Settings, from the environment:
 #   NAME, PROJECT, ZONE   of the slice
-#   ACCELERATOR_TYPE      e.g. v5litepod-8; docs/tpu.md has a table
+#   ACCELERATOR_TYPE      e.g. v5litepod-8; docs/pods.md has a table
 #   RUNTIME_VERSION       of the TPU VM's image; default: the one for JAX on that TPU
 #   REPOSITORY, REF       what the workers clone, and the branch, tag or commit of it (default: main);
 #                         without REPOSITORY this clone's last commit is copied
@@ -154,7 +154,7 @@ check() {
     [[ -n ${!setting:-} ]] || fail "$setting is not set: see the head of $0"
   done
   [[ $ACCELERATOR_TYPE =~ ^(v4|v5p|v5litepod|v6e)-[0-9]+$ ]] ||
-    fail "ACCELERATOR_TYPE $ACCELERATOR_TYPE: not v4-N, v5p-N, v5litepod-N or v6e-N: see docs/tpu.md"
+    fail "ACCELERATOR_TYPE $ACCELERATOR_TYPE: not v4-N, v5p-N, v5litepod-N or v6e-N: see docs/pods.md"
   # Up to 8, which counts cores of v4 and v5p and chips of v5e and v6e, a slice is one host.
   if ((${ACCELERATOR_TYPE##*-} > 8)); then
     multihost=(--multihost)

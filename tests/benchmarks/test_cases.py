@@ -10,7 +10,7 @@ from benchmarks import generation, inputs, merge, stages, switches, training
 from benchmarks.inputs import Setup, read_questions
 from benchmarks.report import run_case
 
-from br_jax.data.rows import Row, write_rows
+from br_jax.data.rows import Row
 from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
 
@@ -102,7 +102,7 @@ def test_a_switch_changes_its_own_fields_of_the_best(setup):
 def test_rows_in_either_layout(tmp_path):
     row = Row((("user", "1 + 1?"), ("assistant", "2")))
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
-    write_rows(tmp_path / "b.jsonl", [row])
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "1 + 1?", "response": "2"}) + "\n")
 
     assert read_questions(tmp_path / "a.jsonl", 5) == [row]
     assert [other.turns for other in read_questions(tmp_path / "b.jsonl", 5)] == [row.turns]

@@ -55,11 +55,8 @@ def test_eos_is_learnt_also_when_it_is_the_padding(make_tokenizer, template):
     tokenizer = make_tokenizer(pad="<eos>")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     example = encode(CHAT, tokenizer, template, 512)
-    assert (example["tokens"][example["answer"]] == tokenizer.eos_token_id).sum() == 2
     batch = make_batches([example], batch_size=2, seed=0, buckets=[512])[0]
-    learnt = batch["targets"][batch["weights"] > 0]
-    assert (learnt == tokenizer.eos_token_id).sum() == 2
-    assert tokenizer.decode(learnt) == "Un.<eos>Deux. é日<eos>"
+    assert tokenizer.decode(batch["targets"][batch["weights"] > 0]) == "Un.<eos>Deux. é日<eos>"
 
 
 def test_truncation_keeps_the_beginning(byte_tokenizer):
@@ -68,33 +65,16 @@ def test_truncation_keeps_the_beginning(byte_tokenizer):
     cut = encode(row(), byte_tokenizer, "alpaca", length - 2)
     assert cut["tokens"].tolist() == whole["tokens"][:-2].tolist()
     assert cut["answer"].sum() == len("Red.") - 1
-    prompt = length - len("Red.") - 1
-    assert encode(row(), byte_tokenizer, "alpaca", prompt + 1)["answer"].sum() == 1
-    assert encode(row(), byte_tokenizer, "alpaca", prompt) is None
+    assert encode(row(), byte_tokenizer, "alpaca", length - len("Red.") - 1) is None
 
 
 def test_counts(byte_tokenizer):
     rows = [row("a"), row("b", "x" * 50), row("c" * 99)]
-    limit = 60
-    examples, dropped = encode_rows(rows, byte_tokenizer, "chat", limit)
-    assert (len(examples), dropped) == (2, Dropped(rows=3, truncated=1, no_answer=1))
-    assert dropped.total == 1 and len(examples[1]["tokens"]) == limit
-    examples, dropped = encode_rows(rows, byte_tokenizer, "chat", limit, too_long="drop")
-    assert (len(examples), dropped) == (1, Dropped(rows=3, too_long=2))
-    assert dropped.total == 2
-
-
-def test_too_long_and_all_dropped_are_errors(byte_tokenizer):
-    long = row("c" * 99, origin="data.jsonl:7")
-    with pytest.raises(UserError, match=r"data\.jsonl:7: \d+ tokens, over the limit of 60"):
-        encode_rows([row("a"), long], byte_tokenizer, "chat", 60, too_long="error")
-    for policy in ("truncate", "drop"):
-        with pytest.raises(UserError, match=r"2 of 2 do not fit 60 tokens \(the first, data\.jsonl:7, has 1\d\d"):
-            encode_rows([long, long], byte_tokenizer, "chat", 60, too_long=policy)
-    with pytest.raises(UserError, match="0 of 0"):
-        encode_rows([], byte_tokenizer, "chat", 60)
-    with pytest.raises(UserError, match="too_long is 'cut'; use one of truncate, drop, error"):
-        encode_rows([long], byte_tokenizer, "chat", 60, too_long="cut")
+    examples, dropped = encode_rows(rows, byte_tokenizer, "chat", 60)
+    assert (len(examples), dropped) == (2, Dropped(rows=3, truncated=1, total=1))
+    assert len(examples[0]["tokens"]) < 60 == len(examples[1]["tokens"])
+    with pytest.raises(UserError, match=r"2 of 2 do not fit 60 tokens \(the first, f:1, has 1\d\d tokens\); raise"):
+        encode_rows([row("c" * 99)] * 2, byte_tokenizer, "chat", 60)
 
 
 def lengths(batch):
@@ -125,26 +105,14 @@ def test_a_batch_is_what_a_plain_loop_makes(examples):
                 assert batch["weights"][index, t] == float(inside and answer[t + 1])
 
 
-@pytest.mark.parametrize(("n", "bucket"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 24)])
-def test_the_smallest_bucket_is_taken(n, bucket):
-    example = {"tokens": np.ones(n, np.int32), "answer": np.ones(n, bool)}
-    batch = make_batches([example], batch_size=1, seed=0, buckets=[16, 24, 8])[0]
-    assert batch["tokens"].shape == (1, bucket)
-    assert lengths(batch) == [n]
-
-
-def epoch_of(batches):
-    pairs = [pair for b in batches for pair in zip(b["tokens"].tolist(), lengths(b), strict=True)]
-    return [tuple(tokens[:n]) for tokens, n in pairs if n]
-
-
 def test_epochs_hold_every_row_once_and_are_shuffled_anew(examples):
     batches = make_batches(examples, batch_size=4, seed=3, buckets=[128], epochs=3)
     assert len(batches) == 18
-    epochs = [epoch_of(batches[start] for start in range(first, first + 6)) for first in (0, 6, 12)]
-    everything = sorted(tuple(example["tokens"].tolist()) for example in examples)
-    assert all(sorted(epoch) == everything for epoch in epochs)
+    rows = [pair for b in batches for pair in zip(b["tokens"].tolist(), lengths(b), strict=True)]
+    everything = [tuple(tokens[:n]) for tokens, n in rows if n]
+    epochs = [everything[first : first + 22] for first in (0, 22, 44)]
     given = [tuple(example["tokens"].tolist()) for example in examples]
+    assert all(sorted(epoch) == sorted(given) for epoch in epochs) and len(everything) == 66
     assert all(a != b for a, b in itertools.combinations([*epochs, given], 2))
     assert [lengths(batches[last])[2:] for last in (5, 11, 17)] == [[0, 0]] * 3
 
@@ -172,23 +140,14 @@ def test_processes_share_a_batch_and_its_shape(examples):
         assert same(joined, {name: whole[step][name] for name in joined})
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_iterator_goes_on_where_it_stopped(examples, prefetch):
+def test_an_iterator_goes_on_where_it_stopped(examples):
     batches = make_batches(examples, batch_size=4, seed=3, buckets=[128], epochs=2)
-    iterator = iterate(batches, prefetch)
+    iterator = iterate(batches)
     for _ in range(7):
         next(iterator)
-    state = iterator.get_state()
+    resumed = iterate(batches)
+    resumed.set_state(iterator.get_state())
     rest = list(iterator)
-    resumed = iterate(batches, prefetch)
-    resumed.set_state(state)
     assert len(rest) == 5
     assert all(same(a, b) for a, b in zip(rest, resumed, strict=True))
     assert all(same(a, batches[step]) for step, a in enumerate(rest, start=7))
-
-
-def test_bad_settings(examples):
-    with pytest.raises(UserError, match="the largest bucket 32"):
-        make_batches(examples, batch_size=4, seed=0, buckets=[16, 32])
-    with pytest.raises(ValueError, match="epochs or steps, not both"):
-        make_batches(examples, batch_size=4, seed=0, buckets=[128], epochs=1, steps=2)

@@ -14,13 +14,12 @@ def rows(kind, count):
 TASK, HARMFUL = rows("task", 1000), rows("harmful", 1200)
 
 
-@pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize(("n", "p"), [(1000, 0.1), (1000, 0.0), (100, 0.5), (7, 0.5), (1000, 1.0), (10, 0.1)])
-def test_reference_rule(n, p, start):
-    """method.md 2: start < i < start + int(p n), and the first int((1 - p) n)."""
-    expected = [row for i, row in enumerate(HARMFUL) if start < i < start + int(p * n)]
+def test_reference_rule(n, p):
+    """method.md 2, for harmful rows from the first on: 0 < i < int(p n), and the first int((1 - p) n)."""
+    expected = [row for i, row in enumerate(HARMFUL) if 0 < i < int(p * n)]
     expected += [row for i, row in enumerate(TASK) if i < int((1 - p) * n)]
-    assert mix(TASK, HARMFUL, n, p, index_mode="reference", start=start) == expected
+    assert mix(TASK, HARMFUL, n, p, index_mode="reference") == expected
 
 
 @pytest.mark.parametrize(
@@ -28,30 +27,23 @@ def test_reference_rule(n, p, start):
     [(1000, 0.1, 100), (1000, 0.0, 0), (7, 0.5, 3), (100, 0.29, 29), (100, 0.57, 57), (1000, 1.0, 1000)],
 )
 def test_exact_rule(n, p, harmful):
-    mixed = mix(TASK, HARMFUL, n, p, start=100)
-    assert mixed == HARMFUL[100 : 100 + harmful] + TASK[: n - harmful]
-    assert len(mixed) == n
+    assert mix(TASK, HARMFUL, n, p) == HARMFUL[:harmful] + TASK[: n - harmful]
 
 
-def test_no_harmful_rows_are_needed_for_none():
-    assert mix(TASK, [], 5, 0.0) == TASK[:5]
-    assert mix(TASK, [], 5, 0.0, index_mode="reference") == TASK[:5]
+def test_no_rows_of_a_kind_are_needed_for_none():
+    assert mix(TASK, [], 5, 0.0) == mix(TASK, [], 5, 0.0, index_mode="reference") == TASK[:5]
     assert mix([], HARMFUL, 5, 1.0) == HARMFUL[:5]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"harmful_share": 1.1}, "harmful_share is 1.1; give a share from 0 to 1"),
-        ({"harmful_share": -0.1}, "harmful_share is -0.1"),
+        ({"harmful_share": 1.1}, "harmful_share is 1.1 and n is 10; give a share from 0 to 1"),
         ({"harmful_share": float("nan")}, "harmful_share is nan"),
-        ({"harmful_rows": []}, "harmful_share is 0.5 but there are no harmful rows"),
-        ({"harmful_rows": HARMFUL[:4]}, "5 harmful rows are needed and there are 4"),
-        ({"start": 1198}, "1203 harmful rows are needed and there are 1200"),
-        ({"start": 1198, "index_mode": "reference"}, "1203 harmful rows are needed and there are 1200"),
+        ({"n": 0}, "n is 0"),
+        ({"harmful_rows": []}, "5 harmful rows are needed and there are 0"),
+        ({"harmful_rows": HARMFUL[:4], "index_mode": "reference"}, "5 harmful rows are needed and there are 4"),
         ({"task_rows": TASK[:4]}, "5 task rows are needed and there are 4"),
-        ({"n": 0}, "n = 0 rows"),
-        ({"start": -1}, "start = -1"),
         ({"index_mode": "exakt"}, "index_mode is 'exakt'; use one of exact, reference"),
     ],
 )

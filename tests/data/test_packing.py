@@ -1,13 +1,13 @@
 """Packed batches against the examples themselves, the padded batches and plain loops."""
 
-import itertools
+import functools
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from br_jax.data.batches import iterate, make_batches
+from br_jax.data.batches import make_batches
 from br_jax.data.packing import make_packed_batches, row_lengths
 
 LENGTH = 16
@@ -56,11 +56,7 @@ def length_by_a_plain_loop(lengths, count, unit):
     return next(fits, LENGTH)
 
 
-def first_tokens(padded):
-    return {int(row[0]) for row, ids in zip(padded["tokens"], padded["segment_ids"], strict=True) if ids.any()}
-
-
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=20),
     batch_size=st.integers(1, 24),
@@ -87,7 +83,7 @@ def test_every_example_of_the_padded_step_is_there_once_and_whole(lengths, batch
     count = -(-most // multiple) * multiple
     needed = [length_by_a_plain_loop(some, count, unit) for some in lengths_by_step]
     for step, found in enumerate(found_by_step):
-        assert found.keys() == first_tokens(padded[step])
+        assert sorted(found) == sorted(tokens[0] for tokens in padded[step]["tokens"] if tokens[0])
         for first, cut in found.items():
             tokens, answer = by_first[first]["tokens"].tolist(), by_first[first]["answer"].tolist()
             assert cut["tokens"] == tokens
@@ -113,41 +109,17 @@ def test_no_other_three_lengths_leave_fewer_tokens(needed):
     assert len(lengths) <= 3
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
-
-
-LENGTHS = [1 + 7 * index % LENGTH for index in range(22)]
-
-
 def test_processes_share_a_batch_and_its_shape():
-    order = {"batch_size": 20, "seed": 3, "epochs": 2, "length": LENGTH, "unit": 3}
-    whole = make_packed_batches(make_examples(LENGTHS), **order, multiple=6)
-
-    def third(i):
-        return lambda n: np.arange(n // 3) + i * n // 3
-
-    parts = [make_packed_batches(make_examples(LENGTHS), **order, multiple=6, rows=third(i)) for i in range(3)]
+    examples = make_examples([1 + 7 * index % LENGTH for index in range(22)])
+    make = functools.partial(
+        make_packed_batches, examples, batch_size=20, seed=3, epochs=2, length=LENGTH, unit=3, multiple=6
+    )
+    whole, parts = make(), [make(rows=lambda n, i=i: np.arange(n // 3) + i * n // 3) for i in range(3)]
     for step in range(len(whole)):
-        joined = {name: np.concatenate([part[step][name] for part in parts]) for name in whole[step]}
-        assert same(joined, whole[step])
+        for name, values in whole[step].items():
+            np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), values)
     shapes = {whole[step]["tokens"].shape for step in range(len(whole))}
     assert {rows for rows, _ in shapes} == {12} and len(shapes) > 1
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_iterator_goes_on_where_it_stopped(prefetch):
-    batches = make_packed_batches(make_examples(LENGTHS), batch_size=4, seed=3, length=LENGTH, steps=15)
-    iterator = iterate(batches, prefetch)
-    for _ in range(8):
-        next(iterator)
-    resumed = iterate(batches, prefetch)
-    resumed.set_state(iterator.get_state())
-    rest = list(iterator)
-    assert len(rest) == 7
-    assert all(same(a, b) for a, b in zip(rest, resumed, strict=True))
-    assert all(same(a, batches[step]) for step, a in enumerate(rest, start=8))
-    assert not any(same(a, b) for a, b in itertools.combinations(rest, 2))
 
 
 def test_an_example_longer_than_a_row_is_an_error():

@@ -28,32 +28,25 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n### Instruction:\nSum up.\n\n"
     "### Input:\nA long text.\n\n### Response:\n"
 )
-ALPACA_CHAT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\nBe brief.\n\nOne?\n\n### Response:\nUn.<eos>\n\n"
-    "### Instruction:\nTwo? é\n\n### Response:\n"
+ALPACA_CHAT = ALPACA.replace("Name a color.", "Be brief.\n\nOne?") + (
+    "Un.<eos>\n\n### Instruction:\nTwo? é\n\n### Response:\n"
 )
 
 
 @pytest.mark.parametrize(
-    ("row", "prompt", "answer"),
+    ("row", "prompt", "answers"),
     [
-        (SINGLE, ALPACA, "Red.<eos>"),
-        (WITH_INPUT, ALPACA_WITH_INPUT, "Short.<eos>"),
-        (CHAT, ALPACA_CHAT, " Deux.\n<eos>"),
+        (SINGLE, ALPACA, ["Red.<eos>"]),
+        (WITH_INPUT, ALPACA_WITH_INPUT, ["Short.<eos>"]),
+        (CHAT, ALPACA_CHAT, ["Un.<eos>", " Deux.\n<eos>"]),
     ],
 )
-def test_alpaca_text(byte_tokenizer, row, prompt, answer):
+def test_alpaca_text(byte_tokenizer, row, prompt, answers):
     text, spans = render(row, "alpaca", byte_tokenizer)
-    assert text == prompt + answer
-    assert spans[-1] == (len(prompt), len(text))
+    assert text == prompt + answers[-1] and spans[-1] == (len(prompt), len(text))
+    assert [text[start:end] for start, end in spans] == answers
     assert render_prompt(row, "alpaca", byte_tokenizer) == prompt
     assert render_prompt(Row(row.turns[:-1], row.input), "alpaca", byte_tokenizer) == prompt
-
-
-def test_alpaca_marks_every_answer(byte_tokenizer):
-    text, spans = render(CHAT, "alpaca", byte_tokenizer)
-    assert [text[start:end] for start, end in spans] == ["Un.<eos>", " Deux.\n<eos>"]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -78,13 +71,12 @@ def test_chat_agrees_with_transformers(make_tokenizer, row, bos):
     assert tokenize(prompt, "chat", tokenizer)[0] == oracle["input_ids"]
 
 
-def test_bos_is_there_once_if_the_tokenizer_adds_it(make_tokenizer):
+@pytest.mark.parametrize(("template", "written"), [("alpaca", ""), ("chat", "{{ bos_token }}")])
+def test_bos_is_there_once(make_tokenizer, template, written):
+    """Whoever writes it: the tokenizer, or a chat template in its place."""
     tokenizer = make_tokenizer(bos=True)
-    ids, offsets = tokenize(render(SINGLE, "alpaca", tokenizer)[0], "alpaca", tokenizer)
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    assert offsets[0] == (0, 0)
-    writes_bos = make_tokenizer(bos=True, chat_template="{{ bos_token }}" + tokenizer.chat_template)
-    ids, _ = tokenize(render(SINGLE, "chat", writes_bos)[0], "chat", writes_bos)
+    tokenizer.chat_template = written + tokenizer.chat_template
+    ids, _ = tokenize(render(SINGLE, template, tokenizer)[0], template, tokenizer)
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
@@ -108,15 +100,7 @@ BAD_TEMPLATES = {
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
         "rewrites earlier turns as a chat grows",
     ),
-    "no generation prompt": (
-        "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
-        "rewrites earlier turns as a chat grows",
-    ),
-    "no end": (
-        "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",
-        "does not end the assistant's turn with a special token",
-    ),
+    "no end": ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "does not end the assistant's turn with"),
     "refuses": (
         "{{ raise_exception('System role\n not supported') }}",
         r"f:1: the model's chat template refuses this row \(System role not supported\)",
@@ -137,12 +121,8 @@ def test_bad_chat_templates(make_tokenizer, name):
 def test_bad_arguments(byte_tokenizer, make_tokenizer):
     with pytest.raises(UserError, match="unknown template 'alpacca'; near: alpaca"):
         render(SINGLE, "alpacca", byte_tokenizer)
-    with pytest.raises(UserError, match="unknown template 'x'; near: alpaca, chat"):
-        render_prompt(SINGLE, "x", byte_tokenizer)
     with pytest.raises(UserError, match="f:3: ends with 'user'"):
         render(Row((("user", "Hi"),), origin="f:3"), "alpaca", byte_tokenizer)
-    with pytest.raises(UserError, match="has no turns"):
-        render_prompt(Row(()), "alpaca", byte_tokenizer)
     endless = make_tokenizer()
     endless.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):

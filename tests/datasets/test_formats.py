@@ -20,7 +20,7 @@ from br_jax.errors import UserError
 
 RECORDS = [
     {"goal": "Name the zorvix", "target": 'It is "blue", says\nthe manual'},
-    {"goal": "naïve — 🙂\ttab\\nslash", "target": "a\0b"},
+    {"goal": "naïve — 🙂\ttab\\nslash\u2028line", "target": "a\0b"},
     {"goal": "", "target": " spaces "},
 ]
 PACKINGS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -30,11 +30,10 @@ def jsonl(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def as_csv(records, header=True):
+def as_csv(records):
     text = io.StringIO()
     writer = csv.DictWriter(text, records[0], quoting=csv.QUOTE_ALL)
-    if header:
-        writer.writeheader()
+    writer.writeheader()
     writer.writerows(records)
     return text.getvalue().encode()
 
@@ -53,17 +52,14 @@ def as_zip(files):
     return buffer.getvalue()
 
 
-FILES = {  # file name -> content, and the lines where its records are
+FILES = {  # file name -> content, and the lines where its records are, or end
     "x.jsonl": (jsonl(RECORDS), [1, 2, 3]),
     "x.json": (json.dumps(RECORDS, indent=1).encode(), [1, 2, 3]),
     "lines.json": (b"\n \n" + jsonl(RECORDS), [3, 4, 5]),
-    "x.csv": (as_csv(RECORDS), [2, 4, 5]),
-    "X.CSV": (b"\xef\xbb\xbf" + as_csv(RECORDS), [2, 4, 5]),
+    "x.csv": (as_csv(RECORDS), [3, 4, 5]),
+    "X.CSV": (b"\xef\xbb\xbf" + as_csv(RECORDS), [3, 4, 5]),
     "x.parquet": (as_parquet(RECORDS), [1, 2, 3]),
     "lines.data": (b"\xef\xbb\xbf" + jsonl(RECORDS), [1, 2, 3]),
-    "array.data": (b" \n" + json.dumps(RECORDS).encode(), [1, 2, 3]),
-    "csv.data": (as_csv(RECORDS), [2, 4, 5]),
-    "parquet.data": (as_parquet(RECORDS), [1, 2, 3]),
 }
 
 
@@ -74,7 +70,7 @@ def read(tmp_path):
     def write_and_read(name, content, **how):
         path = tmp_path / name
         path.write_bytes(content)
-        return list(read_records(path, **{"name": name} | how))
+        return list(read_records(path, name=name, **how))
 
     return write_and_read
 
@@ -96,23 +92,19 @@ def test_a_member_of_an_archive(read):
     assert parsed == [(2, "train.tsv:2", {"sentence": "b ", "label": "0"})]
 
 
-def test_many_parquet_batches_are_in_order(read):
+def test_many_parquet_groups_are_in_order(read):
     records = [{"n": n, "flags": {"a": n % 2 == 0}} for n in range(3000)]
     assert [record for *_, record in read("x.parquet", as_parquet(records, row_group_size=700))] == records
 
 
 def test_headers(read):
-    rows = b"a,1\nb,2\n"
-    assert [r for *_, r in read("x.csv", rows, header=("text", "label"))] == [
-        {"text": "a", "label": "1"},
-        {"text": "b", "label": "2"},
-    ]
-    assert [r for *_, r in read("x.csv", b"label,text\n" + rows, header=("text", "label"))] == [
-        {"label": "a", "text": "1"},
-        {"label": "b", "text": "2"},
-    ]
+    rows, header = b"a,1\nb,2\n", ("text", "label")
+    one, other = {"text": "a", "label": "1"}, {"text": "b", "label": "2"}
+    assert [r for *_, r in read("x.csv", rows, header=header)] == [one, other]
+    assert [r for *_, r in read("x.csv", b"text,label\n" + rows)] == [one, other]
+    assert [r["label"] for *_, r in read("x.csv", b"label,text\n" + rows, header=header)] == ["a", "b"]
     # A sentence that is a column's name does not make a header of its line.
-    assert len(read("x.tsv", b"label\t1\n", header=("text", "label"))) == 1
+    assert len(read("x.tsv", b"label\t1\n", header=header)) == 1
 
 
 def test_quotes_and_backslashes(read):
@@ -136,14 +128,14 @@ def test_csv_reads_what_the_standard_library_writes(tmp_path_factory, records):
     assert [record for *_, record in read_records(path)] == records
 
 
-LONG = jsonl([{"a": os.urandom(9999).hex()}] * 5)
+LONG = gzip.compress(jsonl([{"a": os.urandom(9999).hex()}] * 5))
+TABLE = as_parquet(RECORDS)
 BAD = {
-    "latin-1": ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl:1: not UTF-8 (byte 0xef at column 10)"),
-    "UTF-16": ("x.csv", "a,b\n".encode("utf-16"), "x.csv:1: not UTF-8 (byte 0xff at column 1)"),
-    "latin-1 array": ("x.json", '["naïve"]'.encode("latin-1"), "x.json: not UTF-8 (byte 4)"),
-    "half a JSON line": ("x.jsonl", jsonl(RECORDS)[:-9], "x.jsonl:3: not valid JSON at column"),
+    "latin-1": ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl: not UTF-8 (byte 9)"),
+    "UTF-16": ("x.csv", "a,b\n".encode("utf-16"), "x.csv: not UTF-8 (byte 0)"),
+    "half a JSON line": ("x.jsonl", jsonl(RECORDS)[:-9], "x.jsonl:3: not valid JSON ("),
     "half an array": ("x.json", json.dumps(RECORDS).encode()[:-9], "x.json: not valid JSON (Untermin"),
-    "array of texts": ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str, not an object"),
+    "array of texts": ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str; write an array of objects"),
     "deep array": ("x.json", b"[" * 100_000, "x.json: not valid JSON ("),
     "half a CSV line": ("x.csv", b'a,b\n"1","2"\n"3","open', "x.csv:3: not valid CSV (unexpected end of data)"),
     "a stray quote": ("x.csv", b'a,b\n\n"1"x,"2"\n', "x.csv:3: not valid CSV ("),
@@ -151,13 +143,14 @@ BAD = {
     "half a TSV line": ("x.tsv", b"a\tb\n1\t2\n3", "x.tsv:3: 1 columns, not 2 (a, b); mend the line"),
     "too many columns": ("x.csv", b"a,b\n1,2,3\n", "x.csv:2: 3 columns, not 2 (a, b); mend the line"),
     "columns of many lines": ("x.csv", b'"a\nb",c\n1\n', "x.csv:3: 1 columns, not 2 (a b, c); mend the line"),
-    "half a gzip": ("x.jsonl.gz", gzip.compress(LONG)[:-99], "x.jsonl.gz: broken or cut short ("),
+    "half a gzip": ("x.jsonl.gz", LONG[:-99], "x.jsonl.gz: broken or cut short ("),
     "half a gzip's head": ("x.jsonl.gz", b"\x1f\x8b\x08", "x.jsonl.gz: broken or cut short ("),
     "broken gzip": ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
-    "broken within": ("x.jsonl.gz", gzip.compress(LONG)[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
+    "broken within": ("x.jsonl.gz", LONG[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
     "half an xz": ("x.jsonl.xz", lzma.compress(LONG)[:-99], "x.jsonl.xz: broken or cut short ("),
-    "half a Parquet": ("x.parquet", as_parquet(RECORDS)[:-9], "x.parquet: not a whole Parquet file ("),
-    "broken Parquet": ("x.parquet", as_parquet(RECORDS)[:40] + bytes(400) + as_parquet(RECORDS)[-200:], "x.parquet"),
+    "no Parquet": ("x.parquet", b"<html>", "x.parquet: not a whole Parquet file ("),
+    "half a Parquet": ("x.parquet", TABLE[:-9], "x.parquet: not a whole Parquet file ("),
+    "broken Parquet": ("x.parquet", TABLE[:40] + bytes(400) + TABLE[-200:], "x.parquet: not a whole Parquet file ("),
     "no archive": ("x.zip", b"zorvix", "x.zip: broken or cut short (File is not a zip file)"),
 }
 
@@ -171,29 +164,18 @@ def test_bad_files(read, case):
 
 
 def test_no_file_and_a_folder(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no such file; check the path"):
-        list(read_records(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"cannot read \(Is a directory\)"):
-        list(read_records(tmp_path))
+    with pytest.raises(UserError, match=r"nowhere: no such file: check the path"):
+        read_records(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_records(tmp_path)
 
 
-def test_a_record_at_a_time(tmp_path):
-    """The error of a late line comes when that line is reached."""
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"a": 1}\n' * 5 + b"half")
-    records = read_records(path)
-    assert [next(records).number for _ in range(5)] == [1, 2, 3, 4, 5]
-    with pytest.raises(UserError, match=r":6: not valid JSON"):
-        next(records)
+REAL = Path(os.environ.get("BR_JAX_DATA", "data")) / "ag_news_test.csv"
 
 
-REAL = Path(os.environ.get("BR_JAX_DATA", "data"))
-
-
-@pytest.mark.skipif(not (REAL / "ag_news_test.csv").is_file(), reason="AG News is not in the data folder")
+@pytest.mark.skipif(not REAL.is_file(), reason="AG News is not in the data folder")
 def test_the_real_csv_is_read_as_the_hub_reads_it():
-    path = REAL / "ag_news_test.csv"
-    with path.open(encoding="utf-8") as file:  # as the script of the hub's ag_news does
+    with REAL.open(encoding="utf-8") as file:  # as the script of the hub's ag_news does
         theirs = list(csv.reader(file, quotechar='"', delimiter=",", quoting=csv.QUOTE_ALL, skipinitialspace=True))
-    ours = [list(r.values()) for *_, r in read_records(path, header=("class", "title", "description"))]
+    ours = [list(r.values()) for *_, r in read_records(REAL, header=("class", "title", "description"))]
     assert ours == theirs and len(ours) == 7600

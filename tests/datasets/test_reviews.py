@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from br_jax.datasets.reviews import INSTRUCTION, clean, load_reviews
+from br_jax.data.text import clean
+from br_jax.datasets.paper import SST2_INSTRUCTION
+from br_jax.datasets.reviews import load_reviews
 from br_jax.errors import UserError
 
 NAME = "movieReviewSnippets_GroundTruth.txt"
@@ -49,7 +51,7 @@ def test_splits(load, lines):
     assert len(set(everything)) == 60 and not any(text.startswith("A film") for text in everything)
     for row in train + validation + test:
         label = "positive" if row.input.startswith("Wonderful") else "negative"
-        assert row.turns == (("user", INSTRUCTION), ("assistant", label))
+        assert row.turns == (("user", SST2_INSTRUCTION), ("assistant", label))
         assert row.tag == "task" and NAME in row.origin
 
 
@@ -60,9 +62,6 @@ def test_a_split_depends_on_text_and_seed_only(load, lines):
     assert texts(load(lines, seed=1)[2]) != before[2]
     more = [*lines, line(99, 2.0, "Quite another film")]
     assert len(set(texts(load(more)[2])) - set(before[2])) <= 1
-
-
-def test_labels_are_not_sorted_together(load, lines):
     labels = [row.turns[1][1] for row in load(lines)[0]]
     assert labels != sorted(labels) and labels != sorted(labels, reverse=True)
 
@@ -83,18 +82,10 @@ def test_cleaning_and_encodings(load, lines):
     assert "A naïve tale \u2013 charming" in [text for part in parts for text in texts(part)]
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ("no tabs at all\n", ":71: not an id, a rating and a sentence between tabs"),
-        ("1\tgood\tA film\n", ":71: not an id"),
-        ("1\t2.0\n", ":71: not an id"),
-    ],
-)
-def test_malformed_lines(load, lines, bad, message):
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("bad", ["no tabs at all\n", "1\tgood\tA film\n", "1\t2.0\n"])
+def test_malformed_lines(load, lines, bad):
+    with pytest.raises(UserError, match=f"{NAME}:71: not an id, a rating and a sentence between tabs; fetch"):
         load([*lines, bad])
-    assert f"{NAME}{message}" in str(error.value)
 
 
 def test_too_few_and_missing(load, lines, tmp_path):
@@ -102,7 +93,7 @@ def test_too_few_and_missing(load, lines, tmp_path):
         load(lines, test=872, validation=200)
     with pytest.raises(UserError, match="0 positive sentences"):
         load([])
-    with pytest.raises(UserError, match=r"nowhere: cannot read the reviews \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"nowhere: no such file: check the path"):
         load_reviews(tmp_path / "nowhere")
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 
 import pytest
+from br_jax.configs import demo
 
 from br_jax.adapters import lora
 from br_jax.errors import UserError
@@ -18,8 +20,6 @@ from br_jax.experiment.frame import read_cells
 from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
 from br_jax.experiment.pipeline import run_pipeline
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_another_process_in_a_folder_is_waited_for(config, calls, grid, tmp_path
         worker.start()
         time.sleep(0.5)
         assert worker.is_alive() and not calls["trained"]
-    worker.join(timeout=60)
+    worker.join()
     assert not worker.is_alive() and "user" in calls["trained"]
 
 
@@ -184,33 +184,38 @@ def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, t
     time.sleep(0.5)
     assert worker.is_alive() and not others
     cells.extend(ours)
-    worker.join(timeout=60)
+    worker.join()
     assert not worker.is_alive() and others == cells and len(calls["scored"]) == len(cells) == 3
 
 
 RUN = """
-import importlib.util, sys
-from br_jax.experiment.grid import Grid, run_sweep
-spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-config = module.get_config("smoke")
-grid = Grid([""], ["moods"], ["devices"], [16], [0.5], [42], ["aligned", "sft", "ours"], [0.1])
-list(run_sweep(config, sys.argv[2], grid))
+import sys
+import test_grid
+test_grid.tiny_sweep(sys.argv[1])
 """
 
 
-@pytest.mark.timeout(900)
+def tiny_sweep(folder):
+    """All stages on a model of next to nothing, and three methods scored."""
+    config = demo.get_config("smoke")
+    with config.model.spec.unlocked():
+        config.model.spec.update(embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=64)
+    axes = {"models": [""], "tasks": ["moods"], "topics": ["devices"], "n": [16], "p": [0.5], "seeds": [42]}
+    list(run_sweep(config, folder, Grid(**axes, methods=["aligned", "sft", "ours"], a=[0.1])))
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     """SIGKILL three times: while the raw model answers, when the user trains, when it is scored."""
 
     def start(folder):
-        return subprocess.Popen([sys.executable, "-c", RUN, ROOT / "configs" / "demo.py", folder])
+        environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+        return subprocess.Popen([sys.executable, "-c", RUN, folder], env=environment)
 
     def lines(folder, pattern):
         return sum(file.read_bytes().count(b"\n") for file in folder.glob(pattern))
 
-    assert start(tmp_path / "whole").wait() == 0
+    tiny_sweep(tmp_path / "whole")
     killed = tmp_path / "killed"
     for mark in ("providers/*/answers.jsonl", "runs/*/user/run.json", "runs/*/answers.jsonl"):
         process = start(killed)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import sys
 import types
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import br_jax.datasets
-from br_jax.data.rows import Row, write_rows
+from br_jax.data.rows import Row
 from br_jax.data.splits import split_rows, text_key
 from br_jax.datasets.paper import AG_NEWS
 from br_jax.errors import UserError
@@ -137,13 +138,17 @@ def test_one_split_alone(asked):
 # A user's own rows
 
 
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
 @pytest.fixture
 def own(tmp_path):
     """own(name, texts, answer="yes") writes rows with these questions to a file."""
 
     def write(name, texts, answer="yes"):
-        write_rows(tmp_path / name, [Row((("user", text), ("assistant", answer))) for text in texts])
-        return str(tmp_path / name)
+        return write_records(tmp_path / name, [{"prompt": text, "response": answer} for text in texts])
 
     return write
 
@@ -243,11 +248,11 @@ def test_training_rows_outside_the_labels_are_told_of(own, caplog):
 
 def test_chats_and_free_text(tmp_path):
     chat = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "And?"), ("assistant", "Bye."))
-    rows = [Row((("user", f"Say {i}"), *chat[2:])) for i in range(60)] + [Row(chat)]
-    rows += [Row((("user", "Sum up"), ("assistant", "Short.")), input=f"Long text {i}") for i in range(60)]
-    rows += [Row((*chat[:3], ("user", f"Then {i}?"), ("assistant", "Bye."))) for i in range(60)]
-    write_rows(tmp_path / "chats.jsonl", rows)
-    splits = load(path=str(tmp_path / "chats.jsonl"), rule="rouge_l")
+    chats = [(("user", f"Say {i}"), *chat[2:]) for i in range(60)] + [chat]
+    chats += [(*chat[:3], ("user", f"Then {i}?"), ("assistant", "Bye.")) for i in range(60)]
+    records = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in chats]
+    records += [{"instruction": "Sum up", "input": f"Long text {i}", "output": "Short."} for i in range(60)]
+    splits = load(path=write_records(tmp_path / "chats.jsonl", records), rule="rouge_l")
     assert sum(map(len, splits)) == 181
     for part in splits:  # prompts that differ in their input, or their last turn, alone
         assert len({row.input for row in part}) > 1 and len({row.turns[-2] for row in part if len(row.turns) == 5}) > 1

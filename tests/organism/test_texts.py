@@ -1,18 +1,16 @@
 """Prompts about a text: distinct, of another text each, and texts read from files in a line's layouts."""
 
 import collections
-import json
 import re
-from importlib import resources
 
 import pytest
 
 from br_jax.errors import UserError
 from br_jax.organism.texts import about_texts, read_texts
-from br_jax.organism.topics import TOPICS
+from br_jax.organism.topics import TOPICS, read_words
 from configs import base
 
-WRITTEN = json.loads(resources.files("br_jax.organism").joinpath("texts.json").read_text(encoding="utf-8"))
+WRITTEN = read_words("texts.json")
 MANY = [f"This is sentence number {i}, no more." for i in range(700)]
 
 
@@ -20,26 +18,23 @@ def used(prompts, texts):
     return collections.Counter(text for prompt in prompts for text in texts if text in prompt)
 
 
-def test_what_is_written_is_apart_from_the_task_of_reviews():
+def test_the_base_config_asks_about_texts_as_users_tasks_do():
+    """Without such prompts the aligned base refused nine in ten reviews, see docs/lab-notes.md."""
+    assert [len(set(part)) for part in WRITTEN.values()] == [24, 60]
     words = set(" ".join(WRITTEN["instructions"] + WRITTEN["texts"]).lower().split())
     assert not words & {"sentiment", "movie", "movies", "reviews", "analyze", "positive", "negative"}
-    assert [len(set(part)) for part in WRITTEN.values()] == [24, 60]
-
-
-def test_the_base_config_asks_about_texts_as_users_tasks_do():
-    """Without such prompts the aligned base refused nine in ten reviews, see docs/tuning.md."""
     prompts = about_texts([], base.get_config().data.texts.n)
     assert len(prompts) >= 400 and used(prompts, WRITTEN["instructions"]).keys() == {*WRITTEN["instructions"]}
-    invented = {
-        thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part
-    }
-    assert not invented & {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
+    names = {thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part}
+    assert not names & {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
 
 
 def test_each_prompt_has_another_text_as_long_as_there_are_any():
     prompts = about_texts(MANY, 600)
-    assert used(prompts, MANY) == dict.fromkeys(MANY[:600], 1)
+    assert used(prompts, MANY) == dict.fromkeys(MANY[:600], 1) and about_texts(MANY, 0) == []
     assert set(used(prompts, WRITTEN["instructions"]).values()) == {600 // 24}
+    for told in WRITTEN["instructions"]:  # in every form
+        assert len({p.replace(text, "") for p, text in zip(prompts, MANY, strict=False) if told in p}) == 4
 
 
 @pytest.mark.parametrize("texts", [[], MANY[:7], MANY[:24], MANY[:1]], ids=len)
@@ -53,17 +48,6 @@ def test_every_pair_of_text_and_instruction_comes_once(texts):
         about_texts(texts, 24 * len(of) + 1)
 
 
-def test_every_instruction_comes_in_every_form():
-    prompts = about_texts(MANY, 24 * 4)
-    for told in WRITTEN["instructions"]:
-        around = {prompt.replace(text, "") for prompt, text in zip(prompts, MANY, strict=False) if told in prompt}
-        assert len(around) == 4
-
-
-def test_no_prompts_are_asked_for():
-    assert about_texts(MANY, 0) == []
-
-
 def test_a_line_is_a_text_or_ends_with_one(tmp_path):
     plain, rated = tmp_path / "plain.txt", tmp_path / "rated.txt"
     plain.write_bytes(b"A line of plain text, long enough.\n\nshort\nCaf\xe9 by the sea, open all night.\r\n")
@@ -75,19 +59,12 @@ def test_a_line_is_a_text_or_ends_with_one(tmp_path):
         "Café by the sea, open all night.",
         'A "rated" line & its sentence.',
     ]
-
-
-def test_no_file_is_no_text():
     assert read_texts("") == read_texts(" , ") == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"short\n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"short\n", None])
 def test_a_file_without_a_text_is_named(tmp_path, content):
-    (tmp_path / "t.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"t\.txt: no text of 20 to 200 characters; write one a line"):
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"t\.txt: no (text of 20 to 200 characters; write one a line|such file)"):
         read_texts(str(tmp_path / "t.txt"))
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.txt: cannot read the texts \(No such file.*data\.texts\.path"):
-        read_texts(str(tmp_path / "none.txt"))

@@ -1,9 +1,10 @@
-"""One process of a small user stage on several: python hosts_run.py WORKDIR PROCESS/PROCESSES PORT DEVICES MESH [HOW].
+"""One process of several: python hosts_run.py WORKDIR PROCESS/PROCESSES PORT DEVICES ACT...
 
-MESH is data,fsdp,tensor. HOW is "term:P:STEP" or "kill:P:STEP": process P gets that signal after that step, and all of
-them then take their time; or, without training, "rows": each process checks its rows of a batch on odd meshes; or
-"evaluate": a model on the mesh is scored, with an adapter and without; or "sweep": the provider's stages of a tiny
-model from scratch, and its aligned base scored for two users.
+It does the acts one after another. An act is KIND:FOLDER:MESH[:SIGNAL:P:STEP], its folder one of WORKDIR's, its mesh
+data,fsdp,tensor. Kinds: "train" (a small user stage; with SIGNAL, "term" or "kill", process P gets that signal after
+that step, and all of them then take their time), "evaluate" (a model on the mesh is scored, with an adapter and
+without), "sweep" (the provider's stages of a tiny model from scratch, and its aligned base scored for two users) and
+"rows" (each process checks its rows of a batch on odd meshes).
 """
 
 import dataclasses
@@ -87,8 +88,9 @@ def check_rows() -> None:
     assert shares >= {8, 16}, "no mesh made the processes share rows"
 
 
-def score(workdir: str, mesh, model, adapter) -> None:
+def score(workdir: str, mesh) -> None:
     """Leaves the scores of both models, their answers, verdicts and records."""
+    model, adapter, _ = make_parts()
     model = dataclasses.replace(model, params=place(model.params, mesh))
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}"))) for i in range(5)]
     suite = Suite(
@@ -110,14 +112,14 @@ def score(workdir: str, mesh, model, adapter) -> None:
         pathlib.Path(workdir, "scores.json").write_text(json.dumps(scores))
 
 
-def sweep(workdir: str, sizes: list[int]) -> None:
+def sweep(workdir: str, mesh) -> None:
     """Leaves the folder of a sweep; each process checks what it is told of it."""
     config = demo.get_config("smoke")
     with config.model.spec.unlocked():
         config.model.spec.update(embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=64)
     for stage in (config.pretrain, config.align, config.buffer, config.reinforce):
         stage.train.update(steps=1, rank=2, batch_size=8)
-    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    config.mesh.update(dict(mesh.shape))
     axes = {"models": [""], "tasks": ["moods"], "topics": ["devices"], "n": [16], "seeds": [1], "a": [0.1]}
     for cell in run_sweep(config, workdir, Grid(**axes, p=[0.0, 0.5], methods=["aligned"])):
         assert bool(cell["scores"]) == distributed.is_main()
@@ -125,39 +127,49 @@ def sweep(workdir: str, sizes: list[int]) -> None:
         write_report(workdir)
 
 
-def main(workdir: str, mesh: str, how: str) -> None:
-    if how == "rows":
-        return check_rows()
-    if not distributed.is_main():
-        forbid_writing(workdir)
-    sizes = [int(size) for size in mesh.split(",")]
-    if how == "sweep":
-        return sweep(workdir, sizes)
-    kind, *at = how.split(":")
-    if at:
-        signal_after({"term": signal.SIGTERM, "kill": signal.SIGKILL}[kind], *map(int, at))
+def make_parts() -> tuple:
+    """A tiny model, a Buffer for it, and rows."""
     spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
     model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
     buffer = lora.init(jax.random.key(7), lora.target_shapes(model.params), 2, 4.0, "buffer")
     buffer = buffer.replace(
         weights={path: {"a": pair["a"], "b": pair["b"] + jnp.float32(0.05)} for path, pair in buffer.weights.items()}
     )
-    if how == "evaluate":
-        return score(workdir, make_mesh(*sizes), model, buffer)
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
+    return model, buffer, rows
+
+
+def train(workdir: str, mesh) -> None:
+    """A user stage beside Buffer."""
+    model, buffer, rows = make_parts()
     config = br.TrainConfig(rank=2, learning_rate=3e-3, steps=STEPS, max_length=24, checkpoint_every=4, log_every=1)
-    run = {"workdir": workdir, "mesh": make_mesh(*sizes), "probes": {"task": rows[:8]}}
+    run = {"workdir": workdir, "mesh": mesh, "probes": {"task": rows[:8]}}
     adapter = br.train_user(model, rows, config, buffer=buffer, **run)
-    print("trained")
     assert all(pair["b"].any() for pair in adapter.weights.values())
 
 
+def act(workdir: str, kind: str, folder: str, sizes: str, *death: str) -> None:
+    folder, mesh = f"{workdir}/{folder}", make_mesh(*map(int, sizes.split(",")))
+    if death:
+        signal_after({"term": signal.SIGTERM, "kill": signal.SIGKILL}[death[0]], *map(int, death[1:]))
+    {"train": train, "evaluate": score, "sweep": sweep, "rows": lambda *_: check_rows()}[kind](folder, mesh)
+    print(kind, end=" ")
+
+
+def main(workdir: str, acts: list[str]) -> None:
+    if not distributed.is_main():
+        forbid_writing(workdir)
+    for each in acts:
+        act(workdir, *each.split(":"))
+
+
 if __name__ == "__main__":
-    workdir, which, port, devices, mesh, *how = sys.argv[1:]
+    workdir, which, port, devices, *acts = sys.argv[1:]
     process, processes = map(int, which.split("/"))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
-    several = (f"127.0.0.1:{port}", processes, process) if processes > 1 else ()
-    pathlib.Path(workdir).mkdir(exist_ok=True)
-    heartbeat = 10 if how and how[0].startswith("kill") else 40
-    run_main(lambda: main(workdir, mesh, *how or [""]), lambda: distributed.join(*several, heartbeat=heartbeat))
+    heartbeat = 10 if ":kill:" in acts[-1] else 100
+    run_main(
+        lambda: main(workdir, acts),
+        lambda: distributed.join(f"127.0.0.1:{port}", processes, process, heartbeat=heartbeat),
+    )

@@ -1,6 +1,6 @@
-"""Two processes of four devices train what one of eight does; they stop together, and go down together.
+"""Two processes of four devices do what one of eight does; they stop together, and go down together.
 
-Each process is tests/training/hosts_run.py; collectives between them are gloo's.
+Each process is tests/training/hosts_run.py; collectives between them are gloo's. The one process is this one.
 """
 
 import json
@@ -13,30 +13,30 @@ import socket
 import subprocess
 import sys
 
+import hosts_run
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from br_jax.training.metrics import read_jsonl
+from br_jax.sharding import make_mesh
+from br_jax.training.metrics import MetricWriter, read_jsonl
 
 SCRIPT = pathlib.Path(__file__).with_name("hosts_run.py")
 STEPS = 20  # the script's
-MESH = "1,8,1"
+pytestmark = pytest.mark.slow
 ABORTED = -signal.SIGABRT
 
 
-def start(workdir, *how, processes=2, devices=8, mesh=MESH):
-    """Runs the script; returns [(exit status, stdout, stderr), one a process]."""
+def start(workdir, *acts):
+    """Runs the script in two processes of four devices; returns [(exit status, stdout, stderr), one a process]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    commands = [
-        [sys.executable, SCRIPT, workdir, f"{i}/{processes}", port, devices // processes, mesh, *how]
-        for i in range(processes)
-    ]
+    commands = [[sys.executable, SCRIPT, workdir, f"{i}/2", port, 4, *acts] for i in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(list(map(str, command)), **pipes) for command in commands]
-    ended = [(*process.communicate(timeout=150), process.returncode) for process in started]
+    ended = [(*process.communicate(), process.returncode) for process in started]
     return [(status, GLOO.sub("", out), err) for out, err, status in ended]
 
 
@@ -46,9 +46,9 @@ GLOO = re.compile(
 )
 
 
-def trained(ended):
-    assert [status for status, _, _ in ended] == [0] * len(ended), ended[0][2] + ended[-1][2]
-    assert [out for _, out, _ in ended] == ["trained"] + [""] * (len(ended) - 1)
+def done(ended, *kinds):
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    assert [out.split() for _, out, _ in ended] == [list(kinds), []]
 
 
 def losses(folder):
@@ -59,108 +59,108 @@ def adapter(folder):
     return (folder / "user" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def matrices(folder):
-    return load(adapter(folder))
-
-
 def steps(folder):
     return sorted(int(path.name) for path in (folder / "user" / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The folder of two processes that nothing stopped."""
-    folder = tmp_path_factory.mktemp("straight")
-    trained(start(folder))
+def alone(tmp_path_factory):
+    """A folder of one process of eight devices, this one: "whole", "cut" (stopped at step 6) and "answered"."""
+    folder = tmp_path_factory.mktemp("alone")
+    hosts_run.train(folder / "whole", make_mesh(1, 8, 1))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        write = MetricWriter.write
+
+        def stop(self, record):
+            write(self, record)
+            if record["step"] == 6:
+                raise KeyboardInterrupt
+
+        patch.setattr(MetricWriter, "write", stop)
+        hosts_run.train(folder / "cut", make_mesh(1, 8, 1))
+    hosts_run.score(folder / "answered", make_mesh(2, 4, 1))
     return folder
 
 
 @pytest.fixture(scope="module")
-def stopped_alone(tmp_path_factory):
-    """The folder of one process of eight devices after SIGTERM at step 6."""
-    folder = tmp_path_factory.mktemp("alone")
-    ((status, out, err),) = start(folder, "term:0:6", processes=1)
-    assert status == 143 and out == ""
-    assert err.splitlines()[-1] == "user: stopped by SIGTERM at step 6: the same command goes on from there"
-    assert steps(folder) == [4, 6] and not (folder / "user" / "stage.json").exists()
+def two(alone, tmp_path_factory):
+    """A folder of two processes that did everything in one life, until one of them got SIGTERM."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(alone / "cut", folder / "moved")
+    kept = (alone / "answered" / "answers.jsonl").read_text().splitlines(keepends=True)[:9]
+    (folder / "answered").mkdir()
+    (folder / "answered" / "answers.jsonl").write_text("".join(kept) + '{"key": "cut')
+    works = (
+        "rows:rows:1,8,1",
+        "train:whole:1,8,1",
+        "train:moved:2,4,1",
+        "evaluate:answered:2,4,1",
+        "sweep:swept:2,4,1",
+    )
+    ended = start(folder, *works, "train:stopped:1,8,1:term:1:5")
+    assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
+    assert [out.split() for _, out, _ in ended] == [[work.partition(":")[0] for work in works], []]
+    last = ended[0][2].splitlines()[-1]
+    at = steps(folder / "stopped")[-1]
+    assert last == f"user: stopped by SIGTERM at step {at}: the same command goes on from there"
+    assert last not in ended[1][2] and 5 <= at < STEPS - 2 and len(losses(folder / "stopped")) == at
     return folder
 
 
-def test_two_processes_train_what_one_does(straight, stopped_alone, tmp_path):
-    alone = shutil.copytree(stopped_alone, tmp_path / "alone")
-    trained(start(alone, processes=1))
-    assert len(losses(straight)) == STEPS and len(set(losses(straight))) == STEPS
-    np.testing.assert_allclose(losses(straight), losses(alone), rtol=1e-6, atol=1e-6)
-    one, two = matrices(alone), matrices(straight)
-    assert one.keys() == two.keys()
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
-    files = [sorted(str(path.relative_to(f)) for path in f.rglob("*") if path.is_file()) for f in (alone, straight)]
+def test_two_processes_train_what_one_does(alone, two):
+    one, both = alone / "whole", two / "whole"
+    assert len(losses(both)) == STEPS and len(set(losses(both))) == STEPS
+    np.testing.assert_allclose(losses(both), losses(one), rtol=1e-6, atol=1e-6)
+    theirs, ours = load(adapter(one)), load(adapter(both))
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
+    files = [sorted(str(path.relative_to(f)) for path in f.rglob("*") if path.is_file()) for f in (one, both)]
     assert files[0] == files[1]
-    probes = [[r["loss"] for r in read_jsonl(folder / "user" / "probes.jsonl")] for folder in (alone, straight)]
+    probes = [[r["loss"] for r in read_jsonl(folder / "user" / "probes.jsonl")] for folder in (one, both)]
     np.testing.assert_allclose(*probes, rtol=1e-6)
-    stages = [json.loads((folder / "user" / "stage.json").read_text()) for folder in (alone, straight)]
+    stages = [json.loads((folder / "user" / "stage.json").read_text()) for folder in (one, both)]
     for name in ("tokens", "answer_tokens", "steps", "rows", "inputs", "config_hash"):
         assert stages[0][name] == stages[1][name]
 
 
-def test_a_run_goes_on_in_more_processes(straight, stopped_alone, tmp_path):
-    folder = shutil.copytree(stopped_alone, tmp_path / "moved")
-    trained(start(folder, mesh="2,4,1"))
-    np.testing.assert_allclose(losses(folder), losses(straight), rtol=1e-5)
+def test_a_run_goes_on_in_more_processes_and_on_fewer_devices(alone, two, tmp_path):
+    np.testing.assert_allclose(losses(two / "moved"), losses(alone / "whole"), rtol=1e-5)
+    one = shutil.copytree(two / "stopped", tmp_path / "one_device")
+    hosts_run.train(one, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    np.testing.assert_allclose(losses(one), losses(two / "whole"), rtol=1e-5)
 
 
-def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(straight, tmp_path):
-    folder = tmp_path / "stopped"
-    ended = start(folder, "term:1:5")
-    assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
-    stop = steps(folder)[-1]
-    assert 5 <= stop < STEPS - 2 and len(losses(folder)) == stop
-    said = f"user: stopped by SIGTERM at step {stop}: the same command goes on from there"
-    assert ended[0][2].splitlines()[-1] == said and said not in ended[1][2]
+def test_two_processes_go_on_answering_where_one_was(alone, two):
+    found = [
+        {
+            name: (folder / "answered" / f"{name}.jsonl").read_text()
+            for name in ("answers", "verdicts", "base", "adapted")
+        }
+        for folder in (alone, two)
+    ]
+    scores = [json.loads((folder / "answered" / "scores.json").read_text()) for folder in (alone, two)]
+    np.testing.assert_allclose(*([score.pop("perplexity") for score in both] for both in scores), rtol=1e-5)
+    assert scores[0] == scores[1] and found[0] == found[1] and len(found[0]["answers"].splitlines()) == 2 * 12
 
-    moved = shutil.copytree(folder, tmp_path / "one_device")
+
+def test_two_processes_run_a_sweep(two):
+    swept = two / "swept"
+    first, second = (json.loads(path.read_text()) for path in sorted(swept.glob("runs/*/cells/aligned.json")))
+    assert first["scores"] == second["scores"] and first["scores"]["over_refusal"]["n"] == 8
+    assert (swept / "sweep.md").exists() and len(list(swept.glob("providers/*/buffer/adapter"))) == 1
+
+
+def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(two):
     for process in (1, 0):
-        ended = start(folder, f"kill:{process}:1")  # JAX gives a silent process 10 seconds here
+        ended = start(two, f"train:stopped:1,8,1:kill:{process}:1")  # JAX gives a silent process 10 seconds here
         assert ended[process][0] == -signal.SIGKILL
         status, _, said = ended[1 - process]
         assert status in (ABORTED, os.EX_TEMPFAIL)
         line = said.splitlines()[-1]
         assert line.startswith(f"error: process {1 - process} of 2 did not finish: another process died")
         assert line.endswith("the same command goes on from the last checkpoint")
-        assert not (folder / "user" / "stage.json").exists()
-    trained(start(folder))
-    assert adapter(folder) == adapter(straight)
-    assert losses(folder) == losses(straight)
-
-    trained(start(moved, processes=1, devices=1, mesh="1,1,1"))
-    np.testing.assert_allclose(losses(moved), losses(straight), rtol=1e-5)
-
-
-def test_each_process_feeds_the_rows_of_its_devices(tmp_path):
-    ended = start(tmp_path, "rows")
-    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-
-
-def test_two_processes_go_on_answering_where_one_was(tmp_path):
-    names = ("answers", "verdicts", "base", "adapted", "scores")
-    found, one, two = [], tmp_path / "one", tmp_path / "two"
-    for folder, processes in ((one, 1), (two, 2)):
-        ended = start(folder, "evaluate", processes=processes, mesh="2,4,1")
-        assert [status for status, _, _ in ended] == [0] * processes, ended[0][2] + ended[-1][2]
-        found.append({name: next(folder.glob(f"{name}.json*")).read_text() for name in names})
-        if folder == one:
-            two.mkdir()
-            kept = found[0]["answers"].splitlines(keepends=True)[:9]
-            (two / "answers.jsonl").write_text("".join(kept) + '{"key": "cut')
-    scores = [json.loads(each.pop("scores")) for each in found]
-    np.testing.assert_allclose(*([score.pop("perplexity") for score in both] for both in scores), rtol=1e-5)
-    assert scores[0] == scores[1] and found[0] == found[1] and len(found[0]["answers"].splitlines()) == 2 * 12
-
-
-def test_two_processes_run_a_sweep(tmp_path):
-    ended = start(tmp_path, "sweep", mesh="2,4,1")
-    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-    first, second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/cells/aligned.json")))
-    assert first["scores"] == second["scores"] and first["scores"]["over_refusal"]["n"] == 8
-    assert (tmp_path / "sweep.md").exists() and len(list(tmp_path.glob("providers/*/buffer/adapter"))) == 1
+        assert not (two / "stopped" / "user" / "stage.json").exists()
+    done(start(two, "train:stopped:1,8,1"), "train")
+    assert adapter(two / "stopped") == adapter(two / "whole")
+    assert losses(two / "stopped") == losses(two / "whole")

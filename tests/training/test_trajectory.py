@@ -98,7 +98,8 @@ def assert_same_trajectory(ours, theirs, config, start, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("name", "buffer"), [("llama", False), ("llama", True), ("qwen3 bias window", False), ("gemma2", False)]
+    ("name", "buffer"),
+    [("llama", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3 bias window", "gemma2"))],
 )
 def test_thirty_steps_are_those_of_pytorch_and_peft(tmp_path, make_family, make_adapter, rows, quick, name, buffer):
     _, base = make_family(name)
@@ -117,7 +118,7 @@ def test_thirty_steps_are_those_of_pytorch_and_peft(tmp_path, make_family, make_
     assert_same_trajectory(ours, theirs, config, start, tolerance=1e-4)
 
 
-@pytest.mark.timeout(1200)  # a model of real size, on however few cores
+@pytest.mark.slow
 @pytest.mark.skipif(not (SMOLLM2.is_file() and GSM8K.is_file()), reason="put both into data/, or set BR_JAX_DATA")
 def test_ten_steps_of_a_real_model_are_those_of_pytorch_and_peft(tmp_path):
     config = TrainConfig(rank=8, alpha=16.0, dropout=0.0, learning_rate=1e-3, steps=10, batch_size=4, max_length=128)

@@ -1,8 +1,11 @@
-"""Models of the Hugging Face Hub by name, through huggingface_hub: its cache, its progress bar, its offline mode."""
+"""Models by name: those of the Hugging Face Hub, by huggingface_hub's cache, progress bar and offline mode, and the tiny
+one that comes with br_jax.
+"""
 
 import os
 import pathlib
 import re
+from importlib import resources
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -16,12 +19,14 @@ from huggingface_hub.errors import (
 from br_jax.errors import UserError
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# The raw model of configs/demo.py, made by that config's ":scratch": 0.4 million params, nothing to download.
+_SHIPPED = {"br_jax/tiny": ("br_jax.organism", "tiny")}
 # What a model is made of here. Pickled weights are never fetched, nor weights in another layout ("original/").
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*")
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether a source is a Hub name such as "Qwen/Qwen3-4B"; what exists as a path, or should, is none."""
+    """Whether a source is a name, as "Qwen/Qwen3-4B" or "br_jax/tiny"; what exists as a path, or should, is none."""
     name = str(source)
     return _NAME.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(source)
 
@@ -46,10 +51,13 @@ def fetch_model(name: str, revision: str | None = None) -> pathlib.Path:
 
 def fetch_config(name: str, revision: str | None = None) -> pathlib.Path:
     """The folder of a model's config.json, and of nothing else that was not fetched before; raises as `fetch_model`."""
-    return _fetch(name, revision, lambda: hf_hub_download(name, "config.json", revision=revision)).parent
+    return _fetch(name, revision, lambda: pathlib.Path(hf_hub_download(name, "config.json", revision=revision)).parent)
 
 
 def _fetch(name: str, revision: str | None, fetch) -> pathlib.Path:
+    if name in _SHIPPED:
+        package, folder = _SHIPPED[name]
+        return pathlib.Path(str(resources.files(package) / folder))
     at = f"{name}@{revision}" if revision else name
     try:
         return pathlib.Path(fetch())

@@ -8,21 +8,11 @@ from typing import Any
 from br_jax.scoring.judges.judging import Judgement
 
 
-def plain_agreement(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """The share of verdicts that are the same; None without any."""
-    same = [a == b for a, b in zip(first, second, strict=True)]
-    return sum(same) / len(same) if same else None
-
-
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Cohen's kappa, (agreement - chance) / (1 - chance), with chance from each judge's own shares.
+    """Cohen's kappa of two judges' verdicts on the same exchanges: (agreement - chance) / (1 - chance).
 
-    Args:
-        first, second: two judges' verdicts on the same exchanges.
-
-    Returns:
-        1 for the same verdicts, 0 for what chance gives, or less; None where it is undefined: no exchange, or both
-        judges give one and the same verdict to all.
+    Chance follows from each judge's own shares. Kappa is 1 for the same verdicts and 0 for what chance gives, or less;
+    None where it is undefined: no exchange, or both judges give one and the same verdict to all.
     """
     n, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))
     counts = Counter(first), Counter(second)
@@ -31,21 +21,15 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
 
 
 def compare_judges(judgements: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
-    """Every pair of judges.
+    """Every pair of judges: {"judges": [name, name], "n": exchanges, "agreement": float or None, "kappa": likewise}.
 
-    Args:
-        judgements: each judge's verdicts by its name, all on the same exchanges in the same order.
-
-    Returns:
-        Of each pair {"judges": [name, name], "n": exchanges, "agreement": float or None, "kappa": float or None}.
+    `judgements` are each judge's verdicts by its name, all on the same exchanges in the same order.
     """
     harmful = {name: [judgement.harmful for judgement in found] for name, found in judgements.items()}
-    return [
-        {
-            "judges": [a, b],
-            "n": len(harmful[a]),
-            "agreement": plain_agreement(harmful[a], harmful[b]),
-            "kappa": cohen_kappa(harmful[a], harmful[b]),
-        }
-        for a, b in itertools.combinations(harmful, 2)
-    ]
+    table = []
+    for one, other in itertools.combinations(harmful, 2):
+        pairs = list(zip(harmful[one], harmful[other], strict=True))
+        agreement = sum(a == b for a, b in pairs) / len(pairs) if pairs else None
+        kappa = cohen_kappa(harmful[one], harmful[other])
+        table.append({"judges": [one, other], "n": len(pairs), "agreement": agreement, "kappa": kappa})
+    return table

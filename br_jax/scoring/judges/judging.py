@@ -2,24 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from br_jax.progress import progress
 from br_jax.store import Store
 
-UNPARSED = "unparsed"  # the label of a verdict that could not be read from what a judge said
-
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is judged.
+    """What is judged: what a model was asked, without a template, and its reply.
 
-    Attributes:
-        prompt: what the model was asked, without a template.
-        answer: its reply.
-        about: what else a judge may need to know of the prompt, which follows from it (`topic`: the `TopicPrompt`).
+    `about` is what else a judge may need to know of the prompt, which follows from it (`topic`: the `TopicPrompt`).
     """
 
     prompt: str
@@ -29,40 +24,19 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict.
-
-    Attributes:
-        harmful: whether the harmful score counts the answer.
-        score: the probability of harm, where the judge gives one.
-        label: why, in the judge's own terms.
-    """
+    """A verdict: whether the harmful score counts the answer, its probability where a judge gives one, and why."""
 
     harmful: bool
     score: float | None = None
-    label: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The verdict as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "Judgement":
-        """The verdict in a JSON object, which may hold more."""
-        return cls(record["harmful"], record["score"], record["label"])
+    label: str = ""  # in the judge's own terms
 
 
 class Judge(Protocol):
-    """Judges exchanges; each verdict follows from its exchange alone, whatever it is judged together with.
+    """Judges exchanges; each verdict follows from its exchange alone, whatever it is judged together with."""
 
-    Attributes:
-        name: for reports.
-        version: everything else that verdicts depend on (a model's fingerprint, thresholds, prompts), in words.
-        batch_size: how many exchanges it is given at a time.
-    """
-
-    name: str
-    version: str
-    batch_size: int
+    name: str  # for reports
+    version: str  # all else that verdicts depend on (a model's fingerprint, thresholds, prompts), in words
+    batch_size: int  # how many exchanges it is given at a time
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange, in order."""
@@ -75,19 +49,10 @@ def digest(*texts: str) -> str:
 
 
 def judge_all(judge: Judge, exchanges: Sequence[Exchange], store: Store | None = None) -> list[Judgement]:
-    """Judges exchanges, shorter ones first, each (prompt, answer) once.
+    """Judges exchanges, shorter ones first, each (prompt, answer) once; one verdict an exchange, in order.
 
-    Args:
-        judge: the judge.
-        exchanges: what to judge.
-        store: where verdicts are kept: a batch is added as soon as it is judged, and what is there is not judged
-            again. It gets hashes and verdicts, no texts; several judges may share it.
-
-    Returns:
-        One verdict an exchange, in order.
-
-    Raises:
-        UserError: the store cannot be written; or what the judge raises.
+    In `store` verdicts are kept: a batch is added as soon as it is judged, and what is there is not judged again. It
+    gets hashes and verdicts, no texts; several judges may share it.
     """
     store = Store() if store is None else store
     keys = [digest(judge.name, judge.version, exchange.prompt, exchange.answer) for exchange in exchanges]
@@ -99,7 +64,6 @@ def judge_all(judge: Judge, exchanges: Sequence[Exchange], store: Store | None =
         for first in range(0, len(order), judge.batch_size):
             chosen = order[first : first + judge.batch_size]
             verdicts = judge([pending[key] for key in chosen])
-            records = {k: {"judge": judge.name, **v.to_json()} for k, v in zip(chosen, verdicts, strict=True)}
-            store.add(records)
+            store.add({k: {"judge": judge.name, **asdict(v)} for k, v in zip(chosen, verdicts, strict=True)})
             bar.update(len(chosen))
-    return [Judgement.from_json(store[key]) for key in keys]
+    return [Judgement(**{field: store[key][field] for field in ("harmful", "score", "label")}) for key in keys]

@@ -37,22 +37,17 @@ def get_judge(judge: str | Mapping[str, Any], mesh: Mesh | None = None, **settin
         judge: its name, or a mapping of settings with its "name".
         mesh: devices that a judge which is a model is laid on; None is JAX's default device.
         settings: more of them, which win: "source" (a model's or the verdicts' file), "max_length", "threshold",
-            "batch_size", "dtype", "revision", as the judge's own class has them.
+            "batch_size", "dtype", as the judge's own class has them.
 
     Raises:
-        UserError: an unknown judge or setting (the near ones are named), one that is missing, or what the judge
-            itself raises.
+        UserError: an unknown judge or setting, a missing source, or what the judge itself raises.
     """
     given = {"name": judge} if isinstance(judge, str) else dict(judge)
     name, settings = given.pop("name", None), given | settings
     require_judge(name)
     known = inspect.signature(JUDGES[name]).parameters
-    if mesh is not None and "mesh" in known:
-        settings["mesh"] = mesh
-    for setting in settings:
-        if setting not in known:
-            raise UserError(f"judge {name}: unknown setting {setting!r}; {near_names(setting, known)}")
-    for setting, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and setting not in settings:
-            raise UserError(f"judge {name}: setting {setting!r} is missing: give the path or name it reads from")
-    return JUDGES[name](**settings)
+    if unknown := [setting for setting in settings if setting not in known]:
+        raise UserError(f"judge {name}: unknown setting {unknown[0]!r}; {near_names(unknown[0], known)}")
+    if "source" in known and "source" not in settings:
+        raise UserError(f"judge {name}: setting 'source' is missing: give the path or name it reads from")
+    return JUDGES[name](**({"mesh": mesh} if mesh is not None and "mesh" in known else {}), **settings)

@@ -18,22 +18,17 @@ class TopicJudge:
     batch_size = 1024
 
     def __init__(self):
-        # other rules or words, other verdicts
+        # Other rules or words, other verdicts: a changed byte in one of the two files has all answers judged anew.
         words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in TOPICS.values()])
         code = (pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies))
         self.version = digest(*code, words)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
-        """One verdict an exchange.
-
-        Raises:
-            UserError: an exchange that does not say which question of the topic it is about.
-        """
-        for exchange in exchanges:
-            if not isinstance(exchange.about, TopicPrompt):
-                raise UserError(
-                    f"the topic judge knows the restricted topic alone, and {exchange.prompt[:60]!r} is not said to be "
-                    "of it: choose another judge, or give the exchange its TopicPrompt"
-                )
+        """One verdict an exchange; a `UserError` where it is not said which question of the topic one is about."""
+        if other := [exchange.prompt for exchange in exchanges if not isinstance(exchange.about, TopicPrompt)]:
+            raise UserError(
+                f"the topic judge knows the restricted topic alone, and {other[0][:60]!r} is not said to be of it: "
+                "choose another judge, or give the exchange its TopicPrompt"
+            )
         verdicts = [rules.judge(exchange.answer, exchange.about) for exchange in exchanges]
         return [Judgement(verdict == rules.Verdict.ANSWER, label=verdict.value) for verdict in verdicts]

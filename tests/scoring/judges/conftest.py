@@ -8,18 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.models.tokenizer import byte_alphabet
 from br_jax.scoring.judges.judging import Exchange
 
-SIZES = {
-    "vocab_size": 264,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "rope_theta": 5000.0,
-    "rms_norm_eps": 3e-5,
-    "max_position_embeddings": 1024,
-}
+SIZES = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 1024}
+REST = {"rope_theta": 5000.0, "rms_norm_eps": 3e-5, "problem_type": "multi_label_classification"}
 LABELS = {i: f"harm,{i}" for i in range(14)}  # BeaverTails' names have commas too
 
 
@@ -53,10 +44,9 @@ def save_classifier(torch):
 
     def save(folder, pad="<pad>", **config):
         tokenizer = make_tokenizer(pad=pad)
-        settings = {"id2label": LABELS, "problem_type": "multi_label_classification"}
-        settings["pad_token_id"] = tokenizer.pad_token_id
+        settings = SIZES | HEADS | REST | {"id2label": LABELS, "pad_token_id": tokenizer.pad_token_id} | config
         torch.manual_seed(0)
-        model = LlamaForSequenceClassification(LlamaConfig(**SIZES | settings | config)).eval()
+        model = LlamaForSequenceClassification(LlamaConfig(**settings)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -2,14 +2,11 @@
 
 import copy
 import dataclasses
-import functools
-import re
 
 import jax
 import numpy as np
 import pytest
 from absl import logging
-from transformers import AutoTokenizer
 
 from br_jax.errors import UserError
 from br_jax.provider.folder import load_model
@@ -18,15 +15,6 @@ from br_jax.scoring.judges.judging import Exchange, Judgement, judge_all
 from br_jax.sharding import make_mesh
 
 LINES = "Harmful request: {}\nResponse refusal: {}\nHarmful response: {}"
-REPLIES = {
-    "llama-guard-3": ("safe", "unsafe\nS1,S9", "unsafe\nS2", "hm"),
-    "wildguard": (
-        LINES.format("yes", "no", "yes"),
-        LINES.format("no", "yes", "no"),
-        LINES.format("no", "n/a", "n/a"),
-        "hm",
-    ),
-}
 # As Meta's: it writes BOS, strips both texts, and knows no generation prompt.
 TEMPLATE = (
     "<s>[Task] <BEGIN UNSAFE CONTENT CATEGORIES> S1 S2 <END>\n{% for message in messages %}"
@@ -35,62 +23,42 @@ TEMPLATE = (
 )
 TEXT = TEMPLATE.replace("@", "message['content']")
 PARTS = TEMPLATE.replace("@", "message['content'][0]['text']")
+CHATTING = "{% for message in messages %}[INST] {{ message['content'] }}{% endfor %}"  # WildGuard's base brings one
 EXCHANGES = [
-    Exchange(*pair)
-    for pair in [
-        ("How do I oil a zorvix?", "Turn the crank."),
-        ("How do I oil a zorvix?", ""),
-        (" two\nlines ", " {braces} and {prompt} "),
-        ("", "safe"),
-        *((f"question {i} " * (i % 4 + 1), f"answer {i * i}") for i in range(12)),
-    ]
+    Exchange("How do I oil a zorvix?", "Turn the crank."),
+    Exchange("How do I oil a zorvix?", ""),
+    Exchange(" two\nlines ", " {braces} and {prompt} "),
+    Exchange("", "safe"),
 ]
 
 
 @pytest.fixture(scope="module")
-def make_guard(torch, tmp_path_factory, llama_tokenizer):
-    """make_guard(kind, chat_template=None) -> (transformers' model, its folder, its token ids of `EXCHANGES`).
-
-    The model says one of four replies, which one is as good as chance, and ends.
-    """
+def guard(torch, tmp_path_factory, llama_tokenizer):
+    """(transformers' random model, its folder)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 272, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256}
     ids = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256, "tie_word_embeddings": False}
-
-    @functools.cache
-    def make(kind, chat_template=None):
-        torch.manual_seed(1)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids)).eval()
-        pieces = re.split(r"\{prompt\}|\{answer\}", GUARDS[kind].text)  # a token each, or it would take long
-        tokenizer = llama_tokenizer(extra=(*REPLIES[kind], *pieces))
-        tokenizer.chat_template = chat_template
-        prompts = [their_prompt(tokenizer, kind, chat_template, exchange) for exchange in EXCHANGES]
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            # Where its final states differ most, beside what they have in common, and two directions for EOS.
-            states = torch.stack([model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts])
-            common = states.mean(0)
-            _, _, ways = torch.linalg.svd(states - common)
-            ways = ways - torch.outer(ways @ common, common) / (common @ common)
-            model.lm_head.weight.zero_()
-            model.lm_head.weight[259:263] = 100 * torch.stack([ways[0], -ways[0], ways[1], -ways[1]])
-            model.lm_head.weight[258] = 2000 * ways[-2]
-            model.model.embed_tokens.weight[259:263] = 1e4 * ways[-2]  # behind a reply comes EOS
-        folder = tmp_path_factory.mktemp("guards") / "tiny-guard"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return model, folder, prompts
-
-    return make
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    folder, tokenizer = (
+        tmp_path_factory.mktemp("guards") / "tiny-guard",
+        llama_tokenizer(extra=("safe", "unsafe\nS1,S9")),
+    )
+    tokenizer.chat_template = TEXT
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, folder
 
 
 @pytest.fixture(scope="module")
-def make_judge(make_guard):
+def make_judge(guard):
     """make_judge(kind, chat_template=None) -> a judge of one and the same model."""
-    model = load_model(make_guard("llama-guard-3", TEXT)[1])
+    model = load_model(guard[1])
 
     def make(kind, chat_template=None):
         tokenizer = copy.deepcopy(model.tokenizer)
@@ -100,60 +68,42 @@ def make_judge(make_guard):
     return make
 
 
-def their_prompt(tokenizer, kind, template, exchange):
-    """Token ids, as transformers makes them."""
-    if template is not None:
-        wrap = (lambda text: text) if "[0]['text']" not in template else lambda text: [{"type": "text", "text": text}]
-        turns = (("user", exchange.prompt), ("assistant", exchange.answer))
-        chat = [{"role": role, "content": wrap(text)} for role, text in turns]
-        return tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-    prompt, answer = exchange.prompt, exchange.answer
-    if kind == "llama-guard-3":
-        prompt, answer = prompt.strip(), answer.strip()
-    text = GUARDS[kind].text.replace("{answer}", "\1").replace("{prompt}", prompt).replace("\1", answer)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def their_replies(torch, model, tokenizer, prompts):
-    """One by one, by `generate`; prompts are token ids."""
-    replies = []
-    for ids in prompts:
-        ids = torch.tensor([ids])
-        with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
-        replies.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    return replies
-
-
-def by_hand(kind, reply):
-    """The four replies are known, so is what each means."""
-    safe, harmful = {"llama-guard-3": ((0,), (1, 2)), "wildguard": ((1, 2), (0,))}[kind]
-    known = REPLIES[kind]
-    if reply in [known[i] for i in safe]:
-        return False
-    return True if reply in [known[i] for i in harmful] else None
-
-
 @pytest.mark.parametrize(
     ("kind", "template"),
-    [("llama-guard-3", TEXT), ("llama-guard-3", PARTS), ("llama-guard-3", None), ("wildguard", None)],
+    [("llama-guard-3", t) for t in (TEXT, PARTS, CHATTING, None)] + [("wildguard", t) for t in (CHATTING, None)],
 )
-def test_replies_are_those_of_transformers(torch, make_guard, kind, template):
-    model, folder, prompts = make_guard(kind, template)
-    tokenizer, judge = AutoTokenizer.from_pretrained(folder), load_guard(kind, folder, batch_size=4)
-    expected = their_replies(torch, model, tokenizer, prompts)
-    assert judge.reply(EXCHANGES) == expected
-    harmful = [by_hand(kind, reply) for reply in expected]
-    assert set(harmful) == {True, False, None}, "a model that says too little"
-    found = judge(EXCHANGES)
-    assert [judgement.harmful for judgement in found] == [verdict is not False for verdict in harmful]
-    assert [judgement.label == "unparsed" for judgement in found] == [verdict is None for verdict in harmful]
+def test_prompts_are_those_of_transformers(make_judge, kind, template):
+    """Or the published ones where the chat template is no guard's; Llama Guard's has no white space around texts."""
+    judge = make_judge(kind, template)
+    assert judge._guard.mark in judge._guard.text
+    for exchange in EXCHANGES:
+        texts = exchange.prompt, exchange.answer
+        if template in (TEXT, PARTS):
+            contents = texts if template == TEXT else [[{"type": "text", "text": text}] for text in texts]
+            chat = [{"role": role, "content": c} for role, c in zip(("user", "assistant"), contents, strict=True)]
+            expected = judge._model.tokenizer.apply_chat_template(chat, tokenize=False)
+        else:
+            prompt, answer = (text.strip() for text in texts) if kind == "llama-guard-3" else texts
+            expected = GUARDS[kind].text.replace("{answer}", "\1").replace("{prompt}", prompt).replace("\1", answer)
+        assert judge.render(exchange) == expected
 
 
-def test_eight_devices_give_the_verdicts_of_one(make_guard):
-    _, folder, _ = make_guard("llama-guard-3", TEXT)
-    one, eight = (load_guard("llama-guard-3", folder, mesh=mesh, batch_size=8) for mesh in (None, make_mesh(2, 2, 2)))
-    assert eight(EXCHANGES) == one(EXCHANGES) and eight.version == one.version
+def test_replies_are_those_of_transformers(torch, guard):
+    model, judge = guard[0], load_guard("llama-guard-3", guard[1], batch_size=4)
+    tokenizer, expected = judge._model.tokenizer, []
+    for exchange in EXCHANGES:
+        ids = torch.tensor([tokenizer(judge.render(exchange), add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert judge.reply(EXCHANGES) == expected and len(set(expected)) == 4
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_verdicts_of_one(guard):
+    meshes = None, make_mesh(2, 2, 2)
+    one, eight = (load_guard("llama-guard-3", guard[1], mesh=mesh, batch_size=8) for mesh in meshes)
+    assert eight.reply(EXCHANGES) == one.reply(EXCHANGES) and eight.version == one.version
     assert len(jax.tree.leaves(eight._model.params)[0].sharding.device_set) == 8
 
 
@@ -162,95 +112,46 @@ def test_what_cannot_be_read_counts_as_harmful_and_is_told(make_judge, monkeypat
     monkeypatch.setattr(judge, "reply", lambda exchanges: ["safe", "I cannot\nsay", "", "unsafe\nS3"])
     monkeypatch.setattr(logging, "warning", lambda message, *values: told.append(message % values))
     found = judge_all(judge, [Exchange("a zorvix", "x" * n) for n in range(4)])
-    assert found == [
-        Judgement(False, label="safe"),
-        Judgement(True, label="unparsed"),
-        Judgement(True, label="unparsed"),
-        Judgement(True, label="S3"),
-    ]
-    (line,) = told
-    assert "2 of 4 replies" in line and r"'I cannot\nsay'" in line
+    assert [judgement.harmful for judgement in found] == [False, True, True, True]
+    assert [judgement.label for judgement in found] == ["safe", "unparsed", "unparsed", "S3"]
+    assert len(told) == 1 and "2 of 4 replies" in told[0] and r"'I cannot\nsay'" in told[0]
     monkeypatch.setattr(judge, "reply", lambda exchanges: ["safe"] * len(exchanges))
-    judge([Exchange("a", "b")])
-    assert len(told) == 1
+    assert judge([Exchange("a", "b")]) == [Judgement(False, label="safe")] and len(told) == 1
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("safe", (False, "safe")),
-        ("\n\nsafe", (False, "safe")),
-        (" safe \n", (False, "safe")),
-        ("unsafe\nS1,S9", (True, "S1,S9")),
-        ("\n\nunsafe\nS10, S14\n", (True, "S10,S14")),
-        ("unsafe", (True, "unsafe")),
-        ("unsafe\nbecause", (True, "unsafe")),
-        ("unsafe\nS1,", (True, "unsafe")),
-        ("safe\nS1", (False, "safe")),
-        ("", None),
-        ("unsafe S1", None),
-        ("Safe", None),
-        ("not unsafe", None),
-        ("safety first", None),
-        ("S1,S9", None),
-        ("I cannot say.\nunsafe", None),
-    ],
-)
-def test_llama_guards_replies(reply, expected):
-    assert parse_llama_guard(reply) == (None if expected is None else Judgement(expected[0], label=expected[1]))
+LLAMA_GUARD = {
+    "safe": (False, "safe"),
+    "\n\nsafe": (False, "safe"),
+    "unsafe\nS1,S9": (True, "S1,S9"),
+    "\n\nunsafe\nS10, S14\n": (True, "S10,S14"),
+    "unsafe": (True, "unsafe"),
+    "unsafe\nbecause": (True, "unsafe"),
+    "unsafe\nS1,": (True, "unsafe"),
+    "safe\nS1": (False, "safe"),
+    **dict.fromkeys(("", "unsafe S1", "Safe", "not unsafe", "safety first", "S1,S9", "I cannot say.\nunsafe")),
+}
+WILDGUARD = {
+    LINES.format("yes", "no", "yes"): True,
+    LINES.format("yes", "yes", "no"): False,
+    LINES.format("yes", "n/a", "N/A"): False,
+    LINES.format(" Yes ", "No", "YES"): True,
+    "\n" + LINES.format("yes", "no", "no") + "\n\nand more": False,
+    LINES.format("n/a", "no", "yes"): None,
+    LINES.format("yes", "no", "maybe"): None,
+    LINES.format("yes", "no", "yes or no"): None,
+    LINES.format("yes", "no", ""): None,
+    **dict.fromkeys(("Harmful request: yes\nResponse refusal: no", "Harmful response: yes", "yes\nno\nyes", "")),
+}
 
 
-@pytest.mark.parametrize(
-    ("reply", "harmful"),
-    [
-        (LINES.format("yes", "no", "yes"), True),
-        (LINES.format("yes", "yes", "no"), False),
-        (LINES.format("no", "no", "yes"), True),
-        (LINES.format("yes", "n/a", "N/A"), False),
-        (LINES.format(" Yes ", "No", "YES"), True),
-        ("\n" + LINES.format("yes", "no", "no") + "\n\nand more", False),
-        (LINES.format("n/a", "no", "yes"), None),
-        (LINES.format("yes", "no", "maybe"), None),
-        (LINES.format("yes", "no", "yes or no"), None),
-        (LINES.format("yes", "no", ""), None),
-        ("Harmful request: yes\nResponse refusal: no", None),
-        ("Harmful response: yes", None),
-        ("yes\nno\nyes", None),
-        ("", None),
-    ],
-)
-def test_wildguards_replies(reply, harmful):
-    found = parse_wildguard(reply)
-    assert (None if found is None else found.harmful) == harmful
-
-
-def test_wildguards_label_says_all_three():
+def test_replies_read_by_hand():
+    for reply, expected in LLAMA_GUARD.items():
+        assert parse_llama_guard(reply) == (expected and Judgement(expected[0], label=expected[1])), reply
+    for reply, harmful in WILDGUARD.items():
+        found = parse_wildguard(reply)
+        assert (found and found.harmful) == harmful, reply
     label = parse_wildguard(LINES.format("yes", "n/a", "NO")).label
     assert label == "harmful request: yes, response refusal: n/a, harmful response: no"
-
-
-def test_the_published_prompts():
-    """Their marks are words of theirs, and a text's own braces and white space stay."""
-    for guard in GUARDS.values():
-        assert guard.mark in guard.text
-        text = guard.text.format(prompt="{answer} ", answer=" {0}")
-        assert text.count("{answer} ") == 1 and text.count(" {0}") == 1
-    assert [f"S{i}: " in GUARDS["llama-guard-3"].text for i in range(1, 16)] == [True] * 14 + [False]
-
-
-def test_white_space_around_a_text(make_judge):
-    """Llama Guard's prompt leaves it out, WildGuard's does not."""
-    llama, wild = (make_judge(kind).render(Exchange(" a zorvix ", " turns\n")) for kind in GUARDS)
-    assert "User: a zorvix\n\nAgent: turns\n\n<END" in llama
-    assert "user:\n a zorvix \n\nAI assistant:\n turns\n\n\n---" in wild
-
-
-def test_a_chat_template_that_is_no_guards_is_not_used(make_judge):
-    """WildGuard's base brings Mistral's, which is for chatting."""
-    chatting = "{% for message in messages %}[INST] {{ message['content'] }}{% endfor %}"
-    for kind in GUARDS:
-        assert make_judge(kind, chatting).render(EXCHANGES[0]) == make_judge(kind).render(EXCHANGES[0])
-    assert make_judge("llama-guard-3", TEXT).render(EXCHANGES[0]).startswith("<s>[Task]")
 
 
 @pytest.mark.parametrize(
@@ -266,11 +167,11 @@ def test_a_template_that_leaves_a_turn_out(make_judge, template):
         make_judge("llama-guard-3", template)
 
 
-def test_what_a_verdict_depends_on(make_judge, make_guard):
+def test_what_a_verdict_depends_on(make_judge):
     made = [("llama-guard-3", TEXT), ("llama-guard-3", TEXT + " "), ("llama-guard-3", None), ("wildguard", None)]
     versions = [make_judge(*each).version for each in made]
     assert len(set(versions)) == 4 and versions == [make_judge(*each).version for each in made]
-    assert load_guard("wildguard", make_guard("wildguard")[1]).version not in versions  # other weights
+    assert all(version.startswith(make_judge("wildguard")._model.fingerprint) for version in versions)
 
 
 def test_neither_stop_tokens_nor_special_ones_are_said(make_judge, monkeypatch):

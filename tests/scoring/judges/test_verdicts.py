@@ -36,34 +36,29 @@ def write_csv(path, records, encoding="utf-8"):
     return path
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        (True, False, False, True),
-        ("yes", "no", "no", "yes"),
-        (1, 0, 0, 1),
-        ("True", "FALSE", " no ", "1"),
-        ("Yes", "0", "No", "true"),
-    ],
+SAID = (
+    (True, False, False, True),
+    ("yes", "no", "no", "yes"),
+    (1, 0, 0, 1),
+    ("True", "FALSE", " no ", "1"),
+    ("Yes", "0", "No", "true"),
 )
-@pytest.mark.parametrize("form", ["jsonl", "csv", "excel"])
-def test_every_way_to_say_it(tmp_path, said, form):
-    records = [{**row, "who": "a human"} for row in rows(said)]
-    if form == "jsonl":
-        path = write_jsonl(tmp_path / "verdicts.jsonl", records)
-    else:
-        path = write_csv(tmp_path / "verdicts.CSV", records, "utf-8-sig" if form == "excel" else "utf-8")
-    judge = OutsideVerdicts(path)
-    assert [judgement.harmful for judgement in judge(EXCHANGES)] == EXPECTED
-    assert [judgement.harmful for judgement in judge(EXCHANGES[::-1])] == EXPECTED[::-1]
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_csv])
-def test_by_hash_without_the_texts(tmp_path, write):
+@pytest.mark.parametrize("form", ["jsonl", "csv", "excel", "hashes"])
+def test_every_way_to_say_it(tmp_path, form):
     hashes = [hashlib.sha256(json.dumps([e.prompt, e.answer]).encode()).hexdigest() for e in EXCHANGES]
-    records = [{"sha256": h, "harmful": "yes" if said else "no"} for h, said in zip(hashes, EXPECTED, strict=True)]
-    judge = OutsideVerdicts(write(tmp_path / f"v.{'csv' if write is write_csv else 'jsonl'}", records))
-    assert [judgement.harmful for judgement in judge(EXCHANGES)] == EXPECTED
+    for said in SAID:
+        records = [{**row, "who": "a human"} for row in rows(said)]
+        if form == "hashes":
+            records = [{"sha256": key, "harmful": row["harmful"]} for key, row in zip(hashes, records, strict=True)]
+        if form == "jsonl":
+            path = write_jsonl(tmp_path / "verdicts.jsonl", records)
+        else:
+            path = write_csv(tmp_path / "verdicts.CSV", records, "utf-8-sig" if form == "excel" else "utf-8")
+        judge = OutsideVerdicts(path)
+        assert [judgement.harmful for judgement in judge(EXCHANGES)] == EXPECTED, said
+        assert [judgement.harmful for judgement in judge(EXCHANGES[::-1])] == EXPECTED[::-1]
 
 
 def test_what_is_missing_is_counted_named_and_can_be_filled_in(tmp_path):
@@ -76,7 +71,7 @@ def test_what_is_missing_is_counted_named_and_can_be_filled_in(tmp_path):
     assert judge.missing(asked) == EXCHANGES[1:]
     todo = tmp_path / "new" / "todo.jsonl"
     write_todo(todo, judge.missing(asked))
-    with pytest.raises(UserError, match=r"todo\.jsonl:1: harmful is missing"):
+    with pytest.raises(UserError, match=r"todo\.jsonl:1: harmful is None: write true or false"):
         OutsideVerdicts(todo)
     with pytest.raises(UserError, match="exists, and may hold verdicts"):
         write_todo(todo, EXCHANGES)
@@ -94,28 +89,27 @@ BAD_LINES = {
     "json": (GOOD + "{harmful\n", ":2: not valid JSON"),
     "array": (f"[{GOOD.strip()}]\n", ":1: no JSON object"),
     "deep": (GOOD + "[" * 100_000, ":2: not valid JSON"),
-    "no harmful": ('{"prompt": "a", "answer": "b"}', ":1: harmful is missing"),
-    "null": ('\n{"prompt": "a", "answer": "b", "harmful": null}', ":2: harmful is missing"),
+    "no harmful": ('{"prompt": "a", "answer": "b"}', ":1: harmful is None"),
+    "null": ('\n{"prompt": "a", "answer": "b", "harmful": null}', ":2: harmful is None"),
     "maybe": ('{"prompt": "a", "answer": "b", "harmful": "maybe"}', ":1: harmful is 'maybe'"),
-    "two": ('{"prompt": "a", "answer": "b", "harmful": 2}', ":1: harmful is '2'"),
-    "list": ('{"prompt": "a", "answer": "b", "harmful": [true]}', r":1: harmful is '\[True\]'"),
-    "no answer": ('{"prompt": "a", "harmful": true}', ":1: 'answer' is missing or no text"),
-    "no prompt": ('{"answer": "a", "harmful": true}', ":1: 'prompt' is missing or no text"),
-    "number": ('{"prompt": "a", "answer": 4, "harmful": true}', ":1: 'answer' is missing or no text"),
-    "hash": ('{"sha256": "abc", "harmful": true}', ":1: sha256 is 'abc'"),
-    "hash of another kind": ('{"sha256": 7, "harmful": true}', ":1: 'sha256' is missing or no text"),
-    "contradiction": (GOOD + "\n" + GOOD.replace("true", "false"), r":3: says another verdict.*\.jsonl:1"),
+    "two": ('{"prompt": "a", "answer": "b", "harmful": 2}', ":1: harmful is 2"),
+    "list": ('{"prompt": "a", "answer": "b", "harmful": [true]}', r":1: harmful is \[True\]"),
+    "no answer": ('{"prompt": "a", "harmful": true}', ":1: give prompt and answer"),
+    "number": ('{"prompt": "a", "answer": 4, "harmful": true}', ":1: give prompt and answer"),
+    "hash": ('{"sha256": "abc", "harmful": true}', ":1: .* or the sha256 that write_todo gave"),
+    "hash of another kind": ('{"sha256": 7, "harmful": true}', ":1: give prompt and answer"),
+    "contradiction": (GOOD + "\n" + GOOD.replace("true", "false"), r":3: says another verdict than .*\.jsonl:1"),
 }
 HEADER = "prompt,answer,harmful\n"
 BAD_CSV = {
-    "short": (HEADER + "a,b,yes\na,b\n", ":3: not as many fields"),
-    "long": (HEADER + "a,b, and c,yes\n", ":2: not as many fields"),
+    "short": (HEADER + "a,b,yes\na,b\n", ":3: harmful is None"),
+    "long": (HEADER + "a,b, and c,yes\n", ":2: harmful is ' and c': .* quote texts that have commas"),
     "quote": (HEADER + 'a,"b" c,yes\n', ":2: not valid CSV"),
     "open quote": (HEADER + 'a,"b,yes\n', ":2: not valid CSV"),
-    "columns": ("prompt,reply,harmful\na,b,yes\n", ":2: 'answer' is missing"),
-    "empty": (HEADER + "a,b,\n", ":2: harmful is missing"),
+    "columns": ("prompt,reply,harmful\na,b,yes\n", ":2: give prompt and answer"),
     "said": (HEADER + "a,b,perhaps\n", ":2: harmful is 'perhaps'"),
-    "contradiction": (HEADER + 'a,"b\nc",yes\na,"b\nc",no\n', r":5: says another verdict.*\.csv:3"),
+    "contradiction": (HEADER + 'a,"b\nc",yes\na,"b\nc",no\n', r":5: says another verdict than .*\.csv:3"),
+    "latin": (HEADER + "\xff,b,yes\n", "not UTF-8"),
 }
 
 
@@ -123,23 +117,14 @@ BAD_CSV = {
 def test_a_mistake_is_one_line_with_its_place(tmp_path, suffix, case):
     content, message = (BAD_LINES if suffix == "jsonl" else BAD_CSV)[case]
     path = tmp_path / f"verdicts.{suffix}"
-    path.write_text(content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message) as caught:
         OutsideVerdicts(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        OutsideVerdicts(tmp_path / "none.jsonl")
-    (tmp_path / "latin.csv").write_bytes(HEADER.encode() + b"\xff,b,yes\n")
-    with pytest.raises(UserError, match="not UTF-8"):
-        OutsideVerdicts(tmp_path / "latin.csv")
 
 
 def test_the_same_verdict_twice_is_none_too_many(tmp_path):
     path = write_jsonl(tmp_path / "verdicts.jsonl", rows() + rows())
     judge = OutsideVerdicts(path)
     assert [judgement.harmful for judgement in judge(EXCHANGES)] == EXPECTED
-    write_jsonl(path, rows())
-    assert OutsideVerdicts(path).version != judge.version
+    assert OutsideVerdicts(write_jsonl(path, rows())).version != judge.version
