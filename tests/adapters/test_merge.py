@@ -34,24 +34,19 @@ def random_adapter(rng, rank, scale=2.0, role="user", fan_in=FAN_IN, fan_out=FAN
     return adapter(a, 0.02 * rng.normal(size=(LAYERS, rank, fan_out)), scale, role, path)
 
 
-def dense_basis(a, b, tau):
-    """Q of the formula, from float64 A [r, in] and B [out, r], and the count of kept eigenvalues."""
-    eigenvalues, vectors = np.linalg.eigh(a @ a.T)
-    # an eigenvalue that is exactly 0 comes out of eigh as +-1e-17: "above 0" must not mean that
-    kept = eigenvalues > max(tau, 1e-10) * eigenvalues.max()
-    effective = b if kept.all() else b @ vectors[:, kept]
-    left, sigma, _ = np.linalg.svd(effective, full_matrices=False)
-    real = sigma > 1e-5 * sigma.max(initial=0)
-    # thin QR as the paper says it; where B is rank-deficient QR would invent columns, so then the true span
-    return (np.linalg.qr(effective)[0] if real.all() else left[:, real]), kept.sum()
-
-
 def dense_merge(user, reinforce, strength, scale=0.5, tau=0.01):
     """The formula scale (W_U + (I - a Q Q^T) W_R) on (A [r, in], B [out, r], s) of each, and the rank it keeps."""
     (a_u, b_u, s_u), (a_r, b_r, s_r) = user, reinforce
-    q, kept = dense_basis(a_u, b_u, tau)
+    eigenvalues, vectors = np.linalg.eigh(a_u @ a_u.T)
+    # an eigenvalue that is exactly 0 comes out of eigh as +-1e-17: "above 0" must not mean that
+    kept = eigenvalues > max(tau, 1e-10) * eigenvalues.max()
+    effective = b_u if kept.all() else b_u @ vectors[:, kept]
+    left, sigma, _ = np.linalg.svd(effective, full_matrices=False)
+    real = sigma > 1e-5 * sigma.max(initial=0)
+    # thin QR as the paper says it; where B is rank-deficient QR would invent columns, so then the true span
+    q = np.linalg.qr(effective)[0] if real.all() else left[:, real]
     w_u, w_r = s_u * b_u @ a_u, s_r * b_r @ a_r
-    return scale * (w_u + (np.eye(len(w_r)) - strength * q @ q.T) @ w_r), kept
+    return scale * (w_u + (np.eye(len(w_r)) - strength * q @ q.T) @ w_r), kept.sum()
 
 
 def assert_merges_as_dense(user, reinforce, strength, scale=0.5, tau=0.01, factor=1.0):
