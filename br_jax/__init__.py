@@ -8,12 +8,12 @@ import br_jax as br
 import os
 
 from br_jax.adapters import peft
-from br_jax.adapters.lora import Adapter
+from br_jax.adapters.lora import Adapter, detach
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate
-from br_jax.method import detach, release, train_buffer, train_reinforce, train_user
+from br_jax.method import release, train_buffer, train_reinforce, train_user
 from br_jax.models.model import Model
 from br_jax.provider.export import export_adapter, export_model
 from br_jax.provider.folder import load_model

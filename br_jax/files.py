@@ -36,11 +36,7 @@ def writing(path: str | os.PathLike, cure: str = "free space or choose another f
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The content of a UTF-8 file.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
+    """The content of a UTF-8 file; a `UserError` if it cannot be read, or is not UTF-8."""
     with reading(path):
         content = pathlib.Path(path).read_bytes()
     try:
@@ -86,11 +82,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file (UTF-8) by way of a temporary one beside it; its folder is made.
-
-    Raises:
-        UserError: when it cannot be written; what was there before is untouched.
-    """
+    """Writes a UTF-8 file by way of a temporary one, so that on an error what was there stays; its folder is made."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
@@ -109,11 +101,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 @contextlib.contextmanager
 def staged(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder that takes the place of `folder` once all is in it; on an error nothing has changed.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
+    """A temporary folder that takes the place of `folder` once all is in it; on an error nothing has changed."""
     folder = pathlib.Path(folder)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,6 @@ def key_of(*parts: Any) -> str:
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """SHA-256 of a file's content."""
     with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ give; without it the base is what it was, since nothing ever wrote to it.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
@@ -76,11 +76,6 @@ def train_user(
     """
     name, frozen = ("sft", {}) if buffer is None else ("user", {"buffer": buffer})
     return train_adapter(name, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
-
-
-def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, Adapter]:
-    """Takes an adapter out of the named dict of those in use: exact, for the base was never written."""
-    return lora.detach(adapters, name)
 
 
 def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None) -> Adapter:

@@ -44,15 +44,7 @@ def styled(draw: Callable[..., T]) -> Callable[..., T]:
 
 @styled
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as stem.png (150 dpi) and stem.pdf, without times or versions in them.
-
-    Args:
-        figure: what one of the functions below returned.
-        stem: path without its ending; the folder exists.
-
-    Returns:
-        The paths of the two files. The same data give the same bytes.
-    """
+    """Writes a figure as stem.png (150 dpi) and stem.pdf, without times or versions: the same data, the same bytes."""
     png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
     figure.savefig(png, dpi=150, metadata={"Software": None})
     figure.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Producer": None})

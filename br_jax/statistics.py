@@ -24,7 +24,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Score:
-    """k of n prompts; the share and its interval follow from them and are never NaN."""
+    """k of n prompts; the share (None when nothing was counted) and its 95 % interval follow and are never NaN."""
 
     k: int
     n: int
@@ -35,12 +35,12 @@ class Score:
 
     @property
     def score(self) -> float | None:
-        """k / n, or None when nothing was counted."""
+        """k / n."""
         return self.k / self.n if self.n else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The ends of the 95 % interval."""
+        """Wilson's."""
         return wilson(self.k, self.n)
 
     def to_json(self) -> dict[str, float | int | None]:
@@ -49,18 +49,15 @@ class Score:
         return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
 
     def __str__(self) -> str:
-        """In percent, as "8.0 (4.1 to 15.0)", or "n/a" when nothing was counted."""
+        """As `in_percent`."""
         return in_percent(self.score, *self.interval)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of n scores in [0, 1] that are more than right or wrong; its interval follows and is never NaN.
+    """Mean of n scores in [0, 1] that are more than right or wrong, with their sample standard deviation.
 
-    Attributes:
-        n: how many scores.
-        mean: their mean; 0 when there are none.
-        deviation: their sample standard deviation; 0 when there are fewer than two.
+    Both are 0 when there are too few scores. The interval follows and is never NaN.
     """
 
     n: int
@@ -97,7 +94,7 @@ class Mean:
         return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
 
     def __str__(self) -> str:
-        """As `Score`'s."""
+        """As `in_percent`."""
         return in_percent(self.score, *self.interval)
 
 

@@ -16,9 +16,8 @@ _START = b'{"key": "'  # of every line
 class Store:
     """Records by key, in a JSONL file that only grows.
 
-    A batch is appended by one write and is on disk when `add` returns. What a kill left of a line is cut off when the
-    file is next added to. One run at a time may add to a file; on several processes all of them hold the records, and
-    process 0 writes.
+    A batch is on disk when `add` returns. What a kill left of a line is cut off when the file is next added to. One run
+    at a time may add to a file; on several processes all of them hold the records, and process 0 writes.
 
     Args:
         path: the file, made when there is something to add; None keeps the records in memory alone.
@@ -60,9 +59,10 @@ class Store:
             content = lines.encode("utf-8", "surrogatepass")
             with writing(self.path, "free space, then run again"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("ab", buffering=0) as file:
+                with self.path.open("ab") as file:
                     file.truncate(self._whole)
-                    _write(file, content)
+                    file.write(content)
+                    file.flush()
                     os.fsync(file.fileno())
             self._whole += len(content)
         self._records |= new
@@ -79,10 +79,3 @@ class Store:
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise UserError(f"{self.path}:{number}: no record of an evaluation: remove this line") from error
             self._whole += len(line) + 1
-
-
-def _write(file, content: bytes) -> None:
-    """All of it; a raw file may take less at once, as when the disk is nearly full."""
-    view = memoryview(content)
-    while view:
-        view = view[file.write(view) :]

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import pickle
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import delta
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
@@ -26,21 +27,12 @@ class Bomb:
         return pytest.fail, ("a pickle was opened",)
 
 
-@pytest.fixture
-def adapter(tmp_path, make_adapter, tiny):
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, make_adapter, tiny):
     """An adapter's folder, and the adapter."""
-    made = make_adapter("user", rank=3)
-    save_adapter(tmp_path / "adapter", made, base_name="tiny", fingerprint=tiny.fingerprint)
-    return tmp_path / "adapter", made
-
-
-@pytest.fixture
-def model(tmp_path, make_tiny):
-    """A model's folder in two shards, bf16, with a pickle beside it."""
-    made = make_tiny(dtype=jnp.bfloat16, tie_embeddings=False, window=16, model_type="mistral")
-    write_hf(tmp_path / "model", made.spec, made.params, made.tokenizer, shard_bytes=60_000)
-    (tmp_path / "model" / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
-    return tmp_path / "model", made
+    made, folder = make_adapter("user", rank=3), tmp_path_factory.mktemp("described") / "adapter"
+    save_adapter(folder, made, base_name="tiny", fingerprint=tiny.fingerprint)
+    return folder, made
 
 
 def test_an_adapter_is_told_without_its_base(adapter, tiny):
@@ -49,7 +41,7 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
     facts, rows = found["facts"], {row["target"]: row for row in found["rows"]}
     assert found["kind"] == "adapter" and list(rows) == ["q", "v", "gate", "up", "down"]
     assert facts["roles"] == ["user"] and facts["holds_a_buffer"] == "no" and facts["base"] == "tiny"
-    assert facts["base_fingerprint"] == tiny.fingerprint and facts["base_checked"] is False
+    assert facts["base_fingerprint"] == tiny.fingerprint and facts["pickles_not_opened"] == []
     assert (facts["rank"], facts["alpha"], facts["scale"], facts["layers"]) == (3, 6, 2.0, 2)
     assert facts["sha256"] == hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
     for path, dense in delta(made).items():
@@ -62,7 +54,6 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
         assert row["largest_norm"] == pytest.approx(norms.max(), rel=1e-5) and row["at_layer"] == norms.argmax()
         assert row["stable_rank"] == pytest.approx(np.mean(norms**2 / sigma[:, 0] ** 2), rel=1e-4)
         assert row["effective_rank"] == 3
-    assert facts["largest_norm"] == max(row["largest_norm"] for row in rows.values())
     json.dumps(found)
 
 
@@ -71,7 +62,7 @@ def test_a_buffer_is_named_as_one(tmp_path, make_adapter):
     save_adapter(tmp_path / "held", held, base_name="tiny", provider=True)
     found = describe(tmp_path / "held")
     assert found["facts"]["roles"] == ["buffer", "user"]
-    assert "holds a buffer    yes, keep it in the provider's folder" in render(found)
+    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(found))
     alone = describe(tmp_path / "held" / WEIGHTS_FILE)
     assert '"buffer"' in alone["facts"]["notes"]["br_jax"]
 
@@ -92,8 +83,10 @@ def test_some_layers_of_peft_s_own(tmp_path):
     assert found["facts"]["pickles_not_opened"] == ["optimizer.pt"]
 
 
-def test_a_model_is_told_from_config_and_headers(model):
-    folder, made = model
+def test_a_model_is_told_from_config_and_headers(tmp_path, make_tiny):
+    folder, made = tmp_path, make_tiny(dtype=jnp.bfloat16, tie_embeddings=False, window=16, model_type="mistral")
+    write_hf(folder, made.spec, made.params, made.tokenizer, shard_bytes=60_000)
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
     facts = describe(folder)["facts"]
     shards = sorted(folder.glob("*.safetensors"))
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
@@ -101,17 +94,17 @@ def test_a_model_is_told_from_config_and_headers(model):
     assert facts["parameters"] == sum(tensor.size for tensor in tensors.values())
     assert facts["dtypes"] == {"BF16": len(tensors)}
     assert facts["bytes"] == sum(shard.stat().st_size for shard in shards)
-    assert (facts["family"], facts["layers"], facts["heads"], facts["key_value_heads"]) == ("mistral", 2, 4, 2)
-    assert facts["tokens"] == len(made.tokenizer) and facts["chat_template"] and not facts["tied_embeddings"]
-    assert facts["window"] == "16 in 2 layers" and facts["pickles_not_opened"] == ["optimizer.pt"]
+    assert (facts["model_type"], facts["num_layers"], facts["num_kv_heads"]) == ("mistral", 2, 2)
+    assert facts["tokens"] == len(made.tokenizer) and facts["chat_template"] and not facts["tie_embeddings"]
+    assert (facts["window"], facts["windowed"]) == (16, 2) and facts["pickles_not_opened"] == ["optimizer.pt"]
 
 
 def test_a_safetensors_file_is_told_tensor_by_tensor(tmp_path):
     tensors = {"x": np.ones((2, 3), np.float16), "\x1b[31my": np.ones(4, np.int64), "z": np.ones(5, bool)}
     save_file(tensors, tmp_path / "some.safetensors")
     found = describe(tmp_path / "some.safetensors")
-    told = {row["tensor"]: (row["dtype"], row["shape"], row["bytes"]) for row in found["rows"]}
-    assert told == {"x": ("F16", [2, 3], 12), "\x1b[31my": ("I64", [4], 32), "z": ("BOOL", [5], 5)}
+    told = {row["tensor"]: (row["dtype"], row["shape"]) for row in found["rows"]}
+    assert told == {"x": ("F16", [2, 3]), "\x1b[31my": ("I64", [4]), "z": ("BOOL", [5])}
     assert found["facts"]["parameters"] == 15
     assert "\x1b" not in render(found)  # a terminal would obey it
 
@@ -138,60 +131,37 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
     stage = describe(provider / "align")
     assert stage["kind"] == "stage" and stage["facts"]["rows"] == 8 and stage["facts"]["config_rank"] == 4
     (tmp_path / "results.json").write_text(json.dumps({"models": {"raw": {}}, "command": "x"}))
-    assert describe(tmp_path)["facts"]["scored_models"] == ["raw"] and describe(tmp_path)["facts"]["provider"]
+    assert describe(tmp_path)["facts"]["scored_models"] == ["raw"]
 
 
-def bad(tmp_path, what):
-    """A path of something that cannot be described."""
-    folder = tmp_path / what
-    folder.mkdir()
-    if what == "pickled":
-        (folder / CONFIG_FILE).write_text("{}")
-        (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    if what == "pickles":
-        (folder / "weights.pt").write_bytes(pickle.dumps(Bomb()))
-    if what == "a.pt":
-        (folder / "a.pt").write_bytes(pickle.dumps(Bomb()))
-        return folder / "a.pt"
-    if what == "cut":
-        save_file({"x": np.ones(99)}, folder / "x.safetensors")
-        (folder / "x.safetensors").write_bytes((folder / "x.safetensors").read_bytes()[:-8])
-        return folder / "x.safetensors"
-    if what == "junk":
-        (folder / "x.gguf").write_bytes(b"junk" * 100)
-        return folder / "x.gguf"
-    if what in ("deep", "half"):
-        (folder / CONFIG_FILE).write_text(json.dumps(CONFIG))
-    if what == "deep":
-        save_file({KEY.format(999999999, half): np.ones((2, 2)) for half in "AB"}, folder / WEIGHTS_FILE)
-    if what == "half":
-        save_file({KEY.format(0, "A"): np.ones((2, 2))}, folder / WEIGHTS_FILE)
-    if what == "record":
-        (folder / PROVIDER_FILE).write_text("{}")
-    return folder
+ADAPTER = {CONFIG_FILE: json.dumps(CONFIG).encode()}
+PICKLED = pickle.dumps(Bomb())
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("files", "path", "message"),
     [
-        ("empty", "none of provider.json, adapter_config.json"),
-        ("pickled", "adapter_model.bin: pickled weights are refused"),
-        ("pickles", "weights.pt is pickled, can run code and is not opened"),
-        ("a.pt", "a.pt: pickled, which can run code, so it is not opened"),
-        ("cut", "x.safetensors: truncated or damaged"),
-        ("junk", "x.gguf: not a GGUF file"),
-        ("deep", "has a tensor of layer 999,999,999"),
-        ("half", r"lacks .*lora_B"),
-        ("record", "provider.json: not a provider's record"),
+        ({}, ".", "none of provider.json, adapter_config.json"),
+        ({CONFIG_FILE: b"{}", "adapter_model.bin": PICKLED}, ".", "adapter_model.bin: pickled weights are refused"),
+        ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
+        ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
+        ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
+        ({"x.gguf": b"junk" * 100}, "x.gguf", "x.gguf: not a GGUF file"),
+        (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
+        (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
+        ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_described_is_one_line(tmp_path, what, message):
+def test_what_cannot_be_described_is_one_line(tmp_path, files, path, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        describe(bad(tmp_path, what))
+        describe(tmp_path / path)
     assert "\n" not in str(caught.value)
 
 
-def test_the_script_prints_and_writes(script, adapter, model, tmp_path):
+def test_the_script_prints_and_writes(script, adapter, tmp_path):
     folder, _ = adapter
     json_file, picture = tmp_path / "figures.json", tmp_path / "new" / "spectra.png"
     status, said = script("describe.py", folder, f"--json={json_file}", f"--plot={picture}")
@@ -199,4 +169,4 @@ def test_the_script_prints_and_writes(script, adapter, model, tmp_path):
     (found,) = json.loads(json_file.read_text())
     assert found == describe(folder) and picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="spectra are an adapter's, this is of the kind model"):
-        plot_spectra(describe(model[0]), picture)
+        plot_spectra({"path": "x", "kind": "model"}, picture)

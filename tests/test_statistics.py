@@ -7,25 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, norm, sem, t, ttest_1samp
+from scipy.stats import binomtest, sem, t, ttest_1samp
 
-from br_jax.statistics import (
-    Mean,
-    Score,
-    difference,
-    mcnemar,
-    read_score,
-    t_interval,
-    wilson,
-)
-
-
-@pytest.mark.parametrize("k, n", [(0, 20), (8, 100), (1, 29), (81, 263), (15, 148), (20, 20), (500, 1000)])
-def test_wilson_is_its_formula(k, n):
-    z, p = norm.ppf(0.975), k / n
-    center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    expected = ((center + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-    assert wilson(k, n) == pytest.approx(tuple(expected), abs=1e-12)
+from br_jax.statistics import Mean, Score, difference, mcnemar, read_score, t_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -43,22 +27,21 @@ def test_wilson_stays_in_bounds(counts):
     assert 0 <= low <= (k / n if n else 0.5) <= high <= 1
 
 
-@pytest.mark.parametrize("k, n", [(-1, 3), (4, 3)])
-def test_impossible_counts_are_refused(k, n):
-    with pytest.raises(ValueError, match="need 0 <= k <= n"):
-        Score(k, n)
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [(Score, (-1, 3)), (Score, (4, 3)), (Mean, (-1, 0.0, 0.0)), (Mean, (2, 1.1, 0.0)), (Mean, (2, math.nan, 0.0))],
+)
+def test_impossible_counts_and_means_are_refused(kind, fields):
+    with pytest.raises(ValueError, match="need"):
+        kind(*fields)
 
 
-def test_nothing_counted_is_not_nan():
+def test_scores_survive_json():
     empty = read_score(None)
     assert (wilson(0, 0), str(empty), empty.score) == ((0.0, 1.0), "n/a", None)
-    assert "NaN" not in json.dumps(empty.to_json(), allow_nan=False)
-
-
-def test_score_survives_json():
-    stored = json.loads(json.dumps(Score(8, 100).to_json()))
-    assert set(stored) == {"k", "n", "score", "low", "high"}
-    assert read_score(stored) == Score(8, 100)
+    for score in (Score(8, 100), empty):
+        stored = json.loads(json.dumps(score.to_json(), allow_nan=False))
+        assert set(stored) == {"k", "n", "score", "low", "high"} and read_score(stored) == score
     assert str(Score(8, 100)) == "8.0 (4.1 to 15.0)"
 
 
@@ -102,14 +85,7 @@ def test_equal_scores_are_not_certain():
     assert str(Mean.of([0.4, 0.6] * 8)) == "50.0 (44.5 to 55.5)"  # t of 15 degrees is 2.13, times 0.1033 / 4
 
 
-@pytest.mark.parametrize("fields", [(-1, 0.0, 0.0), (2, 1.1, 0.0), (2, -0.1, 0.0), (2, math.nan, 0.0), (2, 0.5, -1.0)])
-def test_impossible_means_are_refused(fields):
-    with pytest.raises(ValueError, match="need n >= 0, and mean and deviation in"):
-        Mean(*fields)
-
-
-def test_both_kinds_of_scores_are_read():
-    assert read_score(None) == Score(0, 0) and read_score(Score(3, 4).to_json()) == Score(3, 4)
+def test_a_mean_differs_from_a_score():
     halves = Mean.of([0.0, 1.0] * 50)
     gap, low, high = difference(halves, Score(0, 100))
     assert gap == 0.5 and low == pytest.approx(0.5 - math.hypot(0.5 - halves.interval[0], wilson(0, 100)[1]))
@@ -124,18 +100,10 @@ def test_t_interval_is_scipys(values):
     assert t_interval(values) == pytest.approx((np.mean(values), *np.clip(expected, 0, 1)), rel=1e-9)
 
 
-def test_t_interval_by_hand():
-    # Three seeds: t = 4.3027 at two degrees of freedom, deviation 1, so 4.3027 / sqrt 3 to each side.
-    assert t_interval([1.0, 2.0, 3.0], (-9.0, 9.0)) == pytest.approx((2.0, -0.48414, 4.48414), abs=1e-5)
-    assert t_interval([0.0, 0.5, 1.0]) == (0.5, 0.0, 1.0)
-    assert t_interval([0.0, -1.0], (-1.0, 1.0)) == (-0.5, -1.0, 1.0)
-
-
 def test_t_interval_of_one_or_equal_values():
     assert t_interval([0.25]) == (0.25, None, None)
     assert t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
-    with pytest.raises(ValueError):
-        t_interval([])
+    assert t_interval([0.0, 0.5, 1.0]) == (0.5, 0.0, 1.0)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))

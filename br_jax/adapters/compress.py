@@ -18,9 +18,7 @@ from br_jax.errors import UserError
 def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
     """Approximates each matrix's delta, layer by layer, by the one of a given rank that is nearest in Frobenius norm.
 
-    Args:
-        adapter: finite.
-        rank: at least 1; from the adapter's own rank on, its delta comes back the same (to f32 rounding).
+    From the adapter's own rank on, its delta comes back the same (to f32 rounding).
 
     Returns:
         An adapter with scale 1 and the same roles, balanced (each singular value's root goes to both sides); a path

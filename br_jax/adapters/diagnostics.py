@@ -1,8 +1,7 @@
 """What two adapters have in common, matrix by matrix, from low-rank factors only (no dense matrix).
 
-All functions but `merge_report` take one layer's factors and are meant to be mapped over layers. Factors are the
-paper's turned around: a = A^T is [I, R], b = B^T is [R, O] (I input width, O output width, R rank), so the output
-space of W = s B A is spanned by the rows of b.
+All functions but `merge_report` take one layer's factors. Factors are the paper's turned around: a = A^T is [I, R],
+b = B^T is [R, O] (I input width, O output width, R rank), so the output space of W = s B A is spanned by the rows of b.
 Matrix products run at the highest precision, or an accelerator would round them to bfloat16; every SVD says
 `full_matrices=False`, even without vectors, or the CPU's allocates a square one.
 """
@@ -18,18 +17,13 @@ from jaxtyping import Array, Float, Int
 from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
 
-# Householder QR of f32 columns leaves about 1 eps (relative to the largest singular value) where the true
-# value is 0; four eps a column stands clear of that noise and far below any direction that f32 can still
-# resolve.
+# Householder QR of f32 columns leaves about 1 eps (relative to the largest singular value) where the true value is 0;
+# four eps a column stands clear of that noise and far below any direction that f32 can still resolve.
 NOISE_EPS_PER_COLUMN = 4
 
 
 def merge_report(user: Adapter, reinforce: Adapter, merge) -> dict[str, Any]:
-    """What a merge does to each matrix; made when asked for, beside `merge.qr_merge`, which needs none of it.
-
-    Args:
-        user, reinforce: as given to `qr_merge`.
-        merge: its `MergeConfig`.
+    """What `merge.qr_merge` does to each matrix, of the same adapters and `MergeConfig`; it needs none of this.
 
     Returns:
         Ready for JSON: the settings by name; "user_only" and "ignored" (paths that only one of them has); "matrices":
@@ -53,17 +47,51 @@ def merge_report(user: Adapter, reinforce: Adapter, merge) -> dict[str, Any]:
     }
 
 
+def measure(adapter: Adapter, tau: float) -> dict[str, dict[str, np.ndarray]]:
+    """Each path's singular values of its delta, "sigma" [L, K], and its "stable_rank" and "effective_rank" [L]."""
+    with one_blas_thread():
+        return {
+            path: jax.device_get(_measure(pair["a"], pair["b"], adapter.scale, np.float32(tau)))
+            for path, pair in adapter.weights.items()
+        }
+
+
+@jax.jit
+def _measure(
+    a: Float[Array, "L I R"], b: Float[Array, "L R O"], scale: Float[Array, ""], tau: Float[Array, ""]
+) -> dict[str, Float[Array, "L ..."] | Int[Array, " L"]]:
+    def of_layer(pair):
+        sigma = singular_values(*pair, scale)
+        return {"sigma": sigma, "stable_rank": stable_rank(sigma), "effective_rank": effective_basis(*pair, tau)[1]}
+
+    return jax.lax.map(of_layer, (a, b))
+
+
 @jax.jit
 def _matrix_report(user: dict, reinforce: dict, user_scale, reinforce_scale, tau: float) -> dict[str, Array]:
-    """`layer_report` of every layer of one matrix, in short coordinates."""
+    """Every layer's figures of one matrix, from factors in short coordinates.
+
+    Arrays are of a fixed size; `angle_count` says how many of the `principal_angles` are real.
+    """
 
     def of_layer(pairs):
-        first, second = pairs
-        _, user_b, reinforce_b = output_coordinates(first["b"], second["b"])
-        first = {"a": jnp.linalg.qr(first["a"], mode="r"), "b": user_b}
-        second = {"a": jnp.linalg.qr(second["a"], mode="r"), "b": reinforce_b}
-        basis, kept = effective_basis(first["a"], user_b, tau)
-        return {"kept_rank": kept, **layer_report(first, second, user_scale, reinforce_scale, basis)}
+        user, reinforce = pairs
+        _, user_b, reinforce_b = output_coordinates(user["b"], reinforce["b"])
+        user_a, reinforce_a = (jnp.linalg.qr(pair["a"], mode="r") for pair in pairs)
+        basis, kept = effective_basis(user_a, user_b, tau)
+        user_sigma = singular_values(user_a, user_b, user_scale)
+        reinforce_sigma = singular_values(reinforce_a, reinforce_b, reinforce_scale)
+        angles, count = principal_angles(*column_basis(user_b.T), *column_basis(reinforce_b.T))
+        return {
+            "kept_rank": kept,
+            "removed_share": removed_share(reinforce_a, reinforce_b, basis),
+            "stable_rank_user": stable_rank(user_sigma),
+            "stable_rank_reinforce": stable_rank(reinforce_sigma),
+            "singular_values_user": user_sigma,
+            "singular_values_reinforce": reinforce_sigma,
+            "principal_angles": angles,
+            "angle_count": count,
+        }
 
     return jax.lax.map(of_layer, (user, reinforce))
 
@@ -75,10 +103,6 @@ def output_coordinates(
 
     Products and lengths are what they were, so whatever is asked about two wide b can be asked about the short ones,
     which an SVD of takes no time.
-
-    Args:
-        first: [J, O].
-        second: [K, O].
 
     Returns:
         The first M = min(J, O) vectors of the basis, which span the rows of `first`; and both in its coordinates: the
@@ -99,11 +123,6 @@ def effective_basis(
     The rule: eigenpairs (lambda, V) of A A^T, keep lambda > tau * lambda_max, Q = basis of B V_kept. The
     pairs come from an SVD of A's triangular factor, where lambda = sigma^2: forming A A^T would square A's
     condition number.
-
-    Args:
-        a: [I, R].
-        b: [R, O].
-        tau: in [0, 1).
 
     Returns:
         Q, zero in its unused columns, and the number of eigenvalues kept.
@@ -126,11 +145,8 @@ def column_basis(columns: Float[Array, "O R"]) -> tuple[Float[Array, "O K"], Int
     masked. For a matrix of full rank the span, and so the projector Q Q^T, is that of plain thin QR. Working
     from the factor rather than from the Gram matrix keeps all the digits of f32.
 
-    Args:
-        columns: [O, R].
-
     Returns:
-        Q [O, K], K = min(O, R), with orthonormal or zero columns, the zero ones last; and the rank.
+        Q, K = min(O, R), with orthonormal or zero columns, the zero ones last; and the rank.
     """
     q, triangle = jnp.linalg.qr(columns)
     u, sigma, _ = jnp.linalg.svd(triangle, full_matrices=False)
@@ -160,21 +176,12 @@ def removed_share(a: Float[Array, "I R"], b: Float[Array, "R O"], basis: Float[A
 
 
 def principal_angles(
-    first: Float[Array, "O J"],
-    second: Float[Array, "O K"],
-    first_rank: Int[Array, ""],
-    second_rank: Int[Array, ""],
+    first: Float[Array, "O J"], first_rank: Int[Array, ""], second: Float[Array, "O K"], second_rank: Int[Array, ""]
 ) -> tuple[Float[Array, " M"], Int[Array, ""]]:
-    """Measures the angles between the spans of two masked bases (as `column_basis` makes them).
+    """Measures the angles between the spans of two masked bases, each as `column_basis` makes it.
 
     Small angles come from sines and large ones from cosines (Bjorck and Golub): an arccos near 1 loses half
     the digits.
-
-    Args:
-        first: [O, J], its first `first_rank` columns in use.
-        second: [O, K], its first `second_rank` columns in use.
-        first_rank: columns in use.
-        second_rank: columns in use.
 
     Returns:
         min(J, K) angles in degrees, ascending, and how many of them are real: min(first_rank, second_rank).
@@ -189,41 +196,6 @@ def principal_angles(
     cosines, sines = jnp.clip(cosines, 0, 1), jnp.clip(sines, 0, 1)
     angles = jnp.where(cosines**2 < 0.5, jnp.arccos(cosines), jnp.arcsin(sines))
     return jnp.rad2deg(angles), jnp.minimum(first_rank, second_rank)
-
-
-def layer_report(
-    user: dict[str, Array],
-    reinforce: dict[str, Array],
-    user_scale: Float[Array, ""],
-    reinforce_scale: Float[Array, ""],
-    basis: Float[Array, "O K"],
-) -> dict[str, Array]:
-    """Collects one layer's figures about a merge.
-
-    Args:
-        user: {"a": [I, R], "b": [R, O]}.
-        reinforce: the same, with a rank of its own.
-        user_scale: alpha / rank.
-        reinforce_scale: alpha / rank.
-        basis: Q of `effective_basis` for the user.
-
-    Returns:
-        Fixed-size arrays by name; `angle_count` says how many of `principal_angles` are real.
-    """
-    user_sigma = singular_values(user["a"], user["b"], user_scale)
-    reinforce_sigma = singular_values(reinforce["a"], reinforce["b"], reinforce_scale)
-    user_span, user_rank = column_basis(user["b"].T)
-    reinforce_span, reinforce_rank = column_basis(reinforce["b"].T)
-    angles, count = principal_angles(user_span, reinforce_span, user_rank, reinforce_rank)
-    return {
-        "removed_share": removed_share(reinforce["a"], reinforce["b"], basis),
-        "stable_rank_user": stable_rank(user_sigma),
-        "stable_rank_reinforce": stable_rank(reinforce_sigma),
-        "singular_values_user": user_sigma,
-        "singular_values_reinforce": reinforce_sigma,
-        "principal_angles": angles,
-        "angle_count": count,
-    }
 
 
 def _core(a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "J K"]:

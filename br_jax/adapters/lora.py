@@ -6,7 +6,7 @@ is `scale * a @ b`.
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -44,14 +44,7 @@ def kernel_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TARGETS) -> dict[str, Shape]:
-    """Finds the scanned kernels that an adapter with these targets would change.
-
-    Args:
-        params: the base's tree; arrays or `jax.ShapeDtypeStruct`.
-        targets: module names, the last part of a kernel's path.
-
-    Returns:
-        Path of each kernel -> (L, in, out).
+    """Finds the scanned kernels, as `kernel_shapes`, whose paths end in one of the targets.
 
     Raises:
         UserError: a target that names no kernel of this base.
@@ -69,13 +62,10 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
 
     Args:
         key: typed PRNG key; each path folds in its own name, so a path's draw does not depend on the others.
-        shapes: path -> (L, in, out), as `target_shapes` gives.
-        rank: R, at least 1.
+        shapes: as `target_shapes` gives.
+        rank: R.
         alpha: lora_alpha; the scale is alpha / rank.
         role: the adapter's provenance.
-
-    Returns:
-        The adapter, all in f32.
 
     Raises:
         UserError: a rank below 1, or an alpha that is not positive.
@@ -95,13 +85,8 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
 def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
     """Joins adapters along the rank axis: the result's delta is the exact sum of theirs.
 
-    Averaging or adding `a` and `b` apart would give cross terms; concatenation has none.
-
-    Args:
-        adapters: any number (none gives an empty adapter); ranks, scales and targets may differ.
-
-    Returns:
-        One adapter with scale 1 (each part's scale goes into its `b`) and the sorted union of the roles.
+    Averaging or adding `a` and `b` apart would give cross terms; concatenation has none. Ranks, scales and targets may
+    differ. The result's scale is 1 (each part's goes into its `b`), its roles are the sorted union.
 
     Raises:
         UserError: two adapters disagree on a kernel's shape.
@@ -115,21 +100,19 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
             "a": jnp.concatenate([part.weights[path]["a"] for part in held], axis=-1),
             "b": jnp.concatenate([part.scale * part.weights[path]["b"] for part in held], axis=-2),
         }
-    return Adapter(weights, jnp.float32(1), union_of_roles(parts))
+    return Adapter(weights, jnp.float32(1), tuple(sorted({role for part in parts for role in part.roles})))
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same delta at a larger rank: zeros are added behind each `a` and `b`."""
 
-    def pad(pair):
-        missing = rank - pair["a"].shape[-1]
-        rows = [(0, 0)] * (pair["a"].ndim - 2)
-        return {
-            "a": jnp.pad(pair["a"], [*rows, (0, 0), (0, missing)]),
-            "b": jnp.pad(pair["b"], [*rows, (0, missing), (0, 0)]),
-        }
+    def pad(leaf, axis):
+        widths = [(0, 0)] * leaf.ndim
+        widths[axis] = (0, rank - leaf.shape[axis])
+        return jnp.pad(leaf, widths)
 
-    return adapter.replace(weights={path: pad(pair) for path, pair in adapter.weights.items()})
+    padded = {path: {"a": pad(pair["a"], -1), "b": pad(pair["b"], -2)} for path, pair in adapter.weights.items()}
+    return adapter.replace(weights=padded)
 
 
 def scaled(adapter: Adapter, factor: float | Float[Array, ""]) -> Adapter:
@@ -137,17 +120,11 @@ def scaled(adapter: Adapter, factor: float | Float[Array, ""]) -> Adapter:
     return adapter.replace(scale=adapter.scale * factor)
 
 
-def detach(adapters: Mapping[str, Adapter], name: str) -> dict[str, Adapter]:
-    """Takes one adapter out of the named dict: the surgery after training.
+def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, Adapter]:
+    """Takes one adapter out of the named dict of those in use: the surgery after training.
 
-    The base is never written, so leaving an adapter out undoes it to the bit.
-
-    Args:
-        adapters: the adapters in use, by name; left as it is.
-        name: the one to leave out.
-
-    Returns:
-        A new dict with the same other adapters, in the same order.
+    The base is never written, so leaving an adapter out undoes it to the bit. The dict is a new one, of the same other
+    adapters in the same order.
 
     Raises:
         UserError: no adapter has this name.
@@ -158,15 +135,10 @@ def detach(adapters: Mapping[str, Adapter], name: str) -> dict[str, Adapter]:
 
 
 def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Adds an adapter's delta into a copy of the base.
+    """Adds an adapter's delta into a copy of the base's tree, which is not written.
 
-    Args:
-        params: the base's tree; not written.
-        adapter: its paths must be kernels of the base.
-
-    Returns:
-        A new tree: the adapted kernels are new arrays (added in f32, rounded once to the kernel's dtype),
-        every other leaf is the same object.
+    The adapted kernels are new arrays (added in f32, rounded once to the kernel's dtype), every other leaf is the same
+    object.
 
     Raises:
         UserError: the adapter does not fit the base (see `validate`).
@@ -178,21 +150,14 @@ def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def unchanged_share(params: Mapping[str, Any], folded: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
-    """Reports what rounding swallowed: the share of each adapted kernel's entries that `fold` left alone.
+def unchanged_share(params: Mapping[str, Any], folded: Mapping[str, Any], adapter: Adapter) -> float:
+    """What rounding swallowed: the share of all adapted entries that `fold` left as they were.
 
     In a low-precision base an update below half a unit in the last place is lost; 1.0 means all of it.
-
-    Args:
-        params: the base before `fold`.
-        folded: the tree that `fold` returned.
-        adapter: the adapter that was folded.
-
-    Returns:
-        Path -> share in [0, 1].
     """
     before, after = _kernels(params), _kernels(folded)
-    return {path: float(jnp.mean(before[path] == after[path])) for path in adapter.weights}
+    shares = {path: float(jnp.mean(before[path] == after[path])) for path in adapter.weights}
+    return sum(share * before[path].size for path, share in shares.items()) / sum(before[path].size for path in shares)
 
 
 def collection(adapter: Adapter) -> dict[str, Any]:
@@ -201,33 +166,26 @@ def collection(adapter: Adapter) -> dict[str, Any]:
     Returns:
         Nested dict, e.g. {"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, scale in `b`.
     """
-    leaves = {
-        tuple(path.split("/")): {"a": pair["a"], "b": adapter.scale * pair["b"]}
-        for path, pair in adapter.weights.items()
-    }
-    return traverse_util.unflatten_dict(leaves)
+    leaves = {path: {"a": pair["a"], "b": adapter.scale * pair["b"]} for path, pair in adapter.weights.items()}
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:
-    """Checks that an adapter fits a base and holds only finite numbers.
-
-    Args:
-        adapter: concrete arrays.
-        params: the base's tree; arrays or `jax.ShapeDtypeStruct`.
+    """Checks that an adapter fits a base, whose tree may be abstract, and holds only finite numbers.
 
     Raises:
         UserError: a path, shape or value that is wrong, by name.
     """
-    kernels = _kernels(params)
+    shapes = kernel_shapes(params)
     for path, pair in adapter.weights.items():
-        if path not in kernels:
-            raise UserError(f"adapter path {path!r} is no kernel of this model; {near_names(path, kernels)}")
-        layers, fan_in, fan_out = kernels[path].shape
+        if path not in shapes:
+            raise UserError(f"adapter path {path!r} is no kernel of this model; {near_names(path, shapes)}")
+        layers, fan_in, fan_out = shapes[path]
         a, b = pair["a"].shape, pair["b"].shape
         if a[:-1] != (layers, fan_in) or b != (layers, a[-1], fan_out):
             raise UserError(
-                f"adapter path {path!r}: a {a} and b {b} do not fit the model's kernel "
-                f"{(layers, fan_in, fan_out)}; was it made for another model?"
+                f"adapter path {path!r}: a {a} and b {b} do not fit the model's kernel {shapes[path]}; was it made for "
+                "another model?"
             )
     require_finite(adapter)
 
@@ -238,6 +196,15 @@ def require_finite(adapter: Adapter) -> None:
     for name, leaf in leaves.items():
         if not bool(_all_finite(leaf)):
             raise UserError(f"adapter {'+'.join(adapter.roles)}: {name!r} holds NaN or infinity; train it again")
+
+
+def refuse_buffer(place: object, roles: Iterable[str]) -> None:
+    """Raises a `UserError` if a buffer is among the roles of what is to be merged, written or handed on."""
+    if "buffer" in roles:
+        raise UserError(
+            f"{place}: refused, for the adapter holds a buffer (roles {'+'.join(roles)}): it undoes the model's "
+            "alignment; detach it, or keep it in the provider's folder"
+        )
 
 
 def require_same_kernel(path: str, adapters: Sequence[Adapter]) -> None:
@@ -256,11 +223,6 @@ def fingerprint(adapter: Adapter) -> str:
     return hashes.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
 
 
-def union_of_roles(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """Gives the sorted union of the adapters' roles."""
-    return tuple(sorted({role for adapter in adapters for role in adapter.roles}))
-
-
 @jax.jit
 def _all_finite(leaf: Array) -> Array:
     """In one pass: op by op, a mask as large as a quarter of the leaf would exist."""
@@ -269,10 +231,7 @@ def _all_finite(leaf: Array) -> Array:
 
 @jax.jit
 def _fold_kernel(
-    kernel: Float[Array, "L I O"],
-    a: Float[Array, "L I R"],
-    b: Float[Array, "L R O"],
-    scale: Float[Array, ""],
+    kernel: Float[Array, "L I O"], a: Float[Array, "L I R"], b: Float[Array, "L R O"], scale: Float[Array, ""]
 ) -> Float[Array, "L I O"]:
     """Folds one kernel, a layer at a time so that the dense f32 delta never exists for all layers at once."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,18 +48,13 @@ def qr_merge(user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None
     the two are concatenated along the rank. A matrix that only the user has becomes scale * W_U; one that only
     the reinforce adapter has is left out, as in the reference code, with a warning.
 
-    Args:
-        user: the user's adapter.
-        reinforce: the provider's; rank and scale of its own.
-        merge: how; the default is the paper's way.
-
     Returns:
         One adapter: scale 1, rank R_U + R_R, roles united. What it did to each matrix: `diagnostics.merge_report`.
 
     Raises:
         UserError: a buffer among the roles, numbers that are not finite, or adapters that do not belong together.
     """
-    shared = shared_paths(user, reinforce)
+    shared = _shared_paths(user, reinforce)
     if ignored := sorted(reinforce.weights.keys() - shared):
         logging.warning("QR merge leaves out what only the reinforce adapter has: %s", ", ".join(ignored))
     merge, apart = merge or MergeConfig(), {}
@@ -85,18 +80,10 @@ def _apart_from(user: dict[str, Array], b: Float[Array, "L R O"], strength: floa
     return jax.lax.map(of_layer, (user, b))
 
 
-def shared_paths(user: Adapter, reinforce: Adapter) -> Collection[str]:
-    """The matrices that both adapters change.
-
-    Raises:
-        UserError: what must not or cannot be merged.
-    """
-    for name, adapter in {"user": user, "reinforce": reinforce}.items():
-        if "buffer" in adapter.roles:
-            raise UserError(
-                f"QR merge: the {name} adapter holds a buffer (roles {'+'.join(adapter.roles)}); detach it "
-                "first, a buffer must never be released"
-            )
+def _shared_paths(user: Adapter, reinforce: Adapter) -> Sequence[str]:
+    """The matrices that both adapters change; a `UserError` for what must not or cannot be merged."""
+    for adapter in (user, reinforce):
+        lora.refuse_buffer("QR merge", adapter.roles)
         lora.require_finite(adapter)
     shared = sorted(user.weights.keys() & reinforce.weights.keys())
     if not shared:

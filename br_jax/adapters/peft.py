@@ -4,12 +4,12 @@ A folder holds `adapter_model.safetensors` and `adapter_config.json`. What PEFT 
 base's fingerprint) travels in the safetensors header, where PEFT does not look.
 """
 
-import dataclasses
+import contextlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from safetensors.numpy import save as serialize
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.peft_config import PlainLora, adapted_modules, read_config
-from br_jax.errors import UserError, near_names
-from br_jax.files import PICKLES
+from br_jax.adapters.peft_config import PlainLora, read_config
+from br_jax.errors import UserError, near_names, one_line
+from br_jax.files import PICKLES, make_private, reading, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -40,10 +40,7 @@ MODULES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 PATHS = {module: path for path, module in MODULES.items()}
-KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,9})\.(\w+\.\w+)\.lora_[AB]\.weight", re.ASCII)
-
-# PEFT's name of a module, e.g. "model.layers.0.self_attn.q_proj" -> our path and the layer
-Modules = dict[str, tuple[str, int]]
+KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,9})\.(\w+\.\w+)\.lora_([AB])\.weight", re.ASCII)
 
 
 def save_adapter(
@@ -62,12 +59,11 @@ def save_adapter(
     there is no rank or alpha pattern.
 
     Args:
-        folder: where to; made, parents included, if it does not exist.
+        folder: where to; made if it does not exist.
         adapter: at least one matrix, finite.
         base_name: goes into `base_model_name_or_path`.
         fingerprint: the base's content hash; checked again by `load_adapter`.
-        provider: the folder is the provider's own (mode 0700, files 0600); only there may a buffer be
-            written.
+        provider: the folder is the provider's own (mode 0700, files 0600); only there may a buffer be written.
         extra: further provenance, JSON values.
 
     Raises:
@@ -75,11 +71,8 @@ def save_adapter(
             decoder's layers, or a folder that cannot be written (full disk included).
     """
     folder = Path(folder)
-    if "buffer" in adapter.roles and not provider:
-        raise UserError(
-            f"{folder}: refused to write an adapter that holds a buffer (roles {'+'.join(adapter.roles)}): "
-            "it undoes the model's alignment; detach it, or keep it in the provider's folder"
-        )
+    if not provider:
+        lora.refuse_buffer(folder, adapter.roles)
     if not adapter.weights:
         raise UserError(f"{folder}: the adapter has no matrices; there is nothing to write")
     lora.require_finite(adapter)
@@ -102,8 +95,9 @@ def load_adapter(
 ) -> Adapter:
     """Reads an adapter folder made by `save_adapter` or by PEFT; safetensors only.
 
-    Plain LoRA of every form is read: targets as PEFT matches them, some layers only, ranks and alphas by pattern,
-    rsLoRA. A tensor that the config does not call for, or one that is missing, is an error; PEFT would go on.
+    Plain LoRA of every form is read: any targets in the layers, some layers only, ranks and alphas by pattern, rsLoRA.
+    Where the config lists its targets, a tensor that they do not call for, or one that is missing, is an error (PEFT
+    would go on); where it tells them in another way, the tensors say what is adapted.
 
     Args:
         folder: the adapter's folder.
@@ -119,21 +113,13 @@ def load_adapter(
             embedding or the head.
     """
     folder = Path(folder)
-    weights_file = _find_weights(folder)
-    config = read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(weights_file)
     provenance = read_provenance(folder)
+    config = read_config(folder / CONFIG_FILE)
     recorded = provenance.get("base_fingerprint", "")
     if fingerprint and recorded and fingerprint != recorded:
         raise UserError(f"{folder}: made for the base {recorded}, but this base is {fingerprint}; load the other model")
-    shapes = {path: shape for path, shape in lora.kernel_shapes(params).items() if path in MODULES}
-    if not tensors:
-        raise UserError(f"{weights_file}: holds no matrices; save the adapter again")
-    adapted = _find_modules(config, tensors, shapes)
-    _check_tensors(weights_file, config, tensors, shapes, adapted)
-    weights, scale = _stack_layers(config, tensors, shapes, adapted)
-    roles = tuple(sorted(provenance.get("roles", [role])))
-    return Adapter(weights, jnp.float32(scale), roles)
+    weights, scale = _stack_layers(folder / WEIGHTS_FILE, config, lora.kernel_shapes(params))
+    return Adapter(weights, jnp.float32(scale), tuple(sorted(provenance.get("roles", [role]))))
 
 
 def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
@@ -143,10 +129,10 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
         "format_version", "roles", "base_fingerprint" and "extra"; empty for a folder that PEFT made.
 
     Raises:
-        UserError: a folder that is missing or damaged, or made by a later version.
+        UserError: a folder that is missing, damaged or pickled, or made by a later version.
     """
     path = _find_weights(Path(folder))
-    with _opened(path) as file:
+    with open_weights(path) as file:
         text = (file.metadata() or {}).get("br_jax", "{}")
     try:
         provenance = json.loads(text)
@@ -154,11 +140,22 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
         well_formed = isinstance(version, int) and isinstance(roles, list) and all(isinstance(r, str) for r in roles)
     except (ValueError, AttributeError):
         well_formed = False
-    if not well_formed:
-        raise UserError(f"{path}: its br_jax header is damaged; save the adapter again")
-    if version > FORMAT_VERSION:
-        raise UserError(f"{path}: format {version}, but this br_jax reads up to {FORMAT_VERSION}; update br_jax")
+    if not well_formed or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: its br_jax header is damaged, or of a later version than this br_jax reads; save the adapter "
+            "again, or update br_jax"
+        )
     return provenance
+
+
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file; one that is cut short or not of this format is a `UserError`."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); copy or save it again") from error
 
 
 def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
@@ -200,12 +197,11 @@ def _key(module: str, matrix: str) -> str:
 
 
 def _module(layer: int, path: str) -> str:
-    """Gives PEFT's name of one layer of one of our paths."""
+    """PEFT's name of one layer of one of our paths, e.g. "model.layers.0.self_attn.q_proj"."""
     return f"model.layers.{layer}.{_name(path)}"
 
 
 def _name(path: str) -> str:
-    """Gives PEFT's name, inside a layer, of one of our paths."""
     if path not in MODULES:
         raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {near_names(path, MODULES)}")
     return MODULES[path]
@@ -214,78 +210,46 @@ def _name(path: str) -> str:
 def _write_folder(folder: Path, files: Mapping[str, bytes], private: bool) -> None:
     """Writes files into a folder by way of a temporary one, so that a crash or a full disk leaves no half.
 
-    At every moment an existing folder holds a pair that belongs together, or no weights.
+    At every moment the folder holds a pair that belongs together, or no weights.
     """
-    partial = folder / ".partial" if folder.is_dir() else folder.with_name(f".{folder.name}.partial")
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed run may have left
-        partial.mkdir(mode=0o700 if private else 0o777)
-        for name, data in files.items():
-            _write_file(partial / name, data, mode=0o600 if private else 0o666)
-        if folder.is_dir():
+        beside = folder if folder.is_dir() else folder.parent  # on the same disk
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=beside) as new:  # its mode is 0700
+            for name, data in files.items():
+                _write_file(Path(new, name), data, mode=0o600 if private else 0o666)
             if private:
-                folder.chmod(0o700)
+                make_private(folder)
+            folder.mkdir(exist_ok=True)
             (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                os.replace(partial / name, folder / name)
-            partial.rmdir()
-            _sync(folder)
-        else:
-            _sync(partial)
-            os.rename(partial, folder)
-            _sync(folder.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{folder}: cannot write the adapter ({error.strerror or error}); free space or choose another folder"
-        ) from error
+            for name in files:
+                os.replace(Path(new, name), folder / name)
 
 
 def _write_file(path: Path, data: bytes, mode: int) -> None:
-    """Writes a new file with this mode from its first byte on, through to the disk."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    """Writes a new file of this mode, through to the disk."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Makes a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _find_weights(folder: Path) -> Path:
     """Gives the folder's weights file; pickled ones are refused by name, as loading one can run any code."""
-    try:
+    with reading(folder, "give a folder that you may read"):
         candidates = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); give a folder that you may read") from error
-    weights_file = folder / WEIGHTS_FILE
-    if weights_file in candidates:
-        return weights_file
+    if folder / WEIGHTS_FILE in candidates:
+        return folder / WEIGHTS_FILE
     for path in candidates:
         if path.suffix in PICKLES and path.exists():
             raise UserError(f"{path}: pickled weights are refused, they can run code; save the adapter as safetensors")
     raise UserError(f"{folder}: no adapter there ({WEIGHTS_FILE} is missing); give the folder of an adapter")
 
 
-def _opened(path: Path):
-    """Opens a safetensors file; one that is cut short or not of this format is a `UserError`."""
-    try:
-        return safe_open(path, framework="np")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or save the adapter again") from error
-
-
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Reads all tensors as f32 copies (PEFT often stores bf16)."""
     tensors = {}
-    with _opened(path) as file:
+    with open_weights(path) as file:
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
             kind = file.get_slice(key).get_dtype()
             if kind not in FLOATS:
@@ -297,75 +261,61 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _find_modules(config: PlainLora, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape]) -> Modules:
-    """Finds the modules of this model that the adapter changes."""
-    if config.target_modules is None:
-        # PEFT always writes its targets; without, what has a tensor is a target
-        found = {match[2] for match in map(KEY.fullmatch, tensors) if match}
-        config = dataclasses.replace(config, target_modules=tuple(sorted(found)))
-    modules = {_module(layer, path): (path, layer) for path, shape in shapes.items() for layer in range(shape[0])}
-    return {module: modules[module] for module in adapted_modules(config, modules)}
-
-
-def _check_tensors(
-    file: Path, config: PlainLora, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape], adapted: Modules
-) -> None:
-    """Raises a `UserError` that names a tensor which is unexpected, of the wrong shape or missing."""
-    expected = {}
-    for module, (path, _) in adapted.items():
-        rank, (_, fan_in, fan_out) = config.rank_of(module), shapes[path]
-        expected |= {_key(module, "A"): (rank, [rank, fan_in]), _key(module, "B"): (rank, [fan_out, rank])}
-    for key, tensor in tensors.items():
-        if key not in expected:
-            raise UserError(f"{file}: {key!r} {_why_unexpected(key, config, shapes)}")
-        rank, shape = expected[key]
-        if list(tensor.shape) != shape:
-            raise UserError(
-                f"{file}: {key} is {list(tensor.shape)}, but r={rank} in {CONFIG_FILE} and this model need {shape}; "
-                "was it made for another model?"
-            )
-    missing = [key for key in expected if key not in tensors]
-    if missing:
-        raise UserError(
-            f"{file}: lacks {missing[0]} ({len(missing)} missing), which {CONFIG_FILE} says is there; save the adapter "
-            "again"
-        )
-
-
-def _why_unexpected(key: str, config: PlainLora, shapes: Mapping[str, lora.Shape]) -> str:
-    """Phrases what is wrong with a tensor that no adapted module has."""
-    match = KEY.fullmatch(key)
-    path = PATHS.get(match[2]) if match else None
-    if path not in shapes:
-        names = ", ".join(MODULES[path].rsplit(".", 1)[-1] for path in shapes)
-        return f"is no LoRA matrix of this model's layers; retrain with target_modules among {names}"
-    if int(match[1]) >= shapes[path][0]:
-        return f"is beyond this model's {shapes[path][0]} layers; was it made for another model?"
-    return (
-        f'is of a module that {config.file} does not adapt ("target_modules", "exclude_modules", '
-        '"layers_to_transform"); save the adapter again'
-    )
-
-
 def _stack_layers(
-    config: PlainLora, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, lora.Shape], adapted: Modules
+    file: Path, config: PlainLora, shapes: Mapping[str, lora.Shape]
 ) -> tuple[dict[str, dict[str, jax.Array]], float]:
-    """Stacks the layers to {"a": [L, in, R], "b": [L, R, out]} and gives the one scale of all.
+    """Reads and stacks the layers to {"a": [L, in, R], "b": [L, R, out]}, and gives the one scale of all.
 
     R is a path's widest rank: a narrower one is padded with zeros, and a layer that is not adapted is all zeros (both
     exact). Where a module's scale is not the config's, the ratio of the two goes into its b.
     """
+    tensors = _read_tensors(file)
+    shapes = {path: shapes[path] for path in sorted(shapes.keys() & MODULES.keys())}
+    modules = {path: [_module(layer, path) for layer in range(shape[0])] for path, shape in shapes.items()}
+    adapted = [module for names in modules.values() for module in names if _is_adapted(config, module, tensors)]
+    if not adapted and not tensors:
+        raise UserError(f"{file}: holds no matrices; save the adapter again")
     # nothing is a multiple of a zero scale
     scale = config.scale if config.scale or not any(map(config.scale_of, adapted)) else 1.0
     weights = {}
-    for path in sorted({path for path, _ in adapted.values()}):
-        modules = {layer: module for module, (of, layer) in adapted.items() if of == path}
-        layers, fan_in, fan_out = shapes[path]
-        widest = max(map(config.rank_of, modules.values()))
+    for path, (layers, fan_in, fan_out) in shapes.items():
+        factors = {}  # layer -> A [r, in] and B [out, r]
+        for layer, module in enumerate(modules[path]):
+            if module in adapted:
+                rank = config.rank_of(module)
+                sides = {"A": (rank, fan_in), "B": (fan_out, rank)}
+                factors[layer] = [_take(file, tensors, _key(module, half), shape) for half, shape in sides.items()]
+        if not factors:
+            continue
+        widest = max(len(a) for a, _ in factors.values())
         a, b = np.zeros((layers, fan_in, widest), np.float32), np.zeros((layers, widest, fan_out), np.float32)
-        for layer, module in modules.items():
-            rank, ratio = config.rank_of(module), config.scale_of(module) / scale if scale else 1.0
-            a[layer, :, :rank] = tensors[_key(module, "A")].T
-            b[layer, :rank] = tensors[_key(module, "B")].T * ratio
+        for layer, (theirs_a, theirs_b) in factors.items():
+            ratio = config.scale_of(modules[path][layer]) / scale if scale else 1.0
+            a[layer, :, : len(theirs_a)] = theirs_a.T
+            b[layer, : len(theirs_a)] = theirs_b.T * ratio
         weights[path] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+    if tensors:
+        names = ", ".join(MODULES[path].rsplit(".", 1)[-1] for path in shapes)
+        raise UserError(
+            f"{file}: {min(tensors)!r} is no LoRA matrix that {CONFIG_FILE} calls for in this model's layers, where "
+            f"{names} can be adapted; was it made for another model?"
+        )
     return weights, scale
+
+
+def _is_adapted(config: PlainLora, module: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    if config.targets is None:
+        return any(_key(module, half) in tensors for half in "AB")
+    return any(f".{module}".endswith(f".{target}") for target in config.targets)
+
+
+def _take(file: Path, tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int]) -> np.ndarray:
+    """Takes one tensor out of those read, and checks that it is there and of this shape."""
+    if key not in tensors:
+        raise UserError(f"{file}: lacks {key}, which {CONFIG_FILE} calls for; save the adapter again")
+    if tensors[key].shape != shape:
+        raise UserError(
+            f"{file}: {key} is {list(tensors[key].shape)}, but its rank in {CONFIG_FILE} and this model need "
+            f"{list(shape)}; was it made for another model?"
+        )
+    return tensors.pop(key)

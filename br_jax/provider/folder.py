@@ -31,8 +31,7 @@ def load_model(
             provider's folder, which gives the aligned base: the model that provider.json names, with the align adapter
             folded in.
         template: "chat" (the model's own) or "alpaca" (the paper's); a provider's folder brings its own.
-        dtype: compute dtype of the params, "float32" or "bfloat16"; None is float32, or what a provider's folder
-            records.
+        dtype: of the params, "float32" or "bfloat16"; None is float32, or what a provider's folder records.
         mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
             JAX's default device.
         revision: of a model on the Hub: branch, tag or commit.
@@ -66,15 +65,7 @@ def is_provider(source: str | os.PathLike) -> bool:
 def write_provider(
     folder: pathlib.Path, base: str, align: str | os.PathLike | None, model: Model, dtype: str, revision: str | None
 ) -> None:
-    """Records an aligned base.
-
-    Args:
-        folder: the provider's.
-        base: path or Hub name of the raw model; a path of its own folder as it lies there.
-        align: the align adapter, a path likewise; None where there is none.
-        model: the aligned base.
-        dtype, revision: as the raw model was loaded with.
-    """
+    """Records an aligned base; paths, of the raw one (or its Hub name) and the align adapter, may be from `folder`."""
     record = {"base": base, "revision": revision, "align": align and str(align), "template": model.template}
     write_json(folder / PROVIDER_FILE, record | {"dtype": dtype, "fingerprint": model.fingerprint})
 

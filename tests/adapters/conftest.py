@@ -1,5 +1,7 @@
 """What several tests of adapters share."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,30 +19,43 @@ def key():
 def params():
     """A base of unlike widths, so that no transposition goes unseen."""
     shapes = {
-        "q": (24, 32),
-        "k": (24, 16),
-        "v": (24, 16),
-        "o": (32, 24),
-        "gate": (24, 40),
-        "up": (24, 40),
-        "down": (40, 24),
+        "attn": {"q": (24, 32), "k": (24, 16), "v": (24, 16), "o": (32, 24)},
+        "mlp": {"gate": (24, 40), "up": (24, 40), "down": (40, 24)},
     }
-    kernels = {name: {"kernel": jnp.ones((3, *shape))} for name, shape in shapes.items()}
-    parts = {"attn": "qkvo", "mlp": ("gate", "up", "down")}
-    return {"layers": {part: {name: kernels[name] for name in names} for part, names in parts.items()}}
+    rng = np.random.default_rng(0)
+    kernel = lambda shape: {"kernel": jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)}  # noqa: E731
+    return {"layers": {part: {n: kernel(shape) for n, shape in group.items()} for part, group in shapes.items()}}
 
 
 @pytest.fixture
 def trained():
     """trained(params, rank=4, alpha=6.0, role="user", targets, seed=0) -> an adapter whose B is not zero."""
 
-    def make(params, rank=4, alpha=6.0, role="user", targets=("q", "v", "gate", "up", "down"), seed=0):
-        adapter = lora.init(jax.random.key(seed), lora.target_shapes(params, targets), rank, 1.0, role)
+    def make(params, rank=4, alpha=6.0, role="user", targets=lora.DEFAULT_TARGETS, seed=0):
+        adapter = lora.init(jax.random.key(seed), lora.target_shapes(params, targets), rank, alpha, role)
         rng = np.random.default_rng(seed)
         weights = {
             path: {"a": pair["a"], "b": jnp.asarray(rng.normal(size=pair["b"].shape), jnp.float32)}
             for path, pair in adapter.weights.items()
         }
-        return adapter.replace(weights=weights, scale=jnp.float32(alpha / rank))
+        return adapter.replace(weights=weights)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_by_peft():
+    """made_by_peft(network, folder, std=1, **settings) -> PEFT's model with a random adapter, which is saved there."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft", reason="the oracle")
+
+    def make(network, folder, std=1.0, **settings):
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
+        adapted = peft.get_peft_model(copy.deepcopy(network), config).eval()
+        torch.manual_seed(settings.get("r", 0))
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=std)
+        adapted.save_pretrained(str(folder))
+        return adapted
 
     return make

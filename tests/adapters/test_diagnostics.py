@@ -1,6 +1,5 @@
 """Low-rank figures against dense numpy and scipy in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,17 +14,12 @@ PATH = "layers/mlp/down"
 
 def figures(a_user, b_user, a_reinforce, b_reinforce, user_scale=1.0, reinforce_scale=1.0, tau=0.01):
     """One layer's report, from [in, r] and [r, out] factors."""
-    sides = [
-        Adapter(
-            {PATH: {"a": jnp.asarray(a[None], jnp.float32), "b": jnp.asarray(b[None], jnp.float32)}},
-            jnp.float32(scale),
-            (role,),
-        )
-        for a, b, scale, role in [
-            (a_user, b_user, user_scale, "user"),
-            (a_reinforce, b_reinforce, reinforce_scale, "reinforce"),
-        ]
-    ]
+
+    def side(a, b, scale):
+        pair = {"a": jnp.asarray(a[None], jnp.float32), "b": jnp.asarray(b[None], jnp.float32)}
+        return Adapter({PATH: pair}, jnp.float32(scale), ("user",))
+
+    sides = side(a_user, b_user, user_scale), side(a_reinforce, b_reinforce, reinforce_scale)
     report = diagnostics.merge_report(*sides, MergeConfig(tau=tau))["matrices"][PATH]
     return {name: values[0] for name, values in report.items()}
 
@@ -35,19 +29,7 @@ def factors(seed, rank, fan_in=40, fan_out=48):
     return rng.normal(size=(fan_in, rank)), rng.normal(size=(rank, fan_out))
 
 
-@pytest.mark.parametrize(("first", "second", "wide"), [(3, 5, 40), (5, 3, 40), (4, 4, 6), (6, 5, 4)])
-def test_coordinates_keep_products(first, second, wide):
-    rng = np.random.default_rng(0)
-    rows = [rng.normal(size=(count, wide)) for count in (first, second)]
-    q, *coordinates = diagnostics.output_coordinates(*(jnp.asarray(x, jnp.float32) for x in rows))
-
-    np.testing.assert_allclose(q.T @ q, np.eye(min(first, wide)), atol=1e-6)
-    np.testing.assert_allclose(coordinates[0][:, : q.shape[1]] @ q.T, rows[0], atol=1e-5)
-    both, short = np.concatenate(rows), np.concatenate(coordinates)
-    np.testing.assert_allclose(short @ short.T, both @ both.T, atol=2e-5)  # entries up to 60
-
-
-@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (6, 6), (3, 9), (9, 3)])
+@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (3, 9), (9, 3)])
 def test_figures_of_full_rank_adapters(rank_u, rank_r):
     (a_u, b_u), (a_r, b_r) = factors(0, rank_u), factors(1, rank_r)
     found = figures(a_u, b_u, a_r, b_r, user_scale=2.0, reinforce_scale=0.5)
@@ -95,15 +77,3 @@ def test_kept_rank_follows_the_eigenvalues(tau, kept):
     a = directions * np.sqrt([1, 0.1, 0.004, 1e-5, 0]) @ turn
     b = rng.normal(size=(5, 48))
     assert figures(a, b, *factors(6, 2), tau=tau)["kept_rank"] == kept
-
-
-def test_a_basis_is_orthonormal_and_spans_only_what_is_there():
-    rng = np.random.default_rng(7)
-    columns = rng.normal(size=(48, 8))
-    columns[:, [1, 5]] = columns[:, [0, 0]]
-    columns[:, 3] = 0
-    q, rank = jax.jit(diagnostics.column_basis)(jnp.asarray(columns, jnp.float32))
-    assert rank == 5 and not np.asarray(q)[:, 5:].any()
-    np.testing.assert_allclose(q[:, :5].T @ q[:, :5], np.eye(5), atol=2e-6)
-    true = np.linalg.qr(columns[:, [0, 2, 4, 6, 7]])[0]
-    np.testing.assert_allclose(q @ q.T, true @ true.T, atol=1e-5)
