@@ -216,7 +216,7 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     """
     B, T = tokens.shape
     P = 0 if head is None else head["positions"].shape[1]
-    cache = init_cache(decoder.spec, B, P + T, _dtype(variables))
+    cache = init_cache(decoder.spec, B, P + T, variables["params"]["final_norm"]["scale"].dtype)
     if head is not None:
         cache = jax.tree.map(_fill, cache, head)
     place = jnp.arange(T)[None]
@@ -239,15 +239,11 @@ def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slo
     return hidden[:, 0], cache
 
 
-def _dtype(variables: dict) -> jnp.dtype:
-    return variables["params"]["final_norm"]["scale"].dtype
-
-
 @functools.partial(jax.jit, static_argnames=("spec",))
 def _begin(variables, prefix, *, spec: ModelSpec):
     """The cache of what all prompts begin with, one row an adapter, [A, P]."""
     positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    cache = init_cache(spec, *prefix.shape, _dtype(variables))
+    cache = init_cache(spec, *prefix.shape, variables["params"]["final_norm"]["scale"].dtype)
     return Decoder(spec).apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
 
 

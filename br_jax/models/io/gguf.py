@@ -50,13 +50,7 @@ def read_gguf(
 ) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
     """Reads a GGUF file of one of `ARCHITECTURES`, of any quantization that the `gguf` package knows.
 
-    Args:
-        path: the file.
-        dtype: of the params returned; they are dequantized exactly, to float32, and rounded once.
-        mesh: where the params go; see `layout.load_params`, which streams them.
-
-    Returns:
-        The spec; the params tree (see `decoder`); the tokenizer; the tokens that end an answer beside its EOS.
+    Arguments and result are those of `hf.read_hf`; weights are dequantized exactly, to float32, and rounded once.
 
     Raises:
         UserError: not a GGUF file, truncated, or a model, tokenizer or setting that br_jax does not have.
@@ -80,11 +74,7 @@ def read_gguf_spec(path: str | Path) -> ModelSpec:
 
 
 def describe_gguf(path: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec and what else the header says, without a weight being read; raises as `read_gguf`.
-
-    Returns:
-        The spec; and "dtypes" (how many tensors of each), "tokens" and whether there is a "chat_template".
-    """
+    """The spec; and how many tensors of each of its "dtypes", "tokens", and whether there is a "chat_template"."""
     file = GGUFFile(path)
     return _spec(file), {
         "dtypes": dict(Counter(tensor.tensor_type.name for tensor in file.tensors)),

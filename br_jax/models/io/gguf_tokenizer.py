@@ -34,12 +34,6 @@ class Words:
     whole: bool = False  # a word that is a token is that token, whatever the merges say
     bos: bool = False  # a text begins with BOS where the file does not say (llama.cpp's src/llama-vocab.cpp has it so)
 
-    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        steps = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
-        steps += [pre_tokenizers.Split(Regex(self.pattern), "isolated")] if self.pattern else []
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None)
-        return pre_tokenizers.Sequence([*steps, byte_level])
-
 
 WORDS = {
     "smollm": Words(digits=True),
@@ -62,11 +56,10 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
     for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         added = [AddedToken(token, special=special, normalized=False) for token in kinds if kinds[token] == kind]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
-    ids = {name: file.token(theirs, len(kinds)) for name, theirs in _NAMED.items()}
     add_bos = bool(file.get("tokenizer.ggml.add_bos_token", bos))
-    for name, needed in (("eos", True), ("bos", add_bos)):
-        if needed and ids[f"{name}_token"] is None:
-            file.need(f"tokenizer.ggml.{name}_token_id")
+    for name in ("eos", "bos") if add_bos else ("eos",):
+        file.need(f"tokenizer.ggml.{name}_token_id")
+    ids = {name: file.token(theirs, len(kinds)) for name, theirs in _NAMED.items()}
     if ids["pad_token"] is None:
         ids["pad_token"] = ids["eos_token"]  # masks never look at ids
     tokens = list(kinds)
@@ -106,7 +99,10 @@ def _byte_level(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]
     backend = Tokenizer(_bpe(file, kinds, merges, ignore_merges=words.whole))
     if words.composed:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = words.pre_tokenizer()
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if words.digits else []
+    steps += [pre_tokenizers.Split(Regex(words.pattern), "isolated")] if words.pattern else []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.pattern is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend, words.bos
 

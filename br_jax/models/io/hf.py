@@ -23,7 +23,7 @@ from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tens
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
-_INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
+_INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
@@ -33,13 +33,12 @@ _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", 
 def tensor_names(spec: ModelSpec) -> dict[str, str]:
     """transformers' tensor name of each params path; "{}" stands for the layer."""
     layer = "model.layers.{}."
-    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if spec.post_norms:
-        norms |= {
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
+    norms = {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
     names = {
         "embed/embedding": "model.embed_tokens.weight",
         "final_norm/scale": "model.norm.weight",
@@ -76,8 +75,10 @@ def read_hf(
     folder = Path(path)
     spec = read_hf_spec(folder)
     tensors = _tensors(folder)
-    if spec.tie_embeddings and "lm_head.weight" in tensors:
-        _check_tied(folder, tensors)
+    if spec.tie_embeddings and (head := tensors.pop("lm_head.weight", None)):  # written out all the same
+        embedding = tensors.get("model.embed_tokens.weight", head)
+        if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
     tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder)
     params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
     return spec, params, tokenizer, stops
@@ -201,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: one is missing, weights are pickled, or the index is damaged.
     """
-    names = [_WEIGHTS]
+    names = ["model.safetensors"]
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
@@ -218,7 +219,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _stop_tokens(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
-    file = folder / _GENERATION
+    file = folder / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
@@ -228,38 +229,25 @@ def _stop_tokens(folder: Path) -> tuple[int, ...]:
 
 def _tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of the folder's safetensors files, none of them read yet."""
-    tensors = {}
-    for file in weight_files(folder):
-        tensors |= _open_shard(file)
-    # Old checkpoints carry rope's frequencies, which follow from rope_theta.
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
-
-def _open_shard(path: Path) -> dict[str, Stored]:
-    def open_one(name: str):
+    def open_one(path: Path, name: str):
         # A file of its own for each: the memory that a file is mapped to is given back tensor by tensor.
         return safe_open(path, framework="np").get_slice(name)
 
     tensors = {}
-    try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118  it is no dict
-                found = file.get_slice(name)
-                if (dtype := found.get_dtype()) not in _FLOATS:
-                    known = "/".join(_FLOATS)
-                    raise UserError(f"{path}: tensor {name} is {dtype}: only {known}; quantized weights come from GGUF")
-                tensors[name] = Stored(tuple(found.get_shape()), str(path), functools.partial(open_one, name))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
-    return tensors
-
-
-def _check_tied(folder: Path, tensors: dict[str, Stored]) -> None:
-    """Drops a tied head that was written out all the same, unless it is another matrix than the embedding."""
-    head = tensors.pop("lm_head.weight")
-    embedding = tensors.get("model.embed_tokens.weight", head)
-    if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
-        raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                kinds = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in found.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
+        for name, (dtype, shape) in kinds.items():
+            if dtype not in _FLOATS:
+                raise UserError(f"{path}: tensor {name} is {dtype}: only {', '.join(_FLOATS)}; quantized: use GGUF")
+            tensors[name] = Stored(shape, str(path), functools.partial(open_one, path, name))
+    # Old checkpoints carry rope's frequencies, which follow from rope_theta.
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:

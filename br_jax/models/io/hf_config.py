@@ -15,7 +15,6 @@ from br_jax.models.spec import KERNELS, ModelSpec
 
 _QKVO, _MLP = KERNELS[:4], KERNELS[4:]
 
-
 # What config.json does not say, for its makers' code does: switches of the spec.
 FAMILIES = {
     "llama": {},
@@ -100,9 +99,8 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a spec: `read_config` gives the spec back, and transformers its model."""
     theirs = _config_class(spec.model_type)
-    rope = {"rope_type": "default"}
-    if (scaling := spec.rope_scaling) is not None:
-        rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
+    rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
+    if rope:
         rope["original_max_position_embeddings"] = rope.pop("original_length")
     activation = next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation)
     said = {theirs: getattr(spec, ours) for ours, theirs in SAME.items()} | {
@@ -122,7 +120,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         **{name: value for name, value in said.items() if name in theirs().to_dict()},
         # as readers older than transformers 5 know it; the newer ones know it too
         "rope_theta": spec.rope_theta,
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_scaling": rope,
     }
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from br_jax.models.tokenizer import byte_alphabet
 
@@ -14,8 +15,8 @@ SIZES = {
     "feed_forward_length": 96,
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
-    "attention.layer_norm_rms_epsilon": 1e-5,
-    "rope.freq_base": 10000.0,
+    "attention.layer_norm_rms_epsilon": 3e-5,
+    "rope.freq_base": 5000.0,
 }
 HEADS_OF_24 = {"attention.key_length": 24, "attention.value_length": 24}
 OWN_SIZES = {
@@ -79,6 +80,18 @@ aAbBcC XmlHttpRequest snake_case_name kebab-case-name
 def hard_texts():
     """Scripts, spaces, digits, controls, special tokens and what looks like them."""
     return [line.replace("⏎", "\n") for line in HARD.split("\n")]
+
+
+@pytest.fixture(scope="session")
+def llama3_backend():
+    """llama3_backend(vocab, merges) -> Llama-3's own tokenizer with those, by transformers' converter."""
+
+    def make(vocab, merges):
+        converter = TikTokenConverter()
+        converter.extract_vocab_merges_from_model = lambda _: (vocab, merges)  # instead of those of a file
+        return converter.converted()
+
+    return make
 
 
 def tiny_tensors(architecture, sizes):

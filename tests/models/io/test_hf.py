@@ -67,13 +67,9 @@ def cut(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
 
-def with_nan(tensors):
-    tensors[UP].flat[99] = np.nan
-
-
-def enlarge(folder, more):
+def enlarge(folder):
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"word{i}" for i in range(more)])
+    tokenizer.add_tokens([f"word{i}" for i in range(9)])
     tokenizer.save_pretrained(folder)
 
 
@@ -88,67 +84,50 @@ def pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
-HEAD = "lm_head.weight"
-DAMAGE = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
-    "bad json": (lambda f: cut(f / "config.json", 50), r"config\.json: not valid JSON"),
-    "architecture": (lambda f: edit_config(f, model_type="mamba"), "model_type is 'mamba', only llama, mistral"),
-    "rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 5.0, "factor": 2.0}),
-        "rope_type is 'yarn'",
-    ),
-    "bias": (lambda f: edit_config(f, attention_bias=True), r"k_proj\.bias is missing"),
-    "unknown field": (lambda f: edit_config(f, attention_sink=4), "attention_sink is 4: br_jax does not know"),
-    "dropout": (lambda f: edit_config(f, attention_dropout=0.1), "attention_dropout is 0.1: only 0 is supported"),
-    "rope field": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "default", "rope_theta": 5.0, "mscale": 2}),
-        r"rope_scaling has \['mscale'\]",
-    ),
-    "llama3 rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 5.0, "factor": 8.0}),
-        "transformers refuses it.*low_freq_factor",
-    ),
-    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "the activation is 'gelu'"),
-    "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantization_config"),
-    "size": (lambda f: edit_config(f, hidden_size="42"), "transformers refuses it.*hidden_size"),
-    "heads": (lambda f: edit_config(f, num_key_value_heads=4), "num_kv_heads 4 does not divide"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
-    "truncated": (lambda f: cut(f / "model.safetensors", 9000), r"model\.safetensors: truncated or damaged"),
-    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(UP)), f"{UP} is missing"),
-    "extra": (lambda f: edit_tensors(f, lambda t: t.update(odd=t[UP])), "unexpected tensor odd"),
-    "shape": (
-        lambda f: edit_tensors(f, lambda t: t.update({UP: t[UP].T.copy()})),
-        rf"{UP} has shape \(42, 77\), the sizes say \(77, 42\)",
-    ),
-    "dtype": (lambda f: edit_tensors(f, lambda t: t.update({UP: t[UP].astype(np.int8)})), f"{UP} is I8"),
-    "other head": (lambda f: edit_tensors(f, lambda t: t.update({HEAD: t[EMBED] + 1})), f"{HEAD} differs"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: no such file"),
-    "large tokenizer": (lambda f: enlarge(f, 9), "268 tokens for an embedding of 263 rows"),
-    "bad tokenizer": (lambda f: cut(f / "tokenizer.json", 900), r"tokenizer\.json: not a tokenizer"),
-    "nan": (lambda f: edit_tensors(f, with_nan), f"{UP} holds NaN or infinity"),
-    "layers": (lambda f: edit_config(f, num_hidden_layers=4), r"model\.layers\.3.* is missing \(9 in all\)"),
-    "missing shard": (lambda f: sharded(f, "model-00002.safetensors"), r"model-00002\.safetensors: no such file"),
-    "pickled": (pickled, r"pytorch_model\.bin is pickled and can run code"),
-    "huge header": (
-        lambda f: (f / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}"),
-        r"model\.safetensors: truncated or damaged",
-    ),
-    "stop tokens": (
-        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
-        r"generation_config\.json: eos_token_id",
-    ),
-    "shard path": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../secret"}}'),
-        "weight_map must give file names",
-    ),
-}
-EMBED = "model.embed_tokens.weight"
+UP, HEAD, EMBED = "model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.embed_tokens.weight"
+CONFIG = [
+    ({"model_type": "mamba"}, "model_type is 'mamba', only llama, mistral"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5.0, "factor": 2.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0, "mscale": 2}}, r"rope_scaling has \['mscale'\]"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5.0}}, "transformers refuses it.*low_freq_factor"),
+    ({"attention_bias": True}, r"k_proj\.bias is missing"),
+    ({"attention_sink": 4}, "attention_sink is 4: br_jax does not know"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0 is supported"),
+    ({"hidden_act": "gelu"}, "the activation is 'gelu'"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"num_key_value_heads": 4}, "num_kv_heads 4 does not divide"),
+    ({"num_hidden_layers": 4}, r"model\.layers\.3.* is missing \(9 in all\)"),
+]
+TENSORS = [
+    (lambda t: t.pop(UP), f"{UP} is missing"),
+    (lambda t: t.update(odd=t[UP]), "unexpected tensor odd"),
+    (lambda t: t.update({UP: t[UP].T.copy()}), rf"{UP} has shape \(42, 77\), the sizes say \(77, 42\)"),
+    (lambda t: t.update({UP: t[UP].astype(np.int8)}), f"{UP} is I8"),
+    (lambda t: t.update({HEAD: t[EMBED] + 1}), f"{HEAD} differs"),
+    (lambda t: np.put(t[UP], 99, np.nan), f"{UP} holds NaN or infinity"),
+]
+FILES = [
+    (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
+    (lambda f: cut(f / "config.json", 50), r"config\.json: not valid JSON"),
+    (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
+    (lambda f: cut(f / "model.safetensors", 9000), r"model\.safetensors: truncated or damaged"),
+    (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: no such file"),
+    (lambda f: cut(f / "tokenizer.json", 900), r"tokenizer\.json: not a tokenizer"),
+    (enlarge, "268 tokens for an embedding of 263 rows"),
+    (lambda f: sharded(f, "model-00002.safetensors"), r"model-00002\.safetensors: no such file"),
+    (lambda f: sharded(f, "../secret"), "weight_map must give file names"),
+    (pickled, r"pytorch_model\.bin is pickled and can run code"),
+    (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'), r"config\.json: eos_token_id"),
+]
+DAMAGE = [
+    *((lambda f, changes=changes: edit_config(f, **changes), message) for changes, message in CONFIG),
+    *((lambda f, edit=edit: edit_tensors(f, edit), message) for edit, message in TENSORS),
+    *FILES,
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_wrong_folder_is_one_line(folder, damage):
-    spoil, message = DAMAGE[damage]
+@pytest.mark.parametrize(("spoil", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
+def test_a_wrong_folder_is_one_line(folder, spoil, message):
     spoil(folder)
     with pytest.raises(UserError, match=message) as caught:
         load_model(folder)

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from br_jax.data.batches import encode, encode_rows
@@ -12,66 +12,39 @@ from br_jax.data.rows import Row
 from br_jax.models.io.hf import read_tokenizer
 from br_jax.models.spec import ModelSpec
 
-# The makers' chat templates as they publish them, but for tools.
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-QWEN2 = (
-    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
-    "{%- else %}{{- '<|im_start|>system\n" + QWEN_SYSTEM + "<|im_end|>\n' }}{%- endif %}"
-    "{%- for message in messages %}"
-    '{%- if (message.role == "user") or (message.role == "system" and not loop.first)'
-    ' or (message.role == "assistant") %}'
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
-    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
 
-
-def marked(head, opening, content, end, after=""):
-    """A template of the same text, which marks the assistant's answers with the token that ends each."""
+def template(head, opening, content, end, after=""):
+    """A maker's chat template, which marks the assistant's answers with the token that ends each."""
+    prompt = opening.replace("message.role", "'assistant'")
     return (
         f"{head}{{% for message in messages %}}{opening}{{% if message.role == 'assistant' %}}"
         f"{{% generation %}}{{{{ {content} + '{end}' }}}}{{% endgeneration %}}"
         f"{{% else %}}{{{{ {content} + '{end}' }}}}{{% endif %}}{after}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
     )
 
 
-MARKED = {
-    "llama3": marked(
-        "{{ bos_token }}",
-        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}",
-        "(message.content | trim)",
-        "<|eot_id|>",
-    ),
-    "qwen2": marked(
-        f"{{{{ '' if messages[0].role == 'system' else '<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n' }}}}",
-        "{{ '<|im_start|>' + message.role + '\n' }}",
-        "message.content",
-        "<|im_end|>",
-        "{{ '\n' }}",
-    ),
-    "gemma": marked(
-        "{{ bos_token }}",
-        "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}",
-        "(message.content | trim)",
-        "<end_of_turn>",
-        "{{ '\n' }}",
-    ),
-}
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+LLAMA3 = template(
+    "{{ bos_token }}",
+    "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}",
+    "(message.content | trim)",
+    "<|eot_id|>",
+)
+QWEN2 = template(
+    f"{{{{ '' if messages[0].role == 'system' else '<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n' }}}}",
+    "{{ '<|im_start|>' + message.role + '\n' }}",
+    "message.content",
+    "<|im_end|>",
+    "{{ '\n' }}",
+)
+GEMMA = template(
+    "{{ bos_token }}",
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}",
+    "(message.content | trim)",
+    "<end_of_turn>",
+    "{{ '\n' }}",
+)
 
 
 def chats():
@@ -108,22 +81,10 @@ def trained(backend, rows, **options):
     return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
 
 
-def llama3_tokenizer(rows):
-    """Llama-3's pattern, bytes, BOS by the post-processor, and <|eot_id|> as EOS, as in its Instruct models."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-
-    def bare(**model):
-        backend = Tokenizer(models.BPE(**model))
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
-        backend.decoder = decoders.ByteLevel()
-        return backend
-
-    model = trained(bare(), rows, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    backend, bos = bare(**model, ignore_merges=True), "<|begin_of_text|>"
+def llama3_tokenizer(rows, make):
+    """BOS by the post-processor, and <|eot_id|> as EOS, as in its Instruct models."""
+    model = trained(make({}, []), rows, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend, bos = make(model["vocab"], model["merges"]), "<|begin_of_text|>"
     names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
     backend.add_special_tokens([f"<|{name}|>" for name in names])
     begins = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
@@ -133,14 +94,14 @@ def llama3_tokenizer(rows):
     )
 
 
-def qwen2_tokenizer(rows):
+def qwen2_tokenizer(rows, _):
     model = trained(Qwen2Tokenizer().backend_tokenizer, rows, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(**model, eos_token="<|im_end|>", chat_template=QWEN2)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return tokenizer
 
 
-def gemma_tokenizer(rows):
+def gemma_tokenizer(rows, _):
     """Bytes only for what the vocabulary lacks, which is most of what is not ASCII."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Replace(" ", "▁")
@@ -158,69 +119,35 @@ FAMILIES = {"llama3": llama3_tokenizer, "qwen2": qwen2_tokenizer, "gemma": gemma
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request, rows, tmp_path_factory):
-    """(the family's name, the tokenizer that we read from a folder, transformers' of the same folder)."""
+def pair(request, rows, llama3_backend, tmp_path_factory):
+    """(the tokenizer that we read from a folder, transformers' of the same folder) of each family."""
     folder = tmp_path_factory.mktemp(request.param)
-    FAMILIES[request.param](rows).save_pretrained(folder)
+    FAMILIES[request.param](rows, llama3_backend).save_pretrained(folder)
     spec = ModelSpec(1000, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=8)
-    return request.param, read_tokenizer(folder, spec), AutoTokenizer.from_pretrained(folder)
+    return read_tokenizer(folder, spec), AutoTokenizer.from_pretrained(folder)
 
 
-HEADER = "Below is an instruction that describes a task"
-REQUEST = " Write a response that appropriately completes the request.\n\n"
-
-
-def alpaca_pieces(row, eos):
-    """The reference's prompt and answer; of a chat, one after the other."""
-    context = ", paired with an input that provides further context." if row.input else "."
-    prompt, turns = HEADER + context + REQUEST, list(row.turns)
-    system = turns.pop(0)[1] + "\n\n" if turns[0][0] == "system" else ""
-    section = f"### Input:\n{row.input}\n\n" if row.input else ""
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield f"{prompt}### Instruction:\n{system}{question[1]}\n\n{section}### Response:\n", answer[1] + eos
-        prompt, system = "\n\n", ""
-
-
-def alpaca_oracle(name, tokenizer, row, **cut):
-    """Tokens that begin inside an answer carry loss, and those that reach into it from the prompt."""
-    text, spans = "", []
-    for prompt, answer in alpaca_pieces(row, tokenizer.eos_token):
-        text += prompt + answer
-        spans.append((len(text) - len(answer), len(text)))
-    encoded = tokenizer(text, return_offsets_mapping=True, **cut)
-    begins = [any(a <= begin < b for a, b in spans) for begin, _ in encoded["offset_mapping"]]
-    reaches = [any(begin < a < end for a, _ in spans) for begin, end in encoded["offset_mapping"]]
-    return encoded["input_ids"], [i or j for i, j in zip(begins, reaches, strict=True)]
-
-
-def chat_oracle(name, tokenizer, row, **cut):
+def oracle(tokenizer, row, **cut):
+    """Token ids and mask by transformers' generation marks."""
     messages = [{"role": role, "content": text} for role, text in row.turns]
     if row.input:
         messages[0]["content"] += "\n" + row.input
-    cut = {"tokenizer_kwargs": {}} | cut
-    encoded = tokenizer.apply_chat_template(
-        messages, chat_template=MARKED[name], return_assistant_tokens_mask=True, return_dict=True, **cut
-    )
-    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **cut)
-    assert encoded["input_ids"] == whole["input_ids"], "the marked template renders another text"
+    marks = {"return_assistant_tokens_mask": True, "return_dict": True, "tokenizer_kwargs": {}}
+    encoded = tokenizer.apply_chat_template(messages, **marks | cut)
     return encoded["input_ids"], [bool(i) for i in encoded["assistant_masks"]]
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_tokens_and_masks_are_those_of_transformers(pair, rows, template):
-    name, ours, theirs = pair
-    if name == "gemma" and template == "chat":  # its template refuses system turns
-        rows = [Row(row.turns[row.turns[0][0] == "system" :], row.input) for row in rows]
-    oracle = {"alpaca": alpaca_oracle, "chat": chat_oracle}[template]
-    examples, dropped = encode_rows(rows, ours, template, 1 << 20)
+def test_tokens_and_masks_are_those_of_transformers(pair, rows):
+    ours, theirs = pair
+    examples, dropped = encode_rows(rows, ours, "chat", 1 << 20)
     assert dropped.total == dropped.truncated == 0
     for row, example in zip(rows, examples, strict=True):
-        ids, mask = oracle(name, theirs, row)
+        ids, mask = oracle(theirs, row)
         assert example["tokens"].tolist() == ids, row
         assert example["answer"].tolist() == mask, row
         for length in (len(ids) // 4, len(ids) - 1):
-            cut = encode(row, ours, template, length)
-            ids, mask = oracle(name, theirs, row, truncation=True, max_length=length)
+            cut = encode(row, ours, "chat", length)
+            ids, mask = oracle(theirs, row, truncation=True, max_length=length)
             assert len(ids) == length
             if any(mask):
                 assert (cut["tokens"].tolist(), cut["answer"].tolist()) == (ids, mask), row
