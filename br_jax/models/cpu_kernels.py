@@ -18,7 +18,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def low_rank(x: Float[Array, "B T in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "B T out"]:
+def low_rank(x: Float[Array, "*N in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "*N out"]:
     """x A B in the dtype of x; a and b are f32 at rest and so are their gradients.
 
     Autodiff would make A's and B's gradients as (wide^T thin), which transposes a [B T, out] array for each of them;
