@@ -117,12 +117,9 @@ class Attention(nn.Module):
             q, k = RMSNorm(spec, name="q_norm")(q), RMSNorm(spec, name="k_norm")(k)
         q, k = rotate(q, shared.angles), rotate(k, shared.angles)
         if cache is not None:
-            new = {"k": k.transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
             cache = {
-                name: jax.lax.dynamic_update_slice_in_dim(
-                    cache[name], new[name].astype(cache[name].dtype), shared.slot, axis
-                )
-                for name, axis in (("k", 3), ("v", 2))
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), shared.slot, axis)
+                for name, new, axis in (("k", k.transpose(0, 2, 3, 1), 3), ("v", v.transpose(0, 2, 1, 3), 2))
             }
         attending, k, v = (attend, k, v) if shared.whole else (attend_cache, cache["k"], cache["v"])
         out = self._in_window(attending, windowed, q, k, v, shared.queries, shared.keys)
@@ -253,9 +250,8 @@ class Decoder(nn.Module):
 
     def attends(self, length: int, dtype, whole: bool = True) -> Attend:
         """How rows of `length` tokens attend, implementation and all: to themselves as a whole, or to a cache."""
-        spec, scale = self.spec, self.spec.query_scale
-        scale = spec.head_dim**-0.5 if scale is None else scale
-        how = self.attention._replace(soft_cap=spec.attention_soft_cap, scale=scale)
+        scale = self.spec.query_scale or self.spec.head_dim**-0.5
+        how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=scale)
         return resolve(how, length, dtype) if whole else how._replace(implementation="xla")
 
 
@@ -272,8 +268,7 @@ def saved_names(remat: str) -> tuple[str, ...]:
         return SAVED
     names = () if remat == "full" else tuple(part.strip() for part in remat.split(","))
     if unknown := [name for name in names if name not in SAVED]:
-        known = ", ".join(SAVED)
-        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {known}")
+        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {', '.join(SAVED)}")
     return names
 
 

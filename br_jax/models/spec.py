@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -74,12 +73,10 @@ class ModelSpec:
     @property
     def num_params(self) -> int:
         """N: every param of the model."""
-        D = self.embed_dim
-        layer = sum(math.prod(shape) for shape in self.kernel_shapes.values())
-        layer += sum(self.kernel_shapes[name][1] for name in self.biases)
+        D, shapes = self.embed_dim, self.kernel_shapes
+        layer = sum(a * b for a, b in shapes.values()) + sum(shapes[name][1] for name in self.biases)
         layer += (4 if self.post_norms else 2) * D + (2 * self.head_dim if self.qk_norm else 0)
-        unembedding = 0 if self.tie_embeddings else self.vocab_size * D
-        return self.num_layers * layer + self.vocab_size * D + unembedding + D
+        return self.num_layers * layer + self.vocab_size * D * (1 if self.tie_embeddings else 2) + D
 
     @property
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:

@@ -15,8 +15,7 @@ LANES = 128  # what its block sizes and head widths are multiples of
 def splash(q, k, v, queries, keys, how):
     """See `attention.attend`; off the TPU the kernel runs in Pallas' interpreter, as a test can."""
     T, H = q.shape[1], q.shape[3]
-    heads = partition("batch", None, "heads", None)
-    kv_heads = partition("batch", None, "kv", None)
+    heads, kv = partition("batch", None, "heads", None), partition("batch", None, "kv", None)
     place = partition("batch", None)
 
     def local(q, k, v, q_segments, k_segments):
@@ -27,9 +26,7 @@ def splash(q, k, v, queries, keys, how):
         return jnp.moveaxis(jax.vmap(kernel)(q, k, v, segments), 1, 2)[..., :H]
 
     if current_mesh() is not None:
-        local = jax.shard_map(
-            local, in_specs=(heads, kv_heads, kv_heads, place, place), out_specs=heads, check_vma=False
-        )
+        local = jax.shard_map(local, in_specs=(heads, kv, kv, place, place), out_specs=heads, check_vma=False)
     return local(q, k, v, queries.segment_ids, keys.segment_ids)
 
 

@@ -137,11 +137,12 @@ def test_it_stops_at_eos(speaker, monkeypatch):
     # So does a chat model whose turns end in a token that is not EOS.
     chatty = dataclasses.replace(speaker, stop_tokens=(*speaker.stop_tokens, byte))
     assert greedy(chatty, ["a"]) == [said[:2]]
-    # Among neighbors that go on, what follows a row's EOS is EOS.
-    ids = []
-    monkeypatch.setattr(module, "decode_answer", lambda model, row: ids.append(row.tolist()) or "")
-    greedy(model, [*PROMPTS, "b", "c"], batch_size=8)
-    assert [*map(ord, said[:2]), *[eos] * (NEW - 2)] in ids and any(row[-1] != eos for row in ids)
+    # Among neighbors that go on, what follows a row's stop token is EOS.
+    for stopping, last in ((model, eos), (chatty, byte)):
+        ids = []
+        monkeypatch.setattr(module, "decode_answer", lambda model, row, ids=ids: ids.append(row.tolist()) or "")
+        greedy(stopping, [*PROMPTS, "b", "c"], batch_size=8)
+        assert [*map(ord, said[:2]), last, *[eos] * (NEW - 3)] in ids and any(row[-1] != eos for row in ids)
 
 
 def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):
@@ -152,6 +153,8 @@ def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):
     assert sample() == sample(batch_size=3) == first
     assert first not in (sample(seed=4), likeliest) and sample(temperature=1e-5) == likeliest
     assert len(set(sample(["a"] * 8))) > 4, "one prompt asked eight times gets one sample"
+    wild, _ = batches(speaker, PROMPTS, [None], temperature=1e6)
+    assert all(len(set(said)) > 2 for said in wild.values()), "every token of an answer is drawn alike"
 
 
 def test_samples_follow_the_softmax(speaker):
