@@ -20,22 +20,13 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What a model is made of here. Pickled weights are never fetched, nor weights in another layout ("original/").
 FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*")
 # What can go wrong, the narrower errors first.
-_WRONG = (
-    (
-        GatedRepoError,
-        "gated by its makers: ask for access at https://huggingface.co/{name}, then `hf auth login` or set HF_TOKEN",
-    ),
-    (RevisionNotFoundError, "the model has no such revision: see https://huggingface.co/{name}/tree/main"),
-    (
-        RepositoryNotFoundError,
-        "neither a path nor a model on the Hub (or a private one: run `hf auth login`): check the name",
-    ),
-    (
-        Exception,
-        "no path here, not in the cache, and the Hub cannot be reached ({error}): go online, unset HF_HUB_OFFLINE, or "
-        "give a local folder",
-    ),
-)
+_WRONG = {
+    GatedRepoError: "gated by its makers: ask for access at https://huggingface.co/{name}, then run `hf auth login`",
+    RevisionNotFoundError: "the model has no such revision: see https://huggingface.co/{name}/tree/main",
+    RepositoryNotFoundError: "neither a path nor a model on the Hub (or private: run `hf auth login`): check the name",
+    Exception: "no path here, not in the cache, and the Hub cannot be reached ({error}): go online, "
+    "unset HF_HUB_OFFLINE, or give a local folder",
+}
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:
@@ -59,6 +50,6 @@ def fetch_model(name: str, revision: str | None = None, files: Sequence[str] = F
     try:
         found = snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"])
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        told = next(told for kind, told in _WRONG if isinstance(error, kind))
+        told = next(told for kind, told in _WRONG.items() if isinstance(error, kind))
         raise UserError(f"{at}: {told.format(name=name, error=one_line(error))}") from error
     return pathlib.Path(found)
