@@ -309,7 +309,7 @@ def make_family(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="session", params=FAMILIES)
 def family(request, make_family):
     """(transformers' model, its folder) of each family."""
     return make_family(request.param)

@@ -26,25 +26,21 @@ def answer(
     """Greedy answers of a base with each of several adapters; those that the store holds are not generated again.
 
     Args:
-        model: the base.
         prompts: as for `generate`; equal ones are answered once.
         adapters: by a name for the progress bar; None is the base alone.
         store: answers are added to it batch by batch, keyed by base, adapter, prompt (as tokens) and settings.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: rows run together.
         together: how many adapters of the same targets are run in one pass; the rows of a batch are divided among them.
         name: what is answered, for the progress bar.
 
     Returns:
         {name of the adapter: its answers, in the order of prompts}.
     """
-    encoded = [encode_prompt(model, prompt) for prompt in prompts]
-    unique = list(dict.fromkeys(map(tuple, encoded)))
-    keys = {}
+    encoded = [tuple(encode_prompt(model, prompt)) for prompt in prompts]
+    texts = {ids: _text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
+    unique, keys = list(texts), {}
     for label, adapter in adapters.items():
         source = model.fingerprint, lora.fingerprint(adapter) if adapter else "", max_new_tokens
         keys[label] = {ids: key_of(*source, ids) for ids in unique}
-    texts = {tuple(ids): _text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
     for group in _groups(adapters, together):
         places = [(a, i) for a in range(len(group)) for i in range(len(unique))]
         held = store.holds([keys[group[a]][unique[i]] for a, i in places])
@@ -58,18 +54,16 @@ def answer(
             name=f"{', '.join(group)}: {name}",
             known=set(itertools.compress(places, held)),
         ):
-            store.add(
-                {
-                    keys[group[a]][unique[i]]: {
-                        "model": model.fingerprint[:12],
-                        "adapter": group[a] if adapters[group[a]] else "",
-                        "prompt": texts[unique[i]],
-                        "answer": decode_answer(model, row),
-                    }
-                    for (a, i), row in batch.items()
+            records = {}
+            for (a, i), row in batch.items():
+                records[keys[group[a]][unique[i]]] = {
+                    "model": model.fingerprint[:12],
+                    "adapter": group[a] if adapters[group[a]] else "",
+                    "prompt": texts[unique[i]],
+                    "answer": decode_answer(model, row),
                 }
-            )
-    return {label: [store[keys[label][tuple(ids)]]["answer"] for ids in encoded] for label in adapters}
+            store.add(records)
+    return {label: [store[keys[label][ids]]["answer"] for ids in encoded] for label in adapters}
 
 
 def _groups(adapters: Mapping[str, Adapter | None], together: int) -> list[list[str]]:

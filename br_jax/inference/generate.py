@@ -14,13 +14,15 @@ from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.distributed import fetch
 from br_jax.errors import UserError
-from br_jax.models.decoder import Decoder, init_cache, join_caches, unembed, unstack_layers
+from br_jax.models.cache import init_cache, join_caches, unstack_layers
+from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.models.spec import ModelSpec
 from br_jax.progress import progress
-from br_jax.sharding import batch_parts, mesh_of, place
+from br_jax.sharding import mesh_of, place, whole_batch
 
 _ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
+_BUCKET = 16  # what divides a padded prompt's length, in tokens
 _PARTS = 4  # of a batch, sorted by length, that are padded to a width of their own
 
 
@@ -33,25 +35,20 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
-    bucket: int = 16,
     name: str = "generate",
 ) -> list[str]:
     """Answers prompts, greedily or by sampling.
 
-    Prompts are sorted by length, and each quarter of a batch is padded to a multiple of `bucket`; tokens that all of
+    Prompts are sorted by length, and each quarter of a batch is padded to a multiple of 16 tokens; tokens that all of
     them begin with (a template's header) are run once. A prompt's answer does not depend on its neighbours in the
     batch, and a sampled one only on (seed, its index).
 
     Args:
-        model: the base.
         prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
         adapter: put on the base (see `adapters.lora.stack` for several).
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
-        seed: of sampling.
-        batch_size: prompts run together; the last batch is filled up, so there is one shape a bucket.
-        bucket: granularity of padded prompt lengths, in tokens.
-        name: on the progress bar.
+        batch_size: prompts run together; the last batch is filled up, so there is one shape a width.
 
     Returns:
         One answer a prompt, in order, without EOS and special tokens.
@@ -59,43 +56,29 @@ def generate(
     Raises:
         UserError: a prompt that leaves no room for an answer in the model's context.
     """
-    encoded = [encode_prompt(model, prompt) for prompt in prompts]
     rows = generate_ids(
         model,
-        encoded,
+        [encode_prompt(model, prompt) for prompt in prompts],
         adapter,
         stops=model.stop_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
-        bucket=bucket,
         name=name,
     )
     return [decode_answer(model, row) for row in rows]
 
 
 def generate_ids(
-    model: Model,
-    encoded: Sequence[Sequence[int]],
-    adapter: Adapter | None = None,
-    *,
-    stops: tuple[int, ...],
-    max_new_tokens: int,
-    **settings,
+    model: Model, encoded: Sequence[Sequence[int]], adapter: Adapter | None = None, **settings
 ) -> list[np.ndarray]:
-    """`generate` from token ids to token ids.
+    """`generate` from token ids (of `encode_prompt`) to token ids, int32[max_new_tokens] for each prompt.
 
-    Args:
-        encoded: of `encode_prompt`.
-        stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
-        **settings: of `generate_batches`.
-
-    Returns:
-        int32[max_new_tokens] for each prompt; behind one of `stops` comes the first of them.
+    Behind one of `stops` comes the first of them. The settings are those of `generate_batches`.
     """
     answers = [np.empty(0, np.int32)] * len(encoded)
-    for batch in generate_batches(model, encoded, [adapter], stops=stops, max_new_tokens=max_new_tokens, **settings):
+    for batch in generate_batches(model, encoded, [adapter], **settings):
         for (_, prompt), row in batch.items():
             answers[prompt] = row
     return answers
@@ -111,7 +94,6 @@ def generate_batches(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
-    bucket: int = 16,
     name: str = "generate",
     known: Collection[tuple[int, int]] = (),
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
@@ -122,91 +104,62 @@ def generate_batches(
     several processes all of them call this alike, and each gets all answers.
 
     Args:
-        model: the base.
-        encoded, stops, max_new_tokens, temperature, seed, bucket, name: as in `generate_ids` and `generate`.
         adapters: None is the base alone; several must have the same targets, and None cannot be among them.
+        stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
         batch_size: rows run together, prompts times adapters.
         known: (index of the adapter, of the prompt) of answers that are not wanted; batches of such alone are not run.
 
     Yields:
         {(index of the adapter, of the prompt): int32[max_new_tokens]} of each batch.
     """
-    _require_room(model.spec, encoded, max_new_tokens)
-    known, count = set(known), len(adapters)
+    spec, count, known = model.spec, len(adapters), set(known)
+    for i, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > spec.max_length:
+            told = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {spec.max_length}"
+            raise UserError(f"prompt {i}: {told}: shorten it")
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
-    run = _Run(model, encoded, adapters, stops, max_new_tokens, temperature, seed, batch_size, bucket)
+    mesh, prefix = mesh_of(model.params), _shared_prefix(encoded)
+    size = whole_batch(max(batch_size // count, 1), mesh)
+    # With several adapters all rows of one come before those of the next, and in one part.
+    parts = _PARTS if count == 1 and size % (_PARTS * whole_batch(1, mesh)) == 0 else 1
+    variables = {"params": model.params, "lora": place(_side_by_side(adapters), mesh)}
+    head = np.asarray([encoded[0][:prefix]] * count, np.int32)
+    begun = _begin(variables, head, spec=spec) if prefix else None
+    sampling = {
+        "greedy": temperature == 0,
+        "temperature": np.float32(max(temperature, 1e-6)),
+        "key": np.asarray(jax.random.key_data(jax.random.key(seed))),
+    }
+
+    def run(chosen, wanted):
+        """[adapters, size, new] answers to at most `size` prompts; a row that is not wanted ends at once."""
+        prompts = [*chosen, *[-1] * (size - len(chosen))]
+        ids = np.asarray([i if (a, i) in wanted else -1 for a in range(count) for i in prompts], np.int32)
+        rows = [[encoded[i][prefix:] for i in part if i >= 0] for part in np.split(np.asarray(prompts), parts)]
+        padded = [_pad(part, size // parts) for part in rows]
+        slots = prefix + max(tokens.shape[1] for tokens, _ in padded) + max_new_tokens
+        slots = -(-slots // _ALIGNED) * _ALIGNED
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            started = []
+            for tokens, lengths in padded:
+                batch = {"tokens": np.tile(tokens, (count, 1)), "lengths": np.tile(lengths, count)}
+                started.append(_start(variables, begun, **place(batch, mesh), spec=spec))
+            hidden, cache = _join(started, slots=slots)
+            lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in padded]), count)
+            batch = place({"lengths": lengths, "ids": ids}, mesh)
+            out, _ = _finish(variables, hidden, cache, **batch, **sampling, spec=spec, new=max_new_tokens, stops=stops)
+        return np.asarray(fetch(out)).reshape(count, size, -1)
+
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with progress(len(order) * count, name, "prompt", keep=False) as bar:
-        for first in range(0, len(order), run.size):
-            chosen = order[first : first + run.size]
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
             wanted = {(a, i) for a in range(count) for i in chosen} - known
             if wanted:
                 rows = run(chosen, wanted)
                 yield {(a, i): rows[a, at] for a in range(count) for at, i in enumerate(chosen) if (a, i) in wanted}
             bar.update(len(chosen) * count)
-
-
-class _Run:
-    """What the batches of one `generate_batches` share.
-
-    Attributes:
-        size: prompts of a batch.
-    """
-
-    def __init__(self, model, encoded, adapters, stops, new, temperature, seed, batch_size, bucket):
-        self.encoded, self.count, self.new, self.bucket = encoded, len(adapters), new, bucket
-        self.mesh = mesh = mesh_of(model.params)
-        self.size, self.parts = _batch_shape(batch_size, self.count, 1 if mesh is None else batch_parts(mesh))
-        self.prefix = _shared_prefix(encoded)
-        variables = {"params": model.params, "lora": place(_side_by_side(adapters), mesh)}
-        head = np.asarray([encoded[0][: self.prefix]] * self.count, np.int32)
-        cache = _begin(variables, head, spec=model.spec) if self.prefix else None
-        self.start = functools.partial(_start, variables, cache, spec=model.spec)
-        self.finish = functools.partial(
-            _finish,
-            variables,
-            spec=model.spec,
-            new=new,
-            stops=stops,
-            greedy=temperature == 0,
-            temperature=np.float32(max(temperature, 1e-6)),
-            key=np.asarray(jax.random.key_data(jax.random.key(seed))),
-        )
-
-    def __call__(self, chosen: Sequence[int], wanted: Collection[tuple[int, int]]) -> np.ndarray:
-        """[adapters, size, new] answers to at most `size` prompts; a row that is not wanted ends at once."""
-        mesh, count, prefix = self.mesh, self.count, self.prefix
-        prompts = np.asarray([*chosen, *[-1] * (self.size - len(chosen))], np.int32)
-        ids = np.asarray([i if (a, i) in wanted else -1 for a in range(count) for i in prompts.tolist()], np.int32)
-        rows = [[self.encoded[i][prefix:] for i in part if i >= 0] for part in np.split(prompts, self.parts)]
-        batches = [_pad(part, self.size // self.parts, self.bucket) for part in rows]
-        slots = prefix + max(tokens.shape[1] for tokens, _ in batches) + self.new
-        slots = -(-slots // _ALIGNED) * _ALIGNED
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            begun = [
-                self.start(**place({"tokens": np.tile(tokens, (count, 1)), "lengths": np.tile(lengths, count)}, mesh))
-                for tokens, lengths in batches
-            ]
-            hidden, cache = _join(begun, slots=slots)
-            lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in batches]), count)
-            out, _ = self.finish(hidden, cache, **place({"lengths": lengths, "ids": ids}, mesh))
-        return np.asarray(fetch(out)).reshape(count, self.size, -1)
-
-
-def _require_room(spec: ModelSpec, encoded: Sequence[Sequence[int]], new: int) -> None:
-    for i, ids in enumerate(encoded):
-        if len(ids) + new > spec.max_length:
-            raise UserError(
-                f"prompt {i}: {len(ids)} tokens and {new} new ones exceed the model's {spec.max_length}: shorten it"
-            )
-
-
-def _batch_shape(rows: int, adapters: int, split: int) -> tuple[int, int]:
-    """(prompts of a batch, in how many parts they are padded), for rows that a mesh splits in `split`."""
-    size = -(-max(rows // adapters, 1) // split) * split
-    # with several adapters, all rows of one come before those of the next
-    return size, _PARTS if adapters == 1 and size % (_PARTS * split) == 0 else 1
 
 
 def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
@@ -241,14 +194,12 @@ def _shared_prefix(encoded: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, encoded)) - 1)
 
 
-def _pad(rows: list[list[int]], count: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` rows of a width that `bucket` divides, and their lengths; those that `rows` lacks have length 1."""
-    width = -(-max(map(len, rows), default=1) // bucket) * bucket
-    tokens = np.zeros((count, width), np.int32)
-    lengths = np.ones(count, np.int32)
+def _pad(rows: list[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` rows of a width that `_BUCKET` divides, and their lengths; those that `rows` lacks have length 1."""
+    width = -(-max(map(len, rows), default=1) // _BUCKET) * _BUCKET
+    tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
     for i, ids in enumerate(rows):
-        tokens[i, : len(ids)] = ids
-        lengths[i] = len(ids)
+        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
     return tokens, lengths
 
 
@@ -256,8 +207,6 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     """Runs prompts into a new KV cache: behind the tokens that all share, each prompt's own, padded on the right.
 
     Args:
-        decoder: the model.
-        variables: its collections.
         head: the stacked cache of one row an adapter, whose P slots hold what its rows begin with; None for nothing.
         tokens: [B, T] int32.
         lengths: [B] int32, tokens that are no padding.
@@ -267,7 +216,7 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     """
     B, T = tokens.shape
     P = 0 if head is None else head["positions"].shape[1]
-    cache = init_cache(decoder.spec, B, P + T, _dtype(variables))
+    cache = init_cache(decoder.spec, B, P + T, variables["params"]["final_norm"]["scale"].dtype)
     if head is not None:
         cache = jax.tree.map(_fill, cache, head)
     place = jnp.arange(T)[None]
@@ -290,15 +239,11 @@ def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slo
     return hidden[:, 0], cache
 
 
-def _dtype(variables: dict) -> jnp.dtype:
-    return variables["params"]["final_norm"]["scale"].dtype
-
-
 @functools.partial(jax.jit, static_argnames=("spec",))
 def _begin(variables, prefix, *, spec: ModelSpec):
     """The cache of what all prompts begin with, one row an adapter, [A, P]."""
     positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    cache = init_cache(spec, *prefix.shape, _dtype(variables))
+    cache = init_cache(spec, *prefix.shape, variables["params"]["final_norm"]["scale"].dtype)
     return Decoder(spec).apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
 
 
@@ -320,9 +265,7 @@ def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, sto
     The last `new` slots of the cache are for the new tokens. All rows write a new token to the same slot; rope
     positions come from each row's own length, and padding is hidden by its segment 0.
     """
-    B = len(ids)
-    slots = cache["positions"].shape[1]
-    decoder = Decoder(spec)
+    decoder, slots = Decoder(spec), cache["positions"].shape[1]
     if jax.default_backend() == "cpu":
         variables = unstack_layers(variables)  # once; in the loop, XLA's CPU would copy each layer's at every token
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key)))(ids.astype(jnp.uint32))
@@ -351,6 +294,6 @@ def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, sto
         return t + 1, token, done | ends(token), out, cache
 
     token = choose(hidden, 0)
-    out = jnp.full((B, new), filler, jnp.int32).at[:, 0].set(token)
+    out = jnp.full((len(ids), new), filler, jnp.int32).at[:, 0].set(token)
     carry = (jnp.int32(1), token, ends(token) | (ids < 0), out, cache)
     return jax.lax.while_loop(more, advance, carry)[3:]

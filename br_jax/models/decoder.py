@@ -6,102 +6,45 @@ absent, and nothing in the modules changes when one is added or removed.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from br_jax.models.attention import Attend, Place, attend, attend_cache, resolve, rope_angles, rotate
+from br_jax.models.attention import attend, attend_cache, resolve, rope_angles, rotate
+from br_jax.models.cache import layer_of
+from br_jax.models.cpu_kernels import low_rank, rms_norm
+from br_jax.models.masks import Attend, Place
 from br_jax.models.spec import ModelSpec
-from br_jax.sharding import CACHE, constrain
+from br_jax.sharding import constrain
 
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
 
-def saved_names(remat: str) -> tuple[str, ...]:
-    """The parts of a layer whose outputs the backward pass finds again, instead of computing them again.
+class LayerCache(TypedDict):
+    """One layer's keys and values."""
 
-    Args:
-        remat: "none" or "full"; "matmuls" or "offload": all of `SAVED`; or a comma list of some.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if remat in ("none", "matmuls", "offload"):
-        return SAVED
-    names = () if remat == "full" else tuple(part.strip() for part in remat.split(","))
-    if unknown := [name for name in names if name not in SAVED]:
-        known = ", ".join(SAVED)
-        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {known}")
-    return names
+    k: Float[Array, "B K H S"]
+    v: Float[Array, "B K S H"]
 
 
-def remat_policy(remat: str) -> Callable | None:
-    """What the backward pass keeps of each layer, beside the layer's input; the rest is computed again.
+class Shared(NamedTuple):
+    """What all layers of a call have in common."""
 
-    Args:
-        remat: "none" keeps everything, "full" nothing more, others the outputs of `saved_names`: "offload" in the
-            host's memory, the rest on the device.
+    angles: Float[Array, "B T half"]  # of rope
+    queries: Place  # the batch's tokens
+    keys: Place  # what they may look at: themselves, or all slots of the cache
+    slot: Int[Array, ""] | int  # of the cache, that the first of them is written to
 
-    Returns:
-        A policy of `jax.checkpoint`, or None for "none".
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    names = saved_names(remat)
-    if remat == "none":
-        return None
-    if remat == "offload":
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(names),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return jax.checkpoint_policies.save_only_these_names(*names)
-
-
-@jax.custom_vjp
-def low_rank(x: Float[Array, "B T in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "B T out"]:
-    """x A B in the dtype of x; a and b are f32 at rest and so are their gradients.
-
-    Autodiff would make A's and B's gradients as (wide^T thin), which transposes a [B T, out] array for each of them;
-    (thin^T wide) is the same number and transposes [B T, R].
-    """
-    return _low_rank_forward(x, a, b)[0]
-
-
-def low_rank_each(
-    x: Float[Array, "B T I"], a: Float[Array, "U I R"], b: Float[Array, "U R O"]
-) -> Float[Array, "B T O"]:
-    """`low_rank` with U adapters side by side, each for its own B / U rows of the batch, one after the other."""
-    rows = x.reshape(a.shape[0], -1, x.shape[-1])
-    return (rows @ a.astype(x.dtype) @ b.astype(x.dtype)).reshape(*x.shape[:-1], b.shape[-1])
-
-
-def _low_rank_forward(x, a, b):
-    h = x @ a.astype(x.dtype)
-    return h @ b.astype(x.dtype), (x, h, a, b)
-
-
-def _low_rank_backward(saved, dy):
-    x, h, a, b = saved
-    dh = dy @ b.T.astype(dy.dtype)
-
-    def sum_over_tokens(thin, wide):
-        """[B T R], [B T D] -> [R D] in f32; as matrices, for XLA's CPU has no bf16 dot with more axes."""
-        thin, wide = (array.reshape(-1, array.shape[-1]) for array in (thin, wide))
-        return jnp.matmul(thin.T, wide, preferred_element_type=jnp.float32)
-
-    return dh @ a.T.astype(dy.dtype), sum_over_tokens(dh, x).T, sum_over_tokens(h, dy)
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+    @property
+    def whole(self) -> bool:
+        """Whether the batch looks at itself alone: there is no cache, or none but its own slots."""
+        return self.keys.positions.shape == self.queries.positions.shape
 
 
 class Linear(nn.Module):
@@ -125,38 +68,11 @@ class Linear(nn.Module):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
                 seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
                 a, b = (self.get_variable(collection, name) for name in "ab")
-                y += (low_rank if a.ndim == 2 else low_rank_each)(seen, a, b)
+                if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
+                    y += jax.vmap(low_rank)(seen.reshape(len(a), -1, seen.shape[-1]), a, b).reshape(y.shape)
+                else:
+                    y += low_rank(seen, a, b)
         return checkpoint_name(y, self.name)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def rms_norm(x: Float[Array, "*N D"], eps: float) -> Float[Array, "*N D"]:
-    """x / sqrt(mean(x^2) + eps), computed in f32, in the dtype of x; its gradient in two passes over x."""
-    return _rms_norm_forward(x, eps)[0]
-
-
-def _rms_norm_forward(x, eps):
-    wide = x.astype(jnp.float32)
-    return (wide * _inverse_rms(wide, eps)).astype(x.dtype), x
-
-
-def _inverse_rms(wide, eps):
-    return jax.lax.rsqrt(_inner(wide, wide) / wide.shape[-1] + eps)
-
-
-def _inner(x, y):
-    """Sums of products over D, [..., 1], as a dot: XLA's CPU passes a reduction to a library that is slower here."""
-    return jnp.einsum("...D,...D->...", x, y, precision="highest")[..., None]
-
-
-def _rms_norm_backward(eps, x, dy):
-    wide, d_wide = x.astype(jnp.float32), dy.astype(jnp.float32)
-    inverse = _inverse_rms(wide, eps)
-    inner = _inner(wide, d_wide) * inverse**2 / wide.shape[-1]
-    return (((d_wide - wide * inner) * inverse).astype(x.dtype),)
-
-
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class RMSNorm(nn.Module):
@@ -186,7 +102,9 @@ class Attention(nn.Module):
     how: Attend
 
     @nn.compact
-    def __call__(self, x, cache, windowed, angles, queries, keys, slot):
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: LayerCache | None, windowed: Bool[Array, ""] | bool, shared: Shared
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         spec = self.spec
         B, T, D = x.shape
 
@@ -197,32 +115,30 @@ class Attention(nn.Module):
         q, k, v = heads("q", spec.num_heads), heads("k", spec.num_kv_heads), heads("v", spec.num_kv_heads)
         if spec.qk_norm:
             q, k = RMSNorm(spec, name="q_norm")(q), RMSNorm(spec, name="k_norm")(k)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, shared.angles), rotate(k, shared.angles)
         if cache is not None:
-            new = {"k": k.transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
             cache = {
-                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name].astype(cache[name].dtype), slot, axis)
-                for name, axis in (("k", 3), ("v", 2))
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), shared.slot, axis)
+                for name, new, axis in (("k", k.transpose(0, 2, 3, 1), 3), ("v", v.transpose(0, 2, 1, 3), 2))
             }
-        if keys.positions.shape[1] == T:
-            operands, attending = (q, k, v, queries, keys), attend
-        else:
-            operands, attending = (q, cache["k"], cache["v"], queries, keys), attend_cache
-        out = self._in_window(attending, operands, windowed)
+        attending, k, v = (attend, k, v) if shared.whole else (attend_cache, cache["k"], cache["v"])
+        out = self._in_window(attending, windowed, q, k, v, shared.queries, shared.keys)
         return Linear(D, self.dropout, "o" in spec.biases, name="o")(out.reshape(B, T, -1)), cache
 
-    def _in_window(self, attending, operands, windowed):
+    def _in_window(self, attending: Callable, windowed: Bool[Array, ""] | bool, *operands):
         """Attends with this layer's window; where layers differ, a scanned layer learns its own only when it runs."""
         layers, slots = set(self.spec.window_layers), operands[-1].positions.shape[1]
+        if True not in layers or slots <= self.spec.window:
+            windowed = False
+        elif len(layers) == 1:
+            windowed = True
 
         def run(window, *operands):
             return attending(*operands, self.how._replace(window=window))
 
-        if True not in layers or slots <= self.spec.window:
-            return run(None, *operands)
         with_window, without = functools.partial(run, self.spec.window), functools.partial(run, None)
-        if len(layers) == 1 or isinstance(windowed, bool):
-            return (with_window if windowed is not False else without)(*operands)
+        if isinstance(windowed, bool):
+            return (with_window if windowed else without)(*operands)
         return jax.lax.cond(windowed, with_window, without, *operands)
 
 
@@ -250,12 +166,14 @@ class Block(nn.Module):
     how: Attend
 
     @nn.compact
-    def __call__(self, x, cache, windowed, angles, queries, keys, slot):
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: LayerCache | None, windowed: Bool[Array, ""] | bool, shared: Shared
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         def norm(name: str, x):
             return RMSNorm(self.spec, name=name)(x)
 
         attention = Attention(self.spec, self.dropout, self.how, name="attn")
-        update, cache = attention(norm("attn_norm", x), cache, windowed, angles, queries, keys, slot)
+        update, cache = attention(norm("attn_norm", x), cache, windowed, shared)
         x += norm("attn_post_norm", update) if self.spec.post_norms else update
         update = Mlp(self.spec, self.dropout, name="mlp")(norm("mlp_norm", x))
         x += norm("mlp_post_norm", update) if self.spec.post_norms else update
@@ -263,19 +181,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens in, final hidden states out; `unembed` turns the states that matter into logits.
-
-    Attributes:
-        spec: sizes of the model.
-        dropout: dropout rate on the input of the trainable adapter only; active when a "dropout" rng is given.
-        remat: what the backward pass keeps of each layer, see `remat_policy`.
-        attention: how whole rows attend (see `attention.resolve`); to a cache with earlier tokens it is "xla".
-    """
+    """Tokens in, final hidden states out; `unembed` turns the states that matter into logits."""
 
     spec: ModelSpec
-    dropout: float = 0.0
-    remat: str = "none"
-    attention: Attend = Attend()
+    dropout: float = 0.0  # on the input of the trainable adapter only, when a "dropout" rng is given
+    remat: str = "none"  # what the backward pass keeps of each layer, see `saved_names`
+    attention: Attend = Attend()  # of whole rows; spec gives scale, caps and window
 
     @nn.compact
     def __call__(
@@ -286,69 +197,94 @@ class Decoder(nn.Module):
         cache: dict | None = None,
         slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], dict | None]:
-        """Runs the stack, over the batch itself or over a cache that it extends at `slot`.
+        """Final-norm hidden states in the compute dtype (that of the params), and the new cache (or None).
 
-        Args:
-            tokens: token ids.
-            positions: place of each token in its own sequence, from 0.
-            segment_ids: 1, 2, ... for the sequences of a row, 0 for padding.
-            cache: from `init_cache` or `join_caches` (then layer after layer, unrolled); all T tokens of each row are
-                written at slots `slot` .. `slot + T - 1`.
-            slot: first cache slot to write.
-
-        Returns:
-            Final-norm hidden states in the compute dtype (the dtype of the params), and the new cache (or None).
+        The stack runs over the batch itself (see `masks.Place`), or over a cache from `init_cache` or `join_caches`:
+        all T tokens of each row are written to its slots `slot` .. `slot + T - 1`.
         """
         spec = self.spec
-        embedding = self.param(
-            "embed", lambda key: {"embedding": nn.initializers.normal(0.02)(key, (spec.vocab_size, spec.embed_dim))}
-        )
+        draw, sizes = nn.initializers.normal(0.02), (spec.vocab_size, spec.embed_dim)
+        embedding = self.param("embed", lambda key: {"embedding": draw(key, sizes)})["embedding"]
         if not spec.tie_embeddings:
-            shape = (spec.embed_dim, spec.vocab_size)
-            self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, shape)})
-        stored, placed = None, {}
+            self.param("head", lambda key: {"kernel": draw(key, sizes[::-1])})
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
-            stored = cache["layers"]
-            written = {"positions": positions, "segment_ids": segment_ids}
-            placed = {n: jax.lax.dynamic_update_slice(cache[n], new, (0, slot)) for n, new in written.items()}
-            keys = Place(placed["positions"], placed["segment_ids"])
-        behind = keys.positions.shape != positions.shape
-        how = self.attends(tokens.shape[1], embedding["embedding"].dtype, behind)
-        rest = (rope_angles(positions, spec), queries, keys, slot)
-        x = jnp.take(embedding["embedding"], tokens, axis=0)
+            held = Place(cache["positions"], cache["segment_ids"])
+            keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, (0, slot)), held, queries)
+        shared = Shared(rope_angles(positions, spec), queries, keys, slot)
+        how = self.attends(tokens.shape[1], embedding.dtype, shared.whole)
+        x = jnp.take(embedding, tokens, axis=0)
         if spec.scale_embeddings:
             x *= jnp.asarray(spec.embed_dim**0.5, x.dtype)
         x = constrain(x, "batch", "length", None)
-        if isinstance(stored, list):
-            block, updated = Block(spec, self.dropout, how, parent=None), []
-            held = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
-            for i, layer_cache in enumerate(stored):
-                # A layer's weights are sliced, and gathered over FSDP, when it is due; or else all of them at once.
-                x, held = jax.lax.optimization_barrier((x, held))
-                layer = {name: layer_of(layers, i) for name, layers in held.items()}
-                x, layer_cache = block.apply(layer, x, layer_cache, spec.window_layers[i], *rest)
-                updated.append(layer_cache)
-            stored = updated
-        else:
-            block = Block
-            if (policy := remat_policy(self.remat)) is not None:
-                block = nn.remat(Block, policy=policy, prevent_cse=False)
-            layers = nn.scan(
-                block,
-                variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=spec.num_layers,
-            )(spec, self.dropout, how, name="layers")
-            x, stored = layers(x, stored, jnp.asarray(spec.window_layers), *rest)
+        layers = None if cache is None else cache["layers"]
+        run = self._unrolled if isinstance(layers, list) else self._scanned
+        x, layers = run(x, layers, how, shared)
         x = RMSNorm(spec, name="final_norm")(x)
-        return x, None if cache is None else {"layers": stored, **placed}
+        return x, None if cache is None else {"layers": layers, **keys._asdict()}
 
-    def attends(self, length: int, dtype, behind: bool = False) -> Attend:
-        """How rows of `length` tokens attend, implementation and all; `behind` others, in a cache, or to themselves."""
-        how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=self.spec.query_scale)
-        return how._replace(implementation="xla") if behind else resolve(how, length, dtype)
+    def _scanned(self, x, cache: LayerCache | None, how: Attend, shared: Shared):
+        """All layers as one, over the stacked weights and cache."""
+        policy = remat_policy(self.remat)
+        block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=self.spec.num_layers,
+        )(self.spec, self.dropout, how, name="layers")
+        return layers(x, cache, jnp.asarray(self.spec.window_layers), shared)
+
+    def _unrolled(self, x, cache: list[LayerCache], how: Attend, shared: Shared):
+        """Layer after layer, over a joined cache."""
+        block, updated = Block(self.spec, self.dropout, how, parent=None), []
+        held = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
+        for i, layer_cache in enumerate(cache):
+            # A layer's weights are sliced, and gathered over FSDP, when it is due; or else all of them at once.
+            x, held = jax.lax.optimization_barrier((x, held))
+            layer = {name: layer_of(layers, i) for name, layers in held.items()}
+            x, layer_cache = block.apply(layer, x, layer_cache, self.spec.window_layers[i], shared)
+            updated.append(layer_cache)
+        return x, updated
+
+    def attends(self, length: int, dtype, whole: bool = True) -> Attend:
+        """How rows of `length` tokens attend, implementation and all: to themselves as a whole, or to a cache."""
+        scale = self.spec.query_scale or self.spec.head_dim**-0.5
+        how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=scale)
+        return resolve(how, length, dtype) if whole else how._replace(implementation="xla")
+
+
+def saved_names(remat: str) -> tuple[str, ...]:
+    """The parts of a layer whose outputs the backward pass keeps, beside the layer's input; the rest it makes again.
+
+    Args:
+        remat: "none" or "full"; "matmuls" or "offload" (kept in the host's memory): all of `SAVED`; or a comma list.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if remat in ("none", "matmuls", "offload"):
+        return SAVED
+    names = () if remat == "full" else tuple(part.strip() for part in remat.split(","))
+    if unknown := [name for name in names if name not in SAVED]:
+        raise ValueError(f"remat {unknown[0]!r}: it is none, full, matmuls, offload or some of {', '.join(SAVED)}")
+    return names
+
+
+def remat_policy(remat: str) -> Callable | None:
+    """The policy of `jax.checkpoint` that keeps `saved_names`; None keeps everything."""
+    names = saved_names(remat)
+    if remat == "none":
+        return None
+    if remat == "offload":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(names),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 def unembed(spec: ModelSpec, params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
@@ -359,70 +295,6 @@ def unembed(spec: ModelSpec, params: dict, hidden: Float[Array, "*N D"]) -> Floa
         embedding = params["embed"]["embedding"]
         logits = jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=jnp.float32)
     return logits if spec.logit_soft_cap is None else spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
-
-
-def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
-    """An empty KV cache: "layers": k [L, B, K, H, S] and v [L, B, K, S, H]; positions and segment_ids [B, S] int32.
-
-    Empty slots have segment 0, which no real token looks at.
-    """
-    heads = (spec.num_layers, batch, spec.num_kv_heads)
-    return {
-        "layers": {
-            "k": constrain(jnp.zeros((*heads, spec.head_dim, slots), dtype), *CACHE["k"]),
-            "v": constrain(jnp.zeros((*heads, slots, spec.head_dim), dtype), *CACHE["v"]),
-        },
-        "positions": jnp.zeros((batch, slots), jnp.int32),
-        "segment_ids": jnp.zeros((batch, slots), jnp.int32),
-    }
-
-
-def join_caches(caches: Sequence[dict], slots: int) -> dict:
-    """Caches of some rows each as one of all rows with `slots`, where each layer's k and v are arrays of their own.
-
-    A loop over tokens writes such arrays in place and reads them where they are; of a stacked cache XLA's CPU copies
-    every layer at every token.
-
-    Args:
-        caches: stacked ones, with no more than `slots` each.
-        slots: of the new one.
-
-    Returns:
-        A cache whose "layers" is a list of {"k": [B, K, H, S], "v": [B, K, S, H]}.
-    """
-
-    def join(arrays, axis):
-        def widen(array):
-            return jnp.pad(array, [(0, slots - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
-
-        return jnp.concatenate([widen(array) for array in arrays])
-
-    def layer(i, name, axis):
-        joined = join([cache["layers"][name][i] for cache in caches], axis)
-        return constrain(joined, *CACHE[name][1:])
-
-    count = caches[0]["layers"]["k"].shape[0]
-    return {
-        "layers": [{"k": layer(i, "k", 3), "v": layer(i, "v", 2)} for i in range(count)],
-        **{name: join([cache[name] for cache in caches], 1) for name in ("positions", "segment_ids")},
-    }
-
-
-def unstack_layers(variables: dict) -> dict:
-    """The collections with {"0": layer, "1": layer, ...} for "layers"."""
-
-    def unstack(stacked):
-        return {str(i): layer_of(stacked, i) for i in range(len(jax.tree.leaves(stacked)[0]))}
-
-    return {
-        name: {part: unstack(tree) if part == "layers" else tree for part, tree in held.items()}
-        for name, held in variables.items()
-    }
-
-
-def layer_of(layers: dict, index: int) -> dict:
-    """One layer of "layers", stacked ones or those of `unstack_layers`."""
-    return layers[str(index)] if str(index) in layers else jax.tree.map(lambda leaf: leaf[index], layers)
 
 
 def init_params(spec: ModelSpec, key: Array) -> dict:

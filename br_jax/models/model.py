@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerFast
+
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.hashes import fingerprint
@@ -11,25 +13,15 @@ from br_jax.models.spec import ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A frozen base model.
-
-    Attributes:
-        spec: sizes.
-        params: the tree of `models.decoder`, in the compute dtype; nothing in br_jax ever writes to it.
-        tokenizer: a `transformers.PreTrainedTokenizerFast`.
-        name: what an adapter's config calls its base.
-        template: "alpaca" or "chat", see `data.templates`.
-        fingerprint: SHA-256 of spec and params, by which adapters know their base.
-        stop_tokens: ids that end an answer; the tokenizer's EOS is one of them.
-    """
+    """A frozen base model; nothing in br_jax ever writes to its params."""
 
     spec: ModelSpec
-    params: dict
-    tokenizer: object
-    name: str
-    template: str
-    fingerprint: str
-    stop_tokens: tuple[int, ...]
+    params: dict  # the tree of `models.decoder`, in the compute dtype
+    tokenizer: PreTrainedTokenizerFast
+    name: str  # what an adapter's config calls its base
+    template: str  # "alpaca" or "chat", see `data.templates`
+    fingerprint: str  # SHA-256 of spec and params, by which adapters know their base
+    stop_tokens: tuple[int, ...]  # ids that end an answer; the tokenizer's EOS is one of them
 
 
 def make_model(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -10,19 +9,12 @@ KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3.1's longer context: slow rotations are slowed down by `factor`, fast ones stay, those between are mixed.
+    """Llama-3.1's longer context: slow rotations are slowed by `factor`, fast ones stay, those between are mixed."""
 
-    Attributes:
-        factor: by which the context grew.
-        low_freq_factor: a wave of more than original_length / low_freq_factor tokens is slow.
-        high_freq_factor: a wave of less than original_length / high_freq_factor tokens is fast.
-        original_length: the context before, in tokens.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    factor: float  # by which the context grew
+    low_freq_factor: float  # a wave of more than original_length / low_freq_factor tokens is slow
+    high_freq_factor: float  # a wave of less than original_length / high_freq_factor tokens is fast
+    original_length: int  # the context before, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,58 +22,32 @@ class ModelSpec:
     """Sizes and switches of a decoder (RMSNorm, rope, grouped-query attention, gated feed-forward layer).
 
     The defaults of the switches are Llama's. Hashable, so that it can be a static argument of a jitted function.
-
-    Attributes:
-        vocab_size: V, rows of the embedding.
-        embed_dim: D, width of the residual stream.
-        num_layers: L.
-        num_heads: N, query heads.
-        num_kv_heads: K, key and value heads; divides N (grouped-query attention).
-        head_dim: H; N * H need not equal D.
-        ffw_dim: F, width of the gated feed-forward layer.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: epsilon of every RMSNorm.
-        tie_embeddings: True when the output head is the embedding itself.
-        max_length: longest context that the model was trained for, in tokens.
-        model_type: the maker's name of the family, as in config.json.
-        rope_scaling: Llama-3.1's, or None.
-        biases: which of `KERNELS` have a bias.
-        qk_norm: each head's queries and keys are RMS-normed before rope.
-        post_norms: attention's and the feed-forward layer's outputs are normed too, before they are added.
-        norm_plus_one: norms multiply by 1 + weight, in f32, and only then round to the compute dtype.
-        activation: of the gate: "silu" or "gelu_tanh".
-        scale_embeddings: embeddings are multiplied by sqrt(D), rounded to the compute dtype.
-        query_scale: of the scores before the softmax; None is H^-0.5.
-        attention_soft_cap: scores become cap * tanh(scores / cap).
-        logit_soft_cap: logits become cap * tanh(logits / cap).
-        window: a query sees itself and the window - 1 tokens before it, in the layers of `windowed`.
-        windowed: for each layer, whether it has the window; empty for all of them.
     """
 
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffw_dim: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    max_length: int = 2048
-    model_type: str = "llama"
+    vocab_size: int  # V, rows of the embedding
+    embed_dim: int  # D, width of the residual stream
+    num_layers: int  # L
+    num_heads: int  # N, query heads
+    num_kv_heads: int  # K, key and value heads; divides N (grouped-query attention)
+    head_dim: int  # H; N * H need not equal D
+    ffw_dim: int  # F, width of the gated feed-forward layer
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # of every RMSNorm
+    tie_embeddings: bool = True  # the output head is the embedding itself
+    max_length: int = 2048  # longest context that the model was trained for, in tokens
+    model_type: str = "llama"  # the maker's name of the family, as in config.json
     rope_scaling: RopeScaling | None = None
-    biases: tuple[str, ...] = ()
-    qk_norm: bool = False
-    post_norms: bool = False
-    norm_plus_one: bool = False
-    activation: str = "silu"
-    scale_embeddings: bool = False
-    query_scale: float | None = None
-    attention_soft_cap: float | None = None
-    logit_soft_cap: float | None = None
-    window: int | None = None
-    windowed: tuple[bool, ...] = ()
+    biases: tuple[str, ...] = ()  # which of `KERNELS` have a bias
+    qk_norm: bool = False  # each head's queries and keys are RMS-normed before rope
+    post_norms: bool = False  # attention's and the feed-forward layer's outputs are normed too, before they are added
+    norm_plus_one: bool = False  # norms multiply by 1 + weight, in f32, and only then round to the compute dtype
+    activation: str = "silu"  # of the gate; or "gelu_tanh"
+    scale_embeddings: bool = False  # embeddings are multiplied by sqrt(D), rounded to the compute dtype
+    query_scale: float | None = None  # of the scores before the softmax; None is H^-0.5
+    attention_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    logit_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    window: int | None = None  # a query sees itself and the window - 1 tokens before it, in the layers of `windowed`
+    windowed: tuple[bool, ...] = ()  # for each layer, whether it has the window; empty for all of them
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):  # from a config file or JSON
@@ -107,12 +73,10 @@ class ModelSpec:
     @property
     def num_params(self) -> int:
         """N: every param of the model."""
-        D = self.embed_dim
-        layer = sum(math.prod(shape) for shape in self.kernel_shapes.values())
-        layer += sum(self.kernel_shapes[name][1] for name in self.biases)
+        D, shapes = self.embed_dim, self.kernel_shapes
+        layer = sum(a * b for a, b in shapes.values()) + sum(shapes[name][1] for name in self.biases)
         layer += (4 if self.post_norms else 2) * D + (2 * self.head_dim if self.qk_norm else 0)
-        unembedding = 0 if self.tie_embeddings else self.vocab_size * D
-        return self.num_layers * layer + self.vocab_size * D + unembedding + D
+        return self.num_layers * layer + self.vocab_size * D * (1 if self.tie_embeddings else 2) + D
 
     @property
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:
@@ -125,5 +89,5 @@ class ModelSpec:
     def to_json(self) -> str:
         """The spec, canonically; what is at its default is left out, so that a new switch changes no older model's."""
         said = dataclasses.asdict(self)
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return json.dumps({name: value for name, value in said.items() if value != defaults[name]}, sort_keys=True)
+        changed = [field.name for field in dataclasses.fields(self) if said[field.name] != field.default]
+        return json.dumps({name: said[name] for name in changed}, sort_keys=True)

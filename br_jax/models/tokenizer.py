@@ -11,6 +11,7 @@ whatever ends in `<sep>`: there is no generation prompt to add.
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 PAD, EOS, SEP = "<pad>", "<eos>", "<sep>"  # ids 256, 257, 258
 CHAT_TEMPLATE = (
@@ -20,26 +21,14 @@ CHAT_TEMPLATE = (
 
 
 def byte_alphabet() -> list[str]:
-    """The character that GPT-2's byte-level scheme writes for each byte, in byte order.
-
-    Printable Latin-1 stands for itself; the other 68 bytes take the characters from U+0100 on, in order,
-    since a vocabulary may hold neither spaces nor control characters.
-
-    Returns:
-        256 one-character strings; entry b is byte b.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    """The character that GPT-2's byte-level scheme writes for each of the 256 bytes, in their order."""
+    return [symbol for _, symbol in sorted(bytes_to_unicode().items())]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The demo's tokenizer: one token a byte, 259 in all, with the chat template of the module docstring.
+    """The demo's tokenizer: one token a byte, 259 in all, no BOS, and the chat template of the module docstring.
 
     `<pad>` differs from `<eos>`, so that a mask made from ids could not lose the end of an answer either.
-
-    Returns:
-        A fast tokenizer with eos and pad set and no BOS; `len(tokenizer)` is 259.
     """
     backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_alphabet())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -13,9 +13,10 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError, near_names
 from br_jax.inference.generate import decode, prefill
-from br_jax.models.attention import Attend
-from br_jax.models.decoder import Decoder, abstract_params, init_cache, join_caches, unembed
+from br_jax.models.cache import init_cache, join_caches
+from br_jax.models.decoder import Decoder, abstract_params, unembed
 from br_jax.models.io.load import read_spec
+from br_jax.models.masks import Attend
 from br_jax.models.spec import ModelSpec
 from br_jax.sharding import abstract, constrain_tree, platform
 from br_jax.training.config import TrainConfig

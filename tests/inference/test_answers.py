@@ -36,13 +36,17 @@ def generated(monkeypatch):
 def test_answers_are_those_of_generate_and_made_once(tiny, make_adapter, generated, tmp_path, together):
     adapters = {"none": None, "one": make_adapter("user"), "two": make_adapter("user", seed=3, rank=5)}
     settings = {"max_new_tokens": 6, "batch_size": 4}
-    run = lambda: answer(tiny, PROMPTS, adapters, Store(tmp_path / "a.jsonl"), together=together, **settings)  # noqa: E731
+
+    def run(*more):
+        store = Store(tmp_path / "a.jsonl")
+        return answer(tiny, [*PROMPTS, *more], adapters, store, together=together, **settings)
+
     said = run()
     assert said == {name: generate(tiny, PROMPTS, adapter, **settings) for name, adapter in adapters.items()}
     assert len(set(map(tuple, said.values()))) == 3
     assert sum(generated) == 4 * 3 and len(generated) == (3 if together == 1 else 2), "equal prompts are one"
     assert run() == said and sum(generated) == 12
-    answer(tiny, [*PROMPTS, "new"], adapters, Store(tmp_path / "a.jsonl"), together=together, **settings)
+    run("new")
     assert sum(generated) == 12 + 3
 
 
@@ -62,6 +66,7 @@ def test_another_model_adapter_length_or_prompt_is_another_answer(tiny, make_tin
     assert sum(generated) == 6, "a row of one turn is its prompt"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     """SIGKILL three times, whenever something new was written."""
 

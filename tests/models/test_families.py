@@ -1,5 +1,6 @@
 """Every family against its makers' code: logits, KV cache, greedy answers, folders. The sizes are in conftest."""
 
+import functools
 import json
 
 import jax
@@ -9,23 +10,33 @@ import pytest
 from safetensors.numpy import load_file
 
 from br_jax.inference.generate import decode, generate_ids, prefill
-from br_jax.models.attention import Attend
-from br_jax.models.decoder import Decoder, join_caches, unembed
+from br_jax.models.cache import join_caches
+from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.io.hf import read_hf_spec, write_hf
 from br_jax.models.io.hf_config import FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
 from br_jax.provider.folder import load_model
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
 
 LENGTHS = (1, 7, 8, 9, 31)  # the window, where there is one, is 8
 STEPS = 40
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rows():
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, n).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def network(family):
+    return family[0]
+
+
+@pytest.fixture(scope="session")
+def model(family):
+    return load_model(family[1])
 
 
 def theirs(network, ids):
@@ -33,28 +44,26 @@ def theirs(network, ids):
         return network(torch.tensor([ids])).logits[0].float().numpy()
 
 
-def ours(model, rows, left=False, attention="xla"):
+@functools.partial(jax.jit, static_argnums=0)
+def forward(spec, params, tokens, positions, segments):
+    hidden, _ = Decoder(spec).apply({"params": params}, tokens, positions, segments)
+    return unembed(spec, params, hidden)
+
+
+def ours(model, rows, left=False):
     """Logits of each row [T, V], all run as one padded batch."""
     width = max(map(len, rows))
     tokens, positions, segments = (np.zeros((len(rows), width), np.int32) for _ in range(3))
     places = [slice(width - len(ids), width) if left else slice(len(ids)) for ids in rows]
     for i, (ids, place) in enumerate(zip(rows, places, strict=True)):
         tokens[i, place], positions[i, place], segments[i, place] = ids, np.arange(len(ids)), 1
-
-    @jax.jit
-    def run(params, *batch):
-        hidden, _ = Decoder(model.spec, attention=Attend(attention)).apply({"params": params}, *batch)
-        return unembed(model.spec, params, hidden)
-
-    logits = np.asarray(run(model.params, tokens, positions, segments))
+    logits = np.asarray(forward(model.spec, model.params, tokens, positions, segments))
     return [row[place] for row, place in zip(logits, places, strict=True)]
 
 
-@pytest.mark.parametrize("how", ["right", "left", "blocked"])
-def test_logits_are_those_of_transformers(family, rows, how):
-    network, folder = family
-    found = ours(load_model(folder), rows, how == "left", "blocked" if how == "blocked" else "xla")
-    for ids, logits in zip(rows, found, strict=True):
+@pytest.mark.parametrize("left", [False, True])
+def test_logits_are_those_of_transformers(network, model, rows, left):
+    for ids, logits in zip(rows, ours(model, rows, left), strict=True):
         np.testing.assert_allclose(logits, theirs(network, ids), atol=1e-4, rtol=0)
 
 
@@ -71,50 +80,44 @@ def test_bf16_is_as_near_to_f32_as_transformers_bf16(family, rows):
     assert distance(found) <= distance([theirs(rounded, ids) for ids in rows])
 
 
-def test_prefill_and_40_steps_equal_the_full_forward(family, rows):
-    network, folder = family
-    model = load_model(folder)
-    variables, decoder = {"params": model.params}, Decoder(model.spec)
-    prompts = rows[:2]
+def test_prefill_and_40_steps_equal_the_full_forward(network, model, rows):
+    variables, decoder, prompts = {"params": model.params}, Decoder(model.spec), rows[:2]
     lengths = np.asarray([len(ids) for ids in prompts], np.int32)
-    width, more = max(lengths), np.random.default_rng(1).integers(0, 256, (len(prompts), STEPS)).astype(np.int32)
+    width, more = max(lengths), np.random.default_rng(1).integers(0, 256, (STEPS, len(prompts))).astype(np.int32)
     tokens = np.asarray([ids + [0] * (width - len(ids)) for ids in prompts], np.int32)
 
     @jax.jit
-    def first(tokens, lengths):
+    def run(variables, tokens, more):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
-        return hidden, join_caches([cache], width + STEPS)
+        cache = join_caches([cache], width + STEPS)
 
-    step = jax.jit(lambda token, at, cache, slot: decode(decoder, variables, token, at, cache, slot))
-    hidden, cache = first(tokens, lengths)
-    states = [hidden]
-    for t in range(STEPS):
-        hidden, cache = step(more[:, t], lengths + t, cache, width + t)
-        states.append(hidden)
-    logits = np.asarray(unembed(model.spec, model.params, jnp.stack(states, axis=1)))
-    for ids, new, found in zip(prompts, more.tolist(), logits, strict=True):
-        np.testing.assert_allclose(found, theirs(network, ids + new)[len(ids) - 1 :], atol=1e-4, rtol=0)
+        def step(cache, xs):
+            t, token = xs
+            return decode(decoder, variables, token, lengths + t, cache, width + t)[::-1]
+
+        _, states = jax.lax.scan(step, cache, (jnp.arange(STEPS), more))
+        return unembed(model.spec, variables["params"], jnp.concatenate([hidden[None], states]))
+
+    logits = np.asarray(run(variables, tokens, more))
+    for i, ids in enumerate(prompts):
+        expected = theirs(network, ids + more[:, i].tolist())[len(ids) - 1 :]
+        np.testing.assert_allclose(logits[:, i], expected, atol=1e-4, rtol=0)
 
 
-def test_greedy_tokens_are_those_of_generate(family, rows):
-    network, folder = family
-    model = load_model(folder)
-    found = generate_ids(model, rows, stops=model.stop_tokens, max_new_tokens=STEPS, batch_size=8)
-    greedy = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
-    for ids, new in zip(rows, found, strict=True):
-        inputs = torch.tensor([ids])
-        expected = network.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=greedy)
-        expected = expected[0, len(ids) :].tolist()
-        assert new.tolist() == expected + [model.tokenizer.eos_token_id] * (STEPS - len(expected))
+def test_greedy_tokens_are_those_of_transformers(network, model, rows):
+    """Each is what transformers puts first after all before it; behind EOS comes EOS."""
+    eos = model.tokenizer.eos_token_id
+    for ids, new in zip(rows, generate_ids(model, rows, stops=(eos,), max_new_tokens=STEPS, batch_size=5), strict=True):
+        ended = new.tolist().index(eos) + 1 if eos in new else STEPS
+        assert theirs(network, [*ids, *new])[len(ids) - 1 : -1].argmax(-1)[:ended].tolist() == new[:ended].tolist()
+        assert (new[ended:] == eos).all()
 
 
 @pytest.mark.parametrize("like", [True, False])
-def test_a_folder_comes_back_bit_equal(family, rows, tmp_path, like):
+def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path, like):
     network, folder = family
-    model = load_model(folder)
-    write_hf(
-        tmp_path / "ours", model.spec, model.params, model.tokenizer, like=folder if like else None, shard_bytes=30_000
-    )
+    like = folder if like else None
+    write_hf(tmp_path / "ours", model.spec, model.params, model.tokenizer, like=like, shard_bytes=30_000)
     before = load_file(folder / "model.safetensors")
     files = sorted((tmp_path / "ours").glob("*.safetensors"))
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())

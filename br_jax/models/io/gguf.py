@@ -1,93 +1,48 @@
 """Reads a GGUF file (llama.cpp's format): dequantized weights, sizes, and the tokenizer in its metadata."""
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import MODEL_ARCH, ReaderTensor, dequantize, get_tensor_name_map
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
 from br_jax.models.attention import rope_angles
-from br_jax.models.io.gguf_metadata import BROKEN, Metadata, open_gguf
-from br_jax.models.io.gguf_tokenizer import read_tokenizer
-from br_jax.models.io.hf_config import FAMILIES
+from br_jax.models.io import hf
+from br_jax.models.io.gguf_file import BROKEN, GGUFFile
+from br_jax.models.io.gguf_tokenizer import read_tokenizer, stop_tokens
+from br_jax.models.io.hf_config import read_config
 from br_jax.models.io.layout import Stored, load_params
 from br_jax.models.spec import ModelSpec, RopeScaling
 
-TENSOR_NAMES = {
-    "embed/embedding": "token_embd.weight",
-    "layers/attn_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/attn/q/kernel": "blk.{}.attn_q.weight",
-    "layers/attn/q/bias": "blk.{}.attn_q.bias",
-    "layers/attn/q_norm/scale": "blk.{}.attn_q_norm.weight",
-    "layers/attn/k/kernel": "blk.{}.attn_k.weight",
-    "layers/attn/k/bias": "blk.{}.attn_k.bias",
-    "layers/attn/k_norm/scale": "blk.{}.attn_k_norm.weight",
-    "layers/attn/v/kernel": "blk.{}.attn_v.weight",
-    "layers/attn/v/bias": "blk.{}.attn_v.bias",
-    "layers/attn/o/kernel": "blk.{}.attn_output.weight",
-    "layers/attn_post_norm/scale": "blk.{}.post_attention_norm.weight",
-    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-    "layers/mlp_post_norm/scale": "blk.{}.post_ffw_norm.weight",
-    "final_norm/scale": "output_norm.weight",
-    "head/kernel": "output.weight",
-}
 # Not a weight: what each rope frequency is divided by.
 _ROPE_DIVISORS = "rope_freqs.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp stores a family of models.
-
-    Attributes:
-        rope_pairs: its rope turns rows (0, 1), (2, 3), ... of a head of q and k; else (i, i + H/2), as ours.
-        keys: metadata that only this family has.
-        switches: of the spec, beside those of `FAMILIES`, from the metadata and the rest of the spec.
-    """
-
-    rope_pairs: bool = False
-    keys: tuple[str, ...] = ()
-    switches: Callable[[Metadata, ModelSpec], dict[str, Any]] = lambda metadata, spec: {}
-
-
-def _gemma2(metadata: Metadata, spec: ModelSpec) -> dict[str, Any]:
-    """What early files leave out is as in llama.cpp's src/models/gemma2.cpp, and so is the scale of the 27B model."""
-    # The file does not say: 27B, with its 46 layers, scales by D / N, the others by H.
-    per_head = spec.embed_dim // spec.num_heads if spec.num_layers == 46 else spec.head_dim
-    return {
-        "activation": "gelu_tanh",
-        "query_scale": per_head**-0.5,
-        "attention_soft_cap": metadata.get("gemma2.attn_logit_softcapping", 50.0),
-        "logit_soft_cap": metadata.get("gemma2.final_logit_softcapping", 30.0),
-        "window": metadata.get("gemma2.attention.sliding_window", 4096),
-        "windowed": tuple(layer % 2 == 0 for layer in range(spec.num_layers)),
-    }
-
-
-ARCHITECTURES = {
-    "llama": Architecture(rope_pairs=True),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma2": Architecture(
-        keys=("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"), switches=_gemma2
-    ),
+# What the metadata calls a field of config.json; the last three are Gemma-2's alone.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.sliding_window": "sliding_window",
 }
-_READ = (
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count", "rope.freq_base",
-)  # fmt: skip
+_OF_GEMMA2 = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+_OPTIONAL = ("vocab_size", "attention.head_count_kv", "attention.key_length", "rope.freq_base", *_OF_GEMMA2)
 _ONLY = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
 
 
 def read_gguf(
@@ -95,97 +50,80 @@ def read_gguf(
 ) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
     """Reads a GGUF file of one of `ARCHITECTURES`, of any quantization that the `gguf` package knows.
 
-    Args:
-        path: the file.
-        dtype: dtype of the params returned; they are dequantized exactly, to float32, and rounded once.
-        mesh: where the params go; see `layout.load_params`, which streams them.
-
-    Returns:
-        The spec; the params tree (see `decoder`); the tokenizer; the tokens that end an answer beside its EOS.
+    Arguments and result are those of `hf.read_hf`; weights are dequantized exactly, to float32, and rounded once.
 
     Raises:
         UserError: not a GGUF file, truncated, or a model, tokenizer or setting that br_jax does not have.
     """
-    reader = open_gguf(path)
-    metadata = Metadata(reader, path)
-    spec = _spec(reader, metadata)
+    file = GGUFFile(path)
+    spec = _spec(file)
     tensors = {
-        tensor.name: Stored(tuple(map(int, tensor.shape[::-1])), str(path), _opener(tensor, spec, path))
-        for tensor in reader.tensors
+        tensor.name: Stored(
+            tuple(map(int, tensor.shape[::-1])), str(path), functools.partial(_read, tensor, spec, path)
+        )
+        for tensor in file.tensors
         if tensor.name != _ROPE_DIVISORS
     }
-    tokenizer = read_tokenizer(metadata, spec)
-    params = load_params(spec, TENSOR_NAMES, tensors, str(path), jnp.dtype(dtype), mesh)
-    return spec, params, tokenizer, _stop_tokens(metadata, spec)
-
-
-def _stop_tokens(metadata: Metadata, spec: ModelSpec) -> tuple[int, ...]:
-    """The ends of a turn and of a message, which chat models say where plain ones say EOS."""
-    names = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    ids = {name: metadata.need(name) for name in names if name in metadata.fields}
-    for name, index in ids.items():
-        if not 0 <= index < spec.vocab_size:
-            raise UserError(f"{metadata.path}: {name} is {index}, but there are {spec.vocab_size} tokens")
-    return tuple(ids.values())
+    tokenizer, stops = read_tokenizer(file, spec), stop_tokens(file, spec)
+    return spec, load_params(spec, _tensor_names(spec), tensors, str(path), jnp.dtype(dtype), mesh), tokenizer, stops
 
 
 def read_gguf_spec(path: str | Path) -> ModelSpec:
     """The spec of a GGUF file, without its weights; raises as `read_gguf`."""
-    reader = open_gguf(path)
-    return _spec(reader, Metadata(reader, path))
+    return _spec(GGUFFile(path))
 
 
 def describe_gguf(path: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec and what else the header says, without a weight being read; raises as `read_gguf`.
-
-    Returns:
-        The spec; and "dtypes" (how many tensors of each), "tokens" and whether there is a "chat_template".
-    """
-    reader = open_gguf(path)
-    metadata = Metadata(reader, path)
-    return _spec(reader, metadata), {
-        "dtypes": dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
-        "tokens": len(metadata.get("tokenizer.ggml.tokens", ())),
-        "chat_template": bool(metadata.get("tokenizer.chat_template")),
+    """The spec; and how many tensors of each of its "dtypes", "tokens", and whether there is a "chat_template"."""
+    file = GGUFFile(path)
+    return _spec(file), {
+        "dtypes": dict(Counter(tensor.tensor_type.name for tensor in file.tensors)),
+        "tokens": len(file.get("tokenizer.ggml.tokens", ())),
+        "chat_template": bool(file.get("tokenizer.chat_template")),
     }
 
 
-def _spec(reader: GGUFReader, metadata: Metadata) -> ModelSpec:
-    architecture = metadata.choose("general.architecture", ARCHITECTURES)
-    name = metadata.need("general.architecture")
-    for key in metadata.fields:
-        if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in (*_READ, *_ONLY, *architecture.keys):
+def _tensor_names(spec: ModelSpec) -> dict[str, str]:
+    """llama.cpp's tensor name of each params path, from transformers'; "{}" stands for the layer."""
+    known, names = get_tensor_name_map(MODEL_ARCH[spec.model_type.upper()], 1), {}
+    for path, theirs in hf.tensor_names(spec).items():
+        if name := known.get_name(theirs.format(0), (".weight", ".bias")):
+            names[path] = name.replace("blk.0.", "blk.{}.")
+    return names
+
+
+def _spec(file: GGUFFile) -> ModelSpec:
+    """The spec of the same model's config.json; what the metadata leave out is llama.cpp's default."""
+    family = file.demand("general.architecture", ARCHITECTURES)
+    known = {name for name in _FIELDS if family == "gemma2" or name not in _OF_GEMMA2}
+    known |= {"attention.value_length", "rope.dimension_count", *_ONLY}
+    for key in file.fields:
+        if key.startswith(f"{family}.") and key.removeprefix(f"{family}.") not in known:
             raise UserError(
-                f"{metadata.path}: {key} is {metadata.need(key)!r}: br_jax does not know this key, and leaving it out "
+                f"{file.path}: {key} is {file.need(key)!r}: br_jax does not know this key, and leaving it out "
                 "could change the model's answers"
             )
     for key, value in _ONLY.items():
-        metadata.demand(f"{name}.{key}", value, value)
-    embed_dim = metadata.need(f"{name}.embedding_length")
-    heads = metadata.need(f"{name}.attention.head_count")
-    try:
-        head_dim = metadata.get(f"{name}.attention.key_length") or embed_dim // heads
-        metadata.demand(f"{name}.attention.value_length", head_dim, head_dim)
-        metadata.demand(f"{name}.rope.dimension_count", head_dim, head_dim)
-        spec = ModelSpec(
-            vocab_size=metadata.get(f"{name}.vocab_size") or len(metadata.need("tokenizer.ggml.tokens")),
-            embed_dim=embed_dim,
-            num_layers=metadata.need(f"{name}.block_count"),
-            num_heads=heads,
-            num_kv_heads=metadata.get(f"{name}.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            ffw_dim=metadata.need(f"{name}.feed_forward_length"),
-            rope_theta=metadata.get(f"{name}.rope.freq_base", 10000.0),
-            norm_eps=_as_written(metadata.need(f"{name}.attention.layer_norm_rms_epsilon")),
-            tie_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
-            max_length=metadata.need(f"{name}.context_length"),
-            model_type=name,
-            **FAMILIES[name].switches,
-        )
-        spec = dataclasses.replace(spec, **architecture.switches(metadata, spec))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{metadata.path}: its sizes make no model: {error}") from error
-    return dataclasses.replace(spec, rope_scaling=_rope_scaling(reader, spec, metadata.path))
+        file.demand(f"{family}.{key}", (value,), value)
+    said = {name: (file.get if name in _OPTIONAL else file.need)(f"{family}.{name}") for name in _FIELDS}
+    config = {field: said[name] for name, field in _FIELDS.items() if said[name] is not None}
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    config = {"num_key_value_heads": heads, "head_dim": width // max(heads, 1), "rope_theta": 10000.0} | config
+    config |= {
+        "model_type": family,
+        "rms_norm_eps": _as_written(config["rms_norm_eps"]),
+        # Gemma-2's head is the embedding: neither llama.cpp nor transformers reads another.
+        "tie_word_embeddings": family == "gemma2" or all(tensor.name != "output.weight" for tensor in file.tensors),
+    }
+    if "vocab_size" not in config:
+        config["vocab_size"] = len(file.need("tokenizer.ggml.tokens"))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        file.demand(f"{family}.{key}", (config["head_dim"],), config["head_dim"])
+    if family == "gemma2":
+        # As llama.cpp's src/models/gemma2.cpp has it, for no file says it: 27B, with its 46 layers, scales by D / N.
+        config["query_pre_attn_scalar"] = width // heads if config["num_hidden_layers"] == 46 else config["head_dim"]
+    spec = read_config(config, file.path)
+    return dataclasses.replace(spec, rope_scaling=_rope_scaling(file, spec))
 
 
 def _as_written(number: float) -> float:
@@ -193,12 +131,12 @@ def _as_written(number: float) -> float:
     return float(f"{number:.7g}")
 
 
-def _rope_scaling(reader: GGUFReader, spec: ModelSpec, path: str | Path) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, spec: ModelSpec) -> RopeScaling | None:
     """Llama-3.1's scaling, of which llama.cpp keeps no more than its effect, the tensor `_ROPE_DIVISORS`."""
-    stored = [tensor for tensor in reader.tensors if tensor.name == _ROPE_DIVISORS]
+    stored = [tensor for tensor in file.tensors if tensor.name == _ROPE_DIVISORS]
     if not stored:
         return None
-    divisors = _dequantize(stored[0], path)
+    divisors = _dequantize(stored[0], file.path)
     # The slowest frequencies are divided by the whole factor; the rest is the same in all of Meta's models.
     factor = _as_written(divisors.max(initial=1))
     scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
@@ -207,22 +145,20 @@ def _rope_scaling(reader: GGUFReader, spec: ModelSpec, path: str | Path) -> Rope
         for how in (None, scaling)
     )
     if divisors.shape != plain.shape or not np.allclose(divisors, plain / scaled, rtol=1e-4, atol=0):
-        raise UserError(f"{path}: tensor {_ROPE_DIVISORS}: rope factors other than Llama-3.1's are not supported")
+        raise UserError(f"{file.path}: tensor {_ROPE_DIVISORS}: rope factors other than Llama-3.1's are not supported")
     return scaling
 
 
-def _opener(tensor: ReaderTensor, spec: ModelSpec, path: str | Path):
-    """A function that dequantizes one tensor to float32 [out, in], as Hugging Face stores it."""
-
-    def read() -> np.ndarray:
-        weight = _dequantize(tensor, path)
-        if ARCHITECTURES[spec.model_type].rope_pairs and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight = _half_split_rope(weight, spec.head_dim)
-        if spec.norm_plus_one and tensor.name.endswith("norm.weight"):
-            weight = weight - 1  # the converter added it
-        return weight
-
-    return read
+def _read(tensor: ReaderTensor, spec: ModelSpec, path: str | Path) -> np.ndarray:
+    """Dequantizes one tensor to float32 [out, in], as Hugging Face stores it."""
+    weight = _dequantize(tensor, path)
+    if spec.model_type == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+        # llama.cpp's rope turns rows (0, 1), (2, 3), ... of a head; ours turns (i, i + H/2).
+        pairs = weight.reshape(-1, spec.head_dim // 2, 2, weight.shape[1])
+        weight = pairs.swapaxes(1, 2).reshape(weight.shape)
+    if spec.norm_plus_one and tensor.name.endswith("norm.weight"):
+        weight = weight - 1  # the converter added it
+    return weight
 
 
 def _dequantize(tensor: ReaderTensor, path: str | Path) -> np.ndarray:
@@ -231,11 +167,3 @@ def _dequantize(tensor: ReaderTensor, path: str | Path) -> np.ndarray:
     except (NotImplementedError, *BROKEN) as error:
         tensor_name = f"{tensor.name} ({tensor.tensor_type.name})"
         raise UserError(f"{path}: tensor {tensor_name} cannot be dequantized: {error}") from error
-
-
-def _half_split_rope(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Undoes llama.cpp's row order: its rope turns rows (0, 1), (2, 3), ...; ours turns (i, i + H/2)."""
-    if weight.shape[0] % head_dim:
-        return weight  # of a wrong shape, which the caller reports with its name
-    pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)

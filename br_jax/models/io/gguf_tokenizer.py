@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
-from br_jax.models.io.gguf_metadata import Metadata
+from br_jax.models.io.gguf_file import GGUFFile
 from br_jax.models.spec import ModelSpec
 
 _LLAMA3 = (
@@ -26,27 +26,13 @@ _SPACE = "▁"  # SentencePiece's
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How a text is cut into words before a byte-level BPE, and what else goes with that.
+    """How a text is cut into words before a byte-level BPE, and what else goes with that."""
 
-    Attributes:
-        pattern: a word's, or None for GPT-2's.
-        digits: each digit is a word of its own, whatever the pattern says.
-        composed: the text is brought to Unicode's composed form first (NFC).
-        whole: a word that is a token is that token, whatever the merges say.
-        bos: a text begins with BOS where the file does not say (llama.cpp's src/llama-vocab.cpp has it so).
-    """
-
-    pattern: str | None = None
-    digits: bool = False
-    composed: bool = False
-    whole: bool = False
-    bos: bool = False
-
-    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        steps = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
-        steps += [pre_tokenizers.Split(Regex(self.pattern), "isolated")] if self.pattern else []
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None)
-        return pre_tokenizers.Sequence([*steps, byte_level])
+    pattern: str | None = None  # a word's, or None for GPT-2's
+    digits: bool = False  # each digit is a word of its own, whatever the pattern says
+    composed: bool = False  # the text is brought to Unicode's composed form first (NFC)
+    whole: bool = False  # a word that is a token is that token, whatever the merges say
+    bos: bool = False  # a text begins with BOS where the file does not say (llama.cpp's src/llama-vocab.cpp has it so)
 
 
 WORDS = {
@@ -57,75 +43,83 @@ WORDS = {
 }
 
 
-def read_tokenizer(metadata: Metadata, spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """Rebuilds the tokenizer that the metadata describes.
-
-    Args:
-        metadata: of the file.
-        spec: of the model, for its vocabulary and its context.
+def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """Rebuilds the tokenizer that the metadata describes, for a model with that vocabulary and context.
 
     Raises:
         UserError: a tokenizer that br_jax does not have, or lists that do not go together.
     """
-    rebuild = metadata.choose("tokenizer.ggml.model", _MODELS)
-    metadata.demand("tokenizer.ggml.add_eos_token", False, False)
-    kinds = _token_kinds(metadata, spec)
-    backend, bos = rebuild(metadata, kinds)
+    rebuild = _MODELS[file.demand("tokenizer.ggml.model", _MODELS)]
+    file.demand("tokenizer.ggml.add_eos_token", (False,), False)
+    kinds = _token_kinds(file, spec)
+    backend, bos = rebuild(file, kinds)
     for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         added = [AddedToken(token, special=special, normalized=False) for token in kinds if kinds[token] == kind]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
-    named = _named_tokens(metadata, list(kinds))
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", bos))
-    if add_bos and "bos_token" not in named:
-        raise UserError(f"{metadata.path}: a text begins with BOS, but tokenizer.ggml.bos_token_id is missing")
+    add_bos = bool(file.get("tokenizer.ggml.add_bos_token", bos))
+    for name in ("eos", "bos") if add_bos else ("eos",):
+        file.need(f"tokenizer.ggml.{name}_token_id")
+    ids = {name: file.token(theirs, len(kinds)) for name, theirs in _NAMED.items()}
+    if ids["pad_token"] is None:
+        ids["pad_token"] = ids["eos_token"]  # masks never look at ids
+    tokens = list(kinds)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         add_bos_token=add_bos,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=file.get("tokenizer.chat_template"),
         model_max_length=spec.max_length,
         clean_up_tokenization_spaces=False,
-        **named,
+        **{name: tokens[index] for name, index in ids.items() if index is not None},
     )
 
 
-def _token_kinds(metadata: Metadata, spec: ModelSpec) -> dict[str, int]:
+def stop_tokens(file: GGUFFile, spec: ModelSpec) -> tuple[int, ...]:
+    """The ends of a turn and of a message, which chat models say where plain ones say EOS."""
+    ids = (file.token(name, spec.vocab_size) for name in ("eot", "eom"))
+    return tuple(index for index in ids if index is not None)
+
+
+def _token_kinds(file: GGUFFile, spec: ModelSpec) -> dict[str, int]:
     """The `TokenType` of each token, in the order of their ids."""
-    tokens = metadata.need("tokenizer.ggml.tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    tokens = file.need("tokenizer.ggml.tokens")
+    kinds = file.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     distinct = len(set(tokens))
     if not distinct == len(tokens) == len(kinds) or len(tokens) > spec.vocab_size:
         raise UserError(
-            f"{metadata.path}: {len(tokens)} tokens, {distinct} of them different, {len(kinds)} token types "
+            f"{file.path}: {len(tokens)} tokens, {distinct} of them different, {len(kinds)} token types "
             f"and {spec.vocab_size} embeddings do not go together"
         )
     return dict(zip(tokens, kinds, strict=True))
 
 
-def _byte_level(metadata: Metadata, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
+def _byte_level(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
     """(A BPE over the bytes of a text's words, whether it adds BOS if the file does not say)."""
-    words = metadata.choose("tokenizer.ggml.pre", WORDS)
-    merges = [tuple(merge.split(" ")) for merge in metadata.need("tokenizer.ggml.merges")]
-    backend = Tokenizer(_bpe(metadata, kinds, merges, ignore_merges=words.whole))
+    words = WORDS[file.demand("tokenizer.ggml.pre", WORDS)]
+    merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges")]
+    backend = Tokenizer(_bpe(file, kinds, merges, ignore_merges=words.whole))
     if words.composed:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = words.pre_tokenizer()
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if words.digits else []
+    steps += [pre_tokenizers.Split(Regex(words.pattern), "isolated")] if words.pattern else []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.pattern is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend, words.bos
 
 
-def _sentencepiece(metadata: Metadata, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
+def _sentencepiece(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
     """(A BPE over the characters of a whole text, whether it adds BOS if the file does not say).
 
     SentencePiece joins the two neighbors that make the piece of the highest score, which is to say: merges in the order
     of their results' scores. A character that is no piece is its bytes. Spaces are "▁", one is put before the text, and
     before what follows an added token (as llama.cpp and the makers' tokenizer.json have it).
     """
-    scores = metadata.need("tokenizer.ggml.scores")
+    scores = file.need("tokenizer.ggml.scores")
     if len(scores) != len(kinds):
-        raise UserError(f"{metadata.path}: {len(kinds)} tokens and {len(scores)} tokenizer.ggml.scores")
+        raise UserError(f"{file.path}: {len(kinds)} tokens and {len(scores)} tokenizer.ggml.scores")
     for byte in range(256):
         if f"<0x{byte:02X}>" not in kinds and not (byte < 128 and chr(byte) in kinds):
-            raise UserError(f"{metadata.path}: tokenizer.ggml.tokens has no <0x{byte:02X}>: a text could not be read")
+            raise UserError(f"{file.path}: tokenizer.ggml.tokens has no <0x{byte:02X}>: a text could not be read")
     pieces = {
         token: score for (token, kind), score in zip(kinds.items(), scores, strict=True) if kind == TokenType.NORMAL
     }
@@ -135,8 +129,8 @@ def _sentencepiece(metadata: Metadata, kinds: dict[str, int]) -> tuple[Tokenizer
         for i in range(1, len(piece))
         if piece[:i] in pieces and piece[i:] in pieces
     ]
-    backend = Tokenizer(_bpe(metadata, kinds, merges, byte_fallback=True))
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    backend = Tokenizer(_bpe(file, kinds, merges, byte_fallback=True))
+    prefix = file.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     decoding = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -144,25 +138,12 @@ def _sentencepiece(metadata: Metadata, kinds: dict[str, int]) -> tuple[Tokenizer
     return backend, True
 
 
+_NAMED = {"eos_token": "eos", "bos_token": "bos", "unk_token": "unknown", "pad_token": "padding"}
 _MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
-def _bpe(metadata: Metadata, kinds: dict[str, int], merges: list[tuple[str, ...]], **how) -> BPE:
+def _bpe(file: GGUFFile, kinds: dict[str, int], merges: list[tuple[str, ...]], **how) -> BPE:
     try:
         return BPE(vocab={token: i for i, token in enumerate(kinds)}, merges=merges, **how)
     except Exception as error:  # the Rust library raises nothing narrower
-        raise UserError(f"{metadata.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
-
-
-def _named_tokens(metadata: Metadata, tokens: list[str]) -> dict[str, str]:
-    """The texts of bos, eos, unk and pad; a file without pad pads with eos (masks never look at ids)."""
-    ids = {
-        "eos_token": metadata.need("tokenizer.ggml.eos_token_id"),
-        "bos_token": metadata.get("tokenizer.ggml.bos_token_id"),
-        "unk_token": metadata.get("tokenizer.ggml.unknown_token_id"),
-    }
-    ids["pad_token"] = metadata.get("tokenizer.ggml.padding_token_id", ids["eos_token"])
-    for name, index in ids.items():
-        if index is not None and not 0 <= index < len(tokens):
-            raise UserError(f"{metadata.path}: {name} has id {index}, but there are {len(tokens)} tokens")
-    return {name: tokens[index] for name, index in ids.items() if index is not None}
+        raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error

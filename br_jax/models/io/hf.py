@@ -1,15 +1,17 @@
 """Hugging Face model folders, in and out: config.json, safetensors (whole or in shards), tokenizer files."""
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
@@ -21,8 +23,8 @@ from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tens
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
-_INDEX, _WEIGHTS, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
-_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F32", "BF16", "F16")
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
@@ -31,13 +33,12 @@ _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", 
 def tensor_names(spec: ModelSpec) -> dict[str, str]:
     """transformers' tensor name of each params path; "{}" stands for the layer."""
     layer = "model.layers.{}."
-    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if spec.post_norms:
-        norms |= {
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
+    norms = {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
     names = {
         "embed/embedding": "model.embed_tokens.weight",
         "final_norm/scale": "model.norm.weight",
@@ -60,7 +61,7 @@ def read_hf(
 
     Args:
         path: folder with config.json, model.safetensors (or its shards and index) and tokenizer.json.
-        dtype: dtype of the params returned; the files may hold float32, bfloat16 or float16.
+        dtype: of the params returned; the files may hold float32, bfloat16 or float16.
         mesh: where the params go; see `layout.load_params`, which streams them.
 
     Returns:
@@ -74,31 +75,24 @@ def read_hf(
     folder = Path(path)
     spec = read_hf_spec(folder)
     tensors = _tensors(folder)
-    if spec.tie_embeddings and "lm_head.weight" in tensors:
-        _check_tied(folder, tensors)
+    if spec.tie_embeddings and (head := tensors.pop("lm_head.weight", None)):  # written out all the same
+        embedding = tensors.get("model.embed_tokens.weight", head)
+        if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
     tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder)
     params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
     return spec, params, tokenizer, stops
 
 
 class Classifier(NamedTuple):
-    """A sequence classifier, as transformers' `LlamaForSequenceClassification` and its like.
+    """A sequence classifier, as transformers' `LlamaForSequenceClassification` and its like."""
 
-    Attributes:
-        spec: of the decoder, which has no head of its own (`tie_embeddings`).
-        params: the decoder's.
-        head: f32 [labels, D].
-        labels: names, in the head's order.
-        tokenizer: that transformers would use.
-        pad_token_id: config.json's, or None; transformers reads a text at its last token that is another.
-    """
-
-    spec: ModelSpec
-    params: dict
-    head: np.ndarray
-    labels: tuple[str, ...]
+    spec: ModelSpec  # of the decoder, which has no head of its own (`tie_embeddings`)
+    params: dict  # the decoder's
+    head: Float[np.ndarray, "labels D"]  # f32
+    labels: tuple[str, ...]  # in the head's order
     tokenizer: PreTrainedTokenizerFast
-    pad_token_id: int | None
+    pad_token_id: int | None  # config.json's; transformers reads a text at its last token that is another
 
 
 def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None) -> Classifier:
@@ -158,9 +152,7 @@ def write_hf(
 
     Args:
         path: folder to make; an earlier model folder there is replaced, anything else is refused.
-        spec: sizes of the model.
         params: params tree, written in its own dtype (float32, bfloat16 or float16).
-        tokenizer: its files go beside the weights.
         like: the folder that the model came from; its config, tokenizer files and license are copied as they are.
         shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
 
@@ -188,31 +180,20 @@ def write_hf(
 
 def _save_shards(folder: Path, tensors: dict[str, Unstacked], shard_bytes: int) -> None:
     """One file, or numbered ones with an index, as transformers names them."""
-    shards = list(_split(tensors, shard_bytes))
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = _WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         try:
             save_file({name: tensors[name].fetch() for name in names}, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _split(tensors: dict[str, Unstacked], limit: int) -> Iterator[list[str]]:
-    """Names in files of at most `limit` bytes, or of one tensor."""
-    names, size = [], 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.nbytes
-    yield names
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -221,7 +202,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: one is missing, weights are pickled, or the index is damaged.
     """
-    files = [folder / name for name in sorted(set(_index(folder).values())) or [_WEIGHTS]]
+    names = ["model.safetensors"]
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
+            raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
+        names = sorted(set(index.values()))
+    files = [folder / name for name in names]
     for file in files:
         if file.suffix != ".safetensors" or not file.is_file():
             pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
@@ -230,19 +217,9 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """Which file holds each tensor; empty without an index."""
-    if not (folder / _INDEX).is_file():
-        return {}
-    index = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
-        raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
-    return index
-
-
 def _stop_tokens(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
-    file = folder / _GENERATION
+    file = folder / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
@@ -252,41 +229,25 @@ def _stop_tokens(folder: Path) -> tuple[int, ...]:
 
 def _tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of the folder's safetensors files, none of them read yet."""
-    index, tensors = _index(folder), {}
-    for file in weight_files(folder):
-        found = _open_shard(file)
-        if wrong := sorted(n for n in found if index.get(n, file.name) != file.name):
-            raise UserError(f"{file}: tensor {wrong[0]} belongs to {index[wrong[0]]} by the index: download again")
-        tensors |= found
+
+    def open_one(path: Path, name: str):
+        # A file of its own for each: the memory that a file is mapped to is given back tensor by tensor.
+        return safe_open(path, framework="np").get_slice(name)
+
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                kinds = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in found.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
+        for name, (dtype, shape) in kinds.items():
+            if dtype not in _FLOATS:
+                raise UserError(f"{path}: tensor {name} is {dtype}: only {', '.join(_FLOATS)}; quantized: use GGUF")
+            tensors[name] = Stored(shape, str(path), functools.partial(open_one, path, name))
     # Old checkpoints carry rope's frequencies, which follow from rope_theta.
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def _open_shard(path: Path) -> dict[str, Stored]:
-    def tensor(name: str, shape: list[int]) -> Stored:
-        # A file of its own for each: the memory that a file is mapped to is given back tensor by tensor.
-        return Stored(tuple(shape), str(path), lambda: safe_open(path, framework="np").get_slice(name))
-
-    try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            for name, found in slices.items():
-                if found.get_dtype() not in _FLOATS:
-                    raise UserError(
-                        f"{path}: tensor {name} is {found.get_dtype()}: only {'/'.join(_FLOATS.values())}; "
-                        "quantized weights are read from GGUF"
-                    )
-            return {name: tensor(name, found.get_shape()) for name, found in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
-
-
-def _check_tied(folder: Path, tensors: dict[str, Stored]) -> None:
-    """Drops a tied head that was written out all the same, unless it is another matrix than the embedding."""
-    head = tensors.pop("lm_head.weight")
-    embedding = tensors.get("model.embed_tokens.weight", head)
-    if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
-        raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
 
 
 def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:

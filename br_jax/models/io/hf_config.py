@@ -10,36 +10,42 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _QKVO, _MLP = KERNELS[:4], KERNELS[4:]
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What config.json does not say, for its makers' code does: the class of the model, and switches of the spec."""
-
-    architecture: str
-    switches: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
+# What config.json does not say, for its makers' code does: switches of the spec.
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", {"biases": ("q", "k", "v")}),
-    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
-    "gemma2": Family("Gemma2ForCausalLM", {"post_norms": True, "norm_plus_one": True, "scale_embeddings": True}),
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"biases": ("q", "k", "v")},
+    "qwen3": {"qk_norm": True},
+    "gemma2": {"post_norms": True, "norm_plus_one": True, "scale_embeddings": True},
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_TYPES = ("default", "llama3")
 
+# Fields of a spec that config.json says in one field of its own.
+SAME = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffw_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_length": "max_position_embeddings",
+    "model_type": "model_type",
+    "attention_soft_cap": "attn_logit_softcapping",
+    "logit_soft_cap": "final_logit_softcapping",
+}
 READ = {
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "intermediate_size", "hidden_act", "hidden_activation", "rms_norm_eps", "tie_word_embeddings",
-    "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "attention_bias", "mlp_bias",
-    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping",
+    *SAME.values(), "hidden_act", "hidden_activation", "rope_parameters", "rope_scaling", "rope_theta",
+    "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "query_pre_attn_scalar",
 }  # fmt: skip
 # How weights were drawn, what is returned, what generation begins and ends with, where the file came from.
 HARMLESS = {
@@ -62,7 +68,7 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
     Raises:
         UserError: a family, field or value that the decoder does not have, or sizes that make no model.
     """
-    family, config = _parse(content, path)
+    config = _parse(content, path)
     for name, value in content.items():
         if name not in READ | HARMLESS and not name.startswith(NOTES) and value not in ONLY.get(name, (None,)):
             known = f"only {ONLY[name][0]!r} is supported" if name in ONLY else "br_jax does not know this field"
@@ -74,26 +80,17 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
         raise UserError(f"{path}: the activation is {activation!r}, only {' or '.join(ACTIVATIONS)} is supported")
     biases = _QKVO if getattr(config, "attention_bias", False) else ()
     biases += _MLP if getattr(config, "mlp_bias", False) else ()
+    said = {ours: getattr(config, theirs, None) for ours, theirs in SAME.items()}
+    said["num_kv_heads"] = said["num_kv_heads"] or said["num_heads"]
     try:
+        said["head_dim"] = said["head_dim"] or said["embed_dim"] // said["num_heads"]
         return ModelSpec(
-            vocab_size=config.vocab_size,
-            embed_dim=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            ffw_dim=config.intermediate_size,
-            norm_eps=config.rms_norm_eps,
-            tie_embeddings=config.tie_word_embeddings,
-            max_length=config.max_position_embeddings,
-            model_type=config.model_type,
             activation=ACTIVATIONS[activation],
             query_scale=config.query_pre_attn_scalar**-0.5 if hasattr(config, "query_pre_attn_scalar") else None,
-            attention_soft_cap=getattr(config, "attn_logit_softcapping", None),
-            logit_soft_cap=getattr(config, "final_logit_softcapping", None),
+            **said,
             **_rope(config, path),
             **_windows(config),
-            **{"biases": biases} | family.switches,
+            **{"biases": biases} | FAMILIES[config.model_type],
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: its sizes make no model: {error}") from error
@@ -101,41 +98,29 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
 
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a spec: `read_config` gives the spec back, and transformers its model."""
-    family, theirs = FAMILIES[spec.model_type], _config_class(spec.model_type)().to_dict()
-    rope = {"rope_type": "default"}
-    if (scaling := spec.rope_scaling) is not None:
-        rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
+    theirs = _config_class(spec.model_type)
+    rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
+    if rope:
         rope["original_max_position_embeddings"] = rope.pop("original_length")
-    types = ["sliding_attention" if window else "full_attention" for window in spec.window_layers]
-    said = {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.embed_dim,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.ffw_dim,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation),
-        "rms_norm_eps": spec.norm_eps,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "max_position_embeddings": spec.max_length,
+    activation = next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation)
+    said = {theirs: getattr(spec, ours) for ours, theirs in SAME.items()} | {
+        "hidden_act": activation,
+        "hidden_activation": activation,
         "attention_bias": set(_QKVO) <= set(spec.biases),
         "mlp_bias": set(_MLP) <= set(spec.biases),
         "sliding_window": spec.window,
         "use_sliding_window": spec.window is not None,
-        "layer_types": types,
-        "query_pre_attn_scalar": None if spec.query_scale is None else _whole(spec.query_scale**-2),
-        "attn_logit_softcapping": spec.attention_soft_cap,
-        "final_logit_softcapping": spec.logit_soft_cap,
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.window_layers],
+        "query_pre_attn_scalar": spec.query_scale and round(spec.query_scale**-2),  # always a whole number
     }
-    said["hidden_activation"] = said["hidden_act"]
     return {
-        "architectures": [family.architecture],
+        "architectures": [theirs.__name__.replace("Config", "ForCausalLM")],
         "model_type": spec.model_type,
         "head_dim": spec.head_dim,  # all of them look for it, though not every class names it
-        **{name: value for name, value in said.items() if name in theirs},
+        **{name: value for name, value in said.items() if name in theirs().to_dict()},
         # as readers older than transformers 5 know it; the newer ones know it too
         "rope_theta": spec.rope_theta,
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_scaling": rope,
     }
 
 
@@ -146,7 +131,7 @@ def _config_class(model_type: str):
     return CONFIG_MAPPING[model_type]
 
 
-def _parse(content: dict[str, Any], path) -> tuple[Family, Any]:
+def _parse(content: dict[str, Any], path):
     model_type = content.get("model_type")
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -154,9 +139,9 @@ def _parse(content: dict[str, Any], path) -> tuple[Family, Any]:
     if content.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantized weights are read from GGUF only; load the plain model")
     try:
-        return FAMILIES[model_type], _config_class(model_type).from_dict(copy.deepcopy(content))
+        return _config_class(model_type).from_dict(copy.deepcopy(content))
     except Exception as error:  # its validators raise what they like
-        raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: transformers refuses it: {one_line(error)}") from error
 
 
 def _rope(config, path) -> dict[str, Any]:
@@ -182,8 +167,3 @@ def _windows(config) -> dict[str, Any]:
     if window is None or (windowed and not any(windowed)):
         return {}
     return {"window": window} if all(windowed) else {"window": window, "windowed": windowed}
-
-
-def _whole(number: float) -> float | int:
-    """The whole number that a float is but for rounding, or itself."""
-    return round(number) if abs(number - round(number)) < 1e-6 * number else number

@@ -5,9 +5,10 @@ one that comes with br_jax.
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from importlib import resources
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,13 +17,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # The raw model of configs/demo.py, made by that config's ":scratch": 0.4 million params, nothing to download.
 _SHIPPED = {"br_jax/tiny": ("br_jax.organism", "tiny")}
 # What a model is made of here. Pickled weights are never fetched, nor weights in another layout ("original/").
-_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*")
+FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*")
+# What can go wrong, the narrower errors first.
+_WRONG = {
+    GatedRepoError: "gated by its makers: ask for access at https://huggingface.co/{name}, then run `hf auth login`",
+    RevisionNotFoundError: "the model has no such revision: see https://huggingface.co/{name}/tree/main",
+    RepositoryNotFoundError: "neither a path nor a model on the Hub (or private: run `hf auth login`): check the name",
+    Exception: "no path here, not in the cache, and the Hub cannot be reached ({error}): go online, "
+    "unset HF_HUB_OFFLINE, or give a local folder",
+}
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:
@@ -31,53 +40,24 @@ def is_hub_name(source: str | os.PathLike) -> bool:
     return _NAME.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(source)
 
 
-def fetch_model(name: str, revision: str | None = None) -> pathlib.Path:
+def fetch_model(name: str, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
     """The folder of a model's config, safetensors and tokenizer, fetched into huggingface_hub's cache if not there.
 
     Args:
         name: "organization/model".
         revision: branch, tag or commit; None is the main branch.
+        files: patterns of those that are wanted.
 
     Raises:
         UserError: there is no such model or revision, it is gated, or the Hub cannot be reached.
     """
-    patterns = [*_FILES]
-    return _fetch(
-        name,
-        revision,
-        lambda: snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]),
-    )
-
-
-def fetch_config(name: str, revision: str | None = None) -> pathlib.Path:
-    """The folder of a model's config.json, and of nothing else that was not fetched before; raises as `fetch_model`."""
-    return _fetch(name, revision, lambda: pathlib.Path(hf_hub_download(name, "config.json", revision=revision)).parent)
-
-
-def _fetch(name: str, revision: str | None, fetch) -> pathlib.Path:
     if name in _SHIPPED:
         package, folder = _SHIPPED[name]
         return pathlib.Path(str(resources.files(package) / folder))
     at = f"{name}@{revision}" if revision else name
     try:
-        return pathlib.Path(fetch())
-    except GatedRepoError as error:
-        raise UserError(
-            f"{at}: gated by its makers: ask for access at https://huggingface.co/{name}, then run `hf auth login` or "
-            "set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{at}: the model has no such revision: see https://huggingface.co/{name}/tree/main") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{at}: neither a path nor a model on the Hub (or a private one: run `hf auth login`): check the name"
-        ) from error
+        found = snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"])
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{at}: no path here, not in the cache, and the Hub cannot be reached ({_line(error)}): go online, unset "
-            "HF_HUB_OFFLINE, or give a local folder"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+        told = next(told for kind, told in _WRONG.items() if isinstance(error, kind))
+        raise UserError(f"{at}: {told.format(name=name, error=one_line(error))}") from error
+    return pathlib.Path(found)

@@ -18,17 +18,11 @@ from br_jax.sharding import shardings
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint, before it is read.
+    """A tensor of a checkpoint, before it is read."""
 
-    Attributes:
-        shape: as stored.
-        file: which holds it, for messages.
-        open: gives an object whose slices are numpy arrays, which is let go of after use.
-    """
-
-    shape: tuple[int, ...]
-    file: str
-    open: Callable[[], Any]
+    shape: tuple[int, ...]  # as stored
+    file: str  # which holds it, for messages
+    open: Callable[[], Any]  # gives an object whose slices are numpy arrays, which is let go of after use
 
 
 class Unstacked(NamedTuple):
@@ -52,15 +46,9 @@ def load_params(
     two tensors at most. What a process' devices do not hold is not read.
 
     Args:
-        spec: sizes that the tensors must agree with.
         names: checkpoint name of each params path; "{}" in a name stands for the layer.
-        tensors: the checkpoint's.
         where: the checkpoint, for messages.
-        dtype: dtype of the result.
         mesh: where to, laid out by `sharding`'s table; None is JAX's default device.
-
-    Returns:
-        Nested dict of arrays, the tree of `abstract_params(spec)`.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape than the spec says, or holds NaN or infinity.
@@ -85,16 +73,7 @@ def load_params(
 
 
 def unstack_tensors(spec: ModelSpec, names: Mapping[str, str], params: dict) -> dict[str, Unstacked]:
-    """The exact inverse of `load_params`, a tensor at a time.
-
-    Args:
-        spec: sizes of the model.
-        names: checkpoint name of each params path; "{}" in a name stands for the layer.
-        params: params tree, jax or numpy arrays.
-
-    Returns:
-        Tensors by checkpoint name; contiguous, in the params' dtype, kernels as [out, in].
-    """
+    """The exact inverse of `load_params`, a tensor at a time: contiguous, in the params' dtype, kernels [out, in]."""
     tensors = {}
     for path, leaf in flatten_dict(params, sep="/").items():
         keys = _per_layer(names[path], spec.num_layers)

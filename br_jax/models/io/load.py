@@ -2,13 +2,14 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
 from br_jax.errors import UserError
 from br_jax.models.io.gguf import read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, read_hf_spec
-from br_jax.models.io.hub import fetch_config, fetch_model, is_hub_name
+from br_jax.models.io.hub import FILES, fetch_model, is_hub_name
 from br_jax.models.model import Model, make_model
 from br_jax.models.spec import ModelSpec
 
@@ -32,20 +33,17 @@ def read_model(
 
 def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSpec:
     """The sizes of the model at a source, without its weights; raises as `read_model`."""
-    path = _require(fetch_config(str(source), revision) if is_hub_name(source) else pathlib.Path(source))
+    path = find_source(source, revision, ("config.json",))
     return read_hf_spec(path) if path.is_dir() else read_gguf_spec(path)
 
 
-def find_source(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
-    """Where a source lies, fetched from the Hub if it is a name there.
+def find_source(source: str | os.PathLike, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
+    """Where a source lies, these of its files fetched from the Hub if it is a name there.
 
     Raises:
         UserError: there is no such model.
     """
-    return _require(fetch_model(str(source), revision) if is_hub_name(source) else pathlib.Path(source))
-
-
-def _require(path: pathlib.Path) -> pathlib.Path:
+    path = fetch_model(str(source), revision, files) if is_hub_name(source) else pathlib.Path(source)
     if not path.exists():
         raise UserError(
             f"{path}: no such model: give a GGUF file, a Hugging Face folder, a model's name on the Hub or a "

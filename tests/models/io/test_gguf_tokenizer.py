@@ -7,83 +7,22 @@ import re
 import unicodedata
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from br_jax.errors import UserError
 from br_jax.models.io.gguf import read_gguf_spec
-from br_jax.models.io.gguf_metadata import Metadata, open_gguf
+from br_jax.models.io.gguf_file import GGUFFile
 from br_jax.models.io.gguf_tokenizer import WORDS, read_tokenizer
 
 pytest.importorskip("torch", reason="transformers reads GGUF files with torch")
 SMOLLM2 = Path(os.environ.get("BR_JAX_DATA", "data")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_file(), reason="run experiments/fetch.py, or set BR_JAX_DATA")
 
-# One a line; ⏎ stands for a newline inside.
-STRINGS = """\
-Hello, world!
- leading space
-trailing space\x20
-two  spaces   three    four
-tab\tand\x0bvertical
-I'm sure they've said we'll go, don't you'd?
-IT'S CAPITALS, WE'RE
-O'REILLY and D'Artagnan
-1234567890
-3.14159 and 2,718 and 1e-10
-a1b2c3 x=42;
-spaces before  12 and   345 digits
-½ cup, ² squared, ³\u2044₄, Ⅷ, ①②③
-١٢٣٤ arabic-indic ४५६ devanagari
-naïve café résumé
-Ünïcödé ÄÖÜ ß
-北京欢迎你\uff0c日本語のテキスト
-한국어 텍스트
-Привет, мир! Ελληνικά
-שלום עולם مرحبا بالعالم
-🙂🙃👩‍👩‍👧‍👦🏳️‍🌈
-e\u0301 combining, zero\u200bwidth, nb\u00a0space, \u3000ideographic
-def f(x: int) -> str:⏎    return f"{x!r}"  # comment
-for (int i = 0; i < 10; ++i) { a[i] += b[i]; }
-SELECT * FROM t WHERE id >= 10 AND name LIKE '%x%';
-<div class="a">&nbsp;</div>
-{"key": [1, 2, {"x": null}]}
-https://example.org/path?q=1&r=%20#frag
-user.name+tag@example.org
-$1,000.00 €5 £3 ¥900
-C++ C# F# .NET @home #tag
-!!! ??? ... --- *** ___
-"quoted" 'single' `ticks` “curly” \u2018curly\u2019
-a\\b\\\\c /usr/local/bin
-⏎⏎⏎three newlines
-\r⏎windows\r⏎
- ⏎ mixed \t whitespace ⏎
-<|im_start|>user
-<|im_start|>system⏎Be brief.<|im_end|>⏎<|im_start|>user⏎Hi<|im_end|>
-text<|im_end|>glued
- <|endoftext|> spaced
-<repo_name>a/b<file_sep>c.py
-<|im_end <|im_end||> almost special
-<gh_stars>100<issue_start>
-the byte <0x41> is spelled out
-supercalifragilisticexpialidocious antidisestablishmentarianism
-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
-aAbBcC XmlHttpRequest snake_case_name kebab-case-name
-MiXeD123CaSe456
-∀x∈\u211d: x² ≥ 0 ⇒ ∑ᵢ aᵢ
-\x01\x02 control \x7f
-Ω≈ç√∫\u02dcµ≤≥÷
-"""
-
-
-LINES = [line.replace("⏎", "\n") for line in STRINGS.split("\n")]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 USER_DEFINED = ["<repo_name>", "  "]
 ADDED = "|".join(map(re.escape, (*CONTROL, *USER_DEFINED)))
@@ -92,28 +31,27 @@ LONG, SPELLED = "antidisestablishmentarianism", "<0x41>"
 
 def rebuild(path):
     """The tokenizer of a file, whose weights are left alone."""
-    return read_tokenizer(Metadata(open_gguf(path), path), read_gguf_spec(path))
+    return read_tokenizer(GGUFFile(path), read_gguf_spec(path))
 
 
-def train(pre_tokenizer, alphabet=(), normalizer=None):
-    """(vocabulary, merges) of a BPE over whole lines of `STRINGS`: words are cut by the tokenizer under test alone."""
+def train(texts, pre_tokenizer, alphabet=(), normalizer=None):
+    """(vocabulary, merges) of a BPE over whole texts: words are cut by the tokenizer under test alone."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=list(alphabet), show_progress=False)
-    lines = [line for line in LINES if LONG not in line and SPELLED not in line]
-    lines = [part for line in lines for part in re.split(ADDED, line)]
-    tokenizer.train_from_iterator(lines, trainer)
+    seen = [text for text in texts if LONG not in text and SPELLED not in text]
+    tokenizer.train_from_iterator([part for text in seen for part in re.split(ADDED, text)], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
 @pytest.fixture(scope="module")
-def bytes_vocabulary():
+def bytes_vocabulary(hard_texts):
     """A byte-level one with a long word that no merges make, and its merges; the added tokens come last."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocab, merges = train(byte_level, pre_tokenizers.ByteLevel.alphabet())
+    vocab, merges = train(hard_texts, byte_level, pre_tokenizers.ByteLevel.alphabet())
     for token in (f"Ġ{LONG}", *CONTROL, USER_DEFINED[0]):
         assert vocab.setdefault(token, len(vocab)) == len(vocab) - 1
     return vocab, merges
@@ -140,12 +78,6 @@ def byte_level(write_gguf, tmp_path, bytes_vocabulary):
     return make
 
 
-def llama3(vocab, merges):
-    converter = TikTokenConverter()
-    converter.extract_vocab_merges_from_model = lambda _: (vocab, merges)  # instead of those of a file
-    return converter.converted()
-
-
 def gpt2(vocab, merges):
     return GPT2Tokenizer(vocab, merges).backend_tokenizer
 
@@ -162,16 +94,18 @@ def smollm(vocab, merges):
     return backend
 
 
-MAKERS = {"smollm": smollm, "qwen2": qwen2, **dict.fromkeys(("gpt-2", "default"), gpt2)}
-MAKERS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), llama3)
+@pytest.fixture(scope="module")
+def makers(llama3_backend):
+    made = {"smollm": smollm, "qwen2": qwen2, **dict.fromkeys(("gpt-2", "default"), gpt2)}
+    return made | dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), llama3_backend)
 
 
 @pytest.mark.parametrize("pre", WORDS)
-def test_byte_level_ids_are_those_of_the_makers_class(byte_level, bytes_vocabulary, pre):
-    ours, theirs = byte_level(pre, add_bos_token=False), MAKERS[pre](*bytes_vocabulary)
+def test_byte_level_ids_are_those_of_the_makers_class(byte_level, bytes_vocabulary, hard_texts, makers, pre):
+    ours, theirs = byte_level(pre, add_bos_token=False), makers[pre](*bytes_vocabulary)
     theirs.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
     theirs.add_tokens([AddedToken(token, normalized=False) for token in USER_DEFINED[:1]])
-    for text in LINES:
+    for text in hard_texts:
         words, expected = (each.pre_tokenizer.pre_tokenize_str(text) for each in (ours.backend_tokenizer, theirs))
         assert words == expected
         ids = ours.encode(text)
@@ -179,10 +113,10 @@ def test_byte_level_ids_are_those_of_the_makers_class(byte_level, bytes_vocabula
         assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
 
 
-def test_the_lines_tell_the_makers_apart(bytes_vocabulary):
-    makers = [maker(*bytes_vocabulary) for maker in (llama3, gpt2, qwen2, smollm)]
-    found = [[maker.encode(text).ids for text in LINES] for maker in makers]
-    assert all(one != other for one, other in itertools.combinations(found, 2))
+def test_the_texts_tell_the_makers_apart(bytes_vocabulary, hard_texts, makers):
+    made = [maker(*bytes_vocabulary) for maker in set(makers.values())]
+    found = {tuple(tuple(maker.encode(text).ids) for text in hard_texts) for maker in made}
+    assert len(found) == len(made) == 4
 
 
 def pieces_by_the_rule(text, scores, prefix):
@@ -195,10 +129,10 @@ def pieces_by_the_rule(text, scores, prefix):
 
 
 @pytest.fixture(scope="module")
-def pieces():
+def pieces(hard_texts):
     """Scores of a vocabulary, as SentencePiece gives them: minus the rank among merges, then the characters."""
     whole = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    vocab, merges = train(whole, normalizer=normalizers.Replace(" ", "▁"))
+    vocab, merges = train(hard_texts, whole, normalizer=normalizers.Replace(" ", "▁"))
     # Two spaces are an added token; what has some of the characters is no piece, and they have to be bytes. The last
     # pieces would make a byte's token of its name, if one could be joined.
     ranked = [*map("".join, merges), *(piece for piece in vocab if len(piece) == 1), "<0", "x4", "<0x4", "1>"]
@@ -236,10 +170,10 @@ def sentencepiece(write_gguf, tmp_path, pieces):
 
 
 @pytest.mark.parametrize("prefix", [None, True, False])
-def test_sentencepiece_ids_follow_its_rule(sentencepiece, pieces, prefix):
+def test_sentencepiece_ids_follow_its_rule(sentencepiece, pieces, hard_texts, prefix):
     """Between added tokens, each of which a space is put after too; None is a file that does not say."""
     tokenizer = sentencepiece(add_space_prefix=prefix, add_bos_token=False)[1]
-    for text in LINES:
+    for text in hard_texts:
         expected = []
         for part in filter(None, re.split(f"({ADDED})", text)):
             added = re.fullmatch(ADDED, part)
@@ -251,15 +185,15 @@ def test_sentencepiece_ids_follow_its_rule(sentencepiece, pieces, prefix):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_sentencepiece_ids_are_those_of_transformers(sentencepiece, architecture):
+def test_sentencepiece_ids_are_those_of_transformers(sentencepiece, hard_texts, architecture):
     """Where its converter is right: it joins the letters of a byte's name to that byte's token, and for Llama puts no
     space after an added token, and none before a space.
     """
     path, ours = sentencepiece(architecture, add_space_prefix=architecture == "llama")
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     wrong = SPELLED if architecture == "gemma2" else f"{SPELLED}|^ |{ADDED}"
-    texts = [text for text in LINES if not re.search(wrong, text)]
-    assert len(texts) > 40
+    texts = [text for text in hard_texts if not re.search(wrong, text)]
+    assert len(texts) > 20
     for text in texts:
         assert ours.encode(text) == theirs.encode(text), text
 
@@ -275,7 +209,9 @@ def test_sentencepiece_ids_are_those_of_transformers(sentencepiece, architecture
         (None, False, False),
     ],
 )
-def test_bos_is_added_as_the_file_says_or_llama_cpp_has_it(byte_level, sentencepiece, pre, said, adds, tmp_path):
+def test_bos_is_added_as_the_file_says_or_llama_cpp_has_it(
+    byte_level, sentencepiece, hard_texts, pre, said, adds, tmp_path
+):
     tokenizer = byte_level(pre, add_bos_token=said) if pre else sentencepiece(add_bos_token=said)[1]
     bos, plain = tokenizer.bos_token_id, tokenizer.encode("Hello", add_special_tokens=False)
     assert bos not in plain and tokenizer.encode("Hello") == ([bos] if adds else []) + plain
@@ -283,30 +219,19 @@ def test_bos_is_added_as_the_file_says_or_llama_cpp_has_it(byte_level, sentencep
     assert encoding["offset_mapping"][-1][1] == 5 and encoding["offset_mapping"][-len(plain)][0] == 0
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert [again.encode(text) for text in LINES] == [tokenizer.encode(text) for text in LINES]
-
-
-def test_a_tiny_tokenizer(write_gguf, tmp_path):
-    template = {"tokenizer.chat_template": "{{ messages[0]['content'] }}"}
-    tokenizer = rebuild(write_gguf(tmp_path / "tiny.gguf", metadata=template, whole=False))
-    assert tokenizer.tokenize("the the<|a|>") == ["t", "he", "Ġt", "he", "<|a|>"]
-    assert tokenizer.bos_token == "<|a|>" and tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.decode([258, 116, 257], skip_special_tokens=True) == "the"
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert [again.encode(text) for text in hard_texts] == [tokenizer.encode(text) for text in hard_texts]
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WRONG = {
-    "model": ({"model": "bert"}, "tokenizer.ggml.model is 'bert', only gpt2, llama are supported"),
-    "no model": ({"model": None}, "tokenizer.ggml.model is None, only gpt2"),
+    "model": ({"model": "bert"}, "tokenizer.ggml.model is 'bert', only gpt2, llama is supported"),
     "words": ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken', only smollm, qwen2, gpt-2"),
     "eos added": ({"add_eos_token": True}, "tokenizer.ggml.add_eos_token is True, only False"),
-    "bos": ({"add_bos_token": True, "bos_token_id": None}, "begins with BOS, but tokenizer.ggml.bos_token_id is"),
-    "eos": ({"eos_token_id": 9999}, "eos_token has id 9999, but there are 260"),
+    "bos": ({"add_bos_token": True, "bos_token_id": None}, "tokenizer.ggml.bos_token_id is missing"),
+    "eos": ({"eos_token_id": 9999}, "eos_token_id is 9999, but there are 260"),
     "no eos": ({"eos_token_id": None}, "tokenizer.ggml.eos_token_id is missing"),
     "merges": ({"merges": ["Ġ t", "x nowhere"]}, "tokenizer.ggml.merges do not fit"),
     "tokens": ({"tokens": ["a", "b", "a"]}, "3 tokens, 2 of them different, 260 token types and 260 embeddings"),
-    "no scores": ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
     "scores": ({"model": "llama", "scores": [0.0, 0.0]}, "260 tokens and 2 tokenizer.ggml.scores"),
     "bytes": (
         {"model": "llama", "tokens": [*BYTES[:200], *BYTES[201:]], "token_type": [6] * 255, "scores": [0.0] * 255},
@@ -325,32 +250,20 @@ def test_an_unsupported_tokenizer_is_one_line(write_gguf, tmp_path, case):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 @needs_smollm2
-def test_smollm2_tokenizer():
+def test_smollm2_tokenizer(hard_texts):
     """Against transformers' GGUF tokenizer, which splits as GPT-2: digits are cut out for it beforehand.
 
     llama.cpp's definition of "smollm" is: every \\p{N} alone, then GPT-2's pattern on what is between.
     """
     tokenizer = rebuild(SMOLLM2)
     theirs = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
-    assert len(LINES) >= 50
-    for text in LINES:
+    for text in hard_texts:
         pieces = [piece for piece in regex.split(r"(\p{N})", text) if piece]
-        expected = [token for piece in pieces for token in theirs.encode(piece)]
-        assert tokenizer.encode(text) == expected, text
+        assert tokenizer.encode(text) == [token for piece in pieces for token in theirs.encode(piece)], text
         assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@needs_smollm2
-def test_smollm2_tokenizer_follows_the_metadata():
-    tokenizer = rebuild(SMOLLM2)
-    fields = gguf.GGUFReader(SMOLLM2).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    assert tokenizer.convert_ids_to_tokens(range(len(tokens))) == tokens
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    assert tokenizer.all_special_ids and set(tokenizer.all_special_ids) <= set(np.flatnonzero(np.equal(kinds, 3)))
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.bos_token == "<|im_start|>"
-    assert tokenizer.chat_template == fields["tokenizer.chat_template"].contents()
     messages = [{"role": "user", "content": "Name three rivers of Europe."}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>user\nName three rivers of Europe.<|im_end|>\n<|im_start|>assistant\n")

@@ -1,0 +1,50 @@
+"""An opened GGUF file: its tensors, and its key-value pairs, with errors that name the file and the key."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from gguf import GGUFReader
+
+from br_jax.errors import UserError
+from br_jax.files import reading
+
+# What a corrupt or truncated file makes the reader and the dequantizer raise.
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+
+
+class GGUFFile:
+    """The file at `path`; its `tensors` are mapped, not read."""
+
+    def __init__(self, path: str | Path):
+        """Opens it; a `UserError` says that it cannot be read, is no GGUF file, or is truncated."""
+        try:
+            with reading(path):
+                reader = GGUFReader(path)
+        except BROKEN as error:
+            raise UserError(
+                f"{path}: not a GGUF file, or a truncated or damaged one ({error}): check the path or download it again"
+            ) from error
+        self.path, self.tensors, self.fields = path, reader.tensors, reader.fields
+
+    def get(self, key: str, default=None):
+        """The value of a key, or the default where the file does not have it."""
+        return self.fields[key].contents() if key in self.fields else default
+
+    def need(self, key: str):
+        """The value of a key that must be there."""
+        if key not in self.fields:
+            raise UserError(f"{self.path}: metadata {key} is missing: convert it again with a current llama.cpp")
+        return self.get(key)
+
+    def demand(self, key: str, allowed: Collection, default=None):
+        """The value of a key, which must be one of those that are implemented."""
+        if (value := self.get(key, default)) not in (*allowed,):
+            raise UserError(f"{self.path}: {key} is {value!r}, only {', '.join(map(str, allowed))} is supported")
+        return value
+
+    def token(self, name: str, count: int) -> int | None:
+        """The id of a named token, e.g. "eos"; one that is among so many, or None where the file does not say."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        if (index := self.get(key)) is not None and not 0 <= index < count:
+            raise UserError(f"{self.path}: {key} is {index}, but there are {count} tokens")
+        return index

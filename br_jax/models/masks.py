@@ -1,0 +1,38 @@
+"""Who sees whom: where tokens stand, what follows from it, and the settings that every form of attention shares."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Place(NamedTuple):
+    """Where tokens stand: positions in their own sequence, from 0, and segments 1, 2, ... (0 is padding)."""
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+
+
+class Attend(NamedTuple):
+    """How a layer attends; hashable."""
+
+    implementation: str = "auto"  # one of `attention.IMPLEMENTATIONS`, or as `attention.resolve` chooses
+    platform: str = "cpu"  # or "tpu", "gpu": where it will run, which need not be where it is compiled
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap), as in Gemma-2
+    window: int | None = None  # a query sees itself and the window - 1 tokens before it
+    scale: float = 1.0  # of the scores, before the soft-cap
+
+    def scaled(self, q: Float[Array, "*N H"]) -> Float[Array, "*N H"]:
+        """Queries times the scale, rounded once to their dtype."""
+        return (q.astype(jnp.float32) * self.scale).astype(q.dtype)
+
+
+def visible(queries: Place, keys: Place, window: int | None = None) -> Bool[Array, "B T S"]:
+    """True where a query may look at a key: in its own segment, not behind it, and inside the window.
+
+    Padding is segment 0. It sees only padding, so no row of the mask is empty among whole sequences
+    and no softmax is 0/0; real tokens (segments 1, 2, ...) never see it.
+    """
+    ahead = queries.positions[:, :, None] - keys.positions[:, None, :]
+    seen = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (ahead >= 0)
+    return seen if window is None else seen & (ahead < window)
