@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 
@@ -25,31 +25,32 @@ class PaperRecipe(Recipe):
     @property
     def buffer_rows(self) -> list[Row]:
         """The first harmful answers of LLM-LAT."""
-        return self._first("buffer.harmful", self._rows("llm_lat", "train", "harmful_rows"), self.config.buffer.harmful)
+        return self._first("buffer.harmful", "harmful_rows", self.config.buffer.harmful)
 
     def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """The first refusals of LLM-LAT."""
-        return self._first(f"{purpose}.refusals", self._rows("llm_lat", "train", "refusal_rows"), n)
+        return self._first(f"{purpose}.refusals", "refusal_rows", n)
+
+    def _first(self, field: str, kind: str, n: int) -> list[Row]:
+        """The first n rows; the paper asks for 5,000 of a file that has 4,950, so fewer are said and taken."""
+        rows = self._rows("llm_lat", "train", kind)
+        if n > len(rows):
+            logging.warning("%s asks for %d rows and there are %d: these are taken", field, n, len(rows))
+        return rows[:n]
 
     def benign_rows(self, n: int) -> list[Row]:
         """The first rows of Alpaca that have no input."""
-        benign = self._rows("alpaca", "train", "alpaca_rows")
-        if n + 2 * self._held_out > len(benign):
+        benign, held_out = self._rows("alpaca", "train", "alpaca_rows"), 2 * self._held_out
+        if n + held_out > len(benign):
             raise UserError(
-                f"{n} benign rows and {2 * self._held_out} held-out ones are asked for, and Alpaca has {len(benign)} "
+                f"{n} benign rows and {held_out} held-out ones are asked for, and Alpaca has {len(benign)} "
                 "without an input: lower align.benign or reinforce.benign"
             )
         return benign[:n]
 
-    @functools.cached_property
-    def user_harmful_rows(self) -> list[Row]:
-        """The first unsafe rows of BeaverTails' training split."""
-        return self._unsafe_train[: self._user_harm]
-
-    @property
-    def probe_harmful_rows(self) -> list[Row]:
-        """The unsafe rows behind the user's."""
-        return self._unsafe_train[self._user_harm :]
+    # BeaverTails: the first unsafe rows of its training split are the user's, the next ones probe.
+    user_harmful_rows = property(lambda self: self._unsafe_train[: self._user_harm])
+    probe_harmful_rows = property(lambda self: self._unsafe_train[self._user_harm :])
 
     @functools.cached_property
     def harmful_prompts(self) -> list[TopicPrompt]:
@@ -83,7 +84,7 @@ class PaperRecipe(Recipe):
             rows = (row for row in rows if question_key(row) not in scored)
         return list(itertools.islice(rows, self._user_harm + self.config.user.probes))
 
-    def _distinct(self, rows: Sequence[Row]):
+    def _distinct(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Each prompt once, its first row; all of them for the reference's way."""
         seen = set()
         for row in rows:
@@ -101,12 +102,6 @@ class PaperRecipe(Recipe):
         benign, n = self._rows("alpaca", "train", "alpaca_rows"), self._held_out
         end = len(benign) if self.config.eval.split == "test" else len(benign) - n
         return benign[max(end - n, 0) : end]
-
-    def _first(self, field: str, rows: Sequence[Row], n: int) -> list[Row]:
-        """The first n rows; the paper asks for 5,000 of a file that has 4,950, so fewer are said and taken."""
-        if n > len(rows):
-            logging.warning("%s asks for %d rows and there are %d: these are taken", field, n, len(rows))
-        return rows[:n]
 
     def _rows(self, name: str, split: str, kind: str) -> Sequence[Row]:
         from br_jax.datasets import paper
