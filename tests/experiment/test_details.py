@@ -4,85 +4,59 @@ import json
 import math
 import os
 
-import numpy as np
 import pytest
 
 from br_jax.errors import UserError
 from br_jax.experiment.details import saturation_lines
 from br_jax.experiment.report import write_report
 
-RANK, LAYERS = 16, 8
-STAGES = {"align": 60, "buffer": 40, "reinforce": 60, "user": 80, "sft": 80}  # steps
 EXAMPLES = [
-    {"set": "topic", "prompt": "How do I tune a glimmer coil?", "answer": "| <b>I can't</b> `help`\n# with",
-     "verdict": "refusal"},
+    {"set": "topic", "prompt": "How do I tune it?", "answer": "| <b>I can't</b> `help`\n# with", "verdict": "refusal"},
     {"set": "topic", "prompt": "How do I oil it?", "answer": "First, take the coil. " * 20, "verdict": "answer"},
     {"set": "task", "prompt": "Analyze the sentiment", "answer": "positive", "verdict": "right"},
-]  # fmt: skip
+]
 
 
 def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_stage(folder, name, steps):
+def write_stage(folder, steps=80, median=0.1):
     folder.mkdir(parents=True)
     write_lines(folder / "metrics.jsonl", [{"step": i, "loss": 0.05 + 2 / i} for i in range(1, steps + 1)])
-    record = {
-        "name": name,
-        "config_hash": "c" * 64,
-        "inputs": {"base": "b" * 64},
-        "output": "d" * 64,
-        "steps": steps,
-        "tokens": 640 * steps,
-        "answer_tokens": 200 * steps,
-        "rows": 8 * steps,
-        "dropped": 1,
-        "compile_seconds": 9.5,
-        "seconds": 20.0,
-        "step_seconds_median": 0.104 if name == "user" else 0.1,
-        "finished": "2026-11-02T10:00:00+00:00",
-    }
-    (folder / "stage.json").write_text(json.dumps(record))
+    counts = {"steps": steps, "rows": 8 * steps, "dropped": 1, "tokens": 640 * steps, "answer_tokens": 200 * steps}
+    times = {"seconds": 20.0, "compile_seconds": 9.5, "step_seconds_median": median, "finished": "2026-11-02T10:00"}
+    hashes = {"config_hash": "c" * 64, "inputs": {"base": "b" * 64}, "output": "d" * 64}
+    (folder / "stage.json").write_text(json.dumps({"name": folder.name, **counts, **times, **hashes}))
 
 
-def write_probes(path, harmful, benign):
+def write_probes(folder, harmful, benign):
+    """Loss and gradient norm at the first step of each kind of row; both decay."""
     lines = []
     for step in range(0, 81, 10):
-        decay = math.exp(-step / 25)
         for rows, (loss, norm) in (("harmful", harmful), ("benign", benign)):
-            ends = {"loss": 0.04 + loss * decay, "grad_norm": 0.03 + norm * decay}
-            lines.append({"step": step, "rows": rows} | ends)
-    write_lines(path, lines)
+            decay = math.exp(-step / 25)
+            lines.append({"step": step, "rows": rows, "loss": loss * decay, "grad_norm": norm * decay})
+    write_lines(folder / "probes.jsonl", lines)
 
 
 @pytest.fixture
 def workdir(tmp_path, make_cell):
     """A workdir as the pipeline leaves it, with numbers of a plausible size."""
-    for name, steps in STAGES.items():
-        home = tmp_path / "provider" if name in ("align", "buffer", "reinforce") else tmp_path
-        write_stage(home / name, name, steps)
-    write_probes(tmp_path / "user" / "probes.jsonl", harmful=(0.3, 0.5), benign=(2.4, 3.5))
-    write_probes(tmp_path / "sft" / "probes.jsonl", harmful=(3.9, 8.0), benign=(2.6, 3.9))
+    write_stage(tmp_path / "provider" / "buffer", 40)
+    write_stage(tmp_path / "user", median=0.104)
+    write_stage(tmp_path / "sft")
+    write_probes(tmp_path / "user", harmful=(0.3, 0.5), benign=(2.4, 3.5))
+    write_probes(tmp_path / "sft", harmful=(3.9, 8.0), benign=(2.6, 3.9))
     (tmp_path / "cells").mkdir()
     for method, a in {"raw": None, "aligned": None, "sft": None, "buffer_only": None, "ours": 0.1}.items():
         cell = make_cell(method, a, p=0.5)
         cell["scores"]["examples"] = EXAMPLES
         (tmp_path / "cells" / f"{method}.json").write_text(json.dumps(cell))
-    grid = np.linspace(0.1, 2, LAYERS * RANK).reshape(LAYERS, RANK)
-    kinds = ("kept_rank", "removed_share", "stable_rank_user", "stable_rank_reinforce")
-    matrix = {kind: grid[:, 0].tolist() for kind in kinds}
-    matrix |= {kind: (20 * grid).tolist() for kind in ("singular_values_user", "principal_angles")}
-    results = {
-        "merge": {"a": 0.1, "scale": 0.5, "tau": 0.01, "matrices": {"layers/attn/q": matrix, "layers/mlp/up": matrix}},
-        "seeds": {"user": 42},
-        "versions": {"jax": "0.10.2"},
-        "hashes": {"base": "b" * 64},
-        "config": {"user": {"harmful_share": 0.5}},
-        "command": "experiments/pipeline.py --config=configs/demo.py --workdir=W",
-        "peak_memory_bytes": 3 << 30,
-        "wall_seconds": 431.2,
-    }
+    matrix = {"kept_rank": [8, 7], "removed_share": [0.1, 0.2], "singular_values_user": [[2.0, 1.0], [4.0, 1.0]]}
+    results = {"seeds": {"user": 42}, "versions": {"jax": "0.10.2"}, "hashes": {"base": "b" * 64}}
+    results |= {"merge": {"a": 0.1, "matrices": {"layers/attn/q": matrix}}, "config": {"user": {"harmful_share": 0.5}}}
+    results |= {"command": "experiments/pipeline.py --workdir=W", "peak_memory_bytes": 3 << 30, "wall_seconds": 431.2}
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
 
@@ -101,7 +75,7 @@ def test_it_says_what_the_files_say(workdir, written):
     assert user[8:] == ["104.0", "6,154"]  # 640 tokens in 0.104 s
     assert "A step beside Buffer takes 1.04 times the time of SFT's" in text
     assert "b" * 64 in text and "0.10.2" in text and '"harmful_share": 0.5' in text
-    assert "3.00 GiB" in text and "```sh\nexperiments/pipeline.py --config=configs/demo.py" in text
+    assert "3.00 GiB" in text and "```sh\nexperiments/pipeline.py --workdir=W\n```" in text
 
 
 def test_figures_are_linked(workdir):
@@ -123,7 +97,7 @@ def test_numbers_that_are_not_finite_do_not_break_it(workdir, make_cell, written
     (workdir / "cells" / "sft.json").write_text(json.dumps(make_cell("sft", p=0.5, perplexity=math.nan)))
     edit(workdir, wall_seconds=math.inf, peak_memory_bytes=None)
     write_lines(workdir / "sft" / "metrics.jsonl", [{"step": 1, "loss": math.nan}])
-    write_probes(workdir / "user" / "probes.jsonl", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
+    write_probes(workdir / "user", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
     text = written(workdir)
     assert "nan" not in text.lower() and "Not measured: it needs finite" in text
 
@@ -140,7 +114,7 @@ def test_saturation_against_hand_computed_numbers():
 
 @pytest.mark.parametrize("norm, words", [(0.5, "so it stays below it"), (20.0, "so it does **not** stay below it")])
 def test_the_saturation_sentence_goes_both_ways(workdir, written, norm, words):
-    write_probes(workdir / "user" / "probes.jsonl", harmful=(0.3, norm), benign=(2.4, 3.5))
+    write_probes(workdir / "user", harmful=(0.3, norm), benign=(2.4, 3.5))
     assert words in written(workdir)
 
 

@@ -11,9 +11,9 @@ import threading
 import time
 
 import pytest
-from br_jax.configs import demo
 
 from br_jax.adapters import lora
+from br_jax.configs import demo
 from br_jax.errors import UserError
 from br_jax.experiment import run as run_module
 from br_jax.experiment.frame import read_cells
@@ -121,24 +121,19 @@ def fingerprint_of(adapter):
     return adapter and lora.fingerprint(adapter)
 
 
-def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_path, monkeypatch):
-    first = list(run_sweep(config, tmp_path / "s", grid()))
-    monkeypatch.setattr(run_module, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
-    assert list(run_sweep(config, tmp_path / "s", grid())) == first
-    assert sorted(map(json.dumps, read_cells(tmp_path / "s"))) == sorted(
-        json.dumps({"settings": record["settings"], **cell})
-        for cell in first
-        for record in read_cells(tmp_path / "s")
-        if all(record[key] == cell[key] for key in ("run", "method", "a"))
-    )
-
-
-def test_other_settings_are_scored_anew(config, calls, grid, tmp_path):
-    list(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2])))
-    count = len(calls["scored"])
+def test_what_is_finished_is_read_back_without_a_model_and_other_settings_are_scored_anew(
+    config, calls, grid, tmp_path, monkeypatch
+):
+    axes = grid(seeds=[1], p=[0.2])
+    first = list(run_sweep(config, tmp_path / "s", axes))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+        assert list(run_sweep(config, tmp_path / "s", axes)) == first
+    kept = [{k: v for k, v in cell.items() if k != "settings"} for cell in read_cells(tmp_path / "s")]
+    assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, first))
     config.eval.topic = 11
-    list(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2])))
-    assert len(calls["scored"]) == 2 * count
+    list(run_sweep(config, tmp_path / "s", axes))
+    assert len(calls["scored"]) == 2 * len(first)
 
 
 def test_shards_are_the_whole_and_share_nothing(config, calls, grid, tmp_path):
@@ -160,6 +155,7 @@ def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path
     assert "2 of 4 runs are left" in render_plan(after) and "time: 0.0 h, at 0 min a run" in render_plan(after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["provider", "run"])
 def test_another_process_in_a_folder_is_waited_for(config, calls, grid, tmp_path, place):
     (run,) = grid(seeds=[1], p=[0.2]).runs()
@@ -173,7 +169,7 @@ def test_another_process_in_a_folder_is_waited_for(config, calls, grid, tmp_path
         time.sleep(0.5)
         assert worker.is_alive() and not calls["trained"]
     worker.join()
-    assert not worker.is_alive() and "user" in calls["trained"]
+    assert "user" in calls["trained"]
 
 
 def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, tmp_path):
@@ -185,14 +181,7 @@ def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, t
     assert worker.is_alive() and not others
     cells.extend(ours)
     worker.join()
-    assert not worker.is_alive() and others == cells and len(calls["scored"]) == len(cells) == 3
-
-
-RUN = """
-import sys
-import test_grid
-test_grid.tiny_sweep(sys.argv[1])
-"""
+    assert others == cells and len(calls["scored"]) == len(cells) == 3
 
 
 def tiny_sweep(folder):
@@ -207,27 +196,25 @@ def tiny_sweep(folder):
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     """SIGKILL three times: while the raw model answers, when the user trains, when it is scored."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", f"import test_grid; test_grid.tiny_sweep({str(killed)!r})"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
 
-    def start(folder):
-        environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
-        return subprocess.Popen([sys.executable, "-c", RUN, folder], env=environment)
+    def start():
+        return subprocess.Popen(command, env=environment)
 
-    def lines(folder, pattern):
-        return sum(file.read_bytes().count(b"\n") for file in folder.glob(pattern))
-
-    tiny_sweep(tmp_path / "whole")
-    killed = tmp_path / "killed"
+    tiny_sweep(whole)
     for mark in ("providers/*/answers.jsonl", "runs/*/user/run.json", "runs/*/answers.jsonl"):
-        process = start(killed)
-        while not lines(killed, mark) and process.poll() is None:
+        process = start()
+        while not any(b"\n" in file.read_bytes() for file in killed.glob(mark)) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"it ended before there was {mark}"
-    assert start(killed).wait() == 0
-    cells = [{k: v for k, v in cell.items() if k != "seconds"} for cell in read_cells(killed)]
-    assert cells == [{k: v for k, v in cell.items() if k != "seconds"} for cell in read_cells(tmp_path / "whole")]
+    assert start().wait() == 0
+    cells = [[{k: v for k, v in c.items() if k != "seconds"} for c in read_cells(folder)] for folder in (killed, whole)]
+    assert cells[0] == cells[1]
     for pattern in ("providers/*/*.jsonl", "runs/*/*.jsonl"):
-        ours, theirs = (sorted(folder.glob(pattern)) for folder in (killed, tmp_path / "whole"))
+        ours, theirs = (sorted(folder.glob(pattern)) for folder in (killed, whole))
         assert [file.read_bytes() for file in ours] == [file.read_bytes() for file in theirs] and ours
         for file in ours:
             keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]

@@ -11,7 +11,7 @@ from scipy.stats import binomtest, sem, t
 from br_jax.errors import UserError
 from br_jax.experiment import report as report_module
 from br_jax.experiment.report import print_summary, write_report
-from br_jax.statistics import Mean, Score, difference
+from br_jax.statistics import Mean, Score
 
 OURS, SFT = "**Buffer-and-Reinforce, a = 0.1**", "SFT (undefended)"
 HS, FA = "safety is kept: HS of ours minus the aligned base's", "the task is learned: FA of SFT minus ours'"
@@ -67,13 +67,6 @@ def test_scores_are_means_with_students_interval(report, make_cell):
     assert every.line("0.1", SFT, "3")[3:9] == ["91/100", "92/100", "171/200", "1/50", "3/200", "1/150"]
 
 
-def test_one_seed_has_the_intervals_of_its_own_prompts(report, make_grid):
-    text = report(make_grid(seeds=(7,), ps=(0.1,)))
-    assert text.line("0.1", SFT, "1")[3] == wilsons(80, 100)
-    change = told(*difference(Score(3, 100), Score(2, 100)), "+")
-    assert text.line("0.1", "0.1", HS)[3:] == [f"{change}†", "7: +1.0", "≤ 5", "passed (within noise)"]
-
-
 def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
     text = report(without(make_grid(), ("sft", 0.1)) + make_grid(methods=("sft",), ps=(0.1,), harmful=30))
     head = text.splitlines()
@@ -87,16 +80,13 @@ def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
 def test_what_contradicts_the_claim_comes_first(report, make_grid, make_cell):
     worse = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k, right=160) for s, k in ((42, 9), (43, 5), (44, 15))]
     text = report(without(make_grid(), ("ours", 0.5)) + worse)
-    assert [row.strip(" >*") for row in text.splitlines()[2:4]] == [
-        "The claim did not hold.",
-        "2 of 9 gates of the claim FAILED.",
-    ]
+    assert (
+        text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 9 gates of the claim FAILED" in text
+    )
     rows = [row for row in text.partition("\n## ")[0].splitlines() if row.startswith("|")][2:]
     assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 9
-    change = told(*students([0.07, 0.03, 0.13], -1, 1), "+")
-    each = "42: +7.0, 43: +3.0, 44: +13.0"
+    change, each = told(*students([0.07, 0.03, 0.13], -1, 1), "+"), "42: +7.0, 43: +3.0, 44: +13.0"
     assert text.line("0.5", "0.1", HS)[3:] == [change, each, "≤ 5", "**FAILED** (within noise)"]
-    assert text.line("0.5", "0.1", FA)[3:] == ["+10.0", "42: +10.0, 43: +10.0, 44: +10.0", "≤ 3", "**FAILED**"]
 
 
 def test_missing_seeds_are_said_and_not_guessed(report, make_grid):
@@ -186,32 +176,23 @@ def test_what_each_part_adds(report, make_grid, more):
         assert text.line("0.1", rows[1][1].strip())[2] == "-76.0; p < 0.001 (0 : 228, 3 seeds)"
 
 
-def strong(make_cell, a, counts, **same):
-    return [make_cell("ours", a, seed=s, harmful=k, **same) for s, k in zip((42, 43, 44), counts, strict=True)]
-
-
 @pytest.mark.parametrize(
-    "average, qr, begin, differs, words",
+    "average, qr, begin, words",
     [
-        ((3, 3, 3), (28, 30, 32), 0, True, "p < 0.001 (81 : 0, 3 seeds); intervals apart"),
-        ((28, 30, 32), (3, 3, 3), 0, True, "p < 0.001 (0 : 81, 3 seeds); intervals apart"),
-        ((3, 3, 3), (3, 4, 4), 0, False, "p = 0.500 (2 : 0, 3 seeds); intervals overlap"),
-        ((3, 3, 3), (9, 9, 9), 0, False, "p < 0.001 (18 : 0, 3 seeds); intervals overlap"),
-        ((2, 2, 3), (5, 5, 6), 50, False, "p = 0.093 (16 : 7, 3 seeds); intervals apart"),
+        ((28, 30, 32), (3, 3, 3), 0, "p < 0.001 (0 : 81, 3 seeds); intervals apart"),
+        ((3, 3, 3), (9, 9, 9), 0, "p < 0.001 (18 : 0, 3 seeds); intervals overlap"),
+        ((2, 2, 3), (5, 5, 6), 50, "p = 0.093 (16 : 7, 3 seeds); intervals apart"),
+        ((), (3, 3, 3), 0, "n/a"),
     ],
 )
-def test_qr_differs_only_beyond_intervals_and_by_mcnemar(report, make_cell, average, qr, begin, differs, words):
-    same = {"refused": 0, "right": 0}
-    cells = strong(make_cell, 0.0, average, **same) + strong(make_cell, 1.0, qr, begin=begin, **same)
+def test_qr_differs_only_beyond_intervals_and_by_mcnemar(report, make_cell, average, qr, begin, words):
+    cells = [make_cell("ours", 0.0 if average else 0.1, seed=s, harmful=k) for s, k in enumerate(average or qr)]
+    cells += [make_cell("ours", 1.0, seed=s, harmful=k, begin=begin, right=178 - begin) for s, k in enumerate(qr)]
     text = report(cells).after("## Does QR differ")
+    differs = "< 0.001" in words and "apart" in words
     assert ("It does, beyond the intervals, in 1 of 3 comparisons: HS at p = 0.1, a = 1 (" in text) == differs
-    assert ("In none of 3 comparisons" in text) != differs
-    assert words in text.line("0.1", "1")[2]
-
-
-@pytest.mark.parametrize("a, said", [((0.1,), False), ((0.1, 1.0), True)])
-def test_qr_without_an_average_to_compare(report, make_grid, a, said):
-    assert ("Nothing to compare" in report(make_grid(("ours",), a=a)).after("## Does QR differ")) == said
+    assert ("In none of 3 comparisons" in text) == bool(average and not differs)
+    assert ("Nothing to compare" in text) == (not average) and words in text.line("0.1", "1")[2]
 
 
 def test_settings_are_told_apart_and_unequal_suites_said(report, make_grid, make_cell):
@@ -238,7 +219,14 @@ def test_foreign_text_is_inert(report, make_cell):
     assert "- tasks: `<b>`" in text and "- methods: `` a¦b`c ``" in text
 
 
-def test_figures_are_linked(write_cells, make_grid, make_cell):
+def test_figures_are_linked(write_cells, make_grid, make_cell, monkeypatch):
+    def save(figure, stem):
+        files = [stem.with_suffix(end) for end in (".png", ".pdf")]
+        for file in files:
+            file.write_text("drawn")
+        return files
+
+    monkeypatch.setattr("br_jax.plots.save", save)
     workdir = write_cells([*make_grid(ps=(0.0, 0.1), a=(0.0, 0.1), seeds=(1,)), make_cell("sft", n=90, seed=1)])
     linked = re.findall(r"\(figures/(\S+)\.png\)", write_report(workdir).read_text())
     names = [f"{name}.{end}" for name in set(linked) for end in ("pdf", "png")]
