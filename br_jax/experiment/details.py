@@ -31,11 +31,6 @@ class Details:
     stages: Mapping[str, Mapping[str, Any]]  # name -> its stage.json, and "metrics": the lines of its metrics.jsonl
     probes: tuple[figures.Lines, figures.Lines]  # lines of probes.jsonl, of the user stage and of SFT
 
-    @property
-    def command(self) -> str:
-        """That made it; "" where that is not recorded."""
-        return str(self.results.get("command") or "")
-
 
 def read(workdir: Path) -> Details:
     """Reads a run's folder; a `UserError` where a file is damaged."""

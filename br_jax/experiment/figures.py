@@ -6,34 +6,35 @@ Lines and bars are means over seeds, whiskers the 95 % intervals of `frame.estim
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from br_jax.experiment.frame import Counted, Frame, Row, Setting, estimate, find, one_strength, shares, strengths
+from br_jax.experiment.frame import Estimate, Frame, Row, Setting, find, one_strength, shares, strengths
 from br_jax.experiment.gates import CLAIMS
 from br_jax.experiment.methods import METHODS
 from br_jax.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, new_figure, styled
 
-Style = tuple[str, str, str | tuple]  # color, marker, dashes: any one of them tells the lines apart
+
+def _style(color: str, marker: str, dashes: str | tuple) -> dict[str, Any]:
+    """Of a line: any one of the three tells it from the others."""
+    return {"color": color, "marker": marker, "linestyle": dashes}
+
+
+Lines = Mapping[str, tuple[dict, Mapping[float, Row]]]  # label -> its style, and the row at each place across
 _LIMITS = {gate.score: gate for gate in CLAIMS}  # drawn where what they compare was run
-_STYLES: dict[str, Style] = {
-    "aligned": (DARK, "s", ":"),
-    "sft": (RED, "X", (0, (9, 2))),
-    "buffer_only": (ORANGE, "^", "--"),
-    "reinforce_only": (PURPLE, "v", "-."),
-    "average": (GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
-    "ours": (BLUE, "o", "-"),
+_STYLES = {
+    "aligned": _style(DARK, "s", ":"),
+    "sft": _style(RED, "X", (0, (9, 2))),
+    "buffer_only": _style(ORANGE, "^", "--"),
+    "reinforce_only": _style(PURPLE, "v", "-."),
+    "average": _style(GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
+    "ours": _style(BLUE, "o", "-"),
 }
-_OTHER: Style = (GRAY, "P", "--")
-_BY_P: Sequence[Style] = (
-    (BLUE, "o", "-"),
-    (RED, "X", "--"),
-    (GREEN, "D", "-."),
-    (ORANGE, "^", ":"),
-    (SKY, "s", (0, (9, 2))),
-)
+_OTHER = _style(GRAY, "P", "--")
+_BY_P = list(map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))))
 _WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
 _RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
          "clip_on": False}  # fmt: skip
@@ -131,8 +132,8 @@ def _limit(axis: Axes, rows: Sequence[Row], p: float, score: str) -> None:
     """A dashed line where the gate of a score begins to fail, if what it is measured from was run."""
     rule = _LIMITS[score]
     other, sign = (rule.second, 1) if rule.first == "ours" else (rule.first, -1)
-    base = estimate(_counted(find(rows, p, other), score))
-    if base is not None and p <= rule.most_p:
+    base = _shown(find(rows, p, other), score)
+    if base and p <= rule.most_p:
         axis.axvline(100 * (base.mean + sign * rule.limit), color=DARK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
         axis.set_xlabel(f"dashed: limit for ours\n({METHODS[other].label} {100 * sign * rule.limit:+.0f} points)")
 
@@ -140,22 +141,19 @@ def _limit(axis: Axes, rows: Sequence[Row], p: float, score: str) -> None:
 def _bar(axis: Axes, place: int, row: Row, score: str, color: str) -> None:
     if row.method == "ours":
         axis.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
-    counted = _counted(row, score)
-    found = estimate(counted)
+    found = _shown(row, score)
     if found is None:
         axis.text(2, place, "n/a", va="center", color=GRAY, style="italic", fontsize=9)
         return
     value, low, high = 100 * found.mean, 100 * found.low, 100 * found.high
-    each = [100 * one["score"] for one in counted.values()]
+    each = [100 * one for one in found.by_seed.values()]
     axis.barh(place, value, 0.62, color=color, alpha=1.0 if row.method == "ours" else 0.5, zorder=2)
     axis.errorbar(value, place, xerr=[[value - low], [high - value]], color=DARK, zorder=3, **_WHISKER)
     axis.plot(each, [place] * len(each), markeredgecolor=DARK, zorder=4, **_RING)
     axis.text(max(high, *each) + 3, place, f"{value:.1f}", va="center", fontsize=9, zorder=4)
 
 
-def _lines_figure(
-    lines: Mapping[str, tuple[Style, Mapping[float, Row]]], scores: Sequence[str], across: str, scale: int, title: str
-) -> Figure:
+def _lines_figure(lines: Lines, scores: Sequence[str], across: str, scale: int, title: str) -> Figure:
     """A panel a score; every line a little beside the others, so that whiskers do not hide each other."""
     ticks = sorted({x for _, points in lines.values() for x in points})
     figure = new_figure(max(4.0, 1.0 + 0.6 * len(ticks)) * len(scores) + 0.6, 4.6)
@@ -170,31 +168,26 @@ def _lines_figure(
             axis.axvline(between - 0.5, color=PALE, linewidth=1.0, zorder=0)
         axis.grid(axis="y", color=PALE)
     axes[0].set(ylim=(-3, 103), yticks=range(0, 101, 25))
-    keys = [Line2D([], [], **_look(style), markersize=6, label=label) for label, (style, _) in lines.items()]
+    keys = [Line2D([], [], **style, markersize=6, label=label) for label, (style, _) in lines.items()]
     return _finished(figure, title, keys)
 
 
-def _line(axis: Axes, points: Sequence[tuple[float, Row | None]], score: str, style: Style, label: str) -> None:
-    color, means = style[0], []
+def _line(axis: Axes, points: Sequence[tuple[float, Row | None]], score: str, style: dict, label: str) -> None:
+    means = []
     for x, row in points:
-        counted = _counted(row, score)
-        found = estimate(counted)
+        found = _shown(row, score)
         means.append(100 * found.mean if found else math.nan)  # the line has a gap there
         if found:
             whisker = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
-            axis.errorbar(x, means[-1], yerr=whisker, color=color, **_WHISKER)
-            each = [100 * one["score"] for one in counted.values()]
-            axis.plot([x] * len(each), each, markeredgecolor=color, zorder=2, **_RING)
-    axis.plot([x for x, _ in points], means, **_look(style), markersize=6, label=label, zorder=3, clip_on=False)
+            axis.errorbar(x, means[-1], yerr=whisker, color=style["color"], **_WHISKER)
+            each = [100 * one for one in found.by_seed.values()]
+            axis.plot([x] * len(each), each, markeredgecolor=style["color"], zorder=2, **_RING)
+    axis.plot([x for x, _ in points], means, **style, markersize=6, label=label, zorder=3, clip_on=False)
 
 
-def _counted(row: Row | None, score: str) -> Counted:
+def _shown(row: Row | None, score: str) -> Estimate | None:
     """What is drawn of a row's score: no FA at p = 1, where the user has no task."""
-    return {} if row is None or (score == "task" and row.p == 1) else row.counted(score)
-
-
-def _look(style: Style) -> dict:
-    return dict(zip(("color", "marker", "linestyle"), style, strict=True))
+    return None if row is None or (score == "task" and row.p == 1) else row.estimate(score)
 
 
 def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
@@ -205,7 +198,7 @@ def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
     return figure
 
 
-def _by_method(points: Iterable[tuple[float, Row]]) -> dict[str, tuple[Style, Mapping[float, Row]]]:
+def _by_method(points: Iterable[tuple[float, Row]]) -> Lines:
     """The lines of (x, row), in the order of `_STYLES`."""
     lines = defaultdict(dict)
     for x, row in points:

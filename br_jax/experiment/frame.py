@@ -45,6 +45,20 @@ class Setting(NamedTuple):
         return f"{self.model_name}, {self.task}, {who}topic {self.topic}, n = {self.n}"
 
 
+class Estimate(NamedTuple):
+    """A score over seeds, or a difference of two, as shares: its mean and 95 % interval.
+
+    The interval is Student's over seeds, or one seed's `own`, from its prompts: where there is one seed, or all of them
+    gave the same score, of which Student's t would claim to be certain.
+    """
+
+    mean: float
+    low: float | None  # None where there is nothing to go by, and so `high`
+    high: float | None
+    by_seed: dict[int, float]
+    own: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A method at a share of harm, over seeds."""
@@ -64,6 +78,15 @@ class Row:
         """A score, or one part of a breakdown ("harmful_by_topic", "devices"), of the seeds that measured it."""
         found = {seed: s.get(score) if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
         return {seed: value for seed, value in found.items() if value and value["score"] is not None}
+
+    def estimate(self, score: str, part: str | None = None) -> Estimate | None:
+        """The same over seeds, or None where none measured it."""
+        counted = self.counted(score, part)
+        values = {seed: value["score"] for seed, value in counted.items()}
+        if len(set(values.values())) > 1:
+            return Estimate(*t_interval(list(values.values())), values)
+        one = min(counted.values(), key=lambda value: value["n"], default=None)
+        return one and Estimate(one["score"], *read_score(one).interval, values, own=True)
 
     def numbers(self, name: str) -> dict[int, float]:
         """A number such as the perplexity, of the seeds where it is one."""
@@ -123,31 +146,6 @@ def one_strength(rows: Iterable[Row]) -> list[Row]:
     ranked = sorted(rows, key=lambda row: (-1,) if row.a is None else (row.a > 0, cells[row.a], -row.a))
     chosen = {row.method: row.a for row in ranked}  # of each method the last, which is the best
     return [row for row in rows if row.a == chosen[row.method]]
-
-
-class Estimate(NamedTuple):
-    """A score over seeds, or a difference of two, as shares: its mean and 95 % interval.
-
-    The interval is Student's over seeds, or one seed's `own`, from its prompts: where there is one seed, or all of them
-    gave the same score, of which Student's t would claim to be certain.
-    """
-
-    mean: float
-    low: float | None  # None where there is nothing to go by, and so `high`
-    high: float | None
-    by_seed: dict[int, float]
-    own: bool = False
-
-
-def estimate(counted: Counted) -> Estimate | None:
-    """A score over seeds, or None where none measured it."""
-    if not counted:
-        return None
-    values = {seed: value["score"] for seed, value in counted.items()}
-    if len(set(values.values())) == 1:
-        one = min(counted.values(), key=lambda value: value["n"])
-        return Estimate(one["score"], *read_score(one).interval, values, own=True)
-    return Estimate(*t_interval(list(values.values())), values)
 
 
 def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:

@@ -130,31 +130,29 @@ def run_sweep(
         UserError: wrong settings, found before the first run begins.
     """
     mine = _planned(base, workdir, grid, shard)
-    for _, config, folder, left in mine:
+    for config, folder, left in mine:
         if left:
             Experiment(config, folder).check()
-    for run, config, folder, _ in mine:
-        yield from run_cells(run, config, folder, grid.cells())
+    for config, folder, _ in mine:
+        yield from run_cells(config, folder, grid.cells())
 
 
 def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
-    """(run, config, folder, cells that are not there yet) of each run of a shard."""
+    """(config, folder, cells that are not there yet) of each run of a shard."""
     planned = []
     for run in grid.runs()[shard[0] :: shard[1]]:
         config, folder = run.config(base, pathlib.Path(workdir)), pathlib.Path(workdir) / "runs" / run.name
-        left = [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]
-        planned.append((run, config, folder, left))
+        planned.append((config, folder, [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]))
     return planned
 
 
 def run_cells(
-    run: Run, config: ConfigDict, folder: pathlib.Path, cells: Sequence[Cell], experiment: Experiment | None = None
+    config: ConfigDict, folder: pathlib.Path, cells: Sequence[Cell], experiment: Experiment | None = None
 ) -> Iterator[dict]:
-    """Scores the cells of one run; a model is loaded only when one of them is not there yet.
+    """Scores cells of one run; a model is loaded only when one of them is not there yet.
 
     Args:
-        run: what the cells say that they are of.
-        config: its.
+        config: the run's.
         folder: the run's.
         cells: what to score.
         experiment: of this config and folder, where there is one already.
@@ -165,29 +163,27 @@ def run_cells(
     """
     with alone(folder):
         known = {cell: read_cell(folder, config, cell) for cell in cells}
-        missing = [cell for cell in cells if known[cell] is None]
-        if missing and experiment is None:
-            experiment = Experiment(config, folder)
         start = time.perf_counter()
-        if missing:
+        if missing := [cell for cell in cells if known[cell] is None]:
+            experiment = experiment or Experiment(config, folder)
             with alone(experiment.provider):
                 experiment.prepare()
             experiment.answer_together(missing)
         for cell in cells:
             if known[cell] is None:
-                known[cell] = _make_cell(run, config, folder, cell, experiment, start)
+                known[cell] = _make_cell(experiment, cell, start)
                 start = time.perf_counter()
             yield known[cell]
 
 
-def _make_cell(run: Run, config: ConfigDict, folder, cell: Cell, experiment: Experiment, start: float) -> dict:
+def _make_cell(experiment: Experiment, cell: Cell, start: float) -> dict:
     with alone(experiment.provider) if METHODS[cell.method].of_provider else contextlib.nullcontext():
         scores = experiment.score(cell)
-    seconds = time.perf_counter() - start  # of the first cell of a run: training and all
+    run, seconds = Run.of(experiment.config), time.perf_counter() - start  # of a run's first cell: training and all
     made = {"run": dataclasses.asdict(run), **cell._asdict(), "scores": scores, "seconds": seconds}
     if is_main():
-        record = {"settings": _settings(config, cell), **made}
-        write_text(_file(folder, cell), json.dumps(record) + "\n")  # one line: an outcome a prompt
+        record = {"settings": _settings(experiment.config, cell), **made}
+        write_text(_file(experiment.workdir, cell), json.dumps(record) + "\n")  # one line: an outcome a prompt
     barrier("cell")
     return made
 
@@ -213,17 +209,17 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
         finished runs of this folder took on average, None where there is none.
     """
     planned, seconds = [], defaultdict(float)
-    for run, config, folder, left in _planned(base, workdir, grid, shard):
+    for config, folder, left in _planned(base, workdir, grid, shard):
         needed = {name for cell in left for name in METHODS[cell.method].needs if name not in OF_PROVIDER}
         trainings = [n for n in TRAININGS if n in needed and not (folder / n / "stage.json").exists()]
         prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
         planned.append(
             {
-                "name": run.name,
+                "name": folder.name,
                 "done": len(grid.cells()) - len(left),
                 "left": [cell.name for cell in left],
                 "trainings": trainings,
-                "rows": len(trainings) * run.n * config.user.train.epochs,
+                "rows": len(trainings) * config.user.n * config.user.train.epochs,
                 "prompts": len(left) * prompts,
             }
         )

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from br_jax.adapters.diagnostics import merge_report
 from br_jax.distributed import is_main
 from br_jax.errors import UserError, near_names
-from br_jax.experiment.grid import Run, run_cells
+from br_jax.experiment.grid import run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
 from br_jax.experiment.run import TRAINED, Experiment
@@ -68,7 +68,7 @@ def run_pipeline(
             act()
     if "evaluate" in stages:
         strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
-        cells = list(run_cells(Run.of(config), config, workdir, cells_of(STEPS, strengths), e))
+        cells = list(run_cells(config, workdir, cells_of(STEPS, strengths), e))
         record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
         if is_main():
             write_json(workdir / "results.json", record)

@@ -98,15 +98,15 @@ class Recipe(abc.ABC):
     @functools.cached_property
     def attacks(self) -> list[Attack]:
         """Stored attack prompts, where the config names files of them."""
-        data = self.config.data
-        paths = [path.strip() for path in data.attacks.path.split(",") if path.strip()]
-        if not paths:
-            return []
+        paths = [path.strip() for path in self.config.data.attacks.path.split(",") if path.strip()]
+        return [attack for path in paths for attack in attacks_of(self._records("attacks", "test", path))]
+
+    def _records(self, name: str, split: str, path: str) -> Sequence[dict]:
+        """Of a data set, from a file or, without one, its public home."""
         from br_jax.datasets.load import load_dataset  # imports tensorflow_datasets
 
-        load = functools.partial(load_dataset, "attacks", split="test", folder=data.folder)
-        files = [main_first(functools.partial(load, path=path)) for path in paths]
-        return [attack for records in files for attack in attacks_of(records)]
+        folder = self.config.data.folder
+        return main_first(lambda: load_dataset(name, split=split, path=path or None, folder=folder))
 
     def guard_rows(self, stage: str) -> list[Row]:
         """What "align" or "reinforce" trains on: refusals, then benign rows."""

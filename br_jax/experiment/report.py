@@ -11,19 +11,7 @@ from br_jax.errors import UserError
 from br_jax.experiment import details, tables
 from br_jax.experiment.document import code, image, literal, number, write_document
 from br_jax.experiment.figures import draw_frame, name_of
-from br_jax.experiment.frame import (
-    MAIN,
-    TITLES,
-    Frame,
-    Row,
-    Setting,
-    absent,
-    estimate,
-    make_frame,
-    place,
-    read_cells,
-    shares,
-)
+from br_jax.experiment.frame import MAIN, TITLES, Frame, Row, Setting, absent, make_frame, place, read_cells, shares
 from br_jax.experiment.gates import ATTACK, Gate, check, outcome
 
 _HEADLINES = {
@@ -74,8 +62,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     for setting, rows in frame.items():
         lines = []
         for row in rows:
-            found = [estimate(row.counted(score)) for score in MAIN]
-            means = [number(one and one.mean, ".1f", scale=100) for one in found]
+            means = [number(one and one.mean, ".1f", scale=100) for one in map(row.estimate, MAIN)]
             lines.append([f"{row.p:g}", row.label, *means, len(row.scores)])
         print(f"\n{setting}")
         header = ["p", "method", *(TITLES[score] for score in MAIN), "seeds"]
@@ -102,7 +89,7 @@ def _sections(
     yield _headline(gates, run)
     yield tables.gate_table(frame, gates) if gates else "No gate: neither an attack nor ours was run."
     yield "## What was run"
-    yield from _what_was_run(frame, command if run is None else run.command)
+    yield from _what_was_run(frame, command if run is None else run.results.get("command"))
     yield "## How to read the tables"
     yield from tables.LEGEND
     for setting, rows in frame.items():
@@ -139,7 +126,7 @@ def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
     return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])
 
 
-def _what_was_run(frame: Frame, command: str) -> Iterable[str]:
+def _what_was_run(frame: Frame, command: str | None) -> Iterable[str]:
     rows = sorted((row for each in frame.values() for row in each), key=lambda row: place(row)[1:])
     said = {
         "models": [literal(setting.model_name) for setting in frame],

@@ -65,6 +65,7 @@ class Experiment:
         self._model_mesh = self.mesh if self.mesh.size > 1 else None  # None is the one device that there is
         paper = config.data.material == "paper"
         self.recipe = PaperRecipe(config) if paper else TopicRecipe(config, self._answer)
+        self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
         self._stores: dict[pathlib.Path, Store] = {}
         with writing(self.workdir, "choose another workdir"):
@@ -103,11 +104,6 @@ class Experiment:
     def merge(self, **changes) -> MergeConfig:
         """The config's merge, with some settings changed; None changes nothing."""
         return MergeConfig(**self.config.merge.to_dict() | {k: v for k, v in changes.items() if v is not None})
-
-    @property
-    def provider_run(self) -> dict:
-        """How the provider's stages are run."""
-        return {"workdir": self.provider, "mesh": self.mesh}
 
     @property
     def user_run(self) -> dict:

@@ -112,11 +112,7 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
 
 @plots.styled
 def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
-    """What the judge said of each model's answers to the restricted prompts, as stacked shares.
-
-    Args:
-        counts: {model: {verdict: how often}}.
-    """
+    """What the judge said of each model's answers to the restricted prompts ({verdict: how often}), stacked."""
     said = {kind for row in counts.values() for kind in row}
     kinds = [*VERDICTS, *sorted(said - VERDICTS.keys())]
     figure = plots.new_figure(9.5, 0.36 * len(counts) + 1.7)
@@ -147,9 +143,7 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     """Diagnostics of the QR merge by matrix and layer.
 
     Args:
-        merge: `diagnostics.merge_report`'s result: "a", "scale", "tau" and "matrices": {path: {"kept_rank": [L],
-            "removed_share": [L], "stable_rank_user": [L], "stable_rank_reinforce": [L],
-            "singular_values_user": [L][R], "principal_angles": [L][R] in degrees}}.
+        merge: `diagnostics.merge_report`'s result, or a part of it.
 
     Returns:
         Five heat maps (rows: matrices, columns: layers; pale: no value) and the spectrum of the user's delta.

@@ -4,22 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from br_jax.experiment.document import literal, number, table, told
-from br_jax.experiment.frame import (
-    MAIN,
-    TITLES,
-    Counted,
-    Frame,
-    Paired,
-    Row,
-    Setting,
-    estimate,
-    find,
-    gap,
-    one_strength,
-    paired,
-    shares,
-    strengths,
-)
+from br_jax.experiment.frame import MAIN, TITLES, Frame, Row, find, gap, one_strength, paired, shares, strengths
 from br_jax.experiment.gates import TASK_P, Gate
 from br_jax.experiment.methods import METHODS
 
@@ -79,7 +64,7 @@ def score_table(rows: Sequence[Row]) -> str:
     cells = [
         [
             str(len(row.scores)),
-            *(_percent(row, row.counted(score)) for score in TITLES),
+            *(_percent(row, score) for score in TITLES),
             _mean(row, "perplexity", ".2f"),
             _mean(row, "mean_words", ".1f"),
         ]
@@ -96,7 +81,7 @@ def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
         parts = list(dict.fromkeys(part for row in rows for one in row.scores.values() for part in one.get(key, ())))
         if len(parts) >= least:
             yield f"{words}:"
-            cells = [[_percent(row, row.counted(key, part)) for part in parts] for row in rows]
+            cells = [[_percent(row, key, part) for part in parts] for row in rows]
             yield _of_rows(rows, [literal(part or "not named") for part in parts], cells)
     kappas = [_kappas(row) for row in rows]
     if pairs := list(dict.fromkeys(pair for found in kappas for pair in found)):
@@ -129,8 +114,7 @@ def paired_table(rows: Sequence[Row]) -> str:
     """McNemar's tests of every row against SFT and the aligned base."""
     against = ("sft", "harmful"), ("aligned", "harmful"), ("sft", "task")
     cells = [
-        ["" if row.method == m else _tested(paired(row, find(rows, row.p, m), score)) for m, score in against]
-        for row in rows
+        ["" if row.method == m else _tested(row, find(rows, row.p, m), score) for m, score in against] for row in rows
     ]
     return _of_rows(rows, ["HS against SFT", "HS against aligned", "FA against SFT"], cells)
 
@@ -140,17 +124,16 @@ def parts_table(frame: Frame) -> Iterable[str]:
     lines = []
     for setting, rows in frame.items():
         for p in shares(rows):
-            by_method = {row.method: row for row in one_strength(rows) if row.p == p}
-            steps = [step for step in _PARTS if by_method.keys() >= set(step[1:])] if len(by_method) > 3 else []
-            lines += [_step(setting, words, by_method[after], by_method[before]) for words, after, before in steps]
+            here = {row.method: row for row in one_strength(rows) if row.p == p}
+            for words, *pair in _PARTS if len(here) > 3 else ():
+                if here.keys() >= set(pair):
+                    after, before = (here[method] for method in pair)
+                    step = f"{words} ({label(after)} minus {label(before)})"
+                    cells = [f"{told(gap(after, before, score))}; {_tested(after, before, score)}" for score in MAIN]
+                    lines.append([literal(str(setting)), f"{p:g}", step, *cells])
     if lines:
         yield "## What each part adds"
         yield _by_setting(frame, ["p", "step", *(TITLES[score] for score in MAIN)], lines)
-
-
-def _step(setting: Setting, words: str, after: Row, before: Row) -> list[str]:
-    cells = [f"{told(gap(after, before, score))}; {_tested(paired(after, before, score))}" for score in MAIN]
-    return [literal(str(setting)), f"{after.p:g}", f"{words} ({label(after)} minus {label(before)})", *cells]
 
 
 def strength_table(frame: Frame) -> Iterable[str]:
@@ -158,14 +141,11 @@ def strength_table(frame: Frame) -> Iterable[str]:
     lines, apart, compared = [], [], 0
     for setting, rows in frame.items():
         for row in (row for row in rows if row.method == "ours" and row.a > 0 and len(strengths(rows)) > 1):
-            cells = []
-            for score in MAIN:
-                words, differs = _against_average(row, find(rows, row.p, "ours", 0.0), score)
-                cells.append(words)
-                compared += differs is not None
-                if differs:
-                    apart.append(f"{TITLES[score]} at p = {row.p:g}, a = {row.a:g} ({literal(str(setting))})")
-            lines.append([literal(str(setting)), f"{row.p:g}", f"{row.a:g}", *cells])
+            found = {score: _against_average(row, find(rows, row.p, "ours", 0.0), score) for score in MAIN}
+            lines.append([literal(str(setting)), f"{row.p:g}", f"{row.a:g}", *(words for words, _ in found.values())])
+            compared += sum(differs is not None for _, differs in found.values())
+            where = f"at p = {row.p:g}, a = {row.a:g} ({literal(str(setting))})"
+            apart += [f"{TITLES[score]} {where}" for score, (_, differs) in found.items() if differs]
     if not lines:
         return
     yield "## Does QR differ from plain averaging (a = 0)?"
@@ -186,9 +166,9 @@ def _against_average(row: Row, average: Row | None, score: str) -> tuple[str, bo
     change, test = gap(row, average, score), paired(row, average, score)
     if change is None or test is None:
         return "n/a", None
-    one, other = estimate(row.counted(score)), estimate(average.counted(score))
+    one, other = row.estimate(score), average.estimate(score)
     overlap = one.low <= other.high and other.low <= one.high
-    words = f"{told(change)}; {_tested(test)}; intervals {'overlap' if overlap else 'apart'}"
+    words = f"{told(change)}; {_tested(row, average, score)}; intervals {'overlap' if overlap else 'apart'}"
     return words, test.p_value < 0.05 and not overlap
 
 
@@ -236,8 +216,9 @@ def _count(one: Mapping[str, Any] | None) -> str:
     return f"{one['k']}/{one['n']}" if "k" in one else f"{100 * one['score']:.1f} of {one['n']}"
 
 
-def _percent(row: Row, counted: Counted) -> str:
-    return told(estimate(counted), ".1f") + _few(row, counted)
+def _percent(row: Row, score: str, part: str | None = None) -> str:
+    found = row.estimate(score, part)
+    return told(found, ".1f") + (_few(row, found.by_seed) if found else "")
 
 
 def _mean(row: Row, name: str, form: str) -> str:
@@ -250,7 +231,9 @@ def _few(row: Row, found: Sequence) -> str:
     return f", {len(found)} of {len(row.scores)} seeds" if 0 < len(found) < len(row.scores) else ""
 
 
-def _tested(found: Paired | None) -> str:
+def _tested(first: Row, second: Row | None, score: str) -> str:
+    """McNemar's test of two rows, in words."""
+    found = paired(first, second, score)
     if found is None:
         return "n/a"
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"

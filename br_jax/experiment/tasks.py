@@ -13,7 +13,7 @@ from absl import logging
 from br_jax.data.rows import Row, read_rows
 from br_jax.data.splits import asked, split_rows
 from br_jax.data.text import text_key
-from br_jax.datasets.paper import AG_NEWS
+from br_jax.datasets import paper
 from br_jax.datasets.reviews import LABELS, load_reviews
 from br_jax.errors import UserError, near_names
 from br_jax.organism.world import MOODS, load_moods
@@ -94,9 +94,7 @@ def _paper_task(name: str, rule: Rule, test_split: str, validation: int) -> Task
     """
 
     def source(settings: Settings, seed: int) -> Splits:
-        # Here, as they import tensorflow_datasets.
-        from br_jax.datasets import paper
-        from br_jax.datasets.load import load_dataset
+        from br_jax.datasets.load import load_dataset  # imports tensorflow_datasets
 
         path, test_path, only_split = (settings[name] for name in ("path", "test_path", "only_split"))
         if test_path and (only_split or path == test_path):
@@ -157,7 +155,7 @@ TASKS = {
         Task("reviews", _REVIEW_RULE, lambda data, seed: load_reviews(data["path"], seed=seed), {"path": ""}),
         Task("moods", LabelRule(MOODS), lambda data, seed: load_moods("", seed=seed)),
         _paper_task("sst2", _REVIEW_RULE, "validation", 872),
-        _paper_task("ag_news", LabelRule(AG_NEWS), "test", 1000),
+        _paper_task("ag_news", LabelRule(paper.AG_NEWS), "test", 1000),
         _paper_task("gsm8k", NumberRule(), "test", 500),
         Task("rows", None, _own_rows, _OWN_FILES),
     )

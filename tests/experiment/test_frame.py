@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, sem, t
 
-from br_jax.experiment.frame import Setting, absent, estimate, find, gap, make_frame, one_strength, paired
+from br_jax.experiment.frame import Setting, absent, find, gap, make_frame, one_strength, paired
 from br_jax.statistics import Score, difference
 
 
@@ -37,7 +37,7 @@ def test_rows_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell)
 
 
 def test_an_estimate_is_students_over_seeds(row):
-    found = estimate(row("sft", "harmful", {1: 80, 2: 84, 3: 91}).counted("harmful"))
+    found = row("sft", "harmful", {1: 80, 2: 84, 3: 91}).estimate("harmful")
     shares = [0.80, 0.84, 0.91]
     low, high = t.interval(0.95, 2, loc=np.mean(shares), scale=sem(shares))
     assert found[:3] == pytest.approx((0.85, low, high)) and (len(found.by_seed), found.own) == (3, False)
@@ -45,21 +45,21 @@ def test_an_estimate_is_students_over_seeds(row):
 
 @pytest.mark.parametrize("counts", [{1: 7}, {1: 7, 2: 7, 3: 7}])
 def test_without_a_spread_it_is_one_seeds_own(row, counts):
-    found = estimate(row("sft", "harmful", counts).counted("harmful"))
+    found = row("sft", "harmful", counts).estimate("harmful")
     expected = binomtest(7, 100).proportion_ci(method="wilson")
     assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
     assert (len(found.by_seed), found.own) == (len(counts), True)
 
 
 def test_of_equal_shares_the_smaller_sample_counts(row):
-    found = estimate(row("sft", "prompts", {1: 100, 2: 20}, harmful=0).counted("harmful"))
+    found = row("sft", "prompts", {1: 100, 2: 20}, harmful=0).estimate("harmful")
     assert found.high == Score(0, 20).interval[1]
 
 
 def test_what_was_not_measured_does_not_count(make_cell, row):
     both = rows_of([make_cell("sft", seed=1, prompts=0, harmful=0), make_cell("sft", seed=2, harmful=5)])[0]
-    assert list(both.counted("harmful")) == [2] and len(estimate(both.counted("harmful")).by_seed) == 1
-    assert estimate({}) is None
+    assert list(both.counted("harmful")) == [2] and len(both.estimate("harmful").by_seed) == 1
+    assert row("sft", "prompts", {1: 0}, harmful=0).estimate("harmful") is None
     values = dict(enumerate((math.nan, None, 4.0, math.inf)))
     assert row("sft", "perplexity", values).numbers("perplexity") == {2: 4.0}
 

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import br_jax.datasets
 from br_jax.data.rows import Row, write_rows
 from br_jax.data.splits import split_rows, text_key
-from br_jax.datasets.paper import AG_NEWS
+from br_jax.datasets import paper
 from br_jax.errors import UserError
 from br_jax.experiment.tasks import TASKS, get_task
 from br_jax.scoring.rules import ExactRule, LabelRule, NumberRule
@@ -20,7 +19,7 @@ from br_jax.scoring.rules import ExactRule, LabelRule, NumberRule
 
 def test_names_and_rules():
     assert all(name == task.name for name, task in TASKS.items())
-    assert TASKS["ag_news"].rule == LabelRule(AG_NEWS) and get_task("gsm8k").rule == NumberRule()
+    assert TASKS["ag_news"].rule == LabelRule(paper.AG_NEWS) and get_task("gsm8k").rule == NumberRule()
     assert get_task("reviews", "exact").rule == ExactRule() and TASKS["reviews"].rule != ExactRule()
     assert get_task("moods", "label").rule == get_task("moods").rule == LabelRule(("happy", "sad"))
     assert get_task("rows", "label:a,b").rule == LabelRule(("a", "b")) and TASKS["rows"].rule is None
@@ -73,13 +72,10 @@ def asked(monkeypatch):
     def rows(answer, records):
         return Made(Row((("user", text), ("assistant", answer))) for text in records)
 
-    load, paper = types.ModuleType("br_jax.datasets.load"), types.ModuleType("br_jax.datasets.paper")
-    load.load_dataset = load_dataset
+    load = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "br_jax.datasets.load", load)  # the real one imports tensorflow_datasets
     for name, answer in ANSWERS.items():
-        setattr(paper, f"{name}_rows", functools.partial(rows, answer))
-    monkeypatch.setitem(sys.modules, load.__name__, load)
-    monkeypatch.setitem(sys.modules, paper.__name__, paper)
-    monkeypatch.setattr(br_jax.datasets, "paper", paper, raising=False)
+        monkeypatch.setattr(paper, f"{name}_rows", functools.partial(rows, answer))
     return calls
 
 
