@@ -3,6 +3,7 @@
 Of training, this file alone touches Orbax.
 """
 
+import contextlib
 import pathlib
 import shutil
 
@@ -89,4 +90,5 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with contextlib.suppress(OSError, ValueError):  # what `wait` has told
+                self._manager.close()
