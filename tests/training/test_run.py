@@ -148,7 +148,7 @@ def test_two_buckets_compile_twice_and_a_second_epoch_never(tmp_path, tiny, rows
 def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick):
     """Six steps, of batches that do not divide the rows, in packed rows longer than any row may be."""
     whole, adapters, found, counts = make_mesh(devices=jax.devices()[:1]), [], [], []
-    for packing, parts, mesh in ((0, 1, whole), (40, 1, whole), (400, 1, whole), (64, 2, make_mesh(2, 2, 2))):
+    for packing, parts, mesh in ((0, 1, whole), (400, 1, whole), (64, 2, make_mesh(2, 2, 2))):
         config = quick(steps=6, batch_size=8, learning_rate=1e-3, max_length=26, packing=packing, accumulation=parts)
         folder = tmp_path / str(packing)
         adapters.append(train(tiny, rows[:13], config, folder, mesh=mesh, probes={"benign": rows[13:]}).weights)
