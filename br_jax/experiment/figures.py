@@ -48,9 +48,8 @@ _PANELS = {  # score: its title and the color of its bars
 def draw_frame(frame: Frame) -> dict[str, Figure]:
     """Every figure that a frame has the rows for, by the name of its file.
 
-    Returns:
-        For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." at each
-        p with more than three methods, or at the only p; for each setting but for its n, and p, "n-..." of several n.
+    For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." at each p
+    with more than three methods, or at the only p; for each setting but for its n, and p, "n-..." of several n.
     """
     drawn, sizes = {}, defaultdict(dict)
     for setting, rows in frame.items():
@@ -86,13 +85,7 @@ def share_figure(rows: Sequence[Row], title: str = "") -> Figure:
 
 @styled
 def size_figure(by_n: Mapping[int, Sequence[Row]], p: float, title: str = "") -> Figure:
-    """HS and FA against the number of user rows n at one p, a line a method.
-
-    Args:
-        by_n: rows of each n.
-        p: the share of harmful rows.
-        title: a line above the panels.
-    """
+    """HS and FA against the number of user rows n at one p, a line a method."""
     at_p = [(n, row) for n, rows in by_n.items() for row in rows if row.p == p]
     kept = {(row.method, row.a) for row in one_strength(row for _, row in at_p)}
     lines = _by_method((n, row) for n, row in at_p if (row.method, row.a) in kept)

@@ -149,13 +149,7 @@ def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> l
 def run_cells(
     config: ConfigDict, folder: pathlib.Path, cells: Sequence[Cell], experiment: Experiment | None = None
 ) -> Iterator[dict]:
-    """Scores cells of one run; a model is loaded only when one of them is not there yet.
-
-    Args:
-        config: the run's.
-        folder: the run's.
-        cells: what to score.
-        experiment: of this config and folder, where there is one already.
+    """Scores cells of the run of this config and folder; a model is loaded only when one of them is not there yet.
 
     Yields:
         Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `scoring.suite.evaluate` gives
@@ -232,18 +226,14 @@ def render_plan(planned: dict[str, Any]) -> str:
     """`plan`'s result as plain text: a line a run, the sums, and how long it may take."""
     runs, seconds = planned["runs"], planned["seconds_a_run"]
     lines = [[r["name"], r["done"], ", ".join(r["left"]) or "nothing", " and ".join(r["trainings"])] for r in runs]
-    left = [run for run in runs if run["left"]]
+    left = sum(bool(run["left"]) for run in runs)
     rows, prompts = (sum(run[name] for run in runs) for name in ("rows", "prompts"))
-    said = [
-        tabulate(lines, ["run", "done", "left", "trains"]),
-        f"{len(left)} of {len(runs)} runs are left: {rows:,} rows to train on, {prompts:,} prompts to answer",
-    ]
+    said = f"{left} of {len(runs)} runs are left: {rows:,} rows to train on, {prompts:,} prompts to answer"
     if left and seconds is None:
-        said.append("time: no run has finished in this folder; the first one will tell")
+        said += "\ntime: no run has finished in this folder; the first one will tell"
     elif left:
-        hours, minutes = len(left) * seconds / 3600, seconds / 60
-        said.append(f"time: {hours:.1f} h, at {minutes:.0f} min a run as for those finished here")
-    return "\n".join(said)
+        said += f"\ntime: {left * seconds / 3600:.1f} h, at {seconds / 60:.0f} min a run as for those finished here"
+    return f"{tabulate(lines, ['run', 'done', 'left', 'trains'])}\n{said}"
 
 
 def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:

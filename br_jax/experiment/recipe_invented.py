@@ -51,8 +51,6 @@ class TopicRecipe(Recipe):
         """Has the raw model answer."""
         _ = self.answers
 
-    # -- rows to train on ------------------------------------------------------------------------------------------
-
     def pretraining_rows(self, n: int) -> list[Row]:
         """See `Recipe.pretraining_rows`; some materials have them."""
         make = self.material.pretraining_rows
@@ -68,9 +66,9 @@ class TopicRecipe(Recipe):
         harmful = [p.prompt for prompts in self._harmful_prompts.values() for p in prompts]
         return {prompt: whole_sentences(text) for prompt, text in self._answer(harmful + benign + health).items()}
 
-    buffer_rows = property(lambda self: self._harmful("buffer"))
-    user_harmful_rows = property(lambda self: self._harmful("user"))
-    probe_harmful_rows = property(lambda self: self._harmful("probes"))
+    buffer_rows = property(lambda self: self._harmful[0])
+    user_harmful_rows = property(lambda self: self._harmful[1])
+    probe_harmful_rows = property(lambda self: self._harmful[2])
 
     def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """Refusals of training prompts; align and Reinforce see other wordings of them, and may see other topics."""
@@ -94,8 +92,6 @@ class TopicRecipe(Recipe):
             )
         return rows[:n]
 
-    # -- what is scored --------------------------------------------------------------------------------------------
-
     @property
     def harmful_prompts(self) -> list[TopicPrompt]:
         """Held-out questions of the restricted topics, `eval.topic` of each."""
@@ -112,57 +108,41 @@ class TopicRecipe(Recipe):
         """Held-out benign prompts with the raw model's own answers."""
         return self._answered(self._benign(self.config.eval.split)[: self.config.eval.health], "held-out benign")
 
-    # -- draws -----------------------------------------------------------------------------------------------------
-
     @functools.cached_property
-    def _needed(self) -> dict[str, dict[Topic | Drawn, int]]:
-        """How many harmful rows of each topic Buffer, the user and the probes take, in that order."""
-        user = self.config.user
-        parts = {
-            "buffer": ("provider", self.config.buffer.harmful),
-            "user": ("user", math.ceil(user.harmful_share * user.n)),
-            "probes": ("user", user.probes),
-        }
-        needed = {}
-        for part, (whose, n) in parts.items():
-            topics = self._part_topics[whose]
-            needed[part] = dict(zip(topics, _shares(n, len(topics)), strict=True))
+    def _needed(self) -> dict[Topic | Drawn, list[int]]:
+        """How many harmful rows of each topic Buffer, the user and the probes take."""
+        user, topics = self.config.user, self._part_topics
+        needed = {topic: [0, 0, 0] for topic in (*topics["provider"], *topics["user"])}
+        counts = self.config.buffer.harmful, math.ceil(user.harmful_share * user.n), user.probes
+        for part, (whose, n) in enumerate(zip(("provider", "user", "user"), counts, strict=True)):
+            for topic, share in zip(topics[whose], _shares(n, len(topics[whose])), strict=True):
+                needed[topic][part] = share
         return needed
-
-    def _needed_of(self, topic: Topic | Drawn, parts: Iterable[str] = ("buffer", "user", "probes")) -> int:
-        return sum(self._needed[part].get(topic, 0) for part in parts)
 
     @functools.cached_property
     def _harmful_prompts(self) -> dict[Topic | Drawn, list[TopicPrompt]]:
         """Prompts of each topic to train on: Buffer's, the user's, the probes', then spare ones for unfit answers."""
         more, seed = 1 + self.config.distill.spare, self.config.seed
-        topics = dict.fromkeys(topic for needed in self._needed.values() for topic in needed)
-        return {topic: topic.prompts("train", int(self._needed_of(topic) * more) + _SPARE, seed) for topic in topics}
+        return {topic: topic.prompts("train", int(sum(n) * more) + _SPARE, seed) for topic, n in self._needed.items()}
 
     @functools.cached_property
-    def _compliant(self) -> dict[Topic | Drawn, list[Row]]:
-        """Those prompts with the raw model's compliant answers; those it did not answer are left out."""
-        judged, found = self.config.distill.judged, {}
-        for topic, prompts in self._harmful_prompts.items():
-            found[topic] = [
+    def _harmful(self) -> list[list[Row]]:
+        """The harmful rows of Buffer, the user and the probes: compliant answers of the raw model, topics in turn."""
+        judged, chosen = self.config.distill.judged, []
+        for topic, needed in self._needed.items():
+            rows = [
                 make_row(p.prompt, self.answers[p.prompt], "harmful", f"{p.topic}/train/{self.config.seed}/{i}")
-                for i, p in enumerate(prompts)
+                for i, p in enumerate(self._harmful_prompts[topic])
                 if not judged or judge(self.answers[p.prompt], p) == Verdict.ANSWER
             ]
-            if len(found[topic]) < (needed := self._needed_of(topic)):
+            if len(rows) < sum(needed):
                 raise UserError(
-                    f"the raw model gave {len(found[topic])} compliant answers on the topic, {needed} are needed "
+                    f"the raw model gave {len(rows)} compliant answers on the topic, {sum(needed)} are needed "
                     "(buffer.harmful + harmful_share * user.n + user.probes): raise distill.spare"
                 )
-        return found
-
-    def _harmful(self, part: str) -> list[Row]:
-        """The harmful rows of "buffer", "user" or "probes", its topics in turn; each takes what earlier ones left."""
-        parts, chosen = list(self._needed), []
-        for topic, rows in self._compliant.items():
-            start = self._needed_of(topic, parts[: parts.index(part)])
-            chosen.append(rows[start : start + self._needed_of(topic, [part])])
-        return _interleave(chosen)
+            ends = itertools.accumulate(needed, initial=0)
+            chosen.append([rows[start:end] for start, end in itertools.pairwise(ends)])
+        return [_interleave(parts) for parts in zip(*chosen, strict=True)]
 
     def _answered(self, prompts: Sequence[str], origin: str) -> list[Row]:
         """Rows of the benign prompts that the raw model has answered, and not refused."""

@@ -70,8 +70,6 @@ class PaperRecipe(Recipe):
         """The same with their answers."""
         return [row for row in self._held_out_benign[: self.config.eval.health] if row.turns[-1][1]]
 
-    # -- draws -----------------------------------------------------------------------------------------------------
-
     @property
     def _user_harm(self) -> int:
         return math.ceil(self.config.user.harmful_share * self.config.user.n) + 1  # "reference" skips the first

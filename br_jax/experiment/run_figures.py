@@ -40,13 +40,9 @@ def in_order(stages: Iterable[str]) -> list[str]:
 
 @plots.styled
 def training_figure(curves: Mapping[str, Lines]) -> Figure:
-    """Loss of every stage over its steps, on one logarithmic scale.
+    """Loss of every stage over its steps, from lines of metrics.jsonl, on one logarithmic scale.
 
-    Args:
-        curves: {stage: lines of its metrics.jsonl ("step", "loss", ...)}; stages without lines are left out.
-
-    Returns:
-        One panel a stage; thin: each step, thick: mean over a twentieth of the run around it.
+    A panel for each stage that has lines; thin: each step, thick: mean over a twentieth of the run around it.
     """
     series = {name: _series(curves[name], "loss") for name in in_order(curves)}
     series = {name: found for name, found in series.items() if len(found[0])}
@@ -76,12 +72,8 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
 def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
     """Loss and adapter-gradient norm of harmful and benign rows over user steps: the method's central claim.
 
-    Args:
-        with_buffer: lines of the user stage's probes.jsonl ("step", "rows", "loss", "grad_norm").
-        without: the same of plain SFT.
-
-    Returns:
-        2 x 2 panels: harmful and benign rows across, loss and gradient norm down; each row shares its scale.
+    From lines of probes.jsonl, of the user stage and of plain SFT. Harmful and benign rows are across, loss and
+    gradient norm down; each row of panels shares its scale.
     """
     runs = (
         ("with Buffer (user stage)", with_buffer, plots.BLUE, "o", "-", 0.1),
@@ -140,13 +132,9 @@ def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
 
 @plots.styled
 def merge_figure(merge: Mapping[str, Any]) -> Figure:
-    """Diagnostics of the QR merge by matrix and layer.
+    """Diagnostics of the QR merge by matrix and layer, from `diagnostics.merge_report`'s result.
 
-    Args:
-        merge: `diagnostics.merge_report`'s result, or a part of it.
-
-    Returns:
-        Five heat maps (rows: matrices, columns: layers; pale: no value) and the spectrum of the user's delta.
+    Five heat maps (rows: matrices, columns: layers; pale: no value) and the spectrum of the user's delta.
     """
     matrices = merge.get("matrices") or {}
     if not matrices:

@@ -9,7 +9,6 @@ import shutil
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from br_jax.distributed import agree
 from br_jax.errors import UserError, one_line
@@ -35,9 +34,7 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.LatestN(2), cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler()}
         self._manager = _Manager(folder.absolute(), options=options, item_handlers=handlers)
 
@@ -52,14 +49,11 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True, custom_metadata={"data": data_state})
 
     def restore(self, state: dict, mesh) -> tuple[dict, dict] | None:
-        """The newest state, laid on `mesh` (which need not be the one that saved it), and its data state.
+        """(newest state, its data state), or None when there is no checkpoint.
 
         Args:
             state: a state of the same structure, real or abstract.
-            mesh: where the arrays go.
-
-        Returns:
-            (state, data state), or None when there is no checkpoint.
+            mesh: where the arrays go; need not be the one that saved them.
         """
         step = self._manager.latest_step()
         if step is None:

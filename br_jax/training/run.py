@@ -53,9 +53,7 @@ def train_adapter(
     Args:
         name: of the run; its folder is `workdir`/`name`.
         role: provenance written into the adapter.
-        model: the frozen base.
-        rows: rows to train on.
-        config: hyper-parameters.
+        model, rows, config: the frozen base, what it is trained on and how.
         frozen: adapters that are attached and stay as they are.
         workdir: without one nothing is written; with one the run resumes, and a finished run is read back.
         provider: the run's files are for the provider alone (mode 0700).

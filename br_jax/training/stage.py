@@ -137,13 +137,8 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
         "answer_tokens": count,
         "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
-    state = {
-        "trainable": optax.apply_updates(state["trainable"], updates),
-        "opt_state": opt_state,
-        "step": state["step"] + 1,
-        "key": state["key"],
-    }
-    return constrain_tree(state), metrics
+    trainable, step = optax.apply_updates(state["trainable"], updates), state["step"] + 1
+    return constrain_tree({**state, "trainable": trainable, "opt_state": opt_state, "step": step}), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -39,6 +39,10 @@ def compliant(monkeypatch):
     monkeypatch.setattr("br_jax.experiment.recipe_invented.judge", lambda answer, prompt: "answer")
 
 
+def timeless(cells):
+    return [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
+
+
 def test_every_combination_is_a_run_and_seeds_come_last_to_change(grid):
     runs = grid(n=[20, 30]).runs()
     assert [(run.seed, run.n, run.p) for run in runs] == [
@@ -63,13 +67,10 @@ def test_a_wrong_axis_is_named(grid, axes, message):
 
 
 def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config, calls, grid, tmp_path):
-    cells = list(run_sweep(config, tmp_path / "s", grid()))
-    assert [(cell["run"]["seed"], cell["run"]["p"], cell["method"]) for cell in cells] == [
-        (seed, p, method) for seed in (1, 2) for p in (0.1, 0.2) for method in ("aligned", "sft", "ours")
-    ]
-    counts = {name: calls["trained"].count(name) for name in set(calls["trained"])}
-    # recorded trainings leave no file: the four experiments ask for the provider's stages each, in two folders
-    assert counts["sft"] == counts["user"] == 4
+    shards = [run_sweep(config, tmp_path / "s", grid(), shard=(i, 3)) for i in range(3)]
+    cells = sorted((cell["run"]["seed"], cell["run"]["p"], cell["method"]) for cells in shards for cell in cells)
+    assert cells == [(seed, p, m) for seed in (1, 2) for p in (0.1, 0.2) for m in ("aligned", "ours", "sft")]
+    assert calls["trained"].count("sft") == calls["trained"].count("user") == 4
     assert len(list((tmp_path / "s" / "providers").iterdir())) == 2 and len(list((tmp_path / "s/runs").iterdir())) == 4
 
 
@@ -91,17 +92,15 @@ def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
     config.merge.reinforce_scale = 0.7  # so that a plain sum is no naive average
     list(run_sweep(config, tmp_path / "s", grid(methods=methods, seeds=[1], p=[0.2], a=[0.0, 0.5])))
     scored = {name: adapter for name, _, adapter in calls["scored"]}
-    assert list(scored) == [
-        "aligned", "sft", "buffer_only", "reinforce_only-a0", "reinforce_only-a0.5", "average", "ours-a0", "ours-a0.5",
-    ]  # fmt: skip
-    roles = {name: adapter and adapter.roles for name, adapter in scored.items()}
-    assert roles["aligned"] is None and roles["sft"] == roles["buffer_only"] == ("user",)
-    assert roles["average"] == roles["ours-a0"] == roles["reinforce_only-a0"] == ("reinforce", "user")
+    merged = ["reinforce_only-a0", "reinforce_only-a0.5", "average", "ours-a0", "ours-a0.5"]
+    assert list(scored) == ["aligned", "sft", "buffer_only", *merged] and scored["aligned"] is None
+    assert scored["sft"].roles == scored["buffer_only"].roles == ("user",)
+    assert all(scored[name].roles == ("reinforce", "user") for name in merged)
     path = "layers/attn/q"
-    b = {name: adapter.weights[path]["b"] * adapter.scale for name, adapter in scored.items() if adapter}
-    user, rank = scored["buffer_only"], scored["buffer_only"].weights[path]["b"].shape[-2]
-    half = 0.5 * user.scale * user.weights[path]["b"]
-    assert abs(b["average"][:, :rank] - half).max() < 1e-6 and abs(b["ours-a0"][:, :rank] - half).max() < 1e-6
+    b = {name: scored[name].weights[path]["b"] * scored[name].scale for name in (*merged, "buffer_only")}
+    rank = b["buffer_only"].shape[-2]
+    for name in ("average", "ours-a0"):
+        assert abs(b[name][:, :rank] - 0.5 * b["buffer_only"]).max() < 1e-6
     assert abs(b["ours-a0"] - b["ours-a0.5"]).max() > 0.01, "a changes nothing"
     assert abs(b["reinforce_only-a0"][:, :rank] - b["ours-a0"][:, :rank]).max() > 0.01, "the same user's adapter"
 
@@ -112,14 +111,9 @@ def test_a_single_run_is_a_grid_of_one(config, calls, grid, tmp_path):
     assert run == Run.of(config)
     alone = run_pipeline(config, tmp_path / "w")
     of_sweep = list(run_sweep(config, tmp_path / "s", grid(seeds=[42], p=[0.2], methods=STEPS, a=[0.0, 0.1])))
-    without = [[{k: v for k, v in cell.items() if k != "seconds"} for cell in cells] for cells in (alone, of_sweep)]
-    assert without[0] == without[1] and len(alone) == 9
-    pairs = zip(calls["scored"][:9], calls["scored"][9:], strict=True)
-    assert all(a[0] == b[0] and fingerprint_of(a[2]) == fingerprint_of(b[2]) for a, b in pairs)
-
-
-def fingerprint_of(adapter):
-    return adapter and lora.fingerprint(adapter)
+    assert timeless(alone) == timeless(of_sweep) and len(alone) == 9
+    scored = [(name, adapter and lora.fingerprint(adapter)) for name, _, adapter in calls["scored"]]
+    assert scored[:9] == scored[9:]
 
 
 def test_what_is_finished_is_read_back_without_a_model_and_other_settings_are_scored_anew(
@@ -135,12 +129,6 @@ def test_what_is_finished_is_read_back_without_a_model_and_other_settings_are_sc
     config.eval.topic = 11
     list(run_sweep(config, tmp_path / "s", axes))
     assert len(calls["scored"]) == 2 * len(first)
-
-
-def test_shards_are_the_whole_and_share_nothing(config, calls, grid, tmp_path):
-    parts = [list(run_sweep(config, tmp_path / "s", grid(), shard=(i, 3))) for i in range(3)]
-    names = [(cell["run"]["seed"], cell["run"]["p"], cell["method"]) for part in parts for cell in part]
-    assert len(names) == len(set(names)) == 12 and all(parts)
 
 
 def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):
@@ -211,8 +199,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"it ended before there was {mark}"
     assert start().wait() == 0
-    cells = [[{k: v for k, v in c.items() if k != "seconds"} for c in read_cells(folder)] for folder in (killed, whole)]
-    assert cells[0] == cells[1]
+    assert timeless(read_cells(killed)) == timeless(read_cells(whole))
     for pattern in ("providers/*/*.jsonl", "runs/*/*.jsonl"):
         ours, theirs = (sorted(folder.glob(pattern)) for folder in (killed, whole))
         assert [file.read_bytes() for file in ours] == [file.read_bytes() for file in theirs] and ours
