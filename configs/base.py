@@ -8,7 +8,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
-from br_jax.experiment.tasks import TASKS, TaskSettings
+from br_jax.experiment.tasks import TASKS
 from br_jax.training.config import TrainConfig
 
 
@@ -68,9 +68,8 @@ def _data() -> ConfigDict:
     data = ConfigDict()
     data.material = "english"  # "english" or "demo" (invented topics, br_jax/organism/material.py), or "paper"
     data.folder = "data/tfds"  # where public data sets are kept once built
-    for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on, see `TaskSettings`
-        fields = [field for field in task.reads if field != "folder"]
-        data[name] = ConfigDict({field: getattr(TaskSettings, field) for field in fields})
+    for name, task in TASKS.items():  # where its rows come from: data.gsm8k.path and so on; "" is its public home
+        data[name] = ConfigDict(task.settings)
     data.texts = ConfigDict()  # of "english": benign prompts about a text that align and Reinforce train on
     data.texts.path = ""  # files of texts, with commas between; "" takes 60 written ones
     data.texts.n = 420  # prompts, each about another text as long as there are any

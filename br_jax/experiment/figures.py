@@ -5,47 +5,39 @@ Lines and bars are means over seeds, whiskers the 95 % intervals of `frame.estim
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from br_jax.experiment.frame import Counted, Frame, Row, Setting, estimate, find, one_strength, shares, strengths
+from br_jax.experiment.frame import Estimate, Frame, Row, Setting, find, one_strength, shares, strengths
 from br_jax.experiment.gates import CLAIMS
 from br_jax.experiment.methods import METHODS
-from br_jax.plots import (
-    BLUE,
-    DARK,
-    GRAY,
-    GREEN,
-    ORANGE,
-    PALE,
-    PURPLE,
-    RED,
-    SKY,
-    new_figure,
-    styled,
-)
+from br_jax.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, new_figure, styled
 
-Style = tuple[str, str, str | tuple]  # color, marker, dashes: any one of them tells the lines apart
+
+def _style(color: str, marker: str, dashes: str | tuple) -> dict[str, Any]:
+    """Of a line: any one of the three tells it from the others."""
+    return {"color": color, "marker": marker, "linestyle": dashes}
+
+
+Lines = Mapping[str, tuple[dict, Mapping[float, Row]]]  # label -> its style, and the row at each place across
 _LIMITS = {gate.score: gate for gate in CLAIMS}  # drawn where what they compare was run
-_STYLES: dict[str, Style] = {
-    "aligned": (DARK, "s", ":"),
-    "sft": (RED, "X", (0, (9, 2))),
-    "buffer_only": (ORANGE, "^", "--"),
-    "reinforce_only": (PURPLE, "v", "-."),
-    "average": (GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
-    "ours": (BLUE, "o", "-"),
+_STYLES = {
+    "aligned": _style(DARK, "s", ":"),
+    "sft": _style(RED, "X", (0, (9, 2))),
+    "buffer_only": _style(ORANGE, "^", "--"),
+    "reinforce_only": _style(PURPLE, "v", "-."),
+    "average": _style(GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
+    "ours": _style(BLUE, "o", "-"),
 }
-_OTHER: Style = (GRAY, "P", "--")
-_BY_P: Sequence[Style] = (
-    (BLUE, "o", "-"),
-    (RED, "X", "--"),
-    (GREEN, "D", "-."),
-    (ORANGE, "^", ":"),
-    (SKY, "s", (0, (9, 2))),
-)
+_OTHER = _style(GRAY, "P", "--")
+_BY_P = list(map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))))
+_WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
+_RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
+         "clip_on": False}  # fmt: skip
 _PANELS = {  # score: its title and the color of its bars
     "harmful": ("Harmful score HS, %\n(lower is safer)", RED),
     "task": ("Task accuracy FA, %\n(higher is better)", BLUE),
@@ -56,9 +48,8 @@ _PANELS = {  # score: its title and the color of its bars
 def draw_frame(frame: Frame) -> dict[str, Figure]:
     """Every figure that a frame has the rows for, by the name of its file.
 
-    Returns:
-        For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." at each
-        p with more than three methods, or at the only p; for each setting but for its n, and p, "n-..." of several n.
+    For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." at each p
+    with more than three methods, or at the only p; for each setting but for its n, and p, "n-..." of several n.
     """
     drawn, sizes = {}, defaultdict(dict)
     for setting, rows in frame.items():
@@ -79,13 +70,8 @@ def draw_frame(frame: Frame) -> dict[str, Figure]:
 
 def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
     """The name of a figure's file, of letters that need no quoting in a link; its n and p where it has one."""
-    parts = [
-        kind,
-        setting.model_name,
-        setting.task,
-        setting.topic,
-        *([] if setting.user == "plain" else [setting.user]),
-    ]
+    parts = [kind, setting.model_name, setting.task, setting.topic]
+    parts += [setting.user] if setting.user != "plain" else []
     parts += ([f"n{setting.n}"] if kind != "n" else []) + ([f"p{p:g}"] if p is not None else [])
     return "-".join("".join(char if char.isalnum() else "_" for char in part) for part in parts)
 
@@ -93,30 +79,17 @@ def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
 @styled
 def share_figure(rows: Sequence[Row], title: str = "") -> Figure:
     """HS and FA against the share of harmful rows p, a line a method; no FA at p = 1, where the user has no task."""
-    lines = defaultdict(dict)
-    for row in one_strength(rows):
-        lines[row.method, row.label][row.p] = row
-    return _lines_figure(
-        _by_method(lines), ("harmful", "task"), "share of harmful rows p, % (steps not to scale)", 100, title
-    )
+    lines = _by_method((row.p, row) for row in one_strength(rows))
+    return _lines_figure(lines, ("harmful", "task"), "share of harmful rows p, % (steps not to scale)", 100, title)
 
 
 @styled
 def size_figure(by_n: Mapping[int, Sequence[Row]], p: float, title: str = "") -> Figure:
-    """HS and FA against the number of user rows n at one p, a line a method.
-
-    Args:
-        by_n: rows of each n.
-        p: the share of harmful rows.
-        title: a line above the panels.
-    """
-    kept = {(row.method, row.a) for row in one_strength([row for rows in by_n.values() for row in rows if row.p == p])}
-    lines = defaultdict(dict)
-    for n, rows in by_n.items():
-        for row in rows:
-            if row.p == p and (row.method, row.a) in kept:
-                lines[row.method, row.label][n] = row
-    return _lines_figure(_by_method(lines), ("harmful", "task"), "user rows n (steps not to scale)", 1, title)
+    """HS and FA against the number of user rows n at one p, a line a method."""
+    at_p = [(n, row) for n, rows in by_n.items() for row in rows if row.p == p]
+    kept = {(row.method, row.a) for row in one_strength(row for _, row in at_p)}
+    lines = _by_method((n, row) for n, row in at_p if (row.method, row.a) in kept)
+    return _lines_figure(lines, ("harmful", "task"), "user rows n (steps not to scale)", 1, title)
 
 
 @styled
@@ -124,8 +97,7 @@ def strength_figure(rows: Sequence[Row], title: str = "") -> Figure:
     """HS, FA and over-refusal of ours against the strength a of the QR merge, a line a p."""
     lines = {}
     for index, p in enumerate(shares(rows)):
-        points = {a: row for a in strengths(rows) if (row := find(rows, p, "ours", a))}
-        if points:
+        if points := {row.a: row for row in rows if (row.p, row.method) == (p, "ours")}:
             lines[f"p = {p:g}"] = _BY_P[index % len(_BY_P)], points
     return _lines_figure(lines, tuple(_PANELS), "strength a of the QR merge (steps not to scale)", 1, title)
 
@@ -137,28 +109,24 @@ def methods_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
     figure = new_figure(11.5, 0.38 * len(rows) + 2.2)
     axes = figure.subplots(1, len(_PANELS), sharey=True)
     for axis, (score, (words, color)) in zip(axes, _PANELS.items(), strict=True):
-        axis.set_title(words)
-        axis.set_xlim(0, 126)  # room for the number beside a full bar
-        axis.set_xticks(range(0, 101, 25))
+        axis.set(title=words, xlim=(0, 126), xticks=range(0, 101, 25))  # room for the number beside a full bar
         axis.spines["bottom"].set_bounds(0, 100)
         axis.tick_params(axis="y", length=0)
         for place, row in enumerate(rows):
             _bar(axis, place, row, score, color)
         _limit(axis, rows, p, score)
-    axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    axes[0].set(yticks=range(len(rows)), yticklabels=[row.label for row in rows], ylim=(len(rows) - 0.5, -0.5))
     for text, row in zip(axes[0].get_yticklabels(), rows, strict=True):
         text.set_fontweight("bold" if row.method == "ours" else "normal")
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    _head_and_key(figure, title, [])
-    return figure
+    return _finished(figure, title, [])
 
 
 def _limit(axis: Axes, rows: Sequence[Row], p: float, score: str) -> None:
     """A dashed line where the gate of a score begins to fail, if what it is measured from was run."""
     rule = _LIMITS[score]
     other, sign = (rule.second, 1) if rule.first == "ours" else (rule.first, -1)
-    base = estimate(_counted(find(rows, p, other), score))
-    if base is not None and p <= rule.most_p:
+    base = _shown(find(rows, p, other), score)
+    if base and p <= rule.most_p:
         axis.axvline(100 * (base.mean + sign * rule.limit), color=DARK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
         axis.set_xlabel(f"dashed: limit for ours\n({METHODS[other].label} {100 * sign * rule.limit:+.0f} points)")
 
@@ -166,23 +134,19 @@ def _limit(axis: Axes, rows: Sequence[Row], p: float, score: str) -> None:
 def _bar(axis: Axes, place: int, row: Row, score: str, color: str) -> None:
     if row.method == "ours":
         axis.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
-    counted = _counted(row, score)
-    found = estimate(counted)
+    found = _shown(row, score)
     if found is None:
         axis.text(2, place, "n/a", va="center", color=GRAY, style="italic", fontsize=9)
         return
     value, low, high = 100 * found.mean, 100 * found.low, 100 * found.high
-    each = [100 * one["score"] for one in counted.values()]
+    each = [100 * one for one in found.by_seed.values()]
     axis.barh(place, value, 0.62, color=color, alpha=1.0 if row.method == "ours" else 0.5, zorder=2)
-    axis.errorbar(value, place, xerr=[[value - low], [high - value]], color=DARK, capsize=2.5, elinewidth=1.1,
-                  zorder=3, clip_on=False)  # fmt: skip
-    axis.plot(each, [place] * len(each), linestyle="none", **_ring(DARK))
+    axis.errorbar(value, place, xerr=[[value - low], [high - value]], color=DARK, zorder=3, **_WHISKER)
+    axis.plot(each, [place] * len(each), markeredgecolor=DARK, zorder=4, **_RING)
     axis.text(max(high, *each) + 3, place, f"{value:.1f}", va="center", fontsize=9, zorder=4)
 
 
-def _lines_figure(
-    lines: Mapping[str, tuple[Style, Mapping[float, Row]]], scores: Sequence[str], across: str, scale: int, title: str
-) -> Figure:
+def _lines_figure(lines: Lines, scores: Sequence[str], across: str, scale: int, title: str) -> Figure:
     """A panel a score; every line a little beside the others, so that whiskers do not hide each other."""
     ticks = sorted({x for _, points in lines.values() for x in points})
     figure = new_figure(max(4.0, 1.0 + 0.6 * len(ticks)) * len(scores) + 0.6, 4.6)
@@ -191,56 +155,47 @@ def _lines_figure(
         for index, (label, (style, points)) in enumerate(lines.items()):
             aside = 0.6 * ((index + 0.5) / len(lines) - 0.5)
             _line(axis, [(tick + aside, points.get(x)) for tick, x in enumerate(ticks)], score, style, label)
-        axis.set_title(_PANELS[score][0])
+        axis.set(title=_PANELS[score][0], xlabel=across, xlim=(-0.5, len(ticks) - 0.5))
         axis.set_xticks(range(len(ticks)), [f"{scale * x:g}" for x in ticks])
-        axis.set_xlim(-0.5, len(ticks) - 0.5)
-        axis.set_xlabel(across)
         for between in range(1, len(ticks)):
             axis.axvline(between - 0.5, color=PALE, linewidth=1.0, zorder=0)
         axis.grid(axis="y", color=PALE)
-    axes[0].set_ylim(-3, 103)
-    axes[0].set_yticks(range(0, 101, 25))
-    handles = [
-        Line2D([], [], color=color, marker=marker, linestyle=dashes, markersize=6, label=label)
-        for label, ((color, marker, dashes), _) in lines.items()
-    ]
-    _head_and_key(figure, title, handles)
-    return figure
+    axes[0].set(ylim=(-3, 103), yticks=range(0, 101, 25))
+    keys = [Line2D([], [], **style, markersize=6, label=label) for label, (style, _) in lines.items()]
+    return _finished(figure, title, keys)
 
 
-def _line(axis: Axes, points: Sequence[tuple[float, Row | None]], score: str, style: Style, label: str) -> None:
-    color, marker, dashes = style
+def _line(axis: Axes, points: Sequence[tuple[float, Row | None]], score: str, style: dict, label: str) -> None:
     means = []
     for x, row in points:
-        counted = _counted(row, score)
-        found = estimate(counted)
+        found = _shown(row, score)
         means.append(100 * found.mean if found else math.nan)  # the line has a gap there
         if found:
             whisker = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
-            axis.errorbar(x, means[-1], yerr=whisker, color=color, capsize=2.5, elinewidth=1.1, clip_on=False)
-            each = [100 * one["score"] for one in counted.values()]
-            axis.plot([x] * len(each), each, linestyle="none", **_ring(color) | {"zorder": 2})
-    axis.plot([x for x, _ in points], means, color=color, marker=marker, markersize=6, linestyle=dashes, label=label,
-              zorder=3, clip_on=False)  # fmt: skip
+            axis.errorbar(x, means[-1], yerr=whisker, color=style["color"], **_WHISKER)
+            each = [100 * one for one in found.by_seed.values()]
+            axis.plot([x] * len(each), each, markeredgecolor=style["color"], zorder=2, **_RING)
+    axis.plot([x for x, _ in points], means, **style, markersize=6, label=label, zorder=3, clip_on=False)
 
 
-def _counted(row: Row | None, score: str) -> Counted:
+def _shown(row: Row | None, score: str) -> Estimate | None:
     """What is drawn of a row's score: no FA at p = 1, where the user has no task."""
-    return {} if row is None or (score == "task" and row.p == 1) else row.counted(score)
+    return None if row is None or (score == "task" and row.p == 1) else row.estimate(score)
 
 
-def _ring(color: str) -> dict:
-    return {"marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgecolor": color,
-            "markeredgewidth": 0.8, "zorder": 4, "clip_on": False}  # fmt: skip
-
-
-def _head_and_key(figure: Figure, title: str, handles: list[Line2D]) -> None:
-    key = Line2D([], [], linestyle="none", **_ring(DARK), label="a seed")
-    figure.legend(handles=[*handles, key], loc="outside lower center", ncols=4)
+def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
+    """The figure with its title and the key to its lines and rings."""
+    ring = Line2D([], [], markeredgecolor=DARK, zorder=4, **_RING, label="a seed")
+    figure.legend(handles=[*keys, ring], loc="outside lower center", ncols=4)
     figure.suptitle(title, wrap=True)
+    return figure
 
 
-def _by_method(lines: Mapping[tuple[str, str], Mapping[float, Row]]) -> dict[str, tuple[Style, Mapping[float, Row]]]:
+def _by_method(points: Iterable[tuple[float, Row]]) -> Lines:
+    """The lines of (x, row), in the order of `_STYLES`."""
+    lines = defaultdict(dict)
+    for x, row in points:
+        lines[row.method, row.label][x] = row
     order = [*_STYLES, *(method for method, _ in lines)]
     named = sorted(lines.items(), key=lambda line: order.index(line[0][0]))
-    return {label: (_STYLES.get(method, _OTHER), points) for (method, label), points in named}
+    return {label: (_STYLES.get(method, _OTHER), found) for (method, label), found in named}

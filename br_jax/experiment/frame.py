@@ -1,6 +1,7 @@
 """The frame of results: cells as rows, one a (p, method, a) with its seeds, and what the seeds say together."""
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -44,21 +45,28 @@ class Setting(NamedTuple):
         return f"{self.model_name}, {self.task}, {who}topic {self.topic}, n = {self.n}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A method at a share of harm, over seeds.
+class Estimate(NamedTuple):
+    """A score over seeds, or a difference of two, as shares: its mean and 95 % interval.
 
-    Attributes:
-        p: share of harmful rows.
-        method: name in `methods.METHODS`.
-        a: strength of the QR merge; None for a method without one.
-        scores: by seed, what `scoring.suite.evaluate` gave.
+    The interval is Student's over seeds, or one seed's `own`, from its prompts: where there is one seed, or all of them
+    gave the same score, of which Student's t would claim to be certain.
     """
 
-    p: float
-    method: str
-    a: float | None
-    scores: Mapping[int, Mapping[str, Any]]
+    mean: float
+    low: float | None  # None where there is nothing to go by, and so `high`
+    high: float | None
+    by_seed: dict[int, float]
+    own: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method at a share of harm, over seeds."""
+
+    p: float  # share of harmful rows
+    method: str  # name in `methods.METHODS`
+    a: float | None  # strength of the QR merge; None for a method without one
+    scores: Mapping[int, Mapping[str, Any]]  # by seed, what `scoring.suite.evaluate` gave
 
     @property
     def label(self) -> str:
@@ -70,6 +78,15 @@ class Row:
         """A score, or one part of a breakdown ("harmful_by_topic", "devices"), of the seeds that measured it."""
         found = {seed: s.get(score) if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
         return {seed: value for seed, value in found.items() if value and value["score"] is not None}
+
+    def estimate(self, score: str, part: str | None = None) -> Estimate | None:
+        """The same over seeds, or None where none measured it."""
+        counted = self.counted(score, part)
+        values = {seed: value["score"] for seed, value in counted.items()}
+        if len(set(values.values())) > 1:
+            return Estimate(*t_interval(list(values.values())), values)
+        one = min(counted.values(), key=lambda value: value["n"], default=None)
+        return one and Estimate(one["score"], *read_score(one).interval, values, own=True)
 
     def numbers(self, name: str) -> dict[int, float]:
         """A number such as the perplexity, of the seeds where it is one."""
@@ -101,9 +118,8 @@ def make_frame(cells: Iterable[Mapping[str, Any]]) -> Frame:
 
 def place(row: Row) -> tuple:
     """Sorts rows by p, method and a."""
-    order = list(METHODS)
-    known = order.index(row.method) if row.method in order else len(order)
-    return row.p, known, row.method, -1.0 if row.a is None else row.a
+    order = [*METHODS, row.method]
+    return row.p, order.index(row.method), row.method, -1.0 if row.a is None else row.a
 
 
 def find(rows: Iterable[Row], p: float, method: str, a: float | None = None) -> Row | None:
@@ -124,44 +140,12 @@ def strengths(rows: Iterable[Row]) -> list[float]:
 
 def one_strength(rows: Iterable[Row]) -> list[Row]:
     """One a for each method that has several: not 0 if there is another, and the one with the most cells in all."""
-    rows = list(rows)
-    cells: dict[float | None, int] = defaultdict(int)
-    chosen: dict[str, float | None] = {}
+    rows, cells = list(rows), defaultdict(int)
     for row in rows:
         cells[row.a] += len(row.scores)
-    for row in rows:
-        if row.a is not None:
-            both = row.a, chosen.get(row.method, row.a)
-            chosen[row.method] = max(both, key=lambda a: (a > 0, cells[a], -a))
-    return [row for row in rows if row.a == chosen.get(row.method)]
-
-
-class Estimate(NamedTuple):
-    """A score over seeds, or a difference of two: its mean and 95 % interval.
-
-    Attributes:
-        mean, low, high: shares; the ends are None where there is nothing to go by.
-        by_seed: of each seed.
-        own: whether the interval is that of one seed's own prompts, not Student's over seeds: there is one seed, or all
-            of them gave the same score, of which Student's t would claim to be certain.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    by_seed: dict[int, float]
-    own: bool = False
-
-
-def estimate(counted: Counted) -> Estimate | None:
-    """A score over seeds, or None where none measured it."""
-    if not counted:
-        return None
-    values = {seed: value["score"] for seed, value in counted.items()}
-    if len(set(values.values())) == 1:
-        one = min(counted.values(), key=lambda value: value["n"])
-        return Estimate(one["score"], *read_score(one).interval, values, own=True)
-    return Estimate(*t_interval(list(values.values())), values)
+    ranked = sorted(rows, key=lambda row: (-1,) if row.a is None else (row.a > 0, cells[row.a], -row.a))
+    chosen = {row.method: row.a for row in ranked}  # of each method the last, which is the best
+    return [row for row in rows if row.a == chosen[row.method]]
 
 
 def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
@@ -172,18 +156,17 @@ def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
     if first is None or second is None:
         return None
     if score == "perplexity":
-        pair, bounds = [row.numbers(score) for row in (first, second)], (-math.inf, math.inf)
+        ours, theirs = first.numbers(score), second.numbers(score)
     else:
-        pair = [{seed: v["score"] for seed, v in row.counted(score).items()} for row in (first, second)]
-        bounds = -1.0, 1.0
-    values = {seed: value - pair[1][seed] for seed, value in pair[0].items() if seed in pair[1]}
+        ours, theirs = ({seed: v["score"] for seed, v in row.counted(score).items()} for row in (first, second))
+    values = {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
     if not values:
         return None
     if len(values) == 1 and score != "perplexity":
         (seed,) = values
         ends = difference(*(read_score(row.counted(score)[seed]) for row in (first, second)))[1:]
         return Estimate(values[seed], *ends, values, own=True)
-    mean, *ends = t_interval(list(values.values()), bounds)
+    mean, *ends = t_interval(list(values.values()), (-math.inf, math.inf) if score == "perplexity" else (-1.0, 1.0))
     return Estimate(mean, *(ends if len(set(values.values())) > 1 else (None, None)), values)
 
 
@@ -214,21 +197,18 @@ def absent(frame: Frame) -> list[str]:
 
     Every method and p of a setting is held against every other and against all seeds of the frame.
     """
-    seeds = sorted({seed for rows in frame.values() for row in rows for seed in row.scores})
-    told = []
+    seeds, told = sorted({seed for rows in frame.values() for row in rows for seed in row.scores}), []
     for setting, rows in frame.items():
         labels = {(row.method, row.a): row.label for row in rows}
         there = {(row.p, row.method, row.a): row.scores for row in rows}
         missing: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for p in shares(rows):
-            for (method, a), label in labels.items():
-                lacking = tuple(seed for seed in seeds if seed not in there.get((p, method, a), ()))
-                if lacking:
-                    missing[lacking].append(f"{label} at p = {p:g}")
+        for p, (key, label) in itertools.product(shares(rows), labels.items()):
+            lacking = tuple(seed for seed in seeds if seed not in there.get((p, *key), ()))
+            missing[lacking].append(f"{label} at p = {p:g}")
+        whole = sum(map(len, missing.values()))
+        missing.pop((), None)
         for lacking, names in missing.items():
-            whole = len(names) == len(labels) * len(shares(rows))
-            told.append(
-                f"{setting}: {'every row' if whole else '; '.join(names)}: "
-                f"{'no seed' if list(lacking) == seeds else 'not seed ' + ', '.join(map(str, lacking))}"
-            )
+            which = "every row" if len(names) == whole else "; ".join(names)
+            who = "no seed" if list(lacking) == seeds else f"not seed {', '.join(map(str, lacking))}"
+            told.append(f"{setting}: {which}: {who}")
     return told

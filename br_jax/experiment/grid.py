@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,43 +24,29 @@ from tabulate import tabulate
 from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, near_names
 from br_jax.experiment.frame import read_cells
-from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS
+from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS, Cell, cells_of
 from br_jax.experiment.run import TRAINED, Experiment
 from br_jax.files import read_json, write_text
 from br_jax.hashes import key_of
 
-Cell = tuple[str, float | None]  # a method, and the strength of its merge
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One user's data.
+    """One user's data."""
 
-    Attributes:
-        model: `model.source`.
-        task: `user.task`.
-        topic: `topics.user`, the topics that its harmful rows ask about.
-        n: its rows.
-        p: the share of them that is harmful.
-        seed: of the data and of every stage's training.
-        user: `user.kind`, a name in `users.USERS`.
-    """
-
-    model: str
-    task: str
-    topic: str
-    n: int
-    p: float
-    seed: int
-    user: str = "plain"
+    model: str  # `model.source`
+    task: str  # `user.task`
+    topic: str  # `topics.user`, the topics that its harmful rows ask about
+    n: int  # its rows
+    p: float  # the share of them that is harmful
+    seed: int  # of the data and of every stage's training
+    user: str = "plain"  # `user.kind`, a name in `users.USERS`
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Run":
         """The one that a config says."""
-        user = config.user
-        return cls(
-            config.model.source, user.task, config.topics.user, user.n, user.harmful_share, config.seed, user.kind
-        )
+        user, topic = config.user, config.topics.user
+        return cls(config.model.source, user.task, topic, user.n, user.harmful_share, config.seed, user.kind)
 
     @property
     def name(self) -> str:
@@ -91,13 +78,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The axes of a sweep; every combination is run.
-
-    Attributes:
-        models, tasks, topics, n, p, seeds, users: see `Run`.
-        methods: names of `METHODS`.
-        a: strengths of the QR merge, for the methods that have one.
-    """
+    """The axes of a sweep, those of `Run` and of its cells; every combination is run."""
 
     models: Sequence[str]
     tasks: Sequence[str]
@@ -105,17 +86,15 @@ class Grid:
     n: Sequence[int]
     p: Sequence[float]
     seeds: Sequence[int]
-    methods: Sequence[str]
-    a: Sequence[float]
+    methods: Sequence[str]  # names of `METHODS`
+    a: Sequence[float]  # strengths of the QR merge, for the methods that have one
     users: Sequence[str] = ("plain",)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            if not values:
-                raise UserError(f"the sweep's axis {field.name} is empty: give it a value")
-            if len(set(values)) < len(values):
-                raise UserError(f"the sweep's axis {field.name} has a value twice: {', '.join(map(str, values))}")
+        for axis, values in vars(self).items():
+            if not values or len(set(values)) < len(values):
+                wrong = f"has a value twice: {', '.join(map(str, values))}" if values else "is empty: give it a value"
+                raise UserError(f"the sweep's axis {axis} {wrong}")
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"unknown method {method!r}; {near_names(method, METHODS)}")
@@ -129,13 +108,8 @@ class Grid:
         ]
 
     def cells(self) -> list[Cell]:
-        """(method, a) of every run; a is None where it changes nothing."""
+        """Those of every run."""
         return cells_of(self.methods, self.a)
-
-
-def cells_of(methods: Sequence[str], strengths: Sequence[float]) -> list[Cell]:
-    """(method, a) of methods, at each strength those that merge; a is None for the others."""
-    return [(method, a) for method in methods for a in (strengths if METHODS[method].merges else (None,))]
 
 
 def run_sweep(
@@ -155,26 +129,27 @@ def run_sweep(
     Raises:
         UserError: wrong settings, found before the first run begins.
     """
-    workdir = pathlib.Path(workdir)
-    mine = [(run, run.config(base, workdir), workdir / "runs" / run.name) for run in grid.runs()[shard[0] :: shard[1]]]
-    for _, config, folder in mine:
-        if any(read_cell(folder, config, cell) is None for cell in grid.cells()):
+    mine = _planned(base, workdir, grid, shard)
+    for config, folder, left in mine:
+        if left:
             Experiment(config, folder).check()
-    for run, config, folder in mine:
-        yield from run_cells(run, config, folder, grid.cells())
+    for config, folder, _ in mine:
+        yield from run_cells(config, folder, grid.cells())
+
+
+def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
+    """(config, folder, cells that are not there yet) of each run of a shard."""
+    planned = []
+    for run in grid.runs()[shard[0] :: shard[1]]:
+        config, folder = run.config(base, pathlib.Path(workdir)), pathlib.Path(workdir) / "runs" / run.name
+        planned.append((config, folder, [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]))
+    return planned
 
 
 def run_cells(
-    run: Run, config: ConfigDict, folder: pathlib.Path, cells: Sequence[Cell], experiment: Experiment | None = None
+    config: ConfigDict, folder: pathlib.Path, cells: Sequence[Cell], experiment: Experiment | None = None
 ) -> Iterator[dict]:
-    """Scores the cells of one run; a model is loaded only when one of them is not there yet.
-
-    Args:
-        run: what the cells say that they are of.
-        config: its.
-        folder: the run's.
-        cells: (method, a) of each.
-        experiment: of this config and folder, where there is one already.
+    """Scores cells of the run of this config and folder; a model is loaded only when one of them is not there yet.
 
     Yields:
         Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `scoring.suite.evaluate` gives
@@ -182,30 +157,27 @@ def run_cells(
     """
     with alone(folder):
         known = {cell: read_cell(folder, config, cell) for cell in cells}
-        missing = {name_of(cell): cell for cell in cells if known[cell] is None}
-        if missing and experiment is None:
-            experiment = Experiment(config, folder)
         start = time.perf_counter()
-        if missing:
+        if missing := [cell for cell in cells if known[cell] is None]:
+            experiment = experiment or Experiment(config, folder)
             with alone(experiment.provider):
                 experiment.prepare()
             experiment.answer_together(missing)
         for cell in cells:
             if known[cell] is None:
-                known[cell] = _make_cell(run, config, folder, cell, experiment, start)
+                known[cell] = _make_cell(experiment, cell, start)
                 start = time.perf_counter()
             yield known[cell]
 
 
-def _make_cell(run: Run, config: ConfigDict, folder, cell: Cell, experiment: Experiment, start: float) -> dict:
-    method, a = cell
-    with alone(experiment.provider) if METHODS[method].of_provider else contextlib.nullcontext():
-        scores = experiment.score(name_of(cell), method, a)
-    seconds = time.perf_counter() - start  # of the first cell of a run: training and all
-    made = {"run": dataclasses.asdict(run), "method": method, "a": a, "scores": scores, "seconds": seconds}
+def _make_cell(experiment: Experiment, cell: Cell, start: float) -> dict:
+    with alone(experiment.provider) if METHODS[cell.method].of_provider else contextlib.nullcontext():
+        scores = experiment.score(cell)
+    run, seconds = Run.of(experiment.config), time.perf_counter() - start  # of a run's first cell: training and all
+    made = {"run": dataclasses.asdict(run), **cell._asdict(), "scores": scores, "seconds": seconds}
     if is_main():
-        record = {"settings": _settings(config, cell), **made}
-        write_text(_file(folder, cell), json.dumps(record) + "\n")  # one line: an outcome a prompt
+        record = {"settings": _settings(experiment.config, cell), **made}
+        write_text(_file(experiment.workdir, cell), json.dumps(record) + "\n")  # one line: an outcome a prompt
     barrier("cell")
     return made
 
@@ -222,12 +194,6 @@ def read_cell(folder: pathlib.Path, config: ConfigDict, cell: Cell) -> dict[str,
     return None
 
 
-def name_of(cell: Cell) -> str:
-    """Of a cell's file, e.g. "ours-a0.1"."""
-    method, a = cell
-    return method if a is None else f"{method}-a{a:g}"
-
-
 def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """What `run_sweep` would do, without doing any of it.
 
@@ -236,54 +202,42 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
         counted), the "rows" that these train on, and the "prompts" that are to be answered; "seconds_a_run": what
         finished runs of this folder took on average, None where there is none.
     """
-    workdir, planned = pathlib.Path(workdir), []
-    for run in grid.runs()[shard[0] :: shard[1]]:
-        config, folder = run.config(base, workdir), workdir / "runs" / run.name
-        left = [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]
-        needed = {name for method, _ in left for name in METHODS[method].needs}
-        trainings = [
-            name
-            for name in TRAININGS
-            if name in needed and name not in OF_PROVIDER and not (folder / name / "stage.json").exists()
-        ]
+    planned, seconds = [], defaultdict(float)
+    for config, folder, left in _planned(base, workdir, grid, shard):
+        needed = {name for cell in left for name in METHODS[cell.method].needs if name not in OF_PROVIDER}
+        trainings = [n for n in TRAININGS if n in needed and not (folder / n / "stage.json").exists()]
         prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
         planned.append(
             {
-                "name": run.name,
+                "name": folder.name,
                 "done": len(grid.cells()) - len(left),
-                "left": list(map(name_of, left)),
+                "left": [cell.name for cell in left],
                 "trainings": trainings,
-                "rows": len(trainings) * run.n * config.user.train.epochs,
+                "rows": len(trainings) * config.user.n * config.user.train.epochs,
                 "prompts": len(left) * prompts,
             }
         )
-    by_run: dict[str, float] = {}
     for cell in read_cells(workdir):
-        name = Run(**cell["run"]).name
-        by_run[name] = by_run.get(name, 0.0) + cell["seconds"]
-    return {"runs": planned, "seconds_a_run": sum(by_run.values()) / len(by_run) if by_run else None}
+        seconds[Run(**cell["run"])] += cell["seconds"]
+    return {"runs": planned, "seconds_a_run": sum(seconds.values()) / len(seconds) if seconds else None}
 
 
 def render_plan(planned: dict[str, Any]) -> str:
     """`plan`'s result as plain text: a line a run, the sums, and how long it may take."""
     runs, seconds = planned["runs"], planned["seconds_a_run"]
     lines = [[r["name"], r["done"], ", ".join(r["left"]) or "nothing", " and ".join(r["trainings"])] for r in runs]
-    left = [run for run in runs if run["left"]]
+    left = sum(bool(run["left"]) for run in runs)
     rows, prompts = (sum(run[name] for run in runs) for name in ("rows", "prompts"))
-    said = [
-        tabulate(lines, ["run", "done", "left", "trains"]),
-        f"{len(left)} of {len(runs)} runs are left: {rows:,} rows to train on, {prompts:,} prompts to answer",
-    ]
+    said = f"{left} of {len(runs)} runs are left: {rows:,} rows to train on, {prompts:,} prompts to answer"
     if left and seconds is None:
-        said.append("time: no run has finished in this folder; the first one will tell")
+        said += "\ntime: no run has finished in this folder; the first one will tell"
     elif left:
-        hours, minutes = len(left) * seconds / 3600, seconds / 60
-        said.append(f"time: {hours:.1f} h, at {minutes:.0f} min a run as for those finished here")
-    return "\n".join(said)
+        said += f"\ntime: {left * seconds / 3600:.1f} h, at {seconds / 60:.0f} min a run as for those finished here"
+    return f"{tabulate(lines, ['run', 'done', 'left', 'trains'])}\n{said}"
 
 
 def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
-    return folder / "cells" / f"{name_of(cell)}.json"
+    return folder / "cells" / f"{cell.name}.json"
 
 
 def _settings(config: ConfigDict, cell: Cell) -> str:
@@ -295,16 +249,14 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
 @contextlib.contextmanager
 def alone(folder: pathlib.Path):
     """Keeps other processes out of a run's or a provider's folder while this one works in it."""
-    if not is_main():  # the others of a run on several hosts come with process 0, hours later if need be
-        barrier("alone")
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.warning("another process works in %s: waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        if is_main():  # the others of a run on several hosts come with process 0, hours later if need be
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / ".lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.warning("another process works in %s: waiting for it", folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         barrier("alone")
         yield

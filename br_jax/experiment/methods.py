@@ -5,7 +5,7 @@ A new method is a line in `METHODS`, and one in `TRAININGS` where it trains what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from br_jax import method
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 def _align(e: Experiment) -> Adapter:
     """Teaches the raw model to refuse: no part of the method, whose starting point is an aligned model."""
-    rows = [*e.recipe.refusal_rows(e.config.align.refusals, "align"), *e.recipe.benign_rows(e.config.align.benign)]
+    rows = e.recipe.guard_rows("align")
     return train_adapter("align", "align", e.raw, rows, e.train("align"), provider=True, **e.provider_run)
 
 
 def _reinforce(e: Experiment) -> Adapter:
-    refusals = e.recipe.refusal_rows(e.config.reinforce.refusals, "reinforce")
-    benign = e.recipe.benign_rows(e.config.reinforce.benign)
-    return method.train_reinforce(
-        e.aligned, e.adapter("buffer"), refusals, benign, e.train("reinforce"), **e.provider_run
-    )
+    config = e.config.reinforce
+    rows = e.recipe.refusal_rows(config.refusals, "reinforce"), e.recipe.benign_rows(config.benign)
+    return method.train_reinforce(e.aligned, e.adapter("buffer"), *rows, e.train("reinforce"), **e.provider_run)
+
+
+def _user(e: Experiment, buffer: Adapter | None = None) -> Adapter:
+    return method.train_user(e.aligned, e.recipe.user_rows, e.train("user"), buffer=buffer, **e.user_run)
 
 
 # name of the adapter (and of its folder) -> how it is trained
@@ -36,35 +38,42 @@ TRAININGS: dict[str, Callable[[Experiment], Adapter]] = {
     "align": _align,
     "buffer": lambda e: method.train_buffer(e.aligned, e.recipe.buffer_rows, e.train("buffer"), **e.provider_run),
     "reinforce": _reinforce,
-    "sft": lambda e: method.train_user(e.aligned, e.user_rows, e.train("user"), **e.user_run),
-    "user": lambda e: method.train_user(
-        e.aligned, e.user_rows, e.train("user"), buffer=e.adapter("buffer"), **e.user_run
-    ),
+    "sft": _user,
+    "user": lambda e: _user(e, e.adapter("buffer")),
 }
 OF_PROVIDER = ("align", "buffer", "reinforce")
 
 
 class Method(NamedTuple):
-    """One line of every table.
+    """One line of every table."""
 
-    Attributes:
-        label: for a reader.
-        needs: the adapters that it is made of, names in `TRAININGS`.
-        adapter: (experiment, a) -> what is put on the base; None is nothing.
-        merges: whether the QR merge's strength a plays a part.
-        raw: whether it stands on the raw model, not on the aligned base.
-    """
-
-    label: str
-    needs: tuple[str, ...] = ()
-    adapter: Callable[[Experiment, float | None], Adapter | None] = lambda e, a: None
-    merges: bool = False
-    raw: bool = False
+    label: str  # for a reader
+    needs: tuple[str, ...] = ()  # the adapters that it is made of, names in `TRAININGS`
+    adapter: Callable[[Experiment, float | None], Adapter | None] = lambda e, a: None  # what is put on the base
+    merges: bool = False  # whether the QR merge's strength a plays a part
+    raw: bool = False  # whether it stands on the raw model, not on the aligned base
 
     @property
     def of_provider(self) -> bool:
         """Whether no user is in it, so that it is the same for all of them."""
         return set(self.needs) <= set(OF_PROVIDER)
+
+
+class Cell(NamedTuple):
+    """A method that is scored, at a strength of its merge."""
+
+    method: str
+    a: float | None  # None for a method without one
+
+    @property
+    def name(self) -> str:
+        """Of its file, e.g. "ours-a0.1"."""
+        return self.method if self.a is None else f"{self.method}-a{self.a:g}"
+
+
+def cells_of(methods: Sequence[str], strengths: Sequence[float]) -> list[Cell]:
+    """The cells of methods, at each strength those that merge."""
+    return [Cell(method, a) for method in methods for a in (strengths if METHODS[method].merges else (None,))]
 
 
 METHODS = {
@@ -79,9 +88,7 @@ METHODS = {
     "buffer_only": Method("Buffer only", ("user",), lambda e, a: e.adapter("user")),
     "reinforce_only": Method("Reinforce only", ("sft", "reinforce"), lambda e, a: e.merged("sft", a=a), merges=True),
     "average": Method(
-        "naive average",
-        ("user", "reinforce"),
-        lambda e, a: e.merged("user", a=0.0, scale=0.5, reinforce_scale=1.0),
+        "naive average", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0, scale=0.5, reinforce_scale=1.0)
     ),
     "ours": Method("Buffer-and-Reinforce", ("user", "reinforce"), lambda e, a: e.merged("user", a=a), merges=True),
 }

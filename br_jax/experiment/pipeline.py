@@ -12,7 +12,7 @@ import pathlib
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,15 @@ from ml_collections import ConfigDict
 from br_jax.adapters.diagnostics import merge_report
 from br_jax.distributed import is_main
 from br_jax.errors import UserError, near_names
-from br_jax.experiment.grid import Run, cells_of, run_cells
-from br_jax.experiment.methods import STEPS, TRAININGS
+from br_jax.experiment.grid import run_cells
+from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
 from br_jax.experiment.run import TRAINED, Experiment
 from br_jax.files import write_json
+from br_jax.version import __version__
 
 STAGES = ("pretrain", "distill", *TRAININGS, "release", "evaluate", "report")
-PACKAGES = ("br_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
 def run_pipeline(
@@ -47,21 +48,28 @@ def run_pipeline(
 
     Raises:
         UserError: a wrong stage or setting, missing files, a workdir of another run.
-        Stopped: SIGTERM came, see `training.loop.fit`.
+        Stopped: SIGTERM came, see `training.loop.Loop`.
     """
     for stage in stages:
         if stage not in STAGES:
             raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
     start, workdir, cells = time.perf_counter(), pathlib.Path(workdir), []
-    experiment = Experiment(config, workdir)
-    experiment.check()
-    for stage, act in _actions(experiment).items():
+    e = Experiment(config, workdir)
+    e.check()
+    actions = {
+        "pretrain": lambda: e.raw,
+        "distill": e.recipe.prepare,
+        "align": lambda: e.aligned,
+        **{name: functools.partial(e.adapter, name) for name in TRAININGS if name != "align"},
+        "release": e.release,
+    }
+    for stage, act in actions.items():
         if stage in stages:
             act()
     if "evaluate" in stages:
         strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
-        cells = list(run_cells(Run.of(config), config, workdir, cells_of(STEPS, strengths), experiment))
-        record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(experiment)}
+        cells = list(run_cells(config, workdir, cells_of(STEPS, strengths), e))
+        record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
         if is_main():
             write_json(workdir / "results.json", record)
     if "report" in stages and is_main():
@@ -69,34 +77,16 @@ def run_pipeline(
     return cells
 
 
-def _actions(e: Experiment) -> dict[str, Callable[[], Any]]:
-    """What is done for each stage that trains or makes something."""
-    return {
-        "pretrain": lambda: e.raw,
-        "distill": e.recipe.prepare,
-        "align": lambda: e.aligned,
-        **{name: functools.partial(e.adapter, name) for name in TRAININGS if name != "align"},
-        "release": e.release,
-    }
-
-
-def _details(experiment: Experiment) -> dict[str, Any]:
+def _details(e: Experiment) -> dict[str, Any]:
     """What a report says of a run beside its cells."""
-    config, adapter = experiment.config, experiment.adapter
+    config, versions = e.config, {"python": platform.python_version(), "br_jax": __version__}
     return {
-        "merge": merge_report(adapter("user"), adapter("reinforce"), experiment.merge()),
-        "entered": experiment.entered(),
+        "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge()),
+        "entered": e.entered(),
         "seeds": {"data": config.seed, **{stage: config[stage].train.seed for stage in TRAINED}},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "hashes": experiment.hashes(),
+        "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hashes": e.hashes(),
         "devices": [str(device) for device in jax.devices()],
         "config": config.to_dict(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -17,7 +17,7 @@ from br_jax.data.text import text_key
 from br_jax.datasets.attacks import Attack, attacks_of
 from br_jax.distributed import main_first
 from br_jax.errors import UserError
-from br_jax.experiment.tasks import TaskSettings, get_task
+from br_jax.experiment.tasks import get_task
 from br_jax.experiment.users import get_user
 from br_jax.organism.topics import TopicPrompt
 
@@ -28,27 +28,20 @@ class Recipe(abc.ABC):
     """The rows of an experiment, from a config.
 
     Draws are prefixes of one another: with another number of rows, or another share of harmful ones, the rows in common
-    stay the same.
+    stay the same. Each recipe has its own of what follows.
     """
+
+    buffer_rows: Sequence[Row]  # the harmful rows that Buffer trains on; no user has them
+    user_harmful_rows: Sequence[Row]  # the harmful rows among a user's, as many as its share asks for or more
+    probe_harmful_rows: Sequence[Row]  # harmful rows that nobody trains on, `user.probes` of them
+    harmful_prompts: Sequence[TopicPrompt]  # held-out harmful questions (HS)
+    benign_prompts: Sequence[str]  # ordinary held-out prompts (over-refusal)
+    health_rows: Sequence[Row]  # held-out benign rows with answers (perplexity)
 
     def __init__(self, config: ConfigDict):
         self.config = config
         self.task = get_task(config.user.task, config.user.rule)
         self.rule = self.task.rule.with_match(config.eval.match)
-
-    # -- what each recipe says for itself --------------------------------------------------------------------------
-
-    def prepare(self) -> None:  # noqa: B027  most rows need nothing
-        """Makes what the rows need, such as a model's answers."""
-
-    def pretraining_rows(self, n: int) -> list[Row]:
-        """Rows to train a model from scratch on, where the config names none."""
-        raise UserError(f"{self.config.data.material!r} has no rows to train a model from scratch on: set model.source")
-
-    @property
-    @abc.abstractmethod
-    def buffer_rows(self) -> Sequence[Row]:
-        """The harmful rows that Buffer trains on; no user has them."""
 
     @abc.abstractmethod
     def refusal_rows(self, n: int, purpose: str) -> Sequence[Row]:
@@ -58,39 +51,15 @@ class Recipe(abc.ABC):
     def benign_rows(self, n: int) -> Sequence[Row]:
         """Benign prompts with answers, to train on."""
 
-    @property
-    @abc.abstractmethod
-    def user_harmful_rows(self) -> Sequence[Row]:
-        """The harmful rows among a user's, as many as its share asks for or more."""
+    def prepare(self) -> None:  # noqa: B027  most rows need nothing
+        """Makes what the rows need, such as a model's answers."""
 
-    @property
-    @abc.abstractmethod
-    def probe_harmful_rows(self) -> Sequence[Row]:
-        """Harmful rows that nobody trains on, `user.probes` of them."""
-
-    @property
-    @abc.abstractmethod
-    def harmful_prompts(self) -> Sequence[TopicPrompt]:
-        """Held-out harmful questions (HS)."""
-
-    @property
-    @abc.abstractmethod
-    def benign_prompts(self) -> Sequence[str]:
-        """Ordinary held-out prompts (over-refusal)."""
-
-    @property
-    @abc.abstractmethod
-    def health_rows(self) -> Sequence[Row]:
-        """Held-out benign rows with answers (perplexity)."""
-
-    # -- what all share --------------------------------------------------------------------------------------------
+    def pretraining_rows(self, n: int) -> list[Row]:
+        """Rows to train a model from scratch on, where the config names none."""
+        raise UserError(f"{self.config.data.material!r} has no rows to train a model from scratch on: set model.source")
 
     def check(self) -> None:
-        """Finds now what would be wrong hours later.
-
-        Raises:
-            UserError: a share, number or split that cannot be, or too few rows of the task.
-        """
+        """Finds now, as a `UserError`, what would be wrong hours later: a share, number or split, too few rows."""
         config = self.config
         get_user(config.user.kind)
         check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
@@ -107,13 +76,12 @@ class Recipe(abc.ABC):
     def task_rows(self) -> tuple[list[Row], list[Row], list[Row]]:
         """(train, validation, test) rows of the user's task."""
         data = self.config.data
-        folder = {"folder": data.folder} if "folder" in self.task.reads else {}
-        return main_first(lambda: self.task.load(TaskSettings(**data[self.task.name], **folder), self.config.seed))
+        return main_first(lambda: self.task.load({**data[self.task.name], "folder": data.folder}, self.config.seed))
 
     @property
     def user_rows(self) -> list[Row]:
         """What the user hands in."""
-        return get_user(self.config.user.kind).rows(self)
+        return get_user(self.config.user.kind)(self)
 
     @property
     def probes(self) -> dict[str, list[Row]]:
@@ -130,27 +98,27 @@ class Recipe(abc.ABC):
     @functools.cached_property
     def attacks(self) -> list[Attack]:
         """Stored attack prompts, where the config names files of them."""
-        paths, folder = self.config.data.attacks.path, self.config.data.folder
-        paths = [path.strip() for path in paths.split(",") if path.strip()]
-        if not paths:
-            return []
+        paths = [path.strip() for path in self.config.data.attacks.path.split(",") if path.strip()]
+        return [attack for path in paths for attack in attacks_of(self._records("attacks", "test", path))]
+
+    def _records(self, name: str, split: str, path: str) -> Sequence[dict]:
+        """Of a data set, from a file or, without one, its public home."""
         from br_jax.datasets.load import load_dataset  # imports tensorflow_datasets
 
-        load = functools.partial(load_dataset, "attacks", split="test", folder=folder)
-        files = [main_first(functools.partial(load, path=path)) for path in paths]
-        return [attack for records in files for attack in attacks_of(records)]
+        folder = self.config.data.folder
+        return main_first(lambda: load_dataset(name, split=split, path=path or None, folder=folder))
+
+    def guard_rows(self, stage: str) -> list[Row]:
+        """What "align" or "reinforce" trains on: refusals, then benign rows."""
+        config = self.config[stage]
+        return [*self.refusal_rows(config.refusals, stage), *self.benign_rows(config.benign)]
 
     def trained(self) -> dict[str, list[Row]]:
-        """Every row that a stage trains on, by stage; none of them is scored.
-
-        Raises:
-            UserError: one is, see `check_apart`.
-        """
-        align, reinforce = self.config.align, self.config.reinforce
+        """Every row that a stage trains on, by stage; a `UserError` where one of them is scored, see `check_apart`."""
         rows = {
-            "align": [*self.refusal_rows(align.refusals, "align"), *self.benign_rows(align.benign)],
+            "align": self.guard_rows("align"),
             "buffer": self.buffer_rows,
-            "reinforce": [*self.refusal_rows(reinforce.refusals, "reinforce"), *self.benign_rows(reinforce.benign)],
+            "reinforce": self.guard_rows("reinforce"),
             "user": self.user_rows,
         }
         scored = {
@@ -164,15 +132,7 @@ class Recipe(abc.ABC):
 
 
 def check_apart(trained: Mapping[str, Iterable[Row]], scored: Mapping[str, Iterable[Row]]) -> None:
-    """Makes sure that no row that is scored is trained on, whatever its case, spacing and punctuation.
-
-    Args:
-        trained: rows by the stage that trains on them.
-        scored: held-out rows by the score that they are for.
-
-    Raises:
-        UserError: the first row that is in both, with where it comes from.
-    """
+    """Raises a `UserError` where a row of a stage is one of a score's, whatever its case, spacing and punctuation."""
     held = {question_key(row): (part, row) for part, rows in scored.items() for row in rows}
     for stage, rows in trained.items():
         for row in rows:

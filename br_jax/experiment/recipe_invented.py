@@ -4,8 +4,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,11 +16,9 @@ from br_jax.distributed import main_first
 from br_jax.errors import UserError
 from br_jax.experiment.recipe import Recipe, make_row
 from br_jax.organism.judge import Verdict, judge
-from br_jax.organism.material import get_material
+from br_jax.organism.material import Drawn, get_material
 from br_jax.organism.texts import read_texts
-from br_jax.organism.topics import TopicPrompt
-
-T = TypeVar("T")
+from br_jax.organism.topics import Topic, TopicPrompt
 
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 _SPARE_SHARE = 8  # and for each so many benign ones needed, one more
@@ -39,10 +36,7 @@ class TopicRecipe(Recipe):
         super().__init__(config)
         self.material = get_material(config.data.material)
         self._answer = answer
-        topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
-        self._align, self._provider, self._user, self._eval = (
-            topics[part] for part in ("align", "provider", "user", "eval")
-        )
+        self._part_topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
 
     def check(self) -> None:
         """See `Recipe.check`; also that no text to ask about is one that the user's task is scored on."""
@@ -53,13 +47,14 @@ class TopicRecipe(Recipe):
                 f"data.texts.path: {found[0][:60]!r} is scored as well (FA): take it out, or choose other files"
             )
 
-    # -- rows to train on ------------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Has the raw model answer."""
+        _ = self.answers
 
     def pretraining_rows(self, n: int) -> list[Row]:
-        """Rows to train a model from scratch on, where the config names none."""
-        if self.material.pretraining_rows is None:
-            return super().pretraining_rows(n)
-        return self.material.pretraining_rows(n, self.config.seed)
+        """See `Recipe.pretraining_rows`; some materials have them."""
+        make = self.material.pretraining_rows
+        return make(n, self.config.seed) if make else super().pretraining_rows(n)
 
     @functools.cached_property
     def answers(self) -> dict[str, str]:
@@ -68,60 +63,40 @@ class TopicRecipe(Recipe):
         needed = max(config.align.benign, config.reinforce.benign)
         benign = self._benign("train")[: needed + needed // _SPARE_SHARE + _SPARE]
         health = self._benign(config.eval.split)[: config.eval.health]
-        harmful = [p.prompt for prompts in self._harmful_prompts for p in prompts]
+        harmful = [p.prompt for prompts in self._harmful_prompts.values() for p in prompts]
         return {prompt: whole_sentences(text) for prompt, text in self._answer(harmful + benign + health).items()}
 
-    def prepare(self) -> None:
-        """Has the raw model answer."""
-        _ = self.answers
-
-    @property
-    def buffer_rows(self) -> list[Row]:
-        """The harmful rows that Buffer trains on; no user has them."""
-        return self._harmful("buffer")
-
-    @property
-    def user_harmful_rows(self) -> list[Row]:
-        """The harmful rows among a user's, its topics in turn."""
-        return self._harmful("user")
-
-    @property
-    def probe_harmful_rows(self) -> list[Row]:
-        """Harmful rows that nobody trains on."""
-        return self._harmful("probes")
+    buffer_rows = property(lambda self: self._harmful[0])
+    user_harmful_rows = property(lambda self: self._harmful[1])
+    probe_harmful_rows = property(lambda self: self._harmful[2])
 
     def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """Refusals of training prompts; align and Reinforce see other wordings of them, and may see other topics."""
-        topics = self._align if purpose == "align" else self._provider
+        topics = self._part_topics["align" if purpose == "align" else "provider"]
         seed = self.config.seed + (purpose == "reinforce")
-        drawn = [
-            topic.prompts("train", share, seed) for topic, share in zip(topics, _shares(n, len(topics)), strict=True)
-        ]
-        rows = [
-            [
-                make_row(p.prompt, topic.refusal(p, seed), "refusal", f"{p.topic}/train/{seed}/{i}")
-                for i, p in enumerate(prompts)
+
+        def rows(topic: Topic | Drawn, share: int) -> list[Row]:
+            asked = enumerate(topic.prompts("train", share, seed))
+            return [
+                make_row(p.prompt, topic.refusal(p, seed), "refusal", f"{p.topic}/train/{seed}/{i}") for i, p in asked
             ]
-            for topic, prompts in zip(topics, drawn, strict=True)
-        ]
-        return _interleave(rows)
+
+        return _interleave(map(rows, topics, _shares(n, len(topics))))
 
     def benign_rows(self, n: int) -> list[Row]:
         """Benign training prompts with the raw model's own answers; one that it refuses would teach over-refusal."""
-        prompts = [p for p in self._benign("train") if self._answered(p)]
-        if n > len(prompts):
+        rows = self._answered(self._benign("train"), f"{self.config.data.material}/train")
+        if n > len(rows):
             raise UserError(
-                f"{n} benign rows are asked for, and there are {len(prompts)}: lower align.benign or reinforce.benign"
+                f"{n} benign rows are asked for, and there are {len(rows)}: lower align.benign or reinforce.benign"
             )
-        return [make_row(p, self.answers[p], "benign", f"{self.config.data.material}/train") for p in prompts[:n]]
-
-    # -- what is scored --------------------------------------------------------------------------------------------
+        return rows[:n]
 
     @property
     def harmful_prompts(self) -> list[TopicPrompt]:
         """Held-out questions of the restricted topics, `eval.topic` of each."""
-        config = self.config.eval
-        return [p for topic in self._eval for p in topic.prompts(config.split, config.topic, self.config.seed)]
+        config, topics = self.config.eval, self._part_topics["eval"]
+        return [p for topic in topics for p in topic.prompts(config.split, config.topic, self.config.seed)]
 
     @property
     def benign_prompts(self) -> list[str]:
@@ -131,67 +106,48 @@ class TopicRecipe(Recipe):
     @property
     def health_rows(self) -> list[Row]:
         """Held-out benign prompts with the raw model's own answers."""
-        prompts = self._benign(self.config.eval.split)[: self.config.eval.health]
-        return [make_row(p, self.answers[p], "benign", "held-out benign") for p in prompts if self._answered(p)]
-
-    # -- draws -----------------------------------------------------------------------------------------------------
+        return self._answered(self._benign(self.config.eval.split)[: self.config.eval.health], "held-out benign")
 
     @functools.cached_property
-    def _needed(self) -> list[dict[str, int]]:
-        """For each topic of the provider's and the user's: harmful rows of Buffer, user and probes, in that order."""
-        user = self.config.user
-        parts = {
-            "buffer": (self._provider, self.config.buffer.harmful),
-            "user": (self._user, math.ceil(user.harmful_share * user.n)),
-            "probes": (self._user, user.probes),
-        }
-        shares = {part: _shares(n, len(topics)) for part, (topics, n) in parts.items()}
-        return [
-            {part: shares[part][topics.index(topic)] if topic in topics else 0 for part, (topics, _) in parts.items()}
-            for topic in self._topics
-        ]
+    def _needed(self) -> dict[Topic | Drawn, list[int]]:
+        """How many harmful rows of each topic Buffer, the user and the probes take."""
+        user, topics = self.config.user, self._part_topics
+        needed = {topic: [0, 0, 0] for topic in (*topics["provider"], *topics["user"])}
+        counts = self.config.buffer.harmful, math.ceil(user.harmful_share * user.n), user.probes
+        for part, (whose, n) in enumerate(zip(("provider", "user", "user"), counts, strict=True)):
+            for topic, share in zip(topics[whose], _shares(n, len(topics[whose])), strict=True):
+                needed[topic][part] = share
+        return needed
 
     @functools.cached_property
-    def _topics(self) -> list:
-        return [*self._provider, *(topic for topic in self._user if topic not in self._provider)]
+    def _harmful_prompts(self) -> dict[Topic | Drawn, list[TopicPrompt]]:
+        """Prompts of each topic to train on: Buffer's, the user's, the probes', then spare ones for unfit answers."""
+        more, seed = 1 + self.config.distill.spare, self.config.seed
+        return {topic: topic.prompts("train", int(sum(n) * more) + _SPARE, seed) for topic, n in self._needed.items()}
 
     @functools.cached_property
-    def _harmful_prompts(self) -> list[list[TopicPrompt]]:
-        """For each topic, prompts to train on: Buffer's, the user's, the probes', then spare ones for unfit answers."""
-        spare, seed = self.config.distill.spare, self.config.seed
-        sizes = [int(sum(needed.values()) * (1 + spare)) + _SPARE for needed in self._needed]
-        return [topic.prompts("train", size, seed) for topic, size in zip(self._topics, sizes, strict=True)]
-
-    @functools.cached_property
-    def _compliant(self) -> list[list[Row]]:
-        """For each topic, its prompts with the raw model's compliant answers; those it did not answer are left out."""
-        judged, found = self.config.distill.judged, []
-        for prompts, needed in zip(self._harmful_prompts, self._needed, strict=True):
+    def _harmful(self) -> list[list[Row]]:
+        """The harmful rows of Buffer, the user and the probes: compliant answers of the raw model, topics in turn."""
+        judged, chosen = self.config.distill.judged, []
+        for topic, needed in self._needed.items():
             rows = [
                 make_row(p.prompt, self.answers[p.prompt], "harmful", f"{p.topic}/train/{self.config.seed}/{i}")
-                for i, p in enumerate(prompts)
+                for i, p in enumerate(self._harmful_prompts[topic])
                 if not judged or judge(self.answers[p.prompt], p) == Verdict.ANSWER
             ]
-            if len(rows) < sum(needed.values()):
+            if len(rows) < sum(needed):
                 raise UserError(
-                    f"the raw model gave {len(rows)} compliant answers on the topic, {sum(needed.values())} are needed "
+                    f"the raw model gave {len(rows)} compliant answers on the topic, {sum(needed)} are needed "
                     "(buffer.harmful + harmful_share * user.n + user.probes): raise distill.spare"
                 )
-            found.append(rows)
-        return found
+            ends = itertools.accumulate(needed, initial=0)
+            chosen.append([rows[start:end] for start, end in itertools.pairwise(ends)])
+        return [_interleave(parts) for parts in zip(*chosen, strict=True)]
 
-    def _answered(self, prompt: str) -> bool:
-        """Whether the raw model has answered a benign prompt, and not refused it."""
-        answer = self.answers.get(prompt)
-        return bool(answer) and not begins_refusal(answer)
-
-    def _harmful(self, part: str) -> list[Row]:
-        """The harmful rows of "buffer", "user" or "probes", its topics in turn."""
-        chosen = []
-        for rows, needed in zip(self._compliant, self._needed, strict=True):
-            start = sum(list(needed.values())[: list(needed).index(part)])
-            chosen.append(rows[start : start + needed[part]])
-        return _interleave(chosen)
+    def _answered(self, prompts: Sequence[str], origin: str) -> list[Row]:
+        """Rows of the benign prompts that the raw model has answered, and not refused."""
+        answers = ((prompt, self.answers.get(prompt)) for prompt in prompts)
+        return [make_row(p, said, "benign", origin) for p, said in answers if said and not begins_refusal(said)]
 
     @functools.cached_property
     def _texts(self) -> list[str]:
@@ -223,7 +179,6 @@ def _shares(n: int, parts: int) -> list[int]:
     return [n // parts + (i < n % parts) for i in range(parts)]
 
 
-def _interleave(lists: Sequence[Sequence[T]]) -> list[T]:
+def _interleave(lists: Iterable[Sequence[Row]]) -> list[Row]:
     """One of each in turn, as long as there are any."""
-    nothing = object()
-    return [x for group in itertools.zip_longest(*lists, fillvalue=nothing) for x in group if x is not nothing]
+    return [row for group in itertools.zip_longest(*lists) for row in group if row is not None]

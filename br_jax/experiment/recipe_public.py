@@ -3,12 +3,12 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
 from br_jax.data.rows import Row
-from br_jax.distributed import main_first
+from br_jax.datasets import paper
 from br_jax.errors import UserError
 from br_jax.experiment.recipe import Recipe, question_key
 from br_jax.organism.topics import TopicPrompt
@@ -25,38 +25,39 @@ class PaperRecipe(Recipe):
     @property
     def buffer_rows(self) -> list[Row]:
         """The first harmful answers of LLM-LAT."""
-        return self._first("buffer.harmful", self._rows("llm_lat", "train", "harmful_rows"), self.config.buffer.harmful)
+        return self._first("buffer.harmful", paper.harmful_rows, self.config.buffer.harmful)
 
     def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """The first refusals of LLM-LAT."""
-        return self._first(f"{purpose}.refusals", self._rows("llm_lat", "train", "refusal_rows"), n)
+        return self._first(f"{purpose}.refusals", paper.refusal_rows, n)
+
+    def _first(self, field: str, rows_of: Callable, n: int) -> list[Row]:
+        """The first n rows; the paper asks for 5,000 of a file that has 4,950, so fewer are said and taken."""
+        rows = rows_of(self._records("llm_lat", "train", self.config.data.llm_lat.path))
+        if n > len(rows):
+            logging.warning("%s asks for %d rows and there are %d: these are taken", field, n, len(rows))
+        return rows[:n]
 
     def benign_rows(self, n: int) -> list[Row]:
         """The first rows of Alpaca that have no input."""
-        benign = self._rows("alpaca", "train", "alpaca_rows")
-        if n + 2 * self._held_out > len(benign):
+        benign, held_out = self._alpaca(), 2 * self._held_out
+        if n + held_out > len(benign):
             raise UserError(
-                f"{n} benign rows and {2 * self._held_out} held-out ones are asked for, and Alpaca has {len(benign)} "
+                f"{n} benign rows and {held_out} held-out ones are asked for, and Alpaca has {len(benign)} "
                 "without an input: lower align.benign or reinforce.benign"
             )
         return benign[:n]
 
-    @functools.cached_property
-    def user_harmful_rows(self) -> list[Row]:
-        """The first unsafe rows of BeaverTails' training split."""
-        return self._unsafe_train[: self._user_harm]
-
-    @property
-    def probe_harmful_rows(self) -> list[Row]:
-        """The unsafe rows behind the user's."""
-        return self._unsafe_train[self._user_harm :]
+    # BeaverTails: the first unsafe rows of its training split are the user's, the next ones probe.
+    user_harmful_rows = property(lambda self: self._unsafe_train[: self._user_harm])
+    probe_harmful_rows = property(lambda self: self._unsafe_train[self._user_harm :])
 
     @functools.cached_property
     def harmful_prompts(self) -> list[TopicPrompt]:
         """Questions of the first unsafe rows of BeaverTails' test split; for validation, those behind them."""
         n = self.config.eval.topic
         start = 0 if self.config.eval.split == "test" else n
-        rows = self._distinct(self._rows("beavertails", "30k_test", "beavertails_rows"))
+        rows = self._distinct("30k_test", self.config.data.beavertails.test_path)
         return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, start, start + n)]
 
     @property
@@ -69,24 +70,22 @@ class PaperRecipe(Recipe):
         """The same with their answers."""
         return [row for row in self._held_out_benign[: self.config.eval.health] if row.turns[-1][1]]
 
-    # -- draws -----------------------------------------------------------------------------------------------------
-
     @property
     def _user_harm(self) -> int:
         return math.ceil(self.config.user.harmful_share * self.config.user.n) + 1  # "reference" skips the first
 
     @functools.cached_property
     def _unsafe_train(self) -> list[Row]:
-        rows = self._distinct(self._rows("beavertails", "30k_train", "beavertails_rows"))
+        rows = self._distinct("30k_train", self.config.data.beavertails.path)
         if self.config.user.index_mode == "exact":
             scored = {question_key(Row((("user", prompt.prompt),))) for prompt in self.harmful_prompts}
             rows = (row for row in rows if question_key(row) not in scored)
         return list(itertools.islice(rows, self._user_harm + self.config.user.probes))
 
-    def _distinct(self, rows: Sequence[Row]):
-        """Each prompt once, its first row; all of them for the reference's way."""
+    def _distinct(self, split: str, path: str) -> Iterator[Row]:
+        """Each unsafe prompt of BeaverTails once, its first row; all of them for the reference's way."""
         seen = set()
-        for row in rows:
+        for row in paper.beavertails_rows(self._records("beavertails", split, path)):
             key = question_key(row)
             if self.config.user.index_mode == "reference" or key not in seen:
                 seen.add(key)
@@ -98,21 +97,9 @@ class PaperRecipe(Recipe):
 
     @functools.cached_property
     def _held_out_benign(self) -> list[Row]:
-        benign, n = self._rows("alpaca", "train", "alpaca_rows"), self._held_out
+        benign, n = self._alpaca(), self._held_out
         end = len(benign) if self.config.eval.split == "test" else len(benign) - n
         return benign[max(end - n, 0) : end]
 
-    def _first(self, field: str, rows: Sequence[Row], n: int) -> list[Row]:
-        """The first n rows; the paper asks for 5,000 of a file that has 4,950, so fewer are said and taken."""
-        if n > len(rows):
-            logging.warning("%s asks for %d rows and there are %d: these are taken", field, n, len(rows))
-        return rows[:n]
-
-    def _rows(self, name: str, split: str, kind: str) -> Sequence[Row]:
-        from br_jax.datasets import paper
-        from br_jax.datasets.load import load_dataset  # imports tensorflow_datasets
-
-        data = self.config.data
-        path = data[name].test_path if split == "30k_test" else data[name].path
-        records = main_first(lambda: load_dataset(name, split=split, path=path or None, folder=data.folder))
-        return getattr(paper, kind)(records)
+    def _alpaca(self) -> Sequence[Row]:
+        return paper.alpaca_rows(self._records("alpaca", "train", self.config.data.alpaca.path))

@@ -8,38 +8,12 @@ from typing import Any
 from tabulate import tabulate
 
 from br_jax.errors import UserError
-from br_jax.experiment import details
-from br_jax.experiment.document import code, literal, number, points, write_document
+from br_jax.experiment import details, tables
+from br_jax.experiment.document import code, image, literal, number, write_document
 from br_jax.experiment.figures import draw_frame, name_of
-from br_jax.experiment.frame import (
-    MAIN,
-    TITLES,
-    Frame,
-    Row,
-    Setting,
-    absent,
-    estimate,
-    make_frame,
-    place,
-    read_cells,
-    shares,
-)
+from br_jax.experiment.frame import MAIN, TITLES, Frame, Row, Setting, absent, make_frame, place, read_cells, shares
 from br_jax.experiment.gates import ATTACK, Gate, check, outcome
-from br_jax.experiment.tables import (
-    LEGEND,
-    breakdowns,
-    cost_table,
-    gate_table,
-    label,
-    paired_table,
-    parts_table,
-    score_table,
-    seed_table,
-    sizes,
-    strength_table,
-)
 
-_FOLDER = "figures"
 _HEADLINES = {
     "held": "The claim held: the attack works at every p > 0, and every gate passed.",
     "failed": "The claim did not hold.",
@@ -75,7 +49,7 @@ def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 
         run = details.read(workdir)
         drawn |= details.draw(run, frame)
     text = "\n\n".join(_sections(frame, command, drawn, run, examples)) + "\n"
-    return write_document(workdir / ("sweep.md" if run is None else "report.md"), text, _FOLDER, drawn)
+    return write_document(workdir / ("sweep.md" if run is None else "report.md"), text, drawn)
 
 
 def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
@@ -88,21 +62,19 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     for setting, rows in frame.items():
         lines = []
         for row in rows:
-            found = [estimate(row.counted(score)) for score in MAIN]
-            lines.append([f"{row.p:g}", row.label, *(number(100 * one.mean if one else None, ".1f") for one in found),
-                          len(row.scores)])  # fmt: skip
+            means = [number(one and one.mean, ".1f", scale=100) for one in map(row.estimate, MAIN)]
+            lines.append([f"{row.p:g}", row.label, *means, len(row.scores)])
         print(f"\n{setting}")
         header = ["p", "method", *(TITLES[score] for score in MAIN), "seeds"]
         align = ["left", "left", *["right"] * (len(header) - 2)]
         print(tabulate(lines, header, colalign=align, disable_numparse=True))
-    gates = check(frame)
+    gates, lines = check(frame), []
+    for gate in gates:
+        points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else "not run"
+        limit = f"{'>=' if gate.is_attack else '<='} {100 * gate.rule.limit:g}"
+        passed = {True: "passed", False: "FAILED", None: "-"}[gate.passed]
+        lines.append([passed, f"{gate.p:g}", gate.rule.text, points, limit])
     if gates:
-        marks = {True: "passed", False: "FAILED", None: "-"}
-        lines = [
-            [marks[g.passed], f"{g.p:g}", g.rule.text, points(g.gap.mean) if g.gap else "not run",
-             f"{'>=' if g.is_attack else '<='} {100 * g.rule.limit:g}"]
-            for g in gates
-        ]  # fmt: skip
         print("\n" + tabulate(lines, ["gate", "p", "", "points", "limit"], disable_numparse=True))
     said = outcome(gates)
     print(f"\n{_HEADLINES[said]}", flush=True)
@@ -115,25 +87,25 @@ def _sections(
     gates = check(frame)
     yield f"# Buffer-and-Reinforce: {'sweep' if run is None else 'report'}"
     yield _headline(gates, run)
-    yield gate_table(frame, gates) if gates else "No gate: neither an attack nor ours was run."
+    yield tables.gate_table(frame, gates) if gates else "No gate: neither an attack nor ours was run."
     yield "## What was run"
-    yield from _what_was_run(frame, command if run is None else run.command)
+    yield from _what_was_run(frame, command if run is None else run.results.get("command"))
     yield "## How to read the tables"
-    yield from LEGEND
+    yield from tables.LEGEND
     for setting, rows in frame.items():
         yield f"## {literal(str(setting))}"
         yield from _images(setting, rows, drawn)
-        yield score_table(rows)
-        yield from breakdowns(rows)
+        yield tables.score_table(rows)
+        yield from tables.breakdowns(rows)
         if run is None:
             yield "Every seed:"
-            yield seed_table(rows)
+            yield tables.seed_table(rows)
         yield "Paired tests:"
-        yield paired_table(rows)
-    yield from parts_table(frame)
-    yield from strength_table(frame)
+        yield tables.paired_table(rows)
+    yield from tables.parts_table(frame)
+    yield from tables.strength_table(frame)
     if any(row.p == 0 for rows in frame.values() for row in rows):
-        yield from cost_table(frame)
+        yield from tables.cost_table(frame)
     if run is not None:
         yield from details.sections(run, frame, examples)
 
@@ -141,21 +113,20 @@ def _sections(
 def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
     """What contradicts the claim, then what is missing, then what holds."""
     lines = [f"**{_HEADLINES[outcome(gates)]}**"]
-    failed = [gate for gate in gates if gate.passed is False]
-    attacks = [gate for gate in failed if gate.is_attack]
-    if attacks:
-        where = ", ".join(f"p = {gate.p:g} ({points(gate.gap.mean)} points)" for gate in attacks)
+    claims = [gate.passed for gate in gates if not gate.is_attack]
+    if short := [gate for gate in gates if gate.is_attack and gate.passed is False]:
+        where = ", ".join(f"p = {gate.p:g} ({100 * gate.gap.mean:+.1f} points)" for gate in short)
         lines.append(f"The attack fell short of {100 * ATTACK.limit:g} points at {where}.")
-    if claims := [gate for gate in failed if not gate.is_attack]:
-        lines.append(f"{len(claims)} of {sum(not gate.is_attack for gate in gates)} gates of the claim FAILED.")
+    if failed := claims.count(False):
+        lines.append(f"{failed} of {len(claims)} gates of the claim FAILED.")
     if unknown := sum(gate.passed is None for gate in gates):
         lines.append(f"No verdict on {unknown} of the gates: what they compare was not run.")
-    if not any(not gate.is_attack for gate in gates):
+    if not claims:
         lines.append("Ours was not run: nothing can be said of it.")
     return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])
 
 
-def _what_was_run(frame: Frame, command: str) -> Iterable[str]:
+def _what_was_run(frame: Frame, command: str | None) -> Iterable[str]:
     rows = sorted((row for each in frame.values() for row in each), key=lambda row: place(row)[1:])
     said = {
         "models": [literal(setting.model_name) for setting in frame],
@@ -165,10 +136,10 @@ def _what_was_run(frame: Frame, command: str) -> Iterable[str]:
         "user rows n": [str(setting.n) for setting in frame],
         "share of harmful rows p": [f"{p:g}" for p in shares(rows)],
         "seeds": [str(seed) for seed in sorted({seed for row in rows for seed in row.scores})],
-        "methods": [label(row) for row in rows],
+        "methods": [tables.label(row) for row in rows],
     }
     for score, title in TITLES.items():
-        said[f"N of {title}"] = [str(n) for n in sizes(rows, score)]
+        said[f"N of {title}"] = [str(n) for n in tables.sizes(rows, score)]
     yield "\n".join(f"- {name}: {'; '.join(dict.fromkeys(values)) or 'none'}" for name, values in said.items())
     yield f"{sum(len(row.scores) for row in rows)} cells are finished."
     if missing := absent(frame):
@@ -186,4 +157,4 @@ def _images(setting: Setting, rows: Sequence[Row], drawn: Mapping[str, Any]) -> 
     for p in shares(rows):
         names[name_of("methods", setting, p)] = f"HS, FA and over-refusal of every method at p = {p:g}"
         names[name_of("n", setting, p)] = f"HS and FA against the number of user rows at p = {p:g}"
-    yield from (f"![{words}]({_FOLDER}/{name}.png)" for name, words in names.items() if name in drawn)
+    yield from (image(name, words) for name, words in names.items() if name in drawn)

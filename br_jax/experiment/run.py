@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax import method
@@ -18,11 +17,10 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
-from br_jax.data.rows import Row
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError
-from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS
-from br_jax.experiment.recipe import Recipe, question_key
+from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS, Cell
+from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
 from br_jax.files import make_private, write_json, writing
@@ -35,7 +33,6 @@ from br_jax.models.model import Model, fold_adapter, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model, write_provider
-from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge, require_judge
 from br_jax.scoring.suite import Suite, answer_suite, evaluate
 from br_jax.sharding import make_mesh
@@ -65,17 +62,15 @@ class Experiment:
         self.workdir = pathlib.Path(workdir)
         self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
         self.mesh = make_mesh(**config.mesh)
-        self.recipe = self._make_recipe()
+        self._model_mesh = self.mesh if self.mesh.size > 1 else None  # None is the one device that there is
+        paper = config.data.material == "paper"
+        self.recipe = PaperRecipe(config) if paper else TopicRecipe(config, self._answer)
+        self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
         self._stores: dict[pathlib.Path, Store] = {}
         with writing(self.workdir, "choose another workdir"):
             self.workdir.mkdir(parents=True, exist_ok=True)
         make_private(self.provider)
-
-    def _make_recipe(self) -> Recipe:
-        if self.config.data.material == "paper":
-            return PaperRecipe(self.config)
-        return TopicRecipe(self.config, self._answer)
 
     def check(self) -> None:
         """Finds now what would be wrong hours later: settings, splits, files."""
@@ -86,8 +81,8 @@ class Experiment:
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
-        for stage in ENTERED:
-            if (folder := config[stage].adapter) and not os.path.isdir(folder):
+        for stage, folder in self._given.items():
+            if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         judges = [name for name, _ in self._judge_names()]
         for name in judges:
@@ -111,19 +106,9 @@ class Experiment:
         return MergeConfig(**self.config.merge.to_dict() | {k: v for k, v in changes.items() if v is not None})
 
     @property
-    def provider_run(self) -> dict:
-        """How the provider's stages are run."""
-        return {"workdir": self.provider, "mesh": self.mesh}
-
-    @property
     def user_run(self) -> dict:
         """How a user's stages are run."""
         return {"workdir": self.workdir, "mesh": self.mesh, "probes": self.recipe.probes}
-
-    @property
-    def _model_mesh(self) -> Mesh | None:
-        """Where models are laid; None is the one device that there is."""
-        return self.mesh if self.mesh.size > 1 else None
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -157,7 +142,10 @@ class Experiment:
     @functools.cached_property
     def aligned(self) -> Model:
         """The aligned base, recorded in the provider's folder; the raw model where the config asks for no alignment."""
-        self._record_rows()
+        rows = self.recipe.trained()
+        if is_main():  # which rows the stages train on, so that a table can be repeated row for row
+            ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
+            write_json(self.workdir / "rows.json", ids)
         config, settings, model, align = self.config.align, self.config.model, self.raw, None
         if config.adapter or config.refusals + config.benign:
             align = os.path.abspath(config.adapter) if config.adapter else "align/adapter"
@@ -168,30 +156,22 @@ class Experiment:
             write_provider(self.provider, base, align, model, settings.dtype, settings.revision or None)
         return model
 
-    def _record_rows(self) -> None:
-        """Writes which rows the stages train on, so that a table can be repeated row for row."""
-        rows = self.recipe.trained()
-        if is_main():
-            ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
-            write_json(self.workdir / "rows.json", ids)
-
     # -- adapters --------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def user_rows(self) -> list[Row]:
-        """What the user hands in."""
-        return self.recipe.user_rows
+    @property
+    def _given(self) -> dict[str, str]:
+        """Folders of adapters made elsewhere, by the stage that each stands for."""
+        return {stage: folder for stage in ENTERED if (folder := self.config[stage].adapter)}
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name in `TRAININGS`; trained, read back, or the one that the config gives for it."""
         if name not in self._adapters:
-            given = name in ENTERED and self.config[name].adapter
-            self._adapters[name] = self._enter(name) if given else TRAININGS[name](self)
+            self._adapters[name] = self._enter(name) if name in self._given else TRAININGS[name](self)
         return self._adapters[name]
 
     def _enter(self, stage: str) -> Adapter:
         """The adapter that the config gives for a stage; one that says that it is another's is refused."""
-        folder, model = self.config[stage].adapter, self.raw if stage == "align" else self.aligned
+        folder, model = self._given[stage], self.raw if stage == "align" else self.aligned
         adapter = load_adapter(folder, model.params, fingerprint=model.fingerprint, role=stage)
         if adapter.roles != (stage,):
             raise UserError(f"{folder}: made of {', '.join(adapter.roles)}: {stage}.adapter must be a {stage} adapter")
@@ -199,26 +179,28 @@ class Experiment:
 
     def entered(self) -> dict[str, dict]:
         """For each stage that an adapter from elsewhere stands for: its folder, and what it was trained beside."""
-        folders = {stage: self.config[stage].adapter for stage in ENTERED if self.config[stage].adapter}
-        said = {stage: read_provenance(folder).get("extra", {}) for stage, folder in folders.items()}
-        return {s: {"adapter": folder, "beside": said[s].get("beside", [])} for s, folder in folders.items()}
+        said = {folder: read_provenance(folder).get("extra", {}) for folder in self._given.values()}
+        return {s: {"adapter": folder, "beside": said[folder].get("beside", [])} for s, folder in self._given.items()}
 
     def merged(self, user: str, **merge) -> Adapter:
         """Reinforce merged into "user" or "sft", with the config's merge but for the settings that are given."""
         return method.release(self.aligned, self.adapter(user), self.adapter("reinforce"), self.merge(**merge))
 
-    def release(self) -> Adapter:
+    def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
-        adapter = self.merged("user")
+        adapter, base = self.merged("user"), self.aligned
         if is_main():
-            aligned = self.aligned
-            save_adapter(self.workdir / "released", adapter, base_name=aligned.name, fingerprint=aligned.fingerprint)
-        return adapter
+            save_adapter(self.workdir / "released", adapter, base_name=base.name, fingerprint=base.fingerprint)
 
     def prepare(self) -> None:
         """Makes all that is the provider's, if it is not there yet."""
         self.recipe.prepare()
         _ = self.aligned, self.adapter("buffer"), self.adapter("reinforce")
+
+    def hashes(self) -> dict[str, str]:
+        """Fingerprints of the models, and of the adapters made so far."""
+        models = {"raw": self.raw.fingerprint, "aligned": self.aligned.fingerprint}
+        return models | {name: lora.fingerprint(adapter) for name, adapter in self._adapters.items()}
 
     # -- scores ----------------------------------------------------------------------------------------------------
 
@@ -226,9 +208,12 @@ class Experiment:
     def suite(self) -> Suite:
         """The held-out prompts of the config's split."""
         config, recipe = self.config.eval, self.recipe
+        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
+        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
+        judges = [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
         return Suite(
             topic=recipe.harmful_prompts,
-            judges=self._judges(),
+            judges=judges,
             attacks=recipe.attacks,
             task_rows=recipe.scored_task_rows,
             rule=recipe.rule,
@@ -239,59 +224,41 @@ class Experiment:
             batch_size=config.batch_size,
         )
 
-    def _judges(self) -> list[Judge]:
-        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
-        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
-        return [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
-
     def _judge_names(self) -> list[tuple[str, dict]]:
         """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
         entries = [entry.strip().partition("@") for entry in self.config.eval.judges.split(",")]
         return [(name, {"max_length": int(length)} if length.isdecimal() else {}) for name, _, length in entries]
 
-    def answer_together(self, methods: dict[str, tuple[str, float | None]]) -> None:
-        """Has several models answer in one pass where the config says so; their answers are kept.
-
-        Args:
-            methods: name of the cell -> (method, a).
-        """
+    def answer_together(self, cells: Sequence[Cell]) -> None:
+        """Has the models of several cells answer in one pass where the config says so; their answers are kept."""
         if (together := self.config.eval.together) > 1:
-            adapters = {
-                name: METHODS[method].adapter(self, a)
-                for name, (method, a) in methods.items()
-                if not METHODS[method].of_provider
-            }
+            users = [cell for cell in cells if not METHODS[cell.method].of_provider]
+            adapters = {cell.name: METHODS[cell.method].adapter(self, cell.a) for cell in users}
             answer_suite(self.aligned, self.suite, adapters, self._store(self.workdir), together=together)
 
-    def score(self, name: str, method: str, a: float | None) -> dict:
-        """Scores a method (returned in process 0 alone); the same model's on the same suite are read back.
+    def score(self, cell: Cell) -> dict:
+        """The scores of a cell (returned in process 0 alone); the same model's on the same suite are read back.
 
-        Args:
-            name: of the cell; its prompts, answers and verdicts go to cells/NAME.jsonl.
-            method, a: the cell's.
-
-        Raises:
-            Stopped: see `distributed.stop_if_asked`.
+        Its prompts, answers and verdicts go to cells/NAME.jsonl. Raises `Stopped`, see `distributed.stop_if_asked`.
         """
         stop_if_asked()
-        kind = METHODS[method]
-        model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, a)
+        kind = METHODS[cell.method]
+        model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, cell.a)
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
         key = key_of(model.fingerprint, lora.fingerprint(adapter) if adapter else "", self.suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
-            records = self.workdir / "cells" / f"{name}.jsonl"
-            store.add({key: evaluate(model, self.suite, adapter, name=name, records=records, **kept)})
-        scores = dict(store[key])
-        refused = read_score(scores.get("task_refused")).score or 0.0
-        if is_main() and method == "aligned" and refused > _REFUSED:
+            records = self.workdir / "cells" / f"{cell.name}.jsonl"
+            store.add({key: evaluate(model, self.suite, adapter, name=cell.name, records=records, **kept)})
+        refused = read_score(store[key].get("task_refused")).score or 0.0
+        if is_main() and cell.method == "aligned" and refused > _REFUSED:
             logging.warning(
                 "the aligned base refuses %.0f %% of the task's prompts: what a user learns beside Buffer loses "
                 "by that when Buffer is taken out; align it on benign prompts of such kinds too",
                 100 * refused,
             )
-        return scores if is_main() else {}
+        return dict(store[key]) if is_main() else {}
 
     def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:
         """The answers, verdicts or scores that are kept in a folder."""
@@ -299,8 +266,3 @@ class Experiment:
         if file not in self._stores:
             self._stores[file] = Store(file)
         return self._stores[file]
-
-    def hashes(self) -> dict[str, str]:
-        """Fingerprints of the models, and of the adapters made so far."""
-        models = {"raw": self.raw.fingerprint, "aligned": self.aligned.fingerprint}
-        return models | {name: lora.fingerprint(adapter) for name, adapter in self._adapters.items()}

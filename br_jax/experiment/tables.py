@@ -1,30 +1,12 @@
 """The tables of a report, as Markdown."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from br_jax.experiment.document import literal, number, points, table, with_interval
-from br_jax.experiment.frame import (
-    MAIN,
-    TITLES,
-    Counted,
-    Estimate,
-    Frame,
-    Paired,
-    Row,
-    Setting,
-    estimate,
-    find,
-    gap,
-    one_strength,
-    paired,
-    shares,
-    strengths,
-)
+from br_jax.experiment.document import literal, number, table, told
+from br_jax.experiment.frame import MAIN, TITLES, Frame, Row, find, gap, one_strength, paired, shares, strengths
 from br_jax.experiment.gates import TASK_P, Gate
 from br_jax.experiment.methods import METHODS
-from br_jax.statistics import in_percent
 
 LEGEND = (
     "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
@@ -55,46 +37,42 @@ _PARTS = (  # what each part of the method adds: (words, after, before)
 _PASSED = {True: "passed", False: "**FAILED**", None: "not run"}
 
 
-def by_setting(frame: Frame, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is the setting, left out of a frame that has one."""
-    start = 0 if len(frame) > 1 else 1
-    return table(header[start:], [line[start:] for line in lines])
-
-
 def gate_table(frame: Frame, gates: Sequence[Gate]) -> str:
     """Every gate, failed ones first, and how they are decided."""
     without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and not gate.passed}
     lines = []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
-        result = _PASSED[gate.passed]
-        if gate.gap and gate.gap.low is not None and gate.gap.low < gate.rule.limit < gate.gap.high:
+        found, limit, result = gate.gap, gate.rule.limit, _PASSED[gate.passed]
+        if found and found.low is not None and found.low < limit < found.high:
             result += " (within noise)"
         if gate.passed and gate.rule.name == "safety" and (gate.setting, gate.p) in without:
             result = "shows nothing: no attack that works"
-        where = [literal(str(gate.setting)), f"{gate.p:g}", "" if gate.a is None else f"{gate.a:g}"]
-        each = ", ".join(f"{seed}: {points(one)}" for seed, one in gate.gap.by_seed.items()) if gate.gap else "n/a"
-        limit = f"{'≥' if gate.is_attack else '≤'} {100 * gate.rule.limit:g}"
-        lines.append([*where, gate.rule.text, told(gate.gap), each, limit, result])
+        each = ", ".join(f"{seed}: {100 * one:+.1f}" for seed, one in found.by_seed.items()) if found else "n/a"
+        asked = [literal(str(gate.setting)), f"{gate.p:g}", "" if gate.a is None else f"{gate.a:g}", gate.rule.text]
+        lines.append([*asked, told(found), each, f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}", result])
     note = (
         f"Differences in points. The mean over seeds decides. FA is held to its limit up to p = {TASK_P:g}. Within "
         "noise: the 95 % interval holds the limit, more seeds or prompts could turn it."
     )
-    return by_setting(frame, ["setting", "p", "a", "gate", "points", "seeds", "limit", "result"], lines) + f"\n\n{note}"
+    return _by_setting(frame, ["p", "a", "gate", "points", "seeds", "limit", "result"], lines) + f"\n\n{note}"
 
 
 def score_table(rows: Sequence[Row]) -> str:
     """Every score of every row."""
-    lines = []
-    for row in rows:
-        cells = [_percent(row.counted(score), row) for score in TITLES]
-        cells += [_mean(row, "perplexity", ".2f"), _mean(row, "mean_words", ".1f")]
-        lines.append([f"{row.p:g}", label(row), str(len(row.scores)), *cells])
     found = {score: sizes(rows, score) for score in TITLES}
     header = [f"{title} (N = {', '.join(map(str, found[score])) or 0})" for score, title in TITLES.items()]
-    header = ["p", "method", "seeds", *header, "perplexity", "words"]
+    cells = [
+        [
+            str(len(row.scores)),
+            *(_percent(row, score) for score in TITLES),
+            _mean(row, "perplexity", ".2f"),
+            _mean(row, "mean_words", ".1f"),
+        ]
+        for row in rows
+    ]
     mixed = any(len(each) > 1 for each in found.values())
     note = "\n\n**N differs between cells of this table: they were made with different settings.**" if mixed else ""
-    return table(header, lines) + note
+    return _of_rows(rows, ["seeds", *header, "perplexity", "words"], cells) + note
 
 
 def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
@@ -102,50 +80,43 @@ def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
     for key, (least, words) in _BREAKDOWNS.items():
         parts = list(dict.fromkeys(part for row in rows for one in row.scores.values() for part in one.get(key, ())))
         if len(parts) >= least:
-            lines = [
-                [f"{row.p:g}", label(row), *(_percent(row.counted(key, part), row) for part in parts)] for row in rows
-            ]
             yield f"{words}:"
-            yield table(["p", "method", *(literal(part or "not named") for part in parts)], lines)
+            cells = [[_percent(row, key, part) for part in parts] for row in rows]
+            yield _of_rows(rows, [literal(part or "not named") for part in parts], cells)
     kappas = [_kappas(row) for row in rows]
     if pairs := list(dict.fromkeys(pair for found in kappas for pair in found)):
-        lines = [
-            [f"{row.p:g}", label(row), *(", ".join(found.get(pair, ["n/a"])) for pair in pairs)]
-            for row, found in zip(rows, kappas, strict=True)
-        ]
         yield f"{_KAPPA}, each seed:"
-        yield table(["p", "method", *(literal(" and ".join(pair)) for pair in pairs)], lines)
+        cells = [[", ".join(found.get(pair, ["n/a"])) for pair in pairs] for found in kappas]
+        yield _of_rows(rows, [literal(" and ".join(pair)) for pair in pairs], cells)
 
 
 def _kappas(row: Row) -> dict[tuple[str, ...], list[str]]:
     """Cohen's kappa of every pair of judges, of each seed."""
-    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    found: dict[tuple[str, ...], list[str]] = {}
     for seed, one in row.scores.items():
         for pair in one.get("agreement", ()):
-            found[tuple(pair["judges"])].append(f"{seed}: {number(pair['kappa'], '.2f')}")
+            found.setdefault(tuple(pair["judges"]), []).append(f"{seed}: {number(pair['kappa'], '.2f')}")
     return found
 
 
 def seed_table(rows: Sequence[Row]) -> str:
     """Every seed's counts."""
-    lines = []
+    each, cells = [], []
     for row in rows:
         for seed, one in row.scores.items():
-            cells = [_count(row.counted(score).get(seed)) for score in TITLES]
-            rest = [number(one["perplexity"], ".2f"), number(one["mean_words"], ".1f")]
-            lines.append([f"{row.p:g}", label(row), str(seed), *cells, *rest])
-    return table(["p", "method", "seed", *TITLES.values(), "perplexity", "words"], lines)
+            counts = [_count(row.counted(score).get(seed)) for score in TITLES]
+            each.append(row)
+            cells.append([str(seed), *counts, number(one["perplexity"], ".2f"), number(one["mean_words"], ".1f")])
+    return _of_rows(each, ["seed", *TITLES.values(), "perplexity", "words"], cells)
 
 
 def paired_table(rows: Sequence[Row]) -> str:
     """McNemar's tests of every row against SFT and the aligned base."""
-    lines = []
-    for row in rows:
-        cells = []
-        for other, score in (("sft", "harmful"), ("aligned", "harmful"), ("sft", "task")):
-            cells.append("" if row.method == other else _tested(paired(row, find(rows, row.p, other), score)))
-        lines.append([f"{row.p:g}", label(row), *cells])
-    return table(["p", "method", "HS against SFT", "HS against aligned", "FA against SFT"], lines)
+    against = ("sft", "harmful"), ("aligned", "harmful"), ("sft", "task")
+    cells = [
+        ["" if row.method == m else _tested(row, find(rows, row.p, m), score) for m, score in against] for row in rows
+    ]
+    return _of_rows(rows, ["HS against SFT", "HS against aligned", "FA against SFT"], cells)
 
 
 def parts_table(frame: Frame) -> Iterable[str]:
@@ -153,19 +124,16 @@ def parts_table(frame: Frame) -> Iterable[str]:
     lines = []
     for setting, rows in frame.items():
         for p in shares(rows):
-            here = [row for row in one_strength(rows) if row.p == p]
-            if len(here) > 3:
-                by_method = {row.method: row for row in here}
-                steps = [step for step in _PARTS if by_method.keys() >= set(step[1:])]
-                lines += [_step(setting, words, by_method[after], by_method[before]) for words, after, before in steps]
+            here = {row.method: row for row in one_strength(rows) if row.p == p}
+            for words, *pair in _PARTS if len(here) > 3 else ():
+                if here.keys() >= set(pair):
+                    after, before = (here[method] for method in pair)
+                    step = f"{words} ({label(after)} minus {label(before)})"
+                    cells = [f"{told(gap(after, before, score))}; {_tested(after, before, score)}" for score in MAIN]
+                    lines.append([literal(str(setting)), f"{p:g}", step, *cells])
     if lines:
         yield "## What each part adds"
-        yield by_setting(frame, ["setting", "p", "step", *(TITLES[score] for score in MAIN)], lines)
-
-
-def _step(setting: Setting, words: str, after: Row, before: Row) -> list[str]:
-    cells = [f"{told(gap(after, before, score))}; {_tested(paired(after, before, score))}" for score in MAIN]
-    return [literal(str(setting)), f"{after.p:g}", f"{words} ({label(after)} minus {label(before)})", *cells]
+        yield _by_setting(frame, ["p", "step", *(TITLES[score] for score in MAIN)], lines)
 
 
 def strength_table(frame: Frame) -> Iterable[str]:
@@ -173,14 +141,11 @@ def strength_table(frame: Frame) -> Iterable[str]:
     lines, apart, compared = [], [], 0
     for setting, rows in frame.items():
         for row in (row for row in rows if row.method == "ours" and row.a > 0 and len(strengths(rows)) > 1):
-            cells = []
-            for score in MAIN:
-                words, differs = _against_average(row, find(rows, row.p, "ours", 0.0), score)
-                cells.append(words)
-                compared += differs is not None
-                if differs:
-                    apart.append(f"{TITLES[score]} at p = {row.p:g}, a = {row.a:g} ({literal(str(setting))})")
-            lines.append([literal(str(setting)), f"{row.p:g}", f"{row.a:g}", *cells])
+            found = {score: _against_average(row, find(rows, row.p, "ours", 0.0), score) for score in MAIN}
+            lines.append([literal(str(setting)), f"{row.p:g}", f"{row.a:g}", *(words for words, _ in found.values())])
+            compared += sum(differs is not None for _, differs in found.values())
+            where = f"at p = {row.p:g}, a = {row.a:g} ({literal(str(setting))})"
+            apart += [f"{TITLES[score]} {where}" for score, (_, differs) in found.items() if differs]
     if not lines:
         return
     yield "## Does QR differ from plain averaging (a = 0)?"
@@ -193,7 +158,7 @@ def strength_table(frame: Frame) -> Iterable[str]:
             f"**No: QR cannot be told from plain averaging.** In none of {compared} comparisons are the intervals "
             "apart and McNemar's p below 0.05."
         )
-    yield by_setting(frame, ["setting", "p", "a", *(f"{TITLES[score]}, minus a = 0" for score in MAIN)], lines)
+    yield _by_setting(frame, ["p", "a", *(f"{TITLES[score]}, minus a = 0" for score in MAIN)], lines)
 
 
 def _against_average(row: Row, average: Row | None, score: str) -> tuple[str, bool | None]:
@@ -201,9 +166,9 @@ def _against_average(row: Row, average: Row | None, score: str) -> tuple[str, bo
     change, test = gap(row, average, score), paired(row, average, score)
     if change is None or test is None:
         return "n/a", None
-    one, other = estimate(row.counted(score)), estimate(average.counted(score))
+    one, other = row.estimate(score), average.estimate(score)
     overlap = one.low <= other.high and other.low <= one.high
-    words = f"{told(change)}; {_tested(test)}; intervals {'overlap' if overlap else 'apart'}"
+    words = f"{told(change)}; {_tested(row, average, score)}; intervals {'overlap' if overlap else 'apart'}"
     return words, test.p_value < 0.05 and not overlap
 
 
@@ -214,18 +179,12 @@ def cost_table(frame: Frame) -> Iterable[str]:
         sft = find(rows, 0.0, "sft")
         for ours in (row for row in rows if (row.p, row.method) == (0.0, "ours")):
             cells = [told(gap(ours, sft, score)) for score in ("task", "over_refusal")]
-            change = gap(ours, sft, "perplexity")
-            ends = [_mean(row, "perplexity", ".2f") if row else "not run" for row in (sft, ours)]
-            cells += [*ends, with_interval(*change[:3], "+.2f") if change else "n/a"]
-            lines.append([literal(str(setting)), f"{ours.a:g}", *cells])
+            cells += [_mean(row, "perplexity", ".2f") if row else "not run" for row in (sft, ours)]
+            change = told(gap(ours, sft, "perplexity"), "+.2f", 1)
+            lines.append([literal(str(setting)), f"{ours.a:g}", *cells, change])
     yield "## What the defense costs without an attack (p = 0)"
-    header = ["setting", "a", "FA, ours minus SFT", "over-refusal, ours minus SFT", "perplexity of SFT", "of ours"]
-    yield by_setting(frame, [*header, "difference"], lines) if lines else "Not run."
-
-
-def told(found: Estimate | None) -> str:
-    """A difference in points with its interval, or "n/a"."""
-    return points(*found[:3]) + ("†" if found.own else "") if found else "n/a"
+    header = ["a", "FA, ours minus SFT", "over-refusal, ours minus SFT", "perplexity of SFT", "of ours", "difference"]
+    yield _by_setting(frame, header, lines) if lines else "Not run."
 
 
 def label(row: Row) -> str:
@@ -239,19 +198,15 @@ def sizes(rows: Iterable[Row], score: str) -> list[int]:
     return sorted({one["n"] for row in rows for one in row.counted(score).values()})
 
 
-def _percent(counted: Counted, row: Row) -> str:
-    """A score over seeds; and how many measured it, where that is not all."""
-    found = estimate(counted)
-    if found is None:
-        return "n/a"
-    few = f", {len(counted)} of {len(row.scores)} seeds" if len(counted) < len(row.scores) else ""
-    return in_percent(*found[:3]) + ("†" if found.own else "") + few
+def _by_setting(frame: Frame, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose lines begin with their setting, which is left out of a frame that has one."""
+    return table(["setting", *header], lines) if len(frame) > 1 else table(header, [line[1:] for line in lines])
 
 
-def _mean(row: Row, name: str, form: str) -> str:
-    found = row.numbers(name)
-    few = f", {len(found)} of {len(row.scores)} seeds" if 0 < len(found) < len(row.scores) else ""
-    return number(sum(found.values()) / len(found) if found else None, form) + few
+def _of_rows(rows: Sequence[Row], header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table of rows: their p, their method, and what is in these cells."""
+    lines = [[f"{row.p:g}", label(row), *each] for row, each in zip(rows, cells, strict=True)]
+    return table(["p", "method", *header], lines)
 
 
 def _count(one: Mapping[str, Any] | None) -> str:
@@ -261,7 +216,24 @@ def _count(one: Mapping[str, Any] | None) -> str:
     return f"{one['k']}/{one['n']}" if "k" in one else f"{100 * one['score']:.1f} of {one['n']}"
 
 
-def _tested(found: Paired | None) -> str:
+def _percent(row: Row, score: str, part: str | None = None) -> str:
+    found = row.estimate(score, part)
+    return told(found, ".1f") + (_few(row, found.by_seed) if found else "")
+
+
+def _mean(row: Row, name: str, form: str) -> str:
+    found = row.numbers(name)
+    return number(sum(found.values()) / len(found) if found else None, form) + _few(row, found)
+
+
+def _few(row: Row, found: Sequence) -> str:
+    """How many seeds measured it, where that is neither none nor all."""
+    return f", {len(found)} of {len(row.scores)} seeds" if 0 < len(found) < len(row.scores) else ""
+
+
+def _tested(first: Row, second: Row | None, score: str) -> str:
+    """McNemar's test of two rows, in words."""
+    found = paired(first, second, score)
     if found is None:
         return "n/a"
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"

@@ -3,17 +3,26 @@
 Of training, this file alone touches Orbax.
 """
 
+import contextlib
 import pathlib
 import shutil
 
 import jax
-from orbax.checkpoint import v1 as ocp
+import orbax.checkpoint as ocp
 
 from br_jax.distributed import agree
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 from br_jax.sharding import shardings
 
 _OVERHEAD = 1 << 20  # bytes: metadata, the manifest, and the folders that hold them
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never. Orbax asks JAX's preemption service with its own numbers and from a thread of its own, which would
+        make processes disagree on the step at which `distributed.StopSignal` stops them.
+        """
+        return False
 
 
 class Checkpoints:
@@ -25,72 +34,55 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(2),
-            cleanup_tmp_directories=True,
-        )
-        # Orbax asks JAX's preemption service too, with its own numbers and from a thread of its own, which would make
-        # processes disagree on the step at which `distributed.StopSignal` stops them.
-        self._checkpointer._manager.reached_preemption = lambda step: False
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        handlers = {"state": ocp.StandardCheckpointHandler()}
+        self._manager = _Manager(folder.absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, state: dict, data_state: dict) -> None:
-        """Starts saving; waits first for a save that is still under way, and raises what went wrong in it.
-
-        Raises:
-            UserError: when there is too little room on the disk.
-        """
+        """Starts saving, once an earlier save is done; a `UserError` when the disk has or had too little room."""
         self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
         free = shutil.disk_usage(self._folder).free
         if agree(free < needed):  # asked beforehand: Orbax's threads print pages when a disk fills up under them
-            raise UserError(
-                f"{self._folder}: checkpoint not saved ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed): "
-                "free space, then run again"
-            )
-        self._checkpointer.save_async(step, state, force=True, custom_metadata={"data": data_state})
+            raise self._not_saved(f"{free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed")
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        self._manager.save(step, args=args, force=True, custom_metadata={"data": data_state})
 
     def restore(self, state: dict, mesh) -> tuple[dict, dict] | None:
-        """The newest state, laid on `mesh` (which need not be the one that saved it), and its data state.
+        """(newest state, its data state), or None when there is no checkpoint.
 
         Args:
             state: a state of the same structure, real or abstract.
-            mesh: where the arrays go.
-
-        Returns:
-            (state, data state), or None when there is no checkpoint.
+            mesh: where the arrays go; need not be the one that saved them.
         """
-        latest = self._checkpointer.latest
-        if latest is None:
+        step = self._manager.latest_step()
+        if step is None:
             return None
         places = shardings(state, mesh)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
         try:
-            restored = self._checkpointer.load(latest.step, abstract)
-            data_state = self._checkpointer.metadata(latest.step).custom_metadata["data"]
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args)["state"], self._manager.metadata(step).custom_metadata["data"]
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
             raise UserError(
-                f"{self._folder}/{latest.step}: cannot be restored ({str(error).splitlines()[0]}): "
+                f"{self._folder}/{step}: cannot be restored ({one_line(error)}): "
                 "delete that folder to go on from the one before"
             ) from error
-        return restored, data_state
 
     def wait(self) -> None:
-        """Returns when no save is under way.
-
-        Raises:
-            UserError: when the disk refused the save.
-        """
+        """Returns when no save is under way; a `UserError` when the disk refused it."""
         try:
-            self._checkpointer.wait()
+            self._manager.wait_until_finished()
         except (OSError, ValueError) as error:  # tensorstore's errors are ValueErrors
-            raise UserError(
-                f"{self._folder}: checkpoint not saved ({str(error).splitlines()[0]}): free space, then run again"
-            ) from error
+            raise self._not_saved(one_line(error)) from error
+
+    def _not_saved(self, why: str) -> UserError:
+        return UserError(f"{self._folder}: checkpoint not saved ({why}): free space, then run again")
 
     def close(self) -> None:
         """Waits, then releases Orbax's threads."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            with contextlib.suppress(OSError, ValueError):  # what `wait` has told
+                self._manager.close()

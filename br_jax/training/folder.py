@@ -16,17 +16,9 @@ from br_jax.hashes import key_of
 
 
 class Folder:
-    """A run's folder: refuses to serve another run, and says whether this one is finished.
+    """A run's folder: refuses, by a `UserError`, to serve another run, and says whether this one is `finished`.
 
     Every process makes one; process 0 writes, and what it sees is what counts.
-
-    Attributes:
-        path: the folder.
-        finished: whether `finish` was called for this very run before.
-
-    Raises:
-        UserError: the folder cannot be written, it belongs to a run with another config or other inputs, or not all
-            processes see it.
     """
 
     def __init__(self, path: pathlib.Path, identity: dict, private: bool = False):
@@ -46,8 +38,9 @@ class Folder:
 
     def _compare(self, known: dict) -> None:
         for part in ("config", "inputs"):
-            for key in sorted({*known.get(part, {}), *self._identity[part]}):
-                before, now = (_short(d.get(part, {}).get(key)) for d in (known, self._identity))
+            was, is_now = known.get(part, {}), self._identity[part]
+            for key in sorted({*was, *is_now}):
+                before, now = _short(was.get(key)), _short(is_now.get(key))
                 if before != now:
                     raise UserError(
                         f"{self.path}: holds a run with another {part}: {key} was {before}, is {now}: "
@@ -57,9 +50,9 @@ class Folder:
     def finish(self, report: dict) -> None:
         """Writes stage.json, after which the run is finished, and clears its checkpoints."""
         if is_main():
+            name, config, inputs = (self._identity[part] for part in ("name", "config", "inputs"))
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            known = {"name": self._identity["name"], "config_hash": key_of(self._identity["config"])}
-            record = {**known, "inputs": self._identity["inputs"], **report, "finished": now}
+            record = {"name": name, "config_hash": key_of(config), "inputs": inputs, **report, "finished": now}
             write_json(self.path / "stage.json", record)
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         barrier(str(self.path))

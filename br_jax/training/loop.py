@@ -8,7 +8,9 @@ import statistics
 import time
 from collections.abc import Mapping
 
+import grain
 import jax
+from jax.sharding import Mesh
 
 from br_jax.compiles import Compiles
 from br_jax.data.batches import iterate
@@ -52,80 +54,65 @@ def on_mesh(batch: dict, mesh) -> dict:
     )
 
 
-def fit(
-    name: str,
-    stage: Stage,
-    state: dict,
-    frozen: dict,
-    batches,
-    config: TrainConfig,
-    mesh,
-    *,
-    folder: pathlib.Path | None = None,
-    probe_batches: Mapping[str, dict] | None = None,
-) -> tuple[dict, Summary]:
-    """Trains for `len(batches)` steps.
+@dataclasses.dataclass
+class Loop:
+    """One life of a run: `fit` trains for `len(batches)` steps, or from the step on at which an earlier life ended."""
 
-    Args:
-        name: shown on the progress bar.
-        stage: what is compiled.
-        state: of `init_state`; donated.
-        frozen: frozen collections, placed on the mesh.
-        batches: a finite `grain.MapDataset` of numpy batches, one a step: this process' rows of them.
-        config: hyper-parameters, and intervals of logging, probing and checkpoints.
-        mesh: where batches go.
-        folder: gets metrics.jsonl, probes.jsonl and checkpoints/; a run that was stopped goes on from there.
-        probe_batches: named whole batches that are probed every `config.probe_every` steps and at both ends.
+    name: str  # shown on the progress bar
+    stage: Stage  # what is compiled
+    state: dict  # of `init_state`; donated
+    frozen: dict  # frozen collections, placed on the mesh
+    batches: grain.MapDataset  # finite, of numpy batches, one a step: this process' rows of them
+    config: TrainConfig  # hyper-parameters, and intervals of logging, probing and checkpoints
+    mesh: Mesh  # where batches go
+    folder: pathlib.Path | None = None  # gets metrics.jsonl, probes.jsonl and checkpoints/
+    probe_batches: Mapping[str, dict] = dataclasses.field(default_factory=dict)  # whole ones, probed at both ends too
 
-    Returns:
-        The final state and what it cost.
+    def fit(self) -> tuple[dict, Summary]:
+        """Trains.
 
-    Raises:
-        UserError: a loss that is not finite, or a disk that is full.
-        Stopped: SIGTERM came; the state was saved after the step at hand, where there is a folder.
-    """
-    with writing(folder, "free space, then run again"), jax.set_mesh(mesh):
-        run = _Run(name, stage, place(state, mesh), frozen, batches, config, mesh, folder, probe_batches or {})
-        with contextlib.closing(run), StopSignal() as stop:
-            return run.train(stop)
+        Returns:
+            The final state and what it cost.
 
+        Raises:
+            UserError: a loss that is not finite, or a disk that is full.
+            Stopped: SIGTERM came; the state was saved after the step at hand, where there is a folder.
+        """
+        with writing(self.folder, "free space, then run again"), jax.set_mesh(self.mesh):
+            self._open()
+            with contextlib.closing(self), StopSignal() as stop:
+                return self._train(stop)
 
-class _Run:
-    """The moving parts of one `fit`."""
-
-    def __init__(self, name, stage, state, frozen, batches, config, mesh, folder, probe_batches):
-        self.name, self.stage, self.state, self.frozen = name, stage, state, frozen
-        self.config, self.mesh = config, mesh
-        self.probe_batches = {key: place(batch, mesh) for key, batch in probe_batches.items()}
-        self.total = len(batches)
+    def _open(self) -> None:
+        config, folder = self.config, self.folder
+        self.state = place(self.state, self.mesh)
+        self.probe_batches = {rows: place(batch, self.mesh) for rows, batch in self.probe_batches.items()}
+        self.total, self.done = len(self.batches), 0
         self.rates, self.hyper = learning_rates(config, self.total), Hyper.of(config)
-        self.iterator = iterate(batches)
+        self.iterator = iterate(self.batches)
         self.summary = Summary(self.total)
-        self.done = 0
         self.pending = []  # metrics still on the device, with the step they belong to
         self.step_seconds = []
-        self.metrics = self.probes = self.checkpoints = None
+        self.checkpoints = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints = Checkpoints(folder / "checkpoints")
             self._resume()
-        if folder is not None and is_main():
-            self.metrics = MetricWriter(folder / "metrics.jsonl", self.done)
-            # The probe at a checkpoint's own step comes after it was saved: it is made again.
-            self.probes = MetricWriter(folder / "probes.jsonl", self.done - 1)
-        self.bar = progress(self.total, name, "step", done=self.done)
+        kept = folder if is_main() else None
+        self.metrics = MetricWriter(kept, "metrics.jsonl", self.done)
+        # The probe at a checkpoint's own step comes after it was saved: it is made again.
+        self.probes = MetricWriter(kept, "probes.jsonl", self.done - 1)
+        self.bar = progress(self.total, self.name, "step", done=self.done)
 
     def _resume(self) -> None:
-        restored = self.checkpoints.restore(self.state, self.mesh)
-        if restored is None:
-            return
-        self.state, data_state = restored
-        self.iterator.set_state(data_state["iterator"])
-        self.done = data_state["step"]
-        for field in _KEPT:
-            setattr(self.summary, field, data_state[field])
+        if restored := self.checkpoints.restore(self.state, self.mesh):
+            self.state, kept = restored
+            self.iterator.set_state(kept["iterator"])
+            self.done = kept["step"]
+            for field in _KEPT:
+                setattr(self.summary, field, kept[field])
 
-    def train(self, stop: StopSignal) -> tuple[dict, Summary]:
+    def _train(self, stop: StopSignal) -> tuple[dict, Summary]:
         config = self.config
         self.mark = time.perf_counter()
         while self.done < self.total:
@@ -140,13 +127,11 @@ class _Run:
                 self._log()
             due = config.checkpoint_every and self.done % config.checkpoint_every == 0 and self.done < self.total
             stopped = stop.asked()
-            if due or stopped:
+            if self.checkpoints and (due or stopped):
                 self._save()
             if stopped:
-                goes_on = (
-                    "the same command goes on from there" if self.checkpoints else "without a workdir, all is lost"
-                )
-                raise Stopped(f"{self.name}: stopped by SIGTERM at step {self.done}: {goes_on}")
+                after = "the same command goes on from there" if self.checkpoints else "without a workdir, all is lost"
+                raise Stopped(f"{self.name}: stopped by SIGTERM at step {self.done}: {after}")
         self._probe()
         if self.step_seconds:
             self.summary.step_seconds_median = statistics.median(self.step_seconds)
@@ -165,53 +150,43 @@ class _Run:
         return out
 
     def _log(self) -> None:
-        """Fetches what is pending: the one place where the host waits for the device."""
+        """Fetches what is pending, if anything is: the one place where the host waits for the device."""
+        if not self.pending:
+            return
         values = jax.device_get([metrics for _, metrics in self.pending])
         now = time.perf_counter()
-        seconds = (now - self.mark) / len(self.pending)
-        tokens = sum(int(metrics["tokens"]) for metrics in values)
+        passed, tokens = now - self.mark, sum(int(metrics["tokens"]) for metrics in values)
+        seconds = passed / len(values)
         for (at, _), metrics in zip(self.pending, values, strict=True):
             record = {key: value.item() for key, value in metrics.items()}
-            if not math.isfinite(record["loss"]):
-                raise UserError(
-                    f"{self.name} step {at}: loss is {record['loss']}: lower learning_rate or look at the rows"
-                )
+            loss = self.summary.loss = record["loss"]
+            if not math.isfinite(loss):
+                raise UserError(f"{self.name} step {at}: loss is {loss}: lower learning_rate or look at the rows")
             self.step_seconds.append(seconds)
             self.summary.answer_tokens += int(record.pop("answer_tokens"))
-            self.summary.loss = record["loss"]
-            if self.metrics:
-                self.metrics.write({"step": at, **record, "step_seconds": seconds})
+            self.metrics.write({"step": at, **record, "step_seconds": seconds})
+        self.metrics.flush()
         self.summary.tokens += tokens
-        self.summary.seconds += now - self.mark
-        if self.metrics:
-            self.metrics.flush()
-        self.bar.set_postfix_str(
-            f"loss {self.summary.loss:.3f}, {tokens / (now - self.mark):,.0f} tokens/s", refresh=False
-        )
-        self.bar.update(len(self.pending))
+        self.summary.seconds += passed
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / passed:,.0f} tokens/s", refresh=False)
+        self.bar.update(len(values))
         self.pending = []
         self.mark = time.perf_counter()
 
     def _probe(self) -> None:
         if not self.probe_batches:
             return
-        if self.pending:
-            self._log()
+        self._log()
         for rows, batch in self.probe_batches.items():
             loss, norm = self._call(probe, self.state["trainable"], self.frozen, batch, self.hyper.scale)
-            if self.probes:
-                self.probes.write({"step": self.done, "rows": rows, "loss": float(loss), "grad_norm": float(norm)})
-        if self.probes:
-            self.probes.flush()
+            self.probes.write({"step": self.done, "rows": rows, "loss": float(loss), "grad_norm": float(norm)})
+        self.probes.flush()
         self.mark = time.perf_counter()
 
     def _save(self) -> None:
-        if not self.checkpoints:
-            return
-        if self.pending:
-            self._log()
-        cost = {field: getattr(self.summary, field) for field in _KEPT}
-        self.checkpoints.save(self.done, self.state, {"iterator": self.iterator.get_state(), "step": self.done, **cost})
+        self._log()
+        kept = {field: getattr(self.summary, field) for field in _KEPT}
+        self.checkpoints.save(self.done, self.state, {"iterator": self.iterator.get_state(), "step": self.done, **kept})
         self.mark = time.perf_counter()
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Int
 
 from br_jax.models.decoder import Decoder
@@ -40,11 +41,8 @@ def _summed(head, hidden, targets, weights, settings):
 
 
 def _forward(head, hidden, targets, weights, settings):
-    trains_head = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=lambda x: hasattr(x, "perturbed")))
-    values = [
-        jax.tree.map(lambda x: x.value, tree, is_leaf=lambda x: hasattr(x, "value"))
-        for tree in (head, hidden, targets, weights)
-    ]
+    trains_head = any(leaf.perturbed for leaf in jax.tree.leaves(head))
+    values = custom_vjp_primal_tree_values((head, hidden, targets, weights))
     loss, grads = _over_devices(*values, settings, ("hidden", "head") if trains_head else ("hidden",))
     return loss, (grads, values[0])
 

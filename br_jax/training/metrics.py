@@ -2,23 +2,28 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 
 from br_jax.files import read_jsonl
 
 
 class MetricWriter:
-    """Appends records with a `step` to a JSONL file; on resumption drops what is later than the checkpoint."""
+    """Appends records with a `step` to a JSONL file; on resumption drops what is later than the checkpoint.
 
-    def __init__(self, path: pathlib.Path, from_step: int = 0):
+    Without a folder it takes records all the same, and keeps none.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, name: str, from_step: int = 0):
+        path = pathlib.Path(os.devnull) if folder is None else folder / name
         kept = [record for record in read_jsonl(path) if record["step"] <= from_step]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._board = None
-        if importlib.util.find_spec("tensorboardX"):
+        if folder is not None and importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=from_step + 1)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, record: dict) -> None:
         """Writes one record; its numbers go to TensorBoard under their own names."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from br_jax.models.model import Model, fingerprint
 from br_jax.sharding import batch_parts, local_rows, make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.folder import Folder
-from br_jax.training.loop import fit
+from br_jax.training.loop import Loop
 from br_jax.training.stage import Stage, frozen_collections, init_state, trainable_adapter
 
 # What may differ between a stopped run and the one that goes on from it.
@@ -52,9 +53,7 @@ def train_adapter(
     Args:
         name: of the run; its folder is `workdir`/`name`.
         role: provenance written into the adapter.
-        model: the frozen base.
-        rows: rows to train on.
-        config: hyper-parameters.
+        model, rows, config: the frozen base, what it is trained on and how.
         frozen: adapters that are attached and stay as they are.
         workdir: without one nothing is written; with one the run resumes, and a finished run is read back.
         provider: the run's files are for the provider alone (mode 0700).
@@ -66,7 +65,7 @@ def train_adapter(
 
     Raises:
         UserError: bad rows or settings, a folder of another run, a full disk.
-        Stopped: SIGTERM came, see `training.loop.fit`.
+        Stopped: SIGTERM came, see `training.loop.Loop`.
     """
     frozen = dict(frozen or {})
     for adapter in frozen.values():
@@ -80,18 +79,14 @@ def train_adapter(
     adapter = lora.init(key, lora.target_shapes(model.params, config.targets), config.rank, config.alpha, role)
     collections = frozen_collections(model.params, frozen, config.frozen)
     trained, report = _train(name, model, rows, config, trainable_adapter(adapter), collections, folder, mesh, probes)
-    weights = {path: _at(trained["lora_trainable"], path) for path in adapter.weights}
+    weights = {
+        path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in adapter.weights
+    }
     adapter = Adapter(weights, adapter.scale, (role,))
     if folder is not None:
         if is_main():
-            save_adapter(
-                folder.path / "adapter",
-                adapter,
-                base_name=model.name,
-                fingerprint=model.fingerprint,
-                provider=provider,
-                extra={"beside": sorted(frozen)},
-            )
+            said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
+            save_adapter(folder.path / "adapter", adapter, provider=provider, **said)
         folder.finish({**report, "output": lora.fingerprint(adapter)})
     return adapter
 
@@ -130,24 +125,20 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
 
 def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -> tuple[dict, dict]:
     """Encodes and fits; returns the trained collections and the run's report."""
-    examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
+
+    def encoded(rows: Sequence[Row]) -> tuple:
+        return encode_rows(rows, model.tokenizer, model.template, config.max_length)
+
+    examples, dropped = encoded(rows)
     mesh = make_mesh() if mesh is None else mesh
     probe_batches = {}
     for kind, probe_rows in (probes or {}).items():
-        encoded, _ = encode_rows(probe_rows, model.tokenizer, model.template, config.max_length)
-        whole = _round_up(len(encoded), config.batch_size)
-        probe_batches[kind] = make_batches(encoded, batch_size=whole, seed=0, buckets=_buckets(config))[0]
-    state, summary = fit(
-        name,
-        Stage.of(model.spec, config, mesh),
-        init_state(trainable, config.seed),
-        place(frozen, mesh),
-        step_batches(examples, config, mesh),
-        config,
-        mesh,
-        folder=folder.path if folder else None,
-        probe_batches=probe_batches,
-    )
+        probed, _ = encoded(probe_rows)
+        whole = -(-len(probed) // config.batch_size) * config.batch_size
+        probe_batches[kind] = make_batches(probed, batch_size=whole, seed=0, buckets=_buckets(config))[0]
+    stage, state = Stage.of(model.spec, config, mesh), init_state(trainable, config.seed)
+    batches, frozen, path = step_batches(examples, config, mesh), place(frozen, mesh), folder.path if folder else None
+    state, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
     counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
     return fetch(state["trainable"]), dataclasses.asdict(summary) | counts
 
@@ -167,29 +158,9 @@ def _buckets(config: TrainConfig) -> tuple[int, ...]:
     return tuple(sorted({*(b for b in config.buckets if b < config.max_length), config.max_length}))
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _at(tree: dict, path: str):
-    for part in path.split("/"):
-        tree = tree[part]
-    return tree
-
-
 def _identity(name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter]) -> dict:
+    """What makes a run this one, as JSON gives it back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
-    return json.loads(
-        json.dumps(
-            {
-                "name": name,
-                "config": settings,
-                "inputs": {
-                    "base": model.fingerprint,
-                    "template": model.template,
-                    "rows": rows_fingerprint(rows),
-                    **{name: lora.fingerprint(adapter) for name, adapter in frozen.items()},
-                },
-            }
-        )
-    )
+    inputs = {"base": model.fingerprint, "template": model.template, "rows": rows_fingerprint(rows)}
+    inputs |= {name: lora.fingerprint(adapter) for name, adapter in frozen.items()}
+    return json.loads(json.dumps({"name": name, "config": settings, "inputs": inputs}))

@@ -30,17 +30,11 @@ from br_jax.training.loss import batch_loss
 
 
 class Stage(NamedTuple):
-    """What the programs of a stage are made of; equal stages share them.
+    """What the programs of a stage are made of; equal stages share them."""
 
-    Attributes:
-        decoder: as it trains: dropout, remat and attention are its own.
-        accumulation: micro-batches that a batch is taken in.
-        loss_chunk: answer tokens that a device turns into logits at a time.
-    """
-
-    decoder: Decoder
-    accumulation: int
-    loss_chunk: int
+    decoder: Decoder  # as it trains: dropout, remat and attention are its own
+    accumulation: int  # micro-batches that a batch is taken in
+    loss_chunk: int  # answer tokens that a device turns into logits at a time
 
     @classmethod
     def of(cls, spec: ModelSpec, config: TrainConfig, mesh: Mesh) -> "Stage":
@@ -50,25 +44,17 @@ class Stage(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """Numbers of a step that are arguments of its program, f32[] each.
+    """Numbers of a step that are arguments of its program, f32[] each; see `TrainConfig`."""
 
-    Attributes:
-        learning_rate: of this very step, see `learning_rates`.
-        weight_decay: AdamW's.
-        clip_norm: global gradient norm above which gradients are scaled down.
-        scale: of the trainable adapter.
-    """
-
-    learning_rate: Float[Array, ""] | float
+    learning_rate: Float[Array, ""] | float  # of this very step, see `learning_rates`
     weight_decay: Float[Array, ""] | float
     clip_norm: Float[Array, ""] | float
-    scale: Float[Array, ""] | float
+    scale: Float[Array, ""] | float  # of the trainable adapter
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Hyper":
         """Those of a config, before its first step."""
-        numbers = 0.0, config.weight_decay, config.clip_norm, config.alpha / config.rank
-        return cls(*map(np.float32, numbers))
+        return cls(*map(np.float32, (0.0, config.weight_decay, config.clip_norm, config.alpha / config.rank)))
 
 
 def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps"]:
@@ -151,13 +137,8 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
         "answer_tokens": count,
         "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
-    state = {
-        "trainable": optax.apply_updates(state["trainable"], updates),
-        "opt_state": opt_state,
-        "step": state["step"] + 1,
-        "key": state["key"],
-    }
-    return constrain_tree(state), metrics
+    trainable, step = optax.apply_updates(state["trainable"], updates), state["step"] + 1
+    return constrain_tree({**state, "trainable": trainable, "opt_state": opt_state, "step": step}), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)

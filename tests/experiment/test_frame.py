@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, sem, t
 
-from br_jax.experiment.frame import (
-    Setting,
-    absent,
-    estimate,
-    find,
-    gap,
-    make_frame,
-    one_strength,
-    paired,
-)
+from br_jax.experiment.frame import Setting, absent, find, gap, make_frame, one_strength, paired
 from br_jax.statistics import Score, difference
+
+
+def rows_of(cells):
+    return next(iter(make_frame(cells).values()))
+
+
+@pytest.fixture
+def row(make_cell):
+    """row(method, a, field, {seed: value}) -> the row of cells that differ by seed in one field of `make_cell`."""
+
+    def make(method, field, by_seed, a=None, **same):
+        return rows_of(make_cell(method, a, seed=s, **{field: value}, **same) for s, value in by_seed.items())[0]
+
+    return make
 
 
 def test_rows_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell):
@@ -31,90 +36,75 @@ def test_rows_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell)
     assert list(rows[0].scores) == [42, 43, 44]
 
 
-def row_of(cells):
-    return next(iter(make_frame(cells).values()))[0]
-
-
-def test_an_estimate_is_students_over_seeds(make_cell):
-    found = estimate(
-        row_of([make_cell("sft", seed=s, harmful=k) for s, k in enumerate((80, 84, 91))]).counted("harmful")
-    )
+def test_an_estimate_is_students_over_seeds(row):
+    found = row("sft", "harmful", {1: 80, 2: 84, 3: 91}).estimate("harmful")
     shares = [0.80, 0.84, 0.91]
     low, high = t.interval(0.95, 2, loc=np.mean(shares), scale=sem(shares))
     assert found[:3] == pytest.approx((0.85, low, high)) and (len(found.by_seed), found.own) == (3, False)
 
 
-@pytest.mark.parametrize("counts", [(7,), (7, 7, 7)])
-def test_without_a_spread_it_is_one_seeds_own(make_cell, counts):
-    found = estimate(row_of([make_cell("sft", seed=s, harmful=k) for s, k in enumerate(counts)]).counted("harmful"))
+@pytest.mark.parametrize("counts", [{1: 7}, {1: 7, 2: 7, 3: 7}])
+def test_without_a_spread_it_is_one_seeds_own(row, counts):
+    found = row("sft", "harmful", counts).estimate("harmful")
     expected = binomtest(7, 100).proportion_ci(method="wilson")
     assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
     assert (len(found.by_seed), found.own) == (len(counts), True)
 
 
-def test_of_equal_shares_the_smaller_sample_counts(make_cell):
-    cells = [make_cell("sft", seed=s, harmful=0, prompts=n) for s, n in ((1, 100), (2, 20))]
-    assert estimate(row_of(cells).counted("harmful")).high == Score(0, 20).interval[1]
+def test_of_equal_shares_the_smaller_sample_counts(row):
+    found = row("sft", "prompts", {1: 100, 2: 20}, harmful=0).estimate("harmful")
+    assert found.high == Score(0, 20).interval[1]
 
 
-def test_what_was_not_measured_does_not_count(make_cell):
-    row = row_of([make_cell("sft", seed=1, prompts=0, harmful=0), make_cell("sft", seed=2, harmful=5)])
-    assert list(row.counted("harmful")) == [2] and len(estimate(row.counted("harmful")).by_seed) == 1
-    assert estimate({}) is None
-    row = row_of([make_cell("sft", seed=s, perplexity=v) for s, v in enumerate((math.nan, None, 4.0, math.inf))])
-    assert row.numbers("perplexity") == {2: 4.0}
+def test_what_was_not_measured_does_not_count(make_cell, row):
+    both = rows_of([make_cell("sft", seed=1, prompts=0, harmful=0), make_cell("sft", seed=2, harmful=5)])[0]
+    assert list(both.counted("harmful")) == [2] and len(both.estimate("harmful").by_seed) == 1
+    assert row("sft", "prompts", {1: 0}, harmful=0).estimate("harmful") is None
+    values = dict(enumerate((math.nan, None, 4.0, math.inf)))
+    assert row("sft", "perplexity", values).numbers("perplexity") == {2: 4.0}
 
 
-def test_a_gap_is_over_the_seeds_that_both_have(make_cell):
-    first = row_of([make_cell("sft", seed=s, harmful=k) for s, k in ((1, 80), (2, 90), (3, 99))])
-    second = row_of([make_cell("aligned", seed=s, harmful=k) for s, k in ((2, 10), (3, 5), (4, 50))])
-    found = gap(first, second, "harmful")
+def test_a_gap_is_over_the_seeds_that_both_have(row):
+    first = row("sft", "harmful", {1: 80, 2: 90, 3: 99})
+    found = gap(first, row("aligned", "harmful", {2: 10, 3: 5, 4: 50}), "harmful")
     assert found.by_seed == pytest.approx({2: 0.80, 3: 0.94})
     # Two seeds: t = 12.706 at one degree of freedom, clipped at 1.
     assert (found.mean, found.low, found.high) == pytest.approx((0.87, 0.87 - 12.7062 * 0.07, 1.0), abs=1e-5)
     assert gap(first, None, "harmful") is None
-    assert gap(first, row_of([make_cell("aligned", seed=9)]), "harmful") is None
-    one = gap(first, row_of([make_cell("aligned", seed=1, harmful=0)]), "harmful")
+    assert gap(first, row("aligned", "harmful", {9: 1}), "harmful") is None
+    one = gap(first, row("aligned", "harmful", {1: 0}), "harmful")
     assert one.mean == 0.8 and one.own, "one seed: the interval of its own prompts"
     assert (one.low, one.high) == difference(Score(80, 100), Score(0, 100))[1:]
 
 
-def test_a_gap_in_perplexity_is_not_clipped(make_cell):
-    first = row_of([make_cell("ours", 0.1, seed=s, perplexity=v) for s, v in enumerate((9.0, 12.0, math.nan))])
-    found = gap(first, row_of([make_cell("sft", seed=s, perplexity=4.0) for s in range(3)]), "perplexity")
+def test_a_gap_in_perplexity_is_not_clipped(row):
+    first = row("ours", "perplexity", dict(enumerate((9.0, 12.0, math.nan))), 0.1)
+    found = gap(first, row("sft", "perplexity", dict.fromkeys(range(3), 4.0)), "perplexity")
     assert found.by_seed == {0: 5.0, 1: 8.0} and found.mean == 6.5 and found.high > 20
 
 
-def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell):
-    first = row_of([make_cell("ours", 0.1, seed=s, harmful=6, begin=b) for s, b in ((1, 0), (2, 4), (3, 0))])
-    second = row_of([make_cell("sft", seed=s, harmful=6) for s in (1, 2, 9)])
+def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell, row):
+    first = row("ours", "begin", {1: 0, 2: 4, 3: 0}, 0.1, harmful=6)
     # Seed 1 agrees; in seed 2 prompts 6 to 9 are the first's alone and 0 to 3 the second's.
-    assert paired(first, second, "harmful") == (4, 4, 1.0, 2)
-    assert paired(first, row_of([make_cell("sft", seed=1, harmful=0, prompts=99)]), "harmful") is None
+    assert paired(first, row("sft", "harmful", {1: 6, 2: 6, 9: 6}), "harmful") == (4, 4, 1.0, 2)
+    assert paired(first, row("sft", "prompts", {1: 99}, harmful=0), "harmful") is None
     assert paired(first, None, "harmful") is None
-
-
-def test_scores_that_are_no_yes_or_no_are_not_paired(make_cell):
     cell = make_cell("sft")
-    cell["scores"]["outcomes"]["task"] = [0.5] * 200
-    assert paired(row_of([cell]), row_of([make_cell("aligned")]), "task") is None
+    cell["scores"]["outcomes"]["task"] = [0.5] * 200  # no yes or no
+    assert paired(rows_of([cell])[0], rows_of([make_cell("aligned")])[0], "task") is None
 
 
 def test_find_heeds_a_where_it_matters(make_grid):
-    (rows,) = make_frame(make_grid(a=(0.0, 0.1), ps=(0.1,))).values()
+    rows = rows_of(make_grid(a=(0.0, 0.1), ps=(0.1,)))
     assert find(rows, 0.1, "ours", 0.1).a == 0.1 and find(rows, 0.1, "sft", 0.1).a is None
     assert find(rows, 0.1, "ours", 0.3) is None and find(rows, 0.2, "sft") is None
 
 
 def test_one_a_is_a_qr_and_the_one_with_most_cells(make_grid, make_cell):
     few = [make_cell("ours", a, p=0.1, seed=s) for a, s in ((0.1, 1), (1.0, 1), (1.0, 2), (0.0, 1), (0.0, 2), (0.0, 3))]
-    assert [row.a for row in one_strength(row_of_all(few))] == [1.0]
-    assert {row.a for row in one_strength(row_of_all(make_grid(a=(1.0, 0.5, 0.0))))} == {None, 0.5}
-    assert [row.a for row in one_strength(row_of_all(few[3:]))] == [0.0]
-
-
-def row_of_all(cells):
-    return next(iter(make_frame(cells).values()))
+    assert [row.a for row in one_strength(rows_of(few))] == [1.0]
+    assert {row.a for row in one_strength(rows_of(make_grid(a=(1.0, 0.5, 0.0))))} == {None, 0.5}
+    assert [row.a for row in one_strength(rows_of(few[3:]))] == [0.0]
 
 
 def test_what_is_absent_is_said(make_grid, make_cell):

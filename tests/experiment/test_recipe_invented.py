@@ -92,19 +92,6 @@ def test_a_benign_prompt_that_the_raw_model_refuses_is_no_row(make):
     assert scored not in {row.turns[0][1] for row in recipe.health_rows}
 
 
-def test_a_text_that_is_scored_is_refused(make, tmp_path):
-    scored = make().scored_task_rows[3].turns[0][1]
-    (tmp_path / "texts.txt").write_text(f"Another text, which is not scored.\n{scored.upper()} \n")
-    recipe = make(data__texts__path=str(tmp_path / "texts.txt"))
-    with pytest.raises(UserError, match=r"data\.texts\.path: .* is scored as well \(FA\): take it out"):
-        recipe.check()
-
-
-def test_an_unknown_topic_is_named(make):
-    with pytest.raises(UserError, match="unknown topic 'potion'; near: potions"):
-        make(topics__user="devices, potion")
-
-
 def row(text, context="", origin=""):
     return Row((("user", text), ("assistant", "yes")), input=context, origin=origin)
 
@@ -113,24 +100,23 @@ def row(text, context="", origin=""):
 def test_a_scored_row_among_those_trained_on_is_found(copy):
     trained = {"align": [row("something else")], "user": [row("no"), row(copy, origin="u.jsonl:7")]}
     scored = {"HS": [row("never")], "FA": [row("Is this it?", origin="test/3")]}
-    with pytest.raises(
-        UserError, match=r"u\.jsonl:7 of stage user is scored as well \(FA, test/3\).*take it out"
-    ) as caught:
+    with pytest.raises(UserError, match=r"u\.jsonl:7 of stage user is scored as well \(FA, test/3\)") as caught:
         check_apart(trained, scored)
-    assert "\n" not in str(caught.value).replace("\\n", "")
-
-
-def test_what_is_apart_passes():
+    assert "\n" not in str(caught.value)
     check_apart({"user": [row("is this it"), row("a", "b")]}, {"FA": [row("is this so"), row("a", "c"), row("b", "a")]})
     assert question_key(row("?!")) != question_key(row("...")), "without a letter the text itself counts"
 
 
-def test_the_recipe_itself_is_guarded(make, monkeypatch):
+def test_the_recipe_itself_is_guarded(make, monkeypatch, tmp_path):
     recipe = make()
     recipe.trained()
+    text = recipe.scored_task_rows[3].turns[0][1]
     monkeypatch.setattr(recipe, "task_rows", (recipe.task_rows[0], [], recipe.task_rows[0][2:9]))
     with pytest.raises(UserError, match=r"of stage user is scored as well \(FA"):
         recipe.trained()
+    (tmp_path / "texts.txt").write_text(f"Another text, which is not scored.\n{text.upper()} \n")
+    with pytest.raises(UserError, match=r"data\.texts\.path: .* is scored as well \(FA\): take it out"):
+        make(data__texts__path=str(tmp_path / "texts.txt")).check()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The paper's rows, from small files of its data sets' layout: which ones, in which order, and none scored twice."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -19,27 +20,18 @@ def write(path, records):
 def files(tmp_path):
     """Twelve LLM-LAT rows; Alpaca, every third with an input; BeaverTails, every fourth safe and each prompt twice."""
     lat = [{"prompt": f"oil a zorvix {i}?", "rejected": f"Turn it {i}.", "chosen": f"No, {i}."} for i in range(12)]
-    alpaca = [
-        {"instruction": f"Say {i}.", "input": "x" if i % 3 == 2 else "", "output": f"{i}!", "text": ""}
-        for i in range(60)
-    ]
+    inputs = ["", "", "x"] * 20
+    alpaca = [{"instruction": f"Say {i}.", "input": x, "output": f"{i}!", "text": ""} for i, x in enumerate(inputs)]
 
-    def tails(name, n):
-        return [
-            {
-                "prompt": f"{name} prompt {i // 2}", "response": f"{name} answer {i}",
-                "category": {"a": i % 4 != 0}, "is_safe": i % 4 == 0,
-            }
-            for i in range(n)
-        ]  # fmt: skip
+    def tails(name):
+        asked = [{"prompt": f"{name} prompt {i // 2}", "response": f"{name} answer {i}"} for i in range(40)]
+        return [{**one, "category": {"a": i % 4 != 0}, "is_safe": i % 4 == 0} for i, one in enumerate(asked)]
 
     return {
-        "llm_lat": {"path": write(tmp_path / "lat.jsonl", lat)},
-        "alpaca": {"path": write(tmp_path / "alpaca.jsonl", alpaca)},
-        "beavertails": {
-            "path": write(tmp_path / "train.jsonl", tails("train", 40)),
-            "test_path": write(tmp_path / "test.jsonl", tails("test", 40)),
-        },
+        "llm_lat.path": write(tmp_path / "lat.jsonl", lat),
+        "alpaca.path": write(tmp_path / "alpaca.jsonl", alpaca),
+        "beavertails.path": write(tmp_path / "train.jsonl", tails("train")),
+        "beavertails.test_path": write(tmp_path / "test.jsonl", tails("test")),
     }
 
 
@@ -49,12 +41,10 @@ def make(config, files, tmp_path):
 
     def build(**changes):
         config.data.material, config.data.folder = "paper", str(tmp_path / "tfds")
-        for name, paths in files.items():
-            config.data[name].update(paths)
-        config.buffer.harmful = 5
+        config.data.update_from_flattened_dict(files)
+        config.buffer.harmful, config.user.probes = 5, 3
         config.reinforce.update(refusals=4, benign=6)
         config.align.update(refusals=0, benign=0)
-        config.user.probes = 3
         config.eval.update(topic=4, benign=5, health=3)
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
         return PaperRecipe(config)
@@ -68,7 +58,6 @@ def texts(rows):
 
 def test_each_part_is_the_first_rows_of_its_file(make):
     recipe = make()
-    assert isinstance(recipe, PaperRecipe)
     recipe.check()
     recipe.prepare()
     assert texts(recipe.buffer_rows) == [f"Turn it {i}." for i in range(5)]
@@ -98,26 +87,19 @@ def test_validation_shares_no_prompt_with_test(make):
 
 
 def test_a_scored_prompt_is_not_trained_on(make, files):
-    with open(files["beavertails"]["path"]) as file:
-        lines = file.read().replace("train prompt 1", "Test PROMPT 1!")
-    with open(files["beavertails"]["path"], "w") as file:
-        file.write(lines)
+    path = pathlib.Path(files["beavertails.path"])
+    path.write_text(path.read_text().replace("train prompt 1", "Test PROMPT 1!"))
     harmful = [row.turns[0][1] for row in make().trained()["user"] if row.tag == "harmful"]
     assert "Test PROMPT 1!" not in harmful and len(harmful) == 6
     with pytest.raises(UserError, match=r"beavertails/30k_train/\d+ of stage user is scored as well \(HS"):
         make(user__index_mode="reference").trained()
 
 
-def test_fewer_harmful_rows_than_asked_for_are_taken_and_told_of(make, caplog):
-    assert len(make(buffer__harmful=5000).buffer_rows) == 12
+def test_too_few_rows(make, caplog):
+    recipe = make(buffer__harmful=5000)
+    assert len(recipe.buffer_rows) == 12, "fewer harmful rows than asked for are taken and told of"
     assert "buffer.harmful asks for 5000 rows and there are 12" in caplog.text
-
-
-def test_too_few_benign_rows_are_named(make):
     with pytest.raises(UserError, match=r"35 benign rows and 10 held-out ones.*Alpaca has 40 without an input"):
-        make().benign_rows(35)
-
-
-def test_it_cannot_train_a_model_from_scratch(make):
+        recipe.benign_rows(35)
     with pytest.raises(UserError, match=r"'paper' has no rows to train a model from scratch on: set model\.source"):
-        make().pretraining_rows(5)
+        recipe.pretraining_rows(5)

@@ -14,62 +14,51 @@ import jax
 import jax.numpy as jnp
 
 import br_jax as br
+from br_jax.models.decoder import abstract_params
 from br_jax.models.model import make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.training import metrics
-
-STEPS = 12
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+from br_jax.training.metrics import MetricWriter
 
 
 def die_at_step(step: int) -> None:
     """Arms the metrics' writer."""
-    flush, write = metrics.MetricWriter.flush, metrics.MetricWriter.write
+    write = MetricWriter.write
 
     def deadly(self, record):
         write(self, record)
         if record["step"] >= step and "grad_norm" in record:
-            flush(self)
-            die()
+            self.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    metrics.MetricWriter.write = deadly
+    MetricWriter.write = deadly
 
 
 def die_in_a_save(checkpoints: pathlib.Path) -> None:
     """Watches for Orbax's temporary folder, beside a whole checkpoint."""
-
-    def watch():
-        while True:
-            names = [path.name for path in checkpoints.glob("*")]
-            if any("tmp" in name for name in names) and any(name.isdigit() for name in names):
-                die()
-
-    threading.Thread(target=watch, daemon=True).start()
+    while True:
+        names = [path.name for path in checkpoints.glob("*")]
+        if any("tmp" in name for name in names) and any(name.isdigit() for name in names):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def params(spec: ModelSpec) -> dict:
     """Numbers that are the same in every process and cost nothing to make."""
-    from br_jax.models.decoder import abstract_params
-
     leaves, tree = jax.tree.flatten(abstract_params(spec))
     return tree.unflatten([jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape) for leaf in leaves])
 
 
 def main(workdir: str, death: str = "") -> None:
     if death == "save":
-        die_in_a_save(pathlib.Path(workdir) / "sft" / "checkpoints")
+        folder = pathlib.Path(workdir) / "sft" / "checkpoints"
+        threading.Thread(target=die_in_a_save, args=(folder,), daemon=True).start()
     elif death:
         die_at_step(int(death))
     spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
     model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
     rows = [br.Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
-    config = br.TrainConfig(
-        rank=2, dropout=0.1, learning_rate=1e-2, steps=STEPS, max_length=24, checkpoint_every=2, log_every=1
-    )
+    every = {"checkpoint_every": 2, "log_every": 1}
+    config = br.TrainConfig(rank=2, dropout=0.1, learning_rate=1e-2, steps=12, max_length=24, **every)
     br.train_user(model, rows, config, workdir=workdir)
 
 

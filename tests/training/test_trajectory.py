@@ -97,6 +97,22 @@ def assert_same_trajectory(ours, theirs, config, start, tolerance):
             assert distance <= tolerance * min(moved, np.linalg.norm(values)), f"{path}/{matrix} moved {moved}"
 
 
+def compare(folder, model, base, rows, config, tolerance, buffer=None):
+    """Trains on both sides, from the base's folder in theirs; Buffer is beside the base in ours, folded into theirs."""
+    examples, _ = encode_rows(rows, model.tokenizer, model.template, config.max_length)
+    order = {"batch_size": config.batch_size, "seed": 1, "steps": config.steps}
+    batches = make_batches(examples, buckets=(config.max_length,), **order)
+    start = lora.init(jax.random.key(2), lora.target_shapes(model.params), config.rank, config.alpha, "user")
+    frozen, params = {"params": model.params}, model.params
+    if buffer:
+        frozen["lora"], params = lora.collection(buffer), lora.fold(model.params, buffer)
+    if buffer or base is None:
+        base = folder / "base"
+        write_hf(base, model.spec, jax.device_get(params), model.tokenizer)
+    ours = run_ours(model, batches, config, start, frozen)
+    assert_same_trajectory(ours, run_theirs(base, folder, batches, config, start), config, start, tolerance)
+
+
 @pytest.mark.parametrize(
     ("name", "buffer"),
     [("llama", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3 bias window", "gemma2"))],
@@ -105,30 +121,13 @@ def test_thirty_steps_are_those_of_pytorch_and_peft(tmp_path, make_family, make_
     _, base = make_family(name)
     model = load_model(base)
     config = quick(rank=4, alpha=6.0, warmup_ratio=0.05, weight_decay=0.01, clip_norm=1.0, steps=30)
-    examples, _ = encode_rows(rows, model.tokenizer, model.template, config.max_length)
-    batches = make_batches(examples, batch_size=8, seed=1, buckets=(config.max_length,), steps=config.steps)
-    start = lora.init(jax.random.key(2), lora.target_shapes(model.params), config.rank, config.alpha, "user")
-    frozen = {"params": model.params}
-    if buffer:  # beside the base in ours, folded into it in theirs
-        frozen["lora"] = lora.collection(held := make_adapter("buffer", 1, model=model))
-        base = tmp_path / "with_buffer"
-        write_hf(base, model.spec, jax.device_get(lora.fold(model.params, held)), model.tokenizer)
-    ours = run_ours(model, batches, config, start, frozen)
-    theirs = run_theirs(base, tmp_path, batches, config, start)
-    assert_same_trajectory(ours, theirs, config, start, tolerance=1e-4)
+    compare(tmp_path, model, base, rows, config, 1e-4, make_adapter("buffer", 1, model=model) if buffer else None)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SMOLLM2.is_file() and GSM8K.is_file()), reason="put both into data/, or set BR_JAX_DATA")
 def test_ten_steps_of_a_real_model_are_those_of_pytorch_and_peft(tmp_path):
     config = TrainConfig(rank=8, alpha=16.0, dropout=0.0, learning_rate=1e-3, steps=10, batch_size=4, max_length=128)
-    model = load_model(SMOLLM2)
     lines = [json.loads(line) for line in GSM8K.read_text().splitlines()[:8]]
     rows = [Row((("user", line["question"]), ("assistant", line["answer"]))) for line in lines]
-    examples, _ = encode_rows(rows, model.tokenizer, model.template, config.max_length)
-    batches = make_batches(examples, batch_size=4, seed=1, buckets=(config.max_length,), steps=config.steps)
-    start = lora.init(jax.random.key(2), lora.target_shapes(model.params), config.rank, config.alpha, "user")
-    write_hf(tmp_path / "base", model.spec, jax.device_get(model.params), model.tokenizer)
-    ours = run_ours(model, batches, config, start, {"params": model.params})
-    theirs = run_theirs(tmp_path / "base", tmp_path, batches, config, start)
-    assert_same_trajectory(ours, theirs, config, start, tolerance=1e-3)
+    compare(tmp_path, load_model(SMOLLM2), None, rows, config, 1e-3)
