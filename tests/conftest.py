@@ -133,6 +133,23 @@ def quick():
     return lambda **changes: TrainConfig(**{**settings, **changes})
 
 
+@pytest.fixture(scope="session")
+def organism(tmp_path_factory, tiny, rows, quick):
+    """Every stage's adapter by name, trained once, and the "folder" of the runs, the provider's in its provider/.
+
+    Neither the base nor an attached Buffer has changed by a bit.
+    """
+    folder, config = tmp_path_factory.mktemp("organism"), quick()
+    base = jax.tree.map(np.array, tiny.params)
+    buffer = method.train_buffer(tiny, rows, config, workdir=folder / "provider")
+    kept = jax.tree.map(np.array, buffer)
+    reinforce = method.train_reinforce(tiny, buffer, rows[:8], rows[8:], config, workdir=folder / "provider")
+    user = method.train_user(tiny, rows, config, buffer=buffer, workdir=folder)
+    sft = method.train_user(tiny, rows, config, workdir=folder)
+    jax.tree.map(np.testing.assert_array_equal, (tiny.params, buffer), (base, kept))
+    return {"folder": folder, "buffer": buffer, "reinforce": reinforce, "user": user, "sft": sft}
+
+
 @pytest.fixture
 def compiles():
     """A list that gets the name of every program that XLA is asked for, e.g. "jit(train_step)"."""

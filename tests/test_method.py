@@ -12,63 +12,46 @@ from br_jax.adapters import lora
 from br_jax.training import run
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny, rows, quick):
-    """Every stage's adapter, with the bytes of base and Buffer from before they were attached."""
-    folder = tmp_path_factory.mktemp("method")
-    provider = folder / "provider"
-    base = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tiny.params)]
-    config = quick()
-    buffer = br.train_buffer(tiny, rows, config, workdir=provider)
-    kept = jax.tree.map(np.array, buffer)
-    reinforce = br.train_reinforce(tiny, buffer, rows[:8], rows[8:], config, workdir=provider)
-    user = br.train_user(tiny, rows, config, buffer=buffer, workdir=folder)
-    sft = br.train_user(tiny, rows, config, workdir=folder)
-    jax.tree.map(np.testing.assert_array_equal, buffer, kept)
-    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tiny.params)] == base
-    return {"folder": folder, "buffer": buffer, "reinforce": reinforce, "user": user, "sft": sft}
-
-
 def equal(one, other):
     assert one.roles == other.roles
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_the_buffer_is_attached_where_the_method_says(made, tiny):
+def test_the_buffer_is_attached_where_the_method_says(organism, tiny):
     """What a stage was trained over is in its record: Buffer for reinforce and user, nothing for buffer and sft."""
     names = ("buffer", "reinforce", "user", "sft")
-    assert [made[name].roles for name in names] == [("buffer",), ("reinforce",), ("user",), ("user",)]
-    hashes = {name: lora.fingerprint(made[name]) for name in names}
+    assert [organism[name].roles for name in names] == [("buffer",), ("reinforce",), ("user",), ("user",)]
+    hashes = {name: lora.fingerprint(organism[name]) for name in names}
     for name in names:
-        place = made["folder"] / ("provider" if name in ("buffer", "reinforce") else ".")
+        place = organism["folder"] / ("provider" if name in ("buffer", "reinforce") else ".")
         stage = json.loads((place / name / "stage.json").read_text())
         assert stage["output"] == hashes[name] and stage["inputs"]["base"] == tiny.fingerprint
         assert stage["inputs"].get("buffer") == (hashes["buffer"] if name in ("reinforce", "user") else None)
     assert hashes["user"] != hashes["sft"]
 
 
-def test_sft_is_the_user_stage_without_buffer_and_a_file_as_good_as_its_rows(made, tiny, rows, quick, tmp_path):
+def test_sft_is_the_user_stage_without_buffer_and_a_file_as_good_as_its_rows(organism, tiny, rows, quick, tmp_path):
     file = tmp_path / "rows.jsonl"
     records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    equal(made["sft"], run.train_adapter("sft", "user", tiny, rows, quick()))
-    equal(made["sft"], br.train_user(tiny, str(file), quick(), buffer=None))
-    equal(made["sft"], br.train_user(tiny, file, quick(), workdir=made["folder"]))
+    equal(organism["sft"], run.train_adapter("sft", "user", tiny, rows, quick()))
+    equal(organism["sft"], br.train_user(tiny, str(file), quick(), buffer=None))
+    equal(organism["sft"], br.train_user(tiny, file, quick(), workdir=organism["folder"]))
 
 
-def test_the_provider_s_folder_is_its_own(made):
-    provider = made["folder"] / "provider"
+def test_the_provider_s_folder_is_its_own(organism):
+    provider = organism["folder"] / "provider"
     assert stat.S_IMODE(provider.stat().st_mode) == 0o700
     for name in ("buffer", "reinforce"):
         adapter = provider / name / "adapter"
         assert stat.S_IMODE(adapter.stat().st_mode) == 0o700
         assert {stat.S_IMODE(path.stat().st_mode) for path in adapter.iterdir()} == {0o600}
-    assert not list(made["folder"].glob("user/**/*buffer*"))
+    assert not list(organism["folder"].glob("user/**/*buffer*"))
 
 
-def test_release_is_recomputed_from_base_user_and_reinforce_alone(made, tiny, tmp_path):
-    folder = made["folder"]
-    released = br.release(tiny, made["user"], made["reinforce"])
+def test_release_is_recomputed_from_base_user_and_reinforce_alone(organism, tiny, tmp_path):
+    folder = organism["folder"]
+    released = br.release(tiny, organism["user"], organism["reinforce"])
     br.save_adapter(tmp_path / "first", released, tiny)
     user = br.load_adapter(folder / "user" / "adapter", tiny)
     reinforce = br.load_adapter(folder / "provider" / "reinforce" / "adapter", tiny)
@@ -79,11 +62,11 @@ def test_release_is_recomputed_from_base_user_and_reinforce_alone(made, tiny, tm
     file = "adapter_model.safetensors"
     assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     equal(released, br.load_adapter(tmp_path / "first", tiny))
-    equal(released, br.qr_merge(made["user"], made["reinforce"]))
+    equal(released, br.qr_merge(organism["user"], organism["reinforce"]))
 
 
-def test_whatever_holds_a_buffer_is_neither_released_nor_saved(made, tiny, tmp_path):
-    buffer, user, reinforce = made["buffer"], made["user"], made["reinforce"]
+def test_whatever_holds_a_buffer_is_neither_released_nor_saved(organism, tiny, tmp_path):
+    buffer, user, reinforce = organism["buffer"], organism["user"], organism["reinforce"]
     for tainted in (buffer, lora.stack([user, buffer]), lora.scaled(buffer, 0.0)):
         for pair in ((tainted, reinforce), (user, tainted)):
             with pytest.raises(br.UserError, match=r"buffer.*never released"):
@@ -103,21 +86,24 @@ def test_whatever_holds_a_buffer_is_neither_released_nor_saved(made, tiny, tmp_p
         ("align", "reinforce", "expected the user adapter, got one made of align"),
     ],
 )
-def test_release_wants_each_adapter_in_its_place(made, tiny, make_adapter, user, reinforce, message):
-    adapters = made | {"align": make_adapter("align"), "released": lora.stack([made["user"], made["reinforce"]])}
+def test_release_wants_each_adapter_in_its_place(organism, tiny, make_adapter, user, reinforce, message):
+    adapters = organism | {
+        "align": make_adapter("align"),
+        "released": lora.stack([organism["user"], organism["reinforce"]]),
+    }
     with pytest.raises(br.UserError, match=message):
         br.release(tiny, adapters[user], adapters[reinforce])
 
 
-def test_release_refuses_adapters_of_another_model(made, make_tiny):
+def test_release_refuses_adapters_of_another_model(organism, make_tiny):
     with pytest.raises(br.UserError, match="made for another model"):
-        br.release(make_tiny(ffw_dim=24), made["user"], made["reinforce"])
+        br.release(make_tiny(ffw_dim=24), organism["user"], organism["reinforce"])
 
 
-def test_detach_leaves_the_same_objects(made):
-    adapters = {"buffer": made["buffer"], "user": made["user"]}
+def test_detach_leaves_the_same_objects(organism):
+    adapters = {"buffer": organism["buffer"], "user": organism["user"]}
     left = br.detach(adapters)
-    assert list(left) == ["user"] and left["user"] is made["user"] and list(adapters) == ["buffer", "user"]
-    equal(lora.stack(left), lora.stack([made["user"]]))
+    assert list(left) == ["user"] and left["user"] is organism["user"] and list(adapters) == ["buffer", "user"]
+    equal(lora.stack(left), lora.stack([organism["user"]]))
     with pytest.raises(br.UserError, match="no adapter named 'bufer' to detach; near: buffer"):
         br.detach(adapters, "bufer")
