@@ -168,8 +168,7 @@ if __name__ == "__main__":
     process, processes = map(int, which.split("/"))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
-    heartbeat = 10 if ":kill:" in acts[-1] else 100
     run_main(
         lambda: main(workdir, acts),
-        lambda: distributed.join(f"127.0.0.1:{port}", processes, process, heartbeat=heartbeat),
+        lambda: distributed.join(f"127.0.0.1:{port}", processes, process, heartbeat=100),
     )

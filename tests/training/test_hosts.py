@@ -151,7 +151,7 @@ def test_two_processes_run_a_sweep(two):
 
 def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(two):
     for process in (1, 0):
-        ended = start(two, f"train:stopped:1,8,1:kill:{process}:1")  # JAX gives a silent process 10 seconds here
+        ended = start(two, f"train:stopped:1,8,1:kill:{process}:1")
         assert ended[process][0] == -signal.SIGKILL
         status, _, said = ended[1 - process]
         assert status in (ABORTED, os.EX_TEMPFAIL)
