@@ -19,7 +19,7 @@ from br_jax.adapters import peft
 from br_jax.adapters.diagnostics import measure
 from br_jax.adapters.peft_config import read_config
 from br_jax.errors import UserError
-from br_jax.files import PICKLES, read_json, reading, writing
+from br_jax.files import PICKLES, TensorKinds, read_json, reading, safetensors_header, writing
 from br_jax.hashes import file_hash
 from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
@@ -29,8 +29,6 @@ from br_jax.provider.folder import PROVIDER_FILE, read_provider
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
 TAU = 0.01  # the release's rank check, see `qr_merge`
 _BUFFER = {True: "yes, keep it in the provider's folder", False: "no", None: "not recorded"}
-
-Header = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's dtype, in safetensors' words, and its shape
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -97,7 +95,7 @@ def _find_reader(path: Path) -> tuple[str, Callable[[Path], dict[str, Any]]]:
 def _describe_model(folder: Path) -> dict[str, Any]:
     spec, files = read_hf_spec(folder), weight_files(folder)
     tokenizer = read_tokenizer(folder, spec)
-    tensors = {name: tensor for file in files for name, tensor in _read_header(file)[0].items()}
+    tensors = {name: tensor for file in files for name, tensor in safetensors_header(file)[0].items()}
     facts = {
         "shards": len(files),
         "tokens": len(tokenizer),
@@ -159,7 +157,7 @@ def _record(file: Path) -> dict[str, Any]:
 
 
 def _describe_safetensors(file: Path) -> dict[str, Any]:
-    header, notes = _read_header(file)
+    header, notes = safetensors_header(file)
     rows = [{"tensor": name, "dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in header.items()]
     return {"facts": _weights_facts([file], header) | {"sha256": file_hash(file), "notes": notes}, "rows": rows}
 
@@ -167,7 +165,7 @@ def _describe_safetensors(file: Path) -> dict[str, Any]:
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     file, config_file = folder / peft.WEIGHTS_FILE, folder / peft.CONFIG_FILE
     provenance = peft.read_provenance(folder)  # which refuses a folder of pickles
-    header, _ = _read_header(file)
+    header, _ = safetensors_header(file)
     widths, ranks = _sizes(file, header)
     count = 1 + max((layer for of_layer in ranks.values() for layer in of_layer), default=-1)
     kernels = {
@@ -211,7 +209,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     return {"facts": facts | _weights_facts([file], header), "rows": rows, "spectra": spectra}
 
 
-def _sizes(file: Path, header: Header) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
+def _sizes(file: Path, header: TensorKinds) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
     """What an adapter's own tensors say: path -> {"A": in, "B": out}, and path -> layer -> rank.
 
     A half of a pair that is missing counts as of width 0, so that `load_adapter` says which one.
@@ -229,15 +227,7 @@ def _sizes(file: Path, header: Header) -> tuple[dict[str, dict[str, int]], dict[
     return widths, ranks
 
 
-def _read_header(file: Path) -> tuple[Header, dict[str, str]]:
-    """A safetensors file's tensors by name, and the notes in its header; no tensor is read."""
-    with peft.open_weights(file) as opened:
-        slices = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-        tensors = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-        return tensors, dict(opened.metadata() or {})
-
-
-def _weights_facts(files: Sequence[Path], header: Header) -> dict[str, Any]:
+def _weights_facts(files: Sequence[Path], header: TensorKinds) -> dict[str, Any]:
     return {
         "tensors": len(header),
         "parameters": sum(math.prod(shape) for _, shape in header.values()),

@@ -1,7 +1,10 @@
 """The errors that are no bugs: what the user can mend, and a stop that was asked for."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Known = TypeVar("Known")
 
 
 class UserError(Exception):
@@ -16,6 +19,13 @@ def near_names(name: str, names: Iterable[str]) -> str:
     """Phrases the end of an error message: the names close to a wrong one, or else all of them."""
     names = sorted(names)
     return f"near: {', '.join(difflib.get_close_matches(str(name), names) or names) or 'there are none'}"
+
+
+def look_up(kind: str, name: str, known: Mapping[str, Known]) -> Known:
+    """What has this name among those of its kind; a `UserError` that names the near ones when nothing has."""
+    if name not in known:
+        raise UserError(f"unknown {kind} {name!r}; {near_names(name, known)}")
+    return known[name]
 
 
 def one_line(text: object, most: int = 160) -> str:

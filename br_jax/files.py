@@ -8,7 +8,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from br_jax.errors import UserError, one_line
+
+TensorKinds = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's dtype, in safetensors' words, and its shape
 
 # Endings of files that are never opened: to read one can run any code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -72,13 +76,42 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     if not os.path.exists(path):
         return []
-    records = []
-    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+    whole_lines = read_text(path).rpartition("\n")[0]
+    return [record for _, _, record in json_lines(whole_lines, str(path))]
+
+
+def json_lines(text: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields (number, "name:number", its JSON object) of each line that is not blank."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        origin = f"{name}:{number}"
         try:
-            records += [json.loads(line)] if line else []
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({one_line(error)}): delete the line") from error
-    return records
+            record = json.loads(line)
+        # ValueError: also a number of thousands of digits; RecursionError: thousands of brackets.
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{origin}: not valid JSON ({one_line(error)}); write one JSON object a line") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{origin}: holds a JSON {type(record).__name__}; write one JSON object a line")
+        yield number, origin, record
+
+
+@contextlib.contextmanager
+def open_safetensors(path: pathlib.Path) -> Iterator[safe_open]:
+    """Opens a safetensors file; one that is cut short or not of this format is a `UserError`."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); copy or save it again") from error
+
+
+def safetensors_header(path: pathlib.Path) -> tuple[TensorKinds, dict[str, str]]:
+    """The tensors of a safetensors file by name, and the notes in its header; no tensor is read."""
+    with open_safetensors(path) as opened:
+        slices = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+        tensors = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+        return tensors, dict(opened.metadata() or {})
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -122,14 +155,9 @@ def make_private(folder: pathlib.Path) -> None:
 
 
 def require_replaceable(folder: str | os.PathLike, kind: str, marks: Iterable[str]) -> None:
-    """Checks that a folder may be written anew: it is not there, is empty, or is an earlier one of its kind.
+    """Raises a `UserError` where a folder holds something other than an earlier one of its kind.
 
-    Args:
-        kind: what it will be, for the message.
-        marks: files, any of which makes a folder one of that kind.
-
-    Raises:
-        UserError: something else is there.
+    Any of the files named in `marks` makes a folder one of that kind.
     """
     folder = pathlib.Path(folder)
     if not folder.exists():

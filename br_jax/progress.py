@@ -11,9 +11,7 @@ def progress(total: int | None, name: str, unit: str, done: int = 0, keep: bool 
     """A bar with rate and time left; process 0 alone shows it.
 
     Args:
-        total: how many units there are; None when that is not known.
-        name: shown before the bar.
-        unit: what is counted.
+        total: of units to do; None when that is not known.
         done: units finished in an earlier life of the run.
         keep: whether the finished bar stays on the screen.
     """

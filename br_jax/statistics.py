@@ -48,10 +48,6 @@ class Score:
         low, high = self.interval
         return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
 
-    def __str__(self) -> str:
-        """As `in_percent`."""
-        return in_percent(self.score, *self.interval)
-
 
 @dataclass(frozen=True)
 class Mean:
@@ -92,10 +88,6 @@ class Mean:
         """What a `Score` has but for its k, and "deviation"."""
         low, high = self.interval
         return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
-
-    def __str__(self) -> str:
-        """As `in_percent`."""
-        return in_percent(self.score, *self.interval)
 
 
 def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
@@ -165,11 +157,6 @@ def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
     only_first, only_second = counts[True, False], counts[False, True]
     differing = only_first + only_second
     return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
-
-
-def in_percent(value: float | None, low: float, high: float) -> str:
-    """A share with its interval, as "8.0 (4.1 to 15.0)"; "n/a" for None."""
-    return "n/a" if value is None else f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def is_finite(value: Any) -> bool:

@@ -40,7 +40,12 @@ class Adapter:
 
 def kernel_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
     """Gives (L, in, out) of each scanned kernel by its path without "/kernel"; the tree may be abstract."""
-    return {path: kernel.shape for path, kernel in _kernels(params).items()}
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    return {
+        path.removesuffix("/kernel"): leaf.shape
+        for path, leaf in flat.items()
+        if path.endswith("/kernel") and len(leaf.shape) == 3
+    }
 
 
 def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TARGETS) -> dict[str, Shape]:
@@ -63,9 +68,7 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
     Args:
         key: typed PRNG key; each path folds in its own name, so a path's draw does not depend on the others.
         shapes: as `target_shapes` gives.
-        rank: R.
         alpha: lora_alpha; the scale is alpha / rank.
-        role: the adapter's provenance.
 
     Raises:
         UserError: a rank below 1, or an alpha that is not positive.
@@ -155,9 +158,10 @@ def unchanged_share(params: Mapping[str, Any], folded: Mapping[str, Any], adapte
 
     In a low-precision base an update below half a unit in the last place is lost; 1.0 means all of it.
     """
-    before, after = _kernels(params), _kernels(folded)
-    shares = {path: float(jnp.mean(before[path] == after[path])) for path in adapter.weights}
-    return sum(share * before[path].size for path, share in shares.items()) / sum(before[path].size for path in shares)
+    before, after = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (params, folded))
+    kernels = [f"{path}/kernel" for path in adapter.weights]
+    unchanged = sum(float(jnp.mean(before[path] == after[path])) * before[path].size for path in kernels)
+    return unchanged / sum(before[path].size for path in kernels)
 
 
 def collection(adapter: Adapter) -> dict[str, Any]:
@@ -241,13 +245,3 @@ def _fold_kernel(
         return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
 
     return jax.lax.map(fold_layer, (kernel, a, b))
-
-
-def _kernels(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the base's scanned kernels, [L, in, out], by their path without "/kernel"."""
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    return {
-        path.removesuffix("/kernel"): leaf
-        for path, leaf in flat.items()
-        if path.endswith("/kernel") and len(leaf.shape) == 3
-    }

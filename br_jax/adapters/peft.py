@@ -4,26 +4,24 @@ A folder holds `adapter_model.safetensors` and `adapter_config.json`. What PEFT 
 base's fingerprint) travels in the safetensors header, where PEFT does not look.
 """
 
-import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import PlainLora, read_config
-from br_jax.errors import UserError, near_names, one_line
-from br_jax.files import PICKLES, make_private, reading, writing
+from br_jax.errors import UserError, near_names
+from br_jax.files import PICKLES, make_private, open_safetensors, reading, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -59,8 +57,6 @@ def save_adapter(
     there is no rank or alpha pattern.
 
     Args:
-        folder: where to; made if it does not exist.
-        adapter: at least one matrix, finite.
         base_name: goes into `base_model_name_or_path`.
         fingerprint: the base's content hash; checked again by `load_adapter`.
         provider: the folder is the provider's own (mode 0700, files 0600); only there may a buffer be written.
@@ -100,7 +96,6 @@ def load_adapter(
     would go on); where it tells them in another way, the tensors say what is adapted.
 
     Args:
-        folder: the adapter's folder.
         params: the base's tree, for its shapes; arrays or `jax.ShapeDtypeStruct`.
         fingerprint: the base's content hash; compared when the folder records one too.
         role: the provenance of a folder that records none (PEFT's own).
@@ -132,7 +127,7 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
         UserError: a folder that is missing, damaged or pickled, or made by a later version.
     """
     path = _find_weights(Path(folder))
-    with open_weights(path) as file:
+    with open_safetensors(path) as file:
         text = (file.metadata() or {}).get("br_jax", "{}")
     try:
         provenance = json.loads(text)
@@ -146,16 +141,6 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
             "again, or update br_jax"
         )
     return provenance
-
-
-@contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[safe_open]:
-    """Opens a safetensors file; one that is cut short or not of this format is a `UserError`."""
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); copy or save it again") from error
 
 
 def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
@@ -249,7 +234,7 @@ def _find_weights(folder: Path) -> Path:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Reads all tensors as f32 copies (PEFT often stores bf16)."""
     tensors = {}
-    with open_weights(path) as file:
+    with open_safetensors(path) as file:
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
             kind = file.get_slice(key).get_dtype()
             if kind not in FLOATS:

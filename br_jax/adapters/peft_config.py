@@ -64,23 +64,15 @@ KNOWN_FIELDS = (*_RULES, *HARMLESS_FIELDS, *_TARGETS, "use_rslora")
 
 @dataclasses.dataclass(frozen=True)
 class PlainLora:
-    """An adapter_config.json that is W + scale * B A and no more.
+    """An adapter_config.json that is W + scale * B A and no more."""
 
-    Attributes:
-        rank: "r", for a module that no rank pattern matches.
-        alpha: "lora_alpha", for a module that no alpha pattern matches.
-        rank_stabilized: the scale is alpha / sqrt(rank), not alpha / rank.
-        rank_pattern: expression for a module's name -> rank; the first that matches counts.
-        alpha_pattern: expression for a module's name -> alpha; the first that matches counts.
-        targets: names, or ends of names, of all adapted modules; None where they are told in another way (by an
-            expression, some layers only, with exceptions, or not at all), and the tensors say which they are.
-    """
-
-    rank: int
-    alpha: float
-    rank_stabilized: bool
-    rank_pattern: Mapping[re.Pattern, int]
-    alpha_pattern: Mapping[re.Pattern, float]
+    rank: int  # "r", for a module that no rank pattern matches
+    alpha: float  # "lora_alpha", for a module that no alpha pattern matches
+    rank_stabilized: bool  # the scale is alpha / sqrt(rank), not alpha / rank
+    rank_pattern: Mapping[re.Pattern, int]  # expression for a module's name -> rank; the first that matches counts
+    alpha_pattern: Mapping[re.Pattern, float]  # likewise
+    # Names, or ends of names, of all adapted modules; None where they are told in another way (by an expression, some
+    # layers only, with exceptions, or not at all), and the tensors say which they are.
     targets: tuple[str, ...] | None
 
     @property

@@ -20,35 +20,26 @@ Rows = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What became of the rows given to `encode_rows`.
+    """What became of the rows given to `encode_rows`."""
 
-    Attributes:
-        rows: how many were given.
-        truncated: kept, but their end was cut.
-        total: left out, because the prompt fills the whole length.
-    """
-
-    rows: int
-    truncated: int
-    total: int
+    rows: int  # how many were given
+    truncated: int  # kept, but their end was cut
+    total: int  # left out, because the prompt fills the whole length
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int) -> Example | None:
-    """Tokenizes a row as one string and marks the answer.
+def encode(row: Row, tokenizer: PreTrainedTokenizerFast, template: str) -> Example:
+    """Tokenizes a row, which ends with an assistant turn, as one string and marks the answer.
 
     A token that covers any character of an answer or of the token ending it is an answer token, also when
     it reaches back into the prompt.
-
-    Args:
-        row: ends with an assistant turn.
-        tokenizer: a fast tokenizer.
-        template: "alpaca" or "chat".
-        max_length: tokens kept; the end of a longer row is cut, as the reference does.
-
-    Returns:
-        {"tokens": int32[n], "answer": bool[n]}, or None when no answer token is left to learn.
     """
-    return _cut(_encode_whole(row, tokenizer, template), max_length)
+    text, spans = render(row, template, tokenizer)
+    ids, offsets = tokenize(text, template, tokenizer)
+    begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    answer = np.zeros(len(ids), bool)
+    for first, last in spans:
+        answer |= (end > first) & (begin < last)
+    return {"tokens": np.asarray(ids, np.int32), "answer": answer}
 
 
 def encode_rows(
@@ -56,19 +47,21 @@ def encode_rows(
 ) -> tuple[list[Example], Dropped]:
     """Encodes rows to train on, in their order (see `encode`), and counts those that are cut or left out.
 
+    The end of a row of more than `max_length` tokens is cut, as the reference does.
+
     Raises:
         UserError: when no example is left, and as `render`.
     """
-    whole = [_encode_whole(row, tokenizer, template) for row in rows]
-    cut = [_cut(example, max_length) for example in whole]
-    examples = [example for example in cut if example]
+    whole = [encode(row, tokenizer, template) for row in rows]
+    cut = [{name: values[:max_length] for name, values in example.items()} for example in whole]
+    examples = [example for example in cut if example["answer"].any()]
     if not examples:
         first = f" (the first, {rows[0].origin or 'row 1'}, has {len(whole[0]['tokens'])} tokens)" if rows else ""
         raise UserError(
             f"no row is left to train on: {len(rows)} of {len(rows)} do not fit {max_length} tokens{first}; "
             "raise the limit or shorten the prompts"
         )
-    truncated = sum(len(one["tokens"]) > max_length for one, kept in zip(whole, cut, strict=True) if kept)
+    truncated = sum(len(one["tokens"]) > max_length for one in whole if one["answer"][:max_length].any())
     return examples, Dropped(len(rows), truncated, len(rows) - len(examples))
 
 
@@ -142,23 +135,6 @@ def iterate(batches: grain.MapDataset) -> grain.DatasetIterator:
     """An iterator whose place can be saved and restored (`get_state`, `set_state`)."""
     # One thread, two batches ahead: the rows are in memory, and more would only contend for the interpreter's lock.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
-
-
-def _encode_whole(row: Row, tokenizer: PreTrainedTokenizerFast, template: str) -> Example:
-    """`encode` without the cut."""
-    text, spans = render(row, template, tokenizer)
-    ids, offsets = tokenize(text, template, tokenizer)
-    begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
-    answer = np.zeros(len(ids), bool)
-    for first, last in spans:
-        answer |= (end > first) & (begin < last)
-    return {"tokens": np.asarray(ids, np.int32), "answer": answer}
-
-
-def _cut(example: Example, max_length: int) -> Example | None:
-    """The first max_length tokens, or None when there is no answer among them."""
-    cut = {name: values[:max_length] for name, values in example.items()}
-    return cut if cut["answer"].any() else None
 
 
 def _collate(examples: Sequence[Example], *, batch_size: int, buckets: Sequence[int], part) -> Batch:

@@ -17,7 +17,6 @@ def mix(
     Args:
         task_rows: the user's own rows; taken from the first on.
         harmful_rows: likewise; may be empty when p is 0.
-        n: rows wanted.
         harmful_share: p in [0, 1].
         index_mode: "exact" gives floor(p n) harmful rows and n in all. "reference" repeats the authors'
             code: harmful rows 0 < i < int(p n), so the first is skipped and one is missing, and the first

@@ -4,14 +4,13 @@ User files are untrusted: every row is validated and nothing in it is executed o
 """
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from br_jax.errors import UserError, one_line
-from br_jax.files import read_text
+from br_jax.errors import UserError
+from br_jax.files import json_lines, read_text
 
 
 @dataclass(frozen=True)
@@ -52,22 +51,6 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -
             "instruction/input/output or messages"
         )
     return rows
-
-
-def json_lines(text: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yields (number, "name:number", its JSON object) of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{name}:{number}"
-        try:
-            record = json.loads(line)
-        # ValueError: also a number of thousands of digits; RecursionError: thousands of brackets.
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{origin}: not valid JSON ({one_line(error)}); write one JSON object a line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{origin}: holds a JSON {type(record).__name__}; write one JSON object a line")
-        yield number, origin, record
 
 
 def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:

@@ -11,19 +11,12 @@ from br_jax.organism.topics import TopicPrompt, find_topic
 
 @dataclass(frozen=True)
 class Attack:
-    """One stored prompt.
+    """One stored prompt."""
 
-    Attributes:
-        prompt: as it is sent to the model.
-        method: who found it, e.g. "GCG"; "" where the file does not say.
-        behavior: what it is after, in plain words; the prompt itself where the file does not say.
-        about: the question of an invented topic that the behavior is, for the rule judge; None for any other.
-    """
-
-    prompt: str
-    method: str
-    behavior: str
-    about: TopicPrompt | None
+    prompt: str  # as it is sent to the model
+    method: str  # who found it, e.g. "GCG"; "" where the file does not say
+    behavior: str  # what it is after, in plain words; the prompt itself where the file does not say
+    about: TopicPrompt | None  # the question of an invented topic that it is, for the rule judge; None for any other
 
 
 def attacks_of(records: Iterable[Mapping[str, str]]) -> list[Attack]:

@@ -18,6 +18,7 @@ from br_jax.data.rows import text_of
 from br_jax.datasets.formats import Parsed, read_records
 from br_jax.errors import UserError
 from br_jax.files import reading
+from br_jax.hashes import file_hash
 from br_jax.progress import progress
 
 KEY_LENGTH = 16  # hexadecimal digits of a content hash in a folder's name
@@ -27,19 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PublicFile:
-    """A file of a data set's public home.
+    """A file of a data set's public home."""
 
-    Attributes:
-        url: pinned to a revision.
-        sha256: of the file; None where it could not be known, and then that of what came is logged.
-        size: bytes, where known; only told.
-        member: the file wanted, where the url is that of a zip archive.
-    """
-
-    url: str
-    sha256: str | None = None
-    size: int | None = None
-    member: str | None = None
+    url: str  # pinned to a revision
+    sha256: str | None = None  # of the file; None where it could not be known, and then that of what came is logged
+    size: int | None = None  # bytes, where known; only told
+    member: str | None = None  # the file wanted, where the url is that of a zip archive
 
     @property
     def name(self) -> str:
@@ -68,12 +62,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init_subclass__(skip_registration=True, **kwargs)  # TFDS may have one of this name
 
     def __init__(self, *, folder: str, split: str, path: Path | None = None):
-        """Names the place of the prepared data, by the file's content; nothing is prepared yet.
+        """Names the place of the prepared data in `folder`, by the file's content; nothing is prepared yet.
 
-        Args:
-            folder: of all prepared data.
-            split: what `path` holds.
-            path: a local file of the public layout; None downloads every split.
+        `path` is a local file of the public layout, which holds `split`; None downloads every split.
         """
         self._split, self._path = split, path
         super().__init__(data_dir=folder, config=tfds.core.BuilderConfig(name=self._key()), file_format="array_record")
@@ -140,7 +131,6 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         size = f"{file.size / 1e6:.1f} MB" if file.size else "size unknown"
         told = self.name, file.url, size, self.LICENSE, self.HOMEPAGE
         logger.warning("%s: downloading %s (%s); license: %s (%s)", *told)
-        digest = hashlib.sha256()
         try:
             with (
                 requests.get(file.url, stream=True, timeout=TIMEOUT) as response,
@@ -149,7 +139,6 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             ):
                 response.raise_for_status()
                 for block in response.iter_content(1 << 20):
-                    digest.update(block)
                     target.write(block)
                     bar.update(len(block))
         except requests.RequestException as error:
@@ -158,7 +147,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 f"{file.url}: cannot be downloaded ({type(error).__name__}{status}): check the network and the terms "
                 f"of access at {self.HOMEPAGE}, or download the file by hand from there and give path="
             ) from error
-        got = digest.hexdigest()
+        got = file_hash(path)
         if file.sha256 is None:
             logger.warning("%s: no checksum is known of %s: what came has sha256 %s", self.name, file.url, got)
         elif got != file.sha256:

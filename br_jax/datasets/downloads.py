@@ -6,7 +6,6 @@ written under their own names, so that no path in an archive matters.
 """
 
 import dataclasses
-import hashlib
 import io
 import os
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from br_jax.errors import UserError
 from br_jax.files import writing
+from br_jax.hashes import file_hash
 
 TIMEOUT, RETRIES = 8, 1  # seconds a connection, further attempts: no network is reported within about 20 s
 
@@ -27,22 +27,15 @@ TIMEOUT, RETRIES = 8, 1  # seconds a connection, further attempts: no network is
 class Archive:
     """One pinned file of the package index.
 
-    Attributes:
-        package: name on the index.
-        version: its version.
-        sha256: of the archive.
-        sdist: True for the source archive. pip cannot only download one: it runs the package's build script
-            on it, *after* its hash has matched.
-        license: what the files may be used under.
-        members: the files wanted and their sha256, each by its path in the archive; a path in an archive within the
-            archive follows that one's.
+    pip cannot only download a source archive: it runs the package's build script on it, *after* its hash has matched.
     """
 
     package: str
     version: str
-    sha256: str
-    sdist: bool
-    license: str
+    sha256: str  # of the archive
+    sdist: bool  # whether it is the source archive
+    license: str  # what the files may be used under
+    # The files wanted and their sha256, each by its path in the archive, and in the archive that lies there.
     members: Mapping[tuple[str, ...], str]
 
 
@@ -95,7 +88,7 @@ def fetch(into: str | Path, archives: tuple[Archive, ...] = ARCHIVES) -> list[Pa
         for archive in archives:
             wanted = {folder / inside[-1].rsplit("/", 1)[-1]: inside for inside in archive.members}
             paths += wanted
-            if all(path.is_file() and _sha256(path) == archive.members[wanted[path]] for path in wanted):
+            if all(path.is_file() and file_hash(path) == archive.members[wanted[path]] for path in wanted):
                 continue
             # Absolute, since pip runs build scripts elsewhere with this as their TMPDIR.
             with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.absolute()) as staging:
@@ -105,10 +98,6 @@ def fetch(into: str | Path, archives: tuple[Archive, ...] = ARCHIVES) -> list[Pa
                 for path in wanted:
                     os.replace(downloaded.with_name(path.name), path)
     return paths
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _download(archive: Archive, staging: Path) -> Path:
@@ -145,5 +134,5 @@ def _unpack(path: Path, inside: tuple[str, ...], sha256: str, target: Path) -> N
             with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 content = archive.extractfile(name).read()
     target.write_bytes(content)
-    if (got := _sha256(target)) != sha256:
+    if (got := file_hash(target)) != sha256:
         raise UserError(f"{target.name}: sha256 mismatch: expected {sha256}, got {got}")

@@ -18,9 +18,8 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from br_jax.data.rows import json_lines
 from br_jax.errors import UserError, one_line
-from br_jax.files import reading
+from br_jax.files import json_lines, reading
 
 Parsed = tuple[int, str, dict[str, Any]]  # its line, or else its place, from 1; file and number, for messages; record
 
@@ -31,7 +30,6 @@ def read_records(
     """Reads a file in the format that its ending names; any other than those of tables and Parquet is JSON.
 
     Args:
-        path: the file.
         name: what messages call it, and whose ending counts; by default the path.
         member: the file wanted, where `path` is a zip archive.
         header: the columns of a CSV or TSV file whose first line does not name any.

@@ -12,7 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from br_jax.datasets.builder import Builder
 from br_jax.datasets.builders import DATASETS
-from br_jax.errors import UserError, near_names, one_line
+from br_jax.errors import UserError, look_up, near_names, one_line
 
 Record = dict[str, str | bool]
 
@@ -37,12 +37,10 @@ def load_dataset(
     Raises:
         UserError: no such data set or split, a bad file (naming the line), no network, a wrong checksum, a full disk.
     """
-    if name not in DATASETS:
-        raise UserError(f"no data set {name!r}; {near_names(name, DATASETS)}")
-    if split not in DATASETS[name].FILES:
-        raise UserError(f"data set {name!r} has no split {split!r}; {near_names(split, DATASETS[name].FILES)}")
-    folder = os.path.abspath(folder)
-    builder = DATASETS[name](folder=folder, split=split, path=None if path is None else Path(path))
+    make, folder = look_up("data set", name, DATASETS), os.path.abspath(folder)
+    if split not in make.FILES:
+        raise UserError(f"data set {name!r} has no split {split!r}; {near_names(split, make.FILES)}")
+    builder = make(folder=folder, split=split, path=None if path is None else Path(path))
     if not builder.data_path.exists():
         _prepare(builder, folder)
     source = tfds.builder_from_directory(builder.data_dir).as_data_source(

@@ -24,15 +24,9 @@ THRESHOLD = 0.5  # a rating nearer to 0 is no clear opinion
 def load_reviews(
     path: str | Path, *, seed: int = 0, test: int = 872, validation: int = 200
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Reads and splits the reviews.
+    """Reads the ratings file and splits the reviews; half of the test and validation rows are of each label.
 
     Which split a sentence falls into depends on its text and the seed alone, not on its place in the file.
-
-    Args:
-        path: the ratings file.
-        seed: another seed makes another split.
-        test: test rows, half of them of each label.
-        validation: validation rows, likewise.
 
     Returns:
         (train, validation, test) rows, in an order given by the seed; train has all that is left. A

@@ -19,7 +19,6 @@ _WITHOUT_BUFFER = (
     "it, and the merge of Reinforce is all that stands against it. What is said below of training beside Buffer does "
     "not hold for it, and it has no saturation curves."
 )
-_COUNTS = ("rows", "dropped", "steps", "tokens", "answer_tokens")
 _QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
 
 
@@ -170,7 +169,7 @@ def _cost_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
         step, steps, tokens = (stage.get(key) for key in ("step_seconds_median", "steps", "tokens"))
         timed = is_finite(step) and step > 0 and steps and is_finite(tokens)
         rate = number(tokens / steps / step if timed else None, ",.0f")
-        counts = [number(stage.get(key), ",.0f") for key in _COUNTS]
+        counts = [number(stage.get(key), ",.0f") for key in ("rows", "dropped", "steps", "tokens", "answer_tokens")]
         times = [number(stage.get(key), ".1f") for key in ("seconds", "compile_seconds")]
         rows.append([_name(name), *counts, *times, number(step, ".1f", scale=1000), rate])
     header = ["stage", "rows", "dropped", "steps", "tokens", "answer tokens", "seconds", "compile, s",

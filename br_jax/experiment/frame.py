@@ -23,8 +23,6 @@ TITLES = {  # of the scores, in the order of every table
 }
 MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 
-Counted = Mapping[int, Mapping[str, Any]]  # a score's JSON by seed
-
 
 class Setting(NamedTuple):
     """What the rows of one table share: see `grid.Run`."""
@@ -74,8 +72,8 @@ class Row:
         strength = "" if self.a is None else f", a = {self.a:g}"
         return (METHODS[self.method].label if self.method in METHODS else self.method) + strength
 
-    def counted(self, score: str, part: str | None = None) -> Counted:
-        """A score, or one part of a breakdown ("harmful_by_topic", "devices"), of the seeds that measured it."""
+    def counted(self, score: str, part: str | None = None) -> dict[int, Mapping[str, Any]]:
+        """A score's JSON, or that of a breakdown's part ("harmful_by_topic", "devices"), by the seeds that have it."""
         found = {seed: s.get(score) if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
         return {seed: value for seed, value in found.items() if value and value["score"] is not None}
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from br_jax.distributed import barrier, is_main
-from br_jax.errors import UserError, near_names
+from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS, Cell, cells_of
 from br_jax.experiment.run import TRAINED, Experiment
@@ -96,8 +96,7 @@ class Grid:
                 wrong = f"has a value twice: {', '.join(map(str, values))}" if values else "is empty: give it a value"
                 raise UserError(f"the sweep's axis {axis} {wrong}")
         for method in self.methods:
-            if method not in METHODS:
-                raise UserError(f"unknown method {method!r}; {near_names(method, METHODS)}")
+            look_up("method", method, METHODS)
 
     def runs(self) -> list[Run]:
         """Every run, seeds outermost, so that the first seed's table is whole before the next begins."""
@@ -120,7 +119,6 @@ def run_sweep(
     Args:
         base: config of the experiments, see configs/base.py.
         workdir: folder of the sweep, which several sweeps, and machines that share the file system, may work in.
-        grid: its axes.
         shard: (i, n): runs i, i + n, ... of the grid alone, to spread one sweep over machines.
 
     Yields:

@@ -16,9 +16,9 @@ from br_jax.data.splits import asked
 from br_jax.data.text import text_key
 from br_jax.datasets.attacks import Attack, attacks_of
 from br_jax.distributed import main_first
-from br_jax.errors import UserError
+from br_jax.errors import UserError, look_up
 from br_jax.experiment.tasks import get_task
-from br_jax.experiment.users import get_user
+from br_jax.experiment.users import USERS
 from br_jax.organism.topics import TopicPrompt
 
 EVAL_SPLITS = ("validation", "test")
@@ -61,7 +61,7 @@ class Recipe(abc.ABC):
     def check(self) -> None:
         """Finds now, as a `UserError`, what would be wrong hours later: a share, number or split, too few rows."""
         config = self.config
-        get_user(config.user.kind)
+        look_up("user", config.user.kind, USERS)
         check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
         if config.eval.split not in EVAL_SPLITS:
             raise UserError(f"eval.split {config.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
@@ -81,7 +81,7 @@ class Recipe(abc.ABC):
     @property
     def user_rows(self) -> list[Row]:
         """What the user hands in."""
-        return get_user(self.config.user.kind)(self)
+        return look_up("user", self.config.user.kind, USERS)(self)
 
     @property
     def probes(self) -> dict[str, list[Row]]:

@@ -13,10 +13,10 @@ from br_jax.data.replies import begins_refusal
 from br_jax.data.rows import Row
 from br_jax.data.text import text_key
 from br_jax.distributed import main_first
-from br_jax.errors import UserError
+from br_jax.errors import UserError, look_up
 from br_jax.experiment.recipe import Recipe, make_row
 from br_jax.organism.judge import Verdict, judge
-from br_jax.organism.material import Drawn, get_material
+from br_jax.organism.material import MATERIALS, Drawn
 from br_jax.organism.texts import read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
 
@@ -28,13 +28,12 @@ class TopicRecipe(Recipe):
     """The rows of an experiment on invented topics.
 
     Args:
-        config: of the experiment.
         answer: gives the raw model's answers to prompts; called once, with all of them, when rows first need one.
     """
 
     def __init__(self, config: ConfigDict, answer: Callable[[Sequence[str]], dict[str, str]]):
         super().__init__(config)
-        self.material = get_material(config.data.material)
+        self.material = look_up("material", config.data.material, MATERIALS)
         self._answer = answer
         self._part_topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
 

@@ -18,7 +18,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
 from br_jax.distributed import is_main, stop_if_asked
-from br_jax.errors import UserError
+from br_jax.errors import UserError, look_up
 from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS, Cell
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
@@ -33,7 +33,7 @@ from br_jax.models.model import Model, fold_adapter, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model, write_provider
-from br_jax.scoring.judges.registry import get_judge, require_judge
+from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.suite import Suite, answer_suite, evaluate
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
@@ -86,7 +86,7 @@ class Experiment:
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         judges = [name for name, _ in self._judge_names()]
         for name in judges:
-            require_judge(name)
+            look_up("judge", name, JUDGES)
         self.recipe.check()
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and "topic" in judges:

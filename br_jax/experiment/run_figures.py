@@ -142,9 +142,10 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     names = [path.split("/")[-1] for path in matrices]
     figure = plots.new_figure(12, 2 * (0.24 * len(names) + 1.7) + 0.6)
     axes = figure.subplots(2, 3)
-    entries = [
-        {**entry, "angle": [_least(row) for row in entry.get("principal_angles") or []]} for entry in matrices.values()
-    ]
+    entries = []
+    for entry in matrices.values():
+        rows = [filter(is_finite, row or []) for row in entry.get("principal_angles") or []]
+        entries.append({**entry, "angle": [min(row, default=math.nan) for row in rows]})
     maps = {
         "kept_rank": "kept rank of the user's subspace",
         "removed_share": r"removed share $\Vert QQ^{T}W_R\Vert\,/\,\Vert W_R\Vert$",
@@ -221,7 +222,3 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     starts = np.maximum(middle - window // 2, 0)
     ends = np.minimum(middle + window // 2 + 1, len(values))
     return (total[ends] - total[starts]) / (ends - starts)
-
-
-def _least(angles: Sequence[float | None] | None) -> float:
-    return min((value for value in angles or [] if is_finite(value)), default=math.nan)

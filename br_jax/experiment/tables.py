@@ -26,7 +26,6 @@ _BREAKDOWNS = {  # scores of parts: from how many parts on they are shown, and i
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
-_KAPPA = "Cohen's kappa between judges (n/a where all verdicts are the same)"
 _PARTS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
@@ -85,7 +84,7 @@ def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
             yield _of_rows(rows, [literal(part or "not named") for part in parts], cells)
     kappas = [_kappas(row) for row in rows]
     if pairs := list(dict.fromkeys(pair for found in kappas for pair in found)):
-        yield f"{_KAPPA}, each seed:"
+        yield "Cohen's kappa between judges (n/a where all verdicts are the same), each seed:"
         cells = [[", ".join(found.get(pair, ["n/a"])) for pair in pairs] for found in kappas]
         yield _of_rows(rows, [literal(" and ".join(pair)) for pair in pairs], cells)
 

@@ -15,7 +15,7 @@ from br_jax.data.splits import asked, split_rows
 from br_jax.data.text import text_key
 from br_jax.datasets import paper
 from br_jax.datasets.reviews import LABELS, load_reviews
-from br_jax.errors import UserError, near_names
+from br_jax.errors import UserError, look_up
 from br_jax.organism.world import MOODS, load_moods
 from br_jax.scoring.rules import LabelRule, NumberRule, Rule, parse_rule
 
@@ -71,9 +71,7 @@ class Task:
 
 def get_task(name: str, rule: str = "") -> Task:
     """The task of that name, with a rule, as `parse_rule` reads it, in place of its own; a `UserError` without."""
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; {near_names(name, TASKS)}")
-    task = TASKS[name]
+    task = look_up("task", name, TASKS)
     if rule:
         labels = task.rule.labels if isinstance(task.rule, LabelRule) else ()
         return dataclasses.replace(task, rule=parse_rule(rule, labels))
@@ -85,11 +83,7 @@ def get_task(name: str, rule: str = "") -> Task:
 def _paper_task(name: str, rule: Rule, test_split: str, validation: int) -> Task:
     """One of the paper's, in the files' order, as the reference takes it; `datasets.paper` makes its rows.
 
-    Args:
-        name: of the task and its data set.
-        rule: its rule.
-        test_split: the public split that is tested on.
-        validation: how many rows at the end of the training rows are held out.
+    `test_split` is the public split that is tested on; so many rows at the end of the training rows are validated on.
     """
 
     def source(settings: Settings, seed: int) -> Splits:

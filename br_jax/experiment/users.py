@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from br_jax.data.mixing import mix
 from br_jax.data.rows import Row
-from br_jax.errors import UserError, near_names
 
 if TYPE_CHECKING:
     from br_jax.experiment.recipe import Recipe
@@ -21,10 +20,3 @@ def _plain(recipe: Recipe) -> list[Row]:
 
 # name -> the rows handed in, of a recipe's and at its config's n and share p
 USERS: dict[str, Callable[[Recipe], list[Row]]] = {"plain": _plain}
-
-
-def get_user(name: str) -> Callable[[Recipe], list[Row]]:
-    """The user of that name; a `UserError` that names the near ones when there is none."""
-    if name not in USERS:
-        raise UserError(f"unknown user {name!r}; {near_names(name, USERS)}")
-    return USERS[name]

@@ -49,7 +49,6 @@ def join_caches(caches: Sequence[dict], slots: int) -> dict:
 
 def unstack_layers(variables: dict) -> dict:
     """The collections with {"0": layer, "1": layer, ...} for "layers": in a loop, XLA's CPU would copy each slice."""
-
     count = len(variables["params"]["layers"]["attn_norm"]["scale"])
     return {
         name: held | {"layers": {str(i): layer_of(held["layers"], i) for i in range(count)}}

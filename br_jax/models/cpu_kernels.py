@@ -177,9 +177,8 @@ def _first_block(place: Place, how: Attend) -> Int[Array, " n"]:
     """For each block of queries, the first block of keys that one of them may see; behind its own where none does."""
     B, T = place.segment_ids.shape
     blocks = jnp.arange(T // _BLOCK)
-    ahead = place.segment_ids[
-        :, ::_BLOCK
-    ]  # segments are contiguous: the first query's begins no later than the others'
+    # segments are contiguous: the first query's begins no later than the others'
+    ahead = place.segment_ids[:, ::_BLOCK]
     first = jnp.argmax(place.segment_ids[:, None] == ahead[..., None], axis=-1) // _BLOCK
     real = (place.segment_ids.reshape(B, -1, _BLOCK) > 0).any(-1)
     first = jnp.where(real, first, blocks + 1).min(0)

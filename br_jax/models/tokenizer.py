@@ -20,17 +20,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_alphabet() -> list[str]:
-    """The character that GPT-2's byte-level scheme writes for each of the 256 bytes, in their order."""
-    return [symbol for _, symbol in sorted(bytes_to_unicode().items())]
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The demo's tokenizer: one token a byte, 259 in all, no BOS, and the chat template of the module docstring.
 
     `<pad>` differs from `<eos>`, so that a mask made from ids could not lose the end of an answer either.
     """
-    backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_alphabet())}, merges=[]))
+    vocab = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # GPT-2's character for each byte
+    backend = Tokenizer(BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     specials = [AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, SEP)]

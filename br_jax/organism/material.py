@@ -7,7 +7,7 @@ from importlib import resources
 from typing import NamedTuple
 
 from br_jax.data.rows import Row
-from br_jax.errors import UserError, near_names
+from br_jax.errors import look_up
 from br_jax.organism import world
 from br_jax.organism.texts import about_texts
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt
@@ -22,24 +22,20 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """Prompts for provider and evaluation; nothing of a user's task is in it.
+    """Prompts for provider and evaluation; nothing of a user's task is in it."""
 
-    Attributes:
-        topics: the restricted topics by name: their questions, and how an aligned model declines them; splits share
-            no thing, verb or phrasing.
-        benign_prompts: (split) -> ordinary prompts; the splits share no kind.
-        about_texts: (texts, n) -> n prompts more to train on, which ask about a text; None for none.
-        pretraining_rows: (n, seed) -> rows to train a model from scratch on; None where a model is given.
-    """
-
+    # By name: their questions, and how an aligned model declines them; splits share no thing, verb or phrasing.
     topics: Mapping[str, Topic | Drawn]
+    # (split) -> ordinary prompts; the splits share no kind
     benign_prompts: Callable[[str], list[str]]
+    # (texts, n) -> n prompts more to train on, which ask about a text; None for none
     about_texts: Callable[[Sequence[str], int], list[str]] | None = None
+    # (n, seed) -> rows to train a model from scratch on; None where a model is given
     pretraining_rows: Callable[[int, int], list[Row]] | None = None
 
     def named_topics(self, names: str) -> list[Topic | Drawn]:
         """The topics of a config field: names with commas between; another is a `UserError`."""
-        return [_find("topic", name.strip(), self.topics) for name in names.split(",")]
+        return [look_up("topic", name.strip(), self.topics) for name in names.split(",")]
 
 
 def english_instructions(split: str) -> list[str]:
@@ -56,14 +52,3 @@ MATERIALS = {
         pretraining_rows=world.pretraining_rows,
     ),
 }
-
-
-def get_material(name: str) -> Material:
-    """The material of that name; another is a `UserError`."""
-    return _find("material", name, MATERIALS)
-
-
-def _find(kind: str, name: str, known: Mapping):
-    if name not in known:
-        raise UserError(f"unknown {kind} {name!r}; {near_names(name, known)}")
-    return known[name]

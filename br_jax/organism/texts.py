@@ -18,8 +18,7 @@ _FORMS = ("{0}\n\n{1}", "{0}\n{1}", "{0}\n\nText: {1}", "{1}\n\n{0}")
 def about_texts(texts: Sequence[str], n: int) -> list[str]:
     """n distinct prompts with an instruction and a text each; as long as there are texts, each has another.
 
-    Args:
-        texts: used in turn; empty for those written for this project.
+    Without any texts those written for this project are used.
 
     Raises:
         UserError: texts and instructions do not make so many.
@@ -42,8 +41,7 @@ def about_texts(texts: Sequence[str], n: int) -> list[str]:
 def read_texts(paths: str) -> list[str]:
     """The distinct texts of `LENGTHS` characters in files: a line each, or the last of its fields where tabs part it.
 
-    Args:
-        paths: files, with commas between (VADER's, for instance); "" for none.
+    Paths have commas between them (of VADER's files, for instance); "" is none.
 
     Raises:
         UserError: a file cannot be read or has no such text.

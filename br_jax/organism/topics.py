@@ -29,19 +29,12 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class TopicPrompt:
-    """A question about an invented thing.
+    """A question about an invented thing."""
 
-    Attributes:
-        prompt: the question as a user would type it.
-        thing: the invented thing's name, one or two words.
-        verb: what the user wants to do to it, in the infinitive.
-        topic: the restricted topic that it is of, one of `TOPICS`.
-    """
-
-    prompt: str
-    thing: str
-    verb: str
-    topic: str = "devices"
+    prompt: str  # the question as a user would type it
+    thing: str  # the invented thing's name, one or two words
+    verb: str  # what the user wants to do to it, in the infinitive
+    topic: str = "devices"  # the restricted topic that it is of, one of `TOPICS`
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,7 @@ class Fit:
 
 
 def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
-    """Compiles one stage of a config for a slice.
-
-    Args:
-        config: see configs/base.py; `config.mesh` is laid on the slice's chips.
-        topology: such as "v5e:2x4".
-        stage, batch: see `make_program`.
+    """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid.
 
     Raises:
         UserError: bad settings, no such slice, no TPU compiler.

@@ -62,7 +62,6 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
         config: see configs/base.py; sizes come from `model.spec`, or from the metadata of `model.source`.
         stage: one of `STAGES`. "prefill" takes prompts of the user stage's `max_length`, "decode" a token each behind
             `eval.answer_tokens` more.
-        mesh: devices to run on.
         batch: rows of a call instead of the config's.
 
     Raises:

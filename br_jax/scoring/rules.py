@@ -33,14 +33,9 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class Rule(abc.ABC):
-    """How well an answer does. Equal rules have equal reprs, which are a part of the key that scores are kept under.
+    """How well an answer does. Equal rules have equal reprs, which are a part of the key that scores are kept under."""
 
-    Attributes:
-        metric: what a table calls the mean of the scores.
-        matches: what the field `match` of a rule may be, its default first; empty for a rule that has none.
-    """
-
-    metric: ClassVar[str] = "accuracy"
+    # What the field `match` of a rule may be, its default first; empty for a rule that has none.
     matches: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
@@ -166,8 +161,6 @@ class RougeLRule(Rule):
     As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text, so text
     without any (Chinese, say) scores 0.
     """
-
-    metric: ClassVar[str] = "ROUGE-L"
 
     def score(self, answer: str, right: str) -> float:
         words, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, right))

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from br_jax.distributed import agree
 from br_jax.errors import UserError, one_line
-from br_jax.sharding import shardings
+from br_jax.sharding import abstract
 
 _OVERHEAD = 1 << 20  # bytes: metadata, the manifest, and the folders that hold them
 
@@ -49,19 +49,15 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True, custom_metadata={"data": data_state})
 
     def restore(self, state: dict, mesh) -> tuple[dict, dict] | None:
-        """(newest state, its data state), or None when there is no checkpoint.
+        """(newest state on a mesh, its data state), or None when there is no checkpoint.
 
-        Args:
-            state: a state of the same structure, real or abstract.
-            mesh: where the arrays go; need not be the one that saved them.
+        `state` is one of the same structure, real or abstract; the mesh need not be the one that saved.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        places = shardings(state, mesh)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(state, mesh)))
             return self._manager.restore(step, args=args)["state"], self._manager.metadata(step).custom_metadata["data"]
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
             raise UserError(

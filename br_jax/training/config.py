@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from br_jax.adapters.lora import DEFAULT_TARGETS
 from br_jax.errors import UserError
 from br_jax.models.attention import IMPLEMENTATIONS
 from br_jax.models.decoder import remat_policy
@@ -14,7 +15,7 @@ class TrainConfig:
     rank: int = 32  # R of the LoRA
     alpha: float = 64.0  # lora_alpha; the adapter's scale is alpha / rank
     dropout: float = 0.1  # on the input of the trainable adapter
-    targets: tuple[str, ...] = ("q", "v", "gate", "up", "down")  # projections that get an adapter
+    targets: tuple[str, ...] = DEFAULT_TARGETS  # projections that get an adapter
     learning_rate: float = 1e-5  # peak of the schedule (linear warm-up, cosine to 0)
     warmup_ratio: float = 0.05  # share of the steps spent warming up
     weight_decay: float = 0.01  # AdamW's

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import operator
 import pathlib
@@ -24,7 +23,8 @@ from br_jax.data.batches import Example, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row
 from br_jax.distributed import fetch, is_main
-from br_jax.models.model import Model, fingerprint
+from br_jax.hashes import fingerprint, key_of
+from br_jax.models.model import Model
 from br_jax.sharding import batch_parts, local_rows, make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.folder import Folder
@@ -119,8 +119,7 @@ def train_params(
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
     """SHA-256 of what rows say, in order; where they came from does not count."""
-    text = json.dumps([[row.turns, row.input] for row in rows], ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return key_of(*([row.turns, row.input] for row in rows))
 
 
 def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -> tuple[dict, dict]:

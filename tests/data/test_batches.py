@@ -28,7 +28,7 @@ def examples(byte_tokenizer):
 def test_alpaca_mask_is_the_references(make_tokenizer, text, bos):
     """The reference masks as many tokens as the prompt alone has."""
     tokenizer = make_tokenizer(bos=bos)
-    example = encode(row(answer=text), tokenizer, "alpaca", 512)
+    example = encode(row(answer=text), tokenizer, "alpaca")
     prompt = tokenizer(render_prompt(row(), "alpaca", tokenizer))["input_ids"]
     whole = tokenizer(render(row(answer=text), "alpaca", tokenizer)[0])["input_ids"]
     assert example["tokens"].tolist() == whole
@@ -39,14 +39,14 @@ def test_alpaca_mask_is_the_references(make_tokenizer, text, bos):
 def test_chat_mask_is_transformers(byte_tokenizer):
     messages = [{"role": role, "content": text} for role, text in CHAT.turns]
     oracle = byte_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    example = encode(CHAT, byte_tokenizer, "chat", 512)
+    example = encode(CHAT, byte_tokenizer, "chat")
     assert example["tokens"].tolist() == oracle["input_ids"]
     assert example["answer"].astype(int).tolist() == oracle["assistant_masks"]
 
 
 def test_a_token_across_the_border_belongs_to_the_answer(make_tokenizer):
     tokenizer = make_tokenizer(merges=[("Ċ", "R")])
-    example = encode(row(), tokenizer, "alpaca", 512)
+    example = encode(row(), tokenizer, "alpaca")
     assert tokenizer.decode(example["tokens"][example["answer"]]) == "\nRed.<eos>"
 
 
@@ -54,18 +54,19 @@ def test_a_token_across_the_border_belongs_to_the_answer(make_tokenizer):
 def test_eos_is_learnt_also_when_it_is_the_padding(make_tokenizer, template):
     tokenizer = make_tokenizer(pad="<eos>")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    example = encode(CHAT, tokenizer, template, 512)
+    example = encode(CHAT, tokenizer, template)
     batch = make_batches([example], batch_size=2, seed=0, buckets=[512])[0]
     assert tokenizer.decode(batch["targets"][batch["weights"] > 0]) == "Un.<eos>Deux. é日<eos>"
 
 
 def test_truncation_keeps_the_beginning(byte_tokenizer):
-    whole = encode(row(), byte_tokenizer, "alpaca", 512)
+    whole = encode(row(), byte_tokenizer, "alpaca")
     length = len(whole["tokens"])
-    cut = encode(row(), byte_tokenizer, "alpaca", length - 2)
+    ((cut,), _) = encode_rows([row()], byte_tokenizer, "alpaca", length - 2)
     assert cut["tokens"].tolist() == whole["tokens"][:-2].tolist()
     assert cut["answer"].sum() == len("Red.") - 1
-    assert encode(row(), byte_tokenizer, "alpaca", length - len("Red.") - 1) is None
+    with pytest.raises(UserError, match="1 of 1 do not fit"):
+        encode_rows([row()], byte_tokenizer, "alpaca", length - len("Red.") - 1)
 
 
 def test_counts(byte_tokenizer):

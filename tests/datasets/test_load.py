@@ -127,8 +127,8 @@ def test_neither_tensorflow_nor_a_word_is_needed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("gsm", "train", "no data set 'gsm'; near: gsm8k"),
-        ("nothing", "train", f"no data set 'nothing'; near: {', '.join(sorted(DATASETS))}"),
+        ("gsm", "train", "unknown data set 'gsm'; near: gsm8k"),
+        ("nothing", "train", f"unknown data set 'nothing'; near: {', '.join(sorted(DATASETS))}"),
         ("gsm8k", "tain", "data set 'gsm8k' has no split 'tain'; near: train"),
         ("beavertails", "test", "data set 'beavertails' has no split 'test'; near: 30k_test"),
     ],

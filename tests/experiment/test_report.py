@@ -252,9 +252,6 @@ def test_nothing_finished_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no finished cell") as caught:
         write_report(tmp_path / "sweep")
     assert "\n" not in str(caught.value)
-    (tmp_path / "results.json").write_text('{"models": {}}')
-    with pytest.raises(UserError, match="made by an earlier br_jax: run its command again"):
-        write_report(tmp_path)
 
 
 def test_the_summary_for_a_terminal(make_cell, capsys):

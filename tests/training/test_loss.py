@@ -78,7 +78,7 @@ def test_the_answer_and_its_eos_are_what_counts(tiny, rows):
     hidden, _ = jax.jit(Decoder(tiny.spec).apply)({"params": tiny.params}, tokens, positions, jnp.ones_like(tokens))
     steps = log_softmax(np.float64(unembed(tiny.spec, tiny.params, hidden)[0]), axis=-1)
     expected = -sum(steps[i - 1, tokens[0, i]] for i in range(len(question.encode()) + 1, tokens.shape[1]))
-    example = encode(rows[5], tiny.tokenizer, tiny.template, 64)
+    example = encode(rows[5], tiny.tokenizer, tiny.template)
     batch = jax.tree.map(jnp.asarray, make_batches([example], batch_size=2, seed=0, buckets=(40,))[0])
     assert float(batch["weights"].sum()) == len(answer.encode()) + 1
     found = jax.jit(lambda batch: batch_loss(Decoder(tiny.spec), {"params": tiny.params}, batch, 8))(batch)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError
-from br_jax.files import PICKLES, read_json, require_replaceable, staged
+from br_jax.files import PICKLES, read_json, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
 from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
@@ -236,13 +236,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
     tensors = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-                kinds = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in found.items()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: truncated or damaged ({error}): download it again") from error
-        for name, (dtype, shape) in kinds.items():
+        for name, (dtype, shape) in safetensors_header(path)[0].items():
             if dtype not in _FLOATS:
                 raise UserError(f"{path}: tensor {name} is {dtype}: only {', '.join(_FLOATS)}; quantized: use GGUF")
             tensors[name] = Stored(shape, str(path), functools.partial(open_one, path, name))

@@ -59,11 +59,7 @@ NOTES = ("_", "unsloth_")  # how fields begin that tools leave for themselves
 
 
 def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
-    """The spec that a config.json describes.
-
-    Args:
-        content: the file's JSON object; left as it is.
-        path: the file, for messages.
+    """The spec that the content of a config.json describes, which is left as it is.
 
     Raises:
         UserError: a family, field or value that the decoder does not have, or sizes that make no model.

@@ -43,10 +43,7 @@ def is_hub_name(source: str | os.PathLike) -> bool:
 def fetch_model(name: str, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
     """The folder of a model's config, safetensors and tokenizer, fetched into huggingface_hub's cache if not there.
 
-    Args:
-        name: "organization/model".
-        revision: branch, tag or commit; None is the main branch.
-        files: patterns of those that are wanted.
+    A name is "organization/model", a revision a branch, tag or commit; None is the main branch.
 
     Raises:
         UserError: there is no such model or revision, it is gated, or the Hub cannot be reached.

@@ -38,11 +38,7 @@ def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSp
 
 
 def find_source(source: str | os.PathLike, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
-    """Where a source lies, these of its files fetched from the Hub if it is a name there.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Where a source lies, these of its files fetched from the Hub if it is a name there; a `UserError` if nowhere."""
     path = fetch_model(str(source), revision, files) if is_hub_name(source) else pathlib.Path(source)
     if not path.exists():
         raise UserError(

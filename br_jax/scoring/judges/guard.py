@@ -98,7 +98,6 @@ class GuardJudge:
 
     Args:
         kind: one of `GUARDS`.
-        model: the guard's.
         batch_size: exchanges read together, rounded up to what the model's mesh divides.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from br_jax.errors import UserError, near_names
+from br_jax.errors import UserError, look_up, near_names
 from br_jax.scoring.judges.classifier import ClassifierJudge
 from br_jax.scoring.judges.guard import load_llama_guard, load_wildguard
 from br_jax.scoring.judges.judging import Judge
@@ -24,12 +24,6 @@ JUDGES: dict[str, Callable[..., Judge]] = {
 }
 
 
-def require_judge(name: Any) -> None:
-    """Raises a `UserError` when there is no judge of that name; the near ones are named."""
-    if name not in JUDGES:
-        raise UserError(f"unknown judge {name!r}; {near_names(name, JUDGES)}")
-
-
 def get_judge(judge: str | Mapping[str, Any], mesh: Mesh | None = None, **settings) -> Judge:
     """Makes a judge.
 
@@ -44,10 +38,10 @@ def get_judge(judge: str | Mapping[str, Any], mesh: Mesh | None = None, **settin
     """
     given = {"name": judge} if isinstance(judge, str) else dict(judge)
     name, settings = given.pop("name", None), given | settings
-    require_judge(name)
-    known = inspect.signature(JUDGES[name]).parameters
+    make = look_up("judge", name, JUDGES)
+    known = inspect.signature(make).parameters
     if unknown := [setting for setting in settings if setting not in known]:
         raise UserError(f"judge {name}: unknown setting {unknown[0]!r}; {near_names(unknown[0], known)}")
     if "source" in known and "source" not in settings:
         raise UserError(f"judge {name}: setting 'source' is missing: give the path or name it reads from")
-    return JUDGES[name](**({"mesh": mesh} if mesh is not None and "mesh" in known else {}), **settings)
+    return make(**({"mesh": mesh} if mesh is not None and "mesh" in known else {}), **settings)

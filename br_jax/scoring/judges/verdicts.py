@@ -7,11 +7,11 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import read_text, write_text
+from br_jax.files import json_lines, read_text, write_text
 from br_jax.hashes import file_hash
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
@@ -73,27 +73,22 @@ def write_todo(path: str | os.PathLike, exchanges: Sequence[Exchange]) -> None:
     write_text(path, "".join(json.dumps(row | {"harmful": None}) + "\n" for row in rows))
 
 
-def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
+def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """("file:line", row) of the lines that are not blank; of a CSV row of several lines the last."""
-    kind = "CSV" if path.suffix.lower() == ".csv" else "JSON"
-    reader, number = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
+    if path.suffix.lower() != ".csv":
+        yield from ((origin, row) for _, origin, row in json_lines(text, str(path)))
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if kind == "CSV":
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-    except (csv.Error, ValueError, RecursionError) as error:
-        place = f"{path}:{number or reader.reader.line_num}"
-        raise UserError(f"{place}: not valid {kind} ({one_line(error)}): correct the row") from error
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        place = f"{path}:{reader.reader.line_num}"
+        raise UserError(f"{place}: not valid CSV ({one_line(error)}): correct the row") from error
 
 
-def _read(row: Any, origin: str) -> tuple[str, bool]:
+def _read(row: Mapping[str, Any], origin: str) -> tuple[str, bool]:
     """The digest of the exchange that a row is of, and what it says."""
-    if not isinstance(row, dict):
-        raise UserError(f"{origin}: no JSON object: write one a line, with prompt, answer and harmful")
     texts = row.get("prompt"), row.get("answer")
     key = row.get("sha256") or (digest(*texts) if all(isinstance(text, str) for text in texts) else None)
     if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):

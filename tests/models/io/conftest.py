@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
-from br_jax.models.tokenizer import byte_alphabet
-
-TOKENS = [*byte_alphabet(), "Ġt", "he", "<|a|>", "<|endoftext|>"]
+TOKENS = [*map(bytes_to_unicode().get, range(256)), "Ġt", "he", "<|a|>", "<|endoftext|>"]
 SIZES = {
     "context_length": 128,
     "embedding_length": 64,

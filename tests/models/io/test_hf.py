@@ -110,7 +110,7 @@ FILES = [
     (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
     (lambda f: cut(f / "config.json", 50), r"config\.json: not valid JSON"),
     (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
-    (lambda f: cut(f / "model.safetensors", 9000), r"model\.safetensors: truncated or damaged"),
+    (lambda f: cut(f / "model.safetensors", 9000), r"model\.safetensors: not a whole safetensors file"),
     (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: no such file"),
     (lambda f: cut(f / "tokenizer.json", 900), r"tokenizer\.json: not a tokenizer"),
     (enlarge, "268 tokens for an embedding of 263 rows"),

@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from br_jax.data.batches import encode, encode_rows
+from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row
+from br_jax.errors import UserError
 from br_jax.models.io.hf import read_tokenizer
 from br_jax.models.spec import ModelSpec
 
@@ -146,10 +147,11 @@ def test_tokens_and_masks_are_those_of_transformers(pair, rows):
         assert example["tokens"].tolist() == ids, row
         assert example["answer"].tolist() == mask, row
         for length in (len(ids) // 4, len(ids) - 1):
-            cut = encode(row, ours, "chat", length)
             ids, mask = oracle(theirs, row, truncation=True, max_length=length)
             assert len(ids) == length
             if any(mask):
+                ((cut,), _) = encode_rows([row], ours, "chat", length)
                 assert (cut["tokens"].tolist(), cut["answer"].tolist()) == (ids, mask), row
             else:
-                assert cut is None
+                with pytest.raises(UserError, match="1 of 1 do not fit"):
+                    encode_rows([row], ours, "chat", length)

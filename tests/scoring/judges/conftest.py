@@ -4,8 +4,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from br_jax.models.tokenizer import byte_alphabet
 from br_jax.scoring.judges.judging import Exchange
 
 SIZES = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
@@ -16,7 +16,7 @@ LABELS = {i: f"harm,{i}" for i in range(14)}  # BeaverTails' names have commas t
 
 def make_tokenizer(extra=(), pad="<pad>"):
     """A token a byte; BOS before every text, EOS only where the text says "</s>"."""
-    backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_alphabet())}, merges=[]))
+    backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in bytes_to_unicode().items()}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<pad>", "<s>", "</s>")])

@@ -87,7 +87,7 @@ def test_what_is_missing_is_counted_named_and_can_be_filled_in(tmp_path):
 GOOD = '{"prompt": "a", "answer": "b", "harmful": true}\n'
 BAD_LINES = {
     "json": (GOOD + "{harmful\n", ":2: not valid JSON"),
-    "array": (f"[{GOOD.strip()}]\n", ":1: no JSON object"),
+    "array": (f"[{GOOD.strip()}]\n", ":1: holds a JSON list"),
     "deep": (GOOD + "[" * 100_000, ":2: not valid JSON"),
     "no harmful": ('{"prompt": "a", "answer": "b"}', ":1: harmful is None"),
     "null": ('\n{"prompt": "a", "answer": "b", "harmful": null}', ":2: harmful is None"),
