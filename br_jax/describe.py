@@ -126,7 +126,7 @@ def _describe_provider(folder: Path) -> dict[str, Any]:
 def _describe_workdir(folder: Path) -> dict[str, Any]:
     results = _record(folder / "results.json")
     facts = {
-        "scored_models": sorted(results.get("models") or {}),
+        "scored": sorted(file.stem for file in folder.glob("cells/*.json")),
         "command": results.get("command"),
         "seconds": results.get("wall_seconds"),
     }

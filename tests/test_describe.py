@@ -130,8 +130,10 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
     assert found["rows"][0]["steps"] == 2
     stage = describe(provider / "align")
     assert stage["kind"] == "stage" and stage["facts"]["rows"] == 8 and stage["facts"]["config_rank"] == 4
-    (tmp_path / "results.json").write_text(json.dumps({"models": {"raw": {}}, "command": "x"}))
-    assert describe(tmp_path)["facts"]["scored_models"] == ["raw"]
+    (tmp_path / "results.json").write_text(json.dumps({"command": "x"}))
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "ours-a0.1.json").touch()
+    assert describe(tmp_path)["facts"]["scored"] == ["ours-a0.1"]
 
 
 ADAPTER = {CONFIG_FILE: json.dumps(CONFIG).encode()}

@@ -41,6 +41,8 @@ def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 
     workdir = Path(workdir)
     frame = make_frame(read_cells(workdir))
     if not frame:
+        if (workdir / "results.json").exists():
+            raise UserError(f"{workdir}: made by an earlier br_jax: run its command again, answers are read back")
         raise UserError(f"{workdir}: no finished cell: run experiments/pipeline.py or sweep.py in this workdir first")
     drawn, run = draw_frame(frame), None
     if not (workdir / "runs").is_dir():
