@@ -60,11 +60,8 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
 def test_a_buffer_is_named_as_one(tmp_path, make_adapter):
     held = lora.stack([make_adapter("user"), make_adapter("buffer", seed=1)])
     save_adapter(tmp_path / "held", held, base_name="tiny", provider=True)
-    found = describe(tmp_path / "held")
-    assert found["facts"]["roles"] == ["buffer", "user"]
-    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(found))
-    alone = describe(tmp_path / "held" / WEIGHTS_FILE)
-    assert '"buffer"' in alone["facts"]["notes"]["br_jax"]
+    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(describe(tmp_path / "held")))
+    assert '"buffer"' in describe(tmp_path / "held" / WEIGHTS_FILE)["facts"]["notes"]["br_jax"]
 
 
 def test_some_layers_of_peft_s_own(tmp_path):
@@ -136,23 +133,20 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
 
 ADAPTER = {CONFIG_FILE: json.dumps(CONFIG).encode()}
 PICKLED = pickle.dumps(Bomb())
+CASES = [
+    ({}, ".", "none of provider.json, adapter_config.json"),
+    ({CONFIG_FILE: b"{}", "adapter_model.bin": PICKLED}, ".", "adapter_model.bin: pickled weights are refused"),
+    ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
+    ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
+    ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
+    ({"x.gguf": b"junk" * 100}, "x.gguf", "x.gguf: not a GGUF file"),
+    (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
+    (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
+    ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
+]
 
 
-@pytest.mark.parametrize(
-    ("files", "path", "message"),
-    [
-        ({}, ".", "none of provider.json, adapter_config.json"),
-        ({CONFIG_FILE: b"{}", "adapter_model.bin": PICKLED}, ".", "adapter_model.bin: pickled weights are refused"),
-        ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
-        ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
-        ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
-        ({"x.gguf": b"junk" * 100}, "x.gguf", "x.gguf: not a GGUF file"),
-        (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
-        (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
-        ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("files", "path", "message"), CASES, ids=[message for *_, message in CASES])
 def test_what_cannot_be_described_is_one_line(tmp_path, files, path, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)

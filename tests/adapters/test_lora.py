@@ -56,10 +56,10 @@ def test_a_draw_depends_on_its_own_path_only(key):
     assert not np.array_equal(both[Q]["a"], both[V]["a"])
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(0, 8), (4, 0), (4, float("nan"))])
-def test_init_refuses_bad_numbers(key, rank, alpha):
-    with pytest.raises(UserError, match=r"rank"):
-        lora.init(key, SHAPES, rank, alpha, "user")
+def test_init_refuses_bad_numbers(key):
+    for rank, alpha in ((0, 8), (4, 0), (4, float("nan"))):
+        with pytest.raises(UserError, match="rank"):
+            lora.init(key, SHAPES, rank, alpha, "user")
 
 
 def test_target_shapes_reads_abstract_trees(base):

@@ -71,7 +71,7 @@ def orthonormal(rng, rows, columns):
     return np.stack([np.linalg.qr(rng.normal(size=(rows, columns)))[0] for _ in range(LAYERS)])
 
 
-@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (8, 8), (64, 64), (1, 64), (64, 3), (5, 16)])
+@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (64, 64), (1, 16), (64, 3)])
 def test_matches_the_dense_formula(rank_u, rank_r):
     rng = np.random.default_rng(rank_u * 100 + rank_r)
     user = random_adapter(rng, rank_u, scale=2.0)
@@ -86,23 +86,19 @@ def degenerate_users():
     """Users whose factors are not of full rank, by name."""
     rng = np.random.default_rng(7)
     a, b = rng.normal(size=(LAYERS, FAN_IN, 8)), rng.normal(size=(LAYERS, 8, FAN_OUT))
-    repeated = np.repeat(b[:, :4], 2, axis=1)
-    with_zeros = b * np.array([1, 0, 1, 0, 0, 1, 1, 0])[:, None]
     graded = orthonormal(rng, FAN_IN, 8) * np.array([1, 0.9, 0.8, 0.7, 0.05, 0.04, 0.03, 0.02])
     two_levels = orthonormal(rng, FAN_IN, 8) * np.array([1, 1, 1, 1, 0.03, 0.03, 0.03, 0.03])
     turn = np.stack([np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(LAYERS)])
     return {
         "rank-deficient A": (low_rank(rng, FAN_IN, 8, 3), b),
-        "A of rank one": (low_rank(rng, FAN_IN, 8, 1), b),
         "A with a zero column": (a * np.array([1, 1, 0, 1, 1, 1, 1, 1]), b),
         "A with weak directions": (graded @ turn, b),
         "B rank-deficient": (a, low_rank(rng, 8, FAN_OUT, 3)),
-        "B with equal columns": (a, repeated),
-        "B with zero columns": (a, with_zeros),
+        "B with equal columns": (a, np.repeat(b[:, :4], 2, axis=1)),
+        "B with zero columns": (a, b * np.array([1, 0, 1, 0, 0, 1, 1, 0])[:, None]),
         "A and B rank-deficient": (low_rank(rng, FAN_IN, 8, 5), low_rank(rng, 8, FAN_OUT, 2)),
         "equal singular values": (orthonormal(rng, FAN_IN, 8), orthonormal(rng, FAN_OUT, 8).swapaxes(1, 2)),
         "equal singular values, two levels": (two_levels @ turn, b),
-        "B = 0": (a, 0 * b),
         "B = 0 in one layer": (a, b * np.array([0, 1])[:, None, None]),
         "A = 0": (0 * a, b),
         "tiny B": (a, 1e-12 * b),
@@ -200,30 +196,22 @@ def test_matrices_of_one_side_only(caplog):
     assert report["user_only"] == ["layers/attn/v"] and list(report["matrices"]) == [PATH]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda u, r: (u.replace(roles=("buffer", "user")), r), r"holds a buffer \(roles buffer\+user\)"),
-        (lambda u, r: (u, r.replace(roles=("buffer",))), "holds a buffer"),
-        (lambda u, r: (u.replace(scale=jnp.float32(np.nan)), r), "NaN"),
-        (lambda u, r: (u, r.replace(weights={"layers/attn/v": r.weights[PATH]})), "no matrix in common"),
-        (lambda u, r: (u, random_adapter(np.random.default_rng(0), 2, fan_out=12)), "disagree.*80.*12"),
-    ],
-)
-def test_refuses_what_must_not_be_merged(change, message):
+def test_refuses_what_must_not_be_merged():
     rng = np.random.default_rng(13)
-    user, reinforce = change(random_adapter(rng, 2), random_adapter(rng, 2, role="reinforce"))
-    with pytest.raises(UserError, match=message):
-        qr_merge(user, reinforce)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("a", -0.1), ("a", 1.1), ("a", np.nan), ("tau", 1.0), ("scale", np.inf), ("reinforce_scale", np.inf)],
-)
-def test_refuses_settings_out_of_range(name, value):
-    with pytest.raises(UserError, match="must lie in"):
-        MergeConfig(**{name: value})
+    user, reinforce = random_adapter(rng, 2), random_adapter(rng, 2, role="reinforce")
+    cases = [
+        ({"roles": ("buffer", "user")}, {}, r"holds a buffer \(roles buffer\+user\)"),
+        ({}, {"roles": ("buffer",)}, "holds a buffer"),
+        ({"scale": jnp.float32(np.nan)}, {}, "NaN"),
+        ({}, {"weights": {"layers/attn/v": reinforce.weights[PATH]}}, "no matrix in common"),
+        ({}, {"weights": random_adapter(rng, 2, fan_out=12).weights}, "disagree.*80.*12"),
+    ]
+    for of_user, of_reinforce, message in cases:
+        with pytest.raises(UserError, match=message):
+            qr_merge(user.replace(**of_user), reinforce.replace(**of_reinforce))
+    for name, value in (("a", 1.1), ("a", np.nan), ("tau", 1.0), ("scale", np.inf), ("reinforce_scale", np.inf)):
+        with pytest.raises(UserError, match="must lie in"):
+            MergeConfig(**{name: value})
 
 
 def test_no_dense_matrix_is_made():

@@ -1,5 +1,8 @@
 """Small GGUF files, made by the reference writer, and texts that tokenizers cut in different ways."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
@@ -74,6 +77,15 @@ aAbBcC XmlHttpRequest snake_case_name kebab-case-name
 ∀x∈\u211d: x² ≥ 0 ⇒ ∑ᵢ aᵢ ≈ç√∫\u02dcµ
 Ġhere Ċ, Ünïcödé ß ẞ İ \u0131 \u0301alone
 """
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The file of SmolLM2, where it was downloaded."""
+    path = Path(os.environ.get("BR_JAX_DATA", "data")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("run experiments/fetch.py, or set BR_JAX_DATA")
+    return path
 
 
 @pytest.fixture(scope="session")
