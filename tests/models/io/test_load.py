@@ -78,27 +78,19 @@ def test_a_provider_s_folder_gives_the_aligned_base(provider, raw, make_adapter)
         load_model(provider(fingerprint="f" * 64))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("not json", "not valid JSON.*make the folder again"),
-        ("{}", "provider.s record .base is missing"),
-    ],
-)
-def test_a_damaged_record_is_named(tmp_path, content, message):
-    (tmp_path / PROVIDER_FILE).write_text(content)
-    with pytest.raises(UserError, match=f"{PROVIDER_FILE}.*{message}"):
-        load_model(tmp_path)
-
-
-def test_wrong_sources_are_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such model"):
-        load_model(tmp_path / "nowhere")
+def test_a_wrong_source_or_record_is_named(tmp_path):
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 100)
-    with pytest.raises(UserError, match=r"junk\.gguf"):
-        load_model(tmp_path / "junk.gguf")
-    with pytest.raises(UserError, match="'float16': use float32 or bfloat16"):
-        load_model(tmp_path, dtype="float16")
+    cases = [
+        ("nowhere", "", "float32", "nowhere: no such model"),
+        ("junk.gguf", "", "float32", r"junk\.gguf"),
+        ("", "", "float16", "'float16': use float32 or bfloat16"),
+        ("", "not json", "float32", f"{PROVIDER_FILE}.*not valid JSON.*make the folder again"),
+        ("", "{}", "float32", f"{PROVIDER_FILE}.*provider.s record .base is missing"),
+    ]
+    for name, record, dtype, message in cases:
+        (tmp_path / PROVIDER_FILE).write_text(record)
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / name, dtype=dtype)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
