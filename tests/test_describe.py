@@ -38,12 +38,12 @@ def adapter(tmp_path_factory, make_adapter, tiny):
 def test_an_adapter_is_told_without_its_base(adapter, tiny):
     folder, made = adapter
     found = describe(folder)
-    facts, rows = found["facts"], {row["target"]: row for row in found["rows"]}
+    rows = {row["target"]: row for row in found["rows"]}
     assert found["kind"] == "adapter" and list(rows) == ["q", "v", "gate", "up", "down"]
-    assert facts["roles"] == ["user"] and facts["holds_a_buffer"] == "no" and facts["base"] == "tiny"
-    assert facts["base_fingerprint"] == tiny.fingerprint and facts["pickles_not_opened"] == []
-    assert (facts["rank"], facts["alpha"], facts["scale"], facts["layers"]) == (3, 6, 2.0, 2)
-    assert facts["sha256"] == hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    facts = {"roles": ["user"], "holds_a_buffer": "no", "base": "tiny", "base_fingerprint": tiny.fingerprint}
+    facts |= {"pickles_not_opened": [], "rank": 3, "alpha": 6, "scale": 2.0, "layers": 2}
+    facts |= {"sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
+    assert facts.items() <= found["facts"].items()
     for path, dense in delta(made).items():
         row = rows[path.rsplit("/", 1)[-1]]
         sigma = np.linalg.svd(np.float64(dense), compute_uv=False)
@@ -75,9 +75,8 @@ def test_some_layers_of_peft_s_own(tmp_path):
     (row,) = found["rows"]
     norms = [np.linalg.norm(3 * tensors[KEY.format(layer, "B")] @ tensors[KEY.format(layer, "A")]) for layer in (1, 3)]
     assert row["mean_norm"] == pytest.approx(np.mean(norms)) and row["at_layer"] == (1, 3)[int(np.argmax(norms))]
-    assert row["layers"] == found["facts"]["layers"] == 2 and found["facts"]["roles"] is None
-    assert found["facts"]["holds_a_buffer"] == "not recorded" and found["facts"]["dtypes"] == {"F64": 4}
-    assert found["facts"]["pickles_not_opened"] == ["optimizer.pt"]
+    facts = {"layers": 2, "roles": None, "dtypes": {"F64": 4}, "pickles_not_opened": ["optimizer.pt"]}
+    assert facts.items() <= found["facts"].items()
 
 
 def test_a_model_is_told_from_config_and_headers(tmp_path, make_tiny):
@@ -97,36 +96,30 @@ def test_a_model_is_told_from_config_and_headers(tmp_path, make_tiny):
 
 
 def test_a_safetensors_file_is_told_tensor_by_tensor(tmp_path):
-    tensors = {"x": np.ones((2, 3), np.float16), "\x1b[31my": np.ones(4, np.int64), "z": np.ones(5, bool)}
-    save_file(tensors, tmp_path / "some.safetensors")
+    save_file({"x": np.ones((2, 3), np.float16), "\x1b[31my": np.ones(4, bool)}, tmp_path / "some.safetensors")
     found = describe(tmp_path / "some.safetensors")
     told = {row["tensor"]: (row["dtype"], row["shape"]) for row in found["rows"]}
-    assert told == {"x": ("F16", [2, 3]), "\x1b[31my": ("I64", [4]), "z": ("BOOL", [5])}
-    assert found["facts"]["parameters"] == 15
+    assert told == {"x": ("F16", [2, 3]), "\x1b[31my": ("BOOL", [4])} and found["facts"]["parameters"] == 10
     assert "\x1b" not in render(found)  # a terminal would obey it
 
 
 def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
-    record = {"base": "../model", "align": None, "template": "alpaca", "dtype": "float32", "fingerprint": "ab"}
     provider = tmp_path / "provider"
     for stage, step in {"align": None, "buffer": 40, "reinforce": None}.items():
         (provider / stage).mkdir(parents=True)
         (provider / stage / "run.json").write_text(json.dumps({"config": {"rank": 4}, "inputs": {"rows": "cd"}}))
-        if step:
-            (provider / stage / "checkpoints" / str(step)).mkdir(parents=True)
-            (provider / stage / "checkpoints" / "9").mkdir()
+        for made in (step, 9) if step else ():
+            (provider / stage / "checkpoints" / str(made)).mkdir(parents=True)
     (provider / "align" / "stage.json").write_text(json.dumps({"rows": 8, "steps": 2, "finished": "2026"}))
     assert describe(provider)["kind"] == "workdir"
-    (provider / PROVIDER_FILE).write_text(json.dumps(record))
+    (provider / PROVIDER_FILE).write_text(json.dumps({"base": "../model", "fingerprint": "ab"}))
     provider.chmod(0o755)
     found = describe(provider)
     assert found["kind"] == "provider" and found["facts"]["only_its_owner_may_enter"] is False
     assert found["facts"]["base"] == str(provider / "../model") and found["facts"]["fingerprint"] == "ab"
     states = {row["stage"]: row["state"] for row in found["rows"]}
     assert states == {"align": "finished", "buffer": "stopped, goes on from step 40", "reinforce": "begun"}
-    assert found["rows"][0]["steps"] == 2
-    stage = describe(provider / "align")
-    assert stage["kind"] == "stage" and stage["facts"]["rows"] == 8 and stage["facts"]["config_rank"] == 4
+    assert {"rows": 8, "config_rank": 4}.items() <= describe(provider / "align")["facts"].items()
     (tmp_path / "results.json").write_text(json.dumps({"models": {"raw": {}}, "command": "x"}))
     assert describe(tmp_path)["facts"]["scored_models"] == ["raw"]
 

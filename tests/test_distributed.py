@@ -60,7 +60,7 @@ def test_processes_that_do_not_come_are_told_in_the_last_line(arguments, status,
     assert done.stderr.splitlines()[-1].startswith(said) and done.stderr.count("error: ") == 1
 
 
-def test_one_process_is_the_case_in_which_nothing_happens():
+def test_one_process_is_the_case_in_which_nothing_happens_but_a_stop(monkeypatch):
     assert distributed.join() is None and not jax.distributed.is_initialized()
     assert distributed.is_main() and distributed.agree(True) and not distributed.agree(False)
     assert distributed.gather(True) == [True]
@@ -68,9 +68,6 @@ def test_one_process_is_the_case_in_which_nothing_happens():
     np.testing.assert_array_equal(local_rows(make_mesh(2, 2, 2), 8), np.arange(8))
     with pytest.raises(UserError, match=r"axis batch of size 6 cannot be split in 4"):
         local_rows(make_mesh(2, 2, 2), 6)
-
-
-def test_a_stop_comes_between_two_pieces_of_work_too(monkeypatch):
     monkeypatch.setattr(distributed, "_stop_agreed", lambda: True)
     with pytest.raises(Stopped, match="stopped by SIGTERM: the same command goes on"):
         distributed.main_first(lambda: pytest.fail("was done"))
@@ -112,6 +109,10 @@ def test_sigterm_ends_a_run_in_good_order(tmp_path, tiny, rows, quick, monkeypat
 
 
 def test_sigterm_that_nobody_asked_for_any_more_is_sent_again():
+    def asked():
+        with distributed.StopSignal() as stop:
+            return stop.asked()
+
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *args: seen.append("outside"))
     try:
@@ -119,17 +120,10 @@ def test_sigterm_that_nobody_asked_for_any_more_is_sent_again():
             os.kill(os.getpid(), signal.SIGTERM)
             assert seen == []
         assert seen == ["outside"]
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # where no handler can be set
+            assert pool.submit(asked).result() is False
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def test_another_thread_than_the_main_one_trains_without_the_signal():
-    def ask():
-        with distributed.StopSignal() as stop:
-            return stop.asked()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        assert pool.submit(ask).result() is False
 
 
 def test_orbax_does_not_ask_for_the_stop(tmp_path, monkeypatch):

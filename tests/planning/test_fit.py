@@ -101,13 +101,7 @@ def test_remat_repeats_what_is_not_saved(config):
 @pytest.mark.parametrize(
     ("stage", "rows", "limit", "found"),
     # The user's batch is split in three.
-    [
-        ("buffer", 8, 1003, 1000),
-        ("buffer", 8, 71, 64),
-        ("buffer", 8, 8, 8),
-        ("user", 24, 80, 72),
-        ("decode", 24, 80, 80),
-    ],
+    [("buffer", 8, 1003, 1000), ("buffer", 8, 8, 8), ("user", 24, 80, 72), ("decode", 24, 80, 80)],
 )
 def test_largest_batch_is_found(config, monkeypatch, stage, rows, limit, found):
     """Against a pretended compiler: memory rises with the rows, not quite in proportion."""
