@@ -53,7 +53,6 @@ DEMO = "--config=configs/demo.py"
         ("export.py", ["--model={tmp}", "--to={tmp}/to", "--format=model", "--rank=4"], "a rank is for an adapter"),
         ("report.py", ["--workdir={tmp}"], "no finished cell"),
         ("describe.py", [], "a path is missing"),
-        ("describe.py", ["{tmp}/file"], "file: not known: a file must be"),
         ("describe.py", ["a", "b", "--plot=c.png"], "--plot is of one adapter"),
     ],
 )

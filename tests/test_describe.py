@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from br_jax.describe import describe, plot_spectra, render
+from br_jax.describe import describe, render
 from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
 from br_jax.provider.folder import PROVIDER_FILE
@@ -87,12 +87,11 @@ def test_a_model_is_told_from_config_and_headers(tmp_path, make_tiny):
     shards = sorted(folder.glob("*.safetensors"))
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert len(shards) > 1 and facts["shards"] == len(shards) and facts["tensors"] == len(tensors)
-    assert facts["parameters"] == sum(tensor.size for tensor in tensors.values())
-    assert facts["dtypes"] == {"BF16": len(tensors)}
-    assert facts["bytes"] == sum(shard.stat().st_size for shard in shards)
-    assert (facts["model_type"], facts["num_layers"], facts["num_kv_heads"]) == ("mistral", 2, 2)
-    assert facts["tokens"] == len(made.tokenizer) and facts["chat_template"] and not facts["tie_embeddings"]
-    assert (facts["window"], facts["windowed"]) == (16, 2) and facts["pickles_not_opened"] == ["optimizer.pt"]
+    told = {"model_type": "mistral", "num_layers": 2, "num_kv_heads": 2, "window": 16, "windowed": 2}
+    told |= {"tie_embeddings": False, "chat_template": True, "pickles_not_opened": ["optimizer.pt"]}
+    told |= {"parameters": sum(tensor.size for tensor in tensors.values()), "dtypes": {"BF16": len(tensors)}}
+    told |= {"bytes": sum(shard.stat().st_size for shard in shards), "tokens": len(made.tokenizer)}
+    assert told.items() <= facts.items()
 
 
 def test_a_safetensors_file_is_told_tensor_by_tensor(tmp_path):
@@ -105,11 +104,11 @@ def test_a_safetensors_file_is_told_tensor_by_tensor(tmp_path):
 
 def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
     provider = tmp_path / "provider"
-    for stage, step in {"align": None, "buffer": 40, "reinforce": None}.items():
+    for stage in ("align", "buffer", "reinforce"):
         (provider / stage).mkdir(parents=True)
         (provider / stage / "run.json").write_text(json.dumps({"config": {"rank": 4}, "inputs": {"rows": "cd"}}))
-        for made in (step, 9) if step else ():
-            (provider / stage / "checkpoints" / str(made)).mkdir(parents=True)
+    for step in ("40", "9"):
+        (provider / "buffer" / "checkpoints" / step).mkdir(parents=True)
     (provider / "align" / "stage.json").write_text(json.dumps({"rows": 8, "steps": 2, "finished": "2026"}))
     assert describe(provider)["kind"] == "workdir"
     (provider / PROVIDER_FILE).write_text(json.dumps({"base": "../model", "fingerprint": "ab"}))
@@ -128,11 +127,9 @@ ADAPTER = {CONFIG_FILE: json.dumps(CONFIG).encode()}
 PICKLED = pickle.dumps(Bomb())
 CASES = [
     ({}, ".", "none of provider.json, adapter_config.json"),
-    ({CONFIG_FILE: b"{}", "adapter_model.bin": PICKLED}, ".", "adapter_model.bin: pickled weights are refused"),
     ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
     ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
     ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
-    ({"x.gguf": b"junk" * 100}, "x.gguf", "x.gguf: not a GGUF file"),
     (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
     (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
     ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
@@ -155,5 +152,3 @@ def test_the_script_prints_and_writes(script, adapter, tmp_path):
     assert status == 0, said
     (found,) = json.loads(json_file.read_text())
     assert found == describe(folder) and picture.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="spectra are an adapter's, this is of the kind model"):
-        plot_spectra({"path": "x", "kind": "model"}, picture)

@@ -13,7 +13,7 @@ import pytest
 
 from br_jax import distributed, progress
 from br_jax.errors import Stopped, UserError
-from br_jax.sharding import local_rows, make_mesh, place
+from br_jax.sharding import local_rows, make_mesh
 from br_jax.training import loop
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.run import train_adapter
@@ -71,19 +71,6 @@ def test_one_process_is_the_case_in_which_nothing_happens_but_a_stop(monkeypatch
     monkeypatch.setattr(distributed, "_stop_agreed", lambda: True)
     with pytest.raises(Stopped, match="stopped by SIGTERM: the same command goes on"):
         distributed.main_first(lambda: pytest.fail("was done"))
-
-
-def test_parts_of_an_array_that_lies_on_several_processes_are_sent_from_the_host(monkeypatch):
-    kernel = {"layers": {"attn": {"q": {"kernel": np.arange(2 * 8 * 4, dtype=np.float32).reshape(2, 8, 4)}}}}
-    mesh = make_mesh(2, 2, 2)
-    put = place(kernel, mesh)
-    monkeypatch.setattr(jax.sharding.NamedSharding, "is_fully_addressable", False)
-    sent = place(kernel, mesh)
-    one, other = (jax.tree.leaves(tree)[0] for tree in (put, sent))
-    assert one.sharding == other.sharding
-    for a, b in zip(one.addressable_shards, other.addressable_shards, strict=True):
-        assert a.device == b.device and a.index == b.index
-        np.testing.assert_array_equal(a.data, b.data)
 
 
 @pytest.mark.parametrize("step", [1, 4])  # 4 is the last

@@ -125,20 +125,6 @@ def test_targets_that_the_config_does_not_spell_out(tmp_path, llama, made_by_pef
         load_adapter(tmp_path, before)
 
 
-def test_ranks_alone_are_padded_and_change_no_number(tmp_path, llama, made_by_peft):
-    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
-    made_by_peft(llama, tmp_path, target_modules=["q_proj"], layers_to_transform=[0, 1], **patterns)
-    adapter = load_adapter(tmp_path, params_of(llama))  # 3 / 2 = 6 / 4
-    tensors, pair = load_file(tmp_path / WEIGHTS_FILE), adapter.weights["layers/attn/q"]
-    for layer, rank in enumerate((4, 2, 0)):
-        a, b = pair["a"][layer], pair["b"][layer]
-        assert not a[:, rank:].any() and not b[rank:].any()
-        if rank:
-            np.testing.assert_array_equal(a[:, :rank], tensors[KEY.format(layer, "A")].T)
-            np.testing.assert_array_equal(b[:rank], tensors[KEY.format(layer, "B")].T)
-    assert adapter.scale == 1.5
-
-
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 0.7), (32, 64), (4, 0.0)])
 def test_round_trip_is_exact_to_the_bit(tmp_path, params, trained, rank, alpha):
     adapter = trained(params, rank, role="reinforce").replace(scale=jnp.float32(alpha / rank))

@@ -31,7 +31,6 @@ def write(tmp_path):
     "pattern",
     [
         {},
-        {"q_proj": 3},
         {"proj": 3, "_proj": 5},  # neither is a whole part of a name
         {"layers.1.self_attn.q_proj": 3, "1.mlp.down_proj": 5},
         {".*down_proj": 3, "^model.layers.2.self_attn.q_proj": 5, "model.layers.2.self_attn.q_proj": 7},
@@ -94,7 +93,6 @@ def test_a_field_that_is_not_known_is_not_ignored(write):
         ({"rank_pattern": [4]}, '"rank_pattern" is .*object'),
         ({"rank_pattern": {"(q": 4}}, '"rank_pattern" holds no regular expression'),
         ({"bias": "lora_only"}, '"bias" is'),
-        ({"init_lora_weights": "pissa_niter_4"}, '"init_lora_weights" is'),
     ],
     ids=str,
 )

@@ -23,19 +23,17 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_buffer_stays_in_the_provider_s_private_folder(tmp_path, params, trained, existing):
+def test_a_buffer_stays_in_the_provider_s_private_folder(tmp_path, params, trained):
     buffer = trained(params, role="buffer")
     for adapter in (buffer, lora.stack([trained(params), buffer])):
         with pytest.raises(UserError, match=r"buffer.*detach"):
             save_adapter(tmp_path / "out", adapter, base_name="tiny")
     assert not (tmp_path / "out").exists()
-    folder = tmp_path / "provider" / "buffer"
-    if existing:
-        folder.mkdir(parents=True, mode=0o755)
-    save_adapter(folder, buffer, base_name="tiny", provider=True)
-    assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
-    assert load_adapter(folder, params).roles == ("buffer",)
+    (tmp_path / "there").mkdir(mode=0o755)
+    for folder in (tmp_path / "there", tmp_path / "provider" / "new"):
+        save_adapter(folder, buffer, base_name="tiny", provider=True)
+        assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
+        assert load_adapter(folder, params).roles == ("buffer",)
 
 
 def test_an_ordinary_folder_follows_the_umask_and_its_other_files_stay(tmp_path, params, trained):

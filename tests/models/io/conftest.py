@@ -58,8 +58,6 @@ spaces before  12 and   345 digits
 🙂🙃👩‍👩‍👧‍👦🏳️‍🌈 \U0001d4d7\U0001d4ee\U0001d4f5 \U00012000 \U0001f1eb\U0001f1f7
 e\u0301 combining, Z\u0351\u036b\u0343a\u0329, zero\u200bwidth, bom\ufeff, nb\u00a0space, \u3000wide \u2028line
 def f(x: int) -> str:⏎    return f"{x!r}"  # comment
-for (int i = 0; i < 10; ++i) { a[i] += b[i]; }
-{"key": [1, 2, {"x": null}]} https://example.org/path?q=1&r=%20#frag
 $1,000.00 €5 £3 ¥900, C++ C# F# .NET @home #tag, !!! ??? ... --- *** ___
 "quoted" 'single' `ticks` “curly” a\\b\\\\c /usr/local/bin
 ⏎⏎⏎three newlines
@@ -73,7 +71,6 @@ text<|im_end|>glued
 the byte <0x41> is spelled out
 supercalifragilisticexpialidocious antidisestablishmentarianism
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
-aAbBcC XmlHttpRequest snake_case_name kebab-case-name
 ∀x∈\u211d: x² ≥ 0 ⇒ ∑ᵢ aᵢ ≈ç√∫\u02dcµ
 Ġhere Ċ, Ünïcödé ß ẞ İ \u0131 \u0301alone
 """

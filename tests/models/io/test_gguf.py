@@ -143,7 +143,6 @@ WRONG = [
     ({}, {UP: (np.ones((96, 64)), Kind.F64)}, rf"{UP} \(F64\) cannot be dequantized"),
     ({"eot_token_id": 9999}, {}, "eot_token_id is 9999, but there are 260"),
     ({"model": "bert"}, {}, "tokenizer.ggml.model is 'bert', only gpt2, llama is supported"),
-    ({"pre": "tekken"}, {}, "tokenizer.ggml.pre is 'tekken', only smollm, qwen2, gpt-2"),
     ({"add_eos_token": True}, {}, "tokenizer.ggml.add_eos_token is True, only False"),
     ({"add_bos_token": True, "bos_token_id": None}, {}, "tokenizer.ggml.bos_token_id is missing"),
     ({"merges": ["Ġ t", "x nowhere"]}, {}, "tokenizer.ggml.merges do not fit"),
@@ -185,7 +184,7 @@ PROMPTS = ["The capital of France is", CHAT, "def add(a, b):\n    return"]
 def test_smollm2_is_the_model_that_transformers_loads(smollm2):
     made, model = load_model(smollm2), oracle(smollm2)
     prompts = [made.tokenizer.encode(text) for text in PROMPTS]
-    continued = generate_ids(made, prompts, stops=(), max_new_tokens=64)
+    continued = generate_ids(made, prompts, stops=(), max_new_tokens=16)
     for ids, more in zip(prompts, continued, strict=True):
         expected = their_logits(model, [*ids, *more])
         # The project's bar for f32; the logits reach 20 or so.
