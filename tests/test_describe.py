@@ -111,7 +111,8 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
         (provider / "buffer" / "checkpoints" / step).mkdir(parents=True)
     (provider / "align" / "stage.json").write_text(json.dumps({"rows": 8, "steps": 2, "finished": "2026"}))
     assert describe(provider)["kind"] == "workdir"
-    (provider / PROVIDER_FILE).write_text(json.dumps({"base": "../model", "fingerprint": "ab"}))
+    record = {"base": "../model", "align": None, "template": "alpaca", "dtype": "float32", "fingerprint": "ab"}
+    (provider / PROVIDER_FILE).write_text(json.dumps(record))
     provider.chmod(0o755)
     found = describe(provider)
     assert found["kind"] == "provider" and found["facts"]["only_its_owner_may_enter"] is False

@@ -77,7 +77,7 @@ def test_a_wrong_source_or_record_is_named(tmp_path):
     cases = [
         ("nowhere", "", "float32", "nowhere: no such model"),
         ("junk.gguf", "", "float32", r"junk\.gguf"),
-        ("", "", "float16", "'float16': use float32 or bfloat16"),
+        ("junk.gguf", "", "float16", "'float16': use float32 or bfloat16"),
         ("", "not json", "float32", f"{PROVIDER_FILE}.*not valid JSON.*make the folder again"),
         ("", "{}", "float32", f"{PROVIDER_FILE}.*provider.s record .base is missing"),
     ]
