@@ -72,6 +72,7 @@ def test_remat_changes_no_gradient(tiny, tokens, make_adapter):
         jax.tree.map(close, gradient(remat), plain)
 
 
+@pytest.mark.slow
 def test_a_window_in_some_layers_is_the_same_by_every_kernel(make_tiny, make_adapter):
     """Against plain attention: packed rows beyond the window, soft-caps, whole layers made again."""
     model = make_tiny(num_layers=3, window=50, windowed=(True, False, True), attention_soft_cap=5.0)

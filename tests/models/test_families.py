@@ -67,6 +67,7 @@ def test_logits_are_those_of_transformers(network, model, rows, left):
         np.testing.assert_allclose(logits, theirs(network, ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_to_f32_as_transformers_bf16(family, rows):
     network, folder = family
     found = ours(load_model(folder, dtype="bfloat16"), rows)

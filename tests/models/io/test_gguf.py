@@ -142,7 +142,6 @@ WRONG = [
     ({}, {FREQS: np.linspace(1, 8, 8, dtype=np.float32)}, f"{FREQS}: rope factors other than"),
     ({}, {UP: (np.ones((96, 64)), Kind.F64)}, rf"{UP} \(F64\) cannot be dequantized"),
     ({"eot_token_id": 9999}, {}, "eot_token_id is 9999, but there are 260"),
-    ({"model": "bert"}, {}, "tokenizer.ggml.model is 'bert', only gpt2, llama is supported"),
     ({"add_eos_token": True}, {}, "tokenizer.ggml.add_eos_token is True, only False"),
     ({"add_bos_token": True, "bos_token_id": None}, {}, "tokenizer.ggml.bos_token_id is missing"),
     ({"merges": ["Ġ t", "x nowhere"]}, {}, "tokenizer.ggml.merges do not fit"),
