@@ -32,10 +32,7 @@ def test_exit_statuses(capsys, outcome, status, said):
     with pytest.raises(SystemExit) as caught:
         run_main(main)
     assert caught.value.code == status and capsys.readouterr().err == said
-
-
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         run_main(lambda: 1 / 0)
 
 
@@ -47,23 +44,15 @@ DEMO = "--config=configs/demo.py"
     [
         ("pipeline.py", [DEMO], "--workdir is missing: Folder"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.harmful_shar=0.1"], '"harmful_share"'),
-        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.n=many"], "many"),
-        ("pipeline.py", [DEMO, "--workdr={tmp}"], "workdir"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--stages=user,releas"], "'releas': near: release"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
         ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "user"], "user: not a flag"),
-        ("pipeline.py", [DEMO, "--workdir={tmp}", "--num_processes=2"], "several processes need all of"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--multihost", "--process_id=1"], "or --multihost alone"),
-        ("pipeline.py", ["--config=configs/nothere.py", "--workdir={tmp}"], "nothere"),
         ("export.py", ["--model={tmp}", "--to={tmp}/to"], "no adapter to export"),
         ("export.py", ["--model={tmp}", "--to={tmp}/to", "--format=model", "--rank=4"], "a rank is for an adapter"),
-        ("export.py", ["--model={tmp}/nowhere", "--to={tmp}/to", "--format=model"], "nowhere: no such model"),
         ("report.py", ["--workdir={tmp}"], "no finished cell"),
         ("describe.py", [], "a path is missing"),
-        ("describe.py", ["{tmp}/nowhere"], "nowhere: no such file"),
-        ("describe.py", ["{tmp}/file"], "file: not known: a file must be"),
-        ("describe.py", ["{tmp}"], "not known: none of provider.json, adapter_config.json"),
         ("describe.py", ["a", "b", "--plot=c.png"], "--plot is of one adapter"),
     ],
 )

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from br_jax.describe import describe, plot_spectra, render
+from br_jax.describe import describe, render
 from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
 from br_jax.provider.folder import PROVIDER_FILE
@@ -38,12 +38,12 @@ def adapter(tmp_path_factory, make_adapter, tiny):
 def test_an_adapter_is_told_without_its_base(adapter, tiny):
     folder, made = adapter
     found = describe(folder)
-    facts, rows = found["facts"], {row["target"]: row for row in found["rows"]}
+    rows = {row["target"]: row for row in found["rows"]}
     assert found["kind"] == "adapter" and list(rows) == ["q", "v", "gate", "up", "down"]
-    assert facts["roles"] == ["user"] and facts["holds_a_buffer"] == "no" and facts["base"] == "tiny"
-    assert facts["base_fingerprint"] == tiny.fingerprint and facts["pickles_not_opened"] == []
-    assert (facts["rank"], facts["alpha"], facts["scale"], facts["layers"]) == (3, 6, 2.0, 2)
-    assert facts["sha256"] == hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    facts = {"roles": ["user"], "holds_a_buffer": "no", "base": "tiny", "base_fingerprint": tiny.fingerprint}
+    facts |= {"pickles_not_opened": [], "rank": 3, "alpha": 6, "scale": 2.0, "layers": 2}
+    facts |= {"sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
+    assert facts.items() <= found["facts"].items()
     for path, dense in delta(made).items():
         row = rows[path.rsplit("/", 1)[-1]]
         sigma = np.linalg.svd(np.float64(dense), compute_uv=False)
@@ -60,11 +60,8 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
 def test_a_buffer_is_named_as_one(tmp_path, make_adapter):
     held = lora.stack([make_adapter("user"), make_adapter("buffer", seed=1)])
     save_adapter(tmp_path / "held", held, base_name="tiny", provider=True)
-    found = describe(tmp_path / "held")
-    assert found["facts"]["roles"] == ["buffer", "user"]
-    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(found))
-    alone = describe(tmp_path / "held" / WEIGHTS_FILE)
-    assert '"buffer"' in alone["facts"]["notes"]["br_jax"]
+    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(describe(tmp_path / "held")))
+    assert '"buffer"' in describe(tmp_path / "held" / WEIGHTS_FILE)["facts"]["notes"]["br_jax"]
 
 
 def test_some_layers_of_peft_s_own(tmp_path):
@@ -78,9 +75,8 @@ def test_some_layers_of_peft_s_own(tmp_path):
     (row,) = found["rows"]
     norms = [np.linalg.norm(3 * tensors[KEY.format(layer, "B")] @ tensors[KEY.format(layer, "A")]) for layer in (1, 3)]
     assert row["mean_norm"] == pytest.approx(np.mean(norms)) and row["at_layer"] == (1, 3)[int(np.argmax(norms))]
-    assert row["layers"] == found["facts"]["layers"] == 2 and found["facts"]["roles"] is None
-    assert found["facts"]["holds_a_buffer"] == "not recorded" and found["facts"]["dtypes"] == {"F64": 4}
-    assert found["facts"]["pickles_not_opened"] == ["optimizer.pt"]
+    facts = {"layers": 2, "roles": None, "dtypes": {"F64": 4}, "pickles_not_opened": ["optimizer.pt"]}
+    assert facts.items() <= found["facts"].items()
 
 
 def test_a_model_is_told_from_config_and_headers(tmp_path, make_tiny):
@@ -91,35 +87,31 @@ def test_a_model_is_told_from_config_and_headers(tmp_path, make_tiny):
     shards = sorted(folder.glob("*.safetensors"))
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert len(shards) > 1 and facts["shards"] == len(shards) and facts["tensors"] == len(tensors)
-    assert facts["parameters"] == sum(tensor.size for tensor in tensors.values())
-    assert facts["dtypes"] == {"BF16": len(tensors)}
-    assert facts["bytes"] == sum(shard.stat().st_size for shard in shards)
-    assert (facts["model_type"], facts["num_layers"], facts["num_kv_heads"]) == ("mistral", 2, 2)
-    assert facts["tokens"] == len(made.tokenizer) and facts["chat_template"] and not facts["tie_embeddings"]
-    assert (facts["window"], facts["windowed"]) == (16, 2) and facts["pickles_not_opened"] == ["optimizer.pt"]
+    told = {"model_type": "mistral", "num_layers": 2, "num_kv_heads": 2, "window": 16, "windowed": 2}
+    told |= {"tie_embeddings": False, "chat_template": True, "pickles_not_opened": ["optimizer.pt"]}
+    told |= {"parameters": sum(tensor.size for tensor in tensors.values()), "dtypes": {"BF16": len(tensors)}}
+    told |= {"bytes": sum(shard.stat().st_size for shard in shards), "tokens": len(made.tokenizer)}
+    assert told.items() <= facts.items()
 
 
 def test_a_safetensors_file_is_told_tensor_by_tensor(tmp_path):
-    tensors = {"x": np.ones((2, 3), np.float16), "\x1b[31my": np.ones(4, np.int64), "z": np.ones(5, bool)}
-    save_file(tensors, tmp_path / "some.safetensors")
+    save_file({"x": np.ones((2, 3), np.float16), "\x1b[31my": np.ones(4, bool)}, tmp_path / "some.safetensors")
     found = describe(tmp_path / "some.safetensors")
     told = {row["tensor"]: (row["dtype"], row["shape"]) for row in found["rows"]}
-    assert told == {"x": ("F16", [2, 3]), "\x1b[31my": ("I64", [4]), "z": ("BOOL", [5])}
-    assert found["facts"]["parameters"] == 15
+    assert told == {"x": ("F16", [2, 3]), "\x1b[31my": ("BOOL", [4])} and found["facts"]["parameters"] == 10
     assert "\x1b" not in render(found)  # a terminal would obey it
 
 
 def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
-    record = {"base": "../model", "align": None, "template": "alpaca", "dtype": "float32", "fingerprint": "ab"}
     provider = tmp_path / "provider"
-    for stage, step in {"align": None, "buffer": 40, "reinforce": None}.items():
+    for stage in ("align", "buffer", "reinforce"):
         (provider / stage).mkdir(parents=True)
         (provider / stage / "run.json").write_text(json.dumps({"config": {"rank": 4}, "inputs": {"rows": "cd"}}))
-        if step:
-            (provider / stage / "checkpoints" / str(step)).mkdir(parents=True)
-            (provider / stage / "checkpoints" / "9").mkdir()
+    for step in ("40", "9"):
+        (provider / "buffer" / "checkpoints" / step).mkdir(parents=True)
     (provider / "align" / "stage.json").write_text(json.dumps({"rows": 8, "steps": 2, "finished": "2026"}))
     assert describe(provider)["kind"] == "workdir"
+    record = {"base": "../model", "align": None, "template": "alpaca", "dtype": "float32", "fingerprint": "ab"}
     (provider / PROVIDER_FILE).write_text(json.dumps(record))
     provider.chmod(0o755)
     found = describe(provider)
@@ -127,9 +119,7 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
     assert found["facts"]["base"] == str(provider / "../model") and found["facts"]["fingerprint"] == "ab"
     states = {row["stage"]: row["state"] for row in found["rows"]}
     assert states == {"align": "finished", "buffer": "stopped, goes on from step 40", "reinforce": "begun"}
-    assert found["rows"][0]["steps"] == 2
-    stage = describe(provider / "align")
-    assert stage["kind"] == "stage" and stage["facts"]["rows"] == 8 and stage["facts"]["config_rank"] == 4
+    assert {"rows": 8, "config_rank": 4}.items() <= describe(provider / "align")["facts"].items()
     (tmp_path / "results.json").write_text(json.dumps({"command": "x"}))
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "ours-a0.1.json").touch()
@@ -138,23 +128,18 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
 
 ADAPTER = {CONFIG_FILE: json.dumps(CONFIG).encode()}
 PICKLED = pickle.dumps(Bomb())
+CASES = [
+    ({}, ".", "none of provider.json, adapter_config.json"),
+    ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
+    ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
+    ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
+    (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
+    (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
+    ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
+]
 
 
-@pytest.mark.parametrize(
-    ("files", "path", "message"),
-    [
-        ({}, ".", "none of provider.json, adapter_config.json"),
-        ({CONFIG_FILE: b"{}", "adapter_model.bin": PICKLED}, ".", "adapter_model.bin: pickled weights are refused"),
-        ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
-        ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
-        ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
-        ({"x.gguf": b"junk" * 100}, "x.gguf", "x.gguf: not a GGUF file"),
-        (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
-        (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
-        ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("files", "path", "message"), CASES, ids=[message for *_, message in CASES])
 def test_what_cannot_be_described_is_one_line(tmp_path, files, path, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -170,5 +155,3 @@ def test_the_script_prints_and_writes(script, adapter, tmp_path):
     assert status == 0, said
     (found,) = json.loads(json_file.read_text())
     assert found == describe(folder) and picture.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="spectra are an adapter's, this is of the kind model"):
-        plot_spectra({"path": "x", "kind": "model"}, picture)

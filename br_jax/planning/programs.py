@@ -46,7 +46,7 @@ class Program:
     @property
     def attention(self) -> str:
         """The implementation in use."""
-        return self.decoder.attends(self.context, self.dtype, behind=self.stage == "decode").implementation
+        return self.decoder.attends(self.context, self.dtype, whole=self.stage != "decode").implementation
 
     def lower(self, mesh: Mesh):
         """Lowers for the mesh, every argument laid out by the table."""

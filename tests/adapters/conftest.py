@@ -34,11 +34,8 @@ def trained():
     def make(params, rank=4, alpha=6.0, role="user", targets=lora.DEFAULT_TARGETS, seed=0):
         adapter = lora.init(jax.random.key(seed), lora.target_shapes(params, targets), rank, alpha, role)
         rng = np.random.default_rng(seed)
-        weights = {
-            path: {"a": pair["a"], "b": jnp.asarray(rng.normal(size=pair["b"].shape), jnp.float32)}
-            for path, pair in adapter.weights.items()
-        }
-        return adapter.replace(weights=weights)
+        b = {path: jnp.asarray(rng.normal(size=pair["b"].shape), jnp.float32) for path, pair in adapter.weights.items()}
+        return adapter.replace(weights={path: pair | {"b": b[path]} for path, pair in adapter.weights.items()})
 
     return make
 

@@ -35,10 +35,9 @@ def test_figures_of_full_rank_adapters(rank_u, rank_r):
     found = figures(a_u, b_u, a_r, b_r, user_scale=2.0, reinforce_scale=0.5)
     w_u, w_r = 2.0 * a_u @ b_u, 0.5 * a_r @ b_r
     sigma_u, sigma_r = (np.linalg.svd(w, compute_uv=False) for w in (w_u, w_r))
-    np.testing.assert_allclose(found["singular_values_user"], sigma_u[:rank_u], rtol=1e-5)
-    np.testing.assert_allclose(found["singular_values_reinforce"], sigma_r[:rank_r], rtol=1e-5)
-    np.testing.assert_allclose(found["stable_rank_user"], (sigma_u**2).sum() / sigma_u[0] ** 2, rtol=1e-5)
-    np.testing.assert_allclose(found["stable_rank_reinforce"], (sigma_r**2).sum() / sigma_r[0] ** 2, rtol=1e-5)
+    for role, sigma, rank in (("user", sigma_u, rank_u), ("reinforce", sigma_r, rank_r)):
+        np.testing.assert_allclose(found[f"singular_values_{role}"], sigma[:rank], rtol=1e-5)
+        np.testing.assert_allclose(found[f"stable_rank_{role}"], (sigma**2).sum() / sigma[0] ** 2, rtol=1e-5)
     q = np.linalg.qr(b_u.T)[0]
     share = np.linalg.norm(q @ (q.T @ w_r.T)) / np.linalg.norm(w_r)
     np.testing.assert_allclose(found["removed_share"], share, rtol=1e-5)

@@ -73,7 +73,9 @@ def test_bf16_weights_are_read_as_f32(tmp_path, llama, made_by_peft):
     assert_same_weights(lora.fold(before, adapter), params_of(adapted.float().merge_and_unload()))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+RSLORA = {"use_rslora": True}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -83,21 +85,22 @@ def test_bf16_weights_are_read_as_f32(tmp_path, llama, made_by_peft):
             "target_modules": ["q_proj", "k_proj", "down_proj"],
             "rank_pattern": {".*down_proj": 7, "layers.0.self_attn.q_proj": 2, "layers.1.self_attn.q_proj": 9},
             "alpha_pattern": {".*[01].mlp.down_proj": 20, "k_proj": 0, "layers.1.self_attn.q_proj": 1.5},
+            **RSLORA,
         },
         {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 0, "alpha_pattern": {"layers.2.self_attn.q_proj": 5}},
         {"target_modules": r"model\.layers\.\d\.(self_attn\.[qo]|mlp\.up)_proj"},
         {"target_modules": "all-linear", "exclude_modules": r".*\.1\.mlp.*|.*k_proj"},
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
-        {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": 0},
+        {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": 0, **RSLORA},
         {"target_modules": ["v_proj", "gate_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
         {"target_modules": ["self_attn.v_proj", "model.layers.0.mlp.up_proj", "2.mlp.up_proj", "attn.k_proj"]},
         {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
     ],
     ids=str,
 )
-def test_we_load_every_form_of_peft_s_plain_lora(tmp_path, llama, made_by_peft, settings, rslora):
+def test_we_load_every_form_of_peft_s_plain_lora(tmp_path, llama, made_by_peft, settings):
     before = params_of(llama)
-    adapted = made_by_peft(llama, tmp_path / "theirs", use_rslora=rslora, **settings)
+    adapted = made_by_peft(llama, tmp_path / "theirs", **settings)
     expected = params_of(adapted.merge_and_unload())
     adapter = load_adapter(tmp_path / "theirs", before)
     assert_same_weights(lora.fold(before, adapter), expected)
@@ -120,20 +123,6 @@ def test_targets_that_the_config_does_not_spell_out(tmp_path, llama, made_by_pef
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     with pytest.raises(UserError, match=r"lacks .*layers\.2\.self_attn\.q_proj\.lora_A"):
         load_adapter(tmp_path, before)
-
-
-def test_ranks_alone_are_padded_and_change_no_number(tmp_path, llama, made_by_peft):
-    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
-    made_by_peft(llama, tmp_path, target_modules=["q_proj"], layers_to_transform=[0, 1], **patterns)
-    adapter = load_adapter(tmp_path, params_of(llama))  # 3 / 2 = 6 / 4
-    tensors, pair = load_file(tmp_path / WEIGHTS_FILE), adapter.weights["layers/attn/q"]
-    for layer, rank in enumerate((4, 2, 0)):
-        a, b = pair["a"][layer], pair["b"][layer]
-        assert not a[:, rank:].any() and not b[rank:].any()
-        if rank:
-            np.testing.assert_array_equal(a[:, :rank], tensors[KEY.format(layer, "A")].T)
-            np.testing.assert_array_equal(b[:rank], tensors[KEY.format(layer, "B")].T)
-    assert adapter.scale == 1.5
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 0.7), (32, 64), (4, 0.0)])

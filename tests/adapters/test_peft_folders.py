@@ -23,37 +23,30 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_buffer_stays_in_the_provider_s_private_folder(tmp_path, params, trained, existing):
+def test_a_buffer_stays_in_the_provider_s_private_folder(tmp_path, params, trained):
     buffer = trained(params, role="buffer")
     for adapter in (buffer, lora.stack([trained(params), buffer])):
         with pytest.raises(UserError, match=r"buffer.*detach"):
             save_adapter(tmp_path / "out", adapter, base_name="tiny")
     assert not (tmp_path / "out").exists()
-    folder = tmp_path / "provider" / "buffer"
-    if existing:
-        folder.mkdir(parents=True, mode=0o755)
-    save_adapter(folder, buffer, base_name="tiny", provider=True)
-    assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
-    assert load_adapter(folder, params).roles == ("buffer",)
+    (tmp_path / "there").mkdir(mode=0o755)
+    for folder in (tmp_path / "there", tmp_path / "provider" / "new"):
+        save_adapter(folder, buffer, base_name="tiny", provider=True)
+        assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
+        assert load_adapter(folder, params).roles == ("buffer",)
 
 
-def test_an_ordinary_folder_follows_the_umask(tmp_path, params, trained):
+def test_an_ordinary_folder_follows_the_umask_and_its_other_files_stay(tmp_path, params, trained):
+    folder, newer = tmp_path / "user", trained(params, rank=5, seed=1)
     old = os.umask(0o027)
     try:
-        save_adapter(tmp_path / "out", trained(params), base_name="tiny")
+        save_adapter(folder, trained(params, rank=2), base_name="tiny")
+        (folder / "metrics.jsonl").write_text("{}\n")
+        save_adapter(folder, newer, base_name="tiny")
     finally:
         os.umask(old)
-    assert mode(tmp_path / "out") == 0o750 and mode(tmp_path / "out" / WEIGHTS_FILE) == 0o640
-
-
-def test_other_files_of_a_folder_stay(tmp_path, params, trained):
-    folder = tmp_path / "user"
-    save_adapter(folder, trained(params, rank=2), base_name="tiny")
-    (folder / "metrics.jsonl").write_text("{}\n")
-    newer = trained(params, rank=5, seed=1)
-    save_adapter(folder, newer, base_name="tiny")
     assert sorted(file.name for file in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, "metrics.jsonl"]
+    assert mode(folder) == 0o750 and mode(folder / WEIGHTS_FILE) == 0o640
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, params), newer)
 
 
@@ -95,26 +88,21 @@ def test_a_crash_between_the_files_leaves_no_mixed_pair(tmp_path, params, traine
     assert sorted(file.name for file in (tmp_path / "user").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
-def test_an_unwritable_place_is_one_line(tmp_path, params, trained):
+def test_save_refuses_a_place_that_is_a_file_and_what_no_reader_could_use(tmp_path, params, trained):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "user"):
-        with pytest.raises(UserError, match=r"cannot be written"):
-            save_adapter(folder, trained(params), base_name="tiny")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_save_refuses_what_no_reader_could_use(tmp_path, params, trained):
     good = trained(params)
     q = good.weights["layers/attn/q"]
-    cases = {
-        "layers/attn/q/a.*NaN": {"layers/attn/q": {"a": jnp.full((3, 24, 4), jnp.nan), "b": q["b"]}},
-        "no matrices": {},
-        "layers/conv/w.*no name": {"layers/conv/w": q},
-    }
-    for message, weights in cases.items():
+    cases = [
+        ("file", good.weights, "cannot be written"),
+        ("file/user", good.weights, "cannot be written"),
+        ("user", {"layers/attn/q": {"a": jnp.full((3, 24, 4), jnp.nan), "b": q["b"]}}, "layers/attn/q/a.*NaN"),
+        ("user", {}, "no matrices"),
+        ("user", {"layers/conv/w": q}, "layers/conv/w.*no name"),
+    ]
+    for folder, weights, message in cases:
         with pytest.raises(UserError, match=message):
-            save_adapter(tmp_path / "user", good.replace(weights=weights), base_name="tiny")
-    assert not list(tmp_path.iterdir())
+            save_adapter(tmp_path / folder, good.replace(weights=weights), base_name="tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.fixture
@@ -142,72 +130,70 @@ def added(key):
     return lambda tensors: tensors.update({key: tensors[KEY.format(0, "A")]})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            replaced(1, "B", np.full((32, 4), np.nan, np.float32)),
-            r"layers\.1\.self_attn\.q_proj\.lora_B\.weight holds NaN",
-        ),
-        (replaced(1, "B", np.full((32, 4), np.inf, ml_dtypes.bfloat16)), r"lora_B\.weight holds NaN or infinity"),
-        (replaced(1, "B", np.full((32, 4), 1e300)), r"lora_B\.weight holds NaN or infinity"),
-        (replaced(1, "B", np.ones((32, 4), ml_dtypes.float8_e4m3fn)), r"lora_B\.weight is F8_E4M3, but .*F32"),
-        (replaced(1, "B", np.ones((32, 4), np.int32)), r"lora_B\.weight is I32, but .*F32"),
-        (replaced(0, "A", np.ones((3, 24), np.float32)), r"\[3, 24\].*its rank in .*\[4, 24\].*another model"),
-        (lambda tensors: tensors.pop(KEY.format(2, "A")), r"lacks .*layers\.2\.self_attn\.q_proj\.lora_A"),
-        (added(KEY.format(3, "A")), r"layers\.3\..* is no LoRA matrix that .*calls for"),
-        (added(KEY.format("00", "A")), r"layers\.00\..* is no LoRA matrix"),
-        (added(KEY.format("9" * 5000, "A")), "99.* is no LoRA matrix"),
-        (added(KEY.format(0, "A") + "\n"), r"weight\\n' is no LoRA matrix"),
-        (added(KEY.format(0, "magnitude")), "lora_magnitude.* is no LoRA matrix"),
-        (added("base_model.model.lm_head.lora_A.weight"), "lm_head.* is no LoRA matrix"),
-        (added("base_model.model.model.embed_tokens.lora_embedding_A"), "embed_tokens.* is no LoRA matrix"),
-        (dict.clear, "lacks .*q_proj"),
-    ],
-)
-def test_bad_tensors_are_named(folder, params, change, message):
-    edit_tensors(folder, change)
+def damaged(change):
+    return lambda folder: (folder / WEIGHTS_FILE).write_bytes(change((folder / WEIGHTS_FILE).read_bytes()))
+
+
+def headed(text):
+    return lambda folder: save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, {"br_jax": text})
+
+
+def renamed(name):
+    return lambda folder: (folder / WEIGHTS_FILE).rename(folder / name)
+
+
+TENSORS = [
+    (replaced(1, "B", np.full((32, 4), np.inf, ml_dtypes.bfloat16)), r"layers\.1\.\S+lora_B\.weight holds NaN"),
+    (replaced(1, "B", np.full((32, 4), 1e300)), r"lora_B\.weight holds NaN or infinity"),
+    (replaced(1, "B", np.ones((32, 4), ml_dtypes.float8_e4m3fn)), r"lora_B\.weight is F8_E4M3, but .*F32"),
+    (replaced(0, "A", np.ones((3, 24), np.float32)), r"\[3, 24\].*its rank in .*\[4, 24\].*another model"),
+    (lambda tensors: tensors.pop(KEY.format(2, "A")), r"lacks .*layers\.2\.self_attn\.q_proj\.lora_A"),
+    (added(KEY.format("00", "A")), r"layers\.00\..* is no LoRA matrix that .*calls for"),
+    (added(KEY.format("9" * 5000, "A")), "99.* is no LoRA matrix"),
+    (added(KEY.format(0, "A") + "\n"), r"weight\\n' is no LoRA matrix"),
+    (added("base_model.model.model.embed_tokens.lora_embedding_A"), "embed_tokens.* is no LoRA matrix"),
+    (dict.clear, "lacks .*q_proj"),
+]
+CONFIG = [
+    ({"use_dora": True}, f"{CONFIG_FILE}.*use_dora"),
+    ({"target_modules": ["q_proj"]}, r"(down|gate|up|v)_proj\S+' is no LoRA matrix that .*json calls for"),
+    ({"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}, r"lacks .*k_proj"),
+    ({"target_modules": ["c_attn"]}, r"is no LoRA matrix that .*json calls for.*another model"),
+    ({"rank_pattern": {"layers.1.self_attn.q_proj": 8}}, r"layers\.1\.self_attn\.q_proj\S+ is .*need \[8, 24\]"),
+    ({"rank_pattern": {"q_proj": 10**12}}, r"q_proj\S+ is .*need \[1000000000000, 24\]"),
+]
+CUT = "not a whole safetensors file"
+SPOILED = [
+    *((lambda folder, change=change: edit_tensors(folder, change), message) for change, message in TENSORS),
+    *((lambda folder, fields=fields: edit_config(folder, **fields), message) for fields, message in CONFIG),
+    *((damaged(lambda data, keep=keep: data[:keep]), CUT) for keep in (0, 7, 300, -1)),
+    *((damaged(lambda data, n=n: n.to_bytes(8, "little") + data[8:]), CUT) for n in (0, 10**8, 2**64 - 1)),
+    *((headed(text), "header is damaged") for text in ("{", "[]", '{"roles": "x"}', '{"format_version": 2}')),
+    (lambda folder: (folder / CONFIG_FILE).unlink(), f"{CONFIG_FILE}: no such file"),
+    *((renamed(name), f"{name}: pickled weights are refused") for name in ("adapter_model.bin", "a.pt", "a.pkl")),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED)
+def test_a_spoiled_folder_is_one_line(folder, params, spoil, message):
+    spoil(folder)
     with pytest.raises(UserError, match=message) as caught:
         load_adapter(folder, params)
     assert "\n" not in str(caught.value)
 
 
-def test_another_model_s_shapes(folder, params):
-    wider = jax.tree.map(lambda k: jnp.ones((k.shape[0], k.shape[1] + 8, k.shape[2])), params)
-    with pytest.raises(UserError, match=r"lora_A.weight is \[4, .*need \[4, .*another model"):
-        load_adapter(folder, wider)
-    fewer = jax.tree.map(lambda k: k[:2], params)
-    with pytest.raises(UserError, match=r"layers\.2\..* is no LoRA matrix .*another model"):
-        load_adapter(folder, fewer)
-    more = jax.tree.map(lambda k: jnp.ones((4, *k.shape[1:])), params)
-    with pytest.raises(UserError, match=r"lacks .*layers\.3"):
-        load_adapter(folder, more)
-
-
-def test_another_base_s_fingerprint(folder, params):
-    load_adapter(folder, params)
+def test_another_model_s_shapes_and_fingerprint(folder, params):
+    cases = [
+        (lambda k: jnp.ones((k.shape[0], k.shape[1] + 8, k.shape[2])), r"is \[4, .*need \[4, .*another model"),
+        (lambda k: k[:2], r"layers\.2\..* is no LoRA matrix .*another model"),
+        (lambda k: jnp.ones((4, *k.shape[1:])), r"lacks .*layers\.3"),
+    ]
+    for change, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_adapter(folder, jax.tree.map(change, params))
     load_adapter(folder, params, fingerprint="aaaa")
     with pytest.raises(UserError, match=r"base aaaa, but this base is bbbb"):
         load_adapter(folder, params, fingerprint="bbbb")
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"use_dora": True}, f"{CONFIG_FILE}.*use_dora"),
-        ({"target_modules": ["q_proj"]}, r"(down|gate|up|v)_proj\S+' is no LoRA matrix that .*json calls for"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}, r"lacks .*k_proj"),
-        ({"target_modules": ["c_attn"]}, r"is no LoRA matrix that .*json calls for.*another model"),
-        ({"rank_pattern": {"layers.1.self_attn.q_proj": 8}}, r"layers\.1\.self_attn\.q_proj\S+ is .*need \[8, 24\]"),
-        ({"rank_pattern": {"q_proj": 10**12}}, r"q_proj\S+ is .*need \[1000000000000, 24\]"),
-    ],
-    ids=str,
-)
-def test_a_config_and_tensors_that_disagree(folder, params, fields, message):
-    edit_config(folder, **fields)
-    with pytest.raises(UserError, match=message) as caught:
-        load_adapter(folder, params)
-    assert "\n" not in str(caught.value)
 
 
 def test_where_the_config_has_an_expression_the_tensors_say_what_is_adapted(folder, params):
@@ -220,37 +206,8 @@ def test_where_the_config_has_an_expression_the_tensors_say_what_is_adapted(fold
         load_adapter(folder, params)
 
 
-def test_missing_files(folder, params):
-    (folder / CONFIG_FILE).unlink()
-    with pytest.raises(UserError, match=f"{CONFIG_FILE}: no such file"):
-        load_adapter(folder, params)
-    for nowhere in (folder / "nothing", folder / WEIGHTS_FILE):
-        with pytest.raises(UserError, match=r"no adapter there.*give the folder"):
-            load_adapter(nowhere, params)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [lambda data, keep=keep: data[:keep] for keep in (0, 7, 300, -1)]
-    + [lambda data, length=length: length.to_bytes(8, "little") + data[8:] for length in (0, 10**8, 2**64 - 1)],
-)
-def test_truncated_weights_and_headers_of_a_wrong_length(folder, params, damage):
-    (folder / WEIGHTS_FILE).write_bytes(damage((folder / WEIGHTS_FILE).read_bytes()))
-    with pytest.raises(UserError, match=f"{WEIGHTS_FILE}: not a whole safetensors file") as caught:
-        load_adapter(folder, params)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter.pt", "adapter.pkl"])
-def test_pickles_are_refused_unopened(folder, params, name):
-    (folder / WEIGHTS_FILE).rename(folder / name)
-    for path in (folder, folder / name):
-        with pytest.raises(UserError, match=f"{name}: pickled weights are refused"):
-            load_adapter(path, params)
-
-
-@pytest.mark.parametrize("header", ["{", "[]", '{"roles": "buffer"}', '{"format_version": 2}'])
-def test_headers_that_cannot_be_read(folder, params, header):
-    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata={"br_jax": header})
-    with pytest.raises(UserError, match=r"header is damaged, or of a later version.*update br_jax"):
-        load_adapter(folder, params)
+def test_a_path_that_is_no_adapter_s_folder(folder, params):
+    (folder / "adapter.bin").touch()
+    for name, message in (("adapter.bin", "pickled"), ("nothing", "no adapter"), (WEIGHTS_FILE, "no adapter")):
+        with pytest.raises(UserError, match=message):
+            load_adapter(folder / name, params)

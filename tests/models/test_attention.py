@@ -80,12 +80,11 @@ def close(found, expected):
 
 
 # A row of several blocks of 64 or 128, and one that they do not divide.
-@pytest.mark.parametrize(("T", "window", "soft_cap"), [(384, None, None), (384, 100, 5.0), (200, 40, None)])
+@pytest.mark.parametrize(("T", "window", "soft_cap"), [(384, 100, 5.0), (200, None, None)])
 def test_the_fast_ones_equal_plain_attention(T, window, soft_cap):
     parts, expected = case(T), run(Attend("xla", soft_cap=soft_cap, window=window), *case(T))
-    close(run(Attend("blocked", soft_cap=soft_cap, window=window), *parts), expected)
-    if T % 128 == 0:
-        close(run(Attend("splash", soft_cap=soft_cap, window=window), *parts), expected)
+    for name in ("blocked", "splash") if T % 128 == 0 else ("blocked",):
+        close(run(Attend(name, soft_cap=soft_cap, window=window), *parts), expected)
 
 
 def test_blocked_makes_no_square():
@@ -111,7 +110,6 @@ def test_splash_on_a_mesh_takes_each_device_s_rows_and_heads():
         ("tpu", 1024, "bfloat16", 50.0, "splash"),
         ("tpu", 80, "bfloat16", None, "xla"),
         ("gpu", 80, "bfloat16", None, "cudnn"),
-        ("gpu", 1024, "bfloat16", 50.0, "blocked"),
         ("gpu", 1024, "float32", None, "blocked"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The decoder against itself by other routes: a cache, packing, folding, remat. Logits: test_families, test_gguf."""
+"""The decoder against itself by other routes: packing, folding, remat. Logits and cache: test_families, test_gguf."""
 
 import dataclasses
 import functools
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
-from br_jax.models.cache import init_cache, join_caches
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.masks import Attend
 
@@ -44,25 +43,6 @@ def close(found, expected, tolerance=1e-5):
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
-def test_a_cache_gives_the_full_forward(tiny, tokens):
-    """Two stacked ones of unequal sizes, filled in two steps, then joined and extended a token at a time."""
-    decoder, variables, positions = Decoder(tiny.spec), {"params": tiny.params}, positions_of(tokens)
-    step = jax.jit(lambda cache, token, at: decoder.apply(variables, token, at, jnp.ones_like(at), cache, at[0, 0]))
-    found, caches = [], []
-    for rows, slots in ((slice(1), 7), (slice(1, B), 9)):
-        first, cache = step(
-            init_cache(tiny.spec, *tokens[rows, :slots].shape, jnp.float32), tokens[rows, :5], positions[rows, :5]
-        )
-        second, cache = step(cache, tokens[rows, 5:7], positions[rows, 5:7])
-        found.append(jnp.concatenate([first, second], axis=1))
-        caches.append(cache)
-    found, cache = [jnp.concatenate(found)], join_caches(caches, T + 2)
-    for t in range(7, T):
-        hidden, cache = step(cache, tokens[:, t : t + 1], positions[:, t : t + 1])
-        found.append(hidden)
-    close(jnp.concatenate(found, axis=1), states(tiny, tokens))
-
-
 def test_segments_and_padding_isolate_packed_rows(tiny, tokens):
     """Two rows side by side in one, other neighbors, and padding that is not the pad token."""
     expected, n = states(tiny, tokens), 5
@@ -92,6 +72,7 @@ def test_remat_changes_no_gradient(tiny, tokens, make_adapter):
         jax.tree.map(close, gradient(remat), plain)
 
 
+@pytest.mark.slow
 def test_a_window_in_some_layers_is_the_same_by_every_kernel(make_tiny, make_adapter):
     """Against plain attention: packed rows beyond the window, soft-caps, whole layers made again."""
     model = make_tiny(num_layers=3, window=50, windowed=(True, False, True), attention_soft_cap=5.0)

@@ -15,9 +15,7 @@ plain_text = st.text(st.characters(exclude_categories=["Cs"])).filter(
 @given(plain_text)
 @settings(max_examples=200, deadline=None)
 def test_ids_are_the_bytes_and_decode_back(text):
-    ids = TOKENIZER.encode(text)
-    assert ids == list(text.encode())
-    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.encode(text) == list(text.encode()) and TOKENIZER.decode(text.encode()) == text
 
 
 def test_specials_are_single_distinct_tokens():
@@ -28,17 +26,13 @@ def test_specials_are_single_distinct_tokens():
     assert TOKENIZER("é a", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (0, 1), (1, 2), (2, 3)]
 
 
-def test_chat_template_marks_the_end_of_each_turn():
-    messages = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("user", "?"))]
-    rendered = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == f"hi{SEP}yes{EOS}?{SEP}"
-
-
 def test_saved_tokenizer_is_the_same_to_transformers(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = f" two  spaces\n\tüñí 漢字 🙂{SEP}ok{EOS}"
     assert loaded.encode(text) == TOKENIZER.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
-    assert loaded.chat_template == TOKENIZER.chat_template
     assert (loaded.pad_token, loaded.eos_token) == (PAD, EOS)
+    messages = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("user", "?"))]
+    rendered = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == f"hi{SEP}yes{EOS}?{SEP}"

@@ -49,6 +49,7 @@ def test_argument_bytes_are_what_xla_says(config, stage):
     assert sum(counted.values()) == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, abs=64)
     kinds = {"base", "adapters", "batch", *(["optimizer"] if stage in TRAINING else ["cache"] * (stage == "decode"))}
     assert set(counted) == kinds
+    assert program.attention == ("xla" if stage == "decode" else "blocked")
 
 
 def test_sizes_of_published_models():
@@ -100,14 +101,8 @@ def test_remat_repeats_what_is_not_saved(config):
 
 @pytest.mark.parametrize(
     ("stage", "rows", "limit", "found"),
-    [
-        ("buffer", 8, 1003, 1000),
-        ("buffer", 8, 64, 64),
-        ("buffer", 8, 71, 64),
-        ("buffer", 8, 8, 8),
-        ("user", 24, 80, 72),  # whose batch is split in three
-        ("decode", 24, 80, 80),
-    ],
+    # The user's batch is split in three.
+    [("buffer", 8, 1003, 1000), ("buffer", 8, 8, 8), ("user", 24, 80, 72), ("decode", 24, 80, 80)],
 )
 def test_largest_batch_is_found(config, monkeypatch, stage, rows, limit, found):
     """Against a pretended compiler: memory rises with the rows, not quite in proportion."""
@@ -126,13 +121,10 @@ def test_largest_batch_is_found(config, monkeypatch, stage, rows, limit, found):
     assert len(tried) <= 13
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:2", "v5e:2x0", "v9:2x2", "v5e:2x2x2x2", ""])
-def test_a_wrong_topology_is_named(name):
-    with pytest.raises(UserError, match="write KIND:SHAPE"):
-        parse_topology(name)
-
-
-def test_a_wrong_stage_is_named(config):
+def test_a_wrong_topology_and_stage_are_named(config):
+    for name in ("v5e", "v5e:2", "v5e:2x0", "v9:2x2", "v5e:2x2x2x2", ""):
+        with pytest.raises(UserError, match="write KIND:SHAPE"):
+            parse_topology(name)
     with pytest.raises(UserError, match="stage 'usr': near: user"):
         make_program(config, "usr", make_mesh())
 
@@ -162,14 +154,6 @@ def test_a_stage_compiles_for_the_tpu(config, topology, stage, changes):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_what_does_not_fit_is_named(config):
-    found = fitting.check(config, "v5e:1x1", "user", batch=1 << 16)
-    assert found.prediction is None
-    assert "temporaries is the largest part" in found.problem and "remat=full" in found.problem
-
-
-@pytest.mark.slow
-@needs_libtpu
 def test_the_script(tmp_path):
     def run(*flags):
         command = [sys.executable, SCRIPT, "--config=configs/demo.py", *flags]
@@ -180,6 +164,4 @@ def test_the_script(tmp_path):
     assert [fit["stage"] for fit in json.loads((tmp_path / "fit.json").read_text())] == ["user", "decode"]
     assert "predicted" in done.stdout
     too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=99999999")
-    assert too_large.returncode == 1 and "decode does not fit: cache" in too_large.stdout
-    failed = run("--topology=v5e:3x3")
-    assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and "Traceback" not in failed.stderr
+    assert too_large.returncode == 1 and "decode does not fit: cache is the largest part" in too_large.stdout

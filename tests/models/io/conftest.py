@@ -1,5 +1,8 @@
 """Small GGUF files, made by the reference writer, and texts that tokenizers cut in different ways."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
@@ -53,8 +56,6 @@ spaces before  12 and   345 digits
 🙂🙃👩‍👩‍👧‍👦🏳️‍🌈 \U0001d4d7\U0001d4ee\U0001d4f5 \U00012000 \U0001f1eb\U0001f1f7
 e\u0301 combining, Z\u0351\u036b\u0343a\u0329, zero\u200bwidth, bom\ufeff, nb\u00a0space, \u3000wide \u2028line
 def f(x: int) -> str:⏎    return f"{x!r}"  # comment
-for (int i = 0; i < 10; ++i) { a[i] += b[i]; }
-{"key": [1, 2, {"x": null}]} https://example.org/path?q=1&r=%20#frag
 $1,000.00 €5 £3 ¥900, C++ C# F# .NET @home #tag, !!! ??? ... --- *** ___
 "quoted" 'single' `ticks` “curly” a\\b\\\\c /usr/local/bin
 ⏎⏎⏎three newlines
@@ -68,10 +69,18 @@ text<|im_end|>glued
 the byte <0x41> is spelled out
 supercalifragilisticexpialidocious antidisestablishmentarianism
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
-aAbBcC XmlHttpRequest snake_case_name kebab-case-name
 ∀x∈\u211d: x² ≥ 0 ⇒ ∑ᵢ aᵢ ≈ç√∫\u02dcµ
 Ġhere Ċ, Ünïcödé ß ẞ İ \u0131 \u0301alone
 """
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The file of SmolLM2, where it was downloaded."""
+    path = Path(os.environ.get("BR_JAX_DATA", "data")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("run experiments/fetch.py, or set BR_JAX_DATA")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """GGUF against transformers' own GGUF loader and the `gguf` package, on tiny files and, when downloaded, on SmolLM2."""
 
 import math
-import os
-from pathlib import Path
 
 import gguf
 import jax
@@ -22,8 +20,6 @@ from br_jax.provider.folder import load_model
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-SMOLLM2 = Path(os.environ.get("BR_JAX_DATA", "data")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_file(), reason="run experiments/fetch.py, or set BR_JAX_DATA")
 IDS = [5, 250, 17, 17, 99, 3, 40, 41]
 # What transformers' loader leaves at the default of its config, though the file says it.
 UNREAD = {
@@ -56,10 +52,11 @@ def our_logits(spec, params, ids, positions=None):
 @pytest.mark.parametrize(("architecture", "tied"), [*((name, True) for name in ARCHITECTURES), ("llama", False)])
 def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, architecture, tied):
     head = np.random.default_rng(1).normal(size=(260, 64), scale=0.3).astype(np.float32)
-    path = write_gguf(tmp_path / "tiny.gguf", architecture, tensors={} if tied else {"output.weight": head})
-    spec, params, tokenizer, _ = read_gguf(path)
+    turn = {"tokenizer.ggml.eot_token_id": 258}  # as Gemma-2's, whose EOS no chat ever says
+    path = write_gguf(tmp_path / "tiny.gguf", architecture, turn, {} if tied else {"output.weight": head})
+    spec, params, tokenizer, stops = read_gguf(path)
     assert ("head" in params) != tied and spec == read_gguf_spec(path) and spec.model_type == architecture
-    assert (spec.max_length, spec.norm_eps, spec.rope_theta) == (128, 3e-5, 5000.0)
+    assert (spec.max_length, spec.norm_eps, spec.rope_theta, stops) == (128, 3e-5, 5000.0, (258,))
     expected = their_logits(oracle(path, **UNREAD.get(architecture, {})), IDS)
     # f32 sums in another order, of logits of size 5 or so.
     np.testing.assert_allclose(our_logits(spec, params, IDS), expected, atol=1e-4)
@@ -67,12 +64,6 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
     again, same, *_ = read_hf(tmp_path / "folder")
     assert again == spec
     jax.tree.map(np.testing.assert_array_equal, same, params)
-
-
-def test_a_chat_model_stops_at_the_end_of_a_turn(write_gguf, tmp_path):
-    """As Gemma-2's, whose EOS no chat ever says."""
-    path = write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.eot_token_id": 258})
-    assert load_model(path).stop_tokens == (259, 258)
 
 
 def llama3_divisors(head_dim, theta, factor):
@@ -137,40 +128,33 @@ def test_each_quantization_is_read(write_gguf, tmp_path):
 
 
 UP, FREQS = "blk.1.ffn_up.weight", "rope_freqs.weight"
-WRONG = {
-    "architecture": ({"architecture": "mamba"}, "general.architecture is 'mamba', only llama, qwen2, qwen3"),
-    "rope": ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is 'yarn', only none"),
-    "partial rope": ({"metadata": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count is 8, only 16"),
-    "unknown key": (
-        {"metadata": {"llama.attention.sliding_window": 4096}},
-        "llama.attention.sliding_window is 4096: br_jax does not know this key",
-    ),
-    "no width": ({"metadata": {"llama.embedding_length": None}}, "llama.embedding_length is missing"),
-    "kv heads": ({"metadata": {"llama.attention.head_count_kv": 3}}, "num_kv_heads 3 does not divide"),
-    "no heads": ({"metadata": {"llama.attention.head_count": 0}}, "tiny.gguf: "),
-    "stop token": ({"metadata": {"tokenizer.ggml.eot_token_id": 9999}}, "eot_token_id is 9999, but there are 260"),
-    "missing tensor": ({"tensors": {UP: None}}, f"{UP} is missing"),
-    "extra tensor": (
-        {"tensors": {"blk.0.attn_q.bias": np.ones(64, np.float32)}},
-        "unexpected tensor blk.0.attn_q.bias",
-    ),
-    "head": (
-        {"architecture": "gemma2", "tensors": {"output.weight": np.ones((260, 64), np.float32)}},
-        "unexpected tensor output.weight",
-    ),
-    "shape": (
-        {"tensors": {"blk.0.attn_q.weight": np.ones((32, 64), np.float32)}},
-        r"blk.0.attn_q.weight has shape \(32, 64\), the sizes say \(64, 64\)",
-    ),
-    "rope factors": ({"tensors": {FREQS: np.linspace(1, 8, 8, dtype=np.float32)}}, f"{FREQS}: rope factors other than"),
-    "kind": ({"tensors": {UP: (np.ones((96, 64)), Kind.F64)}}, rf"{UP} \(F64\) cannot be dequantized"),
-}
+TOKENS = [f"<0x{byte:02X}>" for byte in range(256) if byte != 200]
+WRONG = [
+    ({"general.architecture": "mamba"}, {}, "general.architecture is 'mamba', only llama, qwen2, qwen3"),
+    ({"llama.rope.scaling.type": "yarn"}, {}, "llama.rope.scaling.type is 'yarn', only none"),
+    ({"llama.rope.dimension_count": 8}, {}, "llama.rope.dimension_count is 8, only 16"),
+    ({"llama.attention.sliding_window": 4096}, {}, "sliding_window is 4096: br_jax does not know this key"),
+    ({"llama.embedding_length": None}, {}, "llama.embedding_length is missing"),
+    ({"llama.attention.head_count": 0}, {}, "tiny.gguf: "),
+    ({}, {UP: None}, f"{UP} is missing"),
+    ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "unexpected tensor blk.0.attn_q.bias"),
+    ({}, {UP: np.ones((64, 96), np.float32)}, rf"{UP} has shape \(64, 96\), the sizes say \(96, 64\)"),
+    ({}, {FREQS: np.linspace(1, 8, 8, dtype=np.float32)}, f"{FREQS}: rope factors other than"),
+    ({}, {UP: (np.ones((96, 64)), Kind.F64)}, rf"{UP} \(F64\) cannot be dequantized"),
+    ({"eot_token_id": 9999}, {}, "eot_token_id is 9999, but there are 260"),
+    ({"add_eos_token": True}, {}, "tokenizer.ggml.add_eos_token is True, only False"),
+    ({"add_bos_token": True, "bos_token_id": None}, {}, "tokenizer.ggml.bos_token_id is missing"),
+    ({"merges": ["Ġ t", "x nowhere"]}, {}, "tokenizer.ggml.merges do not fit"),
+    ({"tokens": ["a", "b", "a"]}, {}, "3 tokens, 2 of them different, 260 token types and 260 embeddings"),
+    ({"model": "llama", "scores": [0.0, 0.0]}, {}, "260 tokens and 2 tokenizer.ggml.scores"),
+    ({"model": "llama", "tokens": TOKENS, "token_type": [6] * 255, "scores": [0.0] * 255}, {}, "has no <0xC8>"),
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_an_unsupported_file_is_one_line(write_gguf, tmp_path, case):
-    arguments, message = WRONG[case]
-    path = write_gguf(tmp_path / "tiny.gguf", **arguments)
+@pytest.mark.parametrize(("metadata", "tensors", "message"), WRONG, ids=[message for *_, message in WRONG])
+def test_an_unsupported_file_is_one_line(write_gguf, tmp_path, metadata, tensors, message):
+    metadata = {key if "." in key else f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", metadata=metadata, tensors=tensors)
     with pytest.raises(UserError, match=message) as caught:
         read_gguf(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -191,26 +175,15 @@ def test_a_cut_anywhere_is_one_line(write_gguf, tmp_path):
         read_gguf(tmp_path / "absent.gguf")
 
 
-@needs_smollm2
-def test_smollm2_s_sizes():
-    found = read_gguf_spec(SMOLLM2)
-    assert (found.vocab_size, found.num_layers, found.ffw_dim, found.max_length) == (49152, 30, 1536, 8192)
-    assert (found.embed_dim, found.num_heads, found.num_kv_heads, found.head_dim) == (576, 9, 3, 64)
-    assert (found.rope_theta, found.norm_eps, found.tie_embeddings) == (100000.0, 1e-5, True)
-
-
 CHAT = "<|im_start|>user\nName three rivers of Europe.<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = ["The capital of France is", CHAT, "def add(a, b):\n    return"]
 
 
 @pytest.mark.slow
-@needs_smollm2
-def test_smollm2_is_the_model_that_transformers_loads():
-    """Its quick siblings are the tiny files."""
-    made = load_model(SMOLLM2)
+def test_smollm2_is_the_model_that_transformers_loads(smollm2):
+    made, model = load_model(smollm2), oracle(smollm2)
     prompts = [made.tokenizer.encode(text) for text in PROMPTS]
-    continued = generate_ids(made, prompts, stops=(), max_new_tokens=64)
-    model = oracle(SMOLLM2)
+    continued = generate_ids(made, prompts, stops=(), max_new_tokens=16)
     for ids, more in zip(prompts, continued, strict=True):
         expected = their_logits(model, [*ids, *more])
         # The project's bar for f32; the logits reach 20 or so.
