@@ -49,7 +49,7 @@ def test_argument_bytes_are_what_xla_says(config, stage):
     assert sum(counted.values()) == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, abs=64)
     kinds = {"base", "adapters", "batch", *(["optimizer"] if stage in TRAINING else ["cache"] * (stage == "decode"))}
     assert set(counted) == kinds
-    assert program.attention == ("xla" if stage == "decode" else "blocked")
+    assert program.attention == "xla"  # of rows this short, and of a step behind a cache
 
 
 def test_sizes_of_published_models():
