@@ -10,7 +10,7 @@ from br_jax.scoring.judges.judging import Exchange
 
 SIZES = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 1024}
-REST = {"rope_theta": 5000.0, "rms_norm_eps": 3e-5, "problem_type": "multi_label_classification"}
+REST = {"rope_theta": 5000.0, "rms_norm_eps": 3e-5}
 LABELS = {i: f"harm,{i}" for i in range(14)}  # BeaverTails' names have commas too
 
 
@@ -38,18 +38,31 @@ def torch():
 
 
 @pytest.fixture(scope="session")
-def save_classifier(torch):
-    """save_classifier(folder, pad="<pad>", **config) -> transformers' model, saved there with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+def make_llama(torch):
+    """make_llama(model class of transformers, **config) -> a random model of it."""
+    from transformers import LlamaConfig
 
-    def save(folder, pad="<pad>", **config):
-        tokenizer = make_tokenizer(pad=pad)
-        settings = SIZES | HEADS | REST | {"id2label": LABELS, "pad_token_id": tokenizer.pad_token_id} | config
+    def make(kind, **config):
         torch.manual_seed(0)
-        model = LlamaForSequenceClassification(LlamaConfig(**settings)).eval()
+        model = kind(LlamaConfig(**SIZES | HEADS | REST | config)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_classifier(make_llama):
+    """save_classifier(folder, pad="<pad>", **config) -> transformers' model, saved there with its tokenizer."""
+    from transformers import LlamaForSequenceClassification
+
+    def save(folder, pad="<pad>", **config):
+        tokenizer = make_tokenizer(pad=pad)
+        settings = {"id2label": LABELS, "pad_token_id": tokenizer.pad_token_id}
+        settings["problem_type"] = "multi_label_classification"
+        model = make_llama(LlamaForSequenceClassification, **settings | config)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return model
