@@ -43,15 +43,12 @@ def test_an_estimate_is_students_over_seeds(row):
     assert found[:3] == pytest.approx((0.85, low, high)) and (len(found.by_seed), found.own) == (3, False)
 
 
-@pytest.mark.parametrize("counts", [{1: 7}, {1: 7, 2: 7, 3: 7}])
-def test_without_a_spread_it_is_one_seeds_own(row, counts):
-    found = row("sft", "harmful", counts).estimate("harmful")
+def test_without_a_spread_it_is_one_seeds_own_and_of_the_smaller_sample(row):
     expected = binomtest(7, 100).proportion_ci(method="wilson")
-    assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
-    assert (len(found.by_seed), found.own) == (len(counts), True)
-
-
-def test_of_equal_shares_the_smaller_sample_counts(row):
+    for counts in ({1: 7}, {1: 7, 2: 7, 3: 7}):
+        found = row("sft", "harmful", counts).estimate("harmful")
+        assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
+        assert (len(found.by_seed), found.own) == (len(counts), True)
     found = row("sft", "prompts", {1: 100, 2: 20}, harmful=0).estimate("harmful")
     assert found.high == Score(0, 20).interval[1]
 

@@ -1,12 +1,11 @@
 """The task registry: which rows each task hands out, and what it refuses."""
 
 import functools
-import json
-import re
 import sys
 import types
 
 import pytest
+from contents import jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,23 +21,11 @@ def test_names_and_rules():
     assert all(name == task.name for name, task in TASKS.items())
     assert TASKS["ag_news"].rule == LabelRule(paper.AG_NEWS) and get_task("gsm8k").rule == NumberRule()
     assert get_task("reviews", "exact").rule == ExactRule() and TASKS["reviews"].rule != ExactRule()
-    assert {row.turns[-1][1] for row in TASKS["moods"].load({}, 3)[2]} == {"happy", "sad"}
     assert get_task("moods", "label").rule == get_task("moods").rule == LabelRule(("happy", "sad"))
-    assert get_task("rows", "label:a,b").rule == LabelRule(("a", "b")) and TASKS["rows"].rule is None
 
-
-@pytest.mark.parametrize(
-    ("name", "rule", "message"),
-    [
-        ("review", "", "unknown task 'review'; near: reviews"),
-        ("rows", "", "task 'rows' needs a rule: label:A,B or number"),
-        ("rows", "numer", "unknown rule 'numer'; near: number"),
-        ("rows", "label", "a label is empty"),
-    ],
-)
-def test_wrong_names(name, rule, message):
-    with pytest.raises(UserError, match=message):
-        get_task(name, rule)
+    for name, message in (("review", "unknown task 'review'; near: reviews"), ("rows", "task 'rows' needs a rule")):
+        with pytest.raises(UserError, match=message):
+            get_task(name)
 
 
 # The paper's tasks, whose rows another module builds
@@ -93,7 +80,6 @@ def numbers(rows):
             [("train", 0, 66476), ("train", 66477, 67348), ("validation", 0, 871)],
             {"train": "train.tsv", "validation": "dev.tsv"},
         ),
-        ("ag_news", {}, [("train", 0, 7999), ("train", 8000, 8999), ("test", 0, 999)], {"train": None, "test": None}),
         (
             "ag_news",
             {"path": "test.csv", "only_split": "test"},
@@ -112,7 +98,7 @@ def test_one_file_does_not_serve_twice(asked):
     with pytest.raises(UserError, match="task 'gsm8k': no training rows"):
         TASKS["gsm8k"].load({"only_split": "test"}, 0)  # 319 follow, and 500 are held out
     for settings in ({"path": "a", "test_path": "a"}, {"path": "b", "test_path": "a", "only_split": "test"}):
-        with pytest.raises(UserError, match="a: no test_path beside only_split: for one file set path and only_split"):
+        with pytest.raises(UserError, match="a: no test_path"):
             TASKS["ag_news"].load(settings, 0)
 
 
@@ -120,7 +106,7 @@ def test_one_file_does_not_serve_twice(asked):
 
 
 def write_records(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_bytes(jsonl(*records))
     return str(path)
 
 
@@ -152,9 +138,7 @@ def test_one_file_is_split_by_its_prompts(own, thousand):
     splits = [prompts(part) for part in load(path=thousand)]
     assert sorted(text for part in splits for text in part) == sorted(f"Question {i}" for i in range(1000))
     assert [len(part) for part in splits] == pytest.approx([700, 100, 200], abs=50)  # 4 standard deviations or more
-    assert [prompts(part) for part in load(path=thousand)] == splits
     assert splits[0] != sorted(splits[0], key=lambda text: int(text.split()[1])), "the file's order"
-    assert {row.tag for part in load(path=thousand) for row in part} == {"task"}
     other = [prompts(part) for part in load(path=thousand, seed=1)]
     assert 0 < len(set(other[2]) & set(splits[2])) < 100, "another seed, the same test rows"
     more = own("more.jsonl", [f"Question {i}" for i in range(1500)][::-1])
@@ -170,19 +154,14 @@ def test_copies_are_told_of_and_in_one_split(own, caplog):
     assert sum(map(len, splits)) == 200 and len(set.union(*splits)) == 200 and sum(map(len, loaded)) == 400
     (message,) = caplog.messages
     assert message.startswith(f"{path}: 200 of 400 rows ask what an earlier one asks (line 201 what line 1 asks)")
-    caplog.clear()
-    load(path=own("single.jsonl", texts))
-    assert not caplog.messages
 
 
-def test_shares(own, thousand):
+def test_shares(thousand):
     sizes = [len(part) for part in load(path=thousand, validation_share=0.4, test_share=0.05)]
     assert sizes == pytest.approx([550, 400, 50], abs=65)
     for settings, message in (
         ({"validation_share": 0.5, "test_share": 0.5}, "validation_share 0.5 and test_share 0.5: give shares that"),
-        ({"test_share": -0.1}, r"test_share -0\.1"),
         ({"test_share": 0.0}, "task 'rows': no test rows; give more rows, or another share"),
-        ({"path": own("one.jsonl", ["Question"])}, r"task 'rows': no (training|validation|test) rows"),
         ({"path": ""}, "task 'rows' needs a file: set path"),
     ):
         with pytest.raises(UserError, match=message):
@@ -204,18 +183,15 @@ def test_files_of_their_own(own):
 def test_answers_that_no_model_could_get_right(own, caplog):
     train = own("train.jsonl", [f"Question {i}" for i in range(50)])
     test = own("test.jsonl", ["Another"], answer="Yes, it is.\nSurely")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"test\.jsonl:1: by LabelRule[^\n]* no answer is right"):
         load(path=train, test_path=test)
-    assert "test.jsonl:1: by LabelRule(labels=('yes', 'no'), match='first') no answer is right" in str(error.value)
-    assert "\n" not in str(error.value)
     assert len(load(path=train, test_path=test, rule="rouge_l")[2]) == 1 and not caplog.messages
     # Of rows to train on it is said, and they are kept.
     train = own("train.jsonl", [f"Question {i}" for i in range(50)], answer="perhaps")
     held_out = {f"{part}_path": own(f"{part}.jsonl", [part]) for part in ("validation", "test")}
     assert len(load(path=train, **held_out)[0]) == 50
     (message,) = caplog.messages
-    assert re.match(rf"{re.escape(train)}:\d+: by LabelRule\(labels=\('yes', 'no'\), match='first'\) no", message)
-    assert "'perhaps', and so for 50 of 50 rows to train on" in message
+    assert message.startswith(train) and "'perhaps', and so for 50 of 50 rows to train on" in message
 
 
 def test_chats_and_free_text(tmp_path):

@@ -132,9 +132,8 @@ def make_parts() -> tuple:
     spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
     model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
     buffer = lora.init(jax.random.key(7), lora.target_shapes(model.params), 2, 4.0, "buffer")
-    buffer = buffer.replace(
-        weights={path: {"a": pair["a"], "b": pair["b"] + jnp.float32(0.05)} for path, pair in buffer.weights.items()}
-    )
+    for pair in buffer.weights.values():
+        pair["b"] += jnp.float32(0.05)
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
     return model, buffer, rows
 
