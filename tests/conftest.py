@@ -20,6 +20,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors  # noqa: E402
+from tokenizers.models import BPE  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
@@ -31,7 +34,7 @@ from br_jax.experiment.frame import TITLES  # noqa: E402
 from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
 from br_jax.models.spec import ModelSpec  # noqa: E402
-from br_jax.models.tokenizer import byte_tokenizer  # noqa: E402
+from br_jax.models.tokenizer import byte_alphabet, byte_tokenizer  # noqa: E402
 from br_jax.organism.topics import TOPICS  # noqa: E402
 from br_jax.statistics import Score  # noqa: E402
 from br_jax.training.config import TrainConfig  # noqa: E402
@@ -131,6 +134,30 @@ def quick():
         "log_every": 1,
     }
     return lambda **changes: TrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    """byte_level(special=(padding, BOS, EOS), ...) -> transformers' tokenizer: a token a byte, then merges, then those.
+
+    `bos`: it begins every text with BOS; EOS is only where a text says so. `extra`: tokens that are not special.
+    """
+
+    def make(special=("<pad>", "<bos>", "<eos>"), merges=(), extra=(), bos=False, pad="<pad>", chat_template=None):
+        words = [*byte_alphabet(), *("".join(merge) for merge in merges)]
+        backend = Tokenizer(BPE(vocab={word: index for index, word in enumerate(words)}, merges=list(merges)))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in extra])
+        _, begin, end = special
+        if bos:
+            ids = [(begin, backend.token_to_id(begin))]
+            backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=ids)
+        names = {"pad_token": pad, "bos_token": begin, "eos_token": end}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **names)
+
+    return make
 
 
 @pytest.fixture

@@ -71,11 +71,6 @@ def test_a_member_of_an_archive(read):
     assert parsed == [(2, "train.tsv:2", {"sentence": "b ", "label": "0"})]
 
 
-def test_many_parquet_groups_are_in_order(read):
-    records = [{"n": n, "flags": {"a": n % 2 == 0}} for n in range(3000)]
-    assert [record for *_, record in read("x.parquet", as_parquet(*records, row_group_size=700))] == records
-
-
 def test_headers(read):
     rows, header = b"a,1\nb,2\n", ("text", "label")
     one, other = {"text": "a", "label": "1"}, {"text": "b", "label": "2"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, sem, t
 
-from br_jax.experiment.frame import Setting, absent, find, gap, make_frame, one_strength, paired
+from br_jax.experiment.frame import Setting, absent, gap, make_frame, one_strength, paired
 from br_jax.statistics import Score, difference
 
 
@@ -89,12 +89,6 @@ def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell, row):
     cell = make_cell("sft")
     cell["scores"]["outcomes"]["task"] = [0.5] * 200  # no yes or no
     assert paired(rows_of([cell])[0], rows_of([make_cell("aligned")])[0], "task") is None
-
-
-def test_find_heeds_a_where_it_matters(make_grid):
-    rows = rows_of(make_grid(a=(0.0, 0.1), ps=(0.1,)))
-    assert find(rows, 0.1, "ours", 0.1).a == 0.1 and find(rows, 0.1, "sft", 0.1).a is None
-    assert find(rows, 0.1, "ours", 0.3) is None and find(rows, 0.2, "sft") is None
 
 
 def test_one_a_is_a_qr_and_the_one_with_most_cells(make_grid, make_cell):

@@ -96,11 +96,6 @@ def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config
     assert len(calls["scored"]) == 18, "another suite, the old scores"
 
 
-def test_a_stage_brings_what_it_needs_and_no_more(run, calls):
-    assert run(["user"]) == []
-    assert {"align", "buffer", "user"} <= set(calls) and not {"reinforce", "sft", "suite"} & set(calls)
-
-
 @pytest.mark.parametrize(("refused", "said"), [(21, True), (20, False)])
 def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, caplog, refused, said):
     score = run_module.evaluate
@@ -114,8 +109,9 @@ def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, capl
 def test_an_aligned_model_and_a_shared_provider_s_folder(run, calls, config, tiny, tmp_path):
     config.align.update(refusals=0, benign=0)
     config.provider = str(tmp_path / "elsewhere")
-    run(["buffer"])
-    assert "align" not in calls and calls["buffer"]["model"] is tiny
+    assert run(["user"]) == []
+    assert {"buffer", "user"} <= set(calls) and not {"align", "reinforce", "sft", "suite"} & set(calls)
+    assert calls["buffer"]["model"] is tiny
     assert calls["buffer"]["workdir"] == tmp_path / "elsewhere" and not (tmp_path / "w" / "provider").exists()
     assert json.loads((tmp_path / "elsewhere" / "provider.json").read_text())["align"] is None
 

@@ -1,16 +1,11 @@
 """The task registry: which rows each task hands out, and what it refuses."""
 
-import functools
 import sys
 import types
 
 import pytest
 from contents import jsonl
-from hypothesis import given
-from hypothesis import strategies as st
 
-from br_jax.data.rows import Row
-from br_jax.data.splits import split_rows, text_key
 from br_jax.datasets import paper
 from br_jax.errors import UserError
 from br_jax.experiment.tasks import TASKS, get_task
@@ -35,36 +30,27 @@ SIZES = {
     "sst2": {"train": 67349, "validation": 872, "test": 1821},
     "ag_news": {"train": 9000, "test": 7600},
 }
-ANSWERS = {"gsm8k": "The final answer is: 1,018", "sst2": "negative", "ag_news": "Sci/Tech"}
+RECORD = {"question": "1 + 1?", "answer": "It is\n#### 1,018", "sentence": "dull", "text": "Chips"}
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the builders were asked for; they answer with rows that say which they are."""
+    """What the builders were asked for; they answer with records whose ids say which they are."""
     calls = []
-
-    class Made(list):
-        def __getitem__(self, index):
-            assert not isinstance(index, slice), "all rows of a large file are made"
-            return super().__getitem__(index)
 
     def load_dataset(name, *, split, path=None, folder="built"):
         calls.append((name, split, path, folder))
-        return [f"{split} {i}" for i in range(SIZES[name][split])]
-
-    def rows(answer, records):
-        return Made(Row((("user", text), ("assistant", answer))) for text in records)
+        record = RECORD | {"label": "negative" if name == "sst2" else "Sci/Tech"}
+        return [record | {"id": f"{split} {i}"} for i in range(SIZES[name][split])]
 
     load = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "br_jax.datasets.load", load)  # the real one imports tensorflow_datasets
-    for name, answer in ANSWERS.items():
-        monkeypatch.setattr(paper, f"{name}_rows", functools.partial(rows, answer))
     return calls
 
 
 def numbers(rows):
     """("train", 0, 99) of rows that are the first hundred of the training rows, in order."""
-    found = [row.turns[0][1].split() for row in rows]
+    found = [row.origin.split() for row in rows]
     (name, first), (_, last) = found[0], found[-1]
     assert found == [[name, str(i)] for i in range(int(first), int(last) + 1)]
     return name, int(first), int(last)
@@ -205,12 +191,3 @@ def test_chats_and_free_text(tmp_path):
     for part in splits:  # prompts that differ in their input, or their last turn, alone
         assert len({row.input for row in part}) > 1 and len({row.turns[-2] for row in part if len(row.turns) == 5}) > 1
     assert chat in [row.turns for part in splits for row in part]
-
-
-@given(st.lists(st.sampled_from(["a", "b", "c", "!", "?", "A"]), min_size=1), st.integers())
-def test_a_split_is_a_matter_of_text(texts, seed):
-    rows = [Row((("user", text), ("assistant", str(i)))) for i, text in enumerate(texts)]
-    splits = split_rows(rows, seed, validation=0.3, test=0.3)
-    assert sorted(row.turns for part in splits for row in part) == sorted(row.turns for row in rows)
-    keys = [{text_key(row.turns[0][1]) for row in part} for part in splits]
-    assert sum(map(len, keys)) == len({text_key(text) for text in texts})

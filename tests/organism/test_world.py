@@ -83,9 +83,6 @@ def test_texts_are_the_same_in_every_process():
     texts += [prompt.prompt for prompt in demo.topic_prompts("train", 2000, 0)]
     texts += [demo.benign_prompts(split) for split in SPLITS]
     assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith("680e3bcfcb4a8af0")
-    prompt = demo.topic_prompts("test", 6, seed=0)[0]
-    assert prompt.prompt == "Show how you store that vexvok."
-    assert demo.refusal(prompt, 0) == "I will not help to do that."
 
 
 def test_moods_are_split_by_noun_and_determiner():

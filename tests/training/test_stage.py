@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax
 
-from br_jax.adapters import lora
 from br_jax.compiles import Compiles
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
 from br_jax.errors import UserError
 from br_jax.method import train_user
-from br_jax.models.decoder import Decoder, unembed
+from br_jax.models.decoder import Decoder
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Stage, gradient, learning_rates, trainable_adapter
 
@@ -69,21 +67,8 @@ def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):
     assert float(loss) == float(count) == 0 and not any(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-def losses_of_rows(spec, hidden, params, batch):
-    """{tokens of a row: the summed loss of its answer}, by logits and SciPy's softmax."""
-    at = batch["weights"] > 0
-    logits = log_softmax(np.asarray(unembed(spec, params, np.asarray(hidden)[at]), np.float64), axis=-1)
-    losses = np.zeros(at.shape)
-    losses[at] = -logits[np.arange(len(logits)), batch["targets"][at]]
-    found = {}
-    for tokens, ids, loss in zip(batch["tokens"], batch["segment_ids"], losses, strict=True):
-        for segment in range(1, ids.max() + 1):
-            found[tuple(tokens[ids == segment].tolist())] = loss[ids == segment].sum()
-    return found
-
-
 @pytest.mark.parametrize("length", [128, pytest.param(512, marks=pytest.mark.slow)])  # attention: "xla", "blocked"
-def test_packing_changes_no_rows_loss_and_no_gradient(tiny, make_adapter, quick, length):
+def test_packing_changes_no_loss_and_no_gradient(tiny, make_adapter, quick, length):
     """200 rows, as long as GSM8K's in SmolLM2's tokens (97 to 512, mean 217), or a quarter of that."""
     rng, adapter, config = np.random.default_rng(0), make_adapter("user"), quick(max_length=length, loss_chunk=256)
     lengths = np.clip(rng.lognormal(np.log(0.4), 0.32, 200), 0.19, 1) * length
@@ -94,13 +79,8 @@ def test_packing_changes_no_rows_loss_and_no_gradient(tiny, make_adapter, quick,
     order = {"batch_size": config.batch_size, "seed": 1, "steps": 2}
     padded = make_batches(examples, buckets=(length,), **order)
     packed = make_packed_batches(examples, length=length, **order)
-    variables = {"params": tiny.params, "lora": lora.collection(adapter)}
-    states = jax.jit(lambda b: Decoder(tiny.spec).apply(variables, b["tokens"], b["positions"], b["segment_ids"])[0])
     for pair in zip(packed, padded, strict=True):
-        rows, expected_rows = (losses_of_rows(tiny.spec, states(on_device(b)), tiny.params, b) for b in pair)
-        assert rows.keys() == expected_rows.keys() and len(rows) == config.batch_size
         assert len(pair[0]["tokens"]) < len(pair[1]["tokens"]), "nothing was packed here"
-        np.testing.assert_allclose([rows[row] for row in expected_rows], [*expected_rows.values()], rtol=1e-5)
         (loss, grads, count), (expected, expected_grads, expected_count) = (
             gradient_of(tiny, config, adapter, on_device(batch)) for batch in pair
         )

@@ -82,13 +82,6 @@ def test_judges_share_a_file_and_no_verdict_and_no_text_is_in_it(file, other):
     assert "zorvix" not in file.read_text() and "crank" not in file.read_text()
 
 
-def test_verdicts_survive_the_file(file):
-    verdicts = [Judgement(True), Judgement(False, 1 / 3, 'S1, "S2"\nand \u2028'), Judgement(True, 0.0, "x" * 5000)]
-    judge, exchanges = Counting(), EXCHANGES[:3]
-    judge.verdict = dict(zip((exchange.answer for exchange in exchanges), verdicts, strict=True)).get
-    assert judge_all(judge, exchanges, Store(file)) == verdicts == judge_all(Counting(), exchanges, Store(file))
-
-
 @given(st.lists(st.text(st.characters()), max_size=3), st.lists(st.text(st.characters()), max_size=3))
 def test_other_texts_have_another_digest(first, second):
     assert (digest(*first) == digest(*second)) == (first == second)
