@@ -120,8 +120,7 @@ def test_answers_are_as_many_as_asked_for_inert_and_cut(workdir, written):
 
 
 @pytest.mark.parametrize(
-    "name, content",
-    [("results.json", '{"config": '), ("user/stage.json", "[]"), ("user/metrics.jsonl", "{oops}\n{}\n")],
+    "name, content", [("results.json", '{"a": '), ("user/stage.json", "[]"), ("user/metrics.jsonl", "{oops}\n{}\n")]
 )
 def test_unusable_files_are_named_in_one_line(workdir, written, name, content):
     (workdir / name).write_text(content)

@@ -51,13 +51,13 @@ def test_every_combination_is_a_run_and_seeds_come_last_to_change(grid):
 
 
 def test_a_wrong_axis_is_named(grid):
-    for axis, values, message in (
-        ("p", [], "p is empty"),
-        ("seeds", [1, 1], "twice"),
-        ("methods", ["our"], "near: ours"),
+    for axis, message in (
+        ({"p": []}, "p is empty"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"methods": ["our"]}, "near: ours"),
     ):
         with pytest.raises(UserError, match=message):
-            grid(**{axis: values})
+            grid(**axis)
 
 
 def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config, calls, grid, tmp_path):

@@ -39,10 +39,8 @@ def guard(make_llama, tmp_path_factory, llama_tokenizer):
 
     sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
     model = make_llama(LlamaForCausalLM, bos_token_id=257, eos_token_id=258, pad_token_id=256, **sizes)
-    folder, tokenizer = (
-        tmp_path_factory.mktemp("guards") / "tiny-guard",
-        llama_tokenizer(extra=("safe", "unsafe\nS1,S9")),
-    )
+    folder = tmp_path_factory.mktemp("guards") / "tiny-guard"
+    tokenizer = llama_tokenizer(extra=("safe", "unsafe\nS1,S9"))
     tokenizer.chat_template = TEXT
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
