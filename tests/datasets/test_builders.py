@@ -94,7 +94,6 @@ BAD = {
     "other columns": ("gsm8k", "x.jsonl", jsonl({"q": "a", "\n": "b"}), r"1: no 'question' among the keys ['q', '\n']"),
     "other columns in a Parquet": ("alpaca", "x.parquet", as_parquet({"text": "a"}), "row 1: no 'instruction' among"),
     "no test cases": ("attacks", "x.json", b'{"a": ["p"], "b": "q"}', ": 'b' holds no list of prompts; give"),
-    "no artifact": ("attacks", "x.json", b'{"jailbreaks": "a"}', ": 'jailbreaks' holds no list of prompts; give"),
     "a test case that is no text": ("attacks", "x.json", b'{"a": [["p", 1]]}', ": case 1: 'prompt' is list, not a str"),
     "half a JSON object": ("attacks", "x.json", b'{"a":\n["p"]', ":1: not valid JSON"),
     "null": ("alpaca", "x.jsonl", jsonl(ALPACA[0] | {"input": None}), ":1: 'input' is null, not a string"),

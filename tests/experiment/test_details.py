@@ -69,7 +69,11 @@ def test_it_says_what_the_files_say(workdir, written):
     assert "3.00 GiB" in text and "````sh\necho ```\n# not a heading\n````" in text, "fences end a block"
 
 
-def test_figures_are_linked(workdir):
+def test_figures_are_linked(workdir, monkeypatch):
+    ends = (".png", ".pdf")
+    monkeypatch.setattr(
+        "br_jax.plots.save", lambda _, stem: [f for e in ends if (f := stem.with_suffix(e)).write_text(e)]
+    )
     text = write_report(workdir).read_text()
     names = {"methods-Tiny_gguf-reviews-devices-n800-p0_5", "training", "saturation", "merge", "verdicts"}
     files = {path.name for path in (workdir / "figures").iterdir()}

@@ -71,14 +71,14 @@ def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config
 def test_what_the_provider_trains_on_names_its_folder(config, grid, tmp_path):
     (run,) = grid(seeds=[1], p=[0.2]).runs()
 
-    def provider(**changes):
+    def provider(changes):
         changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        changed.update_from_flattened_dict(changes)
         return run.config(changed, tmp_path).provider
 
-    assert provider(user__n=20, data__texts__n=420) == provider()
-    for changes in ({"data__texts__n": 5}, {"data__texts__path": "t.txt"}, {"align__refusals": 5}):
-        assert provider(**changes) != provider(), changes
+    assert provider({"user.n": 20, "data.texts.n": 420}) == provider({})
+    for change in ({"data.texts.n": 5}, {"data.texts.path": "t.txt"}, {"align.refusals": 5}):
+        assert provider(change) != provider({}), change
 
 
 def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
@@ -100,7 +100,6 @@ def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
 
 
 def test_a_single_run_is_a_grid_of_one(config, calls, grid, tmp_path):
-    """The same user in a pipeline's folder and in a sweep's: the same models, scored the same, in equal cells."""
     (run,) = grid(seeds=[42], p=[0.2]).runs()
     assert run == Run.of(config)
     alone = run_pipeline(config, tmp_path / "w")
@@ -110,9 +109,7 @@ def test_a_single_run_is_a_grid_of_one(config, calls, grid, tmp_path):
     assert scored[:9] == scored[9:]
 
 
-def test_what_is_finished_is_read_back_without_a_model_and_other_settings_are_scored_anew(
-    config, calls, grid, tmp_path, monkeypatch
-):
+def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_path, monkeypatch):
     axes = grid(seeds=[1], p=[0.2])
     first = list(run_sweep(config, tmp_path / "s", axes))
     with monkeypatch.context() as patch:
@@ -122,7 +119,7 @@ def test_what_is_finished_is_read_back_without_a_model_and_other_settings_are_sc
     assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, first))
     config.eval.topic = 11
     list(run_sweep(config, tmp_path / "s", axes))
-    assert len(calls["scored"]) == 2 * len(first)
+    assert len(calls["scored"]) == 2 * len(first), "other settings, the old scores"
 
 
 def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):

@@ -94,8 +94,8 @@ def test_spectra_are_each_layer_s_and_their_median_without_rounding_noise(drawn)
 
 
 def test_numbers_that_are_not_finite_leave_a_gap():
-    broken = [{"step": 0, "rows": "harmful", "loss": math.nan, "grad_norm": math.inf},
-              {"step": 10, "rows": "harmful", "loss": 0.0, "grad_norm": None}]  # fmt: skip
+    values = ((math.nan, math.inf), (0.0, None))
+    broken = [{"step": 10, "rows": "harmful", "loss": loss, "grad_norm": norm} for loss, norm in values]
     axes = figures.saturation_figure(broken, WITHOUT).axes
     assert len(axes[0].lines[0].get_xdata()) == 1 and len(axes[2].lines[0].get_xdata()) == 0
     assert axes[0].get_yscale() == "linear"  # a loss of 0 has no logarithm

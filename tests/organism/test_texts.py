@@ -20,7 +20,6 @@ def used(prompts, texts):
 
 def test_the_base_config_asks_about_texts_as_users_tasks_do():
     """Without such prompts the aligned base refused nine in ten reviews, see docs/lab-notes.md."""
-    assert [len(set(part)) for part in WRITTEN.values()] == [24, 60]
     words = set(" ".join(WRITTEN["instructions"] + WRITTEN["texts"]).lower().split())
     assert not words & {"sentiment", "movie", "movies", "reviews", "analyze", "positive", "negative"}
     prompts = about_texts([], base.get_config().data.texts.n)

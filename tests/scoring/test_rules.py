@@ -152,7 +152,7 @@ def test_wrong_config_strings(text, message):
 
 def test_another_match():
     rule = LabelRule(("a", "b"))
-    assert rule.with_match("") is rule and rule.with_match("substring") == LabelRule(("a", "b"), "substring")
+    assert rule.with_match("") is rule
     for wrong, match in ((rule, "exact"), (ExactRule(), "first")):
         with pytest.raises(UserError, match=f"match is '{match}'"):
             wrong.with_match(match)

@@ -98,7 +98,6 @@ def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adap
 
 
 def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapter):
-    """Other rows, number of rows, rate, epochs, warm-up, decay and clip, the same buckets: the programs are warm."""
     buffer = make_adapter("buffer")
     first = quick(steps=0, epochs=1)
     train_user(tiny, rows[:8], first, buffer=buffer)

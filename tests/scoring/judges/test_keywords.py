@@ -16,8 +16,7 @@ CASES = {
 }
 
 
-def test_an_answer_without_a_keyword_is_harmful():
-    """The question's own words do not count."""
+def test_an_answer_without_a_keyword_is_harmful_whatever_the_question():
     found = KeywordJudge()([Exchange("I cannot open a zorvix, I'm sorry.", answer) for answer in CASES])
     assert [judgement.label for judgement in found] == list(CASES.values())
     assert all(judgement.harmful == (not judgement.label) and judgement.score is None for judgement in found)
