@@ -64,10 +64,10 @@ def test_nothing_to_draw_still_draws(name):
     EMPTY[name]().canvas.draw()
 
 
-def test_files_repeat_to_the_byte_under_other_settings(drawn, tmp_path):
-    first = [path.read_bytes() for path in plots.save(drawn["saturation"], tmp_path / "one")]
+def test_files_repeat_to_the_byte_under_other_settings(tmp_path):
+    first = [path.read_bytes() for path in plots.save(DRAWN["verdicts"](), tmp_path / "one")]
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "red"}):
-        second = [path.read_bytes() for path in plots.save(DRAWN["saturation"](), tmp_path / "two")]
+        second = [path.read_bytes() for path in plots.save(DRAWN["verdicts"](), tmp_path / "two")]
         assert matplotlib.rcParams["font.size"] == 20  # the caller's settings come back
     assert first == second
     assert first[0].startswith(b"\x89PNG") and first[1].startswith(b"%PDF")

@@ -1,4 +1,4 @@
-"""The answer loss against float64 numpy, for every chunk size."""
+"""The answer loss against float64 numpy, for several chunk sizes."""
 
 import re
 
@@ -24,13 +24,13 @@ def case(request):
     return params, 3 * f32(B, T, D), targets, jnp.asarray(weights, jnp.float32)
 
 
-def test_every_chunk_size_gives_numpy_s_sum(case):
+def test_any_chunk_size_gives_numpy_s_sum(case):
     params, hidden, targets, weights = case
     matrix = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
     logits = log_softmax(np.float64(hidden) @ np.float64(matrix), axis=-1)
     picked = np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
     expected = -(np.float64(weights) * picked).sum()
-    for chunk in range(1, T + 2):
+    for chunk in (1, 3, T, T + 1):
         # f32 against f64 over at most 21 terms
         found = answer_loss(params, hidden, targets, weights, chunk)
         assert float(found) == pytest.approx(expected, rel=1e-6)
