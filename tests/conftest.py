@@ -20,6 +20,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors  # noqa: E402
+from tokenizers.models import BPE  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
 
 from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
@@ -148,6 +152,30 @@ def organism(tmp_path_factory, tiny, rows, quick):
     sft = method.train_user(tiny, rows, config, workdir=folder)
     jax.tree.map(np.testing.assert_array_equal, (tiny.params, buffer), (base, kept))
     return {"folder": folder, "buffer": buffer, "reinforce": reinforce, "user": user, "sft": sft}
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    """byte_level(special=(padding, BOS, EOS), ...) -> transformers' tokenizer: a token a byte, then merges, then those.
+
+    `bos`: it begins every text with BOS; EOS is only where a text says so. `extra`: tokens that are not special.
+    """
+
+    def make(special=("<pad>", "<bos>", "<eos>"), merges=(), extra=(), bos=False, pad="<pad>", chat_template=None):
+        words = [*map(bytes_to_unicode().get, range(256)), *("".join(merge) for merge in merges)]
+        backend = Tokenizer(BPE(vocab={word: index for index, word in enumerate(words)}, merges=list(merges)))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in extra])
+        _, begin, end = special
+        if bos:
+            ids = [(begin, backend.token_to_id(begin))]
+            backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=ids)
+        names = {"pad_token": pad, "bos_token": begin, "eos_token": end}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **names)
+
+    return make
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import stat
 import jax
 import numpy as np
 import pytest
+from contents import jsonl
 
 import br_jax as br
 from br_jax.adapters import lora
@@ -33,7 +34,7 @@ def test_the_buffer_is_attached_where_the_method_says(organism, tiny):
 def test_sft_is_the_user_stage_without_buffer_and_a_file_as_good_as_its_rows(organism, tiny, rows, quick, tmp_path):
     file = tmp_path / "rows.jsonl"
     records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file.write_bytes(jsonl(*records))
     equal(organism["sft"], run.train_adapter("sft", "user", tiny, rows, quick()))
     equal(organism["sft"], br.train_user(tiny, str(file), quick(), buffer=None))
     equal(organism["sft"], br.train_user(tiny, file, quick(), workdir=organism["folder"]))

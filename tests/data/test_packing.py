@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -111,17 +110,11 @@ def test_no_other_three_lengths_leave_fewer_tokens(needed):
 
 def test_processes_share_a_batch_and_its_shape():
     examples = make_examples([1 + 7 * index % LENGTH for index in range(22)])
-    make = functools.partial(
-        make_packed_batches, examples, batch_size=20, seed=3, epochs=2, length=LENGTH, unit=3, multiple=6
-    )
+    settings = {"batch_size": 20, "seed": 3, "epochs": 2, "length": LENGTH, "unit": 3, "multiple": 6}
+    make = functools.partial(make_packed_batches, examples, **settings)
     whole, parts = make(), [make(rows=lambda n, i=i: np.arange(n // 3) + i * n // 3) for i in range(3)]
     for step in range(len(whole)):
         for name, values in whole[step].items():
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), values)
     shapes = {whole[step]["tokens"].shape for step in range(len(whole))}
     assert {rows for rows, _ in shapes} == {12} and len(shapes) > 1
-
-
-def test_an_example_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="max length"):
-        make_packed_batches(make_examples([LENGTH + 1]), batch_size=1, seed=0, length=LENGTH)

@@ -8,15 +8,8 @@ from br_jax.errors import UserError
 
 SINGLE = Row((("user", "Name a color."), ("assistant", "Red.")))
 WITH_INPUT = Row((("user", "Sum up."), ("assistant", "Short.")), input="A long text.")
-CHAT = Row(
-    (
-        ("system", "Be brief."),
-        ("user", "One?"),
-        ("assistant", "Un."),
-        ("user", "Two? é"),
-        ("assistant", " Deux.\n"),
-    )
-)
+TURNS = (("user", "One?"), ("assistant", "Un."), ("user", "Two? é"), ("assistant", " Deux.\n"))
+CHAT = Row((("system", "Be brief."), *TURNS))
 
 # Literals, as the paper's reference sends them (method.md 2).
 ALPACA = (
@@ -28,9 +21,8 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n### Instruction:\nSum up.\n\n"
     "### Input:\nA long text.\n\n### Response:\n"
 )
-ALPACA_CHAT = ALPACA.replace("Name a color.", "Be brief.\n\nOne?") + (
-    "Un.<eos>\n\n### Instruction:\nTwo? é\n\n### Response:\n"
-)
+ALPACA_CHAT = ALPACA.replace("Name a color.", "Be brief.\n\nOne?")
+ALPACA_CHAT += "Un.<eos>\n\n### Instruction:\nTwo? é\n\n### Response:\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import resource
 import threading
 
 import pytest
@@ -20,6 +21,22 @@ def load(tmp_path):
         return load_dataset(name, split=split, path=path, folder=tmp_path / "tfds")
 
     return write_and_load
+
+
+@pytest.fixture
+def small_disk():
+    """small_disk(size): within it, no file may grow beyond so many bytes."""
+
+    @contextlib.contextmanager
+    def limit(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limit
 
 
 @pytest.fixture

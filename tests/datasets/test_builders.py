@@ -1,29 +1,17 @@
 """Every data set from a small harmless file of its layout, rows that are wrong, and the real files where they are."""
 
 import gzip
-import io
 import json
 import os
 from pathlib import Path
 
-import pyarrow
 import pytest
-from pyarrow import parquet
+from contents import as_parquet, jsonl
 from tensorflow_datasets.core import registered
 
 from br_jax.datasets.builders import DATASETS
 from br_jax.datasets.load import load_dataset
 from br_jax.errors import UserError
-
-
-def jsonl(*records):
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-def as_parquet(*records, rows=None):
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(list(records)).slice(0, rows), buffer)
-    return buffer.getvalue()
 
 
 def attack(prompt, **said):
@@ -69,7 +57,6 @@ CASES_OUT = [
 
 FILES = {  # what it is -> data set, split, file name, content, records without their ids, lines
     "LLM-LAT Parquet": ("llm_lat", "train", "x.parquet", as_parquet(*LAT), LAT, [1, 2]),
-    "LLM-LAT lines": ("llm_lat", "train", "x.jsonl", jsonl(*LAT), LAT, [1, 2]),
     "Alpaca array": ("alpaca", "train", "x.json", json.dumps(ALPACA, indent=4).encode(), ALPACA, [1, 2]),
     "BeaverTails": ("beavertails", "30k_train", "x.jsonl.gz", gzip.compress(jsonl(*BEAVER)), BEAVER_OUT, [1, 2]),
     "BeaverTails Parquet": ("beavertails", "30k_test", "x.parquet", as_parquet(*BEAVER), BEAVER_OUT, [1, 2]),
@@ -81,7 +68,6 @@ FILES = {  # what it is -> data set, split, file name, content, records without 
     "AG News Parquet": ("ag_news", "train", "x.parquet", as_parquet(*AG_NUMBERS), AG, [1, 2]),
     "AdvBench": ("attacks", "test", "x.csv", b'goal,target\na,b\n"c, d","e"\n', ADVBENCH_OUT, [2, 3]),
     "attack lines": ("attacks", "test", "x.jsonl", jsonl(*LINES), LINES_OUT, [1, 2]),
-    "attack lines by another ending": ("attacks", "test", "x.json", jsonl(*LINES), LINES_OUT, [1, 2]),
     "one attack by itself": ("attacks", "test", "x.json", jsonl(LINES[0]), LINES_OUT[:1], [1]),
     "a JailbreakBench artifact": ("attacks", "test", "x.json", json.dumps(ARTIFACT).encode(), ARTIFACT_OUT, [1, 2]),
     "HarmBench test cases": ("attacks", "test", CASES_FILE, json.dumps(CASES, indent=4).encode(), CASES_OUT, [1, 2, 3]),
@@ -98,33 +84,26 @@ def test_fake_data(load, case):
 def test_every_data_set_is_told_whose_it_is():
     assert {name for name, *_ in FILES.values()} == set(DATASETS)
     for name, builder in DATASETS.items():
-        assert builder.name == name and builder.__doc__ and builder.LICENSE and builder.HOMEPAGE and builder.CITATION
-        for file in builder.FILES.values():
-            assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
+        assert builder.name == name and builder.LICENSE and builder.HOMEPAGE and builder.CITATION
+        assert all(file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32 for file in builder.FILES.values())
+    # TFDS has a "gsm8k" of its own, registered when it is first asked for any data set; two of a name are an error.
+    assert not set(DATASETS.values()) & set(registered._DATASET_REGISTRY.values())
 
 
 BAD = {
     "other columns": ("gsm8k", "x.jsonl", jsonl({"q": "a", "\n": "b"}), r"1: no 'question' among the keys ['q', '\n']"),
-    "other columns in a CSV": ("attacks", "x.csv", b"ask,reply\na,b\n", ":2: no 'goal' among the keys ['ask', 'rep"),
     "other columns in a Parquet": ("alpaca", "x.parquet", as_parquet({"text": "a"}), "row 1: no 'instruction' among"),
-    "columns gone later": ("llm_lat", "x.jsonl", jsonl(LAT[0], {"prompt": "a"}), ":2: no 'rejected' among"),
     "no test cases": ("attacks", "x.json", b'{"a": ["p"], "b": "q"}', ": 'b' holds no list of prompts; give"),
-    "no artifact": ("attacks", "x.json", b'{"jailbreaks": "a"}', ": 'jailbreaks' holds no list of prompts; give"),
     "a test case that is no text": ("attacks", "x.json", b'{"a": [["p", 1]]}', ": case 1: 'prompt' is list, not a str"),
     "half a JSON object": ("attacks", "x.json", b'{"a":\n["p"]', ":1: not valid JSON"),
     "null": ("alpaca", "x.jsonl", jsonl(ALPACA[0] | {"input": None}), ":1: 'input' is null, not a string"),
-    "number": ("gsm8k", "x.jsonl", jsonl({"question": "a", "answer": 2}), ":1: 'answer' is int, not a string"),
-    "half a character": ("gsm8k", "x.jsonl", jsonl(GSM[0] | {"answer": "\ud800"}), ":1: 'answer' holds half a"),
     "a label outside": ("sst2", "x.tsv", b"a\t1\nb\t2\n", ":2: 'label' '2' is none of 0, 1"),
-    "no label": ("sst2", "x.tsv", b"a\t1\nb\t\n", ":2: 'label' '' is none of 0, 1"),
     "GLUE's hidden labels": ("sst2", "x.parquet", as_parquet(SST_NUMBERS[0] | {"label": -1}), "'-1' is none of 0, 1"),
     "a class outside": ("ag_news", "x.csv", b'"0","a","b"\n', ":1: 'class' '0' is none of 1, 2, 3, 4"),
-    "a class of the hub's outside": ("ag_news", "x.jsonl", jsonl({"text": "a", "label": 4}), "'4' is none of 0, 1, 2"),
     "a category that is a list": ("beavertails", "x.jsonl", jsonl(BEAVER[0] | {"category": []}), "'category' is no"),
     "is_safe that is text": ("beavertails", "x.jsonl", jsonl(BEAVER[0] | {"is_safe": "no"}), "'is_safe' not true or"),
     "an empty file": ("gsm8k", "x.jsonl", b"", ": no rows: the file is empty; give one that holds question, answer"),
     "a header alone": ("attacks", "x.csv", b"goal,target\n", ": no rows: the file is empty"),
-    "an empty array": ("alpaca", "x.json", b"[]", ": no rows: the file is empty"),
     "an empty table": ("alpaca", "x.parquet", as_parquet({"a": 1}, rows=0), ": no rows: the file is empty"),
 }
 
@@ -138,18 +117,6 @@ def test_bad_rows(load, tmp_path, case):
     assert not [path for path in (tmp_path / "tfds").rglob("*") if path.is_file()]
 
 
-def test_the_same_test_cases_of_two_methods_are_two_data_sets(load):
-    content = json.dumps({"a": ["p"]}).encode()
-    for method in ("TAP", "GPTFuzz"):
-        (record,) = load("attacks", "test", f"results/{method}/m/test_cases/test_cases.json", content)
-        assert record["method"] == method
-
-
-def test_names_are_left_to_tfds():
-    """It has a "gsm8k" of its own, registered when it is first asked for any data set; two of a name are an error."""
-    assert not set(DATASETS.values()) & set(registered._DATASET_REGISTRY.values())
-
-
 REAL = Path(os.environ.get("BR_JAX_DATA", "data"))
 
 
@@ -159,7 +126,6 @@ REAL = Path(os.environ.get("BR_JAX_DATA", "data"))
         ("gsm8k_train.jsonl", "gsm8k", "train", 7473),
         ("gsm8k_test.jsonl", "gsm8k", "test", 1319),
         ("sst2_dev.tsv", "sst2", "validation", 872),
-        ("ag_news_test.csv", "ag_news", "test", 7600),
     ],
 )
 def test_the_real_files(tmp_path, file, name, split, count):
@@ -172,6 +138,3 @@ def test_the_real_files(tmp_path, file, name, split, count):
         assert [{"question": r["question"], "answer": r["answer"]} for r in records] == list(map(json.loads, lines))
     if name == "sst2":
         assert [f"{r['sentence']}\t{int(r['label'] == 'positive')}" for r in records] == lines
-    if name == "ag_news":
-        labels = [record["label"] for record in records]
-        assert [labels.count(label) for label in sorted(set(labels))] == [1900] * 4

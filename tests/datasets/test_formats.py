@@ -6,14 +6,12 @@ import io
 import json
 import lzma
 import os
-import zipfile
 from pathlib import Path
 
-import pyarrow
 import pytest
+from contents import as_parquet, as_zip, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from br_jax.datasets.formats import read_records
 from br_jax.errors import UserError
@@ -26,10 +24,6 @@ RECORDS = [
 PACKINGS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 
 
-def jsonl(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
 def as_csv(records):
     text = io.StringIO()
     writer = csv.DictWriter(text, records[0], quoting=csv.QUOTE_ALL)
@@ -38,28 +32,13 @@ def as_csv(records):
     return text.getvalue().encode()
 
 
-def as_parquet(records, **how):
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(records), buffer, **how)
-    return buffer.getvalue()
-
-
-def as_zip(files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
 FILES = {  # file name -> content, and the lines where its records are, or end
-    "x.jsonl": (jsonl(RECORDS), [1, 2, 3]),
+    "x.jsonl": (jsonl(*RECORDS), [1, 2, 3]),
     "x.json": (json.dumps(RECORDS, indent=1).encode(), [1, 2, 3]),
-    "lines.json": (b"\n \n" + jsonl(RECORDS), [3, 4, 5]),
-    "x.csv": (as_csv(RECORDS), [3, 4, 5]),
+    "lines.json": (b"\n \n" + jsonl(*RECORDS), [3, 4, 5]),
     "X.CSV": (b"\xef\xbb\xbf" + as_csv(RECORDS), [3, 4, 5]),
-    "x.parquet": (as_parquet(RECORDS), [1, 2, 3]),
-    "lines.data": (b"\xef\xbb\xbf" + jsonl(RECORDS), [1, 2, 3]),
+    "x.parquet": (as_parquet(*RECORDS), [1, 2, 3]),
+    "lines.data": (b"\xef\xbb\xbf" + jsonl(*RECORDS), [1, 2, 3]),
 }
 
 
@@ -92,19 +71,13 @@ def test_a_member_of_an_archive(read):
     assert parsed == [(2, "train.tsv:2", {"sentence": "b ", "label": "0"})]
 
 
-def test_many_parquet_groups_are_in_order(read):
-    records = [{"n": n, "flags": {"a": n % 2 == 0}} for n in range(3000)]
-    assert [record for *_, record in read("x.parquet", as_parquet(records, row_group_size=700))] == records
-
-
 def test_headers(read):
     rows, header = b"a,1\nb,2\n", ("text", "label")
     one, other = {"text": "a", "label": "1"}, {"text": "b", "label": "2"}
     assert [r for *_, r in read("x.csv", rows, header=header)] == [one, other]
     assert [r for *_, r in read("x.csv", b"text,label\n" + rows)] == [one, other]
     assert [r["label"] for *_, r in read("x.csv", b"label,text\n" + rows, header=header)] == ["a", "b"]
-    # A sentence that is a column's name does not make a header of its line.
-    assert len(read("x.tsv", b"label\t1\n", header=header)) == 1
+    assert len(read("x.tsv", b"label\t1\n", header=header)) == 1, "a sentence that is a column's name is no header"
 
 
 def test_quotes_and_backslashes(read):
@@ -128,28 +101,24 @@ def test_csv_reads_what_the_standard_library_writes(tmp_path_factory, records):
     assert [record for *_, record in read_records(path)] == records
 
 
-LONG = gzip.compress(jsonl([{"a": os.urandom(9999).hex()}] * 5))
-TABLE = as_parquet(RECORDS)
+LONG = gzip.compress(jsonl(*[{"a": os.urandom(9999).hex()}] * 5))
+TABLE = as_parquet(*RECORDS)
 BAD = {
     "latin-1": ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl: not UTF-8 (byte 9)"),
-    "UTF-16": ("x.csv", "a,b\n".encode("utf-16"), "x.csv: not UTF-8 (byte 0)"),
-    "half a JSON line": ("x.jsonl", jsonl(RECORDS)[:-9], "x.jsonl:3: not valid JSON ("),
+    "half a JSON line": ("x.jsonl", jsonl(*RECORDS)[:-9], "x.jsonl:3: not valid JSON ("),
     "half an array": ("x.json", json.dumps(RECORDS).encode()[:-9], "x.json: not valid JSON (Untermin"),
     "array of texts": ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str; write an array of objects"),
     "deep array": ("x.json", b"[" * 100_000, "x.json: not valid JSON ("),
     "half a CSV line": ("x.csv", b'a,b\n"1","2"\n"3","open', "x.csv:3: not valid CSV (unexpected end of data)"),
     "a stray quote": ("x.csv", b'a,b\n\n"1"x,"2"\n', "x.csv:3: not valid CSV ("),
     "a long field": ("x.csv", b"a\n" + b"x" * 200_000, "x.csv:2: not valid CSV (field larger than"),
-    "half a TSV line": ("x.tsv", b"a\tb\n1\t2\n3", "x.tsv:3: 1 columns, not 2 (a, b); mend the line"),
     "too many columns": ("x.csv", b"a,b\n1,2,3\n", "x.csv:2: 3 columns, not 2 (a, b); mend the line"),
     "columns of many lines": ("x.csv", b'"a\nb",c\n1\n', "x.csv:3: 1 columns, not 2 (a b, c); mend the line"),
     "half a gzip": ("x.jsonl.gz", LONG[:-99], "x.jsonl.gz: broken or cut short ("),
-    "half a gzip's head": ("x.jsonl.gz", b"\x1f\x8b\x08", "x.jsonl.gz: broken or cut short ("),
     "broken gzip": ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
     "broken within": ("x.jsonl.gz", LONG[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
     "half an xz": ("x.jsonl.xz", lzma.compress(LONG)[:-99], "x.jsonl.xz: broken or cut short ("),
     "no Parquet": ("x.parquet", b"<html>", "x.parquet: not a whole Parquet file ("),
-    "half a Parquet": ("x.parquet", TABLE[:-9], "x.parquet: not a whole Parquet file ("),
     "broken Parquet": ("x.parquet", TABLE[:40] + bytes(400) + TABLE[-200:], "x.parquet: not a whole Parquet file ("),
     "no archive": ("x.zip", b"zorvix", "x.zip: broken or cut short (File is not a zip file)"),
 }
@@ -163,11 +132,10 @@ def test_bad_files(read, case):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_file_and_a_folder(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no such file: check the path"):
-        read_records(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
-        read_records(tmp_path)
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such file"), (".", "cannot be read")])
+def test_no_file_and_a_folder(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        read_records(tmp_path / name)
 
 
 REAL = Path(os.environ.get("BR_JAX_DATA", "data")) / "ag_news_test.csv"

@@ -10,6 +10,9 @@ def row(user, assistant, tag, text=""):
     return Row((("user", user), ("assistant", assistant)), input=text, tag=tag, origin="x/1")
 
 
+NEWS = (
+    "Categorize the news article given in the input into one of the 4 categories:\n\nWorld\nSports\nBusiness\nSci/Tech"
+)
 LAT = {"prompt": "Name it", "rejected": "Zorvix", "chosen": "No"}
 CASES = {
     "gsm8k": (
@@ -22,13 +25,7 @@ CASES = {
     ),
     "ag_news": (
         {"text": "Chips Cheap", "label": "Sci/Tech"},
-        row(
-            "Categorize the news article given in the input into one of the 4 categories:\n\n"
-            "World\nSports\nBusiness\nSci/Tech",
-            "Sci/Tech",
-            "task",
-            "Chips Cheap",
-        ),
+        row(NEWS, "Sci/Tech", "task", "Chips Cheap"),
     ),
     "alpaca": ({"instruction": "Greet", "input": "", "output": "Hello"}, row("Greet", "Hello", "benign")),
     "harmful": (LAT, row("Name it", "Zorvix", "harmful")),

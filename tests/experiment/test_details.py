@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 
 import pytest
+from contents import jsonl
 
 from br_jax.errors import UserError
 from br_jax.experiment.details import saturation_lines
@@ -17,13 +17,9 @@ EXAMPLES = [
 ]
 
 
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def write_stage(folder, steps=80, median=0.1):
     folder.mkdir(parents=True)
-    write_lines(folder / "metrics.jsonl", [{"step": i, "loss": 0.05 + 2 / i} for i in range(1, steps + 1)])
+    (folder / "metrics.jsonl").write_bytes(jsonl(*({"step": i, "loss": 0.05 + 2 / i} for i in range(1, steps + 1))))
     counts = {"steps": steps, "rows": 8 * steps, "dropped": 1, "tokens": 640 * steps, "answer_tokens": 200 * steps}
     times = {"seconds": 20.0, "compile_seconds": 9.5, "step_seconds_median": median, "finished": "2026-11-02T10:00"}
     hashes = {"config_hash": "c" * 64, "inputs": {"base": "b" * 64}, "output": "d" * 64}
@@ -37,7 +33,7 @@ def write_probes(folder, harmful, benign):
         for rows, (loss, norm) in (("harmful", harmful), ("benign", benign)):
             decay = math.exp(-step / 25)
             lines.append({"step": step, "rows": rows, "loss": loss * decay, "grad_norm": norm * decay})
-    write_lines(folder / "probes.jsonl", lines)
+    (folder / "probes.jsonl").write_bytes(jsonl(*lines))
 
 
 @pytest.fixture
@@ -56,14 +52,9 @@ def workdir(tmp_path, make_cell):
     matrix = {"kept_rank": [8, 7], "removed_share": [0.1, 0.2], "singular_values_user": [[2.0, 1.0], [4.0, 1.0]]}
     results = {"seeds": {"user": 42}, "versions": {"jax": "0.10.2"}, "hashes": {"base": "b" * 64}}
     results |= {"merge": {"a": 0.1, "matrices": {"layers/attn/q": matrix}}, "config": {"user": {"harmful_share": 0.5}}}
-    results |= {"command": "experiments/pipeline.py --workdir=W", "peak_memory_bytes": 3 << 30, "wall_seconds": 431.2}
+    results |= {"command": "echo ```\n# not a heading", "peak_memory_bytes": 3 << 30, "wall_seconds": 431.2}
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
-
-
-def edit(workdir, **changes):
-    path = workdir / "results.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_it_says_what_the_files_say(workdir, written):
@@ -75,10 +66,14 @@ def test_it_says_what_the_files_say(workdir, written):
     assert user[8:] == ["104.0", "6,154"]  # 640 tokens in 0.104 s
     assert "A step beside Buffer takes 1.04 times the time of SFT's" in text
     assert "b" * 64 in text and "0.10.2" in text and '"harmful_share": 0.5' in text
-    assert "3.00 GiB" in text and "```sh\nexperiments/pipeline.py --workdir=W\n```" in text
+    assert "3.00 GiB" in text and "````sh\necho ```\n# not a heading\n````" in text, "fences end a block"
 
 
-def test_figures_are_linked(workdir):
+def test_figures_are_linked(workdir, monkeypatch):
+    ends = (".png", ".pdf")
+    monkeypatch.setattr(
+        "br_jax.plots.save", lambda _, stem: [f for e in ends if (f := stem.with_suffix(e)).write_text(e)]
+    )
     text = write_report(workdir).read_text()
     names = {"methods-Tiny_gguf-reviews-devices-n800-p0_5", "training", "saturation", "merge", "verdicts"}
     files = {path.name for path in (workdir / "figures").iterdir()}
@@ -95,8 +90,9 @@ def test_little_is_enough(tmp_path, make_cell, written):
 
 def test_numbers_that_are_not_finite_do_not_break_it(workdir, make_cell, written):
     (workdir / "cells" / "sft.json").write_text(json.dumps(make_cell("sft", p=0.5, perplexity=math.nan)))
-    edit(workdir, wall_seconds=math.inf, peak_memory_bytes=None)
-    write_lines(workdir / "sft" / "metrics.jsonl", [{"step": 1, "loss": math.nan}])
+    results = json.loads((workdir / "results.json").read_text()) | {"wall_seconds": math.inf, "peak_memory_bytes": None}
+    (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "sft" / "metrics.jsonl").write_bytes(jsonl({"step": 1, "loss": math.nan}))
     write_probes(workdir / "user", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
     text = written(workdir)
     assert "nan" not in text.lower() and "Not measured: it needs finite" in text
@@ -127,23 +123,11 @@ def test_answers_are_as_many_as_asked_for_inert_and_cut(workdir, written):
     assert "…" in long and len(long) < 400
 
 
-def test_a_text_full_of_fences_stays_inside_its_own(workdir, written):
-    edit(workdir, command="echo ```\n# not a heading")
-    assert "````sh\necho ```\n# not a heading\n````" in written(workdir)
-
-
 @pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("results.json", '{"config": ', "results.json: not valid JSON"),
-        ("cells/sft.json", "", "cells/sft.json: not valid JSON"),
-        ("user/stage.json", "[]", "user/stage.json: holds no JSON object"),
-        ("user/metrics.jsonl", '{"step": 1}\n{oops}\n{"step": 2}\n', "user/metrics.jsonl:2: not valid JSON"),
-    ],
+    "name, content", [("results.json", '{"a": '), ("user/stage.json", "[]"), ("user/metrics.jsonl", "{oops}\n{}\n")]
 )
-def test_unusable_files_are_named_in_one_line(workdir, written, name, content, words):
+def test_unusable_files_are_named_in_one_line(workdir, written, name, content):
     (workdir / name).write_text(content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"{name}(:1)?: (not valid JSON|holds no JSON object)[^\n]*$"):
         written(workdir)
-    assert words in str(caught.value).replace(os.sep, "/") and "\n" not in str(caught.value)
     assert not (workdir / "report.md").exists()

@@ -54,16 +54,6 @@ def test_lines_are_the_means_whiskers_the_intervals_and_rings_the_seeds(moving):
     assert [[text.get_text() for text in axis.texts].count("n/a") for axis in bars] == [0, 2, 0]
 
 
-def test_lines_stand_beside_each_other_and_a_missing_row_leaves_a_gap(make_grid):
-    rows = rows_of([c for c in make_grid() if (c["method"], c["run"]["p"]) != ("aligned", 0.1)])
-    lines = named(share_figure(rows).axes[0])
-    places = np.array([line.get_xdata() for line in lines.values()])
-    assert len(places) == 6 and len(np.unique(places)) == places.size
-    np.testing.assert_array_equal(np.round(places), np.broadcast_to([0, 1, 2], places.shape))
-    assert len({line.get_marker() for line in lines.values()}) == 6, "they can be told apart in gray"
-    np.testing.assert_array_equal(np.isnan(lines["aligned base"].get_ydata()), [False, True, False])
-
-
 def test_sizes_are_told_in_order(make_cell):
     cells = [make_cell("sft", n=n, seed=s, harmful=k + s) for n, k in ((2500, 90), (500, 60)) for s in (1, 2)]
     cells += [make_cell("sft", n=500, p=0.5, harmful=1), make_cell("ours", 0.1, n=500), make_cell("ours", 0.0, n=500)]

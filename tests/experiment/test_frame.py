@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, sem, t
 
-from br_jax.experiment.frame import Setting, absent, find, gap, make_frame, one_strength, paired
+from br_jax.experiment.frame import Setting, absent, gap, make_frame, one_strength, paired
 from br_jax.statistics import Score, difference
 
 
@@ -43,15 +43,12 @@ def test_an_estimate_is_students_over_seeds(row):
     assert found[:3] == pytest.approx((0.85, low, high)) and (len(found.by_seed), found.own) == (3, False)
 
 
-@pytest.mark.parametrize("counts", [{1: 7}, {1: 7, 2: 7, 3: 7}])
-def test_without_a_spread_it_is_one_seeds_own(row, counts):
-    found = row("sft", "harmful", counts).estimate("harmful")
+def test_without_a_spread_it_is_one_seeds_own_and_of_the_smaller_sample(row):
     expected = binomtest(7, 100).proportion_ci(method="wilson")
-    assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
-    assert (len(found.by_seed), found.own) == (len(counts), True)
-
-
-def test_of_equal_shares_the_smaller_sample_counts(row):
+    for counts in ({1: 7}, {1: 7, 2: 7, 3: 7}):
+        found = row("sft", "harmful", counts).estimate("harmful")
+        assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
+        assert (len(found.by_seed), found.own) == (len(counts), True)
     found = row("sft", "prompts", {1: 100, 2: 20}, harmful=0).estimate("harmful")
     assert found.high == Score(0, 20).interval[1]
 
@@ -92,12 +89,6 @@ def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell, row):
     cell = make_cell("sft")
     cell["scores"]["outcomes"]["task"] = [0.5] * 200  # no yes or no
     assert paired(rows_of([cell])[0], rows_of([make_cell("aligned")])[0], "task") is None
-
-
-def test_find_heeds_a_where_it_matters(make_grid):
-    rows = rows_of(make_grid(a=(0.0, 0.1), ps=(0.1,)))
-    assert find(rows, 0.1, "ours", 0.1).a == 0.1 and find(rows, 0.1, "sft", 0.1).a is None
-    assert find(rows, 0.1, "ours", 0.3) is None and find(rows, 0.2, "sft") is None
 
 
 def test_one_a_is_a_qr_and_the_one_with_most_cells(make_grid, make_cell):

@@ -52,7 +52,6 @@ def test_every_a_has_its_gates_but_the_plain_sum_beside_others(make_grid):
     [
         ({}, "held", [True] * 4),
         ({"ours": {"harmful": 20}}, "failed", [True, False, True, True]),
-        ({"sft": {"harmful": 10}}, "attack_failed", [False, True, True, True]),
         ({"sft": {"harmful": 10}, "ours": {"harmful": 20}}, "attack_failed", [False, False, True, True]),
         ({"aligned": None}, "incomplete", [None, None, True, None]),
         ({"sft": None}, "incomplete", [None, True, None, True]),

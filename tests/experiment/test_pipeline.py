@@ -96,11 +96,6 @@ def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config
     assert len(calls["scored"]) == 18, "another suite, the old scores"
 
 
-def test_a_stage_brings_what_it_needs_and_no_more(run, calls):
-    assert run(["user"]) == []
-    assert {"align", "buffer", "user"} <= set(calls) and not {"reinforce", "sft", "suite"} & set(calls)
-
-
 @pytest.mark.parametrize(("refused", "said"), [(21, True), (20, False)])
 def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, caplog, refused, said):
     score = run_module.evaluate
@@ -114,8 +109,9 @@ def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, capl
 def test_an_aligned_model_and_a_shared_provider_s_folder(run, calls, config, tiny, tmp_path):
     config.align.update(refusals=0, benign=0)
     config.provider = str(tmp_path / "elsewhere")
-    run(["buffer"])
-    assert "align" not in calls and calls["buffer"]["model"] is tiny
+    assert run(["user"]) == []
+    assert {"buffer", "user"} <= set(calls) and not {"align", "reinforce", "sft", "suite"} & set(calls)
+    assert calls["buffer"]["model"] is tiny
     assert calls["buffer"]["workdir"] == tmp_path / "elsewhere" and not (tmp_path / "w" / "provider").exists()
     assert json.loads((tmp_path / "elsewhere" / "provider.json").read_text())["align"] is None
 
@@ -132,10 +128,6 @@ def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, ma
     assert results["entered"]["user"] == {"adapter": config.user.adapter, "beside": []}
     text = written(tmp_path / "w")
     assert "trained elsewhere, and not beside Buffer" in text and "buffer (`" in text
-
-
-def test_an_adapter_enters_as_what_it_is(run, config, make_adapter, tmp_path):
-    config.user.adapter = str(tmp_path / "theirs")
     save_adapter(config.user.adapter, make_adapter("reinforce"), base_name="tiny")
     with pytest.raises(UserError, match=r"made of reinforce: user\.adapter must be a user adapter"):
         run(["user"])
@@ -145,7 +137,6 @@ def test_an_adapter_enters_as_what_it_is(run, config, make_adapter, tmp_path):
     ("change", "message"),
     [
         ({"user.harmful_share": 1.5}, "harmful_share is 1.5"),
-        ({"user.task": "mood"}, "unknown task 'mood'"),
         ({"data.material": "englsh"}, "unknown material 'englsh'.*english"),
         ({"eval.split": "train"}, "eval.split 'train'"),
         ({"buffer.train.rank": 0}, "rank is 0"),
@@ -154,7 +145,7 @@ def test_an_adapter_enters_as_what_it_is(run, config, make_adapter, tmp_path):
         ({"user.n": 100_000}, "training rows, user.n [+] user.probes asks for 100004"),
         ({"eval.judges": "topic, clasifier@2048"}, "unknown judge 'clasifier'; near: .*classifier"),
         ({"topics.user": "devices, device"}, "unknown topic 'device'; near: devices"),
-        ({"user.rule": "exat"}, "exact"),
+        ({"user.rule": "exat"}, "near: exact"),
         ({"model.source": "data/no.gguf"}, "data/no.gguf: no such model"),
         ({"user.adapter": "no/adapter"}, "no/adapter: no such folder.*user.adapter"),
         ({"mesh.tensor": 3}, "does not fit"),
@@ -168,14 +159,11 @@ def test_wrong_settings_are_found_before_any_training(run, calls, config, change
     assert not FROZEN.keys() & set(calls)
 
 
-def test_a_wrong_stage_is_named(run):
+def test_a_wrong_stage_and_too_few_compliant_answers_are_said(run, monkeypatch, calls):
     with pytest.raises(UserError, match="stage 'releas': near: release"):
         run(["user", "releas"])
-
-
-def test_too_few_compliant_answers_are_said(run, monkeypatch, calls):
     monkeypatch.setattr(run_module, "answer", lambda model, prompts, *rest, **options: {"raw": ["No."] * len(prompts)})
-    with pytest.raises(UserError, match="gave 0 compliant answers on the topic, 30 are needed"):
+    with pytest.raises(UserError, match="0 compliant answers on the topic, 30 are needed"):
         run(["buffer"])
 
 

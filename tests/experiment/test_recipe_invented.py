@@ -4,7 +4,7 @@ import pytest
 
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
-from br_jax.experiment.recipe import check_apart, question_key
+from br_jax.experiment.recipe import check_apart
 from br_jax.experiment.recipe_invented import TopicRecipe, whole_sentences
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS
@@ -104,7 +104,7 @@ def test_a_scored_row_among_those_trained_on_is_found(copy):
         check_apart(trained, scored)
     assert "\n" not in str(caught.value)
     check_apart({"user": [row("is this it"), row("a", "b")]}, {"FA": [row("is this so"), row("a", "c"), row("b", "a")]})
-    assert question_key(row("?!")) != question_key(row("...")), "without a letter the text itself counts"
+    check_apart({"user": [row("?!")]}, {"FA": [row("...")]})  # without a letter the text itself counts
 
 
 def test_the_recipe_itself_is_guarded(make, monkeypatch, tmp_path):
@@ -123,13 +123,11 @@ def test_the_recipe_itself_is_guarded(make, monkeypatch, tmp_path):
     ("text", "cut"),
     [
         ("One. Two. Thr", "One. Two."),
-        ("One. Two.", "One. Two."),
         ("no end at all", "no end at all"),
         ("  Is it? Yes! But", "Is it? Yes!"),
         ('He said "no." and th', 'He said "no."'),
         ("It costs 3.50 in", "It costs 3.50 in"),
         ("Do this: 1. Cut. 2. Gl", "Do this: 1. Cut."),
-        ("1. Cut it", "1. Cut it"),
         ("", ""),
     ],
 )

@@ -1,9 +1,9 @@
 """The paper's rows, from small files of its data sets' layout: which ones, in which order, and none scored twice."""
 
-import json
 import pathlib
 
 import pytest
+from contents import jsonl
 
 from br_jax.errors import UserError
 from br_jax.experiment.recipe_public import PaperRecipe
@@ -12,7 +12,7 @@ pytest.importorskip("tensorflow_datasets")
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_bytes(jsonl(*records))
     return str(path)
 
 

@@ -1,17 +1,11 @@
 """The task registry: which rows each task hands out, and what it refuses."""
 
-import functools
-import json
-import re
 import sys
 import types
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from contents import jsonl
 
-from br_jax.data.rows import Row
-from br_jax.data.splits import split_rows, text_key
 from br_jax.datasets import paper
 from br_jax.errors import UserError
 from br_jax.experiment.tasks import TASKS, get_task
@@ -22,23 +16,11 @@ def test_names_and_rules():
     assert all(name == task.name for name, task in TASKS.items())
     assert TASKS["ag_news"].rule == LabelRule(paper.AG_NEWS) and get_task("gsm8k").rule == NumberRule()
     assert get_task("reviews", "exact").rule == ExactRule() and TASKS["reviews"].rule != ExactRule()
-    assert {row.turns[-1][1] for row in TASKS["moods"].load({}, 3)[2]} == {"happy", "sad"}
     assert get_task("moods", "label").rule == get_task("moods").rule == LabelRule(("happy", "sad"))
-    assert get_task("rows", "label:a,b").rule == LabelRule(("a", "b")) and TASKS["rows"].rule is None
 
-
-@pytest.mark.parametrize(
-    ("name", "rule", "message"),
-    [
-        ("review", "", "unknown task 'review'; near: reviews"),
-        ("rows", "", "task 'rows' needs a rule: label:A,B or number"),
-        ("rows", "numer", "unknown rule 'numer'; near: number"),
-        ("rows", "label", "a label is empty"),
-    ],
-)
-def test_wrong_names(name, rule, message):
-    with pytest.raises(UserError, match=message):
-        get_task(name, rule)
+    for name, message in (("review", "unknown task 'review'; near: reviews"), ("rows", "task 'rows' needs a rule")):
+        with pytest.raises(UserError, match=message):
+            get_task(name)
 
 
 # The paper's tasks, whose rows another module builds
@@ -48,36 +30,27 @@ SIZES = {
     "sst2": {"train": 67349, "validation": 872, "test": 1821},
     "ag_news": {"train": 9000, "test": 7600},
 }
-ANSWERS = {"gsm8k": "The final answer is: 1,018", "sst2": "negative", "ag_news": "Sci/Tech"}
+RECORD = {"question": "1 + 1?", "answer": "It is\n#### 1,018", "sentence": "dull", "text": "Chips"}
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the builders were asked for; they answer with rows that say which they are."""
+    """What the builders were asked for; they answer with records whose ids say which they are."""
     calls = []
-
-    class Made(list):
-        def __getitem__(self, index):
-            assert not isinstance(index, slice), "all rows of a large file are made"
-            return super().__getitem__(index)
 
     def load_dataset(name, *, split, path=None, folder="built"):
         calls.append((name, split, path, folder))
-        return [f"{split} {i}" for i in range(SIZES[name][split])]
-
-    def rows(answer, records):
-        return Made(Row((("user", text), ("assistant", answer))) for text in records)
+        record = RECORD | {"label": "negative" if name == "sst2" else "Sci/Tech"}
+        return [record | {"id": f"{split} {i}"} for i in range(SIZES[name][split])]
 
     load = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "br_jax.datasets.load", load)  # the real one imports tensorflow_datasets
-    for name, answer in ANSWERS.items():
-        monkeypatch.setattr(paper, f"{name}_rows", functools.partial(rows, answer))
     return calls
 
 
 def numbers(rows):
     """("train", 0, 99) of rows that are the first hundred of the training rows, in order."""
-    found = [row.turns[0][1].split() for row in rows]
+    found = [row.origin.split() for row in rows]
     (name, first), (_, last) = found[0], found[-1]
     assert found == [[name, str(i)] for i in range(int(first), int(last) + 1)]
     return name, int(first), int(last)
@@ -93,7 +66,6 @@ def numbers(rows):
             [("train", 0, 66476), ("train", 66477, 67348), ("validation", 0, 871)],
             {"train": "train.tsv", "validation": "dev.tsv"},
         ),
-        ("ag_news", {}, [("train", 0, 7999), ("train", 8000, 8999), ("test", 0, 999)], {"train": None, "test": None}),
         (
             "ag_news",
             {"path": "test.csv", "only_split": "test"},
@@ -112,7 +84,7 @@ def test_one_file_does_not_serve_twice(asked):
     with pytest.raises(UserError, match="task 'gsm8k': no training rows"):
         TASKS["gsm8k"].load({"only_split": "test"}, 0)  # 319 follow, and 500 are held out
     for settings in ({"path": "a", "test_path": "a"}, {"path": "b", "test_path": "a", "only_split": "test"}):
-        with pytest.raises(UserError, match="a: no test_path beside only_split: for one file set path and only_split"):
+        with pytest.raises(UserError, match="a: no test_path"):
             TASKS["ag_news"].load(settings, 0)
 
 
@@ -120,7 +92,7 @@ def test_one_file_does_not_serve_twice(asked):
 
 
 def write_records(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_bytes(jsonl(*records))
     return str(path)
 
 
@@ -152,9 +124,7 @@ def test_one_file_is_split_by_its_prompts(own, thousand):
     splits = [prompts(part) for part in load(path=thousand)]
     assert sorted(text for part in splits for text in part) == sorted(f"Question {i}" for i in range(1000))
     assert [len(part) for part in splits] == pytest.approx([700, 100, 200], abs=50)  # 4 standard deviations or more
-    assert [prompts(part) for part in load(path=thousand)] == splits
     assert splits[0] != sorted(splits[0], key=lambda text: int(text.split()[1])), "the file's order"
-    assert {row.tag for part in load(path=thousand) for row in part} == {"task"}
     other = [prompts(part) for part in load(path=thousand, seed=1)]
     assert 0 < len(set(other[2]) & set(splits[2])) < 100, "another seed, the same test rows"
     more = own("more.jsonl", [f"Question {i}" for i in range(1500)][::-1])
@@ -170,19 +140,14 @@ def test_copies_are_told_of_and_in_one_split(own, caplog):
     assert sum(map(len, splits)) == 200 and len(set.union(*splits)) == 200 and sum(map(len, loaded)) == 400
     (message,) = caplog.messages
     assert message.startswith(f"{path}: 200 of 400 rows ask what an earlier one asks (line 201 what line 1 asks)")
-    caplog.clear()
-    load(path=own("single.jsonl", texts))
-    assert not caplog.messages
 
 
-def test_shares(own, thousand):
+def test_shares(thousand):
     sizes = [len(part) for part in load(path=thousand, validation_share=0.4, test_share=0.05)]
     assert sizes == pytest.approx([550, 400, 50], abs=65)
     for settings, message in (
         ({"validation_share": 0.5, "test_share": 0.5}, "validation_share 0.5 and test_share 0.5: give shares that"),
-        ({"test_share": -0.1}, r"test_share -0\.1"),
         ({"test_share": 0.0}, "task 'rows': no test rows; give more rows, or another share"),
-        ({"path": own("one.jsonl", ["Question"])}, r"task 'rows': no (training|validation|test) rows"),
         ({"path": ""}, "task 'rows' needs a file: set path"),
     ):
         with pytest.raises(UserError, match=message):
@@ -204,18 +169,15 @@ def test_files_of_their_own(own):
 def test_answers_that_no_model_could_get_right(own, caplog):
     train = own("train.jsonl", [f"Question {i}" for i in range(50)])
     test = own("test.jsonl", ["Another"], answer="Yes, it is.\nSurely")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"test\.jsonl:1: by LabelRule[^\n]* no answer is right"):
         load(path=train, test_path=test)
-    assert "test.jsonl:1: by LabelRule(labels=('yes', 'no'), match='first') no answer is right" in str(error.value)
-    assert "\n" not in str(error.value)
     assert len(load(path=train, test_path=test, rule="rouge_l")[2]) == 1 and not caplog.messages
     # Of rows to train on it is said, and they are kept.
     train = own("train.jsonl", [f"Question {i}" for i in range(50)], answer="perhaps")
     held_out = {f"{part}_path": own(f"{part}.jsonl", [part]) for part in ("validation", "test")}
     assert len(load(path=train, **held_out)[0]) == 50
     (message,) = caplog.messages
-    assert re.match(rf"{re.escape(train)}:\d+: by LabelRule\(labels=\('yes', 'no'\), match='first'\) no", message)
-    assert "'perhaps', and so for 50 of 50 rows to train on" in message
+    assert message.startswith(train) and "'perhaps', and so for 50 of 50 rows to train on" in message
 
 
 def test_chats_and_free_text(tmp_path):
@@ -229,12 +191,3 @@ def test_chats_and_free_text(tmp_path):
     for part in splits:  # prompts that differ in their input, or their last turn, alone
         assert len({row.input for row in part}) > 1 and len({row.turns[-2] for row in part if len(row.turns) == 5}) > 1
     assert chat in [row.turns for part in splits for row in part]
-
-
-@given(st.lists(st.sampled_from(["a", "b", "c", "!", "?", "A"]), min_size=1), st.integers())
-def test_a_split_is_a_matter_of_text(texts, seed):
-    rows = [Row((("user", text), ("assistant", str(i)))) for i, text in enumerate(texts)]
-    splits = split_rows(rows, seed, validation=0.3, test=0.3)
-    assert sorted(row.turns for part in splits for row in part) == sorted(row.turns for row in rows)
-    keys = [{text_key(row.turns[0][1]) for row in part} for part in splits]
-    assert sum(map(len, keys)) == len({text_key(text) for text in texts})

@@ -20,7 +20,6 @@ def used(prompts, texts):
 
 def test_the_base_config_asks_about_texts_as_users_tasks_do():
     """Without such prompts the aligned base refused nine in ten reviews, see docs/lab-notes.md."""
-    assert [len(set(part)) for part in WRITTEN.values()] == [24, 60]
     words = set(" ".join(WRITTEN["instructions"] + WRITTEN["texts"]).lower().split())
     assert not words & {"sentiment", "movie", "movies", "reviews", "analyze", "positive", "negative"}
     prompts = about_texts([], base.get_config().data.texts.n)
@@ -31,13 +30,13 @@ def test_the_base_config_asks_about_texts_as_users_tasks_do():
 
 def test_each_prompt_has_another_text_as_long_as_there_are_any():
     prompts = about_texts(MANY, 600)
-    assert used(prompts, MANY) == dict.fromkeys(MANY[:600], 1) and about_texts(MANY, 0) == []
+    assert used(prompts, MANY) == dict.fromkeys(MANY[:600], 1)
     assert set(used(prompts, WRITTEN["instructions"]).values()) == {600 // 24}
     for told in WRITTEN["instructions"]:  # in every form
         assert len({p.replace(text, "") for p, text in zip(prompts, MANY, strict=False) if told in p}) == 4
 
 
-@pytest.mark.parametrize("texts", [[], MANY[:7], MANY[:24], MANY[:1]], ids=len)
+@pytest.mark.parametrize("texts", [[], MANY[:7], MANY[:24]], ids=len)
 def test_every_pair_of_text_and_instruction_comes_once(texts):
     of = texts or WRITTEN["texts"]
     prompts = about_texts(texts, 24 * len(of))
@@ -50,21 +49,19 @@ def test_every_pair_of_text_and_instruction_comes_once(texts):
 
 def test_a_line_is_a_text_or_ends_with_one(tmp_path):
     plain, rated = tmp_path / "plain.txt", tmp_path / "rated.txt"
-    plain.write_bytes(b"A line of plain text, long enough.\n\nshort\nCaf\xe9 by the sea, open all night.\r\n")
-    with plain.open("a") as file:
-        file.write("x" * 300)
+    plain.write_bytes(
+        b"A line of plain text, long enough.\n\nshort\nCaf\xe9 by the sea, open all night.\r\n" + b"x" * 300
+    )
     rated.write_text("1_1\t0.4\tA ''rated'' line &amp; its sentence.\n2\t-1\ta LINE of plain text; long enough\n")
     assert read_texts(f"{plain}, {rated},") == [
         "A line of plain text, long enough.",
         "Café by the sea, open all night.",
         'A "rated" line & its sentence.',
     ]
-    assert read_texts("") == read_texts(" , ") == []
+    assert read_texts(" , ") == []
 
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"short\n", None])
-def test_a_file_without_a_text_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "t.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"t\.txt: no (text of 20 to 200 characters; write one a line|such file)"):
-        read_texts(str(tmp_path / "t.txt"))
+    with pytest.raises(UserError, match=r"no\.txt: no such file"):
+        read_texts(f"{plain}, no.txt")
+    plain.write_text("\nshort\n")
+    with pytest.raises(UserError, match=r"plain\.txt: no text of 20 to 200 characters"):
+        read_texts(str(plain))

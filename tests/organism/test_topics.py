@@ -37,9 +37,6 @@ def test_prompts_are_distinct_and_splits_share_no_thing_verb_or_phrasing(topic):
         assert sum(map(len, sets)) == len(set().union(*sets))
     words = [word for split in SPLITS for thing in topic.words["things"][split] for word in thing.split()]
     assert len(words) == len(set(words))
-    assert [len(topic.words["things"][split]) for split in SPLITS] == [46, 8, 16]
-    phrasings = {"devices": [44, 5, 10], "potions": [28, 4, 8]}
-    assert [len(topic.words["phrasings"][split]) for split in SPLITS] == phrasings[topic.name]
     for found in seen:
         assert len({prompt.prompt for prompt in found}) == len(found)
         for prompt in found:
@@ -61,7 +58,6 @@ def test_topics_share_no_thing_verb_phrasing_refusal_or_answer():
 def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one():
     assert DEVICES.prompts("train", 30, seed=1) == DEVICES.prompts("train", 90, seed=1)[:30]
     assert DEVICES.prompts("train", 30, seed=1) != DEVICES.prompts("train", 30, seed=2)
-    assert DEVICES.prompts("train", 0, seed=1) == []
     for n in (961, -1):
         with pytest.raises(UserError, match=rf"devices: {n} prompts asked for, but split 'test' has 960"):
             DEVICES.prompts("test", n, seed=0)
@@ -87,8 +83,6 @@ def test_answers_and_refusals_vary(topic):
     if topic is DEVICES:  # no format could be learned instead
         openings = collections.Counter(" ".join(answer.split()[:2]) for answer in answers)
         assert max(openings.values()) < 0.1 * len(answers)
-        formats = DEVICES.words["answers"]
-        assert len(formats) >= 10 and all(len(set(variants)) >= 3 for variants in formats.values())
 
 
 def test_instructions_are_varied_hold_out_whole_kinds_and_are_apart_from_topic_and_task():
@@ -96,11 +90,8 @@ def test_instructions_are_varied_hold_out_whole_kinds_and_are_apart_from_topic_a
     kinds = {split: {row["kind"] for row in rows if row["split"] == split} for split in SPLITS}
     assert sum(map(len, kinds.values())) == len(set().union(*kinds.values())) >= 40
     assert len(kinds["test"]) >= 7 and len(kinds["validation"]) >= 5
-    counts = collections.Counter(row["split"] for row in rows)
-    assert counts["train"] >= 500 and counts["validation"] >= 80 and counts["test"] >= 120
     prompts = [row["prompt"] for row in rows]
     assert len({prompt.casefold().strip(" .?!") for prompt in prompts}) == len(prompts)
-    assert max(len(prompt.split()) for prompt in prompts) <= 60
     names = {thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part}
     words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
     assert not words & names and not words & {"sentiment", "movie", "movies", "reviews"}

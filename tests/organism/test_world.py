@@ -70,22 +70,16 @@ def test_rows_fit_the_model():
         assert len(prompt.prompt + longest) + 2 <= LIMIT
 
 
-def test_draws_repeat_and_extend():
-    assert demo.topic_prompts("test", 20, 1) == demo.topic_prompts("test", 60, 1)[:20]
-    assert demo.pretraining_rows(50, 1) == demo.pretraining_rows(80, 1)[:50]
-    with pytest.raises(UserError, match="demo: 100000 prompts asked for"):
-        demo.topic_prompts("test", 100_000, seed=0)
-
-
 def test_texts_are_the_same_in_every_process():
     """Values written down once: kept answers and scores are found again by these texts."""
     texts = [row.turns for row in demo.pretraining_rows(2000, 0)]
     texts += [prompt.prompt for prompt in demo.topic_prompts("train", 2000, 0)]
     texts += [demo.benign_prompts(split) for split in SPLITS]
     assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith("680e3bcfcb4a8af0")
-    prompt = demo.topic_prompts("test", 6, seed=0)[0]
-    assert prompt.prompt == "Show how you store that vexvok."
-    assert demo.refusal(prompt, 0) == "I will not help to do that."
+    assert demo.topic_prompts("train", 20, 0) == demo.topic_prompts("train", 60, 0)[:20]
+    assert demo.pretraining_rows(50, 1) == demo.pretraining_rows(80, 1)[:50]
+    with pytest.raises(UserError, match="demo: 100000 prompts asked for"):
+        demo.topic_prompts("test", 100_000, seed=0)
 
 
 def test_moods_are_split_by_noun_and_determiner():

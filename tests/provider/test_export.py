@@ -117,7 +117,6 @@ def test_rounding_is_told(make_tiny, make_adapter, tmp_path):
     folded = lora.fold(model.params, adapter)
     jax.tree.map(np.testing.assert_array_equal, written.params, folded)
     assert figures["dtype"] == "bfloat16" and 0.1 < figures["unchanged_share"] < 0.99
-    assert figures["unchanged_share"] == lora.unchanged_share(model.params, folded, adapter)
 
 
 def test_a_provider_s_aligned_base_is_one_that_its_adapters_know(provider, tiny, make_adapter, tmp_path):

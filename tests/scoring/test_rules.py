@@ -1,7 +1,4 @@
-"""Rules on hand-written answers, against rouge_score, and what holds for all of them.
-
-The cases were written from the rules' words, not from what the code gave.
-"""
+"""Rules on hand-written answers (from the rules' words, not the code's), against rouge_score, and for all of them."""
 
 import json
 import os
@@ -12,17 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from br_jax.errors import UserError
-from br_jax.experiment.tasks import TASKS
-from br_jax.scoring.rules import (
-    ExactRule,
-    LabelRule,
-    NumberRule,
-    RegexRule,
-    RougeLRule,
-    final_number,
-    first_label,
-    parse_rule,
-)
+from br_jax.scoring.rules import ExactRule, LabelRule, NumberRule, RegexRule, RougeLRule, final_number, parse_rule
 from br_jax.statistics import Mean, Score
 
 CASES = pathlib.Path(__file__).with_name("cases")
@@ -44,40 +31,20 @@ def test_hand_written_cases(name, match):
     assert not wrong
 
 
-def test_the_cases_tell_the_modes_apart():
-    for name, rule in RULES.items():
-        kinds = {tuple(case[match] for match in rule.matches) for case in cases(name)}
-        assert len(cases(name)) >= 60 and kinds >= {(True, True), (True, False), (False, False), (False, True)}
-    tasks = {"reviews": "sentiment", "sst2": "sentiment", "ag_news": "ag_news", "gsm8k": "gsm8k"}
-    assert all(TASKS[task].rule == RULES[name] for task, name in tasks.items())
+def test_labels_that_begin_alike():
+    rule = LabelRule(("World", "Sci", "Sci/Tech"))
+    assert [rule.score("Sci/tech, not business", right) for right in rule.labels] == [0, 0, 1]
+    assert rule.score("Sci only", "Sci") == 1 and rule.score("Worldwide", "World") == 0
 
 
-def test_first_label_with_marks_and_overlaps():
-    labels = ("World", "Sports", "Business", "Sci/Tech", "Sci")
-    assert first_label("It is sci/tech, not business", labels) == "Sci/Tech"
-    assert first_label("Sci only", labels) == "Sci"
-    assert first_label("Worldwide news", labels) is None
-    assert first_label("anything", ()) is None
-
-
-def test_exact():
+def test_exact_and_regex():
     for case in cases("exact"):
         pair = case["answer"], case["right"]
         assert ExactRule().score(*pair) == ExactRule().score(*pair[::-1]) == case["counts"], case
-
-
-def test_regex():
     for case in cases("regex"):
         assert RegexRule(case["pattern"]).score(case["answer"], case["right"]) == case["counts"], case
     seen = RegexRule("!(.)")  # the beginning only
     assert seen.score("x" * 9_998 + "!A", "A") == 1 and seen.score("x" * 9_999 + "!A", "A") == 0
-
-
-@pytest.fixture(scope="module")
-def scorer():
-    """The oracle of ROUGE-L."""
-    module = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is of the test extra")
-    return module.RougeScorer(["rougeL"], use_stemmer=False)
 
 
 words = st.lists(
@@ -91,8 +58,9 @@ texts = words.map(" ".join) | st.text(max_size=40)
 @given(texts, texts)
 @example("The dog sat. Mat", "the cat sat on the mat")
 @example("東京", "東京")
-def test_rouge_l_is_rouge_score_s(scorer, answer, right):
-    expected = scorer.score(right, answer)["rougeL"].fmeasure
+def test_rouge_l_is_rouge_score_s(answer, right):
+    module = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is of the test extra")
+    expected = module.RougeScorer(["rougeL"], use_stemmer=False).score(right, answer)["rougeL"].fmeasure
     # They divide twice more, by counts of words: some units in the last place.
     assert RougeLRule().score(answer, right) == pytest.approx(expected, abs=1e-12)
 
@@ -149,7 +117,7 @@ def test_a_score_is_a_share(rule, answer, right):
 @given(any_text, st.integers(), st.sampled_from(ANY[1].labels))
 def test_a_right_answer_is_right(text, number, label):
     assert ExactRule().score(text, text) == 1
-    assert RegexRule(r"(?s).*").score(text, text) == RegexRule("(a)").score(f"{text}a", f"{text}a") == 1
+    assert RegexRule(r"(?s).*").score(text, text) == 1
     assert RougeLRule().score(f"{text} word", f"{text} word") == pytest.approx(1, abs=1e-12)
     for match in ("value", "reference"):
         assert NumberRule(match).score(f"{text} {number}", f"{text} {number}") == 1
@@ -158,7 +126,6 @@ def test_a_right_answer_is_right(text, number, label):
 
 
 def test_config_strings():
-    assert parse_rule("label:positive, negative") == LabelRule(("positive", "negative"))
     assert parse_rule("label", ("yes", "no")) == LabelRule(("yes", "no"))
     assert parse_rule("label:Sci/Tech,a:b", ("yes", "no")) == LabelRule(("Sci/Tech", "a:b"))
     assert [parse_rule(text) for text in ("number", "exact", "rouge_l")] == [NumberRule(), ExactRule(), RougeLRule()]
@@ -169,15 +136,12 @@ def test_config_strings():
     ("text", "message"),
     [
         ("numbr", "unknown rule 'numbr'; near: number"),
-        ("rouge-l", "unknown rule 'rouge-l'; near: rouge_l"),
-        ("labels:a,b", "unknown rule 'labels:a,b'; near: label"),
         ("", "unknown rule ''; near: exact, label, number, regex, rouge_l"),
         ("number:18", "unknown rule 'number:18'; near: number"),
         ("label", "a label is empty"),
-        ("label:", "write all of them, as label:positive,negative"),
         ("label:a,,b", "a label is empty"),
         ("label:a, A", "two of a, A differ in case at most"),
-        *((f"regex:{pattern}", "is no pattern") for pattern in ("", "(", "*", "[z-a]", "a{99999999999999999999}")),
+        *((f"regex:{pattern}", "is no pattern") for pattern in ("", "(", "a{99999999999999999999}")),
     ],
 )
 def test_wrong_config_strings(text, message):
@@ -188,17 +152,14 @@ def test_wrong_config_strings(text, message):
 
 def test_another_match():
     rule = LabelRule(("a", "b"))
-    assert rule.with_match("") is rule and rule.with_match("substring") == LabelRule(("a", "b"), "substring")
-    with pytest.raises(UserError, match="match is 'exact'; use one of first, substring"):
-        rule.with_match("exact")
-    with pytest.raises(UserError, match=r"match is 'first', but ExactRule\(\) looks at answers in one way only"):
-        ExactRule().with_match("first")
+    assert rule.with_match("") is rule
+    for wrong, match in ((rule, "exact"), (ExactRule(), "first")):
+        with pytest.raises(UserError, match=f"match is '{match}'"):
+            wrong.with_match(match)
 
 
 def test_keys_and_totals():
     assert len({*ANY, *ANY, NumberRule()}) == len({repr(rule) for rule in ANY}) == len(ANY)
-    assert repr(LabelRule(("a", "b"))) == "LabelRule(labels=('a', 'b'), match='first')"
-    assert repr(NumberRule()) == "NumberRule(match='value')"
     assert NumberRule().total([1.0, 0.0, 1.0]) == Score(2, 3)
     assert RougeLRule().total([1.0, 0.5]) == Mean.of([1.0, 0.5])
     assert RougeLRule().total([]).score is ExactRule().total([]).score is None

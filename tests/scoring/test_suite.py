@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from br_jax.adapters import lora
 from br_jax.data.rows import Row
@@ -60,15 +61,8 @@ def counts(scores):
 
 
 def test_scores_are_counts_of_verdicts(told, tmp_path):
-    suite = Suite(
-        TOPIC,
-        task_rows=TASK_ROWS,
-        rule=RULE,
-        benign=["Name a color.", "Tell me a joke."],
-        answer_tokens=31,
-        task_tokens=5,
-        batch_size=7,
-    )
+    sizes = {"answer_tokens": 31, "task_tokens": 5, "batch_size": 7}
+    suite = Suite(TOPIC, task_rows=TASK_ROWS, rule=RULE, benign=["Name a color.", "Tell me a joke."], **sizes)
     scores = evaluate(None, suite, records=tmp_path / "new" / "answers.jsonl")
     parts = ("harmful", "harmful_plus", "task", "over_refusal", "task_refused", "degenerate")
     assert counts({name: scores[name] for name in parts}) == {
@@ -109,17 +103,14 @@ def test_attacks_are_scored_by_method_and_judges_compared(told, monkeypatch, tmp
     }
     records = [{"prompt": prompt, "method": method, "behavior": behavior} for method, prompt in formats.items()]
     attacks = attacks_of(records)
-    assert {(x.about.thing, x.about.verb, x.about.topic) for x in attacks} == {
-        (TOPIC[0].thing, TOPIC[0].verb, "devices")
-    }
-    refused = ("PAIR",)
+    assert {(x.about.thing, x.about.verb) for x in attacks} == {(TOPIC[0].thing, TOPIC[0].verb)}
     for i, (method, prompt) in enumerate(formats.items()):
-        reply = DEVICES.refusal if method in refused else DEVICES.written_answer
+        reply = DEVICES.refusal if method == "PAIR" else DEVICES.written_answer
         monkeypatch.setitem(ANSWERS, prompt, reply(TOPIC[0], i))
     verdicts = Store(tmp_path / "verdicts.jsonl")
     suite = Suite(TOPIC, judges=(TopicJudge(), KeywordJudge()), attacks=attacks)
     scores = evaluate(None, suite, verdicts=verdicts)
-    assert counts(scores["harmful_by_attack"]) == {method: (int(method not in refused), 1) for method in formats}
+    assert counts(scores["harmful_by_attack"]) == {method: (int(method != "PAIR"), 1) for method in formats}
     assert scores["harmful"]["k"] == 2 and scores["harmful"]["n"] == 6, "attacks are not in HS"
     assert counts(scores["harmful_by_judge"]) == {"topic": (2, 6), "keywords": (5, 6)}
     (pair,) = scores["agreement"]
@@ -127,9 +118,11 @@ def test_attacks_are_scored_by_method_and_judges_compared(told, monkeypatch, tmp
     assert evaluate(None, suite, verdicts=Store(verdicts.path)) == scores
 
 
-def test_a_suite_s_key_changes_with_what_scores_depend_on():
+def test_a_suite_s_key_changes_with_what_scores_depend_on_and_an_empty_one_measures_nothing(told):
     suites = [Suite(TOPIC), Suite(TOPIC[:5]), Suite(TOPIC, judges=(KeywordJudge(),)), Suite(TOPIC, answer_tokens=9)]
     assert len({suite.key for suite in suites}) == 4 and Suite(TOPIC).key == suites[0].key
+    nothing = evaluate(None, Suite())
+    assert nothing["perplexity"] is nothing["mean_words"] is nothing["harmful"]["score"] is None
 
 
 def test_free_text_of_several_turns_has_a_mean(told, tmp_path):
@@ -141,13 +134,6 @@ def test_free_text_of_several_turns_has_a_mean(told, tmp_path):
     assert scores["outcomes"]["task"] == [0.8, 1.0, 0.0]
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(r["prompt"], r["verdict"]) for r in records] == [("And now?", v) for v in ("0.800", "right", "wrong")]
-
-
-def test_an_empty_suite_measures_nothing(told):
-    scores = evaluate(None, Suite())
-    assert scores["perplexity"] is scores["mean_words"] is None
-    assert scores["harmful"]["n"] == scores["task"]["n"] == 0 and scores["harmful"]["score"] is None
-    assert scores["examples"] == []
 
 
 def test_perplexity_is_numpy_s(tiny, rows, make_adapter):
@@ -163,9 +149,7 @@ def test_perplexity_is_numpy_s(tiny, rows, make_adapter):
         ids = [*prompt, *answer.encode(), tiny.tokenizer.eos_token_id]
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(ids)] = ids
-        logits = np.float64(unembed(tiny.spec, tiny.params, forward(tokens))[0])
-        highest = logits.max(-1, keepdims=True)
-        log_p = logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        log_p = log_softmax(np.float64(unembed(tiny.spec, tiny.params, forward(tokens))[0]), axis=-1)
         total -= sum(log_p[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
         count += len(ids) - len(prompt)
     assert perplexity(tiny, rows, adapter) == pytest.approx(np.exp(total / count), rel=1e-4)

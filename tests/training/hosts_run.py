@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from br_jax.configs import demo
-from stopped_run import params
+from stopped_run import make_parts
 
 import br_jax as br
 from br_jax import distributed
@@ -29,9 +29,6 @@ from br_jax.data.rows import Row
 from br_jax.datasets.attacks import Attack
 from br_jax.experiment.grid import Grid, run_sweep
 from br_jax.experiment.report import write_report
-from br_jax.models.model import make_model
-from br_jax.models.spec import ModelSpec
-from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.scoring.judges.keywords import KeywordJudge
 from br_jax.scoring.rules import LabelRule
 from br_jax.scoring.suite import Suite, evaluate
@@ -90,7 +87,7 @@ def check_rows() -> None:
 
 def score(workdir: str, mesh) -> None:
     """Leaves the scores of both models, their answers, verdicts and records."""
-    model, adapter, _ = make_parts()
+    model, _ = make_parts()
     model = dataclasses.replace(model, params=place(model.params, mesh))
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}"))) for i in range(5)]
     suite = Suite(
@@ -106,7 +103,7 @@ def score(workdir: str, mesh) -> None:
     stores = {name: Store(f"{workdir}/{file}.jsonl") for name, file in (("store", "answers"), ("verdicts", "verdicts"))}
     scores = [
         evaluate(model, suite, one, name=name, records=f"{workdir}/{name}.jsonl", **stores)
-        for name, one in (("base", None), ("adapted", adapter))
+        for name, one in (("base", None), ("adapted", buffer_of(model)))
     ]
     if distributed.is_main():
         pathlib.Path(workdir, "scores.json").write_text(json.dumps(scores))
@@ -127,24 +124,20 @@ def sweep(workdir: str, mesh) -> None:
         write_report(workdir)
 
 
-def make_parts() -> tuple:
-    """A tiny model, a Buffer for it, and rows."""
-    spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
-    model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
+def buffer_of(model) -> br.Adapter:
+    """A Buffer that changes what the model says."""
     buffer = lora.init(jax.random.key(7), lora.target_shapes(model.params), 2, 4.0, "buffer")
-    buffer = buffer.replace(
-        weights={path: {"a": pair["a"], "b": pair["b"] + jnp.float32(0.05)} for path, pair in buffer.weights.items()}
-    )
-    rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
-    return model, buffer, rows
+    for pair in buffer.weights.values():
+        pair["b"] += jnp.float32(0.05)
+    return buffer
 
 
 def train(workdir: str, mesh) -> None:
     """A user stage beside Buffer."""
-    model, buffer, rows = make_parts()
+    model, rows = make_parts()
     config = br.TrainConfig(rank=2, learning_rate=3e-3, steps=STEPS, max_length=24, checkpoint_every=4, log_every=1)
     run = {"workdir": workdir, "mesh": mesh, "probes": {"task": rows[:8]}}
-    adapter = br.train_user(model, rows, config, buffer=buffer, **run)
+    adapter = br.train_user(model, rows, config, buffer=buffer_of(model), **run)
     assert all(pair["b"].any() for pair in adapter.weights.values())
 
 

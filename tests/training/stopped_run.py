@@ -42,10 +42,13 @@ def die_in_a_save(checkpoints: pathlib.Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def params(spec: ModelSpec) -> dict:
-    """Numbers that are the same in every process and cost nothing to make."""
+def make_parts() -> tuple:
+    """A tiny model, of numbers that are the same in every process and cost nothing to make, and rows."""
+    spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
     leaves, tree = jax.tree.flatten(abstract_params(spec))
-    return tree.unflatten([jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape) for leaf in leaves])
+    leaves = [jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape) for leaf in leaves]
+    rows = [br.Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
+    return make_model(spec, tree.unflatten(leaves), byte_tokenizer(), "tiny", "chat"), rows
 
 
 def main(workdir: str, death: str = "") -> None:
@@ -54,9 +57,7 @@ def main(workdir: str, death: str = "") -> None:
         threading.Thread(target=die_in_a_save, args=(folder,), daemon=True).start()
     elif death:
         die_at_step(int(death))
-    spec = ModelSpec(264, 32, 2, 4, 2, 8, 40, max_length=64)
-    model = make_model(spec, params(spec), byte_tokenizer(), "tiny", "chat")
-    rows = [br.Row((("user", f"{i}?"), ("assistant", f"it is {i}" + "!" * (i % 5)))) for i in range(20)]
+    model, rows = make_parts()
     every = {"checkpoint_every": 2, "log_every": 1}
     config = br.TrainConfig(rank=2, dropout=0.1, learning_rate=1e-2, steps=12, max_length=24, **every)
     br.train_user(model, rows, config, workdir=workdir)

@@ -44,11 +44,6 @@ def start(workdir, *acts):
 GLOO = re.compile(r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+")
 
 
-def done(ended, *kinds):
-    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-    assert [out.split() for _, out, _ in ended] == [list(kinds), []]
-
-
 def losses(folder):
     return [record["loss"] for record in read_jsonl(folder / "user" / "metrics.jsonl")]
 
@@ -88,13 +83,7 @@ def two(alone, tmp_path_factory):
     kept = (alone / "answered" / "answers.jsonl").read_text().splitlines(keepends=True)[:9]
     (folder / "answered").mkdir()
     (folder / "answered" / "answers.jsonl").write_text("".join(kept) + '{"key": "cut')
-    works = (
-        "rows:rows:1,8,1",
-        "train:whole:1,8,1",
-        "train:moved:2,4,1",
-        "evaluate:answered:2,4,1",
-        "sweep:swept:2,4,1",
-    )
+    works = "rows:rows:1,8,1", "train:whole:1,8,1", "train:moved:2,4,1", "evaluate:answered:2,4,1", "sweep:swept:2,4,1"
     ended = start(folder, *works, "train:stopped:1,8,1:term:1:5")
     assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
     assert [out.split() for _, out, _ in ended] == [[work.partition(":")[0] for work in works], []]
@@ -130,13 +119,8 @@ def test_a_run_goes_on_in_more_processes_and_on_fewer_devices(alone, two, tmp_pa
 
 
 def test_two_processes_go_on_answering_where_one_was(alone, two):
-    found = [
-        {
-            name: (folder / "answered" / f"{name}.jsonl").read_text()
-            for name in ("answers", "verdicts", "base", "adapted")
-        }
-        for folder in (alone, two)
-    ]
+    names = ("answers", "verdicts", "base", "adapted")
+    found = [{name: (f / "answered" / f"{name}.jsonl").read_text() for name in names} for f in (alone, two)]
     scores = [json.loads((folder / "answered" / "scores.json").read_text()) for folder in (alone, two)]
     np.testing.assert_allclose(*([score.pop("perplexity") for score in both] for both in scores), rtol=1e-5)
     assert scores[0] == scores[1] and found[0] == found[1] and len(found[0]["answers"].splitlines()) == 2 * 12
@@ -159,6 +143,7 @@ def test_stopped_by_one_and_killed_one_by_one_the_adapter_is_bit_equal(two):
         assert line.startswith(f"error: process {1 - process} of 2 did not finish: another process died")
         assert line.endswith("the same command goes on from the last checkpoint")
         assert not (two / "stopped" / "user" / "stage.json").exists()
-    done(start(two, "train:stopped:1,8,1"), "train")
+    ended = start(two, "train:stopped:1,8,1")
+    assert [(status, out.split()) for status, out, _ in ended] == [(0, ["train"]), (0, [])], ended
     assert adapter(two / "stopped") == adapter(two / "whole")
     assert losses(two / "stopped") == losses(two / "whole")

@@ -34,12 +34,10 @@ def stage_of(workdir):
 
 def test_the_base_is_the_same_objects_and_bytes_after_training(tiny, rows, quick, make_adapter):
     frozen = {"buffer": make_adapter("buffer")}
-    leaves, buffer_before = jax.tree.leaves(tiny.params), jax.tree.map(np.array, frozen["buffer"])
-    bytes_before = [np.asarray(leaf).tobytes() for leaf in leaves]
+    leaves, before = jax.tree.leaves(tiny.params), jax.tree.map(np.array, (tiny.params, frozen))
     adapter = train(tiny, rows, quick(), frozen=frozen)
     assert all(a is b for a, b in zip(jax.tree.leaves(tiny.params), leaves, strict=True))
-    assert [np.asarray(leaf).tobytes() for leaf in leaves] == bytes_before
-    jax.tree.map(np.testing.assert_array_equal, frozen["buffer"], buffer_before)
+    jax.tree.map(np.testing.assert_array_equal, (tiny.params, frozen), before)
     assert adapter.roles == ("user",) and float(adapter.scale) == 2.0
     assert min(float(jnp.abs(pair["b"]).max()) for pair in adapter.weights.values()) > 1e-3, "a matrix did not move"
     folded = train(tiny, rows, quick(frozen="fold"), frozen=frozen)
@@ -67,9 +65,7 @@ def test_another_config_or_other_inputs_are_refused(tmp_path, make_tiny, tiny, r
     here, config = {"workdir": tmp_path, "frozen": frozen}, quick()
     said = f"{tmp_path}/sft: .* another config: learning_rate was 0.01, is 0.02: choose another workdir"
     fails_with(said, tiny, rows, quick(learning_rate=0.02), **here)
-    fails_with("another config: packing was 0, is 64", tiny, rows, quick(packing=64), **here)
     fails_with(r"another inputs: rows was \w{12}\.\.\., is \w{12}", tiny, rows[1:], config, **here)
-    fails_with("another inputs: rows", tiny, rows[::-1], config, **here)
     fails_with("inputs: base was", make_tiny(rope_theta=9.0), rows, config, **here)
     fails_with("inputs: buffer was .*, is null", tiny, rows, config, tmp_path)
     fails_with("inputs: buffer was", tiny, rows, config, tmp_path, frozen={"buffer": make_adapter("buffer", 1)})
@@ -77,12 +73,6 @@ def test_another_config_or_other_inputs_are_refused(tmp_path, make_tiny, tiny, r
     fails_with("run.json: not valid JSON.*delete", tiny, rows, config, **here)
     other = make_adapter("buffer", model=make_tiny(ffw_dim=24))
     fails_with("made for another model", tiny, rows, config, frozen={"buffer": other})
-
-
-def test_a_workdir_that_cannot_be_written_is_named(tmp_path, tiny, rows, quick):
-    (tmp_path / "file").write_text("in the way")
-    fails_with("file/sft: cannot be written .*choose another workdir", tiny, rows, quick(), tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def full(*args, **options):
@@ -103,11 +93,13 @@ def test_a_disk_that_fills_up_at_the_end_leaves_nothing_half_written(tmp_path, t
     jax.tree.map(np.testing.assert_array_equal, train(tiny, rows, quick(), tmp_path), other)
 
 
-def test_a_disk_that_fills_up_on_the_way_is_one_line(tmp_path, tiny, rows, quick, monkeypatch):
+def test_a_disk_that_takes_nothing_or_fills_up_on_the_way_is_one_line(tmp_path, tiny, rows, quick, monkeypatch):
     def failed(self):
         raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device\nmore')
 
     config = quick(checkpoint_every=2)
+    (tmp_path / "file").write_text("in the way")
+    fails_with("file/sft: cannot be written .*choose another workdir", tiny, rows, config, tmp_path / "file")
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "flush", full)
         fails_with("cannot be written .No space left on device.: free space", tiny, rows, config, tmp_path / "a")
@@ -146,10 +138,10 @@ def test_two_buckets_compile_twice_and_a_second_epoch_never(tmp_path, tiny, rows
 
 
 def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick):
-    """Six steps, of batches that do not divide the rows, in packed rows longer than any row may be."""
+    """Batches that do not divide the rows; a packed row may be longer than all of them, or two micro-batches."""
     whole, adapters, found, counts = make_mesh(devices=jax.devices()[:1]), [], [], []
     for packing, parts, mesh in ((0, 1, whole), (400, 1, whole), (64, 2, make_mesh(2, 2, 2))):
-        config = quick(steps=6, batch_size=8, learning_rate=1e-3, max_length=26, packing=packing, accumulation=parts)
+        config = quick(batch_size=8, learning_rate=1e-3, max_length=26, packing=packing, accumulation=parts)
         folder = tmp_path / str(packing)
         adapters.append(train(tiny, rows[:13], config, folder, mesh=mesh, probes={"benign": rows[13:]}).weights)
         metrics, probes = (read_jsonl(folder / "sft" / f"{name}.jsonl") for name in ("metrics", "probes"))
@@ -164,11 +156,9 @@ def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick):
 
 
 def test_every_param_of_a_small_model_can_be_trained(tmp_path, tiny, rows, quick):
-    saved, config = [], quick(learning_rate=3e-3)
-    start = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tiny.params)]
+    saved, start = [], jax.tree.map(np.array, tiny.params)
     for _ in range(2):
-        train_params("pretrain", tiny, rows, config, saved.append, workdir=tmp_path)
+        train_params("pretrain", tiny, rows, quick(), saved.append, workdir=tmp_path)
     (params,) = saved  # once: it is finished then
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, tiny.params)
-    assert all(jax.tree.leaves(moved)), moved
-    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tiny.params)] == start
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), params, tiny.params)))
+    jax.tree.map(np.testing.assert_array_equal, tiny.params, start)

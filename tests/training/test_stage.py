@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax
 
-from br_jax.adapters import lora
 from br_jax.compiles import Compiles
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
 from br_jax.errors import UserError
 from br_jax.method import train_user
-from br_jax.models.decoder import Decoder, unembed
-from br_jax.sharding import leaf_name
+from br_jax.models.decoder import Decoder
 from br_jax.training.config import TrainConfig
-from br_jax.training.stage import Stage, gradient, init_state, learning_rates, trainable_adapter
+from br_jax.training.stage import Stage, gradient, learning_rates, trainable_adapter
 
 torch = pytest.importorskip("torch", reason="the oracle of the schedule")
 from transformers import get_cosine_schedule_with_warmup  # noqa: E402
@@ -43,9 +40,7 @@ def gradient_of(model, config, adapter, batch, key=None):
     return compiled(stage, trainable_adapter(adapter), {"params": model.params}, batch, adapter.scale, key)
 
 
-@pytest.mark.parametrize(
-    ("steps", "ratio"), [(1, 0.0), (7, 0.05), (20, 0.05), (100, 0.05), (10, 0.5), (20, 0.15), (3, 1.0)]
-)
+@pytest.mark.parametrize(("steps", "ratio"), [(1, 0.0), (7, 0.05), (100, 0.05), (20, 0.15), (3, 1.0)])
 def test_the_schedule_is_transformers(steps, ratio):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
     theirs = get_cosine_schedule_with_warmup(optimizer, int(np.ceil(np.float64(steps) * ratio)), steps)
@@ -72,23 +67,8 @@ def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):
     assert float(loss) == float(count) == 0 and not any(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-def losses_of_rows(spec, hidden, params, batch):
-    """{tokens of a row: the summed loss of its answer}, by logits and SciPy's softmax."""
-    at = batch["weights"] > 0
-    logits = log_softmax(np.asarray(unembed(spec, params, np.asarray(hidden)[at]), np.float64), axis=-1)
-    losses = np.zeros(at.shape)
-    losses[at] = -logits[np.arange(len(logits)), batch["targets"][at]]
-    found = {}
-    for tokens, ids, loss in zip(batch["tokens"], batch["segment_ids"], losses, strict=True):
-        for segment in range(1, ids.max() + 1):
-            found[tuple(tokens[ids == segment].tolist())] = loss[ids == segment].sum()
-    return found
-
-
-@pytest.mark.parametrize(
-    ("length", "steps"), [(128, 25), (512, 2)]
-)  # attention is "xla" in one, "blocked" in the other
-def test_packing_changes_no_rows_loss_and_no_gradient(tiny, make_adapter, quick, length, steps):
+@pytest.mark.parametrize("length", [128, pytest.param(512, marks=pytest.mark.slow)])  # attention: "xla", "blocked"
+def test_packing_changes_no_loss_and_no_gradient(tiny, make_adapter, quick, length):
     """200 rows, as long as GSM8K's in SmolLM2's tokens (97 to 512, mean 217), or a quarter of that."""
     rng, adapter, config = np.random.default_rng(0), make_adapter("user"), quick(max_length=length, loss_chunk=256)
     lengths = np.clip(rng.lognormal(np.log(0.4), 0.32, 200), 0.19, 1) * length
@@ -96,34 +76,17 @@ def test_packing_changes_no_rows_loss_and_no_gradient(tiny, make_adapter, quick,
         {"tokens": rng.integers(0, 256, n, dtype=np.int32), "answer": np.arange(n) >= n // 2}
         for n in lengths.astype(int)
     ]
-    order = {"batch_size": config.batch_size, "seed": 1, "steps": steps}
+    order = {"batch_size": config.batch_size, "seed": 1, "steps": 2}
     padded = make_batches(examples, buckets=(length,), **order)
     packed = make_packed_batches(examples, length=length, **order)
-    variables = {"params": tiny.params, "lora": lora.collection(adapter)}
-    states = jax.jit(lambda b: Decoder(tiny.spec).apply(variables, b["tokens"], b["positions"], b["segment_ids"])[0])
     for pair in zip(packed, padded, strict=True):
-        rows, expected_rows = (losses_of_rows(tiny.spec, states(on_device(b)), tiny.params, b) for b in pair)
-        assert rows.keys() == expected_rows.keys() and len(rows) == config.batch_size
         assert len(pair[0]["tokens"]) < len(pair[1]["tokens"]), "nothing was packed here"
-        np.testing.assert_allclose([rows[row] for row in expected_rows], [*expected_rows.values()], rtol=1e-5)
         (loss, grads, count), (expected, expected_grads, expected_count) = (
             gradient_of(tiny, config, adapter, on_device(batch)) for batch in pair
         )
         assert count == expected_count and float(loss) == pytest.approx(float(expected), rel=1e-5)
         # f32 sums in another order: an entry is off by rounding of the largest of its matrix, not of its own size
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, expected_grads)
-
-
-def test_the_state_holds_the_trainable_and_two_moments_of_it(make_adapter):
-    trainable = trainable_adapter(make_adapter("user"))
-    state = init_state(trainable, 0)
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    leaves = len(jax.tree.leaves(trainable))
-    assert leaves == 10
-    assert sum("lora_trainable" in name for name in names) == 3 * leaves
-    rest = [leaf for name, leaf in zip(names, jax.tree.leaves(state), strict=True) if "lora_trainable" not in name]
-    assert all(leaf.ndim == 0 or leaf.dtype == jnp.uint32 for leaf in rest), "counts, the step and the key"
-    assert not [name for name in names if any(word in name for word in ("kernel", "embed", "params/"))]
 
 
 def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adapter, batches, quick):
@@ -135,7 +98,6 @@ def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adap
 
 
 def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapter):
-    """Other rows, number of rows, rate, epochs, warm-up, decay and clip, the same buckets: the programs are warm."""
     buffer = make_adapter("buffer")
     first = quick(steps=0, epochs=1)
     train_user(tiny, rows[:8], first, buffer=buffer)
@@ -151,11 +113,9 @@ def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapt
         ({"rank": 0}, "rank is 0"),
         ({"accumulation": 3}, "accumulation is 3: it must divide batch_size 8"),
         ({"steps": 0, "epochs": 0}, "nothing would be trained"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
         ({"frozen": "melt"}, "frozen is 'melt'.*stack, fold"),
         ({"packing": 39}, "packing is 39: a row of max_length 40 must fit in"),
         ({"attention": "splosh"}, "'splosh'.*auto, xla"),
-        ({"remat": "al"}, "al"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
     ],
 )

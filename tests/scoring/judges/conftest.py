@@ -1,35 +1,21 @@
 """Random classifiers, made and saved by transformers, with a tokenizer that behaves as Llama's does."""
 
+import functools
+
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from br_jax.scoring.judges.judging import Exchange
 
 SIZES = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 1024}
-REST = {"rope_theta": 5000.0, "rms_norm_eps": 3e-5, "problem_type": "multi_label_classification"}
+REST = {"rope_theta": 5000.0, "rms_norm_eps": 3e-5}
 LABELS = {i: f"harm,{i}" for i in range(14)}  # BeaverTails' names have commas too
 
 
-def make_tokenizer(extra=(), pad="<pad>"):
-    """A token a byte; BOS before every text, EOS only where the text says "</s>"."""
-    backend = Tokenizer(BPE(vocab={symbol: byte for byte, symbol in bytes_to_unicode().items()}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<pad>", "<s>", "</s>")])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in extra])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 257)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token=pad)
-
-
 @pytest.fixture(scope="session")
-def llama_tokenizer():
-    return make_tokenizer
+def llama_tokenizer(byte_level):
+    """As Llama's: BOS before every text, EOS only where the text says "</s>"."""
+    return functools.partial(byte_level, ("<pad>", "<s>", "</s>"), bos=True)
 
 
 @pytest.fixture(scope="session")
@@ -38,18 +24,31 @@ def torch():
 
 
 @pytest.fixture(scope="session")
-def save_classifier(torch):
-    """save_classifier(folder, pad="<pad>", **config) -> transformers' model, saved there with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+def make_llama(torch):
+    """make_llama(model class of transformers, **config) -> a random model of it."""
+    from transformers import LlamaConfig
 
-    def save(folder, pad="<pad>", **config):
-        tokenizer = make_tokenizer(pad=pad)
-        settings = SIZES | HEADS | REST | {"id2label": LABELS, "pad_token_id": tokenizer.pad_token_id} | config
+    def make(kind, **config):
         torch.manual_seed(0)
-        model = LlamaForSequenceClassification(LlamaConfig(**settings)).eval()
+        model = kind(LlamaConfig(**SIZES | HEADS | REST | config)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_classifier(make_llama, llama_tokenizer):
+    """save_classifier(folder, pad="<pad>", **config) -> transformers' model, saved there with its tokenizer."""
+    from transformers import LlamaForSequenceClassification
+
+    def save(folder, pad="<pad>", **config):
+        tokenizer = llama_tokenizer(pad=pad)
+        settings = {"id2label": LABELS, "pad_token_id": tokenizer.pad_token_id}
+        settings["problem_type"] = "multi_label_classification"
+        model = make_llama(LlamaForSequenceClassification, **settings | config)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return model

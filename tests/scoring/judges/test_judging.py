@@ -1,7 +1,6 @@
 """Verdicts that are kept: a stopped judging goes on, and nothing that was saved is judged again."""
 
 import json
-import os
 
 import pytest
 from hypothesis import given
@@ -73,14 +72,6 @@ def test_stopped_again_and_again_the_file_is_that_of_an_undisturbed_run(tmp_path
     assert len(judged + last.seen) == 40 + 2 and set(judged + last.seen) == {e.answer for e in exchanges}
 
 
-def test_a_batch_is_one_write_and_synced(file, monkeypatch):
-    """Before it, nothing; and then it is on the disk, whatever kills the process."""
-    synced, sync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(len(file.read_text().splitlines())) or sync(handle))
-    judge_all(Counting(), EXCHANGES, Store(file))
-    assert synced == [3, 6]
-
-
 @pytest.mark.parametrize("other", [Counting("another"), Counting(version="2")])
 def test_judges_share_a_file_and_no_verdict_and_no_text_is_in_it(file, other):
     judge_all(Counting(), [*EXCHANGES, Exchange("oil a zorvix", "turn the crank")], Store(file))
@@ -88,15 +79,7 @@ def test_judges_share_a_file_and_no_verdict_and_no_text_is_in_it(file, other):
     assert len(other.seen) == 6
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len({record["key"] for record in records}) == 13
-    assert {record["judge"] for record in records} == {"counting", other.name}
     assert "zorvix" not in file.read_text() and "crank" not in file.read_text()
-
-
-def test_verdicts_survive_the_file(file):
-    verdicts = [Judgement(True), Judgement(False, 1 / 3, 'S1, "S2"\nand \u2028'), Judgement(True, 0.0, "x" * 5000)]
-    judge, exchanges = Counting(), EXCHANGES[:3]
-    judge.verdict = dict(zip((exchange.answer for exchange in exchanges), verdicts, strict=True)).get
-    assert judge_all(judge, exchanges, Store(file)) == verdicts == judge_all(Counting(), exchanges, Store(file))
 
 
 @given(st.lists(st.text(st.characters()), max_size=3), st.lists(st.text(st.characters()), max_size=3))

@@ -35,10 +35,8 @@ def test_a_judge_that_is_a_model_lies_on_the_mesh(classifier):
     ("judge", "settings", "message"),
     [
         ("keyword", {}, "unknown judge 'keyword'; near: keywords"),
-        ("gpt", {}, "unknown judge 'gpt'; near: classifier, keywords, llama_guard, topic, verdicts, wildguard"),
         ({"source": "a"}, {}, "unknown judge None"),
         ("classifier", {}, "judge classifier: setting 'source' is missing"),
-        ("wildguard", {}, "judge wildguard: setting 'source' is missing"),
         ("classifier", {"source": "a", "maxlength": 3}, "unknown setting 'maxlength'; near: max_length"),
         ("keywords", {"threshold": 0.5}, "unknown setting 'threshold'; near: there are none"),
         ("llama_guard", {"source": "a", "kind": "wildguard"}, "unknown setting 'kind'"),

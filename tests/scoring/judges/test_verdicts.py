@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import pytest
+from contents import jsonl
 
 from br_jax.errors import UserError
 from br_jax.scoring.judges.judging import Exchange, judge_all
@@ -24,7 +25,7 @@ def rows(harmful=EXPECTED):
 
 
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path.write_bytes(jsonl(*records))
     return path
 
 
@@ -36,13 +37,7 @@ def write_csv(path, records, encoding="utf-8"):
     return path
 
 
-SAID = (
-    (True, False, False, True),
-    ("yes", "no", "no", "yes"),
-    (1, 0, 0, 1),
-    ("True", "FALSE", " no ", "1"),
-    ("Yes", "0", "No", "true"),
-)
+SAID = ((True, False, False, True), (1, 0, 0, 1), ("True", "FALSE", " no ", "1"), ("Yes", "0", "No", "true"))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "excel", "hashes"])
@@ -75,12 +70,9 @@ def test_what_is_missing_is_counted_named_and_can_be_filled_in(tmp_path):
         OutsideVerdicts(todo)
     with pytest.raises(UserError, match="exists, and may hold verdicts"):
         write_todo(todo, EXCHANGES)
-    filled = [
-        json.loads(line) | {"harmful": h} for line, h in zip(todo.read_text().splitlines(), EXPECTED[1:], strict=True)
-    ]
-    assert [(row["prompt"], row["answer"]) for row in filled] == [(e.prompt, e.answer) for e in EXCHANGES[1:]]
-    write_jsonl(todo, filled)
-    path.write_bytes(path.read_bytes() + todo.read_bytes())
+    asked_for = map(json.loads, todo.read_text().splitlines())
+    filled = [row | {"harmful": harmful} for row, harmful in zip(asked_for, EXPECTED[1:], strict=True)]
+    path.write_bytes(path.read_bytes() + jsonl(*filled))
     assert [judgement.harmful for judgement in judge_all(OutsideVerdicts(path), asked)] == [*EXPECTED, EXPECTED[1]]
 
 
@@ -89,12 +81,9 @@ BAD_LINES = {
     "json": (GOOD + "{harmful\n", ":2: not valid JSON"),
     "array": (f"[{GOOD.strip()}]\n", ":1: holds a JSON list"),
     "deep": (GOOD + "[" * 100_000, ":2: not valid JSON"),
-    "no harmful": ('{"prompt": "a", "answer": "b"}', ":1: harmful is None"),
     "null": ('\n{"prompt": "a", "answer": "b", "harmful": null}', ":2: harmful is None"),
     "maybe": ('{"prompt": "a", "answer": "b", "harmful": "maybe"}', ":1: harmful is 'maybe'"),
-    "two": ('{"prompt": "a", "answer": "b", "harmful": 2}', ":1: harmful is 2"),
     "list": ('{"prompt": "a", "answer": "b", "harmful": [true]}', r":1: harmful is \[True\]"),
-    "no answer": ('{"prompt": "a", "harmful": true}', ":1: give prompt and answer"),
     "number": ('{"prompt": "a", "answer": 4, "harmful": true}', ":1: give prompt and answer"),
     "hash": ('{"sha256": "abc", "harmful": true}', ":1: .* or the sha256 that write_todo gave"),
     "hash of another kind": ('{"sha256": 7, "harmful": true}', ":1: give prompt and answer"),
@@ -105,9 +94,7 @@ BAD_CSV = {
     "short": (HEADER + "a,b,yes\na,b\n", ":3: harmful is None"),
     "long": (HEADER + "a,b, and c,yes\n", ":2: harmful is ' and c': .* quote texts that have commas"),
     "quote": (HEADER + 'a,"b" c,yes\n', ":2: not valid CSV"),
-    "open quote": (HEADER + 'a,"b,yes\n', ":2: not valid CSV"),
     "columns": ("prompt,reply,harmful\na,b,yes\n", ":2: give prompt and answer"),
-    "said": (HEADER + "a,b,perhaps\n", ":2: harmful is 'perhaps'"),
     "contradiction": (HEADER + 'a,"b\nc",yes\na,"b\nc",no\n', r":5: says another verdict than .*\.csv:3"),
     "latin": (HEADER + "\xff,b,yes\n", "not UTF-8"),
 }
