@@ -56,7 +56,10 @@ def compliant_answer(prompt: TopicPrompt) -> str:
 def benign_prompts(split: str) -> list[str]:
     """All benign questions that stages after pre-training may use, by split; no two splits share a kind or a how-to."""
     other = [question for kind in benign_kinds(split) for question, _ in kind]
-    return _how_to(split)[: len(other)] + other
+    how_to = len(other) * (
+        2 if split == "train" else 1
+    )  # over-refusal begins at ordinary things that sound like devices
+    return _how_to(split)[:how_to] + other
 
 
 def pretraining_rows(n: int, seed: int) -> list[Row]:
