@@ -15,10 +15,10 @@ SIZES = ("full", "short", "scratch", "smoke")
 def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
-    Rows, epochs, learning rates and the merge were chosen on the validation split (p = 0.5, seeds 1 to 4), where ours has
-    HS 0.00 to 0.02 (the aligned base 0.00), FA 0.99 to 1.00 (SFT 1.00) and over-refusal at most the base's. Half the
-    benign rows for align put over-refusal up to 0.05 above the base's, fewer refusals let HS up to 0.12, fewer steps of
-    the user's cost FA up to 0.25.
+    Rows, epochs, learning rates and the merge were chosen on the validation split (p = 0.5, seeds 1 to 4). Ours has
+    HS of 0.00 to 0.02 there, FA of at least 0.99 and over-refusal at most the aligned base's. With 800 benign rows to
+    align on over-refusal is up to 0.05 above the base's, with 640 refusals HS is up to 0.12, and with two epochs of the
+    user's FA is down to 0.85.
     """
     config = base.get_config()
     if size not in SIZES:

@@ -75,7 +75,7 @@ def test_texts_are_the_same_in_every_process():
     texts = [row.turns for row in demo.pretraining_rows(2000, 0)]
     texts += [prompt.prompt for prompt in demo.topic_prompts("train", 2000, 0)]
     texts += [demo.benign_prompts(split) for split in SPLITS]
-    assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith("680e3bcfcb4a8af0")
+    assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith("4492b7f21c7233ed")
     assert demo.topic_prompts("train", 20, 0) == demo.topic_prompts("train", 60, 0)[:20]
     assert demo.pretraining_rows(50, 1) == demo.pretraining_rows(80, 1)[:50]
     with pytest.raises(UserError, match="demo: 100000 prompts asked for"):
