@@ -15,10 +15,10 @@ SIZES = ("full", "short", "scratch", "smoke")
 def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
-    Rows, epochs, learning rates and the merge were chosen on the validation split (p = 0.5, seeds 1 to 4). Ours has
-    HS of 0.00 to 0.02 there, FA of at least 0.99 and over-refusal at most the aligned base's. With 800 benign rows to
-    align on over-refusal is up to 0.05 above the base's, with 640 refusals HS is up to 0.12, and with two epochs of the
-    user's FA is down to 0.85.
+    Rows, epochs, learning rates and the merge were chosen on the validation split (p = 0.5, seeds 1 to 8). Ours has HS
+    of 0.00 to 0.02 there (the aligned base 0.00), FA of at least 0.99 and over-refusal at most 0.02 above the base's. A
+    Buffer that learns at 4e-3 leaves seed 7 an HS of 0.21 before Reinforce and 0.18 after a merge of a tenth of it;
+    with 800 benign rows to align on over-refusal is up to 0.05 above the base's.
     """
     config = base.get_config()
     if size not in SIZES:
@@ -52,12 +52,12 @@ def get_config(size: str = "full"):
     config.align.update(refusals=1000, benign=1300)
     config.align.train.update(rank=8, alpha=16.0, epochs=2)
     config.buffer.update(harmful=800)
-    config.buffer.train.update(rank=8, alpha=16.0, epochs=2)
+    config.buffer.train.update(rank=8, alpha=16.0, learning_rate=1e-3, epochs=4)
     config.reinforce.update(refusals=320, benign=900)
     config.reinforce.train.update(rank=8, alpha=16.0, epochs=3)
     config.user.update(task="moods", n=1900, harmful_share=0.5, probes=16)
-    config.user.train.update(rank=16, alpha=32.0, learning_rate=3.5e-3, epochs=3)
-    config.merge.update(scale=1.0, reinforce_scale=0.1)
+    config.user.train.update(rank=16, alpha=32.0, learning_rate=2.5e-3, epochs=3)
+    config.merge.update(scale=1.0, reinforce_scale=0.3)
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size in ("short", "smoke"):
         config.eval.update(topic=48, task=96, benign=48, health=16)
