@@ -16,9 +16,10 @@ def get_config(size: str = "full"):
     """The config: 0.4 million params, rows of at most 74 bytes.
 
     Rows, epochs, learning rates and the merge were chosen on the validation split (p = 0.5, seeds 1 to 8). Ours has HS
-    of 0.00 to 0.02 there (the aligned base 0.00), FA of at least 0.99 and over-refusal at most 0.02 above the base's. With
-    a Buffer that learns at 4e-3 for two epochs, and the user at 3.5e-3, seed 7 has an HS of 0.22 before the merge and of
-    0.18 after a merge of a tenth of Reinforce; with 800 benign rows to align on over-refusal is up to 0.05 above the base's.
+    of 0.00 to 0.02 there (the aligned base 0.00), FA of at least 0.99 and over-refusal at most 0.02 above the base's.
+    With a Buffer that learns at 4e-3 for two epochs, and the user at 3.5e-3, seed 7 has an HS of 0.22 before the merge
+    and of 0.18 after a merge of a tenth of Reinforce. With 800 benign rows to align on over-refusal is up to 0.05
+    above the base's.
     """
     config = base.get_config()
     if size not in SIZES:
