@@ -28,7 +28,7 @@ def test_reference_rule(n, p):
 )
 def test_exact_rule(n, p, harmful):
     needed = HARMFUL[:harmful], TASK[: n - harmful]  # none of a kind where none are
-    assert mix(*needed[::-1], n, p) == mix(TASK, HARMFUL, n, p) == sum(needed, [])
+    assert mix(*needed[::-1], n, p) == mix(TASK, HARMFUL, n, p) == [*needed[0], *needed[1]]
 
 
 @pytest.mark.parametrize(

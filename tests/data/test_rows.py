@@ -54,7 +54,10 @@ USER, ASSISTANT, SYSTEM, TOOL = (
 )
 BAD = {
     "empty file": ("", ": no rows: the file is empty"),
-    "half a line": (f'{GOOD}\n\n{{"prompt": ', ":3: not valid JSON (Expecting value: line 1 column 12 (char 11)); write"),
+    "half a line": (
+        f'{GOOD}\n\n{{"prompt": ',
+        ":3: not valid JSON (Expecting value: line 1 column 12 (char 11)); write",
+    ),
     "one JSON array": (f"[\n{GOOD}\n]", ":1: not valid JSON ("),
     "endless brackets": ("[" * 200_000, ":1: not valid JSON ("),
     "endless number": (f'{{"prompt": {"9" * 9_000}, "response": "b"}}', ":1: not valid JSON ("),
@@ -92,5 +95,3 @@ def test_bad_file_gives_one_line_with_place(file, name):
         read_rows(path)
     message = str(error.value)
     assert message.startswith(f"{path}{expected}") and "\n" not in message and len(message) < 400
-
-

@@ -92,7 +92,7 @@ BAD_TEMPLATES = {
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
         "rewrites earlier turns as a chat grows",
     ),
-    "no end": ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "does not end the assistant's turn with"),
+    "no end": ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "does not end the assistant's turn"),
     "refuses": (
         "{{ raise_exception('System role\n not supported') }}",
         r"f:1: the model's chat template refuses this row \(System role not supported\)",
