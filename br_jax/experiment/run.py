@@ -67,6 +67,7 @@ class Experiment:
         self.recipe = PaperRecipe(config) if paper else TopicRecipe(config, self._answer)
         self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
+        self._merged: dict[tuple[str, MergeConfig], Adapter] = {}
         self._stores: dict[pathlib.Path, Store] = {}
         with writing(self.workdir, "choose another workdir"):
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -183,8 +184,11 @@ class Experiment:
         return {s: {"adapter": folder, "beside": said[folder].get("beside", [])} for s, folder in self._given.items()}
 
     def merged(self, user: str, **merge) -> Adapter:
-        """Reinforce merged into "user" or "sft", with the config's merge but for the settings that are given."""
-        return method.release(self.aligned, self.adapter(user), self.adapter("reinforce"), self.merge(**merge))
+        """Reinforce merged into "user" or "sft", with the config's merge but for the settings that are given; once."""
+        key = user, self.merge(**merge)
+        if key not in self._merged:
+            self._merged[key] = method.release(self.aligned, self.adapter(user), self.adapter("reinforce"), key[1])
+        return self._merged[key]
 
     def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
