@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -50,7 +49,7 @@ class ModelSpec:
     windowed: tuple[bool, ...] = ()  # for each layer, whether it has the window; empty for all of them
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, Mapping):  # from a config file or JSON
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):  # a config's, or JSON's
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("biases", "windowed"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -69,7 +69,7 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
     """
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
-    spec = ModelSpec(**config.model.spec.to_dict()) if config.model.spec else read_spec(config.model.source)
+    spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
     dtype = jnp.dtype(config.model.dtype)
     make = _training if stage in TRAINING else _generation
     return make(config, stage, spec, abstract_params(spec, dtype), dtype, mesh, batch)

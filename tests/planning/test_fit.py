@@ -91,7 +91,7 @@ def test_remat_repeats_what_is_not_saved(config):
         config.user.train.remat = remat
         return predict(make_program(config, "user", mesh), CHIPS["v5e"], 8, 0).compute
 
-    spec, tokens = ModelSpec(**config.model.spec.to_dict()), 8 * 128
+    spec, tokens = ModelSpec(**config.model.spec), 8 * 128
     weights = spec.num_layers * sum(a * b for a, b in spec.kernel_shapes.values())
     attention = spec.num_layers * 4 * spec.num_heads * spec.head_dim * 128 / 2  # of whole rows
     assert flops("none") == pytest.approx(2 * tokens * (2 * weights + attention) / 8 / CHIPS["v5e"].flops)
