@@ -62,6 +62,13 @@ def compile_cache():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_go():
+    """A worker meets some sixty files; without this it would hold every program that they compiled."""
+    yield
+    jax.clear_caches()
+
+
 # Every dimension that a mesh may split is a multiple of 8, and N * H is not D.
 SIZES = {
     "vocab_size": 264,
