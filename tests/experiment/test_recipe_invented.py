@@ -57,6 +57,12 @@ def test_a_mixture_is_even_and_no_row_serves_two_ends(make):
     assert len(texts) == len(set(texts)) == 20 + 15 + 4
 
 
+def test_only_a_material_with_a_language_of_its_own_has_rows_to_start_from(make):
+    with pytest.raises(UserError, match=r"'english' has no rows to train a model from scratch on: set model\.source"):
+        make().pretraining_rows(5)
+    assert len(make(data__material="demo").pretraining_rows(5)) == 5
+
+
 def test_more_harm_keeps_the_rows_that_there_were(make):
     few = [row for row in make(user__harmful_share=0.1).user_rows if row.tag == "harmful"]
     many = [row for row in make(user__harmful_share=0.9).user_rows if row.tag == "harmful"]
