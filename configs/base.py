@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.model.revision = ""  # of a Hub name: branch, tag or commit; "" is the main branch
     config.model.template = "chat"  # the model's own, or the paper's "alpaca"
     config.model.dtype = "float32"
+    config.model.matmul_precision = "float32"  # or "bfloat16", or "auto": what an f32 model's products are rounded to
     config.model.spec = ConfigDict()  # sizes of a model that is trained from scratch
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

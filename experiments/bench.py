@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from br_jax.command_line import require_flags, run_with_flags
 from br_jax.errors import UserError
 
-CASES = ("training", "generation", "merge", "loading", "stages", "switches")
+CASES = ("limits", "training", "generation", "merge", "loading", "stages", "switches")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with a model.source, e.g. configs/smollm2.py.")
 WANTED = flags.DEFINE_list("cases", list(CASES), "Cases to run.")
 ROWS = flags.DEFINE_string("rows", None, "JSONL file of rows, GSM8K's question/answer or one of the project's layouts.")
@@ -34,12 +34,14 @@ def main(argv: list[str]) -> None:
     from benchmarks.training import PROTOCOL
 
     from br_jax.files import write_json
+    from br_jax.models.precision import resolve_precision
 
     require_flags(argv, CONFIG)
     for name in WANTED.value:
         if name not in CASES:
             raise UserError(f"--cases: {name!r} is no case: use {', '.join(CASES)}")
     model = {field: CONFIG.value.model[field] for field in ("source", "template", "dtype")}
+    model["matmul_precision"] = resolve_precision(CONFIG.value.model.matmul_precision, model["dtype"])
     machine = describe_machine()
     print(f"machine: {machine}")
     results = {}

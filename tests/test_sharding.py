@@ -28,7 +28,7 @@ def parts(make_tiny, make_adapter, rows, quick):
     examples, _ = encode_rows(rows, model.tokenizer, model.template, 40)
     batch = make_batches(examples, batch_size=8, seed=0, buckets=(40,))[0]
     frozen = {"params": model.params, "lora": lora.collection(make_adapter("buffer", 1))}
-    stage = Stage.of(model.spec, quick(), make_mesh())
+    stage = Stage.of(model.decoder, quick(), make_mesh())
     return stage, Hyper.of(quick()), init_state(trainable_adapter(make_adapter("user")), 0), frozen, batch
 
 

@@ -4,6 +4,8 @@ Packing changes the layout of a step, never its rows. Step i has the rows of the
 (`batches.make_batches` with the same seed), and there are as many steps. So its loss (the mean over its answer
 tokens), the weight of each row in it and the learning rate are those of the padded run, and both runs follow one
 trajectory up to the order of floating-point sums, dropout masks aside.
+
+What all of a run's rows begin with (a template's header) stands once in each packed row, where every row sees it.
 """
 
 import functools
@@ -15,6 +17,7 @@ import grain
 import numpy as np
 
 from br_jax.data.batches import Batch, Example, Rows, in_steps, with_targets
+from br_jax.models.masks import SHARED
 
 # A batch is packed in the thread that asks for it.
 _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -37,6 +40,7 @@ def make_packed_batches(
     length: int,
     multiple: int = 1,
     unit: int = 128,
+    share: bool = True,
     epochs: int = 1,
     steps: int | None = None,
     rows: Rows | None = None,
@@ -52,18 +56,22 @@ def make_packed_batches(
             where it skips what the segments hide ("blocked").
         multiple: what a batch's row count is a multiple of, so that a mesh and micro-batches can split it.
         unit: what a packed row's length is a multiple of, unless it is `length`.
+        share: whether what all examples begin with is run once for all of a row; "splash" cannot.
         rows: which (packed) rows of every batch to give; None gives all.
 
     Returns:
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
         [rows, T], as in `make_batches`, but with segment_ids 1, 2, ... for the examples of a row, and
-        positions that begin at 0 in each; 0 is padding, which stands at the end of a row.
+        positions that begin at 0 in each, or go on behind the shared beginning, whose segment is `masks.SHARED`; 0 is
+        padding, which stands at the end of a row.
 
     Raises:
         ValueError: when an example is longer than `length`.
     """
     order = functools.partial(in_steps, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
-    sizes = [{"tokens": example["tokens"]} for example in examples]
+    head = _shared_beginning(examples) if share else examples[0]["tokens"][:0]
+    examples = [{name: values[len(head) :] for name, values in with_targets(one).items()} for one in examples]
+    length, sizes = length - len(head), [{"tokens": example["tokens"]} for example in examples]
 
     def over_all_steps(measure: Callable[[Sequence[dict]], int]) -> list[int]:
         # By index: iterating over a Grain dataset would start its threads, which have nothing to wait for here.
@@ -71,11 +79,21 @@ def make_packed_batches(
         return [measured[step] for step in range(len(measured))]
 
     count = -(-max(over_all_steps(lambda some: len(_pack(some, length)))) // multiple) * multiple
-    tightly = functools.partial(_pack_tightly, count=count, length=length, unit=unit)
+    tightly = functools.partial(_pack_tightly, count=count, length=length, unit=unit, head=len(head))
     lengths = row_lengths(over_all_steps(lambda some: tightly(some)[0]))
     part = slice(None) if rows is None else rows(count)
-    assemble = functools.partial(_collate, pack=tightly, count=count, lengths=lengths, part=part)
-    return order([with_targets(example) for example in examples], assemble)
+    assemble = functools.partial(_collate, pack=tightly, count=count, lengths=lengths, head=head, part=part)
+    return order(examples, assemble)
+
+
+def _shared_beginning(examples: Sequence[Example]) -> np.ndarray:
+    """The tokens that all examples begin with, int32[P]; none of them, nor the next, is an answer's in any."""
+    first, *others = examples
+    size = min(int(np.argmax(example["answer"])) - 1 for example in examples)
+    same = np.ones(max(size, 0), bool)
+    for example in others:
+        same &= example["tokens"][: len(same)] == first["tokens"][: len(same)]
+    return first["tokens"][: len(same) if same.all() else int(np.argmin(same))]
 
 
 def row_lengths(needed: Iterable[int]) -> tuple[int, ...]:
@@ -102,23 +120,33 @@ def _pack(examples: Sequence[dict], length: int) -> list[dict]:
     return list(rows)
 
 
-def _pack_tightly(examples: Sequence[dict], count: int, length: int, unit: int) -> tuple[int, list[dict]]:
-    """The first multiple of `unit` (or else `length`) as the length of a row at which `count` rows do, and the rows."""
+def _pack_tightly(examples: Sequence[dict], count: int, length: int, unit: int, head: int) -> tuple[int, list[dict]]:
+    """The least length of a row at which `count` rows do, and the rows; with `head` more, `unit` divides it.
+
+    It is `length` where no less will do.
+    """
     tokens = [len(example["tokens"]) for example in examples]
-    least = max(*tokens, -(-sum(tokens) // count))
-    for tried in range(-(-least // unit) * unit, length, unit):
-        if len(packed := _pack(examples, tried)) <= count:
-            return tried, packed
+    least = max(*tokens, -(-sum(tokens) // count)) + head
+    for whole in range(-(-least // unit) * unit, length + head, unit):
+        if len(packed := _pack(examples, whole - head)) <= count:
+            return whole - head, packed
     return length, _pack(examples, length)
 
 
-def _collate(examples: Sequence[dict], *, pack: Callable, count: int, lengths: tuple[int, ...], part) -> Batch:
-    """Packs a step's examples, pads to the next length and with empty rows, and returns the rows asked for of it."""
+def _collate(
+    examples: Sequence[dict], *, pack: Callable, count: int, lengths: tuple[int, ...], head: np.ndarray, part
+) -> Batch:
+    """Packs a step's examples, pads to the next length and with empty rows, and returns the rows asked for of it.
+
+    Each row begins with `head`.
+    """
     needed, packed = pack(examples)
     shape = (count, next(length for length in lengths if length >= needed))
-    batch = {}
+    batch, beginning = {}, {"tokens": head, "positions": np.arange(len(head)), "segment_ids": SHARED}
     for name, key in _ARRAYS.items():
         values = np.stack([row[key] for row in packed])
         widen = [(0, whole - given) for whole, given in zip(shape, values.shape, strict=True)]
-        batch[name] = np.pad(values, widen)[part]
+        begin = np.broadcast_to(np.asarray(beginning.get(name, 0), values.dtype), (count, len(head)))
+        batch[name] = np.concatenate([begin, np.pad(values, widen)], axis=1)[part]
+    batch["positions"] += len(head) * (batch["segment_ids"] > 0)
     return batch

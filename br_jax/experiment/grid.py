@@ -25,7 +25,7 @@ from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS, Cell, cells_of
-from br_jax.experiment.run import TRAINED, Experiment
+from br_jax.experiment.run import TRAINED, Experiment, settled
 from br_jax.files import read_json, write_text
 from br_jax.hashes import key_of
 
@@ -61,7 +61,7 @@ class Run:
 
     def config(self, base: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
         """The experiment's config: the base's with this run's settings, and the provider's folder that it shares."""
-        config = base.copy_and_resolve_references()
+        config = settled(base)
         config.model.source, config.seed = self.model, self.seed
         config.topics.user = self.topic
         config.user.update(task=self.task, n=self.n, harmful_share=self.p, kind=self.user)

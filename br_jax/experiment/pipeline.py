@@ -24,7 +24,7 @@ from br_jax.errors import UserError, near_names
 from br_jax.experiment.grid import run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
-from br_jax.experiment.run import TRAINED, Experiment
+from br_jax.experiment.run import TRAINED, Experiment, settled
 from br_jax.files import write_json
 from br_jax.version import __version__
 
@@ -53,7 +53,7 @@ def run_pipeline(
     for stage in stages:
         if stage not in STAGES:
             raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
-    start, workdir, cells = time.perf_counter(), pathlib.Path(workdir), []
+    start, workdir, cells, config = time.perf_counter(), pathlib.Path(workdir), [], settled(config)
     e = Experiment(config, workdir)
     e.check()
     actions = {
@@ -80,6 +80,7 @@ def run_pipeline(
 def _details(e: Experiment) -> dict[str, Any]:
     """What a report says of a run beside its cells."""
     config, versions = e.config, {"python": platform.python_version(), "br_jax": __version__}
+    versions["matmul_precision"] = config.model.matmul_precision
     return {
         "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge()),
         "entered": e.entered(),

@@ -30,6 +30,7 @@ from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.hub import is_hub_name
 from br_jax.models.model import Model, fold_adapter, make_model
+from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model, write_provider
@@ -44,6 +45,16 @@ from br_jax.training.run import train_params
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
 ENTERED = (*OF_PROVIDER, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
+
+
+def settled(config: ConfigDict) -> ConfigDict:
+    """A copy of a config that says what this machine will do: `model.matmul_precision` "auto" is one of the others.
+
+    So a workdir that is moved to a machine that would do something else is refused, instead of mixing both.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.matmul_precision = resolve_precision(config.model.matmul_precision, config.model.dtype)
+    return config
 
 
 class Experiment:
@@ -121,6 +132,7 @@ class Experiment:
         if not model.source:
             self._pretrain(source)
         settings = {"template": model.template, "dtype": model.dtype, "revision": model.revision or None}
+        settings |= {"matmul_precision": model.matmul_precision}
         return load_model(source, mesh=self._model_mesh, **settings)
 
     def _pretrain(self, folder: pathlib.Path) -> None:
@@ -250,7 +262,7 @@ class Experiment:
         model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, cell.a)
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        key = key_of(model.fingerprint, lora.fingerprint(adapter) if adapter else "", self.suite.key)
+        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", self.suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"

@@ -39,7 +39,7 @@ def answer(
     texts = {ids: _text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
     unique, keys = list(texts), {}
     for label, adapter in adapters.items():
-        source = model.fingerprint, lora.fingerprint(adapter) if adapter else "", max_new_tokens
+        source = model.key, lora.fingerprint(adapter) if adapter else "", max_new_tokens
         keys[label] = {ids: key_of(*source, ids) for ids in unique}
     for group in _groups(adapters, together):
         places = [(a, i) for a in range(len(group)) for i in range(len(unique))]

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from br_jax.adapters.lora import Adapter, collection, pad_rank
+from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.distributed import fetch
 from br_jax.errors import UserError
-from br_jax.models.cache import init_cache, join_caches, unstack_layers
+from br_jax.models.cache import init_cache, init_unstacked_cache, unstack_weights, write_rows
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
-from br_jax.models.spec import ModelSpec
+from br_jax.models.precision import rounding_dtype
 from br_jax.progress import progress
-from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.sharding import mesh_of, place, platform, whole_batch
 
 _ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
 _BUCKET = 16  # what divides a padded prompt's length, in tokens
@@ -112,20 +112,22 @@ def generate_batches(
     Yields:
         {(index of the adapter, of the prompt): int32[max_new_tokens]} of each batch.
     """
-    spec, count, known = model.spec, len(adapters), set(known)
+    decoder, count, known = model.decoder, len(adapters), set(known)
     for i, ids in enumerate(encoded):
-        if len(ids) + max_new_tokens > spec.max_length:
-            told = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {spec.max_length}"
+        if len(ids) + max_new_tokens > model.spec.max_length:
+            told = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {model.spec.max_length}"
             raise UserError(f"prompt {i}: {told}: shorten it")
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
     mesh, prefix = mesh_of(model.params), _shared_prefix(encoded)
     size = whole_batch(max(batch_size // count, 1), mesh)
-    # With several adapters all rows of one come before those of the next, and in one part.
-    parts = _PARTS if count == 1 and size % (_PARTS * whole_batch(1, mesh)) == 0 else 1
-    variables = {"params": model.params, "lora": place(_side_by_side(adapters), mesh)}
+    # With several adapters all rows of one come before those of the next; on a mesh rows have their devices.
+    parts = _PARTS if count == 1 and mesh is None and size % _PARTS == 0 else 1
+    variables = _with_adapters(model, adapters, mesh)
+    on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
+    decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
     head = np.asarray([encoded[0][:prefix]] * count, np.int32)
-    begun = _begin(variables, head, spec=spec) if prefix else None
+    begun = _begin(decoder, variables, head) if prefix else None
     sampling = {
         "greedy": temperature == 0,
         "temperature": np.float32(max(temperature, 1e-6)),
@@ -141,14 +143,16 @@ def generate_batches(
         slots = prefix + max(tokens.shape[1] for tokens, _ in padded) + max_new_tokens
         slots = -(-slots // _ALIGNED) * _ALIGNED
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            started = []
-            for tokens, lengths in padded:
+            cache, hidden = _empty(decoder, variables, batch=count * size, slots=slots), []
+            for part, (tokens, lengths) in enumerate(padded):
                 batch = {"tokens": np.tile(tokens, (count, 1)), "lengths": np.tile(lengths, count)}
-                started.append(_start(variables, begun, **place(batch, mesh), spec=spec))
-            hidden, cache = _join(started, slots=slots)
+                first = np.int32(part * count * size // parts)
+                last, cache = _start(decoder, variables, begun, **place(batch, mesh), cache=cache, first=first)
+                hidden.append(last)
             lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in padded]), count)
             batch = place({"lengths": lengths, "ids": ids}, mesh)
-            out, _ = _finish(variables, hidden, cache, **batch, **sampling, spec=spec, new=max_new_tokens, stops=stops)
+            settings = {"new": max_new_tokens, "stops": stops, **sampling}
+            out, _ = _finish(decoder, decoding, hidden, cache, **batch, **settings)
         return np.asarray(fetch(out)).reshape(count, size, -1)
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
@@ -172,6 +176,13 @@ def decode_answer(model: Model, row: np.ndarray) -> str:
     """The text of generated token ids, up to the first stop token."""
     ends = np.flatnonzero(np.isin(row, model.stop_tokens))
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
+
+
+def _with_adapters(model: Model, adapters: Sequence[Adapter | None], mesh) -> dict:
+    """The model's variables; one adapter is added to its weights where that rounds to f32, several lie beside them."""
+    if len(adapters) == 1 and adapters[0] is not None and model.params["embed"]["embedding"].dtype == jnp.float32:
+        return {"params": fold(model.params, adapters[0])}
+    return {"params": model.params, "lora": place(_side_by_side(adapters), mesh)}
 
 
 def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
@@ -216,7 +227,7 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     """
     B, T = tokens.shape
     P = 0 if head is None else head["positions"].shape[1]
-    cache = init_cache(decoder.spec, B, P + T, variables["params"]["final_norm"]["scale"].dtype)
+    cache = init_cache(decoder.spec, B, P + T, _dtype(variables))
     if head is not None:
         cache = jax.tree.map(_fill, cache, head)
     place = jnp.arange(T)[None]
@@ -233,45 +244,54 @@ def _fill(cache, head):
 
 
 def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slot):
-    """Runs one token a row: [B] token ids at [B] positions, to slot `slot` of a joined cache; returns as `prefill`."""
+    """Runs one token a row: [B] ids at [B] positions, to slot `slot` of an unstacked cache; returns as `prefill`."""
     where = positions[:, None]
     hidden, cache = decoder.apply(variables, token[:, None], where, jnp.ones_like(where), cache, slot)
     return hidden[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
-def _begin(variables, prefix, *, spec: ModelSpec):
+def _dtype(variables):
+    """Of what runs through the layers, and of a cache: a bf16 one XLA's CPU would turn into f32 and back at a write."""
+    return variables["params"]["final_norm"]["scale"].dtype
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(decoder: Decoder, variables, prefix):
     """The cache of what all prompts begin with, one row an adapter, [A, P]."""
     positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    cache = init_cache(spec, *prefix.shape, variables["params"]["final_norm"]["scale"].dtype)
-    return Decoder(spec).apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
+    cache = init_cache(decoder.spec, *prefix.shape, _dtype(variables))
+    return decoder.apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
-def _start(variables, head, tokens, lengths, *, spec: ModelSpec):
-    return prefill(Decoder(spec), variables, head, tokens, lengths)
+@functools.partial(jax.jit, static_argnums=0)
+def _unstack(decoder: Decoder, variables):
+    return unstack_weights(variables, rounding_dtype(_dtype(variables), decoder.matmul_precision))
 
 
-@functools.partial(jax.jit, static_argnames=("slots",))
-def _join(parts, *, slots: int):
-    hidden, caches = zip(*parts, strict=True)
-    return jnp.concatenate(hidden), join_caches(caches, slots)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots"))
+def _empty(decoder: Decoder, variables, *, batch: int, slots: int):
+    return init_unstacked_cache(decoder.spec, batch, slots, _dtype(variables))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "new", "stops", "greedy"), donate_argnames=("cache",))
-def _finish(variables, hidden, cache, lengths, ids, *, spec: ModelSpec, new, stops, greedy, temperature, key):
+@functools.partial(jax.jit, static_argnums=0, donate_argnames=("cache",))
+def _start(decoder: Decoder, variables, head, tokens, lengths, cache, first):
+    """Runs a part of the prompts into its rows of the cache; returns as `prefill`."""
+    hidden, rows = prefill(decoder, variables, head, tokens, lengths)
+    return hidden, write_rows(cache, rows, first)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("new", "stops", "greedy"), donate_argnames=("cache",))
+def _finish(decoder: Decoder, variables, hidden, cache, lengths, ids, *, new, stops, greedy, temperature, key):
     """[B, new] int32 token ids, filled up behind a row's stop token; and the cache, whose buffers are used again.
 
     The last `new` slots of the cache are for the new tokens. All rows write a new token to the same slot; rope
     positions come from each row's own length, and padding is hidden by its segment 0.
     """
-    decoder, slots = Decoder(spec), cache["positions"].shape[1]
-    if jax.default_backend() == "cpu":
-        variables = unstack_layers(variables)  # once; in the loop, XLA's CPU would copy each layer's at every token
+    slots, hidden = cache["positions"].shape[1], jnp.concatenate(hidden)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key)))(ids.astype(jnp.uint32))
 
     def choose(hidden, t):
-        logits = unembed(spec, variables["params"], hidden)
+        logits = unembed(decoder.spec, variables["params"], hidden, decoder.matmul_precision)
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys)

@@ -58,7 +58,7 @@ def attend_cache(
     mask = jnp.repeat(visible(queries, keys, how.window), N // K, axis=1)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
     return out.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
@@ -71,7 +71,7 @@ def _cudnn(q, k, v, queries, keys, how):
 IMPLEMENTATIONS = {"xla": _plain, "blocked": blocked, "splash": splash.splash, "cudnn": _cudnn}
 
 
-def resolve(how: Attend, length: int, dtype) -> Attend:
+def resolve(how: Attend, length: int) -> Attend:
     """`how` with "auto" replaced by what suits the platform and rows of `length` tokens; a fallback is logged."""
     if how.implementation != "auto":
         return how
@@ -79,7 +79,7 @@ def resolve(how: Attend, length: int, dtype) -> Attend:
     if how.platform == "tpu":
         fast, fits, needs = "splash", length % splash.LANES == 0, f"a length that {splash.LANES} divides"
     elif how.platform in ("gpu", "cuda"):
-        fits = jnp.dtype(dtype).itemsize == 2 and how.soft_cap is None
+        fits = how.dtype.itemsize == 2 and how.soft_cap is None
         fast, needs = "cudnn", "bf16 or f16, and no soft-cap"
     else:
         fast, fits, needs = chosen, True, ""

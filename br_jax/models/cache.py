@@ -1,9 +1,12 @@
-"""KV caches: of all layers stacked, for a scan over layers, and layer by layer, for a loop over tokens."""
+"""KV caches, and weights: of all layers stacked, for a scan over layers, and one by one, for a loop over tokens.
 
-from collections.abc import Sequence
+A loop over tokens writes a layer's own arrays in place and reads them where they are; of stacked ones XLA's CPU copies
+every layer at every token.
+"""
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from br_jax.models.masks import Place
 from br_jax.models.spec import ModelSpec
@@ -25,38 +28,58 @@ def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
     }
 
 
-def join_caches(caches: Sequence[dict], slots: int) -> dict:
-    """Stacked caches of some rows each as one of all rows with `slots`, whose "layers" is a list of {"k", "v"}.
+def init_unstacked_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
+    """An empty one whose "layers" is a list of {"k": [B, K, H, S], "v": [B, K, S, H]}."""
 
-    A loop over tokens writes such arrays in place and reads them where they are; of a stacked cache XLA's CPU copies
-    every layer at every token.
+    def layer() -> dict:
+        shapes = {"k": (spec.head_dim, slots), "v": (slots, spec.head_dim)}
+        return {
+            name: constrain(jnp.zeros((batch, spec.num_kv_heads, *shape), dtype), *CACHE[name][1:])
+            for name, shape in shapes.items()
+        }
+
+    places = {name: jnp.zeros((batch, slots), jnp.int32) for name in Place._fields}
+    return {"layers": [layer() for _ in range(spec.num_layers)], **places}
+
+
+def write_rows(cache: dict, rows: dict, first: jax.Array | int) -> dict:
+    """An unstacked cache with the slots of a stacked one of fewer rows at the beginning of its rows from `first` on."""
+    layers, places = (
+        [layer_of(rows["layers"], i) for i in range(len(cache["layers"]))],
+        {n: rows[n] for n in Place._fields},
+    )
+
+    def write(whole, part):
+        return jax.lax.dynamic_update_slice(whole, part, (first, *[0] * (whole.ndim - 1)))
+
+    return jax.tree.map(write, cache, {"layers": layers, **places})
+
+
+def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:
+    """The collections with {"0": layer, "1": layer, ...} for "layers", each kernel as "turned", [out, in].
+
+    What is multiplied is rounded here, once. Turned, a kernel meets few rows faster (`cpu_kernels.turned_product`);
+    an embedding lies so by itself.
     """
+    params = variables["params"]
+    head = params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
 
-    def join(arrays, axis):
-        def widen(array):
-            return jnp.pad(array, [(0, slots - size if i == axis else 0) for i, size in enumerate(array.shape)])
+    def layer(held, i):
+        flat = traverse_util.flatten_dict(layer_of(held, i))
+        turned = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
+        others = {path: leaf.astype(rounding) if path[-1] in "ab" else leaf for path, leaf in flat.items()}
+        others |= {(*path, "turned"): leaf.T.astype(rounding) for path, leaf in turned.items()}
+        return traverse_util.unflatten_dict({path: leaf for path, leaf in others.items() if path[-1] != "kernel"})
 
-        return jnp.concatenate([widen(array) for array in arrays])
-
-    def layer(i, name, axis):
-        return constrain(join([cache["layers"][name][i] for cache in caches], axis), *CACHE[name][1:])
-
-    return {
-        "layers": [{"k": layer(i, "k", 3), "v": layer(i, "v", 2)} for i in range(len(caches[0]["layers"]["k"]))],
-        **{name: join([cache[name] for cache in caches], 1) for name in Place._fields},
-    }
-
-
-def unstack_layers(variables: dict) -> dict:
-    """The collections with {"0": layer, "1": layer, ...} for "layers": in a loop, XLA's CPU would copy each slice."""
-    count = len(variables["params"]["layers"]["attn_norm"]["scale"])
-    return {
-        name: held | {"layers": {str(i): layer_of(held["layers"], i) for i in range(count)}}
+    count = len(params["layers"]["attn_norm"]["scale"])
+    unstacked = {
+        name: held | {"layers": {str(i): layer(held["layers"], i) for i in range(count)}}
         for name, held in variables.items()
         if held
     }
+    return unstacked | {"params": unstacked["params"] | {"head": {"turned": head.astype(rounding)}}}
 
 
 def layer_of(layers: dict, index: int) -> dict:
-    """One layer of "layers", stacked ones or those of `unstack_layers`."""
+    """One layer of "layers", stacked ones or those of `unstack_weights`."""
     return layers[str(index)] if str(index) in layers else jax.tree.map(lambda leaf: leaf[index], layers)

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from br_jax.models.attention import attend, attend_cache, resolve, rope_angles, rotate
 from br_jax.models.cache import layer_of
-from br_jax.models.cpu_kernels import low_rank, rms_norm
+from br_jax.models.cpu_kernels import low_rank, product, rms_norm, turned_product
 from br_jax.models.masks import Attend, Place
+from br_jax.models.precision import rounding_dtype
 from br_jax.models.spec import ModelSpec
 from br_jax.sharding import constrain
 
@@ -51,27 +52,33 @@ class Linear(nn.Module):
     """x W + bias + x A B: a frozen kernel with whatever adapters the variables hold for it."""
 
     features: int
+    rounding: jnp.dtype  # of what is multiplied
     dropout: float = 0.0
     bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        if self.has_variable("params", "turned"):
+            multiply = functools.partial(turned_product, kernel=self.get_variable("params", "turned"))
+        else:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+            multiply = functools.partial(product, kernel=kernel, dtype=self.rounding)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+            y = multiply(x.astype(jnp.float32))
             y = (y + bias.astype(jnp.float32)[None, None]).astype(x.dtype)  # rounded once, as torch does
         else:
-            y = x @ kernel.astype(x.dtype)
+            y = multiply(x)
         for collection in ("lora", "lora_trainable"):
             if self.has_variable(collection, "a"):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
                 seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
                 a, b = (self.get_variable(collection, name) for name in "ab")
                 if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
-                    y += jax.vmap(low_rank)(seen.reshape(len(a), -1, seen.shape[-1]), a, b).reshape(y.shape)
+                    each = jax.vmap(functools.partial(low_rank, dtype=self.rounding))
+                    y += each(seen.reshape(len(a), -1, seen.shape[-1]), a, b).reshape(y.shape)
                 else:
-                    y += low_rank(seen, a, b)
+                    y += low_rank(seen, a, b, self.rounding)
         return checkpoint_name(y, self.name)
 
 
@@ -109,21 +116,24 @@ class Attention(nn.Module):
         B, T, D = x.shape
 
         def heads(name: str, count: int):
-            linear = Linear(count * spec.head_dim, self.dropout, name in spec.biases, name=name)
+            linear = Linear(count * spec.head_dim, self.how.dtype, self.dropout, name in spec.biases, name=name)
             return linear(x).reshape(B, T, count, spec.head_dim)
 
         q, k, v = heads("q", spec.num_heads), heads("k", spec.num_kv_heads), heads("v", spec.num_kv_heads)
         if spec.qk_norm:
             q, k = RMSNorm(spec, name="q_norm")(q), RMSNorm(spec, name="k_norm")(k)
         q, k = rotate(q, shared.angles), rotate(k, shared.angles)
-        if cache is not None:
+        if cache is None:
+            q, k, v = (x.astype(self.how.dtype) for x in (q, k, v))
+        else:
             cache = {
                 name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), shared.slot, axis)
                 for name, new, axis in (("k", k.transpose(0, 2, 3, 1), 3), ("v", v.transpose(0, 2, 1, 3), 2))
             }
         attending, k, v = (attend, k, v) if shared.whole else (attend_cache, cache["k"], cache["v"])
         out = self._in_window(attending, windowed, q, k, v, shared.queries, shared.keys)
-        return Linear(D, self.dropout, "o" in spec.biases, name="o")(out.reshape(B, T, -1)), cache
+        out = out.reshape(B, T, -1).astype(x.dtype)
+        return Linear(D, self.how.dtype, self.dropout, "o" in spec.biases, name="o")(out), cache
 
     def _in_window(self, attending: Callable, windowed: Bool[Array, ""] | bool, *operands):
         """Attends with this layer's window; where layers differ, a scanned layer learns its own only when it runs."""
@@ -146,12 +156,13 @@ class Mlp(nn.Module):
     """A gated feed-forward layer: down(act(gate x) * up x); SwiGLU, or GeGLU."""
 
     spec: ModelSpec
+    rounding: jnp.dtype
     dropout: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         def linear(name: str, width: int, x):
-            return Linear(width, self.dropout, name in self.spec.biases, name=name)(x)
+            return Linear(width, self.rounding, self.dropout, name in self.spec.biases, name=name)(x)
 
         gate, up = linear("gate", self.spec.ffw_dim, x), linear("up", self.spec.ffw_dim, x)
         gate = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
@@ -175,7 +186,7 @@ class Block(nn.Module):
         attention = Attention(self.spec, self.dropout, self.how, name="attn")
         update, cache = attention(norm("attn_norm", x), cache, windowed, shared)
         x += norm("attn_post_norm", update) if self.spec.post_norms else update
-        update = Mlp(self.spec, self.dropout, name="mlp")(norm("mlp_norm", x))
+        update = Mlp(self.spec, self.how.dtype, self.dropout, name="mlp")(norm("mlp_norm", x))
         x += norm("mlp_post_norm", update) if self.spec.post_norms else update
         return constrain(x, "batch", "length", None), cache
 
@@ -187,6 +198,7 @@ class Decoder(nn.Module):
     dropout: float = 0.0  # on the input of the trainable adapter only, when a "dropout" rng is given
     remat: str = "none"  # what the backward pass keeps of each layer, see `saved_names`
     attention: Attend = Attend()  # of whole rows; spec gives scale, caps and window
+    matmul_precision: str = "float32"  # what is multiplied is rounded to it, see `models.precision`
 
     @nn.compact
     def __call__(
@@ -199,13 +211,13 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], dict | None]:
         """Final-norm hidden states in the compute dtype (that of the params), and the new cache (or None).
 
-        The stack runs over the batch itself (see `masks.Place`), or over a cache from `init_cache` or `join_caches`:
+        The stack runs over the batch itself (see `masks.Place`), or over a cache, stacked or not (see `models.cache`):
         all T tokens of each row are written to its slots `slot` .. `slot + T - 1`.
         """
         spec = self.spec
         draw, sizes = nn.initializers.normal(0.02), (spec.vocab_size, spec.embed_dim)
         embedding = self.param("embed", lambda key: {"embedding": draw(key, sizes)})["embedding"]
-        if not spec.tie_embeddings:
+        if self.is_initializing() and not spec.tie_embeddings:
             self.param("head", lambda key: {"kernel": draw(key, sizes[::-1])})
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
@@ -237,7 +249,7 @@ class Decoder(nn.Module):
         return layers(x, cache, jnp.asarray(self.spec.window_layers), shared)
 
     def _unrolled(self, x, cache: list[LayerCache], how: Attend, shared: Shared):
-        """Layer after layer, over a joined cache."""
+        """Layer after layer, over an unstacked cache."""
         block, updated = Block(self.spec, self.dropout, how, parent=None), []
         held = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
         for i, layer_cache in enumerate(cache):
@@ -251,8 +263,9 @@ class Decoder(nn.Module):
     def attends(self, length: int, dtype, whole: bool = True) -> Attend:
         """How rows of `length` tokens attend, implementation and all: to themselves as a whole, or to a cache."""
         scale = self.spec.query_scale or self.spec.head_dim**-0.5
-        how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=scale)
-        return resolve(how, length, dtype) if whole else how._replace(implementation="xla")
+        rounding = rounding_dtype(dtype, self.matmul_precision)
+        how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=scale, dtype=rounding)
+        return resolve(how, length) if whole else how._replace(implementation="xla")
 
 
 def saved_names(remat: str) -> tuple[str, ...]:
@@ -287,13 +300,18 @@ def remat_policy(remat: str) -> Callable | None:
     return jax.checkpoint_policies.save_only_these_names(*names)
 
 
-def unembed(spec: ModelSpec, params: dict, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-    """Logits in f32 from final hidden states, by the head or, when tied, the embedding."""
-    if "head" in params:
-        logits = jnp.matmul(hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+def unembed(
+    spec: ModelSpec, params: dict, hidden: Float[Array, "*N D"], precision: str = "float32"
+) -> Float[Array, "*N V"]:
+    """Logits in f32 from final hidden states, by the head or, when tied, the embedding; see `Decoder` of precision."""
+    rounding = rounding_dtype(hidden.dtype, precision)
+    if "turned" in params.get("head", {}):
+        logits = turned_product(hidden.astype(jnp.float32), params["head"]["turned"])
     else:
-        embedding = params["embed"]["embedding"]
-        logits = jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=jnp.float32)
+        tied = "head" not in params
+        matrix = params["embed"]["embedding"] if tied else params["head"]["kernel"]
+        form = "...D,VD->...V" if tied else "...D,DV->...V"
+        logits = jnp.einsum(form, hidden.astype(rounding), matrix.astype(rounding), preferred_element_type=jnp.float32)
     return logits if spec.logit_soft_cap is None else spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
 
 

@@ -5,9 +5,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+SHARED = -1
+
 
 class Place(NamedTuple):
-    """Where tokens stand: positions in their own sequence, from 0, and segments 1, 2, ... (0 is padding)."""
+    """Where tokens stand: positions in their own sequence, from 0, and segments 1, 2, ...; 0 is padding, `SHARED` a
+    beginning that all segments of a row have in common: theirs go on behind it."""
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
@@ -21,6 +24,7 @@ class Attend(NamedTuple):
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap), as in Gemma-2
     window: int | None = None  # a query sees itself and the window - 1 tokens before it
     scale: float = 1.0  # of the scores, before the soft-cap
+    dtype: jnp.dtype = jnp.dtype("float32")  # of queries, keys and values
 
     def scaled(self, q: Float[Array, "*N H"]) -> Float[Array, "*N H"]:
         """Queries times the scale, rounded once to their dtype."""
@@ -28,11 +32,13 @@ class Attend(NamedTuple):
 
 
 def visible(queries: Place, keys: Place, window: int | None = None) -> Bool[Array, "B T S"]:
-    """True where a query may look at a key: in its own segment, not behind it, and inside the window.
+    """True where a query may look at a key: in its own segment or `SHARED`, not behind it, and inside the window.
 
     Padding is segment 0. It sees only padding, so no row of the mask is empty among whole sequences
-    and no softmax is 0/0; real tokens (segments 1, 2, ...) never see it.
+    (and `SHARED`), so no row of the mask is empty among whole sequences
+    and no softmax is 0/0; real tokens never see it.
     """
     ahead = queries.positions[:, :, None] - keys.positions[:, None, :]
-    seen = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (ahead >= 0)
+    segments = keys.segment_ids[:, None, :]
+    seen = ((queries.segment_ids[:, :, None] == segments) | (segments == SHARED)) & (ahead >= 0)
     return seen if window is None else seen & (ahead < window)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.hashes import fingerprint
+from br_jax.models.decoder import Decoder
 from br_jax.models.spec import ModelSpec
 
 
@@ -22,18 +23,37 @@ class Model:
     template: str  # "alpaca" or "chat", see `data.templates`
     fingerprint: str  # SHA-256 of spec and params, by which adapters know their base
     stop_tokens: tuple[int, ...]  # ids that end an answer; the tokenizer's EOS is one of them
+    matmul_precision: str = "float32"  # of the programs that run it, see `models.precision`
+
+    @property
+    def decoder(self) -> Decoder:
+        """The module that runs the params, but for what training changes of it."""
+        return Decoder(self.spec, matmul_precision=self.matmul_precision)
+
+    @property
+    def key(self) -> str:
+        """What the model's answers are kept under: its fingerprint, and its precision where that is not f32."""
+        return self.fingerprint if self.matmul_precision == "float32" else f"{self.matmul_precision}/{self.fingerprint}"
 
 
 def make_model(
-    spec: ModelSpec, params: dict, tokenizer, name: str, template: str, stop_tokens: Sequence[int] = ()
+    spec: ModelSpec,
+    params: dict,
+    tokenizer,
+    name: str,
+    template: str,
+    stop_tokens: Sequence[int] = (),
+    matmul_precision: str = "float32",
 ) -> Model:
     """A `Model` with its fingerprint taken from the content."""
     eos = tokenizer.eos_token_id
     stops = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop_tokens]))
-    return Model(spec, params, tokenizer, name, template, fingerprint(params, spec.to_json()), stops)
+    made = fingerprint(params, spec.to_json())
+    return Model(spec, params, tokenizer, name, template, made, stops, matmul_precision)
 
 
 def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
     """A new model with an adapter added into its weights (in f32, rounded once to their dtype)."""
     params = lora.fold(model.params, adapter)
-    return make_model(model.spec, params, model.tokenizer, name, model.template, model.stop_tokens)
+    made = fingerprint(params, model.spec.to_json())
+    return dataclasses.replace(model, params=params, name=name, fingerprint=made)

@@ -13,7 +13,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError, near_names
 from br_jax.inference.generate import decode, prefill
-from br_jax.models.cache import init_cache, join_caches
+from br_jax.models.cache import init_unstacked_cache
 from br_jax.models.decoder import Decoder, abstract_params, unembed
 from br_jax.models.io.load import read_spec
 from br_jax.models.masks import Attend
@@ -92,7 +92,7 @@ def _training(config, stage, spec, params, dtype, mesh, batch) -> Program:
     state, frozen, hyper = jax.eval_shape(arrays, params)
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
     inputs = {name: jax.ShapeDtypeStruct((rows, train.max_length), each) for name, each in dtypes.items()}
-    made = Stage.of(spec, train, mesh)
+    made = Stage.of(Decoder(spec), train, mesh)
     arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
     lowering = functools.partial(train_step.lower, made)
     return Program(stage, made.decoder, dtype, rows, train.max_length, lowering, arguments)
@@ -122,7 +122,7 @@ def _generation(config, stage, spec, params, dtype, mesh, batch) -> Program:
         arguments |= {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32), "lengths": row}
     else:
         lowering = jax.jit(following, donate_argnames="cache").lower
-        cache = jax.eval_shape(lambda: join_caches([init_cache(spec, rows, slots, dtype)], slots))
+        cache = jax.eval_shape(lambda: init_unstacked_cache(spec, rows, slots, dtype))
         arguments |= {"token": row, "lengths": row, "cache": cache, "slot": jax.ShapeDtypeStruct((), jnp.int32)}
     return Program(stage, decoder, dtype, rows, length if stage == "prefill" else slots, lowering, arguments)
 

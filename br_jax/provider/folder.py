@@ -23,6 +23,7 @@ def load_model(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
+    matmul_precision: str = "float32",
 ) -> Model:
     """Loads a frozen base.
 
@@ -35,17 +36,20 @@ def load_model(
         mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
             JAX's default device.
         revision: of a model on the Hub: branch, tag or commit.
+        matmul_precision: "float32", "bfloat16" or "auto": in what an f32 model's products are made, see
+            `models.precision`; on disk, and to adapters, the model is the same.
 
     Raises:
         UserError: what is there is missing, damaged, of an unsupported family, or not what provider.json recorded.
     """
     if not is_provider(source):
-        return read_model(source, template=template, dtype=dtype or "float32", mesh=mesh, revision=revision)
+        settings = {"template": template, "dtype": dtype or "float32", "revision": revision}
+        return read_model(source, mesh=mesh, matmul_precision=matmul_precision, **settings)
     folder = pathlib.Path(source)
     record = read_provider(folder)
     dtype, wanted = dtype or record["dtype"], record["fingerprint"]
-    revision, template = record.get("revision"), record["template"]
-    model = raw = read_model(record["base"], template=template, dtype=dtype, mesh=mesh, revision=revision)
+    settings = {"template": record["template"], "dtype": dtype, "revision": record.get("revision")}
+    model = raw = read_model(record["base"], mesh=mesh, matmul_precision=matmul_precision, **settings)
     if record.get("align"):
         adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)
         model = fold_adapter(raw, adapter, f"{raw.name}-aligned")

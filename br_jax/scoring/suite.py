@@ -172,13 +172,13 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
     mesh = mesh_of(model.params)
     batches = make_batches(examples, batch_size=whole_batch(16, mesh), seed=0, buckets=(-(-longest // 16) * 16,))
     variables = {"params": model.params} | ({"lora": place(collection(adapter), mesh)} if adapter else {})
-    sums = [(_summed_loss(model.spec, variables, place(batch, mesh)), batch["weights"].sum()) for batch in batches]
+    sums = [(_summed_loss(model.decoder, variables, place(batch, mesh)), batch["weights"].sum()) for batch in batches]
     return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _summed_loss(spec, variables: dict, batch: dict) -> jax.Array:
-    return batch_loss(Decoder(spec), variables, jax.tree.map(jnp.asarray, batch), chunk=256)
+def _summed_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
+    return batch_loss(decoder, variables, jax.tree.map(jnp.asarray, batch), chunk=256)
 
 
 def _in_one_word(judgement: Judgement) -> str:

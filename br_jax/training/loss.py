@@ -8,6 +8,7 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Int
 
 from br_jax.models.decoder import Decoder
+from br_jax.models.precision import rounding_dtype
 from br_jax.sharding import RULES, current_mesh, partition
 
 
@@ -18,6 +19,7 @@ def answer_loss(
     weights: Float[Array, "B T"],
     chunk: int,
     soft_cap: float | None = None,
+    precision: str = "float32",
 ) -> Float[Array, ""]:
     """Sum of weight * cross-entropy over the positions with weight; [B, T, V] never exists.
 
@@ -30,9 +32,10 @@ def answer_loss(
         targets, weights: see `br_jax.data.batches`.
         chunk: tokens that a device turns into logits at a time.
         soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
+        precision: of the products, see `models.precision`.
     """
     head = {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
-    return _summed(head, hidden, targets, weights, (chunk, soft_cap))
+    return _summed(head, hidden, targets, weights, (chunk, soft_cap, rounding_dtype(hidden.dtype, precision)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -88,8 +91,12 @@ def _local(head, hidden, targets, weights, settings, wanted):
     tied = "embed" in head
     matrix = head["embed"]["embedding"] if tied else head["head"]["kernel"]
     into, back, of_matrix = ("ND,VD->NV", "NV,VD->ND", "NV,ND->VD") if tied else ("ND,DV->NV", "NV,DV->ND", "NV,ND->DV")
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    chunk, soft_cap = min(settings[0], B * T), settings[1]
+    chunk, soft_cap, rounding = settings
+    chunk, matrix = min(chunk, B * T), matrix.astype(rounding)
+
+    def dot(form, x, y):
+        return jnp.einsum(form, x.astype(rounding), y.astype(rounding), preferred_element_type=jnp.float32)
+
     padding = -(B * T) % chunk
     order = jnp.argsort(weights.reshape(-1) <= 0, stable=True)
 
@@ -110,7 +117,7 @@ def _local(head, hidden, targets, weights, settings, wanted):
             return loss, {}
         share = jnp.exp(logits - lse[:, None]) * w[:, None]
         right = jnp.arange(logits.shape[1])[None] == t[:, None]
-        change = ((share - jnp.where(right, w[:, None], 0.0)) * slope).astype(matrix.dtype)
+        change = (share - jnp.where(right, w[:, None], 0.0)) * slope
         grads = {"hidden": dot(back, change, matrix).astype(h.dtype)}
         if "head" in wanted:
             grads["head"] = dot(of_matrix, change, h)
@@ -135,6 +142,5 @@ def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropo
     """Summed answer loss of one batch (see `br_jax.data.batches`); dropout acts when a key is given."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
-    return answer_loss(
-        variables["params"], hidden, batch["targets"], batch["weights"], chunk, decoder.spec.logit_soft_cap
-    )
+    settings = chunk, decoder.spec.logit_soft_cap, decoder.matmul_precision
+    return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], *settings)

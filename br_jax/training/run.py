@@ -25,7 +25,7 @@ from br_jax.data.rows import Row
 from br_jax.distributed import fetch, is_main
 from br_jax.hashes import fingerprint, key_of
 from br_jax.models.model import Model
-from br_jax.sharding import batch_parts, local_rows, make_mesh, place
+from br_jax.sharding import batch_parts, local_rows, make_mesh, place, platform
 from br_jax.training.config import TrainConfig
 from br_jax.training.folder import Folder
 from br_jax.training.loop import Loop
@@ -135,7 +135,7 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -
         probed, _ = encoded(probe_rows)
         whole = -(-len(probed) // config.batch_size) * config.batch_size
         probe_batches[kind] = make_batches(probed, batch_size=whole, seed=0, buckets=_buckets(config))[0]
-    stage, state = Stage.of(model.spec, config, mesh), init_state(trainable, config.seed)
+    stage, state = Stage.of(model.decoder, config, mesh), init_state(trainable, config.seed)
     batches, frozen, path = step_batches(examples, config, mesh), place(frozen, mesh), folder.path if folder else None
     state, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
     counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
@@ -149,7 +149,9 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
     if not config.packing:
         return make_batches(examples, buckets=_buckets(config), **order)
     multiple = batch_parts(mesh) * config.accumulation
-    return make_packed_batches(examples, length=config.packing, multiple=multiple, **order)
+    tpu = platform(mesh) == "tpu"  # its attention takes rows that 128 divides, and segments that see themselves alone
+    shape = {"length": config.packing, "multiple": multiple, "unit": 128 if tpu else 64, "share": not tpu}
+    return make_packed_batches(examples, **shape, **order)
 
 
 def _buckets(config: TrainConfig) -> tuple[int, ...]:
@@ -160,6 +162,6 @@ def _buckets(config: TrainConfig) -> tuple[int, ...]:
 def _identity(name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter]) -> dict:
     """What makes a run this one, as JSON gives it back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
-    inputs = {"base": model.fingerprint, "template": model.template, "rows": rows_fingerprint(rows)}
+    inputs = {"base": model.key, "template": model.template, "rows": rows_fingerprint(rows)}
     inputs |= {name: lora.fingerprint(adapter) for name, adapter in frozen.items()}
     return json.loads(json.dumps({"name": name, "config": settings, "inputs": inputs}))

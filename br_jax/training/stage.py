@@ -23,7 +23,6 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.models.decoder import Decoder
 from br_jax.models.masks import Attend
-from br_jax.models.spec import ModelSpec
 from br_jax.sharding import constrain_tree, platform
 from br_jax.training.config import TrainConfig
 from br_jax.training.loss import batch_loss
@@ -37,10 +36,11 @@ class Stage(NamedTuple):
     loss_chunk: int  # answer tokens that a device turns into logits at a time
 
     @classmethod
-    def of(cls, spec: ModelSpec, config: TrainConfig, mesh: Mesh) -> "Stage":
-        """The stage of a config on a mesh's platform."""
+    def of(cls, decoder: Decoder, config: TrainConfig, mesh: Mesh) -> "Stage":
+        """The stage of a model's decoder and a config, on a mesh's platform."""
         attention = Attend(config.attention, platform(mesh))
-        return cls(Decoder(spec, config.dropout, config.remat, attention), config.accumulation, config.loss_chunk)
+        training = decoder.clone(dropout=config.dropout, remat=config.remat, attention=attention)
+        return cls(training, config.accumulation, config.loss_chunk)
 
 
 class Hyper(NamedTuple):
@@ -135,7 +135,7 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": hyper.learning_rate,
         "answer_tokens": count,
-        "tokens": jnp.sum(batch["segment_ids"] > 0),
+        "tokens": jnp.sum(batch["segment_ids"] != 0),
     }
     trainable, step = optax.apply_updates(state["trainable"], updates), state["step"] + 1
     return constrain_tree({**state, "trainable": trainable, "opt_state": opt_state, "step": step}), metrics

@@ -11,9 +11,13 @@ from br_jax.provider.folder import load_model
 
 
 def cases(setup: Setup) -> list[Case]:
-    """One batch of prompts; no token ends an answer early, on neither side."""
+    """One batch of prompts, answered at length and in one token, as FA's are."""
     require_torch("generation")
-    new = setup.new_tokens
+    return [_case("generation", setup, setup.new_tokens), _case("one token", setup, 1)]
+
+
+def _case(name: str, setup: Setup, new: int) -> Case:
+    """No token ends an answer early, on neither side."""
     ours = {"model": setup.model, "rows": setup.prompt_rows, "new": new}
     other = {
         "model": setup.exported["model"],
@@ -21,21 +25,21 @@ def cases(setup: Setup) -> list[Case]:
         "new": new,
         "threads": setup.threads,
         "dtype": setup.model["dtype"],
+        "precision": setup.model["matmul_precision"],
     }
-    return [
-        Case(
-            "generation",
-            f"{setup.model['source']}, {setup.model['dtype']}, one batch of {setup.prompts} prompts in template "
-            f"{setup.model['template']}, {new} new tokens each, greedy, EOS ends nothing; transformers' generate with "
-            f"left padding, KV cache and sdpa attention on {setup.threads} threads; tokens are the new ones",
-            [
-                Contender("br_jax", HERE / "generation.py", "answer", ours),
-                Contender("transformers", HERE / "torch_generation.py", "answer", other),
-            ],
-            "token",
-            same_tokens,
-        )
-    ]
+    return Case(
+        name,
+        f"{setup.model['source']}, {setup.model['dtype']}, products in {setup.model['matmul_precision']}, one batch of "
+        f"{setup.prompts} prompts in template {setup.model['template']}, {new} new tokens each, greedy, EOS ends "
+        f"nothing; transformers' generate with left padding, KV cache and sdpa attention on {setup.threads} threads "
+        "(bf16 products by autocast); tokens are the new ones",
+        [
+            Contender("br_jax", HERE / "generation.py", "answer", ours),
+            Contender("transformers", HERE / "torch_generation.py", "answer", other),
+        ],
+        "token",
+        same_tokens,
+    )
 
 
 def same_tokens(outcomes: dict[str, list[dict]]) -> list[str]:

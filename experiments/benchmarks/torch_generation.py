@@ -8,8 +8,11 @@ from transformers.utils import logging
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def answer(model, prompts, new, threads, dtype):
-    """The work: all prompts in one batch; its outcome the token ids, and how far the two likeliest were apart."""
+def answer(model, prompts, new, threads, dtype, precision):
+    """The work: all prompts in one batch; its outcome the token ids, and how far the two likeliest were apart.
+
+    bf16 products of an f32 model are autocast's.
+    """
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
@@ -24,7 +27,8 @@ def answer(model, prompts, new, threads, dtype):
 
     @torch.inference_mode()
     def unit(index: int):
-        out = network.generate(**batch, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision != dtype):
+            out = network.generate(**batch, max_new_tokens=new, do_sample=False, pad_token_id=0)
         told = {"tokens": out[:, width:].numpy(force=True)}
         # Only the first unit is compared, and the gaps take as long as a unit.
         return len(prompts) * new, lambda: told if index else {**told, "gaps": gaps(out)}

@@ -10,17 +10,17 @@ from transformers.utils import logging
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def padded(model, adapter, steps, config, threads, dtype):
+def padded(model, adapter, steps, config, threads, dtype, precision):
     """The reference's way: every row padded to max_length, its mask, labels -100 wherever there is no answer."""
 
     def loss(network, rows):
         tokens, mask, labels = _pad(rows, config["max_length"])
         return network(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    return _train(model, adapter, steps, config, threads, dtype, loss)
+    return _train(model, adapter, steps, config, threads, dtype, precision, loss)
 
 
-def lean(model, adapter, steps, config, threads, dtype):
+def lean(model, adapter, steps, config, threads, dtype, precision):
     """PEFT at its best: rows padded to the longest, logits at answer tokens alone, and causal attention without a mask.
 
     Padding on the right is behind every token that counts, so that no mask is needed, and sdpa takes its fast path.
@@ -33,7 +33,7 @@ def lean(model, adapter, steps, config, threads, dtype):
         answer = labels[:, 1:] >= 0
         return torch.nn.functional.cross_entropy(base.lm_head(hidden[answer]).float(), labels[:, 1:][answer])
 
-    return _train(model, adapter, steps, config, threads, dtype, loss)
+    return _train(model, adapter, steps, config, threads, dtype, precision, loss)
 
 
 def _pad(rows, width):
@@ -47,8 +47,9 @@ def _pad(rows, width):
     return tokens.to(DEVICE), mask.to(DEVICE), labels.to(DEVICE)
 
 
-def _train(model, adapter, steps, config, threads, dtype, loss):
-    """The work: step i on the rows of step i, its outcome the loss."""
+def _train(model, adapter, steps, config, threads, dtype, precision, loss):
+    """The work: step i on the rows of step i, its outcome the loss; bf16 products of an f32 model are autocast's."""
+    rounds = precision != dtype
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
@@ -61,7 +62,8 @@ def _train(model, adapter, steps, config, threads, dtype, loss):
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(steps))
 
     def unit(index: int):
-        value = loss(network, steps[index])
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=rounds):
+            value = loss(network, steps[index])
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, config["clip_norm"])
         optimizer.step()

@@ -43,6 +43,7 @@ def cases(setup: Setup) -> list[Case]:
         "config": {name: getattr(config, name) for name in _OF_OTHERS},
         "threads": setup.threads,
         "dtype": setup.model["dtype"],
+        "precision": setup.model["matmul_precision"],
     }
     contenders = [
         ours("br_jax", setup, **BEST),
@@ -54,8 +55,9 @@ def cases(setup: Setup) -> list[Case]:
         Case(
             "training",
             f"one optimizer step (forward, backward, clip, AdamW) of {describe(setup)}; PEFT with sdpa attention on "
-            f"{setup.threads} threads, as the reference does and, padded to the longest row, at its best: logits at "
-            f"answers alone, no mask; 4N FLOPs a token (frozen base: 2N forward, 2N back to the activations)",
+            f"{setup.threads} threads (bf16 products by autocast), as the reference does and, padded to the longest "
+            f"row, at its best: logits at answers alone, no mask; 4N FLOPs a token (frozen base: 2N forward, 2N back "
+            f"to the activations)",
             contenders,
             "token",
             lambda outcomes: same_losses(outcomes, tolerance(setup)),
@@ -69,9 +71,9 @@ def describe(setup: Setup) -> str:
     """The protocol in words."""
     config = setup.steps
     return (
-        f"{setup.model['source']}, {setup.model['dtype']}, r {config.rank} on {'/'.join(config.targets)}, dropout "
-        f"{config.dropout}, {config.batch_size} rows of at most {config.max_length} tokens, template "
-        f"{setup.model['template']}, tokens without padding"
+        f"{setup.model['source']}, {setup.model['dtype']}, products in {setup.model['matmul_precision']}, "
+        f"r {config.rank} on {'/'.join(config.targets)}, dropout {config.dropout}, {config.batch_size} rows of at most "
+        f"{config.max_length} tokens, template {setup.model['template']}, tokens without padding"
     )
 
 
@@ -88,7 +90,7 @@ def ours(name: str, setup: Setup, buffer: bool = False, **changes) -> Contender:
 
 def tolerance(setup: Setup) -> float:
     """How far two losses of the same batch may be apart: sums in another order, and rounding to the dtype."""
-    return 1e-3 if setup.model["dtype"] == "float32" else 3e-2
+    return 1e-3 if setup.model["matmul_precision"] == "float32" else 3e-2
 
 
 def same_losses(outcomes: dict[str, list[float]], tolerance: float) -> list[str]:
@@ -119,14 +121,15 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
     base = load_model(**model)
     examples, _ = encode_rows(rows, base.tokenizer, base.template, config.max_length)
     mesh = make_mesh()
-    stage, hyper, rates = Stage.of(base.spec, config, mesh), Hyper.of(config), learning_rates(config, config.steps)
+    stage, hyper, rates = Stage.of(base.decoder, config, mesh), Hyper.of(config), learning_rates(config, config.steps)
     adapter = first_adapter(base.params, config)
     frozen = {"buffer": _random_buffer(base.params, config)} if buffer else {}
     frozen = place(frozen_collections(base.params, frozen, config.frozen), mesh)
     state = place(init_state(trainable_adapter(adapter), config.seed), mesh)
     del base, adapter
     batches = [on_mesh(batch, mesh) for batch in step_batches(examples, config, mesh)]
-    tokens = [int((batch["segment_ids"] > 0).sum()) for batch in batches]
+    order = dataclasses.replace(config, packing=0, buckets=())  # tokens of a step's rows, whatever is shared of them
+    tokens = [int((batch["segment_ids"] > 0).sum()) for batch in step_batches(examples, order, mesh)]
     jax.set_mesh(mesh)
     for batch in batches:  # every shape is compiled beforehand
         train_step.lower(stage, state, frozen, batch, hyper).compile()

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from benchmarks import generation, inputs, merge, stages, switches, training
+from benchmarks import generation, inputs, limits, merge, stages, switches, training
 from benchmarks.inputs import Setup, read_questions
 from benchmarks.report import run_case
 
@@ -20,7 +20,7 @@ def setup(tmp_path_factory, quick):
     folder = tmp_path_factory.mktemp("bench")
     questions = [{"question": f"{'and ' * (i % 5)}{i}?", "answer": f"{i * 7}{'!' * (i % 3)}"} for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    model = {"source": folder / "tiny", "template": "chat", "dtype": "float32"}
+    model = {"source": folder / "tiny", "template": "chat", "dtype": "float32", "matmul_precision": "float32"}
     train = quick(batch_size=4, warmup_ratio=0.5)
     return Setup(model, folder / "rows.jsonl", folder, rounds=2, prompts=5, new_tokens=7, threads=1, train=train)
 
@@ -41,9 +41,22 @@ MERGED = {"layers/attn/q": (2, 48, 64), "layers/attn/v": (2, 48, 40)}
 )
 def test_both_sides_do_the_same_work(setup, tiny, module, arguments, said):
     write_hf(setup.model["source"], tiny.spec, tiny.params, tiny.tokenizer)
-    result = run_case(*module.cases(setup, *arguments), rounds=2)
-    assert re.search(said, "\n".join(result["checks"]))
-    assert not any(line["recompiles"] for line in result["contenders"].values())
+    for case in module.cases(setup, *arguments):
+        result = run_case(case, rounds=2)
+        assert re.search(said, "\n".join(result["checks"]))
+        assert not any(line["recompiles"] for line in result["contenders"].values())
+
+
+@pytest.mark.slow
+def test_the_machine_is_measured(setup, tiny, monkeypatch):
+    monkeypatch.setattr(limits, "_FLOPS", 1.0)
+    monkeypatch.setattr(limits, "_BYTES", 4e3)
+    write_hf(setup.model["source"], tiny.spec, tiny.params, tiny.tokenizer)
+    (case,) = limits.cases(setup)
+    work = limits.measure(case.contenders[0].arguments["shapes"])
+    _, rates = work(0)
+    lines = limits.table(rates)
+    assert lines[0].startswith("copy: ") and len(lines) == 2 + 4 * len(limits.ROWS)
 
 
 def test_a_switch_changes_its_own_fields_of_the_best(setup):

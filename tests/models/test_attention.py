@@ -9,29 +9,30 @@ import numpy as np
 import pytest
 
 from br_jax.models.attention import IMPLEMENTATIONS, attend, resolve
-from br_jax.models.masks import Attend, Place
+from br_jax.models.masks import SHARED, Attend, Place
 from br_jax.sharding import make_mesh
 
 H = 16
 SCALE = 0.3
 
 
-def packed(lengths, T):
-    """Positions and segments of rows that hold these lengths, one list a row, and padding."""
+def packed(lengths, T, shared=0):
+    """Positions and segments of rows that hold these lengths, one list a row, behind `shared` tokens; and padding."""
     positions, segments = np.zeros((len(lengths), T), np.int32), np.zeros((len(lengths), T), np.int32)
+    positions[:, :shared], segments[:, :shared] = np.arange(shared), SHARED
     for row, parts in enumerate(lengths):
-        start = 0
+        start = shared
         for segment, n in enumerate(parts, 1):
-            positions[row, start : start + n], segments[row, start : start + n] = np.arange(n), segment
+            positions[row, start : start + n], segments[row, start : start + n] = shared + np.arange(n), segment
             start += n
     return Place(jnp.asarray(positions), jnp.asarray(segments))
 
 
-def case(T, B=2, heads=4, kv_heads=2, H=H):
+def case(T, B=2, heads=4, kv_heads=2, H=H, shared=0):
     rng = np.random.default_rng(T)
     q, k, v, out = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (heads, kv_heads, kv_heads, heads))
-    place = packed([[T // 3, T // 4, T // 5], [T]][:B], T)
-    real = (place.segment_ids > 0)[..., None, None]
+    place = packed([[T // 3, T // 4, T // 5 - shared], [T - shared]][:B], T, shared)
+    real = (place.segment_ids != 0)[..., None, None]
     return q, k, v, place, jnp.where(real, out, 0)  # what padding gives does not matter
 
 
@@ -44,7 +45,7 @@ def numpy_attention(q, k, v, place, soft_cap, window):
         if not segments[b, t]:
             continue
         ahead = positions[b, t] - positions[b]
-        seen = (segments[b] == segments[b, t]) & (ahead >= 0) & (ahead < (window or np.inf))
+        seen = np.isin(segments[b], (segments[b, t], SHARED)) & (ahead >= 0) & (ahead < (window or np.inf))
         scores = k[b, seen, n * k.shape[2] // q.shape[2]] @ q[b, t, n] * SCALE
         if soft_cap:
             scores = soft_cap * np.tanh(scores / soft_cap)
@@ -61,13 +62,13 @@ def run(how, q, k, v, place, out):
         return jnp.sum(found * out), found
 
     (_, found), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
-    return jnp.where((place.segment_ids > 0)[..., None, None], found, 0), grads
+    return jnp.where((place.segment_ids != 0)[..., None, None], found, 0), grads
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
-@pytest.mark.parametrize("window", [None, 1, 7])
-def test_plain_attention_is_the_formula(soft_cap, window):
-    q, k, v, place, out = case(24)
+@pytest.mark.parametrize(("window", "shared"), [(None, 0), (1, 0), (7, 0), (None, 3), (7, 3)])
+def test_plain_attention_is_the_formula(soft_cap, window, shared):
+    q, k, v, place, out = case(24, shared=shared)
     found, _ = run(Attend("xla", soft_cap=soft_cap, window=window), q, k, v, place, out)
     np.testing.assert_allclose(found, numpy_attention(q, k, v, place, soft_cap, window), atol=1e-5)
 
@@ -85,6 +86,13 @@ def test_the_fast_ones_equal_plain_attention(T, window, soft_cap):
     parts, expected = case(T), run(Attend("xla", soft_cap=soft_cap, window=window), *case(T))
     for name in ("blocked", "splash") if T % 128 == 0 else ("blocked",):
         close(run(Attend(name, soft_cap=soft_cap, window=window), *parts), expected)
+
+
+@pytest.mark.parametrize("shared", [5, 64, 70])  # a part of a tile, a tile, more
+@pytest.mark.parametrize("window", [None, 100])
+def test_blocked_sees_a_beginning_that_is_shared(shared, window):
+    parts = case(400, shared=shared)
+    close(run(Attend("blocked", window=window), *parts), run(Attend("xla", window=window), *parts))
 
 
 def test_blocked_makes_no_square():
@@ -114,7 +122,7 @@ def test_splash_on_a_mesh_takes_each_device_s_rows_and_heads():
     ],
 )
 def test_the_platform_chooses(platform, length, dtype, soft_cap, name, caplog):
-    how = resolve(Attend(platform=platform, soft_cap=soft_cap), length, dtype)
+    how = resolve(Attend(platform=platform, soft_cap=soft_cap, dtype=jnp.dtype(dtype)), length)
     assert how.implementation == name and how.implementation in IMPLEMENTATIONS
     told = bool([r for r in caplog.records if r.levelname == "WARNING"])
     assert told == (platform != "cpu" and name not in ("splash", "cudnn")), "a fallback is said, and only that"

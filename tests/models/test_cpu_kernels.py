@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.models.cpu_kernels import low_rank, rms_norm
+from br_jax.models.cpu_kernels import low_rank, product, rms_norm, turned_product
 
 RNG = np.random.default_rng(0)
 X, A, B, DY = (RNG.normal(size=shape) for shape in ((2, 5, 7), (7, 3), (3, 6), (2, 5, 6)))
@@ -21,6 +21,31 @@ def check(dtype, function, arguments, cotangent, expected):
         np.testing.assert_allclose(np.float64(one), wanted, rtol=0, atol=tolerance)
 
 
+def rounded(*values):
+    """Values that bf16 holds, in f32 and in f64."""
+    held = [jnp.asarray(value, jnp.bfloat16).astype(jnp.float32) for value in values]
+    return held, [np.float64(value) for value in held]
+
+
+def test_product_rounds_both_sides_and_sums_in_f32():
+    (w, dy), (w64, dy64) = rounded(RNG.normal(size=(7, 6)), DY)
+    (x,), (x64,) = rounded(X)
+    expected = x64 @ w64, dy64 @ w64.T, np.einsum("btd,bto->do", x64, dy64)
+    check(jnp.float32, lambda x, w: product(x, w, jnp.bfloat16), (x, w), dy, expected)
+    lost = jnp.ones_like(x) + 1e-3  # beside 1 in bf16
+    np.testing.assert_array_equal(product(lost, w, jnp.bfloat16), product(jnp.ones_like(x), w, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_turned_product_is_the_product(dtype):
+    x, w = jnp.asarray(X, dtype), jnp.asarray(RNG.normal(size=(7, 6)), dtype)
+    found = turned_product(x, w.T)
+    assert found.dtype == dtype and found.shape == (2, 5, 6)
+    expected = np.float64(x) @ np.float64(w)
+    tolerance = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(np.float64(found), expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_low_rank(dtype):
     """The adapter is f32, and so are its gradients."""
@@ -28,7 +53,9 @@ def test_low_rank(dtype):
     a, b = (jnp.asarray(value, dtype).astype(jnp.float32) for value in (A, B))
     x64, a64, b64, dy64 = map(np.float64, (x, a, b, dy))
     of_a, of_b = np.einsum("btd,bto,ro->dr", x64, dy64, b64), np.einsum("btd,dr,bto->ro", x64, a64, dy64)
-    check(dtype, low_rank, (x, a, b), dy, (x64 @ a64 @ b64, dy64 @ b64.T @ a64.T, of_a, of_b))
+    check(
+        dtype, lambda *args: low_rank(*args, dtype), (x, a, b), dy, (x64 @ a64 @ b64, dy64 @ b64.T @ a64.T, of_a, of_b)
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from br_jax.inference.generate import decode, generate_ids, prefill
-from br_jax.models.cache import join_caches
+from br_jax.models.cache import init_unstacked_cache, write_rows
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.io.hf import read_hf_spec, write_hf
 from br_jax.models.io.hf_config import FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
@@ -89,7 +89,7 @@ def test_prefill_and_40_steps_equal_the_full_forward(network, model, rows):
     @jax.jit
     def run(variables, tokens, more):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
-        cache = join_caches([cache], width + STEPS)
+        cache = write_rows(init_unstacked_cache(model.spec, len(prompts), width + STEPS, jnp.float32), cache, 0)
 
         def step(cache, xs):
             t, token = xs

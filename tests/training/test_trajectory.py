@@ -32,7 +32,7 @@ SMOLLM2, GSM8K = DATA / "SmolLM2-135M-Instruct.Q4_1.gguf", DATA / "gsm8k_train.j
 
 def run_ours(model, batches, config, start, frozen):
     """(the trained pairs by path, metrics of every step), on one device."""
-    stage = Stage.of(model.spec, config, make_mesh(devices=jax.devices()[:1]))
+    stage = Stage.of(model.decoder, config, make_mesh(devices=jax.devices()[:1]))
     state = init_state(jax.tree.map(jnp.copy, trainable_adapter(start)), 0)
     metrics = []
     for batch, rate in zip(batches, learning_rates(config, len(batches)), strict=True):

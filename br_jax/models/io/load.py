@@ -11,6 +11,7 @@ from br_jax.models.io.gguf import read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, read_hf_spec
 from br_jax.models.io.hub import FILES, fetch_model, is_hub_name
 from br_jax.models.model import Model, make_model
+from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 
 
@@ -21,14 +22,17 @@ def read_model(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     revision: str | None = None,
+    matmul_precision: str = "float32",
 ) -> Model:
     """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.folder.load_model`."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
+    precision = resolve_precision(matmul_precision, dtype)
     path = find_source(source, revision)
     read = read_hf if path.is_dir() else read_gguf
     spec, params, tokenizer, stops = read(path, dtype, mesh)
-    return make_model(spec, params, tokenizer, pathlib.Path(source).name.removesuffix(".gguf"), template, stops)
+    name = pathlib.Path(source).name.removesuffix(".gguf")
+    return make_model(spec, params, tokenizer, name, template, stops, precision)
 
 
 def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSpec:

@@ -1,0 +1,43 @@
+"""In what precision an f32 model multiplies matrices.
+
+With "bfloat16" both sides of every product are rounded to bf16 and summed in f32; weights at rest, the residual stream,
+norms, softmax, loss, gradients and optimizer stay f32. CPUs with AMX or AVX512-BF16 multiply so about twice as fast.
+Accelerators have a setting of their own, `jax_default_matmul_precision`.
+"""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+
+from br_jax.errors import UserError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+_FAST = re.compile(r"\b(amx_bf16|avx512_bf16)\b")
+_CPU = pathlib.Path("/proc/cpuinfo")
+
+
+def resolve_precision(name: str, dtype: str) -> str:
+    """What is meant on this machine: "auto" is "bfloat16" on a CPU that multiplies it faster; a bf16 model is all bf16.
+
+    Args:
+        name: one of `PRECISIONS`.
+        dtype: of the model.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in PRECISIONS:
+        raise UserError(f"matmul_precision {name!r}: it is one of {', '.join(PRECISIONS)}")
+    if dtype != "float32":
+        return dtype
+    if name != "auto":
+        return name
+    fast = jax.default_backend() == "cpu" and _CPU.exists() and _FAST.search(_CPU.read_text())
+    return "bfloat16" if fast else "float32"
+
+
+def rounding_dtype(dtype, precision: str) -> jnp.dtype:
+    """What both sides of a product are rounded to, where they come in `dtype`: the narrower of that and precision."""
+    return min(jnp.dtype(dtype), jnp.dtype(precision), key=lambda one: one.itemsize)

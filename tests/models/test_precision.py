@@ -1,0 +1,100 @@
+"""Products in bf16 of a model that is f32 in all else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from br_jax.adapters import lora
+from br_jax.errors import UserError
+from br_jax.inference.generate import generate, generate_ids
+from br_jax.models import precision
+from br_jax.models.decoder import unembed
+from br_jax.models.precision import resolve_precision
+from br_jax.training.run import train_adapter
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "name", "expected"),
+    [
+        ("fma avx2 avx512_bf16 amx_tile", "float32", "auto", "bfloat16"),
+        ("fma amx_bf16", "float32", "auto", "bfloat16"),
+        ("fma avx512f avx512_bf16_not", "float32", "auto", "float32"),
+        ("fma amx_bf16", "float32", "float32", "float32"),
+        ("fma", "float32", "bfloat16", "bfloat16"),
+        ("fma", "bfloat16", "float32", "bfloat16"),  # a bf16 model is all bf16
+    ],
+)
+def test_what_auto_is(tmp_path, monkeypatch, flags, dtype, name, expected):
+    (tmp_path / "cpuinfo").write_text(f"model name: x\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(precision, "_CPU", tmp_path / "cpuinfo")
+    assert resolve_precision(name, dtype) == expected
+
+
+def test_auto_without_a_list_of_flags_and_a_wrong_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "_CPU", tmp_path / "none")
+    assert resolve_precision("auto", "float32") == "float32"
+    with pytest.raises(UserError, match="matmul_precision 'half': it is one of auto, float32, bfloat16"):
+        resolve_precision("half", "float32")
+
+
+@pytest.fixture(scope="module")
+def rounding(tiny):
+    """The tiny model with products in bf16."""
+    return dataclasses.replace(tiny, matmul_precision="bfloat16")
+
+
+def test_logits_are_those_of_f32_but_for_rounding(tiny, rounding):
+    tokens = jnp.arange(40).reshape(2, 20) % 259
+    where = jnp.broadcast_to(jnp.arange(20), (2, 20))
+
+    def logits(model, params):
+        hidden, _ = model.decoder.apply({"params": params}, tokens, where, jnp.ones_like(where))
+        return np.asarray(unembed(model.spec, params, hidden, model.matmul_precision))
+
+    exact, found = logits(tiny, tiny.params), logits(rounding, tiny.params)
+    bf16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params)
+    whole = np.float32(logits(tiny, bf16))
+    assert found.dtype == np.float32 and 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+    assert np.square(found - exact).mean() < 0.7 * np.square(whole - exact).mean(), "no nearer than a bf16 model"
+
+
+def test_only_products_see_bf16(rounding):
+    """The stream, norms and softmax are f32: no bf16 array is added to, multiplied by another or exponentiated."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    def run(params):
+        return rounding.decoder.apply({"params": params}, tokens, tokens, tokens + 1)[0]
+
+    text = str(jax.make_jaxpr(run)(rounding.params))
+    assert "dot_general" in text and "bf16" in text
+    lines = [line for line in text.splitlines() if "= " in line and ":bf16" in line.split("=")[0]]
+    made = {line.split("= ")[1].split("[")[0].split(" ")[0] for line in lines}
+    moved = {"reshape", "transpose", "squeeze", "broadcast_in_dim", "name"}
+    assert made <= moved | {"convert_element_type", "custom_vjp_call", "pjit", "jit", "scan"}
+
+
+def test_answers_and_runs_of_another_precision_are_others(tiny, rounding, rows, quick, tmp_path):
+    assert rounding.fingerprint == tiny.fingerprint and rounding.key != tiny.key == tiny.fingerprint
+    trained = [train_adapter("user", "user", model, rows, quick()) for model in (tiny, rounding)]
+    one, other = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(a.weights)]) for a in trained)
+    assert jnp.abs(one - other).max() > 0 and jnp.vdot(one, other) > 0.99 * jnp.vdot(one, one)
+    lora.validate(trained[1], tiny.params)
+    train_adapter("user", "user", tiny, rows, quick(), workdir=tmp_path)
+    with pytest.raises(UserError, match="base"):
+        train_adapter("user", "user", rounding, rows, quick(), workdir=tmp_path)
+
+
+def test_decoding_is_the_prefill_of_what_was_said(rounding, make_adapter):
+    """A token at a time, from a cache that holds bf16, the model says what it says of the whole text at once."""
+    adapter = make_adapter("user", model=rounding)
+    encoded = [[5, 6, 7, 8, 9], [5, 6, 7, 3], [5, 6, 1, 2, 8, 8, 4]]
+    whole = generate_ids(rounding, encoded, adapter, stops=(), max_new_tokens=6, batch_size=4)
+    for ids, said in zip(encoded, whole, strict=True):
+        for n in range(6):
+            longer = [[*ids, *said[:n].tolist()]]
+            (token,) = generate_ids(rounding, longer, adapter, stops=(), max_new_tokens=1, batch_size=4)
+            assert token[0] == said[n]
+    assert generate(rounding, ["a?"], max_new_tokens=3)
