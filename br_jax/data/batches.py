@@ -1,6 +1,7 @@
 """Rows as tokens with an answer mask, and Grain batches of a few static lengths."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,11 @@ def encode_rows(
         )
     truncated = sum(len(one["tokens"]) > max_length for one in whole if one["answer"][:max_length].any())
     return examples, Dropped(len(rows), truncated, len(rows) - len(examples))
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 
 def make_batches(

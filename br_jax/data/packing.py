@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import grain
 import numpy as np
 
-from br_jax.data.batches import Batch, Example, Rows, in_steps, with_targets
+from br_jax.data.batches import Batch, Example, Rows, in_steps, shared_prefix, with_targets
 from br_jax.models.masks import SHARED
 
 # A batch is packed in the thread that asks for it.
@@ -69,7 +69,9 @@ def make_packed_batches(
         ValueError: when an example is longer than `length`.
     """
     order = functools.partial(in_steps, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
-    head = _shared_beginning(examples) if share else examples[0]["tokens"][:0]
+    # None of the shared tokens, nor the next, is an answer's in any example: what they predict is learnt by none.
+    prompts = [example["tokens"][: max(int(np.argmax(example["answer"])) - 1, 0)] for example in examples]
+    head = prompts[0][: shared_prefix(prompts) if share else 0]
     examples = [{name: values[len(head) :] for name, values in with_targets(one).items()} for one in examples]
     length, sizes = length - len(head), [{"tokens": example["tokens"]} for example in examples]
 
@@ -84,16 +86,6 @@ def make_packed_batches(
     part = slice(None) if rows is None else rows(count)
     assemble = functools.partial(_collate, pack=tightly, count=count, lengths=lengths, head=head, part=part)
     return order(examples, assemble)
-
-
-def _shared_beginning(examples: Sequence[Example]) -> np.ndarray:
-    """The tokens that all examples begin with, int32[P]; none of them, nor the next, is an answer's in any."""
-    first, *others = examples
-    size = min(int(np.argmax(example["answer"])) - 1 for example in examples)
-    same = np.ones(max(size, 0), bool)
-    for example in others:
-        same &= example["tokens"][: len(same)] == first["tokens"][: len(same)]
-    return first["tokens"][: len(same) if same.all() else int(np.argmin(same))]
 
 
 def row_lengths(needed: Iterable[int]) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
+from br_jax.data.batches import shared_prefix
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.distributed import fetch
@@ -119,7 +119,8 @@ def generate_batches(
             raise UserError(f"prompt {i}: {told}: shorten it")
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
-    mesh, prefix = mesh_of(model.params), _shared_prefix(encoded)
+    # What all prompts begin with is run once; each keeps at least one token of its own.
+    mesh, prefix = mesh_of(model.params), min(shared_prefix(encoded), min(map(len, encoded)) - 1)
     size = whole_batch(max(batch_size // count, 1), mesh)
     # With several adapters all rows of one come before those of the next; on a mesh rows have their devices.
     parts = _PARTS if count == 1 and mesh is None and size % _PARTS == 0 else 1
@@ -196,13 +197,6 @@ def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
         raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
     rank = max(pair["a"].shape[-1] for adapter in held for pair in adapter.weights.values())
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in held))
-
-
-def _shared_prefix(encoded: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving every prompt at least one of its own."""
-    columns = zip(*encoded, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    return min(shared, min(map(len, encoded)) - 1)
 
 
 def _pad(rows: list[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,15 +44,12 @@ def init_unstacked_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict
 
 def write_rows(cache: dict, rows: dict, first: jax.Array | int) -> dict:
     """An unstacked cache with the slots of a stacked one of fewer rows at the beginning of its rows from `first` on."""
-    layers, places = (
-        [layer_of(rows["layers"], i) for i in range(len(cache["layers"]))],
-        {n: rows[n] for n in Place._fields},
-    )
+    layers = [layer_of(rows["layers"], i) for i in range(len(cache["layers"]))]
 
     def write(whole, part):
         return jax.lax.dynamic_update_slice(whole, part, (first, *[0] * (whole.ndim - 1)))
 
-    return jax.tree.map(write, cache, {"layers": layers, **places})
+    return jax.tree.map(write, cache, {**rows, "layers": layers})
 
 
 def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:
@@ -65,11 +62,12 @@ def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:
     head = params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
 
     def layer(held, i):
-        flat = traverse_util.flatten_dict(layer_of(held, i))
-        turned = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
-        others = {path: leaf.astype(rounding) if path[-1] in "ab" else leaf for path, leaf in flat.items()}
-        others |= {(*path, "turned"): leaf.T.astype(rounding) for path, leaf in turned.items()}
-        return traverse_util.unflatten_dict({path: leaf for path, leaf in others.items() if path[-1] != "kernel"})
+        flat = {}
+        for (*module, name), leaf in traverse_util.flatten_dict(layer_of(held, i)).items():
+            if name == "kernel":
+                name, leaf = "turned", leaf.T
+            flat[*module, name] = leaf.astype(rounding) if name in ("turned", "a", "b") else leaf
+        return traverse_util.unflatten_dict(flat)
 
     count = len(params["layers"]["attn_norm"]["scale"])
     unstacked = {

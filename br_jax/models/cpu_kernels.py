@@ -224,8 +224,7 @@ def _visits(place: Place, how: Attend) -> tuple[Callable, Callable]:
 
 
 def _first_block(place: Place, how: Attend) -> Int[Array, " n"]:
-    """For each block of queries, the first block of keys of their segments that one of them may see; behind its own
-    where none does."""
+    """For each block of queries, the first block of keys of its segments that it may see; behind its own if none."""
     B, T = place.segment_ids.shape
     blocks = jnp.arange(T // _BLOCK)
     # segments are contiguous: the first query's begins no later than the others'

@@ -304,11 +304,10 @@ def unembed(
     spec: ModelSpec, params: dict, hidden: Float[Array, "*N D"], precision: str = "float32"
 ) -> Float[Array, "*N V"]:
     """Logits in f32 from final hidden states, by the head or, when tied, the embedding; see `Decoder` of precision."""
-    rounding = rounding_dtype(hidden.dtype, precision)
     if "turned" in params.get("head", {}):
         logits = turned_product(hidden.astype(jnp.float32), params["head"]["turned"])
     else:
-        tied = "head" not in params
+        tied, rounding = "head" not in params, rounding_dtype(hidden.dtype, precision)
         matrix = params["embed"]["embedding"] if tied else params["head"]["kernel"]
         form = "...D,VD->...V" if tied else "...D,DV->...V"
         logits = jnp.einsum(form, hidden.astype(rounding), matrix.astype(rounding), preferred_element_type=jnp.float32)

@@ -5,12 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-SHARED = -1
+SHARED = -1  # segment of what all segments of a row begin with; their positions go on behind it
 
 
 class Place(NamedTuple):
-    """Where tokens stand: positions in their own sequence, from 0, and segments 1, 2, ...; 0 is padding, `SHARED` a
-    beginning that all segments of a row have in common: theirs go on behind it."""
+    """Where tokens stand: positions in their own sequence, from 0, and segments: 1, 2, ..., `SHARED`, 0 for padding."""
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
@@ -34,8 +33,7 @@ class Attend(NamedTuple):
 def visible(queries: Place, keys: Place, window: int | None = None) -> Bool[Array, "B T S"]:
     """True where a query may look at a key: in its own segment or `SHARED`, not behind it, and inside the window.
 
-    Padding is segment 0. It sees only padding, so no row of the mask is empty among whole sequences
-    (and `SHARED`), so no row of the mask is empty among whole sequences
+    Padding is segment 0. It sees only padding and `SHARED`, so no row of the mask is empty among whole sequences
     and no softmax is 0/0; real tokens never see it.
     """
     ahead = queries.positions[:, :, None] - keys.positions[:, None, :]

@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.inputs import HERE, Setup
 from benchmarks.pairing import Contender
 from benchmarks.report import Case
+from br_jax.models.cpu_kernels import turned_product
 from br_jax.models.io.load import read_spec
 
 ROWS = (1, 16, 64, 448, 2048)  # a decoded token, batches of them, a packed row, a prefill
@@ -32,23 +33,23 @@ def cases(setup: Setup) -> list[Case]:
 
 def table(rates: dict) -> list[str]:
     """The rates as lines: a shape and a number of rows each."""
-    lines = [f"copy: {rates.pop('copy'):.1f} GB/s", f"{'':>28}" + "".join(f"{kind:>14}" for kind in KINDS)]
-    for (name, rows), found in rates.items():
+    lines = [f"copy: {rates['copy']:.1f} GB/s", f"{'':>28}" + "".join(f"{kind:>14}" for kind in KINDS)]
+    for (name, rows), found in rates["products"].items():
         lines.append(f"{name + f', {rows} rows':>28}" + "".join(f"{found[kind]:>14.0f}" for kind in KINDS))
     return lines
 
 
 def measure(shapes: dict[str, tuple[int, int]]):
-    """A contender's work: every rate; its outcome {(name, rows): {kind: GFLOP/s}, "copy": GB/s}."""
+    """A contender's work: every rate; its outcome {"products": {(name, rows): {kind: GFLOP/s}}, "copy": GB/s}."""
 
     def unit(index: int):
-        rates, done = {"copy": _copy()}, 0.0
+        products, done = {}, 0.0
         for name, (fan_in, fan_out) in shapes.items():
             for rows in ROWS:
                 times = max(1, int(_FLOPS / (2 * rows * fan_in * fan_out)))
-                rates[name, rows] = {kind: _rate(kind, rows, fan_in, fan_out, times) for kind in KINDS}
+                products[name, rows] = {kind: _rate(kind, rows, fan_in, fan_out, times) for kind in KINDS}
                 done += len(KINDS) * 2e-9 * rows * fan_in * fan_out * times
-        return done, rates
+        return done, {"copy": _copy(), "products": products}
 
     return unit
 
@@ -56,13 +57,13 @@ def measure(shapes: dict[str, tuple[int, int]]):
 def _rate(kind: str, rows: int, fan_in: int, fan_out: int, times: int) -> float:
     precision, _, turned = kind.partition(", ")
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[precision]
-    x = jax.random.normal(jax.random.key(0), (times, rows, fan_in)).astype(dtype)
+    x = jax.random.normal(jax.random.key(0), (times, rows, fan_in))
     w = jax.random.normal(jax.random.key(1), (fan_out, fan_in) if turned else (fan_in, fan_out)).astype(dtype)
 
     @jax.jit
     def run(x, w):
         def add(total, each):
-            y = jnp.einsum("OI,NI->ON" if turned else "IO,NI->NO", w, each, preferred_element_type=jnp.float32)
+            y = turned_product(each, w) if turned else jnp.matmul(each.astype(dtype), w, preferred_element_type=x.dtype)
             return total + jax.lax.optimization_barrier(y)[0, 0], None
 
         return jax.lax.scan(add, jnp.float32(0), x)[0]

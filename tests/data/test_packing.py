@@ -87,9 +87,7 @@ def length_by_a_plain_loop(lengths, count, unit, shared):
 @example(lengths=[LENGTH] * 6, batch_size=3, multiple=2, unit=4, seed=0, head=0)  # nothing can share
 @example(lengths=[12, 6, 6, 6, 3], batch_size=4, multiple=1, unit=4, seed=0, head=4)  # a beginning in every row
 @example(lengths=[1, 6, 6], batch_size=3, multiple=1, unit=4, seed=0, head=4)  # whose last token predicts an answer
-@example(
-    lengths=[1] * 20, batch_size=20, multiple=1, unit=4, seed=0, head=0
-)  # one token each: nothing to learn inside a row
+@example(lengths=[1] * 20, batch_size=20, multiple=1, unit=4, seed=0, head=0)  # nothing to learn inside a row
 @example(lengths=[3, 4], batch_size=24, multiple=1, unit=4, seed=0, head=0)  # the batch is larger than the data
 @example(lengths=[9, 8, 7, 8], batch_size=4, multiple=1, unit=4, seed=0, head=0)  # two rows, filled to the last token
 @example(lengths=[9, 2, 7, 2, 5, 1], batch_size=1, multiple=1, unit=3, seed=0, head=0)  # a length for each step

@@ -112,11 +112,11 @@ def test_on_a_mesh_the_tokens_are_the_same(speaker, make_adapter):
 def test_a_shared_prefix_changes_nothing(speaker, plain, monkeypatch):
     prompts = ["the same header for all of them: " + prompt for prompt in PROMPTS]
     seen = []
-    run = module._shared_prefix
-    monkeypatch.setattr(module, "_shared_prefix", lambda *args: seen.append(run(*args)) or seen[-1])
+    run = module.shared_prefix
+    monkeypatch.setattr(module, "shared_prefix", lambda *args: seen.append(run(*args)) or seen[-1])
     shared = greedy(speaker, prompts)
     assert seen == [33]
-    monkeypatch.setattr(module, "_shared_prefix", lambda *args: 0)
+    monkeypatch.setattr(module, "shared_prefix", lambda *args: 0)
     assert greedy(speaker, prompts) == shared == [plain(prompt) for prompt in prompts]
 
 

@@ -88,7 +88,7 @@ def test_answers_and_runs_of_another_precision_are_others(tiny, rounding, rows, 
 
 
 def test_decoding_is_the_prefill_of_what_was_said(rounding, make_adapter):
-    """A token at a time, from a cache that holds bf16, the model says what it says of the whole text at once."""
+    """A token at a time, with weights that were rounded once, the model says what it says of the whole text at once."""
     adapter = make_adapter("user", model=rounding)
     encoded = [[5, 6, 7, 8, 9], [5, 6, 7, 3], [5, 6, 1, 2, 8, 8, 4]]
     whole = generate_ids(rounding, encoded, adapter, stops=(), max_new_tokens=6, batch_size=4)
