@@ -1,6 +1,8 @@
-"""Batched generation with a KV cache: prompts run in parts of a batch of like length, then answered all together."""
+"""Batched generation with a KV cache: rows are answered together, and one that ends makes room for another."""
 
+import collections
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
 
@@ -23,7 +25,24 @@ from br_jax.sharding import mesh_of, place, platform, whole_batch
 
 _ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
 _BUCKET = 16  # what divides a padded prompt's length, in tokens
-_PARTS = 4  # of a batch, sorted by length, that are padded to a width of their own
+_PARTS = 4  # of a batch: prompts of like length, run together as soon as so many rows have ended
+_ROUNDS = 16  # how many batches' worth of prompts are sorted into one queue
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and which ones end an answer."""
+
+    stops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    temperature: np.ndarray  # f32[], above 0
+    key: np.ndarray  # raw key data
+
+    @property
+    def filler(self) -> int:
+        """What stands behind the end of an answer."""
+        return self.stops[0] if self.stops else 0
 
 
 def generate(
@@ -39,8 +58,9 @@ def generate(
 ) -> list[str]:
     """Answers prompts, greedily or by sampling.
 
-    Prompts are sorted by length, and each quarter of a batch is padded to a multiple of 16 tokens; tokens that all of
-    them begin with (a template's header) are run once. A prompt's answer does not depend on its neighbours in the
+    Prompts are sorted by length and run in quarters of a batch, each padded to a multiple of 16 tokens; tokens that all
+    of them begin with (a template's header) are run once. When a quarter of the rows have ended, the next prompts take
+    their place. A prompt's answer does not depend on its neighbours in the
     batch, and a sampled one only on (seed, its index).
 
     Args:
@@ -97,20 +117,20 @@ def generate_batches(
     name: str = "generate",
     known: Collection[tuple[int, int]] = (),
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
-    """Generates batch by batch, with each of several adapters on the one base in the same pass.
+    """Generates answers, with each of several adapters on the one base in the same pass.
 
-    Which prompts share a batch, and how it is padded, is a function of all prompts, whatever is known already: an
-    answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the batch; on
-    several processes all of them call this alike, and each gets all answers.
+    Which prompts stand in a queue, and what they share a batch with, is a function of all prompts, whatever is known
+    already: an answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the
+    batch; on several processes all of them call this alike, and each gets all answers.
 
     Args:
         adapters: None is the base alone; several must have the same targets, and None cannot be among them.
         stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
         batch_size: rows run together, prompts times adapters.
-        known: (index of the adapter, of the prompt) of answers that are not wanted; batches of such alone are not run.
+        known: (index of the adapter, of the prompt) of answers that are not wanted; queues of such alone are not run.
 
     Yields:
-        {(index of the adapter, of the prompt): int32[max_new_tokens]} of each batch.
+        {(index of the adapter, of the prompt): int32[max_new_tokens]} of rows that have ended.
     """
     decoder, count, known = model.decoder, len(adapters), set(known)
     for i, ids in enumerate(encoded):
@@ -122,49 +142,55 @@ def generate_batches(
     # What all prompts begin with is run once; each keeps at least one token of its own.
     mesh, prefix = mesh_of(model.params), min(shared_prefix(encoded), min(map(len, encoded)) - 1)
     size = whole_batch(max(batch_size // count, 1), mesh)
-    # With several adapters all rows of one come before those of the next; on a mesh rows have their devices.
-    parts = _PARTS if count == 1 and mesh is None and size % _PARTS == 0 else 1
+    part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = _with_adapters(model, adapters, mesh)
     on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
     decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
     head = np.asarray([encoded[0][:prefix]] * count, np.int32)
     begun = _begin(decoder, variables, head) if prefix else None
-    sampling = {
-        "greedy": temperature == 0,
-        "temperature": np.float32(max(temperature, 1e-6)),
-        "key": np.asarray(jax.random.key_data(jax.random.key(seed))),
-    }
+    key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    sampling = Sampling(tuple(stops), temperature == 0, np.float32(max(temperature, 1e-6)), key)
 
-    def run(chosen, wanted):
-        """[adapters, size, new] answers to at most `size` prompts; a row that is not wanted ends at once."""
-        prompts = [*chosen, *[-1] * (size - len(chosen))]
-        ids = np.asarray([i if (a, i) in wanted else -1 for a in range(count) for i in prompts], np.int32)
-        rows = [[encoded[i][prefix:] for i in part if i >= 0] for part in np.split(np.asarray(prompts), parts)]
-        padded = [_pad(part, size // parts) for part in rows]
-        slots = prefix + max(tokens.shape[1] for tokens, _ in padded) + max_new_tokens
+    def run(group):
+        """Answers prompts, ascending in length; yields {(adapter, prompt): its answer} of rows that have ended."""
+        waiting = collections.deque(group[first : first + part] for first in range(0, len(group), part))
+        slots = prefix + _width(len(encoded[group[-1]]) - prefix) + max_new_tokens
         slots = -(-slots // _ALIGNED) * _ALIGNED
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            cache, hidden = _empty(decoder, variables, batch=count * size, slots=slots), []
-            for part, (tokens, lengths) in enumerate(padded):
-                batch = {"tokens": np.tile(tokens, (count, 1)), "lengths": np.tile(lengths, count)}
-                first = np.int32(part * count * size // parts)
-                last, cache = _start(decoder, variables, begun, **place(batch, mesh), cache=cache, first=first)
-                hidden.append(last)
-            lengths = prefix + np.tile(np.concatenate([lengths for _, lengths in padded]), count)
-            batch = place({"lengths": lengths, "ids": ids}, mesh)
-            settings = {"new": max_new_tokens, "stops": stops, **sampling}
-            out, _ = _finish(decoder, decoding, hidden, cache, **batch, **settings)
-        return np.asarray(fetch(out)).reshape(count, size, -1)
+        state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
+        answers = np.full((count, size), -1)  # the prompt that a row is the answer to
+        while True:
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                while waiting and (answers < 0).sum(1).min() >= part:
+                    chosen = waiting.popleft()
+                    free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
+                    ids = np.pad(chosen, (0, part - len(chosen)), constant_values=-1)
+                    np.put_along_axis(answers, free, ids[None], axis=1)
+                    tokens, lengths = _pad([encoded[i][prefix:] for i in chosen], part)
+                    prompts = {"tokens": tokens, "lengths": lengths, "ids": ids}
+                    prompts = place({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
+                    rows = (free + size * np.arange(count)[:, None]).reshape(-1).astype(np.int32)
+                    state = _start(decoder, variables, decoding["params"], begun, state, rows, prompts, sampling)
+                if max_new_tokens > 1:
+                    least = np.int32(part if waiting else size)
+                    state = _advance(decoder, decoding, state, least, sampling, count=count, new=max_new_tokens)
+                ended, out = fetch((state["ended"], state["out"]))
+            ended, out = np.asarray(ended).reshape(count, size) & (answers >= 0), np.asarray(out)
+            yield {(int(a), int(answers[a, i])): out[a * size + i] for a, i in np.argwhere(ended)}
+            answers[ended] = -1
+            if not waiting and (answers < 0).all():
+                return
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     with progress(len(order) * count, name, "prompt", keep=False) as bar:
-        for first in range(0, len(order), size):
-            chosen = order[first : first + size]
-            wanted = {(a, i) for a in range(count) for i in chosen} - known
-            if wanted:
-                rows = run(chosen, wanted)
-                yield {(a, i): rows[a, at] for a in range(count) for at, i in enumerate(chosen) if (a, i) in wanted}
-            bar.update(len(chosen) * count)
+        for first in range(0, len(order), size * _ROUNDS):
+            group = order[first : first + size * _ROUNDS]
+            wanted = {(a, i) for a in range(count) for i in group} - known
+            if not wanted:
+                bar.update(len(group) * count)
+                continue
+            for found in run(group):
+                yield {key: row for key, row in found.items() if key in wanted}
+                bar.update(len(found))
 
 
 def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
@@ -199,9 +225,13 @@ def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in held))
 
 
+def _width(tokens: int) -> int:
+    return -(-tokens // _BUCKET) * _BUCKET
+
+
 def _pad(rows: list[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` rows of a width that `_BUCKET` divides, and their lengths; those that `rows` lacks have length 1."""
-    width = -(-max(map(len, rows), default=1) // _BUCKET) * _BUCKET
+    width = _width(max(map(len, rows)))
     tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)], lengths[i] = ids, len(ids)
@@ -262,52 +292,74 @@ def _unstack(decoder: Decoder, variables):
     return unstack_weights(variables, rounding_dtype(_dtype(variables), decoder.matmul_precision))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots"))
-def _empty(decoder: Decoder, variables, *, batch: int, slots: int):
-    return init_unstacked_cache(decoder.spec, batch, slots, _dtype(variables))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots", "new"))
+def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
+    """A batch whose rows have all ended.
 
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("cache",))
-def _start(decoder: Decoder, variables, head, tokens, lengths, cache, first):
-    """Runs a part of the prompts into its rows of the cache; returns as `prefill`."""
-    hidden, rows = prefill(decoder, variables, head, tokens, lengths)
-    return hidden, write_rows(cache, rows, first)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("new", "stops", "greedy"), donate_argnames=("cache",))
-def _finish(decoder: Decoder, variables, hidden, cache, lengths, ids, *, new, stops, greedy, temperature, key):
-    """[B, new] int32 token ids, filled up behind a row's stop token; and the cache, whose buffers are used again.
-
-    The last `new` slots of the cache are for the new tokens. All rows write a new token to the same slot; rope
-    positions come from each row's own length, and padding is hidden by its segment 0.
+    {"cache": unstacked, "step": int32 steps so far; of each row "token": its last, not run yet, "position": of that,
+    "id": of its prompt, "count": its tokens so far, "ended": bool, "out": int32[new]}.
     """
-    slots, hidden = cache["positions"].shape[1], jnp.concatenate(hidden)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key)))(ids.astype(jnp.uint32))
+    row = dict.fromkeys(("token", "position", "id", "count"), jnp.zeros(batch, jnp.int32))
+    row |= {"ended": jnp.ones(batch, bool), "out": jnp.zeros((batch, new), jnp.int32)}
+    return {"cache": init_unstacked_cache(decoder.spec, batch, slots, _dtype(variables)), "step": jnp.int32(0), **row}
 
-    def choose(hidden, t):
-        logits = unembed(decoder.spec, variables["params"], hidden, decoder.matmul_precision)
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        step_keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys)
-        return jax.vmap(jax.random.categorical)(step_keys, logits / temperature).astype(jnp.int32)
 
-    filler = jnp.int32(stops[0] if stops else 0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts, sampling: Sampling):
+    """Runs prompts into rows of a batch that have ended, and chooses the first token of each."""
+    ids, new = prompts["ids"], state["out"].shape[1]
+    hidden, cache = prefill(decoder, variables, head, prompts["tokens"], prompts["lengths"])
+    count = jnp.zeros_like(ids)
+    token, ended = _choose(decoder, unembedding, hidden, ids, count, new, sampling)
+    out = jnp.full((len(ids), new), sampling.filler, jnp.int32).at[:, 0].set(token)
+    position = prompts["lengths"] + (cache["positions"].shape[1] - prompts["tokens"].shape[1])
+    given = {
+        "token": token,
+        "position": position,
+        "id": ids,
+        "count": count + 1,
+        "ended": ended | (ids < 0),
+        "out": out,
+    }
+    put = {n: each if each.shape == state[n].shape else state[n].at[rows].set(each) for n, each in given.items()}
+    return state | put | {"cache": write_rows(state["cache"], cache, rows)}
 
-    def ends(token):
-        return jnp.isin(token, jnp.asarray(stops, jnp.int32))
 
-    def more(carry):
-        t, _, done, _, _ = carry
-        return (t < new) & ~jnp.all(done)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "new"), donate_argnames="state")
+def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, count: int, new: int):
+    """Goes on until `least` rows of each of `count` adapters have ended.
 
-    def advance(carry):
-        t, token, done, out, cache = carry
-        hidden, cache = decode(decoder, variables, token, lengths + t - 1, cache, slots - new + t - 1)
-        token = jnp.where(done, filler, choose(hidden, t))
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, t))
-        return t + 1, token, done | ends(token), out, cache
+    All rows write a new token to the same slot: the last `new` slots of the cache take turns, and none is taken again
+    before who wrote to it has ended. Rope positions are each row's own, and padding is hidden by its segment 0.
+    """
+    first = state["cache"]["positions"].shape[1] - new
 
-    token = choose(hidden, 0)
-    out = jnp.full((len(ids), new), filler, jnp.int32).at[:, 0].set(token)
-    carry = (jnp.int32(1), token, ends(token) | (ids < 0), out, cache)
-    return jax.lax.while_loop(more, advance, carry)[3:]
+    def more(state):
+        return state["ended"].reshape(count, -1).sum(1).min() < least
+
+    def advance(state):
+        token, position, ended = state["token"], state["position"], state["ended"]
+        slot = first + state["step"] % new
+        hidden, cache = decode(decoder, variables, token, position, state["cache"], slot)
+        token, ends = _choose(decoder, variables["params"], hidden, state["id"], state["count"], new, sampling)
+        here = (jnp.arange(new)[None] == state["count"][:, None]) & ~ended[:, None]
+        moved = {"position": position + 1, "count": state["count"] + 1, "ended": ended | ends, "token": token}
+        out = jnp.where(here, token[:, None], state["out"])
+        return state | moved | {"cache": cache, "step": state["step"] + 1, "out": out}
+
+    return jax.lax.while_loop(more, advance, state)
+
+
+def _choose(decoder: Decoder, params, hidden, ids, count, new: int, sampling: Sampling):
+    """The next token of each row, which has `count` of `new`, and whether it is its last."""
+    logits = unembed(decoder.spec, params, hidden, decoder.matmul_precision)
+    if sampling.greedy:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+
+        def key_of(i, t):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(sampling.key), i), t)
+
+        keys = jax.vmap(key_of)(ids.astype(jnp.uint32), count)
+        token = jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature).astype(jnp.int32)
+    return token, jnp.isin(token, jnp.asarray(sampling.stops, jnp.int32)) | (count + 1 >= new)

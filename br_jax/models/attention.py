@@ -15,7 +15,7 @@ from br_jax.models.cpu_kernels import blocked
 from br_jax.models.masks import Attend, Place, visible
 from br_jax.models.spec import ModelSpec
 
-_LONG = 512  # tokens of a row from which on "blocked" is used
+_LONG = 256  # tokens of a row from which on "blocked" is used
 
 
 def attend(

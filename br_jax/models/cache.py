@@ -7,6 +7,7 @@ every layer at every token.
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import Array, Int
 
 from br_jax.models.masks import Place
 from br_jax.models.spec import ModelSpec
@@ -42,14 +43,27 @@ def init_unstacked_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict
     return {"layers": [layer() for _ in range(spec.num_layers)], **places}
 
 
-def write_rows(cache: dict, rows: dict, first: jax.Array | int) -> dict:
-    """An unstacked cache with the slots of a stacked one of fewer rows at the beginning of its rows from `first` on."""
-    layers = [layer_of(rows["layers"], i) for i in range(len(cache["layers"]))]
+def write_rows(cache: dict, part: dict, rows: Int[Array, " R"]) -> dict:
+    """An unstacked cache with the slots of a stacked one of R rows in its rows `rows`, which hold nothing else then."""
+    rest = cache["positions"].shape[1] - part["positions"].shape[1]
+    part = part | {name: jnp.pad(part[name], ((0, 0), (0, rest))) for name in Place._fields}
 
-    def write(whole, part):
-        return jax.lax.dynamic_update_slice(whole, part, (first, *[0] * (whole.ndim - 1)))
+    def write(cache, part, row):
+        layers = [layer_of(part["layers"], i) for i in range(len(cache["layers"]))]
+        return jax.tree.map(
+            lambda whole, some: jax.lax.dynamic_update_slice(whole, some, (row, *[0] * (whole.ndim - 1))),
+            cache,
+            part | {"layers": layers},
+        )
 
-    return jax.tree.map(write, cache, {**rows, "layers": layers})
+    def one(i, cache):
+        some = {name: jax.lax.dynamic_slice_in_dim(part[name], i, 1) for name in Place._fields}
+        layers = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), part["layers"])
+        return write(cache, some | {"layers": layers}, rows[i])
+
+    if len(part["positions"]) == len(cache["positions"]):
+        return write(cache, part, 0)
+    return jax.lax.fori_loop(0, len(part["positions"]), one, cache)
 
 
 def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:

@@ -172,7 +172,7 @@ def test_each_bucket_compiles_once(speaker, compiles):
     for letter in "xxy":
         asked = [prompt.replace("x", letter) for prompt in prompts]
         generate(speaker, asked, max_new_tokens=5, batch_size=3, seed=ord(letter))
-        assert [compiles.count(f"jit({name})") for name in ("_start", "_finish")] == [2, 2]
+        assert [compiles.count(f"jit({name})") for name in ("_start", "_advance")] == [2, 1]
 
 
 def test_a_row_brings_its_turns_and_a_prompt_that_leaves_no_room_is_named(speaker):

@@ -89,7 +89,9 @@ def test_prefill_and_40_steps_equal_the_full_forward(network, model, rows):
     @jax.jit
     def run(variables, tokens, more):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
-        cache = write_rows(init_unstacked_cache(model.spec, len(prompts), width + STEPS, jnp.float32), cache, 0)
+        cache = write_rows(
+            init_unstacked_cache(model.spec, len(prompts), width + STEPS, jnp.float32), cache, jnp.arange(len(prompts))
+        )
 
         def step(cache, xs):
             t, token = xs
