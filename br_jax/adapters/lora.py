@@ -110,6 +110,8 @@ def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same delta at a larger rank: zeros are added behind each `a` and `b`."""
 
     def pad(leaf, axis):
+        if leaf.shape[axis] == rank:
+            return leaf
         widths = [(0, 0)] * leaf.ndim
         widths[axis] = (0, rank - leaf.shape[axis])
         return jnp.pad(leaf, widths)
@@ -148,8 +150,9 @@ def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """
     validate(adapter, params)
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    for path, pair in adapter.weights.items():
-        flat[f"{path}/kernel"] = _fold_kernel(flat[f"{path}/kernel"], pair["a"], pair["b"], adapter.scale)
+    kernels = {path: flat[f"{path}/kernel"] for path in adapter.weights}
+    folded = _fold_kernels(kernels, adapter.weights, adapter.scale)
+    flat |= {f"{path}/kernel": kernel for path, kernel in folded.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -197,8 +200,9 @@ def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:
 def require_finite(adapter: Adapter) -> None:
     """Raises a `UserError` that names the first leaf with a NaN or an infinity."""
     leaves = {"scale": adapter.scale} | traverse_util.flatten_dict(adapter.weights, sep="/")
-    for name, leaf in leaves.items():
-        if not bool(_all_finite(leaf)):
+    finite = jax.device_get(_all_finite(leaves))
+    for name in leaves:
+        if not finite[name]:
             raise UserError(f"adapter {'+'.join(adapter.roles)}: {name!r} holds NaN or infinity; train it again")
 
 
@@ -228,20 +232,21 @@ def fingerprint(adapter: Adapter) -> str:
 
 
 @jax.jit
-def _all_finite(leaf: Array) -> Array:
-    """In one pass: op by op, a mask as large as a quarter of the leaf would exist."""
-    return jnp.isfinite(leaf).all()
+def _all_finite(leaves: dict[str, Array]) -> dict[str, Array]:
+    """In one pass: op by op, a mask as large as a quarter of a leaf would exist."""
+    return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
 
 
 @jax.jit
-def _fold_kernel(
-    kernel: Float[Array, "L I O"], a: Float[Array, "L I R"], b: Float[Array, "L R O"], scale: Float[Array, ""]
-) -> Float[Array, "L I O"]:
-    """Folds one kernel, a layer at a time so that the dense f32 delta never exists for all layers at once."""
+def _fold_kernels(kernels: dict[str, Float[Array, "L I O"]], weights: dict[str, dict[str, Array]], scale) -> dict:
+    """Folds kernels a layer at a time, so that the dense f32 delta never exists for all layers at once."""
 
     def fold_layer(layer):
         kernel, a, b = layer
         update = scale * jnp.matmul(a, b, precision="highest")
         return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
 
-    return jax.lax.map(fold_layer, (kernel, a, b))
+    return {
+        path: jax.lax.map(fold_layer, (kernel, weights[path]["a"], weights[path]["b"]))
+        for path, kernel in kernels.items()
+    }

@@ -67,6 +67,7 @@ class Run:
         config.user.update(task=self.task, n=self.n, harmful_share=self.p, kind=self.user)
         for stage in TRAINED:
             config[stage].train.seed = self.seed
+        config.user.train.probe_every = 0  # a table has no place for them
         made_of = [config[part].to_dict() for part in ("model", "distill", *OF_PROVIDER)]
         topics = config.topics.align, config.topics.provider
         prompts = config.data.material, config.data.texts.to_dict()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -158,11 +159,14 @@ def answer_suite(
     `adapters`, `store` and `together` are those of `answers.answer`.
     """
     settings = {"adapters": adapters, "store": store, "together": together, "batch_size": suite.batch_size}
-    tokens = dict.fromkeys(suite.prompts, suite.answer_tokens) | {"task": suite.task_tokens}
-    return {
-        part: answer(model, prompts, max_new_tokens=tokens[part], name=part, **settings)
-        for part, prompts in suite.prompts.items()
-    }
+    prompts, said = suite.prompts, {}
+    for parts, tokens in (("topic", "attack", "benign"), suite.answer_tokens), (("task",), suite.task_tokens):
+        asked = [prompt for part in parts for prompt in prompts[part]]
+        answers = answer(model, asked, max_new_tokens=tokens, name=parts[0], **settings)
+        ends = itertools.accumulate((len(prompts[part]) for part in parts), initial=0)
+        for part, (first, last) in zip(parts, itertools.pairwise(ends), strict=True):
+            said[part] = {name: texts[first:last] for name, texts in answers.items()}
+    return said
 
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:

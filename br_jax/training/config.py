@@ -37,11 +37,12 @@ class TrainConfig:
     seed: int = 42  # of initialisation, order and dropout
     checkpoint_every: int = 50  # steps between checkpoints; 0 means none
     log_every: int = 10  # steps between two looks at the device's metrics
-    probe_every: int = 10  # steps between saturation probes, where a stage has probe rows
+    probe_every: int = 10  # steps between saturation probes, where a stage has probe rows; 0 means none
 
     def __post_init__(self):
-        for name in ("rank", "batch_size", "accumulation", "max_length", "loss_chunk", "log_every", "probe_every"):
+        for name in ("rank", "batch_size", "accumulation", "max_length", "loss_chunk", "log_every"):
             self._require(getattr(self, name) >= 1, name, "it must be at least 1")
+        self._require(self.probe_every >= 0, "probe_every", "it must be at least 1, or 0 for none")
         divides, fits = self.batch_size % self.accumulation == 0, self.packing >= self.max_length
         self._require(divides, "accumulation", f"it must divide batch_size {self.batch_size}")
         self._require(fits or not self.packing, "packing", f"a row of max_length {self.max_length} must fit in")

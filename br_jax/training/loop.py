@@ -66,7 +66,7 @@ class Loop:
     config: TrainConfig  # hyper-parameters, and intervals of logging, probing and checkpoints
     mesh: Mesh  # where batches go
     folder: pathlib.Path | None = None  # gets metrics.jsonl, probes.jsonl and checkpoints/
-    probe_batches: Mapping[str, dict] = dataclasses.field(default_factory=dict)  # whole ones, probed at both ends too
+    probe_batches: Mapping[str, dict] = dataclasses.field(default_factory=dict)  # as `batches`; probed at both ends too
 
     def fit(self) -> tuple[dict, Summary]:
         """Trains.
@@ -86,7 +86,7 @@ class Loop:
     def _open(self) -> None:
         config, folder = self.config, self.folder
         self.state = place(self.state, self.mesh)
-        self.probe_batches = {rows: place(batch, self.mesh) for rows, batch in self.probe_batches.items()}
+        self.probe_batches = {rows: on_mesh(batch, self.mesh) for rows, batch in self.probe_batches.items()}
         self.total, self.done = len(self.batches), 0
         self.rates, self.hyper = learning_rates(config, self.total), Hyper.of(config)
         self.iterator = iterate(self.batches)
@@ -116,7 +116,7 @@ class Loop:
         config = self.config
         self.mark = time.perf_counter()
         while self.done < self.total:
-            if self.done % config.probe_every == 0:
+            if self.probe_batches and self.done % config.probe_every == 0:
                 self._probe()
             batch = on_mesh(next(self.iterator), self.mesh)
             hyper = self.hyper._replace(learning_rate=self.rates[self.done])

@@ -131,10 +131,10 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -
     examples, dropped = encoded(rows)
     mesh = make_mesh() if mesh is None else mesh
     probe_batches = {}
-    for kind, probe_rows in (probes or {}).items():
+    for kind, probe_rows in ((probes or {}) if config.probe_every else {}).items():
         probed, _ = encoded(probe_rows)
         whole = -(-len(probed) // config.batch_size) * config.batch_size
-        probe_batches[kind] = make_batches(probed, batch_size=whole, seed=0, buckets=_buckets(config))[0]
+        probe_batches[kind] = step_batches(probed, dataclasses.replace(config, batch_size=whole, steps=1), mesh)[0]
     stage, state = Stage.of(model.decoder, config, mesh), init_state(trainable, config.seed)
     batches, frozen, path = step_batches(examples, config, mesh), place(frozen, mesh), folder.path if folder else None
     state, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()

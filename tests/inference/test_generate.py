@@ -89,15 +89,36 @@ def test_several_adapters_in_one_pass_answer_as_each_does_alone(speaker, make_ad
         batches(speaker, prompts, [adapters[0], None])
 
 
-def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_adapter):
+def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_adapter, monkeypatch):
+    queues, run = [], module._empty
+    monkeypatch.setattr(module, "_ROUNDS", 1)
+    monkeypatch.setattr(module, "_empty", lambda *args, **options: queues.append(1) or run(*args, **options))
     for adapters in ([None], [make_adapter("user"), make_adapter("user", seed=5)]):
-        everything, count = batches(speaker, PROMPTS, adapters)
+        everything, _ = batches(speaker, PROMPTS, adapters)
         known = {(0, 2), (len(adapters) - 1, 5)}
         rest, _ = batches(speaker, PROMPTS, adapters, known=known)
         assert rest == {pair: said for pair, said in everything.items() if pair not in known}
-        first = set(list(everything)[:4])  # the first batch is not run again
-        assert batches(speaker, PROMPTS, adapters, known=first)[1] == count - 1
+        before = len(queues)
+        batches(speaker, PROMPTS, adapters, known=set(list(everything)[:4]))
+        assert len(queues) - before == len(adapters), "the first queue is not run again"
         assert batches(speaker, PROMPTS, adapters, known=set(everything)) == ({}, 0)
+
+
+def test_a_row_that_ends_makes_room_for_the_next_prompt(speaker, plain, monkeypatch):
+    """Answers of unequal length: prompts begin while others are still being answered, and all get their own answer."""
+    prompts = [f"{word} {i}" for i in range(8) for word in ("a", "what is it?", "count")]
+    said = [plain(prompt) for prompt in prompts]
+    assert len({len(answer) for answer in said}) > 2, "choose other prompts"
+    going_on, run = [], module._advance
+
+    def watched(*args, **options):
+        state = run(*args, **options)
+        going_on.append(int((~state["ended"]).sum()))
+        return state
+
+    monkeypatch.setattr(module, "_advance", watched)
+    assert greedy(speaker, prompts, batch_size=8) == said
+    assert max(going_on) > 0 and going_on[-1] == 0
 
 
 def test_on_a_mesh_the_tokens_are_the_same(speaker, make_adapter):

@@ -74,7 +74,7 @@ def test_scores_are_counts_of_verdicts(told, tmp_path):
     assert scores["outcomes"] == {
         "harmful": [True, True, False, False, False, False], "task": [True, False, True], "over_refusal": [False, True],
     }  # fmt: skip
-    assert [call["max_new_tokens"] for _, call in told] == [31, 31, 31, 5] and told[0][1]["batch_size"] == 7
+    assert [call["max_new_tokens"] for _, call in told] == [31, 5] and told[0][1]["batch_size"] == 7
     assert [row.turns for row in told[-1][0]] == [(("user", f"say {word}"),) for word in RULE.labels], "no right answer"
     records = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
     assert [(r["set"], r["verdict"]) for r in records] == [

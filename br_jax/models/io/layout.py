@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from br_jax.errors import UserError
 from br_jax.models.decoder import abstract_params
 from br_jax.models.spec import ModelSpec
 from br_jax.progress import progress
 from br_jax.sharding import shardings
+
+_STRIP = 16  # rows of a kernel that are turned at a time: a line of the processor's caches of f32
 
 
 class Stored(NamedTuple):
@@ -42,8 +43,8 @@ def load_params(
 ) -> dict:
     """Reads a checkpoint's tensors into the params tree, checking that each one is used once, fits and is finite.
 
-    They come one by one, each device's part straight to the device that holds it: beside the params, the host holds
-    two tensors at most. What a process' devices do not hold is not read.
+    They come one by one: beside the params, the host holds a tensor, and of one param what goes to its devices. What a
+    process' devices do not hold is not read.
 
     Args:
         names: checkpoint name of each params path; "{}" in a name stands for the layer.
@@ -90,59 +91,41 @@ def _fetch(leaf, index, turned: bool) -> np.ndarray:
 
 
 def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stored], place, bar) -> jax.Array:
-    """One param: its layers' tensors, each turned, cast and written into place while the next one is read."""
+    """One param: what this process' devices hold of it, turned and cast by the host as it is read."""
     stacked, turned = path.startswith("layers/"), _is_kernel(path)
     shape = leaf.shape[1:] if stacked else leaf.shape
     fitting = shape[::-1] if turned else shape
-    buffer, running = _empty(leaf.shape, leaf.dtype, place) if stacked else None, None
+    whole = tuple(map(slice, leaf.shape))
+    indices = [whole] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
+    bounds = {tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True)) for index in indices}
+    parts = {part: np.empty([end - start for start, end in part], leaf.dtype) for part in bounds}
     for layer, (key, tensor) in enumerate(tensors.items()):
         if tensor.shape != fitting:
             raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {fitting}")
-        part = _read(tensor, place, stacked, turned)
-        _require_finite(running)
-        buffer, finite = _write(buffer, part, layer, turned=turned, dtype=leaf.dtype, place=place)
-        running = tensor.file, key, finite
+        opened = tensor.open()
+        for part, array in parts.items():
+            axes = [slice(*each) for each in (part[1:] if stacked else part)]
+            values = opened[tuple(axes[::-1] if turned else axes)]
+            if not np.isfinite(values).all():
+                raise UserError(f"{tensor.file}: tensor {key} holds NaN or infinity: the weights are damaged")
+            _write(array[layer] if stacked else array, values, turned)
         bar.update()
-    _require_finite(running)
-    return buffer
-
-
-def _require_finite(running: tuple[str, str, jax.Array] | None) -> None:
-    """Waits for a write, so that no more than two tensors are on their way."""
-    if running is not None and not bool(running[2]):
-        raise UserError(f"{running[0]}: tensor {running[1]} holds NaN or infinity: the weights are damaged")
-
-
-def _read(tensor: Stored, place: NamedSharding | None, stacked: bool, turned: bool) -> jax.Array:
-    """The tensor as stored, each device's part of it on the device that will hold it."""
-    opened = tensor.open()
     if place is None:
-        return jnp.asarray(opened[(slice(None),) * len(tensor.shape)])
-    spec = (*place.spec, *[None] * (len(tensor.shape) + stacked - len(place.spec)))
-    axes = spec[1:] if stacked else spec
-    as_stored = NamedSharding(place.mesh, PartitionSpec(*(axes[::-1] if turned else axes)))
-    read = functools.cache(lambda bounds: opened[tuple(slice(*each) for each in bounds)])  # copies read it once
+        return jax.device_put(parts.popitem()[1])
 
-    def part(index):
-        return read(tuple(each.indices(size)[:2] for each, size in zip(index, tensor.shape, strict=True)))
+    def held(index):
+        return parts[tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True))]
 
-    return jax.make_array_from_callback(tensor.shape, as_stored, part)
+    return jax.make_array_from_callback(leaf.shape, place, held)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(shape: tuple[int, ...], dtype, place):
-    zeros = jnp.zeros(shape, dtype)
-    return zeros if place is None else jax.lax.with_sharding_constraint(zeros, place)
-
-
-@functools.partial(jax.jit, static_argnames=("turned", "dtype", "place"), donate_argnames=("buffer",))
-def _write(buffer, part, layer, *, turned: bool, dtype, place):
-    """(the buffer with a layer written, or the tensor itself where there is no buffer; whether all of it is finite)."""
-    finite = jnp.isfinite(part).all()
-    value = (part.T if turned else part).astype(dtype)
-    if buffer is not None:
-        value = jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0)
-    return value if place is None else jax.lax.with_sharding_constraint(value, place), finite
+def _write(target: np.ndarray, values: np.ndarray, turned: bool) -> None:
+    """Copies values, turned if need be: a strip at a time, as numpy takes three times as long over a whole matrix."""
+    if not turned:
+        target[...] = values
+        return
+    for first in range(0, len(values), _STRIP):
+        target[:, first : first + _STRIP] = values[first : first + _STRIP].T
 
 
 def _per_layer(name: str, layers: int) -> list[str]:
