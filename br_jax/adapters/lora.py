@@ -4,6 +4,7 @@ Shapes: L layers, I (in) input width, O (out) output width, R rank; a kernel is 
 is `scale * a @ b`.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,14 +76,19 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise UserError(f"adapter {role!r}: rank {rank} must be at least 1 and alpha {alpha} positive and finite")
+    return Adapter(_draw(key, tuple(shapes.items()), rank), jnp.float32(alpha / rank), (role,))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: Array, shapes: tuple[tuple[str, Shape], ...], rank: int) -> dict[str, dict[str, Array]]:
     weights = {}
-    for path, (layers, fan_in, fan_out) in shapes.items():
+    for path, (layers, fan_in, fan_out) in shapes:
         # crc32 and not hash(): the latter is salted anew in each process
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         bound = 1 / math.sqrt(fan_in)
         a = jax.random.uniform(path_key, (layers, fan_in, rank), jnp.float32, -bound, bound)
         weights[path] = {"a": a, "b": jnp.zeros((layers, rank, fan_out), jnp.float32)}
-    return Adapter(weights, jnp.float32(alpha / rank), (role,))
+    return weights
 
 
 def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
@@ -173,8 +179,12 @@ def collection(adapter: Adapter) -> dict[str, Any]:
     Returns:
         Nested dict, e.g. {"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, scale in `b`.
     """
-    leaves = {path: {"a": pair["a"], "b": adapter.scale * pair["b"]} for path, pair in adapter.weights.items()}
-    return traverse_util.unflatten_dict(leaves, sep="/")
+    return traverse_util.unflatten_dict(_with_scale(adapter.weights, adapter.scale), sep="/")
+
+
+@jax.jit
+def _with_scale(weights: dict[str, dict[str, Array]], scale: Float[Array, ""]) -> dict[str, dict[str, Array]]:
+    return {path: {"a": pair["a"], "b": scale * pair["b"]} for path, pair in weights.items()}
 
 
 def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:

@@ -296,12 +296,13 @@ def _unstack(decoder: Decoder, variables):
 def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
     """A batch whose rows have all ended.
 
-    {"cache": unstacked, "step": int32 steps so far; of each row "token": its last, not run yet, "position": of that,
-    "id": of its prompt, "count": its tokens so far, "ended": bool, "out": int32[new]}.
+    {"cache": unstacked, None where one token is all; "step": int32, how many were made; of each row "token": its last,
+    not run yet, "position": of that, "id": of its prompt, "count": of its tokens, "ended": bool, "out": int32[new]}.
     """
     row = dict.fromkeys(("token", "position", "id", "count"), jnp.zeros(batch, jnp.int32))
     row |= {"ended": jnp.ones(batch, bool), "out": jnp.zeros((batch, new), jnp.int32)}
-    return {"cache": init_unstacked_cache(decoder.spec, batch, slots, _dtype(variables)), "step": jnp.int32(0), **row}
+    cache = init_unstacked_cache(decoder.spec, batch, slots, _dtype(variables)) if new > 1 else None
+    return {"cache": cache, "step": jnp.int32(0), **row}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
@@ -322,7 +323,7 @@ def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts,
         "out": out,
     }
     put = {n: each if each.shape == state[n].shape else state[n].at[rows].set(each) for n, each in given.items()}
-    return state | put | {"cache": write_rows(state["cache"], cache, rows)}
+    return state | put | ({} if state["cache"] is None else {"cache": write_rows(state["cache"], cache, rows)})
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "new"), donate_argnames="state")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from br_jax.models.masks import SHARED, Attend, Place, visible
 
-_BLOCK = 64  # queries and keys of a tile
+_BLOCK = 32  # queries and keys of a tile
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

@@ -32,7 +32,7 @@ from br_jax.training.loop import Loop
 from br_jax.training.stage import Stage, frozen_collections, init_state, trainable_adapter
 
 # What may differ between a stopped run and the one that goes on from it.
-_FREE_FIELDS = ("checkpoint_every", "log_every")
+_FREE_FIELDS = ("checkpoint_every", "log_every", "probe_every")
 
 
 def train_adapter(
@@ -150,7 +150,7 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
         return make_batches(examples, buckets=_buckets(config), **order)
     multiple = batch_parts(mesh) * config.accumulation
     tpu = platform(mesh) == "tpu"  # its attention takes rows that 128 divides, and segments that see themselves alone
-    shape = {"length": config.packing, "multiple": multiple, "unit": 128 if tpu else 64, "share": not tpu}
+    shape = {"length": config.packing, "multiple": multiple, "unit": 128 if tpu else 32, "share": not tpu}
     return make_packed_batches(examples, **shape, **order)
 
 

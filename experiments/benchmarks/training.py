@@ -29,7 +29,7 @@ from br_jax.training.stage import (
 
 PROTOCOL = TrainConfig(dropout=0.0, learning_rate=1e-4)
 _OF_OTHERS = ("dropout", "learning_rate", "warmup_ratio", "weight_decay", "clip_norm", "max_length")
-BEST = {"packing": 4096, "remat": "matmuls"}
+BEST = {"packing": 4096, "remat": "q,k,v,attention,o"}  # a third less memory than "matmuls", for 6 % of the time
 
 
 def cases(setup: Setup) -> list[Case]:
