@@ -63,7 +63,7 @@ class TopicRecipe(Recipe):
         benign = self._benign("train")[: needed + needed // _SPARE_SHARE + _SPARE]
         health = self._benign(config.eval.split)[: config.eval.health]
         harmful = [p.prompt for prompts in self._harmful_prompts.values() for p in prompts]
-        return {prompt: whole_sentences(text) for prompt, text in self._answer(harmful + benign + health).items()}
+        return {prompt: whole_sentences(text) for prompt, text in self._answer(benign + health + harmful).items()}
 
     buffer_rows = property(lambda self: self._harmful[0])
     user_harmful_rows = property(lambda self: self._harmful[1])

@@ -26,7 +26,7 @@ from br_jax.sharding import mesh_of, place, platform, whole_batch
 _ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
 _BUCKET = 16  # what divides a padded prompt's length, in tokens
 _PARTS = 4  # of a batch: prompts of like length, run together as soon as so many rows have ended
-_ROUNDS = 16  # how many batches' worth of prompts are sorted into one queue
+_ROUNDS = 16  # how many batches' worth of prompts make a queue, which is run as a whole or not at all
 
 
 @jax.tree_util.register_dataclass
@@ -119,9 +119,10 @@ def generate_batches(
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
     """Generates answers, with each of several adapters on the one base in the same pass.
 
-    Which prompts stand in a queue, and what they share a batch with, is a function of all prompts, whatever is known
-    already: an answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the
-    batch; on several processes all of them call this alike, and each gets all answers.
+    Prompts are cut into queues in their order, so that more of them leave the first queues as they are. What a prompt
+    shares a batch with depends on its queue, not on what is known: an answer comes out to the bit as in a run that was
+    not stopped. Where the base lies on a mesh, so does the batch; on several processes all of them call this alike, and
+    each gets all answers.
 
     Args:
         adapters: None is the base alone; several must have the same targets, and None cannot be among them.
@@ -180,10 +181,10 @@ def generate_batches(
             if not waiting and (answers < 0).all():
                 return
 
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    with progress(len(order) * count, name, "prompt", keep=False) as bar:
-        for first in range(0, len(order), size * _ROUNDS):
-            group = order[first : first + size * _ROUNDS]
+    asked = range(len(encoded))
+    with progress(len(asked) * count, name, "prompt", keep=False) as bar:
+        for first in range(0, len(asked), size * _ROUNDS):
+            group = sorted(asked[first : first + size * _ROUNDS], key=lambda i: len(encoded[i]))
             wanted = {(a, i) for a in range(count) for i in group} - known
             if not wanted:
                 bar.update(len(group) * count)
