@@ -101,15 +101,22 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
         UserError: two adapters disagree on a kernel's shape.
     """
     parts = list(adapters.values()) if isinstance(adapters, Mapping) else list(adapters)
-    weights = {}
-    for path in sorted({path for part in parts for path in part.weights}):
-        held = [part for part in parts if path in part.weights]
-        require_same_kernel(path, held)
-        weights[path] = {
-            "a": jnp.concatenate([part.weights[path]["a"] for part in held], axis=-1),
-            "b": jnp.concatenate([part.scale * part.weights[path]["b"] for part in held], axis=-2),
-        }
-    return Adapter(weights, jnp.float32(1), tuple(sorted({role for part in parts for role in part.roles})))
+    paths = sorted({path for part in parts for path in part.weights})
+    for path in paths:
+        require_same_kernel(path, [part for part in parts if path in part.weights])
+    weights = _join([_with_scale(part.weights, part.scale) for part in parts])
+    roles = tuple(sorted({role for part in parts for role in part.roles}))
+    return Adapter({path: weights[path] for path in paths}, jnp.float32(1), roles)
+
+
+@jax.jit
+def _join(parts: list[dict[str, dict[str, Array]]]) -> dict[str, dict[str, Array]]:
+    paths = sorted({path for part in parts for path in part})
+    held = {path: [part[path] for part in parts if path in part] for path in paths}
+    return {
+        path: {name: jnp.concatenate([pair[name] for pair in pairs], axis) for name, axis in (("a", -1), ("b", -2))}
+        for path, pairs in held.items()
+    }
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -87,10 +87,15 @@ def init_state(trainable: dict, seed: int) -> dict:
     """A fresh state; `key` is raw key data, so that a checkpoint can hold it."""
     return {
         "trainable": trainable,
-        "opt_state": _optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable),
+        "opt_state": _start_of(trainable),
         "step": jnp.zeros((), jnp.int32),
         "key": jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
     }
+
+
+@jax.jit
+def _start_of(trainable: dict) -> optax.OptState:
+    return _optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable)
 
 
 def gradient(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, key=None):
