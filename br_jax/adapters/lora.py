@@ -101,12 +101,10 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
         UserError: two adapters disagree on a kernel's shape.
     """
     parts = list(adapters.values()) if isinstance(adapters, Mapping) else list(adapters)
-    paths = sorted({path for part in parts for path in part.weights})
-    for path in paths:
+    for path in sorted({path for part in parts for path in part.weights}):
         require_same_kernel(path, [part for part in parts if path in part.weights])
     weights = _join([_with_scale(part.weights, part.scale) for part in parts])
-    roles = tuple(sorted({role for part in parts for role in part.roles}))
-    return Adapter({path: weights[path] for path in paths}, jnp.float32(1), roles)
+    return Adapter(weights, jnp.float32(1), tuple(sorted({role for part in parts for role in part.roles})))
 
 
 @jax.jit

@@ -131,9 +131,8 @@ class Experiment:
         source = model.source or self.provider / "pretrain" / "model"
         if not model.source:
             self._pretrain(source)
-        settings = {"template": model.template, "dtype": model.dtype, "revision": model.revision or None}
-        settings |= {"matmul_precision": model.matmul_precision}
-        return load_model(source, mesh=self._model_mesh, **settings)
+        settings = {name: model[name] for name in ("template", "dtype", "matmul_precision")}
+        return load_model(source, mesh=self._model_mesh, revision=model.revision or None, **settings)
 
     def _pretrain(self, folder: pathlib.Path) -> None:
         config, spec, tokenizer = self.config.pretrain, ModelSpec(**self.config.model.spec), byte_tokenizer()

@@ -60,8 +60,8 @@ def generate(
 
     Prompts are sorted by length and run in quarters of a batch, each padded to a multiple of 16 tokens; tokens that all
     of them begin with (a template's header) are run once. When a quarter of the rows have ended, the next prompts take
-    their place. A prompt's answer does not depend on its neighbours in the
-    batch, and a sampled one only on (seed, its index).
+    their place. A prompt's answer does not depend on its neighbours in the batch, and a sampled one only on (seed, its
+    index).
 
     Args:
         prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
@@ -164,10 +164,8 @@ def generate_batches(
                 while waiting and (answers < 0).sum(1).min() >= part:
                     chosen = waiting.popleft()
                     free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
-                    ids = np.pad(chosen, (0, part - len(chosen)), constant_values=-1)
-                    np.put_along_axis(answers, free, ids[None], axis=1)
-                    tokens, lengths = _pad([encoded[i][prefix:] for i in chosen], part)
-                    prompts = {"tokens": tokens, "lengths": lengths, "ids": ids}
+                    prompts = _pad({i: encoded[i][prefix:] for i in chosen}, part)
+                    np.put_along_axis(answers, free, prompts["ids"][None], axis=1)
                     prompts = place({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
                     rows = (free + size * np.arange(count)[:, None]).reshape(-1).astype(np.int32)
                     state = _start(decoder, variables, decoding["params"], begun, state, rows, prompts, sampling)
@@ -230,13 +228,16 @@ def _width(tokens: int) -> int:
     return -(-tokens // _BUCKET) * _BUCKET
 
 
-def _pad(rows: list[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` rows of a width that `_BUCKET` divides, and their lengths; those that `rows` lacks have length 1."""
-    width = _width(max(map(len, rows)))
-    tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-    return tokens, lengths
+def _pad(prompts: dict[int, Sequence[int]], count: int) -> dict[str, np.ndarray]:
+    """{"ids", "lengths": int32[count], "tokens": int32[count, a width that `_BUCKET` divides]} of prompts by their ids.
+
+    What they lack of `count` has id -1 and length 1.
+    """
+    tokens = np.zeros((count, _width(max(map(len, prompts.values())))), np.int32)
+    ids, lengths = np.full(count, -1, np.int32), np.ones(count, np.int32)
+    for row, (i, prompt) in enumerate(prompts.items()):
+        ids[row], lengths[row], tokens[row, : len(prompt)] = i, len(prompt), prompt
+    return {"ids": ids, "lengths": lengths, "tokens": tokens}
 
 
 def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, lengths):

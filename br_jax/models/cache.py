@@ -44,7 +44,10 @@ def init_unstacked_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict
 
 
 def write_rows(cache: dict, part: dict, rows: Int[Array, " R"]) -> dict:
-    """An unstacked cache with the slots of a stacked one of R rows in its rows `rows`, which hold nothing else then."""
+    """An unstacked cache with the slots of a stacked one of R rows in its rows `rows`, which hold nothing else then.
+
+    As many rows as the cache has are all of them, in order.
+    """
     rest = cache["positions"].shape[1] - part["positions"].shape[1]
     part = part | {name: jnp.pad(part[name], ((0, 0), (0, rest))) for name in Place._fields}
 

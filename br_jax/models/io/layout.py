@@ -97,8 +97,11 @@ def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stor
     fitting = shape[::-1] if turned else shape
     whole = tuple(map(slice, leaf.shape))
     indices = [whole] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
-    bounds = {tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True)) for index in indices}
-    parts = {part: np.empty([end - start for start, end in part], leaf.dtype) for part in bounds}
+
+    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True))
+
+    parts = {part: np.empty([end - start for start, end in part], leaf.dtype) for part in set(map(bounds, indices))}
     for layer, (key, tensor) in enumerate(tensors.items()):
         if tensor.shape != fitting:
             raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {fitting}")
@@ -111,12 +114,8 @@ def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stor
             _write(array[layer] if stacked else array, values, turned)
         bar.update()
     if place is None:
-        return jax.device_put(parts.popitem()[1])
-
-    def held(index):
-        return parts[tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True))]
-
-    return jax.make_array_from_callback(leaf.shape, place, held)
+        return jax.device_put(parts[bounds(whole)])
+    return jax.make_array_from_callback(leaf.shape, place, lambda index: parts[bounds(index)])
 
 
 def _write(target: np.ndarray, values: np.ndarray, turned: bool) -> None:
