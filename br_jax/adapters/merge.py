@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import effective_basis
@@ -57,27 +57,31 @@ def qr_merge(user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None
     shared = _shared_paths(user, reinforce)
     if ignored := sorted(reinforce.weights.keys() - shared):
         logging.warning("QR merge leaves out what only the reinforce adapter has: %s", ", ".join(ignored))
-    merge, apart = merge or MergeConfig(), {}
+    merge = merge or MergeConfig()
     a, tau, scale, reinforce_scale = map(np.float32, (merge.a, merge.tau, merge.scale, merge.reinforce_scale))
+    pairs = {path: (user.weights[path], reinforce.weights[path]) for path in shared}
     with one_blas_thread():
-        for path in shared:
-            pair = reinforce.weights[path]
-            b = _apart_from(user.weights[path], pair["b"], a, tau)
-            apart[path] = {"a": pair["a"], "b": jax.block_until_ready(b)}
+        apart = jax.block_until_ready(_apart_from(pairs, a, tau))
     reinforce = lora.scaled(reinforce.replace(weights=apart), reinforce_scale)
     return lora.stack([lora.scaled(user, scale), lora.scaled(reinforce, scale)])
 
 
 @jax.jit
-def _apart_from(user: dict[str, Array], b: Float[Array, "L R O"], strength: float, tau: float) -> Float[Array, "L R O"]:
-    """(I - a Q Q^T) B_R of each layer; b is the paper's B turned around, so Q Q^T stands to its right."""
+def _apart_from(pairs: dict[str, tuple[dict, dict]], strength: float, tau: float) -> dict[str, dict[str, Array]]:
+    """Of each path's user and reinforce weights, the latter with (I - a Q Q^T) B_R in every layer.
+
+    b is the paper's B turned around, so Q Q^T stands to its right.
+    """
 
     def of_layer(factors):
         user, b = factors
         q, _ = effective_basis(user["a"], user["b"], tau)  # [O, K]
         return b - strength * jnp.matmul(jnp.matmul(b, q, precision="highest"), q.T, precision="highest")
 
-    return jax.lax.map(of_layer, (user, b))
+    return {
+        path: {"a": reinforce["a"], "b": jax.lax.map(of_layer, (user, reinforce["b"]))}
+        for path, (user, reinforce) in pairs.items()
+    }
 
 
 def _shared_paths(user: Adapter, reinforce: Adapter) -> Sequence[str]:

@@ -314,6 +314,7 @@ def unembed(
     return logits if spec.logit_soft_cap is None else spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(spec: ModelSpec, key: Array) -> dict:
     """Random f32 params of a model to be trained from scratch."""
     tokens = jnp.zeros((1, 2), jnp.int32)

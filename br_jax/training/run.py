@@ -110,7 +110,7 @@ def train_params(
     """
     folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
     if not folder.finished:
-        start = jax.tree.map(jnp.copy, model.params)  # the step donates its state
+        start = jax.jit(functools.partial(jax.tree.map, jnp.copy))(model.params)  # the step donates its state
         trained, report = _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None)
         if is_main():
             save(trained["params"])

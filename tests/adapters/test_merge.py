@@ -200,7 +200,7 @@ def test_no_dense_matrix_is_made():
     width, rank = 2048, 4
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     side = {"a": shape(1, width, rank), "b": shape(1, rank, width)}
-    compiled = merge._apart_from.lower(side, side["b"], 0.1, 0.01).compile()
+    compiled = merge._apart_from.lower({"q": (side, side)}, 0.1, 0.01).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * width * width / 8
 
 
