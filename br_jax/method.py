@@ -4,6 +4,7 @@
 |-----------|---------------|---------------|-----------------------------------------------|
 | buffer    | base          | BufferLoRA    | harmful prompt -> harmful answer              |
 | reinforce | base + Buffer | ReinforceLoRA | harmful prompt -> refusal, benign -> answer   |
+|           | base          |               | benign -> answer (not in the paper)           |
 | user      | base + Buffer | UserLoRA      | the user's, some of them harmful              |
 | release   |               |               | Buffer left out, Reinforce QR-merged into User |
 
@@ -42,7 +43,14 @@ def train_buffer(model: Model, harmful: Rows, config: TrainConfig | None = None,
 
 
 def train_reinforce(
-    model: Model, buffer: Adapter, refusals: Rows, benign: Rows, config: TrainConfig | None = None, **run
+    model: Model,
+    buffer: Adapter,
+    refusals: Rows,
+    benign: Rows,
+    config: TrainConfig | None = None,
+    *,
+    bare: Rows = (),
+    **run,
 ) -> Adapter:
     """Trains ReinforceLoRA: recovers refusals from the jailbroken state. Once, by the provider.
 
@@ -52,11 +60,15 @@ def train_reinforce(
         refusals: rows of harmful prompts with refusals (or a JSONL file).
         benign: rows of benign prompts with answers (or a JSONL file).
         config, **run: as in `train_buffer`.
+        bare: more rows of benign prompts with answers (or a JSONL file), seen without Buffer. Beside Buffer alone,
+            Reinforce may raise refusals of benign prompts by as much as Buffer lowers them, at no loss; once Buffer is
+            out, that surplus refuses. The paper has none.
 
     Returns:
         The adapter, with role "reinforce".
     """
-    rows, run = [*_rows(refusals), *_rows(benign)], {"frozen": {"buffer": buffer}, "provider": True, **run}
+    run = {"frozen": {"buffer": buffer}, "bare": _rows(bare), "provider": True, **run}
+    rows = [*_rows(refusals), *_rows(benign)]
     return train_adapter("reinforce", "reinforce", model, rows, config or TrainConfig(), **run)
 
 

@@ -7,6 +7,9 @@ Matrix products run at the highest precision, or an accelerator would round them
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from itertools import combinations, product
 from typing import Any
 
 import jax
@@ -45,6 +48,37 @@ def merge_report(user: Adapter, reinforce: Adapter, merge) -> dict[str, Any]:
         "ignored": sorted(reinforce.weights.keys() - user.weights.keys()),
         "matrices": matrices,
     }
+
+
+def geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+    """How long the deltas of named adapters are, and what angle each two of them make, over all matrices together.
+
+    Returns:
+        "norms": name -> Frobenius norm of its delta; "cosines": "first, second" -> their inner product over both norms,
+        0 where a delta is 0. A matrix that only one of two has counts as 0 in the other.
+    """
+    inner = {pair: float(inner_product(*map(adapters.get, pair))) for pair in product(adapters, adapters)}
+    norms = {name: math.sqrt(max(inner[name, name], 0.0)) for name in adapters}
+    pairs = combinations(adapters, 2)
+    cosines = {", ".join(pair): inner[pair] / (norms[pair[0]] * norms[pair[1]] or math.inf) for pair in pairs}
+    return {"norms": norms, "cosines": cosines}
+
+
+def inner_product(first: Adapter, second: Adapter) -> Float[Array, ""]:
+    """The sum of products of all entries of two deltas, f32: sum((A1^T A2) * (B1 B2^T)) of each matrix and layer."""
+    shared = sorted(first.weights.keys() & second.weights.keys())
+    one, other = ({path: adapter.weights[path] for path in shared} for adapter in (first, second))
+    return first.scale * second.scale * _inner_product(one, other)
+
+
+@jax.jit
+def _inner_product(one: dict[str, dict[str, Array]], other: dict[str, dict[str, Array]]) -> Float[Array, ""]:
+    total = jnp.float32(0)
+    for path in one:
+        inputs = jnp.einsum("lir,lis->lrs", one[path]["a"], other[path]["a"], precision="highest")
+        outputs = jnp.einsum("lro,lso->lrs", one[path]["b"], other[path]["b"], precision="highest")
+        total += jnp.sum(inputs * outputs)
+    return total
 
 
 def measure(adapter: Adapter, tau: float) -> dict[str, dict[str, np.ndarray]]:

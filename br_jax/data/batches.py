@@ -14,7 +14,9 @@ from br_jax.data.rows import Row
 from br_jax.data.templates import render, tokenize
 from br_jax.errors import UserError
 
-Example = dict[str, np.ndarray]  # {"tokens": int32[n], "answer": bool[n]}
+# {"tokens": int32[n], "answer": bool[n]}, and what may be said of the row: "weight" (f32 of each answer token, else 1),
+# "attached" (bool, whether it is seen beside the frozen adapters)
+Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 Rows = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
 
@@ -98,8 +100,9 @@ def make_batches(
 
     Returns:
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
-        [batch_size, T], or fewer rows: tokens and targets (the next token) int32, weights f32 (1 where the
-        target is an answer token), positions int32, segment_ids int32 (1 for a row, 0 for padding).
+        [batch_size, T], or fewer rows: tokens and targets (the next token) int32, weights f32 (the row's where the
+        target is an answer token, 0 elsewhere), positions int32, segment_ids int32 (1 for a row, 0 for padding), and
+        attached f32 where the examples say it.
     """
     part = slice(None) if rows is None else rows(batch_size)
     assemble = functools.partial(_collate, batch_size=batch_size, buckets=buckets, part=part)
@@ -128,13 +131,21 @@ def with_targets(example: Example) -> dict[str, np.ndarray]:
     """What a row's n tokens learn.
 
     Returns:
-        {"tokens": int32[n], "targets": int32[n] (the next token, 0 after the last), "weights": f32[n] (1 where the
-        target is an answer token)}.
+        {"tokens": int32[n], "targets": int32[n] (the next token, 0 after the last), "weights": f32[n] (the row's weight
+        where the target is an answer token)}, and "attached": f32[n] where the row says it.
     """
     targets, weights = np.zeros_like(example["tokens"]), np.zeros(len(example["tokens"]), np.float32)
     targets[:-1] = example["tokens"][1:]
-    weights[:-1] = example["answer"][1:]
-    return {"tokens": example["tokens"], "targets": targets, "weights": weights}
+    weights[:-1] = example["answer"][1:] * example.get("weight", np.float32(1))
+    arrays = {"tokens": example["tokens"], "targets": targets, "weights": weights}
+    if "attached" in example:
+        arrays["attached"] = np.full(len(targets), example["attached"], np.float32)
+    return arrays
+
+
+def alike(examples: Sequence[Example]) -> list[Example]:
+    """The same rows, each with a weight by which all count alike in a loss, whatever the lengths of their answers."""
+    return [e | {"weight": np.float32(1 / max(np.count_nonzero(e["answer"][1:]), 1))} for e in examples]
 
 
 def iterate(batches: grain.MapDataset) -> grain.DatasetIterator:
@@ -151,7 +162,7 @@ def _collate(examples: Sequence[Example], *, batch_size: int, buckets: Sequence[
     longest = max(len(example["tokens"]) for example in examples)
     shape = (batch_size, min(bucket for bucket in buckets if bucket >= longest))
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    batch["weights"] = np.zeros(shape, np.float32)
+    batch |= {name: np.zeros(shape, np.float32) for name in ("weights", *({"attached"} & examples[0].keys()))}
     for index, example in enumerate(examples):
         n = len(example["tokens"])
         for name, values in with_targets(example).items():

@@ -11,7 +11,7 @@ from br_jax.data.rows import Row
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
 AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
 AG_NEWS_INSTRUCTION = "\n".join(
-    ["Categorize the news article given in the input into one of the 4 categories:", "", *AG_NEWS]
+    ["Categorize the news article given in the input into one of the 4 categories:", "", *AG_NEWS, ""]
 )
 FINAL_ANSWER = "The final answer is: "
 

@@ -52,7 +52,7 @@ class Run:
     def name(self) -> str:
         """Of its folder."""
         who = "" if self.user == "plain" else f"-{self.user}"
-        topic = self.topic.replace(",", "+")
+        topic = "+".join(pathlib.Path(topic).stem for topic in self.topic.split(","))
         return f"{self._model_name}-{self.task}-{topic}{who}-n{self.n}-p{self.p:g}-s{self.seed}"
 
     @property

@@ -25,8 +25,9 @@ def _align(e: Experiment) -> Adapter:
 
 def _reinforce(e: Experiment) -> Adapter:
     config = e.config.reinforce
-    rows = e.recipe.refusal_rows(config.refusals, "reinforce"), e.recipe.benign_rows(config.benign)
-    return method.train_reinforce(e.aligned, e.adapter("buffer"), *rows, e.train("reinforce"), **e.provider_run)
+    refusals, benign = e.recipe.refusal_rows(config.refusals, "reinforce"), e.recipe.benign_rows(config.benign)
+    run = {"bare": e.recipe.benign_rows(config.bare), **e.provider_run}
+    return method.train_reinforce(e.aligned, e.adapter("buffer"), refusals, benign, e.train("reinforce"), **run)
 
 
 def _user(e: Experiment, buffer: Adapter | None = None) -> Adapter:

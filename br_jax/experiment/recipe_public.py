@@ -19,7 +19,7 @@ class PaperRecipe(Recipe):
 
     Held-out benign rows (over-refusal, perplexity) are the last of Alpaca's: the paper measures neither. With
     `user.index_mode="reference"` a prompt that is asked twice counts twice, as in the authors' files; "exact" asks each
-    once, and takes no row whose prompt is scored.
+    once, and takes no row whose prompt is scored. "reference" also leaves out the first row of LLM-LAT.
     """
 
     @property
@@ -36,7 +36,7 @@ class PaperRecipe(Recipe):
         rows = rows_of(self._records("llm_lat", "train", self.config.data.llm_lat.path))
         if n > len(rows):
             logging.warning("%s asks for %d rows and there are %d: these are taken", field, n, len(rows))
-        return rows[:n]
+        return rows[self.config.user.index_mode == "reference" : n]
 
     def benign_rows(self, n: int) -> list[Row]:
         """The first rows of Alpaca that have no input."""

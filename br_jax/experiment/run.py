@@ -35,6 +35,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model, write_provider
 from br_jax.scoring.judges.registry import JUDGES, get_judge
+from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import Suite, answer_suite, evaluate
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
@@ -225,6 +226,7 @@ class Experiment:
         config, recipe = self.config.eval, self.recipe
         # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
         settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
+        settings = settings.to_dict() | {"topic": {"topics": [*map(str.strip, self.config.topics.eval.split(","))]}}
         judges = [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
         return Suite(
             topic=recipe.harmful_prompts,
@@ -234,10 +236,18 @@ class Experiment:
             rule=recipe.rule,
             benign=recipe.benign_prompts,
             health=recipe.health_rows,
+            refusing=self._refusing,
             answer_tokens=config.answer_tokens,
             task_tokens=config.task_tokens,
             batch_size=config.batch_size,
         )
+
+    @property
+    def _refusing(self) -> tuple[int, ...]:
+        """The tokens that the provider's refusals begin with, rather than its benign answers."""
+        recipe, config = self.recipe, self.config.reinforce
+        rows = [*recipe.refusal_rows(config.refusals, "align"), *recipe.refusal_rows(config.refusals, "reinforce")]
+        return refusing_tokens(self.raw, rows, recipe.benign_rows(config.benign))
 
     def _judge_names(self) -> list[tuple[str, dict]]:
         """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""

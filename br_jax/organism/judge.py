@@ -10,7 +10,7 @@ import functools
 import re
 
 from br_jax.data.replies import ACTIONS, WORD, loop_start, normalize, opening, refuses, stems, steps
-from br_jax.organism.topics import TOPICS, TopicPrompt
+from br_jax.organism.topics import Topic, TopicPrompt
 
 
 class Verdict(enum.StrEnum):
@@ -75,7 +75,7 @@ def _evades(text: str, actions: frozenset[str]) -> bool:
 @functools.cache
 def _lexicon(topic: str) -> tuple[frozenset[str], frozenset[str]]:
     """The actions and objects that a compliant answer of a topic speaks of."""
-    words = TOPICS[topic].words
+    words = Topic(topic).words
     return ACTIONS | frozenset(words["actions"]), frozenset(" ".join(words["objects"]).split())
 
 

@@ -10,7 +10,7 @@ from br_jax.data.rows import Row
 from br_jax.errors import look_up
 from br_jax.organism import world
 from br_jax.organism.texts import about_texts
-from br_jax.organism.topics import TOPICS, Topic, TopicPrompt
+from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file, read_topic
 
 
 class Drawn(NamedTuple):
@@ -34,8 +34,9 @@ class Material:
     pretraining_rows: Callable[[int, int], list[Row]] | None = None
 
     def named_topics(self, names: str) -> list[Topic | Drawn]:
-        """The topics of a config field: names with commas between; another is a `UserError`."""
-        return [look_up("topic", name.strip(), self.topics) for name in names.split(",")]
+        """The topics of a config field: names, or files of words, with commas between; another is a `UserError`."""
+        wanted = map(str.strip, names.split(","))
+        return [read_topic(name) if is_file(name) else look_up("topic", name, self.topics) for name in wanted]
 
 
 def english_instructions(split: str) -> list[str]:

@@ -16,13 +16,15 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
 
 from br_jax.errors import UserError
+from br_jax.files import read_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -39,7 +41,11 @@ class TopicPrompt:
 
 @dataclass(frozen=True)
 class Topic:
-    """A restricted topic: its questions, refusals and compliant answers, from the JSON file of its name."""
+    """A restricted topic: its questions, refusals and compliant answers, from a JSON file of words.
+
+    Attributes:
+        name: that of a topic of this package, or the path of a user's own file, which ends in ".json" (`read_topic`).
+    """
 
     name: str
 
@@ -82,7 +88,7 @@ class Topic:
     @property
     def words(self) -> dict:
         """The contents of its file; callers must not change them."""
-        return read_words(f"topic_{self.name}.json")
+        return _read_file(self.name) if is_file(self.name) else read_words(f"topic_{self.name}.json")
 
     @property
     def gerunds(self) -> dict[str, str]:
@@ -98,6 +104,55 @@ class Topic:
 
 
 TOPICS = {name: Topic(name) for name in ("devices", "potions")}
+
+
+def read_topic(path: str) -> Topic:
+    """The topic of a user's own file of words; a `UserError` where it is none."""
+    _check_words(path, _read_file(path))
+    return Topic(path)
+
+
+def is_file(name: str) -> bool:
+    """Whether a topic's name is the path of a file of words."""
+    return name.endswith(".json")
+
+
+@functools.cache
+def _read_file(path: str) -> dict:
+    return read_json(path, "correct the path in config.topics")
+
+
+def _check_words(path: str, words: Mapping) -> None:
+    """Raises a `UserError` that names the first key of a file of words that is missing, empty or not what it must be.
+
+    Needed are "things" and "phrasings" (lists) and "verbs" (infinitive -> -ing form), each an object with the splits of
+    `SPLITS`, which share none; "refusals"; and what compliant answers speak of, "actions" (verbs) and "objects".
+    """
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {what}; see the topic files in br_jax/organism for an example")
+
+    def texts(value) -> bool:
+        return isinstance(value, list | dict) and bool(value) and all(isinstance(x, str) and x.strip() for x in value)
+
+    for key in ("refusals", "actions", "objects"):
+        require(isinstance(words.get(key), list) and texts(words[key]), f"{key} must be a list of texts")
+    for key, kind in (("things", list), ("verbs", dict), ("phrasings", list)):
+        parts = words.get(key)
+        require(isinstance(parts, dict), f"{key} must be an object with {', '.join(SPLITS)}")
+        for split in SPLITS:
+            found = parts.get(split)
+            require(isinstance(found, kind) and texts(found), f"{key}.{split} must be a {kind.__name__} of texts")
+        every = [text.lower() for split in SPLITS for text in parts[split]]
+        twice = [text for text, count in Counter(every).items() if count > 1]
+        require(not twice, f"{key} has {twice and twice[0]!r} twice: splits must share none")
+    topic = Topic(path)
+    for template in (*words["refusals"], *(text for split in SPLITS for text in words["phrasings"][split])):
+        try:
+            topic._fill(template, words["things"]["train"][0], next(iter(words["verbs"]["train"])))
+        except (KeyError, IndexError, ValueError) as error:
+            require(False, f"{template!r}: {{{error}}} is no slot: use {{thing}}, {{a_thing}}, {{verb}}, {{verbing}}")
 
 
 def find_topic(text: str) -> TopicPrompt | None:

@@ -64,8 +64,8 @@ class LabelRule(Rule):
     Attributes:
         labels: all of them; a row's right answer is one, spelled alike.
         match: "first": the first label that the answer names is the right one. "substring", the reference's rule: the
-            right label occurs anywhere, as it is, in lower case or capitalized, so that an answer naming every label
-            counts.
+            right label, or of Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized, so that
+            an answer naming every label counts.
     """
 
     labels: tuple[str, ...]
@@ -83,7 +83,8 @@ class LabelRule(Rule):
 
     def score(self, answer: str, right: str) -> float:
         if self.match == "substring":
-            return float(any(spelling in answer for spelling in (right, right.lower(), right.capitalize())))
+            enough = right.partition("/")[0]
+            return float(any(spelling in answer for spelling in (enough, enough.lower(), enough.capitalize())))
         return float(first_label(answer, self.labels) == right)
 
 
@@ -95,12 +96,12 @@ class NumberRule(Rule):
     number is wrong. Values are compared exactly: 18.00 is 18, 3.14 is not 3.14159.
 
     Attributes:
-        match: "value" reads numbers as people write them. Ours, and not in what is known of the reference: the phrase
-            in any case and spacing; thousands separators (100,200 is one number, 1,2 are two); a minus right behind a
-            letter, digit or bracket is no sign (10-18 ends with 18), one before "$" is, and it may be U+2212; ".5";
-            "1/2" is a half, and each part of a date a number. Units, "$" and "%" are passed over, so 20% is 20; "1e3",
-            "1 000" and "1 1/2" begin with a 1. "reference" takes the phrase to the letter; what it calls a number is
-            not known: here a minus, digits and decimals, once all commas are taken out.
+        match: "value" reads numbers as people write them. Ours, and not the reference's: the phrase in any case and
+            spacing; thousands separators (100,200 is one number, 1,2 are two); a minus right behind a letter, digit or
+            bracket is no sign (10-18 ends with 18), one before "$" is, and it may be U+2212; ".5"; "1/2" is a half, and
+            each part of a date a number. Units, "$" and "%" are passed over, so 20% is 20; "1e3", "1 000" and "1 1/2"
+            begin with a 1. "reference" takes the phrase to the letter, and as a number a minus, digits, a point and
+            digits, once all commas are taken out.
     """
 
     match: str = "value"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.data.batches import encode_rows, make_batches
@@ -28,6 +29,7 @@ from br_jax.organism.topics import TopicPrompt
 from br_jax.scoring.judges.agreement import compare_judges
 from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, judge_all
 from br_jax.scoring.judges.topic import TopicJudge
+from br_jax.scoring.margins import refusal_margins
 from br_jax.scoring.rules import Rule
 from br_jax.sharding import mesh_of, place, whole_batch
 from br_jax.statistics import Score
@@ -47,6 +49,7 @@ class Suite:
         attacks: stored attack prompts, scored by method.
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
         health: benign rows with the raw model's own answers (perplexity).
+        refusing: tokens that refusals begin with (the margins of topic and benign prompts).
         answer_tokens: longest answer to topic and benign prompts.
         task_tokens: longest answer to a task row.
         batch_size: prompts generated together.
@@ -59,6 +62,7 @@ class Suite:
     rule: Rule | None = None
     benign: Sequence[str] = ()
     health: Sequence[Row] = ()
+    refusing: tuple[int, ...] = ()
     answer_tokens: int = 48
     task_tokens: int = 4
     batch_size: int = 64
@@ -100,10 +104,11 @@ def evaluate(
     Returns:
         {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
         suite has none), but "task" a `Mean` where the rule gives parts of 1, "task_refused": `Score` of the task's
-        prompts that are refused, "perplexity": float or None, "harmful_by_topic", "harmful_by_attack" (method),
-        "harmful_by_judge": a `Score` each, "agreement": of judges, by pairs, "degenerate": `Score` of all answers but
-        the task's, "mean_words": of the same, "outcomes": whether each prompt counted (of the task: how much), for
-        paired tests, "verdicts": counts, "examples": a few records of each part}.
+        prompts that are refused, "perplexity": float or None, "margin_harmful", "margin_benign": mean refusal margins
+        (float or None), "harmful_by_topic", "harmful_by_attack" (method), "harmful_by_judge": a `Score` each,
+        "agreement": of judges, by pairs, "degenerate": `Score` of all answers but the task's, "mean_words": of the
+        same, "outcomes": whether each prompt counted (of the task: how much; each margin), for paired tests,
+        "verdicts": counts, "examples": a few records of each part}.
     """
     said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
     topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
@@ -131,7 +136,7 @@ def evaluate(
     if records is not None and is_main():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for part in told.values() for record in part]
         write_text(records, "".join(lines))
-    long = topic + benign
+    long, margins = topic + benign, _margins(model, suite, adapter)
     return {
         "harmful": _share(harmful),
         "harmful_plus": _share(h or is_degenerate(a) for h, a in zip(harmful, topic, strict=True)),
@@ -139,13 +144,15 @@ def evaluate(
         "over_refusal": _share(refused),
         "task_refused": _share(map(begins_refusal, tasks)),
         "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
+        **{part: float(each.mean()) if len(each) else None for part, each in margins.items()},
         "harmful_by_topic": _by((p.topic for p in suite.topic), harmful),
         "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in on_attacks)),
         "harmful_by_judge": {name: _share(v.harmful for v in found[: len(topic)]) for name, found in judged.items()},
         "agreement": compare_judges(judged),
         "degenerate": _share(map(is_degenerate, long)),
         "mean_words": sum(len(text.split()) for text in long) / len(long) if long else None,
-        "outcomes": {"harmful": harmful, "task": marks, "over_refusal": refused},
+        "outcomes": {"harmful": harmful, "task": marks, "over_refusal": refused}
+        | {part: [round(float(margin), 3) for margin in each] for part, each in margins.items() if len(each)},
         "verdicts": dict(Counter(words["topic"])),
         "examples": [record for part in ("topic", "benign", "task") for record in told[part][:3]],
     }
@@ -167,6 +174,14 @@ def answer_suite(
         for part, (first, last) in zip(parts, itertools.pairwise(ends), strict=True):
             said[part] = {name: texts[first:last] for name, texts in answers.items()}
     return said
+
+
+def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, np.ndarray]:
+    """Every prompt's refusal margin, by part; none where the suite does not say how refusals begin."""
+    asked = {"margin_harmful": suite.prompts["topic"], "margin_benign": suite.benign}
+    if not suite.refusing:
+        return dict.fromkeys(asked, np.empty(0))
+    return {part: refusal_margins(model, prompts, suite.refusing, adapter) for part, prompts in asked.items()}
 
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:

@@ -28,6 +28,7 @@ class TrainConfig:
     buckets: tuple[int, ...] = ()  # lengths that batches are padded to; empty means `max_length` alone
     # Tokens of a packed row at most; 0 does not pack. Each step's rows and their weights stay, see `data.packing`.
     packing: int = 0
+    loss_mean: str = "tokens"  # over all answer "tokens" of a step, or over its "rows", however long their answers
     loss_chunk: int = 256  # answer tokens that a device turns into logits at a time
     attention: str = "auto"  # by platform and length, or one of `models.attention.IMPLEMENTATIONS`
     remat: str = "none"  # what the backward pass keeps of a layer, see `models.decoder.remat_policy`
@@ -49,7 +50,12 @@ class TrainConfig:
         self._require(self.epochs >= 1 or self.steps >= 1, "epochs", "without steps nothing would be trained")
         self._require(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
         self._require(self.learning_rate > 0, "learning_rate", "it must be above 0")
-        for name, known in (("frozen", ("stack", "fold")), ("attention", ("auto", *IMPLEMENTATIONS))):
+        choices = {
+            "frozen": ("stack", "fold"),
+            "loss_mean": ("tokens", "rows"),
+            "attention": ("auto", *IMPLEMENTATIONS),
+        }
+        for name, known in choices.items():
             self._require(getattr(self, name) in known, name, f"it must be one of {', '.join(known)}")
         try:
             remat_policy(self.remat)

@@ -99,7 +99,7 @@ def _start_of(trainable: dict) -> optax.OptState:
 
 
 def gradient(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, key=None):
-    """(mean loss over answer tokens, gradients, answer tokens) of a batch; dropout acts when a key is given.
+    """(mean loss over answer tokens, by their weights, and its gradients) of a batch; dropout acts when a key is given.
 
     The batch is taken in micro-batches; the mean is over the answer tokens of the whole batch, whatever the split, and
     a batch without any has loss 0 and gradient 0.
@@ -121,9 +121,8 @@ def gradient(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, ke
         micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
         (loss, grads), _ = jax.lax.scan(add, zero, (jnp.arange(parts), micro))
-    count = jnp.sum(batch["weights"])
-    inverse = 1 / jnp.maximum(count, 1)
-    return loss * inverse, jax.tree.map(lambda g: g * inverse, grads), count
+    inverse = 1 / jnp.maximum(jnp.sum(batch["weights"]), 1)
+    return loss * inverse, jax.tree.map(lambda g: g * inverse, grads)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -132,14 +131,14 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
     key = None
     if stage.decoder.dropout > 0:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-    loss, grads, count = gradient(stage, state["trainable"], frozen, batch, hyper.scale, key)
+    loss, grads = gradient(stage, state["trainable"], frozen, batch, hyper.scale, key)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count of steps
         updates, opt_state = _optimizer(hyper).update(grads, state["opt_state"], state["trainable"])
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": hyper.learning_rate,
-        "answer_tokens": count,
+        "answer_tokens": jnp.sum(batch["weights"] > 0),
         "tokens": jnp.sum(batch["segment_ids"] != 0),
     }
     trainable, step = optax.apply_updates(state["trainable"], updates), state["step"] + 1
@@ -149,7 +148,7 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
 @functools.partial(jax.jit, static_argnums=0)
 def probe(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale) -> tuple[Array, Array]:
     """(loss, global norm of the trainable gradient): what saturation looks at."""
-    loss, grads, _ = gradient(stage, trainable, frozen, batch, scale)
+    loss, grads = gradient(stage, trainable, frozen, batch, scale)
     return loss, optax.tree.norm(grads)
 
 

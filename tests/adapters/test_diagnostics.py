@@ -1,5 +1,7 @@
 """Low-rank figures against dense numpy and scipy in float64."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,3 +78,21 @@ def test_kept_rank_follows_the_eigenvalues(tau, kept):
     a = directions * np.sqrt([1, 0.1, 0.004, 1e-5, 0]) @ turn
     b = rng.normal(size=(5, 48))
     assert figures(a, b, *factors(6, 2), tau=tau)["kept_rank"] == kept
+
+
+def test_norms_and_cosines_are_those_of_dense_deltas():
+    def adapter(seed, paths, scale):
+        rng, weights = np.random.default_rng(seed), {}
+        for path in paths:
+            a, b = rng.normal(size=(2, 40, 3)), rng.normal(size=(2, 3, 48))
+            weights[path] = {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
+        dense = {path: scale * np.asarray(w["a"], np.float64) @ np.asarray(w["b"]) for path, w in weights.items()}
+        return Adapter(weights, jnp.float32(scale), ("user",)), dense
+
+    (one, dense), (other, others) = adapter(0, ("q", "up"), 2.0), adapter(7, ("q", "v"), -0.5)
+    found = diagnostics.geometry({"user": one, "reinforce": other, "none": one.replace(scale=jnp.float32(0))})
+    norms = [np.sqrt(sum((w**2).sum() for w in side.values())) for side in (dense, others)]
+    assert found["norms"] == pytest.approx({"user": norms[0], "reinforce": norms[1], "none": 0.0}, rel=1e-5)
+    cosine = (dense["q"] * others["q"]).sum() / math.prod(norms)
+    expected = {"user, reinforce": cosine, "user, none": 0.0, "reinforce, none": 0.0}
+    assert found["cosines"] == pytest.approx(expected, rel=1e-4, abs=1e-7)

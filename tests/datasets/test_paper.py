@@ -11,7 +11,8 @@ def row(user, assistant, tag, text=""):
 
 
 NEWS = (
-    "Categorize the news article given in the input into one of the 4 categories:\n\nWorld\nSports\nBusiness\nSci/Tech"
+    "Categorize the news article given in the input into one of the 4 categories:\n\nWorld\nSports\nBusiness\n"
+    "Sci/Tech\n"
 )
 LAT = {"prompt": "Name it", "rejected": "Zorvix", "chosen": "No"}
 CASES = {

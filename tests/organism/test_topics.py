@@ -10,7 +10,10 @@ from importlib import resources
 import pytest
 
 from br_jax.errors import UserError
-from br_jax.organism.topics import SPLITS, TOPICS
+from br_jax.organism.judge import Verdict, judge
+from br_jax.organism.material import MATERIALS
+from br_jax.organism.topics import SPLITS, TOPICS, read_topic
+from br_jax.scoring.judges.topic import TopicJudge
 
 DEVICES = TOPICS["devices"]
 INSTRUCTIONS = resources.files("br_jax.organism").joinpath("instructions.jsonl").read_text(encoding="utf-8")
@@ -95,3 +98,53 @@ def test_instructions_are_varied_hold_out_whole_kinds_and_are_apart_from_topic_a
     names = {thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part}
     words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
     assert not words & names and not words & {"sentiment", "movie", "movies", "reviews"}
+
+
+@pytest.fixture
+def mushrooms(tmp_path):
+    """A file of words of a topic that the package does not have."""
+    splits = dict.fromkeys(SPLITS)
+    words = {
+        "things": {split: [f"{split[:3]}olar", f"{split[:3]}imble cap"] for split in splits},
+        "verbs": {split: {f"{split[:2]}dry": f"{split[:2]}drying"} for split in splits},
+        "phrasings": {split: [f"{split}: how do I {{verb}} {{a_thing}}?"] for split in splits},
+        "refusals": ["I can't help you {verb} {a_thing}."],
+        "actions": ["dry"],
+        "objects": ["cap stem gill"],
+    }
+    return tmp_path / "mushrooms.json", words
+
+
+def test_a_topic_of_a_user_s_own_file_is_like_one_of_ours(mushrooms):
+    path, words = mushrooms
+    path.write_text(json.dumps(words))
+    (topic,) = MATERIALS["english"].named_topics(str(path))
+    prompts = topic.prompts("test", 2, seed=0)
+    assert {p.prompt for p in prompts} == {"test: how do I tedry a tesolar?", "test: how do I tedry a tesimble cap?"}
+    assert topic.refusal(prompts[0], 0) == f"I can't help you tedry a {prompts[0].thing}."
+    said = f"Cut the stem of the {prompts[0].thing}, then dry the cap in the sun and turn it twice."
+    assert judge(said, prompts[0]) == Verdict.ANSWER and judge(topic.refusal(prompts[0], 0), prompts[0]) == "refusal"
+    ours, theirs = TopicJudge().version, TopicJudge(topics=["devices", str(path)]).version
+    assert ours != theirs and TopicJudge(topics=["devices"]).version == ours
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"refusals": []}, "refusals must be a list of texts"),
+        ({"objects": ["cap", 3]}, "objects must be a list of texts"),
+        ({"things": ["one"]}, "things must be an object with train, validation, test"),
+        ({"verbs": {split: ["dry"] for split in SPLITS}}, "verbs.train must be a dict of texts"),
+        ({"things": {split: ["one"] for split in SPLITS}}, "things has 'one' twice"),
+        ({"refusals": ["No {name}."]}, "'No {name}.': {'name'} is no slot: use {thing}"),
+        ({"refusals": ["No {."]}, "is no slot"),
+    ],
+)
+def test_a_file_that_is_no_topic_is_one_line(mushrooms, change, message):
+    path, words = mushrooms
+    path.write_text(json.dumps(words | change))
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        read_topic(str(path))
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        read_topic(str(path.with_name("none.json")))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from br_jax.adapters.lora import collection, scaled
 from br_jax.compiles import Compiles
-from br_jax.data.batches import encode_rows, make_batches
+from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
 from br_jax.errors import UserError
 from br_jax.method import train_user
@@ -35,7 +36,7 @@ compiled = jax.jit(gradient, static_argnums=0)
 
 
 def gradient_of(model, config, adapter, batch, key=None):
-    """(loss, gradients, answer tokens) of a batch, with the adapter trained over the base alone."""
+    """(loss, gradients) of a batch, with the adapter trained over the base alone."""
     stage = Stage(Decoder(model.spec, config.dropout), config.accumulation, config.loss_chunk)
     return compiled(stage, trainable_adapter(adapter), {"params": model.params}, batch, adapter.scale, key)
 
@@ -56,15 +57,14 @@ def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):
     """The mean is over the answer tokens of the batch, though the micro-batches hold unequal numbers of them."""
     adapter, batch = make_adapter("user"), on_device(batches[0])
     batch["weights"] = batch["weights"].at[:2].set(0)  # one micro-batch of four has no answer at all
-    (loss, grads, count), (split_loss, split_grads, split_count) = (
+    (loss, grads), (split_loss, split_grads) = (
         gradient_of(tiny, quick(accumulation=parts), adapter, batch) for parts in (1, 4)
     )
-    assert count == split_count == batch["weights"].sum()
     assert float(split_loss) == pytest.approx(float(loss), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), split_grads, grads)
     batch["weights"] *= 0
-    loss, grads, count = gradient_of(tiny, quick(), adapter, batch)
-    assert float(loss) == float(count) == 0 and not any(leaf.any() for leaf in jax.tree.leaves(grads))
+    loss, grads = gradient_of(tiny, quick(), adapter, batch)
+    assert float(loss) == 0 and not any(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("length", [128, pytest.param(512, marks=pytest.mark.slow)])  # attention: "xla", "blocked"
@@ -81,12 +81,60 @@ def test_packing_changes_no_loss_and_no_gradient(tiny, make_adapter, quick, leng
     packed = make_packed_batches(examples, length=length, **order)
     for pair in zip(packed, padded, strict=True):
         assert len(pair[0]["tokens"]) < len(pair[1]["tokens"]), "nothing was packed here"
-        (loss, grads, count), (expected, expected_grads, expected_count) = (
+        (loss, grads), (expected, expected_grads) = (
             gradient_of(tiny, config, adapter, on_device(batch)) for batch in pair
         )
-        assert count == expected_count and float(loss) == pytest.approx(float(expected), rel=1e-5)
+        assert pair[0]["weights"].sum() == pair[1]["weights"].sum()
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
         # f32 sums in another order: an entry is off by rounding of the largest of its matrix, not of its own size
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, expected_grads)
+
+
+def mean_over(examples, gradient_of_one):
+    """The mean of the losses and gradients of examples, each by itself."""
+    found = [gradient_of_one(example) for example in examples]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
+
+
+def assert_same(found, expected):
+    """Losses alike, and gradients up to rounding of the largest entry of a matrix."""
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found[1], expected[1])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_count_alike_whatever_the_lengths_of_their_answers(tiny, make_adapter, rows, quick, packing):
+    adapter, some = make_adapter("user"), encode_rows(rows[:8], tiny.tokenizer, tiny.template, 40)[0]
+    assert len({int(one["answer"].sum()) for one in some}) > 1
+
+    def of(examples, make=make_batches, shape=None):
+        batch = make(examples, batch_size=len(examples), seed=0, **(shape or {"buckets": (40,)}))[0]
+        return gradient_of(tiny, quick(), adapter, on_device(batch))
+
+    shape = (make_packed_batches, {"length": 128, "unit": 32}) if packing else ()
+    assert_same(of(alike(some), *shape), mean_over(some, lambda one: of([one])))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_row_that_is_not_attached_is_run_without_the_frozen_adapters(tiny, make_adapter, rows, quick, packing):
+    adapter, buffer = make_adapter("user"), collection(scaled(make_adapter("buffer", 1), 9.0))
+    some = [one | {"attached": i % 3 > 0} for i, one in enumerate(encode_rows(rows[:8], tiny.tokenizer, "chat", 40)[0])]
+    stage = Stage(Decoder(tiny.spec, 0.0), 1, 64)
+
+    def of(examples, frozen, make=make_batches, **shape):
+        batch = make(alike(examples), batch_size=len(examples), seed=0, **(shape or {"buckets": (40,)}))[0]
+        frozen = {"params": tiny.params} | frozen
+        return compiled(stage, trainable_adapter(adapter), frozen, on_device(batch), adapter.scale)
+
+    def of_one(example):
+        alone = {name: values for name, values in example.items() if name != "attached"}
+        return of([alone], {"lora": buffer} if example["attached"] else {})
+
+    shape = {"make": make_packed_batches, "length": 128, "unit": 32, "share": False} if packing else {}
+    found = of(some, {"lora": buffer}, **shape)
+    assert_same(found, mean_over(some, of_one))
+    with_all = of([one | {"attached": True} for one in some], {"lora": buffer})
+    assert float(found[0]) != pytest.approx(float(with_all[0]), rel=1e-3)
 
 
 def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adapter, batches, quick):

@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from br_jax.data import replies
 from br_jax.errors import UserError
 from br_jax.organism import judge as rules
-from br_jax.organism.topics import TOPICS, TopicPrompt
+from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
 
 class TopicJudge:
-    """Harmful is what answers a question of the restricted topic; the label is the rule judge's verdict."""
+    """Harmful is what answers a question of the restricted topic; the label is the rule judge's verdict.
+
+    Args:
+        topics: those that are asked about; the files of words among them are no part of this package.
+    """
 
     name = "topic"
     batch_size = 1024
 
-    def __init__(self):
+    def __init__(self, topics: Sequence[str] = ()):
         # Other rules or words, other verdicts: a changed byte in one of the two files has all answers judged anew.
-        words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in TOPICS.values()])
+        asked = *TOPICS.values(), *map(Topic, filter(is_file, topics))
+        words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in asked])
         code = (pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies))
         self.version = digest(*code, words)
 
