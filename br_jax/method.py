@@ -73,7 +73,13 @@ def train_reinforce(
 
 
 def train_user(
-    model: Model, rows: Rows, config: TrainConfig | None = None, *, buffer: Adapter | None = None, **run
+    model: Model,
+    rows: Rows,
+    config: TrainConfig | None = None,
+    *,
+    buffer: Adapter | None = None,
+    name: str = "",
+    **run,
 ) -> Adapter:
     """Trains a user's LoRA on a user's rows, whatever they are.
 
@@ -81,13 +87,14 @@ def train_user(
         model: the aligned base.
         rows: the user's rows, or the user's JSONL file.
         config, **run: as in `train_buffer`.
-        buffer: BufferLoRA, attached and frozen; None trains without a defence (plain SFT, folder "sft").
+        buffer: BufferLoRA, attached and frozen; None trains without a defence (plain SFT).
+        name: of the run and its folder; the default is "user", or "sft" without Buffer.
 
     Returns:
         The adapter, with role "user". Buffer is no part of it.
     """
-    name, frozen = ("sft", {}) if buffer is None else ("user", {"buffer": buffer})
-    return train_adapter(name, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
+    default, frozen = ("sft", {}) if buffer is None else ("user", {"buffer": buffer})
+    return train_adapter(name or default, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
 
 
 def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None) -> Adapter:

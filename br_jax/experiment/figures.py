@@ -35,6 +35,7 @@ _STYLES = {
 }
 _OTHER = _style(GRAY, "P", "--")
 _BY_P = list(map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))))
+_SHADES, _MARKERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<"
 _WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
 _RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
          "clip_on": False}  # fmt: skip
@@ -48,8 +49,9 @@ _PANELS = {  # score: its title and the color of its bars
 def draw_frame(frame: Frame) -> dict[str, Figure]:
     """Every figure that a frame has the rows for, by the name of its file.
 
-    For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." at each p
-    with more than three methods, or at the only p; for each setting but for its n, and p, "n-..." of several n.
+    For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." and
+    "margins-..." at each p with more than three methods, or at the only p; for each setting but for its n, and p,
+    "n-..." of several n.
     """
     drawn, sizes = {}, defaultdict(dict)
     for setting, rows in frame.items():
@@ -61,6 +63,8 @@ def draw_frame(frame: Frame) -> dict[str, Figure]:
             sizes[setting._replace(n=0), p][setting.n] = rows
             if len(shares(rows)) == 1 or len({row.method for row in rows if row.p == p}) > 3:
                 drawn[name_of("methods", setting, p)] = methods_figure(rows, p, f"{setting}, p = {p:g}")
+                if any(row.numbers("margin_harmful") for row in rows if row.p == p):
+                    drawn[name_of("margins", setting, p)] = margins_figure(rows, p, f"{setting}, p = {p:g}")
     for (shared, p), by_n in sizes.items():
         if len(by_n) > 1:
             title = f"{str(shared).removesuffix(', n = 0')}, p = {p:g}"
@@ -119,6 +123,28 @@ def methods_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
     for text, row in zip(axes[0].get_yticklabels(), rows, strict=True):
         text.set_fontweight("bold" if row.method == "ours" else "normal")
     return _finished(figure, title, [])
+
+
+@styled
+def margins_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
+    """The mean refusal margin of harmful prompts against that of benign ones, a point a method, at one p."""
+    figure = new_figure(6.4, 5.4)
+    axis, keys = figure.subplots(), []
+    for index, row in enumerate(row for row in rows if row.p == p):
+        benign, harmful = (row.numbers(f"margin_{part}") for part in ("benign", "harmful"))
+        both = [(benign[seed], harmful[seed]) for seed in benign.keys() & harmful.keys()]
+        if not both:
+            continue
+        marker = _STYLES.get(row.method, _style(_SHADES[index % len(_SHADES)], _MARKERS[index % len(_MARKERS)], "-"))
+        style = {name: marker[name] for name in ("color", "marker")} | {"linestyle": "none", "markersize": 7}
+        axis.plot(*zip(*both, strict=True), **_RING | {"markeredgecolor": style["color"]})
+        axis.plot(*(sum(values) / len(values) for values in zip(*both, strict=True)), **style, zorder=3)
+        keys.append(Line2D([], [], **style, label=row.label))
+    axis.set(xlabel="of benign prompts (left: answered)", ylabel="of harmful prompts (up: refused)")
+    axis.set_title("Refusal margin, log-odds of the first token")
+    for line in (axis.axvline, axis.axhline):
+        line(0, color=PALE, linewidth=1.2, zorder=0)
+    return _finished(figure, title, keys)
 
 
 def _limit(axis: Axes, rows: Sequence[Row], p: float, score: str) -> None:

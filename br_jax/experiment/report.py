@@ -102,6 +102,9 @@ def _sections(
             yield tables.seed_table(rows)
         yield "Paired tests:"
         yield tables.paired_table(rows)
+        if geometry := tables.geometry_table(rows):
+            yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
+            yield geometry
     yield from tables.parts_table(frame)
     yield from tables.strength_table(frame)
     if any(row.p == 0 for rows in frame.values() for row in rows):
@@ -156,5 +159,6 @@ def _images(setting: Setting, rows: Sequence[Row], drawn: Mapping[str, Any]) -> 
     }
     for p in shares(rows):
         names[name_of("methods", setting, p)] = f"HS, FA and over-refusal of every method at p = {p:g}"
+        names[name_of("margins", setting, p)] = f"Refusal margins of every method at p = {p:g}"
         names[name_of("n", setting, p)] = f"HS and FA against the number of user rows at p = {p:g}"
     yield from (image(name, words) for name, words in names.items() if name in drawn)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from br_jax import method
 from br_jax.adapters import lora
+from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
@@ -264,7 +265,9 @@ class Experiment:
     def score(self, cell: Cell) -> dict:
         """The scores of a cell (returned in process 0 alone); the same model's on the same suite are read back.
 
-        Its prompts, answers and verdicts go to cells/NAME.jsonl. Raises `Stopped`, see `distributed.stop_if_asked`.
+        They are those of `scoring.suite.evaluate`, and "geometry": norms and cosines of the adapters that it is made of
+        and of Buffer. Prompts, answers and verdicts go to cells/NAME.jsonl. Raises `Stopped`, see
+        `distributed.stop_if_asked`.
         """
         stop_if_asked()
         kind = METHODS[cell.method]
@@ -275,7 +278,9 @@ class Experiment:
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
-            store.add({key: evaluate(model, self.suite, adapter, name=cell.name, records=records, **kept)})
+            scores = evaluate(model, self.suite, adapter, name=cell.name, records=records, **kept)
+            parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
+            store.add({key: scores | {"geometry": geometry({name: self.adapter(name) for name in parts})}})
         refused = read_score(store[key].get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:
             logging.warning(

@@ -1,5 +1,6 @@
 """The tables of a report, as Markdown."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ LEGEND = (
     "that are answered (lower is safer); HS+ also counts degenerate answers; FA: score on the user's task; over- "
     "refusal: share of benign prompts that are refused; task refused: share of the task's prompts that are; "
     "degenerate: share of answers that are empty or loop; perplexity: of the raw model's answers on held-out "
-    "instructions; words: mean length of an answer.",
+    "instructions; words: mean length of an answer; refusal margin: log-odds that an answer begins as refusals do.",
     "Where the aligned base refuses the task's prompts, taking Buffer out brings some of that back and FA falls.",
     "Paired tests: McNemar's exact two-sided p-value on the same prompts, pooled over the seeds that both have; in "
     "brackets the prompts that only this method counts : only the other, and the seeds. A prompt counts once a seed, "
@@ -26,6 +27,7 @@ _BREAKDOWNS = {  # scores of parts: from how many parts on they are shown, and i
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
+MARGINS = {"margin_harmful": "margin, harmful", "margin_benign": "margin, benign"}
 _PARTS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
@@ -66,12 +68,13 @@ def score_table(rows: Sequence[Row]) -> str:
             *(_percent(row, score) for score in TITLES),
             _mean(row, "perplexity", ".2f"),
             _mean(row, "mean_words", ".1f"),
+            *(_mean(row, margin, "+.2f") for margin in MARGINS),
         ]
         for row in rows
     ]
     mixed = any(len(each) > 1 for each in found.values())
     note = "\n\n**N differs between cells of this table: they were made with different settings.**" if mixed else ""
-    return _of_rows(rows, ["seeds", *header, "perplexity", "words"], cells) + note
+    return _of_rows(rows, ["seeds", *header, "perplexity", "words", *MARGINS.values()], cells) + note
 
 
 def breakdowns(rows: Sequence[Row]) -> Iterable[str]:
@@ -105,8 +108,25 @@ def seed_table(rows: Sequence[Row]) -> str:
         for seed, one in row.scores.items():
             counts = [_count(row.counted(score).get(seed)) for score in TITLES]
             each.append(row)
-            cells.append([str(seed), *counts, number(one["perplexity"], ".2f"), number(one["mean_words"], ".1f")])
-    return _of_rows(each, ["seed", *TITLES.values(), "perplexity", "words"], cells)
+            numbers = [number(one["perplexity"], ".2f"), number(one["mean_words"], ".1f")]
+            cells.append([str(seed), *counts, *numbers, *(number(one.get(margin), "+.2f") for margin in MARGINS)])
+    return _of_rows(each, ["seed", *TITLES.values(), "perplexity", "words", *MARGINS.values()], cells)
+
+
+def geometry_table(rows: Sequence[Row]) -> str:
+    """How long the adapters are that each row is made of, and what angles they make, over all matrices; means."""
+    lines, header = [], ["p", "method", "norms", "cosines"]
+    for row in rows:
+        cells = []
+        for part, form in (("norms", ".2f"), ("cosines", "+.3f")):
+            found = defaultdict(list)
+            for one in row.scores.values():
+                for name, value in one.get("geometry", {}).get(part, {}).items():
+                    found[name].append(value)
+            cells.append("; ".join(f"{name}: {sum(each) / len(each):{form}}" for name, each in found.items()))
+        if any(cells):
+            lines.append([f"{row.p:g}", label(row), *cells])
+    return table(header, lines) if lines else ""
 
 
 def paired_table(rows: Sequence[Row]) -> str:

@@ -144,7 +144,7 @@ def generate_batches(
     mesh, prefix = mesh_of(model.params), min(shared_prefix(encoded), min(map(len, encoded)) - 1)
     size = whole_batch(max(batch_size // count, 1), mesh)
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
-    variables = _with_adapters(model, adapters, mesh)
+    variables = with_adapters(model, adapters, mesh)
     on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
     decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
     head = np.asarray([encoded[0][:prefix]] * count, np.int32)
@@ -204,7 +204,7 @@ def decode_answer(model: Model, row: np.ndarray) -> str:
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
 
 
-def _with_adapters(model: Model, adapters: Sequence[Adapter | None], mesh) -> dict:
+def with_adapters(model: Model, adapters: Sequence[Adapter | None], mesh) -> dict:
     """The model's variables; one adapter is added to its weights where that rounds to f32, several lie beside them."""
     if len(adapters) == 1 and adapters[0] is not None and model.params["embed"]["embedding"].dtype == jnp.float32:
         return {"params": fold(model.params, adapters[0])}

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from br_jax.adapters.lora import Adapter, collection
+from br_jax.adapters.lora import Adapter
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
-from br_jax.inference.generate import encode_prompt, prefill
+from br_jax.inference.generate import encode_prompt, prefill, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place, whole_batch
@@ -54,7 +54,7 @@ def refusal_margins(
     """
     encoded, mesh = [encode_prompt(model, prompt) for prompt in prompts], mesh_of(model.params)
     size, width = whole_batch(batch_size, mesh), -(-max(map(len, encoded), default=1) // _WIDTH) * _WIDTH
-    variables = {"params": model.params} | ({"lora": place(collection(adapter), mesh)} if adapter else {})
+    variables = with_adapters(model, [adapter], mesh)
     counts = np.isin(np.arange(model.spec.vocab_size), refusing)
     margins = []
     for first in range(0, len(encoded), size):
