@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from br_jax.adapters.lora import Adapter
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
+from br_jax.distributed import fetch
 from br_jax.inference.generate import encode_prompt, prefill, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place, whole_batch
 
-_WIDTH = 16  # what divides a padded prompt's length, in tokens
+_WIDTH = 32  # what divides a padded prompt's length, in tokens
 
 
 def refusing_tokens(model: Model, refusals: Sequence[Row], benign: Sequence[Row]) -> tuple[int, ...]:
@@ -53,18 +54,21 @@ def refusal_margins(
         batch_size: prompts run together.
     """
     encoded, mesh = [encode_prompt(model, prompt) for prompt in prompts], mesh_of(model.params)
-    size, width = whole_batch(batch_size, mesh), -(-max(map(len, encoded), default=1) // _WIDTH) * _WIDTH
+    size, by_length = whole_batch(batch_size, mesh), sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     variables = with_adapters(model, [adapter], mesh)
     counts = np.isin(np.arange(model.spec.vocab_size), refusing)
-    margins = []
+    margins = np.empty(len(encoded), np.float32)
     for first in range(0, len(encoded), size):
-        some = encoded[first : first + size]
+        some = by_length[first : first + size]
+        width = -(-len(encoded[some[-1]]) // _WIDTH) * _WIDTH
         tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
-        for row, ids in enumerate(some):
+        for row, prompt in enumerate(some):
+            ids = encoded[prompt]
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         batch = place({"tokens": tokens, "lengths": lengths}, mesh)
-        margins.append(np.asarray(_log_odds(model.decoder, variables, **batch, counts=counts))[: len(some)])
-    return np.concatenate(margins) if margins else np.empty(0, np.float32)
+        found = fetch(_log_odds(model.decoder, variables, **batch, counts=counts))
+        margins[some] = np.asarray(found)[: len(some)]
+    return margins
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -97,6 +97,7 @@ def score(workdir: str, mesh) -> None:
         task_rows=rows,
         rule=LabelRule(("yes", "no")),
         health=rows,
+        refusing=(73, 83),
         answer_tokens=8,
         batch_size=8,
     )
