@@ -128,7 +128,7 @@ def methods_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
 @styled
 def margins_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
     """The mean refusal margin of harmful prompts against that of benign ones, a point a method, at one p."""
-    figure = new_figure(6.4, 5.4)
+    figure = new_figure(10.4, 6.0)
     axis, keys = figure.subplots(), []
     for index, row in enumerate(row for row in rows if row.p == p):
         benign, harmful = (row.numbers(f"margin_{part}") for part in ("benign", "harmful"))
