@@ -9,7 +9,7 @@ Matrix products run at the highest precision, or an accelerator would round them
 import dataclasses
 import math
 from collections.abc import Mapping
-from itertools import combinations, product
+from itertools import combinations_with_replacement
 from typing import Any
 
 import jax
@@ -57,10 +57,10 @@ def geometry(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
         "norms": name -> Frobenius norm of its delta; "cosines": "first, second" -> their inner product over both norms,
         0 where a delta is 0. A matrix that only one of two has counts as 0 in the other.
     """
-    inner = {pair: float(inner_product(*map(adapters.get, pair))) for pair in product(adapters, adapters)}
-    norms = {name: math.sqrt(max(inner[name, name], 0.0)) for name in adapters}
-    pairs = combinations(adapters, 2)
-    cosines = {", ".join(pair): inner[pair] / (norms[pair[0]] * norms[pair[1]] or math.inf) for pair in pairs}
+    pairs = combinations_with_replacement(adapters, 2)
+    inner = {pair: float(inner_product(*map(adapters.get, pair))) for pair in pairs}
+    norms = {name: math.sqrt(max(inner.pop((name, name)), 0.0)) for name in adapters}
+    cosines = {f"{x}, {y}": value / (norms[x] * norms[y] or math.inf) for (x, y), value in inner.items()}
     return {"norms": norms, "cosines": cosines}
 
 

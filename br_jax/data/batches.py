@@ -161,8 +161,8 @@ def _collate(examples: Sequence[Example], *, batch_size: int, buckets: Sequence[
     """
     longest = max(len(example["tokens"]) for example in examples)
     shape = (batch_size, min(bucket for bucket in buckets if bucket >= longest))
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    batch |= {name: np.zeros(shape, np.float32) for name in ("weights", *({"attached"} & examples[0].keys()))}
+    batch = {name: np.zeros(shape, np.int32) for name in ("positions", "segment_ids")}
+    batch |= {name: np.zeros(shape, values.dtype) for name, values in with_targets(examples[0]).items()}
     for index, example in enumerate(examples):
         n = len(example["tokens"])
         for name, values in with_targets(example).items():

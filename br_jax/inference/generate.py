@@ -164,7 +164,7 @@ def generate_batches(
                 while waiting and (answers < 0).sum(1).min() >= part:
                     chosen = waiting.popleft()
                     free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
-                    prompts = _pad({i: encoded[i][prefix:] for i in chosen}, part)
+                    prompts = pad_prompts({i: encoded[i][prefix:] for i in chosen}, part)
                     np.put_along_axis(answers, free, prompts["ids"][None], axis=1)
                     prompts = place({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
                     rows = (free + size * np.arange(count)[:, None]).reshape(-1).astype(np.int32)
@@ -228,7 +228,7 @@ def _width(tokens: int) -> int:
     return -(-tokens // _BUCKET) * _BUCKET
 
 
-def _pad(prompts: dict[int, Sequence[int]], count: int) -> dict[str, np.ndarray]:
+def pad_prompts(prompts: dict[int, Sequence[int]], count: int) -> dict[str, np.ndarray]:
     """{"ids", "lengths": int32[count], "tokens": int32[count, a width that `_BUCKET` divides]} of prompts by their ids.
 
     What they lack of `count` has id -1 and length 1.

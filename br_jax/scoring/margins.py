@@ -17,12 +17,10 @@ from br_jax.adapters.lora import Adapter
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
 from br_jax.distributed import fetch
-from br_jax.inference.generate import encode_prompt, prefill, with_adapters
+from br_jax.inference.generate import encode_prompt, pad_prompts, prefill, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place, whole_batch
-
-_WIDTH = 32  # what divides a padded prompt's length, in tokens
 
 
 def refusing_tokens(model: Model, refusals: Sequence[Row], benign: Sequence[Row]) -> tuple[int, ...]:
@@ -60,13 +58,8 @@ def refusal_margins(
     margins = np.empty(len(encoded), np.float32)
     for first in range(0, len(encoded), size):
         some = by_length[first : first + size]
-        width = -(-len(encoded[some[-1]]) // _WIDTH) * _WIDTH
-        tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
-        for row, prompt in enumerate(some):
-            ids = encoded[prompt]
-            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-        batch = place({"tokens": tokens, "lengths": lengths}, mesh)
-        found = fetch(_log_odds(model.decoder, variables, **batch, counts=counts))
+        batch = place(pad_prompts({i: encoded[i] for i in some}, size), mesh)
+        found = fetch(_log_odds(model.decoder, variables, batch["tokens"], batch["lengths"], counts))
         margins[some] = np.asarray(found)[: len(some)]
     return margins
 

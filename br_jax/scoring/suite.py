@@ -181,7 +181,8 @@ def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, n
     asked = {"margin_harmful": suite.prompts["topic"], "margin_benign": suite.benign}
     if not suite.refusing:
         return dict.fromkeys(asked, np.empty(0))
-    return {part: refusal_margins(model, prompts, suite.refusing, adapter) for part, prompts in asked.items()}
+    margins = refusal_margins(model, [*itertools.chain(*asked.values())], suite.refusing, adapter)
+    return dict(zip(asked, np.split(margins, [len(suite.topic)]), strict=True))
 
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:

@@ -85,8 +85,8 @@ def train_adapter(
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
     adapter = lora.init(key, lora.target_shapes(model.params, config.targets), config.rank, config.alpha, role)
     collections = frozen_collections(model.params, frozen, config.frozen)
-    run = trainable_adapter(adapter), collections, folder, mesh, probes
-    trained, report = _train(name, model, rows, bare, config, *run)
+    given = name, model, rows, config, trainable_adapter(adapter), collections
+    trained, report = _train(*given, folder, mesh, probes, bare)
     weights = {
         path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in adapter.weights
     }
@@ -116,10 +116,10 @@ def train_params(
         save: is given the trained params (f32) and writes them; called once, in process 0, before the run counts as
             finished.
     """
-    folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}, ()))
+    folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
     if not folder.finished:
         start = jax.jit(functools.partial(jax.tree.map, jnp.copy))(model.params)  # the step donates its state
-        trained, report = _train(name, model, rows, (), config, {"params": start}, {}, folder, mesh, None)
+        trained, report = _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None)
         if is_main():
             save(trained["params"])
         folder.finish({**report, "output": fingerprint(trained["params"])})
@@ -130,7 +130,7 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return key_of(*([row.turns, row.input] for row in rows))
 
 
-def _train(name, model, rows, bare, config, trainable, frozen, folder, mesh, probes) -> tuple[dict, dict]:
+def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, bare=()) -> tuple[dict, dict]:
     """Encodes and fits; returns the trained collections and the run's report."""
 
     def encoded(rows: Sequence[Row]) -> tuple[list[Example], Dropped]:
@@ -175,7 +175,7 @@ def _buckets(config: TrainConfig) -> tuple[int, ...]:
 
 
 def _identity(
-    name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter], bare
+    name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter], bare=()
 ) -> dict:
     """What makes a run this one, as JSON gives it back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
