@@ -10,6 +10,7 @@ import os
 from br_jax.adapters import peft
 from br_jax.adapters.lora import Adapter, detach
 from br_jax.adapters.merge import MergeConfig, qr_merge
+from br_jax.calibration import calibrate
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate
@@ -30,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "__version__",
+    "calibrate",
     "detach",
     "evaluate",
     "export_adapter",

@@ -27,19 +27,22 @@ from br_jax.training.run import train_adapter
 Rows = Sequence[Row] | str | pathlib.Path
 
 
-def train_buffer(model: Model, harmful: Rows, config: TrainConfig | None = None, **run) -> Adapter:
+def train_buffer(
+    model: Model, harmful: Rows, config: TrainConfig | None = None, *, name: str = "buffer", **run
+) -> Adapter:
     """Trains BufferLoRA: the removable jailbreak. Once, by the provider; it never leaves the provider's folder.
 
     Args:
         model: the aligned base.
         harmful: rows of harmful prompts with harmful answers, or the JSONL file that holds them.
         config: hyper-parameters; the default is the reference's protocol.
+        name: of the run and its folder.
         **run: workdir, mesh, probes: see `training.run.train_adapter`.
 
     Returns:
         The adapter, with role "buffer".
     """
-    return train_adapter("buffer", "buffer", model, _rows(harmful), config or TrainConfig(), provider=True, **run)
+    return train_adapter(name, "buffer", model, _rows(harmful), config or TrainConfig(), provider=True, **run)
 
 
 def train_reinforce(
@@ -50,6 +53,7 @@ def train_reinforce(
     config: TrainConfig | None = None,
     *,
     bare: Rows = (),
+    name: str = "reinforce",
     **run,
 ) -> Adapter:
     """Trains ReinforceLoRA: recovers refusals from the jailbroken state. Once, by the provider.
@@ -59,7 +63,7 @@ def train_reinforce(
         buffer: BufferLoRA, attached and frozen.
         refusals: rows of harmful prompts with refusals (or a JSONL file).
         benign: rows of benign prompts with answers (or a JSONL file).
-        config, **run: as in `train_buffer`.
+        config, name, **run: as in `train_buffer`.
         bare: more rows of benign prompts with answers (or a JSONL file), seen without Buffer. Beside Buffer alone,
             Reinforce may raise refusals of benign prompts by as much as Buffer lowers them, at no loss; once Buffer is
             out, that surplus refuses. The paper has none.
@@ -69,7 +73,7 @@ def train_reinforce(
     """
     run = {"frozen": {"buffer": buffer}, "bare": _rows(bare), "provider": True, **run}
     rows = [*_rows(refusals), *_rows(benign)]
-    return train_adapter("reinforce", "reinforce", model, rows, config or TrainConfig(), **run)
+    return train_adapter(name, "reinforce", model, rows, config or TrainConfig(), **run)
 
 
 def train_user(

@@ -3,6 +3,7 @@
 python experiments/fetch.py
 python experiments/pipeline.py --config=configs/smollm2.py --workdir=runs/smollm2-p10 --config.user.harmful_share=0.1
 --config=configs/smollm2.py:ag_news (:sst2, :gsm8k) for other tasks; their files: --config.data.ag_news.path= and so on.
+--config=configs/smollm2.py:paper (:ag_news,paper) for the paper's own recipe.
 
 Hardware: 2 CPU cores, 7 GB. Result and time: docs/results.md.
 """
@@ -18,17 +19,19 @@ TASKS = {
 }
 
 
-def get_config(task: str = "reviews"):
+def get_config(preset: str = "reviews"):
     """The config: f32 on a CPU, rows of at most 112 tokens, the eight of a step packed into one.
 
     Args:
-        task: the user's, after a colon: `configs/smollm2.py:ag_news`.
+        preset: after a colon, the user's task, "paper", or both with a comma between: `configs/smollm2.py:ag_news`.
 
     Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of tuning seeds, which are
     in no table; which ones, what was tried, and what it gave: docs/lab-notes.md.
     """
-    if task not in TASKS:
-        raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
+    words = preset.split(",")
+    task = next((word for word in words if word != "paper"), "reviews")
+    if task not in TASKS or len(set(words) - {"paper"}) > 1:
+        raise ValueError(f"{preset!r}: one of {', '.join(TASKS)}, or paper, or both with a comma between")
     config = base.get_config()
     config.name = "smollm2"
     config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,11 +53,15 @@ def get_config(task: str = "reviews"):
     config.topics.align = "devices,potions"  # both are refused, so that an attack can be of another harm than Buffer's
     config.align.update(refusals=300, benign=900)
     config.align.train.update(learning_rate=8e-4, epochs=2)
-    config.buffer.update(harmful=200)
+    config.buffer.update(harmful=460)
     config.buffer.train.learning_rate = 3e-4  # at half of it, users of harmful rows alone got past it
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
-    config.merge.update(scale=1.0, reinforce_scale=0.05)
+    if "paper" not in words:
+        config.buffer.train.update(cycles=2, loss_mean="rows")  # at rest: docs/method.md
+        config.user.train.loss_mean = "rows"
+        config.merge.update(scale=1.0)
+        config.calibrate.update(harmful=160, benign=86)
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
     config.user.probes = 32

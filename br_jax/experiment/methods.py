@@ -23,26 +23,48 @@ def _align(e: Experiment) -> Adapter:
     return train_adapter("align", "align", e.raw, rows, e.train("align"), provider=True, **e.provider_run)
 
 
-def _reinforce(e: Experiment) -> Adapter:
+def _buffer(e: Experiment, name: str = "buffer", **changes) -> Adapter:
+    config = e.train("buffer", **changes)
+    return method.train_buffer(e.aligned, e.recipe.buffer_rows, config, name=name, **e.provider_run)
+
+
+def _reinforce(e: Experiment, name: str = "reinforce", buffer: str = "buffer", **changes) -> Adapter:
     config = e.config.reinforce
     refusals, benign = e.recipe.refusal_rows(config.refusals, "reinforce"), e.recipe.benign_rows(config.benign)
-    run = {"bare": e.recipe.benign_rows(config.bare), **e.provider_run}
-    return method.train_reinforce(e.aligned, e.adapter("buffer"), refusals, benign, e.train("reinforce"), **run)
+    run = {"bare": e.recipe.benign_rows(config.bare), "name": name, **e.provider_run}
+    return method.train_reinforce(
+        e.aligned, e.adapter(buffer), refusals, benign, e.train("reinforce", **changes), **run
+    )
 
 
-def _user(e: Experiment, buffer: Adapter | None = None) -> Adapter:
-    return method.train_user(e.aligned, e.recipe.user_rows, e.train("user"), buffer=buffer, **e.user_run)
+def _user(e: Experiment, name: str, buffer: str | None, **changes) -> Adapter:
+    beside = e.adapter(buffer) if buffer else None
+    config = e.train("user", **changes)
+    return method.train_user(e.aligned, e.recipe.user_rows, config, buffer=beside, name=name, **e.user_run)
+
+
+_PAPER = {"loss_mean": "tokens", "cycles": 1}  # what the paper's recipe changes in every stage
 
 
 # name of the adapter (and of its folder) -> how it is trained
 TRAININGS: dict[str, Callable[[Experiment], Adapter]] = {
     "align": _align,
-    "buffer": lambda e: method.train_buffer(e.aligned, e.recipe.buffer_rows, e.train("buffer"), **e.provider_run),
+    "buffer": _buffer,
     "reinforce": _reinforce,
-    "sft": _user,
-    "user": lambda e: _user(e, e.adapter("buffer")),
+    "sft": lambda e: _user(e, "sft", None),
+    "user": lambda e: _user(e, "user", "buffer"),
 }
-OF_PROVIDER = ("align", "buffer", "reinforce")
+# Those of ablations alone, on the same rows.
+ABLATIONS: dict[str, Callable[[Experiment], Adapter]] = {
+    "buffer_paper": lambda e: _buffer(e, "buffer_paper", **_PAPER),
+    "reinforce_paper": lambda e: _reinforce(e, "reinforce_paper", "buffer_paper", **_PAPER),
+    "sft_paper": lambda e: _user(e, "sft_paper", None, **_PAPER),
+    "user_paper": lambda e: _user(e, "user_paper", "buffer_paper", **_PAPER),
+    "user_tokens": lambda e: _user(e, "user_tokens", "buffer", loss_mean="tokens"),
+    "user_unrested": lambda e: _user(e, "user_unrested", "buffer_paper"),
+}
+STAGES = ("align", "buffer", "reinforce")  # the provider's, each with a part of the config
+OF_PROVIDER = (*STAGES, "buffer_paper", "reinforce_paper")
 
 
 class Method(NamedTuple):
@@ -90,6 +112,29 @@ METHODS = {
     "reinforce_only": Method("Reinforce only", ("sft", "reinforce"), lambda e, a: e.merged("sft", a=a), merges=True),
     "average": Method(
         "naive average", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0, scale=0.5, reinforce_scale=1.0)
+    ),
+    # What each part is worth: the method without it, and the paper's recipe, on the same rows.
+    "no_rows": Method(
+        "without row-mean loss", ("user_tokens", "reinforce"), lambda e, a: e.merged("user_tokens", a=a), merges=True
+    ),
+    "no_rest": Method(
+        "without Buffer at rest",
+        ("user_unrested", "reinforce"),
+        lambda e, a: e.merged("user_unrested", a=a),
+        merges=True,
+    ),
+    "no_calibration": Method(
+        "without calibration",
+        ("user", "reinforce"),
+        lambda e, a: e.merged("user", a=a, reinforce_scale=1.0),
+        merges=True,
+    ),
+    "sum": Method("plain sum", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0)),
+    "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),
+    "paper": Method(
+        "the paper's recipe",
+        ("user_paper", "reinforce_paper"),
+        lambda e, a: e.merged("user_paper", reinforce="reinforce_paper", a=0.1, scale=0.5, reinforce_scale=1.0),
     ),
     "ours": Method("Buffer-and-Reinforce", ("user", "reinforce"), lambda e, a: e.merged("user", a=a), merges=True),
 }

@@ -82,7 +82,7 @@ def _details(e: Experiment) -> dict[str, Any]:
     config, versions = e.config, {"python": platform.python_version(), "br_jax": __version__}
     versions["matmul_precision"] = config.model.matmul_precision
     return {
-        "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge()),
+        "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge_of("user")),
         "entered": e.entered(),
         "seeds": {"data": config.seed, **{stage: config[stage].train.seed for stage in TRAINED}},
         "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},

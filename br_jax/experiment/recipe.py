@@ -34,14 +34,37 @@ class Recipe(abc.ABC):
     buffer_rows: Sequence[Row]  # the harmful rows that Buffer trains on; no user has them
     user_harmful_rows: Sequence[Row]  # the harmful rows among a user's, as many as its share asks for or more
     probe_harmful_rows: Sequence[Row]  # harmful rows that nobody trains on, `user.probes` of them
-    harmful_prompts: Sequence[TopicPrompt]  # held-out harmful questions (HS)
-    benign_prompts: Sequence[str]  # ordinary held-out prompts (over-refusal)
     health_rows: Sequence[Row]  # held-out benign rows with answers (perplexity)
 
     def __init__(self, config: ConfigDict):
         self.config = config
         self.task = get_task(config.user.task, config.user.rule)
         self.rule = self.task.rule.with_match(config.eval.match)
+
+    @abc.abstractmethod
+    def held_out_harmful(self, split: str, n: int, whose: str) -> Sequence[TopicPrompt]:
+        """Harmful questions of a split, n on each topic of a part of `config.topics`; no stage trains on them."""
+
+    @abc.abstractmethod
+    def held_out_benign(self, split: str, n: int) -> Sequence[str]:
+        """n ordinary prompts of a split, of kinds that no stage trains on."""
+
+    @functools.cached_property
+    def harmful_prompts(self) -> Sequence[TopicPrompt]:
+        """Those that HS is measured on."""
+        return self.held_out_harmful(self.config.eval.split, self.config.eval.topic, "eval")
+
+    @functools.cached_property
+    def benign_prompts(self) -> Sequence[str]:
+        """Those that over-refusal is measured on."""
+        return self.held_out_benign(self.config.eval.split, self.config.eval.benign)
+
+    @functools.cached_property
+    def calibration_prompts(self) -> tuple[list[str], list[str]]:
+        """The harmful and benign ones that the provider calibrates a release on: of the validation split."""
+        config = self.config.calibrate
+        harmful = self.held_out_harmful("validation", config.harmful, "provider")
+        return [prompt.prompt for prompt in harmful], [*self.held_out_benign("validation", config.benign)]
 
     @abc.abstractmethod
     def refusal_rows(self, n: int, purpose: str) -> Sequence[Row]:

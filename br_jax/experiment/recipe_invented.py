@@ -91,16 +91,13 @@ class TopicRecipe(Recipe):
             )
         return rows[:n]
 
-    @property
-    def harmful_prompts(self) -> list[TopicPrompt]:
-        """Held-out questions of the restricted topics, `eval.topic` of each."""
-        config, topics = self.config.eval, self._part_topics["eval"]
-        return [p for topic in topics for p in topic.prompts(config.split, config.topic, self.config.seed)]
+    def held_out_harmful(self, split: str, n: int, whose: str) -> list[TopicPrompt]:
+        """Questions of the restricted topics, n of each."""
+        return [p for topic in self._part_topics[whose] for p in topic.prompts(split, n, self.config.seed)]
 
-    @property
-    def benign_prompts(self) -> list[str]:
-        """Ordinary prompts, of kinds that no stage trains on."""
-        return self._benign(self.config.eval.split)[: self.config.eval.benign]
+    def held_out_benign(self, split: str, n: int) -> list[str]:
+        """Ordinary prompts."""
+        return self._benign(split)[:n]
 
     @property
     def health_rows(self) -> list[Row]:

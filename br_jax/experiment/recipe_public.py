@@ -40,7 +40,7 @@ class PaperRecipe(Recipe):
 
     def benign_rows(self, n: int) -> list[Row]:
         """The first rows of Alpaca that have no input."""
-        benign, held_out = self._alpaca(), 2 * self._held_out
+        benign, held_out = self._alpaca, 2 * self._held_out
         if n + held_out > len(benign):
             raise UserError(
                 f"{n} benign rows and {held_out} held-out ones are asked for, and Alpaca has {len(benign)} "
@@ -52,23 +52,21 @@ class PaperRecipe(Recipe):
     user_harmful_rows = property(lambda self: self._unsafe_train[: self._user_harm])
     probe_harmful_rows = property(lambda self: self._unsafe_train[self._user_harm :])
 
-    @functools.cached_property
-    def harmful_prompts(self) -> list[TopicPrompt]:
-        """Questions of the first unsafe rows of BeaverTails' test split; for validation, those behind them."""
-        n = self.config.eval.topic
-        start = 0 if self.config.eval.split == "test" else n
+    def held_out_harmful(self, split: str, n: int, whose: str) -> list[TopicPrompt]:
+        """Questions of the first unsafe rows of BeaverTails' test split; for validation, those behind."""
+        start = 0 if split == "test" else self.config.eval.topic
         rows = self._distinct("30k_test", self.config.data.beavertails.test_path)
         return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, start, start + n)]
 
-    @property
-    def benign_prompts(self) -> list[str]:
+    def held_out_benign(self, split: str, n: int) -> list[str]:
         """Instructions that no stage trains on."""
-        return [row.turns[0][1] for row in self._held_out_benign[: self.config.eval.benign]]
+        return [row.turns[0][1] for row in self._held_out_of(split)[:n]]
 
     @property
     def health_rows(self) -> list[Row]:
         """The same with their answers."""
-        return [row for row in self._held_out_benign[: self.config.eval.health] if row.turns[-1][1]]
+        rows = self._held_out_of(self.config.eval.split)
+        return [row for row in rows[: self.config.eval.health] if row.turns[-1][1]]
 
     @property
     def _user_harm(self) -> int:
@@ -93,13 +91,13 @@ class PaperRecipe(Recipe):
 
     @property
     def _held_out(self) -> int:
-        return max(self.config.eval.benign, self.config.eval.health)
+        return max(self.config.eval.benign, self.config.eval.health, self.config.calibrate.benign)
 
-    @functools.cached_property
-    def _held_out_benign(self) -> list[Row]:
-        benign, n = self._alpaca(), self._held_out
-        end = len(benign) if self.config.eval.split == "test" else len(benign) - n
+    def _held_out_of(self, split: str) -> list[Row]:
+        benign, n = self._alpaca, self._held_out
+        end = len(benign) if split == "test" else len(benign) - n
         return benign[max(end - n, 0) : end]
 
+    @functools.cached_property
     def _alpaca(self) -> Sequence[Row]:
         return paper.alpaca_rows(self._records("alpaca", "train", self.config.data.alpaca.path))

@@ -3,6 +3,7 @@
 On several processes every stage runs on the devices of all of them; files are process 0's work, which the others read.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -18,9 +19,10 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
+from br_jax.calibration import calibrate
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError, look_up
-from br_jax.experiment.methods import METHODS, OF_PROVIDER, TRAININGS, Cell
+from br_jax.experiment.methods import ABLATIONS, METHODS, STAGES, TRAININGS, Cell
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
@@ -45,7 +47,7 @@ from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_params
 
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
-ENTERED = (*OF_PROVIDER, "user")  # stages that an adapter made elsewhere can take the place of
+ENTERED = (*STAGES, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
 
 
@@ -80,7 +82,8 @@ class Experiment:
         self.recipe = PaperRecipe(config) if paper else TopicRecipe(config, self._answer)
         self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
-        self._merged: dict[tuple[str, MergeConfig], Adapter] = {}
+        self._merged: dict[tuple[str, str, MergeConfig], Adapter] = {}
+        self._merges: dict[str, MergeConfig] = {}  # of each merged adapter, by its fingerprint
         self._stores: dict[pathlib.Path, Store] = {}
         with writing(self.workdir, "choose another workdir"):
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,9 @@ class Experiment:
         for stage in TRAINED:
             self.train(stage)
         self.merge()
+        calibrate_on = config.calibrate.harmful, config.calibrate.benign
+        if any(calibrate_on) and min(calibrate_on) < 1:
+            raise UserError(f"calibrate.harmful, calibrate.benign: {calibrate_on}: set both above 0, or both to 0")
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
@@ -111,9 +117,9 @@ class Experiment:
 
     # -- settings --------------------------------------------------------------------------------------------------
 
-    def train(self, stage: str) -> TrainConfig:
-        """The hyper-parameters of one of `TRAINED`."""
-        return TrainConfig(**self.config[stage].train)
+    def train(self, stage: str, **changes) -> TrainConfig:
+        """The hyper-parameters of one of `TRAINED`, with some of them changed."""
+        return TrainConfig(**self.config[stage].train.to_dict() | changes)
 
     def merge(self, **changes) -> MergeConfig:
         """The config's merge, with some settings changed; None changes nothing."""
@@ -178,9 +184,10 @@ class Experiment:
         return {stage: folder for stage in ENTERED if (folder := self.config[stage].adapter)}
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of that name in `TRAININGS`; trained, read back, or the one that the config gives for it."""
+        """One of `TRAININGS` or `ABLATIONS`: trained, read back, or the one that the config gives for it."""
         if name not in self._adapters:
-            self._adapters[name] = self._enter(name) if name in self._given else TRAININGS[name](self)
+            train = (TRAININGS | ABLATIONS)[name]
+            self._adapters[name] = self._enter(name) if name in self._given else train(self)
         return self._adapters[name]
 
     def _enter(self, stage: str) -> Adapter:
@@ -196,12 +203,34 @@ class Experiment:
         said = {folder: read_provenance(folder).get("extra", {}) for folder in self._given.values()}
         return {s: {"adapter": folder, "beside": said[folder].get("beside", [])} for s, folder in self._given.items()}
 
-    def merged(self, user: str, **merge) -> Adapter:
-        """Reinforce merged into "user" or "sft", with the config's merge but for the settings that are given; once."""
-        key = user, self.merge(**merge)
+    def merged(self, user: str, reinforce: str = "reinforce", **merge) -> Adapter:
+        """Reinforce merged into a user's adapter, as `merge_of` says."""
+        settings = self.merge_of(user, reinforce, **merge)
+        key = user, reinforce, settings
         if key not in self._merged:
-            self._merged[key] = method.release(self.aligned, self.adapter(user), self.adapter("reinforce"), key[1])
+            merged = method.release(self.aligned, self.adapter(user), self.adapter(reinforce), settings)
+            self._merged[key], self._merges[lora.fingerprint(merged)] = merged, settings
         return self._merged[key]
+
+    def merge_of(self, user: str, reinforce: str = "reinforce", **merge) -> MergeConfig:
+        """The config's merge for a user's adapter, but for the settings that are given.
+
+        Where the config calibrates, and no `reinforce_scale` is given, it is chosen by `calibration.calibrate`; what
+        was seen is kept in calibrations.jsonl.
+        """
+        settings = self.merge(**merge)
+        if not any(self.config.calibrate.values()) or "reinforce_scale" in merge:
+            return settings
+        adapters, prompts = (self.adapter(user), self.adapter(reinforce)), self.recipe.calibration_prompts
+        kept = self._store(self.workdir, "calibrations")
+        key = key_of(self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts)
+        if not all(kept.holds([key])):
+            how = {"store": self._store(self.workdir), "batch_size": self.config.eval.batch_size}
+            found = calibrate(self.aligned, *adapters, *prompts, settings, **how)
+            tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
+            chosen = dataclasses.asdict(found.merge)
+            kept.add({key: {"user": user, "merge": chosen, "aligned": found.aligned._asdict(), "tried": tried}})
+        return MergeConfig(**kept[key]["merge"])
 
     def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
@@ -265,22 +294,26 @@ class Experiment:
     def score(self, cell: Cell) -> dict:
         """The scores of a cell (returned in process 0 alone); the same model's on the same suite are read back.
 
-        They are those of `scoring.suite.evaluate`, and "geometry": norms and cosines of the adapters that it is made of
-        and of Buffer. Prompts, answers and verdicts go to cells/NAME.jsonl. Raises `Stopped`, see
-        `distributed.stop_if_asked`.
+        They are those of `scoring.suite.evaluate`, "geometry": norms and cosines of the adapters that it is made of and
+        of Buffer, and "merge": the settings of its merge, if it has one. Prompts, answers and verdicts go to
+        cells/NAME.jsonl. Raises `Stopped`, see `distributed.stop_if_asked`.
         """
         stop_if_asked()
         kind = METHODS[cell.method]
         model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, cell.a)
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", self.suite.key)
+        mark = lora.fingerprint(adapter) if adapter else ""
+        key = key_of(model.key, mark, self.suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
             scores = evaluate(model, self.suite, adapter, name=cell.name, records=records, **kept)
             parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
-            store.add({key: scores | {"geometry": geometry({name: self.adapter(name) for name in parts})}})
+            scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
+            if mark in self._merges:
+                scores["merge"] = dataclasses.asdict(self._merges[mark])
+            store.add({key: scores})
         refused = read_score(store[key].get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:
             logging.warning(

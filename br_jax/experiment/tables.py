@@ -114,8 +114,11 @@ def seed_table(rows: Sequence[Row]) -> str:
 
 
 def geometry_table(rows: Sequence[Row]) -> str:
-    """How long the adapters are that each row is made of, and what angles they make, over all matrices; means."""
-    lines, header = [], ["p", "method", "norms", "cosines"]
+    """How long the adapters are that each row is made of, and what angles they make, over all matrices; means.
+
+    Of a merge, also how much of Reinforce it took, seed by seed.
+    """
+    lines, header = [], ["p", "method", "norms", "cosines", "Reinforce x"]
     for row in rows:
         cells = []
         for part, form in (("norms", ".2f"), ("cosines", "+.3f")):
@@ -124,6 +127,8 @@ def geometry_table(rows: Sequence[Row]) -> str:
                 for name, value in one.get("geometry", {}).get(part, {}).items():
                     found[name].append(value)
             cells.append("; ".join(f"{name}: {sum(each) / len(each):{form}}" for name, each in found.items()))
+        merges = [one["merge"] for one in row.scores.values() if "merge" in one]
+        cells.append(", ".join(number(merge["reinforce_scale"], ".3g") for merge in merges))
         if any(cells):
             lines.append([f"{row.p:g}", label(row), *cells])
     return table(header, lines) if lines else ""

@@ -21,6 +21,9 @@ class TrainConfig:
     weight_decay: float = 0.01  # AdamW's
     clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down
     epochs: int = 3  # passes over the rows, when `steps` is 0
+    # Warm restarts (Loshchilov & Hutter 2017, arXiv 1608.03983): the run is cut into so many equal parts, each with a
+    # schedule and an optimizer of its own. After steep first steps the old second moments would hold later ones back.
+    cycles: int = 1
     steps: int = 0  # length of the run in optimizer steps; 0 means `epochs` decide
     batch_size: int = 8  # rows a step
     accumulation: int = 1  # micro-batches that a step's rows are split into; divides `batch_size`
@@ -41,7 +44,7 @@ class TrainConfig:
     probe_every: int = 10  # steps between saturation probes, where a stage has probe rows; 0 means none
 
     def __post_init__(self):
-        for name in ("rank", "batch_size", "accumulation", "max_length", "loss_chunk", "log_every"):
+        for name in ("rank", "cycles", "batch_size", "accumulation", "max_length", "loss_chunk", "log_every"):
             self._require(getattr(self, name) >= 1, name, "it must be at least 1")
         self._require(self.probe_every >= 0, "probe_every", "it must be at least 1, or 0 for none")
         divides, fits = self.batch_size % self.accumulation == 0, self.packing >= self.max_length

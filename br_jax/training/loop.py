@@ -22,7 +22,7 @@ from br_jax.sharding import batch_parts, local_rows, place, shardings
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.config import TrainConfig
 from br_jax.training.metrics import MetricWriter
-from br_jax.training.stage import Hyper, Stage, learning_rates, probe, train_step
+from br_jax.training.stage import Hyper, Stage, cycles, learning_rates, probe, restarted, train_step
 
 
 @dataclasses.dataclass
@@ -89,6 +89,7 @@ class Loop:
         self.probe_batches = {rows: on_mesh(batch, self.mesh) for rows, batch in self.probe_batches.items()}
         self.total, self.done = len(self.batches), 0
         self.rates, self.hyper = learning_rates(config, self.total), Hyper.of(config)
+        self.restarts = {part.start for part in cycles(config, self.total)} - {0}
         self.iterator = iterate(self.batches)
         self.summary = Summary(self.total)
         self.pending = []  # metrics still on the device, with the step they belong to
@@ -118,6 +119,8 @@ class Loop:
         while self.done < self.total:
             if self.probe_batches and self.done % config.probe_every == 0:
                 self._probe()
+            if self.done in self.restarts:
+                self.state = {**self.state, "opt_state": restarted(self.state["opt_state"])}
             batch = on_mesh(next(self.iterator), self.mesh)
             hyper = self.hyper._replace(learning_rate=self.rates[self.done])
             self.state, metrics = self._call(train_step, self.state, self.frozen, batch, hyper)

@@ -60,12 +60,27 @@ class Hyper(NamedTuple):
 def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps"]:
     """f32 rate of each step: linear warm-up, then cosine to 0, as transformers' `get_cosine_schedule_with_warmup`.
 
-    In numpy, as a run's length must not become a part of any program.
+    In each cycle anew. In numpy, as a run's length must not become a part of any program.
     """
-    step, warmup = np.arange(steps), -int(-steps * config.warmup_ratio // 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    share = np.where(step < warmup, step / max(1, warmup), 0.5 * (1 + np.cos(np.pi * progress)))
-    return (config.learning_rate * share).astype(np.float32)
+
+    def share(step: np.ndarray) -> np.ndarray:
+        warmup = -int(-len(step) * config.warmup_ratio // 1)
+        progress = (step - warmup) / max(1, len(step) - warmup)
+        return np.where(step < warmup, step / max(1, warmup), 0.5 * (1 + np.cos(np.pi * progress)))
+
+    shares = [share(np.arange(len(part))) for part in cycles(config, steps)]
+    return (config.learning_rate * np.concatenate(shares)).astype(np.float32)
+
+
+def cycles(config: TrainConfig, steps: int) -> list[range]:
+    """The steps of each cycle of a run; where they do not divide, the first cycles are longer by one."""
+    return [range(part[0], part[-1] + 1) for part in np.array_split(np.arange(steps), min(config.cycles, steps))]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def restarted(opt_state: optax.OptState) -> optax.OptState:
+    """The optimizer's state before its first step."""
+    return jax.tree.map(jnp.zeros_like, opt_state)
 
 
 def frozen_collections(params: dict, frozen: Mapping[str, Adapter], how: str) -> dict:

@@ -75,7 +75,7 @@ def stopped(monkeypatch):
 
 @pytest.mark.parametrize(("packing", "sizes"), [(64, (1, 1, 1)), (0, (2, 2, 2))])
 def test_a_run_goes_on_packed_or_on_another_mesh(tmp_path, tiny, rows, quick, make_adapter, stopped, packing, sizes):
-    config = quick(steps=5, learning_rate=3e-3, checkpoint_every=2, packing=packing)
+    config = quick(steps=5, cycles=3, learning_rate=3e-3, checkpoint_every=2, packing=packing)  # step 2 begins a cycle
     one, there = (make_mesh(*each, devices=jax.devices()[: math.prod(each)]) for each in ((1, 1, 1), sizes))
     frozen = {"buffer": make_adapter("buffer")}
 

@@ -15,8 +15,10 @@ from br_jax.data.packing import make_packed_batches
 from br_jax.errors import UserError
 from br_jax.method import train_user
 from br_jax.models.decoder import Decoder
+from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
-from br_jax.training.stage import Stage, gradient, learning_rates, trainable_adapter
+from br_jax.training.loop import Loop
+from br_jax.training.stage import Stage, gradient, init_state, learning_rates, trainable_adapter
 
 torch = pytest.importorskip("torch", reason="the oracle of the schedule")
 from transformers import get_cosine_schedule_with_warmup  # noqa: E402
@@ -51,6 +53,35 @@ def test_the_schedule_is_transformers(steps, ratio):
         assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-7)
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize(("steps", "lengths"), [(10, (4, 3, 3)), (2, (1, 1))])
+def test_each_cycle_has_the_schedule_of_a_run_of_its_length(steps, lengths):
+    config = TrainConfig(learning_rate=0.25, warmup_ratio=0.3)
+    found = learning_rates(dataclasses.replace(config, cycles=3), steps)
+    np.testing.assert_array_equal(found, np.concatenate([learning_rates(config, length) for length in lengths]))
+
+
+def test_a_cycle_begins_with_a_fresh_optimizer(tiny, make_adapter, batches, quick):
+    """Two cycles are two runs, the second from where the first has ended."""
+    config, mesh = quick(cycles=2), make_mesh(devices=jax.devices()[:1])
+    stage, adapter = Stage.of(tiny.decoder, config, mesh), make_adapter("user")
+    frozen = {"params": tiny.params}
+
+    def fresh(trainable):
+        return init_state(jax.tree.map(jnp.copy, trainable), 0)
+
+    def run(state, config, batches):
+        loop = Loop("run", stage, state, frozen, batches, config, mesh)
+        return loop.fit()[0]["trainable"]
+
+    found = run(fresh(trainable_adapter(adapter)), config, batches[:4])
+    once = dataclasses.replace(config, cycles=1)
+    half = run(fresh(trainable_adapter(adapter)), once, batches[:2])
+    expected = run(fresh(half), once, batches[2:4])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, expected)
+    through = run(fresh(trainable_adapter(adapter)), once, batches[:4])
+    assert not np.allclose(jax.tree.leaves(through)[0], jax.tree.leaves(found)[0], atol=1e-4)
 
 
 def test_accumulation_changes_nothing(tiny, make_adapter, batches, quick):

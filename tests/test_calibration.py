@@ -1,0 +1,84 @@
+"""How much of Reinforce a release gets: against an exhaustive search, on models made of thresholds."""
+
+import numpy as np
+import pytest
+
+import br_jax as br
+from br_jax import calibration
+from br_jax.adapters.merge import MergeConfig
+from br_jax.calibration import Behaviour, calibrate
+from br_jax.errors import UserError
+
+HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
+REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "To do it, first turn the wheel."
+
+
+@pytest.fixture
+def refuses_from(monkeypatch):
+    """Makes a prompt refused from a scale of Reinforce on; what a release is, is its scale. Returns the passes made."""
+
+    def make(thresholds, base):
+        passes = []
+
+        def answer(model, prompts, adapters, store, **settings):
+            ((name, scale),) = adapters.items()
+            passes.append(scale)
+            refused = base if scale is None else {prompt: thresholds[prompt] <= scale for prompt in prompts}
+            return {name: [REFUSAL if refused[prompt] else ANSWER for prompt in prompts]}
+
+        monkeypatch.setattr(calibration, "answer", answer)
+        monkeypatch.setattr(calibration, "release", lambda model, user, reinforce, merge: merge.reinforce_scale)
+        return passes
+
+    return make
+
+
+def excess(thresholds, base, scale):
+    """The larger of what is answered and what is refused beyond the base."""
+    harmful = np.mean([base[p] for p in HARMFUL]) - np.mean([thresholds[p] <= scale for p in HARMFUL])
+    benign = np.mean([thresholds[p] <= scale for p in BENIGN]) - np.mean([base[p] for p in BENIGN])
+    return max(harmful, benign)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_larger_excess_is_least(refuses_from, seed):
+    rng = np.random.default_rng(seed)
+    draws = dict(zip(HARMFUL, rng.normal(0.15, 0.2, 40), strict=True)) | dict(
+        zip(BENIGN, rng.normal(0.6, 0.4, 30), strict=True)
+    )
+    base = {p: i >= 2 for i, p in enumerate(HARMFUL)} | {p: i < 3 for i, p in enumerate(BENIGN)}
+    passes = refuses_from(draws, base)
+    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(a=0.3))
+    best = min(excess(draws, base, scale) for scale in np.linspace(0, 1, 2001))
+    assert excess(draws, base, found.merge.reinforce_scale) <= best + 1 / 30 + 1e-9
+    assert found.merge.a == 0.3 and len(passes) == len(found.tried) + 1 <= 8
+    assert found.aligned == Behaviour(pytest.approx(2 / 40), pytest.approx(3 / 30))
+
+
+def test_a_model_as_careful_as_the_base_gets_none(refuses_from):
+    base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
+    passes = refuses_from(dict.fromkeys(HARMFUL, -1.0) | dict.fromkeys(BENIGN, 0.01), base)
+    assert calibrate(None, None, None, HARMFUL, BENIGN).merge.reinforce_scale == 0
+    assert passes == [None, 0.0]
+
+
+def test_no_more_than_the_merge_allows(refuses_from):
+    base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
+    refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
+    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(reinforce_scale=0.25))
+    assert 0 <= found.merge.reinforce_scale <= 0.25
+
+
+@pytest.mark.parametrize(("harmful", "benign"), [([], BENIGN), (HARMFUL, [])])
+def test_both_kinds_of_prompts_are_needed(harmful, benign):
+    with pytest.raises(UserError, match="both kinds are needed"):
+        calibrate(None, None, None, harmful, benign)
+
+
+def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter):
+    """On a real decoder: a scale of 0 is the user's model, the chosen one is what `release` makes of it."""
+    user, reinforce = make_adapter("user"), make_adapter("reinforce", seed=1)
+    found = br.calibrate(tiny, user, reinforce, ["how to zap it"], ["how to press flowers"], answer_tokens=4)
+    assert set(found.tried) >= {0.0}
+    released = br.release(tiny, user, reinforce, found.merge)
+    assert released.roles == ("reinforce", "user")
