@@ -44,7 +44,7 @@ def calibrate(
     merge: MergeConfig | None = None,
     *,
     store: Store | None = None,
-    answer_tokens: int = 24,
+    answer_tokens: int = 16,
     batch_size: int = 64,
 ) -> Calibration:
     """Chooses `reinforce_scale` by how the released model's answers begin, greedily, on the provider's own prompts.
