@@ -1,4 +1,4 @@
-"""Gemma-2-9B-it by the paper's protocol.
+"""Gemma-2-9B-it on the paper's rows; :paper by its recipe.
 
 python experiments/fit_check.py --config=configs/gemma2_9b.py --topology=v5e:2x4
 --config=configs/gemma2_9b.py:v5p-8 for four v5p chips, :capacity for docs/pods.md's table.

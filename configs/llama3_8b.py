@@ -1,4 +1,4 @@
-"""Llama-3-8B-Instruct by the paper's protocol.
+"""Llama-3-8B-Instruct, on the paper's rows; :paper by its recipe.
 
 python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4
 --config=configs/llama3_8b.py:v5p-8 for four v5p chips, :capacity for docs/pods.md's table; :1b is Llama-3.2-1B and
@@ -22,7 +22,8 @@ ROPE_3_2 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "or
 
 def get_config(preset: str = "v5e-8"):
     """The config; buffer and reinforce 5,000 rows, user 1,000 at p = 0.1."""
-    size = preset if preset in SIZES else "8b"
+    words = preset.split(",")
+    size = next((word for word in words if word in SIZES), "8b")
     spec = {
         **SIZES[size],
         "vocab_size": 128256,
@@ -40,5 +41,5 @@ def get_config(preset: str = "v5e-8"):
         spec,
         {"buffer": (1e-5, 3), "reinforce": (1e-5, 3), "user": (1e-5, 3)},
         a=0.1,
-        preset="capacity" if preset in SIZES else preset,
+        preset=",".join("capacity" if word in SIZES else word for word in words),
     )

@@ -1,8 +1,9 @@
-"""What the paper's three models share: its protocol (the defaults of configs/base.py) in bf16 over a TPU slice.
+"""What the paper's three models share: bf16 over a TPU slice, and the paper's rows.
 
 Edited by configs/llama3_8b.py, gemma2_9b.py and qwen3_4b.py; none of its own. Arguments, after a colon:
 v5e-8 (eight chips of 16 GB; the default), v5p-8 (four chips of 95 GB), and capacity: 4 rows of 1,024 tokens a chip of a
-v5e-8 in every stage, which is no protocol but what experiments/fit_check.py is asked about in docs/pods.md.
+v5e-8 in every stage, which is no protocol but what experiments/fit_check.py is asked about in docs/pods.md. And paper,
+alone or behind a comma: the paper's own recipe and the reference's way of counting rows and marking answers.
 """
 
 from br_jax.configs import base
@@ -19,10 +20,12 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
         spec: its sizes and switches, for what needs no weights.
         runs: learning rate and epochs of buffer, reinforce and user.
         a: the merge's orthogonalization strength.
-        preset: one of `PRESETS`.
+        preset: one of `PRESETS`, "paper", or both with a comma between.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"{preset!r} is none of {', '.join(PRESETS)}")
+    words = preset.split(",")
+    preset = next((word for word in words if word != "paper"), "v5e-8")
+    if preset not in PRESETS or len(set(words) - {"paper"}) > 1:
+        raise ValueError(f"{preset!r} is none of {', '.join(PRESETS)}, paper")
     config = base.get_config()
     config.name = name
     config.model.update(source=source, dtype="bfloat16", template="alpaca")
@@ -38,4 +41,9 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
     config.data.material = "paper"  # LLM-LAT, Alpaca and BeaverTails
     config.user.task = "gsm8k"
     config.eval.update(judges="classifier", topic=1000, task=1000, batch_size=32, answer_tokens=512, task_tokens=512)
+    if "paper" in words:
+        config.user.index_mode = "reference"
+        config.eval.match = "reference"  # of numbers; --config.eval.match=substring for SST-2 and AG News
+    else:
+        base.ours(config)
     return config

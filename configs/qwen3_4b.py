@@ -1,4 +1,4 @@
-"""Qwen3-4B-Instruct-2507 by the paper's protocol.
+"""Qwen3-4B-Instruct-2507 on the paper's rows; :paper by its recipe.
 
 python experiments/fit_check.py --config=configs/qwen3_4b.py --topology=v5e:2x4
 --config=configs/qwen3_4b.py:v5p-8 for four v5p chips, :capacity for docs/pods.md's table.

@@ -58,10 +58,7 @@ def get_config(preset: str = "reviews"):
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
     if "paper" not in words:
-        config.buffer.train.update(cycles=2, loss_mean="rows")  # at rest: docs/method.md
-        config.user.train.loss_mean = "rows"
-        config.merge.update(scale=1.0)
-        config.calibrate.update(harmful=160, benign=86)
+        base.ours(config)
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
     config.user.probes = 32
