@@ -230,7 +230,8 @@ def calls(monkeypatch, tiny, make_adapter):
 
     def train(name, role, model, rows, config, frozen=None, **options):
         record["trained"].append(name)
-        record[name] = {"role": role, "model": model, "rows": list(rows), "frozen": dict(frozen or {}), **options}
+        given = {"role": role, "model": model, "rows": list(rows), "config": config, "frozen": dict(frozen or {})}
+        record[name] = given | options
         return make_adapter(role, seed=len(name))
 
     def answer(model, prompts, adapters, store, **options):

@@ -55,6 +55,7 @@ def draw(run: Details, frame: Frame) -> dict[str, Figure]:
         "training": figures.training_figure({name: stage["metrics"] for name, stage in run.stages.items()}),
         "saturation": figures.saturation_figure(*run.probes),
         "merge": figures.merge_figure(run.results.get("merge") or {}),
+        "calibration": figures.calibration_figure(run.results.get("calibration") or {}),
         "verdicts": figures.verdict_figure(counts),
     }
 
@@ -86,6 +87,8 @@ def sections(run: Details, frame: Frame, examples: int) -> Iterable[str]:
     yield image("training", "loss of every stage")
     yield "## The merge"
     yield image("merge", "merge diagnostics by matrix and layer")
+    if run.results.get("calibration"):
+        yield image("calibration", "answered harmful and refused benign prompts against the strength of Reinforce")
     yield "## Cost"
     user, sft = (run.stages.get(name, {}).get("step_seconds_median") for name in ("user", "sft"))
     if is_finite(user) and is_finite(sft) and sft > 0:

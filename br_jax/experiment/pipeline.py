@@ -82,6 +82,7 @@ def _details(e: Experiment) -> dict[str, Any]:
     config, versions = e.config, {"python": platform.python_version(), "br_jax": __version__}
     versions["matmul_precision"] = config.model.matmul_precision
     return {
+        "calibration": e.calibration("user") if config.calibrate.harmful else None,
         "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge_of("user")),
         "entered": e.entered(),
         "seeds": {"data": config.seed, **{stage: config[stage].train.seed for stage in TRAINED}},

@@ -215,12 +215,15 @@ class Experiment:
     def merge_of(self, user: str, reinforce: str = "reinforce", **merge) -> MergeConfig:
         """The config's merge for a user's adapter, but for the settings that are given.
 
-        Where the config calibrates, and no `reinforce_scale` is given, it is chosen by `calibration.calibrate`; what
-        was seen is kept in calibrations.jsonl.
+        Where the config calibrates, and no `reinforce_scale` is given, it is chosen by `calibration.calibrate`.
         """
-        settings = self.merge(**merge)
         if not any(self.config.calibrate.values()) or "reinforce_scale" in merge:
-            return settings
+            return self.merge(**merge)
+        return MergeConfig(**self.calibration(user, reinforce, **merge)["merge"])
+
+    def calibration(self, user: str, reinforce: str = "reinforce", **merge) -> dict:
+        """What `calibration.calibrate` saw and chose for a user's adapter, as JSON; kept in calibrations.jsonl."""
+        settings = self.merge(**merge)
         adapters, prompts = (self.adapter(user), self.adapter(reinforce)), self.recipe.calibration_prompts
         kept = self._store(self.workdir, "calibrations")
         key = key_of(self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts)
@@ -230,7 +233,7 @@ class Experiment:
             tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
             chosen = dataclasses.asdict(found.merge)
             kept.add({key: {"user": user, "merge": chosen, "aligned": found.aligned._asdict(), "tried": tried}})
-        return MergeConfig(**kept[key]["merge"])
+        return kept[key]
 
     def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""

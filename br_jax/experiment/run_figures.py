@@ -165,6 +165,29 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@plots.styled
+def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
+    """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
+    tried = sorted(calibration.get("tried") or [], key=lambda seen: seen["reinforce_scale"])
+    if not tried:
+        return plots.nothing("no calibration")
+    figure = plots.new_figure(7.5, 4)
+    axis = figure.subplots()
+    strengths, chosen = [seen["reinforce_scale"] for seen in tried], calibration["merge"]["reinforce_scale"]
+    lines = {
+        "complied": ("harmful prompts that are answered", plots.ORANGE),
+        "over_refused": ("benign prompts that are refused", plots.BLUE),
+    }
+    for key, (label, color) in lines.items():
+        axis.plot(strengths, [100 * seen[key] for seen in tried], "o-", color=color, label=label)
+        axis.axhline(100 * calibration["aligned"][key], color=color, linestyle="--", linewidth=1)
+    axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
+    axis.set(xlabel="strength of Reinforce (dashed: the aligned base)", ylabel="%", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle("Calibration of the release, on the provider's held-out prompts")
+    return figure
+
+
 def _heat_map(figure: Figure, axis: Axes, grid: np.ndarray, title: str) -> None:
     colors = matplotlib.colormaps["cividis"].with_extremes(bad=plots.PALE)
     finite = grid[np.isfinite(grid)]

@@ -1,15 +1,22 @@
 """Who trains on what: the stages of an experiment with training, answering and scoring recorded instead of done."""
 
+import dataclasses
 import json
 import stat
 
 import jax
+import numpy as np
 import pytest
 
-from br_jax.adapters.peft import save_adapter
+from br_jax.adapters.merge import MergeConfig
+from br_jax.adapters.peft import load_adapter, save_adapter
+from br_jax.calibration import Behaviour, Calibration
 from br_jax.errors import UserError
 from br_jax.experiment import pipeline
 from br_jax.experiment import run as run_module
+from br_jax.experiment.methods import METHODS
+from br_jax.experiment.run import settled
+from br_jax.method import release
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS
 from br_jax.statistics import Score
@@ -75,6 +82,80 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
     trained = {prompt for stage in ("align", "buffer", "reinforce", "user") for prompt in prompts(calls[stage]["rows"])}
     assert len(held_out) == 12 + 11 + 10 and not held_out & trained
     assert set(suite.benign) <= set(english_instructions("test"))
+
+
+def test_a_release_is_calibrated_once_and_on_prompts_that_are_neither_trained_on_nor_scored(
+    run, calls, config, tmp_path, monkeypatch
+):
+    config.calibrate.update(harmful=7, benign=5)
+    asked = []
+
+    def calibrate(model, user, reinforce, harmful, benign, merge, **how):
+        asked.append((harmful, benign, merge.a))
+        chosen = dataclasses.replace(merge, reinforce_scale=0.125)
+        return Calibration(chosen, Behaviour(0.0, 0.1), {0.0: Behaviour(0.2, 0.0), 0.125: Behaviour(0.0, 0.1)})
+
+    monkeypatch.setattr(run_module, "calibrate", calibrate)
+    run()
+    assert len(asked) == 2, "of ours and of the plain sum"
+    harmful, benign, _ = asked[0]
+    assert len(harmful) == 7 and set(harmful) <= {p.prompt for p in DEVICES.prompts("validation", 99, 42)}
+    assert len(benign) == 5 and set(benign) <= set(english_instructions("validation"))
+    scored = {p.prompt for p in calls["suite"].topic} | set(calls["suite"].benign)
+    trained = {prompt for stage in ("align", "buffer", "reinforce", "user") for prompt in prompts(calls[stage]["rows"])}
+    assert not {*harmful, *benign} & (scored | trained)
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["merge"]["reinforce_scale"] == results["calibration"]["merge"]["reinforce_scale"] == 0.125
+    e = run_module.Experiment(settled(config), tmp_path / "w")
+    released = load_adapter(tmp_path / "w" / "released", e.aligned.params)
+    merged = release(e.aligned, e.adapter("user"), e.adapter("reinforce"), e.merge(reinforce_scale=0.125))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), released.weights, merged.weights)
+    assert e.merge_of("user").reinforce_scale == 0.125 and len(asked) == 2, "it is kept"
+    assert e.merge_of("user", reinforce_scale=1.0).reinforce_scale == 1.0 and len(asked) == 2
+
+
+def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config, tmp_path):
+    """On the same rows; (loss_mean, cycles, the Buffer beside it) of every adapter."""
+    config.buffer.train.update(cycles=2, loss_mean="rows")
+    config.user.train.loss_mean = "rows"
+    e = run_module.Experiment(settled(config), tmp_path / "w")
+    for name, kind in METHODS.items():
+        assert (kind.adapter(e, 0.3) is None) == (not kind.needs), name
+    buffers = {id(e.adapter(name)): name for name in ("buffer", "buffer_paper")}
+
+    def of(name):
+        train = calls[name]["config"]
+        return train.loss_mean, train.cycles, buffers.get(id(calls[name]["frozen"].get("buffer")))
+
+    ours = {"buffer": ("rows", 2, None), "reinforce": ("tokens", 1, "buffer"), "user": ("rows", 1, "buffer")}
+    paper = {
+        "buffer_paper": ("tokens", 1, None),
+        "reinforce_paper": ("tokens", 1, "buffer_paper"),
+        "user_paper": ("tokens", 1, "buffer_paper"),
+        "sft_paper": ("tokens", 1, None),
+    }
+    others = {"user_tokens": ("tokens", 1, "buffer"), "user_unrested": ("rows", 1, "buffer_paper")}
+    for name, expected in (ours | paper | others | {"sft": ("rows", 1, None)}).items():
+        assert of(name) == expected, name
+        assert calls[name]["rows"] == calls[name.split("_")[0]]["rows"], name
+    made = {name: METHODS[name].adapter(e, 0.3) for name in ("ours", "sum", "paper", "no_calibration")}
+    user, reinforce = e.adapter("user"), e.adapter("reinforce")
+    assert_same(made["ours"], release(e.aligned, user, reinforce, e.merge(a=0.3)))
+    assert_same(made["sum"], release(e.aligned, user, reinforce, e.merge(a=0.0)))
+    assert_same(made["no_calibration"], release(e.aligned, user, reinforce, e.merge(a=0.3, reinforce_scale=1.0)))
+    recipe = MergeConfig(a=0.1, scale=0.5, reinforce_scale=1.0)
+    assert_same(made["paper"], release(e.aligned, e.adapter("user_paper"), e.adapter("reinforce_paper"), recipe))
+
+
+def assert_same(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found.weights, expected.weights)
+
+
+@pytest.mark.parametrize("counts", [(0, 5), (5, 0), (-1, 5)])
+def test_a_calibration_on_one_kind_of_prompts_is_refused_at_once(run, config, counts):
+    config.calibrate.update(harmful=counts[0], benign=counts[1])
+    with pytest.raises(UserError, match=r"calibrate\.harmful, calibrate\.benign"):
+        run()
 
 
 def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config, tiny, tmp_path):

@@ -27,6 +27,14 @@ MATRIX = {
     "singular_values_user": [[2.0, 1.0], [4.0, 1.0]],
     "principal_angles": [[57.0, 28.6], [60.0, 68.8]],
 }
+CALIBRATION = {
+    "merge": {"reinforce_scale": 0.0625},
+    "aligned": {"complied": 0.02, "over_refused": 0.1},
+    "tried": [
+        {"reinforce_scale": scale, "complied": complied, "over_refused": over_refused}
+        for scale, complied, over_refused in ((0, 0.15, 0.05), (0.5, 0, 0.5), (0.25, 0, 0.3), (0.0625, 0.04, 0.09))
+    ],
+}
 SPECTRA = {
     "q": [[4.0, 2.0, 1e-9], [2.0, 1.0, 0.0], [3.0, 0.5, 0.0]],
     **{name: [[0.4, 0.2, 0.1]] * 3 for name in ("v", "gate", "up", "down")},
@@ -36,6 +44,7 @@ DRAWN = {
     "saturation": lambda: figures.saturation_figure(WITH, WITHOUT),
     "verdicts": lambda: figures.verdict_figure(VERDICTS),
     "merge": lambda: figures.merge_figure({"a": 0.1, "tau": 0.01, "matrices": {"layers/attn/q": MATRIX}}),
+    "calibration": lambda: figures.calibration_figure(CALIBRATION),
     "spectra": lambda: plots.spectra_figure(SPECTRA, "user, rank 3, on tiny"),
 }
 EMPTY = {
@@ -43,6 +52,7 @@ EMPTY = {
     "saturation": lambda: figures.saturation_figure([], []),
     "verdicts": lambda: figures.verdict_figure({"aligned": {}}),
     "merge": lambda: figures.merge_figure({}),
+    "calibration": lambda: figures.calibration_figure({}),
     "spectra": lambda: plots.spectra_figure({"q": [[0.0, 0.0]]}),
     "merge, bare": lambda: figures.merge_figure({"matrices": {"layers/attn/q": {}}}),
 }
