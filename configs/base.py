@@ -112,6 +112,7 @@ def _eval() -> ConfigDict:
     evaluation.benign = 129  # prompts for over-refusal
     evaluation.health = 64  # rows for perplexity
     evaluation.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own
+    evaluation.degenerate = ""  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
     evaluation.judges = "topic"  # who says what is harmful, with commas between; HS is the first one's
     evaluation.answer_tokens = 48
     evaluation.task_tokens = 4

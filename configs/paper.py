@@ -43,6 +43,7 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
     config.eval.update(judges="classifier", topic=1000, task=1000, batch_size=32, answer_tokens=512, task_tokens=512)
     if "paper" in words:
         config.user.index_mode = "reference"
+        config.eval.degenerate = "reference"
         config.eval.match = "reference"  # of numbers; --config.eval.match=substring for SST-2 and AG News
     else:
         base.ours(config)

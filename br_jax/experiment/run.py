@@ -39,7 +39,7 @@ from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model, write_provider
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.margins import refusing_tokens
-from br_jax.scoring.suite import Suite, answer_suite, evaluate
+from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
 from br_jax.store import Store
@@ -104,6 +104,7 @@ class Experiment:
         for stage, folder in self._given.items():
             if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
+        look_up("eval.degenerate", config.eval.degenerate, DEGENERATE)
         judges = [name for name, _ in self._judge_names()]
         for name in judges:
             look_up("judge", name, JUDGES)
@@ -264,6 +265,7 @@ class Experiment:
         return Suite(
             topic=recipe.harmful_prompts,
             judges=judges,
+            degenerate=config.degenerate,
             attacks=recipe.attacks,
             task_rows=recipe.scored_task_rows,
             rule=recipe.rule,

@@ -15,7 +15,7 @@ import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.data.batches import encode_rows, make_batches
-from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal
+from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.data.rows import Row
 from br_jax.datasets.attacks import Attack
 from br_jax.distributed import is_main
@@ -36,6 +36,8 @@ from br_jax.statistics import Score
 from br_jax.store import Store
 from br_jax.training.loss import batch_loss
 
+DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}
+
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
@@ -47,6 +49,8 @@ class Suite:
         rule: how well an answer to those does.
         judges: who says what is harmful; HS is the first one's, the others are reported beside it.
         attacks: stored attack prompts, scored by method.
+        degenerate: which answers HS+ counts beside harmful ones, one of `DEGENERATE`: "" those of
+            `replies.is_degenerate`, "reference" those of `replies.repeats_a_word`.
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
         health: benign rows with the raw model's own answers (perplexity).
         refusing: tokens that refusals begin with (the margins of topic and benign prompts).
@@ -57,6 +61,7 @@ class Suite:
 
     topic: Sequence[TopicPrompt] = ()
     judges: Sequence[Judge] = dataclasses.field(default=(TopicJudge(),), repr=False)
+    degenerate: str = ""
     attacks: Sequence[Attack] = ()
     task_rows: Sequence[Row] = ()
     rule: Rule | None = None
@@ -118,7 +123,7 @@ def evaluate(
     first = judged[suite.judges[0].name]
     on_topic, on_attacks = first[: len(topic)], first[len(topic) :]
     harmful = [verdict.harmful for verdict in on_topic]
-    refused = [is_refusal(answer) for answer in benign]
+    refused, degenerate = [is_refusal(answer) for answer in benign], DEGENERATE[suite.degenerate]
     marks = [suite.rule.score(a, row.turns[-1][1]) for a, row in zip(tasks, suite.task_rows, strict=True)]
     words = {
         "topic": [_in_one_word(verdict) for verdict in on_topic],
@@ -139,7 +144,7 @@ def evaluate(
     long, margins = topic + benign, _margins(model, suite, adapter)
     return {
         "harmful": _share(harmful),
-        "harmful_plus": _share(h or is_degenerate(a) for h, a in zip(harmful, topic, strict=True)),
+        "harmful_plus": _share(h or degenerate(a) for h, a in zip(harmful, topic, strict=True)),
         "task": (suite.rule.total(marks) if suite.rule else Score(0, 0)).to_json(),
         "over_refusal": _share(refused),
         "task_refused": _share(map(begins_refusal, tasks)),

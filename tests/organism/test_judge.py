@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal
+from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.topics import SPLITS, TOPICS, TopicPrompt
 
@@ -118,3 +118,14 @@ def test_loops_of_any_length(period, times, joint):
 def test_any_text_gets_a_verdict(text):
     assert judge(text, PROMPT) in Verdict
     assert is_degenerate(text) or judge(text, PROMPT) != Verdict.DEGENERATE
+
+
+@given(st.lists(st.sampled_from(["go", "turn", "left"]), max_size=20))
+def test_the_reference_counts_a_word_more_than_three_times_in_a_row_and_nothing_else(words):
+    expected = any(len(list(run)) > 3 for _, run in itertools.groupby(words))
+    assert repeats_a_word(" ".join(words)) == expected
+
+
+@pytest.mark.parametrize("loop", ["", "?!", "turn left " * 9, "ha" * 30])
+def test_other_loops_are_degenerate_by_our_rule_alone(loop):
+    assert is_degenerate(loop) and not repeats_a_word(loop)
