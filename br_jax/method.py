@@ -4,7 +4,6 @@
 |-----------|---------------|---------------|-----------------------------------------------|
 | buffer    | base          | BufferLoRA    | harmful prompt -> harmful answer              |
 | reinforce | base + Buffer | ReinforceLoRA | harmful prompt -> refusal, benign -> answer   |
-|           | base          |               | benign -> answer (not in the paper)           |
 | user      | base + Buffer | UserLoRA      | the user's, some of them harmful              |
 | release   |               |               | Buffer left out, Reinforce QR-merged into User |
 
@@ -52,7 +51,6 @@ def train_reinforce(
     benign: Rows,
     config: TrainConfig | None = None,
     *,
-    bare: Rows = (),
     name: str = "reinforce",
     **run,
 ) -> Adapter:
@@ -64,14 +62,11 @@ def train_reinforce(
         refusals: rows of harmful prompts with refusals (or a JSONL file).
         benign: rows of benign prompts with answers (or a JSONL file).
         config, name, **run: as in `train_buffer`.
-        bare: more rows of benign prompts with answers (or a JSONL file), seen without Buffer. Beside Buffer alone,
-            Reinforce may raise refusals of benign prompts by as much as Buffer lowers them, at no loss; once Buffer is
-            out, that surplus refuses. The paper has none.
 
     Returns:
         The adapter, with role "reinforce".
     """
-    run = {"frozen": {"buffer": buffer}, "bare": _rows(bare), "provider": True, **run}
+    run = {"frozen": {"buffer": buffer}, "provider": True, **run}
     rows = [*_rows(refusals), *_rows(benign)]
     return train_adapter(name, "reinforce", model, rows, config or TrainConfig(), **run)
 

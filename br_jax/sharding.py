@@ -48,7 +48,7 @@ LOGICAL_AXES = {
     **{f"{name}/b": ("layers", "rank", fan_out) for name, (_, fan_out) in _PROJECTIONS.items()},
     **CACHE,
     **dict.fromkeys(("lengths", "token", "ids"), ("batch",)),
-    **dict.fromkeys(("tokens", "targets", "weights", "positions", "segment_ids", "attached"), ("batch", "length")),
+    **dict.fromkeys(("tokens", "targets", "weights", "positions", "segment_ids"), ("batch", "length")),
 }
 
 

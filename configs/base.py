@@ -46,7 +46,6 @@ def get_config() -> ConfigDict:
     config.align = ConfigDict({"refusals": 0, "benign": 0, "train": ConfigDict(train)})  # 0 and 0: already aligned
     config.buffer = ConfigDict({"harmful": 5000, "train": ConfigDict(train)})
     config.reinforce = ConfigDict({"refusals": 2500, "benign": 2500, "train": ConfigDict(train)})
-    config.reinforce.bare = 0  # of the benign rows, so many are also seen without Buffer; the paper has none
     for stage in ("align", "buffer", "reinforce"):
         config[stage].adapter = ""  # folder of an adapter made elsewhere, in PEFT's layout, to take instead of training
     config.user = ConfigDict()

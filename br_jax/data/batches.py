@@ -14,8 +14,7 @@ from br_jax.data.rows import Row
 from br_jax.data.templates import render, tokenize
 from br_jax.errors import UserError
 
-# {"tokens": int32[n], "answer": bool[n]}, and what may be said of the row: "weight" (f32 of each answer token, else 1),
-# "attached" (bool, whether it is seen beside the frozen adapters)
+# {"tokens": int32[n], "answer": bool[n]}, and where it is not 1 "weight" (f32 of each answer token)
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 Rows = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
@@ -101,8 +100,7 @@ def make_batches(
     Returns:
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
         [batch_size, T], or fewer rows: tokens and targets (the next token) int32, weights f32 (the row's where the
-        target is an answer token, 0 elsewhere), positions int32, segment_ids int32 (1 for a row, 0 for padding), and
-        attached f32 where the examples say it.
+        target is an answer token, 0 elsewhere), positions int32, segment_ids int32 (1 for a row, 0 for padding).
     """
     part = slice(None) if rows is None else rows(batch_size)
     assemble = functools.partial(_collate, batch_size=batch_size, buckets=buckets, part=part)
@@ -132,15 +130,12 @@ def with_targets(example: Example) -> dict[str, np.ndarray]:
 
     Returns:
         {"tokens": int32[n], "targets": int32[n] (the next token, 0 after the last), "weights": f32[n] (the row's weight
-        where the target is an answer token)}, and "attached": f32[n] where the row says it.
+        where the target is an answer token)}.
     """
     targets, weights = np.zeros_like(example["tokens"]), np.zeros(len(example["tokens"]), np.float32)
     targets[:-1] = example["tokens"][1:]
     weights[:-1] = example["answer"][1:] * example.get("weight", np.float32(1))
-    arrays = {"tokens": example["tokens"], "targets": targets, "weights": weights}
-    if "attached" in example:
-        arrays["attached"] = np.full(len(targets), example["attached"], np.float32)
-    return arrays
+    return {"tokens": example["tokens"], "targets": targets, "weights": weights}
 
 
 def alike(examples: Sequence[Example]) -> list[Example]:

@@ -29,7 +29,6 @@ _ARRAYS = {
     "weights": "weights",
     "positions": "tokens_positions",
     "segment_ids": "tokens_segment_ids",
-    "attached": "attached",
 }
 
 
@@ -137,8 +136,6 @@ def _collate(
     shape = (count, next(length for length in lengths if length >= needed))
     batch, beginning = {}, {"tokens": head, "positions": np.arange(len(head)), "segment_ids": SHARED}
     for name, key in _ARRAYS.items():
-        if key not in packed[0]:
-            continue
         values = np.stack([row[key] for row in packed])
         widen = [(0, whole - given) for whole, given in zip(shape, values.shape, strict=True)]
         begin = np.broadcast_to(np.asarray(beginning.get(name, 0), values.dtype), (count, len(head)))

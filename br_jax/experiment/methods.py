@@ -31,10 +31,8 @@ def _buffer(e: Experiment, name: str = "buffer", **changes) -> Adapter:
 def _reinforce(e: Experiment, name: str = "reinforce", buffer: str = "buffer", **changes) -> Adapter:
     config = e.config.reinforce
     refusals, benign = e.recipe.refusal_rows(config.refusals, "reinforce"), e.recipe.benign_rows(config.benign)
-    run = {"bare": e.recipe.benign_rows(config.bare), "name": name, **e.provider_run}
-    return method.train_reinforce(
-        e.aligned, e.adapter(buffer), refusals, benign, e.train("reinforce", **changes), **run
-    )
+    given = e.aligned, e.adapter(buffer), refusals, benign, e.train("reinforce", **changes)
+    return method.train_reinforce(*given, name=name, **e.provider_run)
 
 
 def _user(e: Experiment, name: str, buffer: str | None, **changes) -> Adapter:

@@ -136,7 +136,7 @@ class Recipe(abc.ABC):
         config = self.config[stage]
         return [
             *self.refusal_rows(config.refusals, stage),
-            *self.benign_rows(max(config.benign, config.get("bare", 0))),
+            *self.benign_rows(config.benign),
         ]
 
     def trained(self) -> dict[str, list[Row]]:

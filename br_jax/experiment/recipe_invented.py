@@ -59,7 +59,7 @@ class TopicRecipe(Recipe):
     def answers(self) -> dict[str, str]:
         """The raw model's own answers to the prompts of every stage."""
         config = self.config
-        needed = max(config.align.benign, config.reinforce.benign, config.reinforce.bare)
+        needed = max(config.align.benign, config.reinforce.benign)
         benign = self._benign("train")[: needed + needed // _SPARE_SHARE + _SPARE]
         health = self._benign(config.eval.split)[: config.eval.health]
         harmful = [p.prompt for prompts in self._harmful_prompts.values() for p in prompts]

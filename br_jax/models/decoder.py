@@ -41,7 +41,6 @@ class Shared(NamedTuple):
     queries: Place  # the batch's tokens
     keys: Place  # what they may look at: themselves, or all slots of the cache
     slot: Int[Array, ""] | int  # of the cache, that the first of them is written to
-    attached: Float[Array, "B T"] | None  # 0 for a token that the frozen adapters leave alone; None is 1 for all
 
     @property
     def whole(self) -> bool:
@@ -58,7 +57,7 @@ class Linear(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T in"], attached: Float[Array, "B T"] | None) -> Float[Array, "B T out"]:
+    def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         if self.has_variable("params", "turned"):
             multiply = functools.partial(turned_product, kernel=self.get_variable("params", "turned"))
         else:
@@ -74,8 +73,6 @@ class Linear(nn.Module):
             if self.has_variable(collection, "a"):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
                 seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
-                if collection == "lora" and attached is not None:
-                    seen *= attached[..., None].astype(x.dtype)
                 a, b = (self.get_variable(collection, name) for name in "ab")
                 if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
                     each = jax.vmap(functools.partial(low_rank, dtype=self.rounding))
@@ -120,7 +117,7 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int):
             linear = Linear(count * spec.head_dim, self.how.dtype, self.dropout, name in spec.biases, name=name)
-            return linear(x, shared.attached).reshape(B, T, count, spec.head_dim)
+            return linear(x).reshape(B, T, count, spec.head_dim)
 
         q, k, v = heads("q", spec.num_heads), heads("k", spec.num_kv_heads), heads("v", spec.num_kv_heads)
         if spec.qk_norm:
@@ -136,7 +133,7 @@ class Attention(nn.Module):
         attending, k, v = (attend, k, v) if shared.whole else (attend_cache, cache["k"], cache["v"])
         out = self._in_window(attending, windowed, q, k, v, shared.queries, shared.keys)
         out = out.reshape(B, T, -1).astype(x.dtype)
-        return Linear(D, self.how.dtype, self.dropout, "o" in spec.biases, name="o")(out, shared.attached), cache
+        return Linear(D, self.how.dtype, self.dropout, "o" in spec.biases, name="o")(out), cache
 
     def _in_window(self, attending: Callable, windowed: Bool[Array, ""] | bool, *operands):
         """Attends with this layer's window; where layers differ, a scanned layer learns its own only when it runs."""
@@ -163,10 +160,9 @@ class Mlp(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], shared: Shared) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         def linear(name: str, width: int, x):
-            module = Linear(width, self.rounding, self.dropout, name in self.spec.biases, name=name)
-            return module(x, shared.attached)
+            return Linear(width, self.rounding, self.dropout, name in self.spec.biases, name=name)(x)
 
         gate, up = linear("gate", self.spec.ffw_dim, x), linear("up", self.spec.ffw_dim, x)
         gate = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
@@ -190,7 +186,7 @@ class Block(nn.Module):
         attention = Attention(self.spec, self.dropout, self.how, name="attn")
         update, cache = attention(norm("attn_norm", x), cache, windowed, shared)
         x += norm("attn_post_norm", update) if self.spec.post_norms else update
-        update = Mlp(self.spec, self.how.dtype, self.dropout, name="mlp")(norm("mlp_norm", x), shared)
+        update = Mlp(self.spec, self.how.dtype, self.dropout, name="mlp")(norm("mlp_norm", x))
         x += norm("mlp_post_norm", update) if self.spec.post_norms else update
         return constrain(x, "batch", "length", None), cache
 
@@ -212,13 +208,11 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "B T"],
         cache: dict | None = None,
         slot: Int[Array, ""] | int = 0,
-        attached: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict | None]:
         """Final-norm hidden states in the compute dtype (that of the params), and the new cache (or None).
 
         The stack runs over the batch itself (see `masks.Place`), or over a cache, stacked or not (see `models.cache`):
-        all T tokens of each row are written to its slots `slot` .. `slot + T - 1`. Tokens with 0 in `attached` are run
-        as if the frozen adapters, those of the collection "lora", were not there.
+        all T tokens of each row are written to its slots `slot` .. `slot + T - 1`.
         """
         spec = self.spec
         draw, sizes = nn.initializers.normal(0.02), (spec.vocab_size, spec.embed_dim)
@@ -229,7 +223,7 @@ class Decoder(nn.Module):
         if cache is not None:
             held = Place(cache["positions"], cache["segment_ids"])
             keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, (0, slot)), held, queries)
-        shared = Shared(rope_angles(positions, spec), queries, keys, slot, attached)
+        shared = Shared(rope_angles(positions, spec), queries, keys, slot)
         how = self.attends(tokens.shape[1], embedding.dtype, shared.whole)
         x = jnp.take(embedding, tokens, axis=0)
         if spec.scale_embeddings:

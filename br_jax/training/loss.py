@@ -141,7 +141,6 @@ def _local(head, hidden, targets, weights, settings, wanted):
 def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None) -> Float[Array, ""]:
     """Summed answer loss of one batch (see `br_jax.data.batches`); dropout acts when a key is given."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    tokens, place = batch["tokens"], (batch["positions"], batch["segment_ids"])
-    hidden, _ = decoder.apply(variables, tokens, *place, attached=batch.get("attached"), rngs=rngs)
+    hidden, _ = decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
     settings = chunk, decoder.spec.logit_soft_cap, decoder.matmul_precision
     return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], *settings)

@@ -23,7 +23,6 @@ from br_jax.data.batches import Dropped, Example, alike, encode_rows, make_batch
 from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row
 from br_jax.distributed import fetch, is_main
-from br_jax.errors import UserError
 from br_jax.hashes import fingerprint, key_of
 from br_jax.models.model import Model
 from br_jax.sharding import batch_parts, local_rows, make_mesh, place, platform
@@ -44,7 +43,6 @@ def train_adapter(
     config: TrainConfig,
     *,
     frozen: Mapping[str, Adapter] | None = None,
-    bare: Sequence[Row] = (),
     workdir: str | pathlib.Path | None = None,
     provider: bool = False,
     mesh: Mesh | None = None,
@@ -57,7 +55,6 @@ def train_adapter(
         role: provenance written into the adapter.
         model, rows, config: the frozen base, what it is trained on and how.
         frozen: adapters that are attached and stay as they are.
-        bare: more rows, which are seen without the frozen adapters; steps mix them with the others.
         workdir: without one nothing is written; with one the run resumes, and a finished run is read back.
         provider: the run's files are for the provider alone (mode 0700).
         mesh: default: all devices on the data axis.
@@ -71,22 +68,18 @@ def train_adapter(
         Stopped: SIGTERM came, see `training.loop.Loop`.
     """
     frozen = dict(frozen or {})
-    if bare and frozen and config.frozen == "fold":
-        raise UserError(f'{name}: rows are to be seen without the frozen adapters: set frozen to "stack", not "fold"')
     for adapter in frozen.values():
         lora.validate(adapter, model.params)
     folder = None
     if workdir is not None:
-        folder = Folder(
-            pathlib.Path(workdir) / name, _identity(name, model, rows, config, frozen, bare), private=provider
-        )
+        folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, frozen), private=provider)
         if folder.finished:
             return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint)
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
     adapter = lora.init(key, lora.target_shapes(model.params, config.targets), config.rank, config.alpha, role)
     collections = frozen_collections(model.params, frozen, config.frozen)
     given = name, model, rows, config, trainable_adapter(adapter), collections
-    trained, report = _train(*given, folder, mesh, probes, bare)
+    trained, report = _train(*given, folder, mesh, probes)
     weights = {
         path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in adapter.weights
     }
@@ -130,7 +123,7 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return key_of(*([row.turns, row.input] for row in rows))
 
 
-def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, bare=()) -> tuple[dict, dict]:
+def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -> tuple[dict, dict]:
     """Encodes and fits; returns the trained collections and the run's report."""
 
     def encoded(rows: Sequence[Row]) -> tuple[list[Example], Dropped]:
@@ -138,10 +131,6 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, b
         return alike(examples) if config.loss_mean == "rows" else examples, dropped
 
     examples, dropped = encoded(rows)
-    if bare:
-        others, more = encoded(bare)
-        examples = [e | {"attached": True} for e in examples] + [e | {"attached": False} for e in others]
-        dropped = Dropped(*map(operator.add, dataclasses.astuple(dropped), dataclasses.astuple(more)))
     mesh = make_mesh() if mesh is None else mesh
     probe_batches = {}
     for kind, probe_rows in ((probes or {}) if config.probe_every else {}).items():
@@ -164,8 +153,7 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
     multiple = batch_parts(mesh) * config.accumulation
     tpu = platform(mesh) == "tpu"  # its attention takes rows that 128 divides, and segments that see themselves alone
     shape = {"length": config.packing, "multiple": multiple, "unit": 128 if tpu else 32}
-    # A beginning that is run once is run in one way.
-    shape["share"] = not tpu and len({example.get("attached") for example in examples}) == 1
+    shape["share"] = not tpu
     return make_packed_batches(examples, **shape, **order)
 
 
@@ -174,13 +162,9 @@ def _buckets(config: TrainConfig) -> tuple[int, ...]:
     return tuple(sorted({*(b for b in config.buckets if b < config.max_length), config.max_length}))
 
 
-def _identity(
-    name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter], bare=()
-) -> dict:
+def _identity(name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter]) -> dict:
     """What makes a run this one, as JSON gives it back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
     inputs = {"base": model.key, "template": model.template, "rows": rows_fingerprint(rows)}
-    if bare:
-        inputs["bare_rows"] = rows_fingerprint(bare)
     inputs |= {name: lora.fingerprint(adapter) for name, adapter in frozen.items()}
     return json.loads(json.dumps({"name": name, "config": settings, "inputs": inputs}))

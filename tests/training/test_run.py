@@ -162,15 +162,3 @@ def test_every_param_of_a_small_model_can_be_trained(tmp_path, tiny, rows, quick
     (params,) = saved  # once: it is finished then
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), params, tiny.params)))
     jax.tree.map(np.testing.assert_array_equal, tiny.params, start)
-
-
-def test_bare_rows_are_inputs_of_the_run_and_want_the_frozen_adapters_apart(tmp_path, tiny, rows, quick, make_adapter):
-    frozen, config = {"buffer": make_adapter("buffer")}, quick(packing=128)
-    given = "reinforce", "reinforce", tiny, rows[:6], config
-    train_adapter(*given, frozen=frozen, bare=rows[6:9], workdir=tmp_path)
-    stage = json.loads((tmp_path / "reinforce" / "stage.json").read_text())
-    assert stage["rows"] == 9
-    with pytest.raises(UserError, match="inputs: bare_rows was"):
-        train_adapter(*given, frozen=frozen, workdir=tmp_path)
-    with pytest.raises(UserError, match='set frozen to "stack"'):
-        train_adapter(*given[:4], quick(frozen="fold"), frozen=frozen, bare=rows[6:9])

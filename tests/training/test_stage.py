@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.adapters.lora import collection, scaled
 from br_jax.compiles import Compiles
 from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
@@ -140,28 +139,6 @@ def test_rows_count_alike_whatever_the_lengths_of_their_answers(tiny, make_adapt
 
     shape = (make_packed_batches, {"length": 128, "unit": 32}) if packing else ()
     assert_same(of(alike(some), *shape), mean_over(some, lambda one: of([one])))
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_row_that_is_not_attached_is_run_without_the_frozen_adapters(tiny, make_adapter, rows, quick, packing):
-    adapter, buffer = make_adapter("user"), collection(scaled(make_adapter("buffer", 1), 9.0))
-    some = [one | {"attached": i % 3 > 0} for i, one in enumerate(encode_rows(rows[:8], tiny.tokenizer, "chat", 40)[0])]
-    stage = Stage(Decoder(tiny.spec, 0.0), 1, 64)
-
-    def of(examples, frozen, make=make_batches, **shape):
-        batch = make(alike(examples), batch_size=len(examples), seed=0, **(shape or {"buckets": (40,)}))[0]
-        frozen = {"params": tiny.params} | frozen
-        return compiled(stage, trainable_adapter(adapter), frozen, on_device(batch), adapter.scale)
-
-    def of_one(example):
-        alone = {name: values for name, values in example.items() if name != "attached"}
-        return of([alone], {"lora": buffer} if example["attached"] else {})
-
-    shape = {"make": make_packed_batches, "length": 128, "unit": 32, "share": False} if packing else {}
-    found = of(some, {"lora": buffer}, **shape)
-    assert_same(found, mean_over(some, of_one))
-    with_all = of([one | {"attached": True} for one in some], {"lora": buffer})
-    assert float(found[0]) != pytest.approx(float(with_all[0]), rel=1e-3)
 
 
 def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adapter, batches, quick):
