@@ -51,11 +51,12 @@ def draw(run: Details, frame: Frame) -> dict[str, Figure]:
     """The figures of a run by name."""
     rows = [row for each in frame.values() for row in each]
     counts = {row.label: one.get("verdicts") or {} for row in rows for one in row.scores.values()}
+    calibration = run.results.get("calibration")
     return {
         "training": figures.training_figure({name: stage["metrics"] for name, stage in run.stages.items()}),
         "saturation": figures.saturation_figure(*run.probes),
         "merge": figures.merge_figure(run.results.get("merge") or {}),
-        "calibration": figures.calibration_figure(run.results.get("calibration") or {}),
+        **({"calibration": figures.calibration_figure(calibration)} if calibration else {}),
         "verdicts": figures.verdict_figure(counts),
     }
 

@@ -168,9 +168,7 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
 @plots.styled
 def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
-    tried = sorted(calibration.get("tried") or [], key=lambda seen: seen["reinforce_scale"])
-    if not tried:
-        return plots.nothing("no calibration")
+    tried = sorted(calibration["tried"], key=lambda seen: seen["reinforce_scale"])
     figure = plots.new_figure(7.5, 4)
     axis = figure.subplots()
     strengths, chosen = [seen["reinforce_scale"] for seen in tried], calibration["merge"]["reinforce_scale"]

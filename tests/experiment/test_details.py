@@ -81,6 +81,19 @@ def test_figures_are_linked(workdir, monkeypatch):
     assert all(f"(figures/{name}.png)" in text for name in names) and not list(workdir.glob(".report-*"))
 
 
+def test_a_calibration_is_shown_where_there_was_one(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    seen = {"complied": 0.25, "over_refused": 0.0}
+    results["calibration"] = {
+        "merge": {"reinforce_scale": 0.0},
+        "aligned": seen,
+        "tried": [{"reinforce_scale": 0.0} | seen],
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    assert "(figures/calibration.png)" in write_report(workdir).read_text()
+    assert (workdir / "figures" / "calibration.png").is_file()
+
+
 def test_little_is_enough(tmp_path, make_cell, written):
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "raw.json").write_text(json.dumps(make_cell("raw")))

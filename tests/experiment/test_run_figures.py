@@ -52,7 +52,6 @@ EMPTY = {
     "saturation": lambda: figures.saturation_figure([], []),
     "verdicts": lambda: figures.verdict_figure({"aligned": {}}),
     "merge": lambda: figures.merge_figure({}),
-    "calibration": lambda: figures.calibration_figure({}),
     "spectra": lambda: plots.spectra_figure({"q": [[0.0, 0.0]]}),
     "merge, bare": lambda: figures.merge_figure({"matrices": {"layers/attn/q": {}}}),
 }
