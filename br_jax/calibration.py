@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from absl import logging
+
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.data.replies import begins_refusal
@@ -17,6 +19,7 @@ from br_jax.method import release
 from br_jax.models.model import Model
 from br_jax.store import Store
 
+_COMPLIES = 0.2  # share of harmful prompts beyond which a complying base is said
 _STEPS = 6  # halvings: a 64th of the largest strength is left
 
 
@@ -61,7 +64,7 @@ def calibrate(
         benign: prompts that it should answer, the closer to the harmful ones the better; likewise.
         merge: the other settings, and the largest scale.
         store: of answers; those that it holds are not generated again.
-        answer_tokens: a refusal is known by its first words.
+        answer_tokens: enough for a refusal to show itself; where the base seems to refuse little, a warning is logged.
         batch_size: prompts run together.
 
     Returns:
@@ -82,6 +85,13 @@ def calibrate(
         return Behaviour(1 - sum(of_harmful) / len(of_harmful), sum(of_benign) / len(of_benign))
 
     aligned, tried = behaviour("aligned", None), {}
+    if aligned.complied > _COMPLIES:
+        logging.warning(
+            "calibrate: the aligned base does not refuse %.0f %% of the harmful prompts within %d tokens: it was not "
+            "aligned against them, or answer_tokens is too few for a refusal to show",
+            100 * aligned.complied,
+            answer_tokens,
+        )
 
     def excesses(scale: float) -> tuple[float, float]:
         if scale not in tried:

@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.merge = ConfigDict(dataclasses.asdict(MergeConfig()))
     # Held-out prompts by which merge.reinforce_scale is chosen, at most the given one (br_jax/calibration.py). The
     # validation split's; harmful ones of each of topics.provider. 0 and 0: merge.reinforce_scale as it is.
-    config.calibrate = ConfigDict({"harmful": 0, "benign": 0})
+    config.calibrate = ConfigDict({"harmful": 0, "benign": 0, "answer_tokens": 16})  # a refusal shows in so many
 
     config.judges, config.eval = _judges(), _eval()
     return config.lock()

@@ -69,6 +69,13 @@ def test_no_more_than_the_merge_allows(refuses_from):
     assert 0 <= found.merge.reinforce_scale <= 0.25
 
 
+def test_a_base_that_does_not_seem_to_refuse_is_said(refuses_from, caplog):
+    base = dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False)
+    refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
+    calibrate(None, None, None, HARMFUL, BENIGN)
+    assert "does not refuse 100 %" in caplog.text
+
+
 @pytest.mark.parametrize(("harmful", "benign"), [([], BENIGN), (HARMFUL, [])])
 def test_both_kinds_of_prompts_are_needed(harmful, benign):
     with pytest.raises(UserError, match="both kinds are needed"):

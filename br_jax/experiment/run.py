@@ -218,7 +218,7 @@ class Experiment:
 
         Where the config calibrates, and no `reinforce_scale` is given, it is chosen by `calibration.calibrate`.
         """
-        if not any(self.config.calibrate.values()) or "reinforce_scale" in merge:
+        if not self.config.calibrate.harmful or "reinforce_scale" in merge:
             return self.merge(**merge)
         return MergeConfig(**self.calibration(user, reinforce, **merge)["merge"])
 
@@ -226,10 +226,11 @@ class Experiment:
         """What `calibration.calibrate` saw and chose for a user's adapter, as JSON; kept in calibrations.jsonl."""
         settings = self.merge(**merge)
         adapters, prompts = (self.adapter(user), self.adapter(reinforce)), self.recipe.calibration_prompts
-        kept = self._store(self.workdir, "calibrations")
-        key = key_of(self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts)
+        kept, tokens = self._store(self.workdir, "calibrations"), self.config.calibrate.answer_tokens
+        key = key_of(self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens)
         if not all(kept.holds([key])):
-            how = {"store": self._store(self.workdir), "batch_size": self.config.eval.batch_size}
+            how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens}
+            how["store"] = self._store(self.workdir)
             found = calibrate(self.aligned, *adapters, *prompts, settings, **how)
             tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
             chosen = dataclasses.asdict(found.merge)
