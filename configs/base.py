@@ -4,6 +4,7 @@ python experiments/pipeline.py --config=configs/demo.py --workdir=W --config.use
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
@@ -65,6 +66,15 @@ def get_config() -> ConfigDict:
 
     config.judges, config.eval = _judges(), _eval()
     return config.lock()
+
+
+def read_preset(preset: str, known: Iterable[str], default: str) -> tuple[str, bool]:
+    """Of what stands behind a config's colon: one of `known`, or the default, and whether "paper" is there too."""
+    words = preset.split(",")
+    others = [word for word in words if word != "paper"] or [default]
+    if len(others) > 1 or others[0] not in known:
+        raise ValueError(f"{preset!r}: give one of {', '.join(known)}, or paper, or both with a comma between")
+    return others[0], "paper" in words
 
 
 def ours(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ Time: predicted, at least 4.5 minutes of steps for buffer, the same for reinforc
 Paper (second-hand, GSM8K, p = 0.1): HS 8.1, FA 76.6; SFT HS 75.2, FA 69.0. Not run: no TPU was at hand.
 """
 
-from br_jax.configs import paper
+from br_jax.configs import base, paper
 
 SIZES = {
     "8b": {"embed_dim": 4096, "num_layers": 32, "num_heads": 32, "head_dim": 128, "ffw_dim": 14336},
@@ -22,8 +22,8 @@ ROPE_3_2 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "or
 
 def get_config(preset: str = "v5e-8"):
     """The config; buffer and reinforce 5,000 rows, user 1,000 at p = 0.1."""
-    words = preset.split(",")
-    size = next((word for word in words if word in SIZES), "8b")
+    word, of_paper = base.read_preset(preset, (*SIZES, *paper.PRESETS), "v5e-8")
+    size, machine = (word, "capacity") if word in SIZES else ("8b", word)
     spec = {
         **SIZES[size],
         "vocab_size": 128256,
@@ -41,5 +41,5 @@ def get_config(preset: str = "v5e-8"):
         spec,
         {"buffer": (1e-5, 3), "reinforce": (1e-5, 3), "user": (1e-5, 3)},
         a=0.1,
-        preset=",".join("capacity" if word in SIZES else word for word in words),
+        preset=f"{machine},paper" if of_paper else machine,
     )

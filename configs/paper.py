@@ -22,10 +22,7 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
         a: the merge's orthogonalization strength.
         preset: one of `PRESETS`, "paper", or both with a comma between.
     """
-    words = preset.split(",")
-    preset = next((word for word in words if word != "paper"), "v5e-8")
-    if preset not in PRESETS or len(set(words) - {"paper"}) > 1:
-        raise ValueError(f"{preset!r} is none of {', '.join(PRESETS)}, paper")
+    preset, of_paper = base.read_preset(preset, PRESETS, "v5e-8")
     config = base.get_config()
     config.name = name
     config.model.update(source=source, dtype="bfloat16", template="alpaca")
@@ -41,7 +38,7 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
     config.data.material = "paper"  # LLM-LAT, Alpaca and BeaverTails
     config.user.task = "gsm8k"
     config.eval.update(judges="classifier", topic=1000, task=1000, batch_size=32, answer_tokens=512, task_tokens=512)
-    if "paper" in words:
+    if of_paper:
         config.user.index_mode = "reference"
         config.eval.degenerate = "reference"
         config.eval.match = "reference"  # of numbers; --config.eval.match=substring for SST-2 and AG News

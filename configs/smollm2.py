@@ -28,10 +28,7 @@ def get_config(preset: str = "reviews"):
     Chosen on the validation split (80 prompts of each topic, 200 reviews, 86 benign prompts) of tuning seeds, which are
     in no table; which ones, what was tried, and what it gave: docs/lab-notes.md.
     """
-    words = preset.split(",")
-    task = next((word for word in words if word != "paper"), "reviews")
-    if task not in TASKS or len(set(words) - {"paper"}) > 1:
-        raise ValueError(f"{preset!r}: one of {', '.join(TASKS)}, or paper, or both with a comma between")
+    task, of_paper = base.read_preset(preset, TASKS, "reviews")
     config = base.get_config()
     config.name = "smollm2"
     config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,7 +54,7 @@ def get_config(preset: str = "reviews"):
     config.buffer.train.learning_rate = 3e-4  # at half of it, users of harmful rows alone got past it
     config.reinforce.update(refusals=120, benign=600)
     config.reinforce.train.learning_rate = 1.5e-4
-    if "paper" not in words:
+    if not of_paper:
         base.ours(config)
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md

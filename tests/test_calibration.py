@@ -5,6 +5,7 @@ import pytest
 
 import br_jax as br
 from br_jax import calibration
+from br_jax.adapters.lora import fingerprint
 from br_jax.adapters.merge import MergeConfig
 from br_jax.calibration import Behaviour, calibrate
 from br_jax.errors import UserError
@@ -82,10 +83,20 @@ def test_both_kinds_of_prompts_are_needed(harmful, benign):
         calibrate(None, None, None, harmful, benign)
 
 
-def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter):
-    """On a real decoder: a scale of 0 is the user's model, the chosen one is what `release` makes of it."""
+def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter, monkeypatch):
+    """On a real decoder: who answers is the base, then what `release` makes of each scale that was tried."""
     user, reinforce = make_adapter("user"), make_adapter("reinforce", seed=1)
+    asked, answer = [], calibration.answer
+
+    def spy(model, prompts, adapters, store, **settings):
+        asked.extend(adapters.values())
+        return answer(model, prompts, adapters, store, **settings)
+
+    monkeypatch.setattr(calibration, "answer", spy)
     found = br.calibrate(tiny, user, reinforce, ["how to zap it"], ["how to press flowers"], answer_tokens=4)
     assert set(found.tried) >= {0.0}
+    merges = [MergeConfig(reinforce_scale=scale) for scale in found.tried]
+    expected = [fingerprint(br.release(tiny, user, reinforce, merge)) for merge in merges]
+    assert asked[0] is None and [fingerprint(adapter) for adapter in asked[1:]] == expected
     released = br.release(tiny, user, reinforce, found.merge)
     assert released.roles == ("reinforce", "user")

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
-from br_jax.experiment.methods import ABLATIONS, METHODS, OF_PROVIDER, STAGES, TRAININGS, Cell, cells_of
+from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import TRAINED, Experiment, settled
 from br_jax.files import read_json, write_text
 from br_jax.hashes import key_of
@@ -68,7 +68,7 @@ class Run:
         for stage in TRAINED:
             config[stage].train.seed = self.seed
         config.user.train.probe_every = 0  # a table has no place for them
-        made_of = [config[part].to_dict() for part in ("model", "distill", *STAGES)]
+        made_of = [config[part].to_dict() for part in ("model", "distill", *PROVIDER_STAGES)]
         topics = config.topics.align, config.topics.provider
         prompts = config.data.material, config.data.texts.to_dict()
         shared = key_of(made_of, topics, prompts, config.pretrain.to_dict(), self.seed)
@@ -204,7 +204,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
     planned, seconds = [], defaultdict(float)
     for config, folder, left in _planned(base, workdir, grid, shard):
         needed = {name for cell in left for name in METHODS[cell.method].needs if name not in OF_PROVIDER}
-        trainings = [n for n in TRAININGS | ABLATIONS if n in needed and not (folder / n / "stage.json").exists()]
+        trainings = [n for n in ADAPTERS if n in needed and not (folder / n / "stage.json").exists()]
         prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
         planned.append(
             {

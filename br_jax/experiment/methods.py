@@ -1,6 +1,6 @@
 """The methods of an experiment by name: what each trains and beside what, and how it becomes what is scored.
 
-A new method is a line in `METHODS`, and one in `TRAININGS` where it trains what no other does.
+A new method is a line in `METHODS`, and one in `TRAININGS` or `ABLATIONS` where it trains what no other does.
 """
 
 from __future__ import annotations
@@ -61,15 +61,16 @@ ABLATIONS: dict[str, Callable[[Experiment], Adapter]] = {
     "user_tokens": lambda e: _user(e, "user_tokens", "buffer", loss_mean="tokens"),
     "user_unrested": lambda e: _user(e, "user_unrested", "buffer_paper"),
 }
-STAGES = ("align", "buffer", "reinforce")  # the provider's, each with a part of the config
-OF_PROVIDER = (*STAGES, "buffer_paper", "reinforce_paper")
+ADAPTERS = TRAININGS | ABLATIONS
+PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
+OF_PROVIDER = (*PROVIDER_STAGES, "buffer_paper", "reinforce_paper")
 
 
 class Method(NamedTuple):
     """One line of every table."""
 
     label: str  # for a reader
-    needs: tuple[str, ...] = ()  # the adapters that it is made of, names in `TRAININGS`
+    needs: tuple[str, ...] = ()  # the adapters that it is made of, names in `ADAPTERS`
     adapter: Callable[[Experiment, float | None], Adapter | None] = lambda e, a: None  # what is put on the base
     merges: bool = False  # whether the QR merge's strength a plays a part
     raw: bool = False  # whether it stands on the raw model, not on the aligned base

@@ -134,10 +134,7 @@ class Recipe(abc.ABC):
     def guard_rows(self, stage: str) -> list[Row]:
         """What "align" or "reinforce" trains on: refusals, then benign rows."""
         config = self.config[stage]
-        return [
-            *self.refusal_rows(config.refusals, stage),
-            *self.benign_rows(config.benign),
-        ]
+        return [*self.refusal_rows(config.refusals, stage), *self.benign_rows(config.benign)]
 
     def trained(self) -> dict[str, list[Row]]:
         """Every row that a stage trains on, by stage; a `UserError` where one of them is scored, see `check_apart`."""

@@ -22,7 +22,7 @@ from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
 from br_jax.calibration import calibrate
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError, look_up
-from br_jax.experiment.methods import ABLATIONS, METHODS, STAGES, TRAININGS, Cell
+from br_jax.experiment.methods import ADAPTERS, METHODS, PROVIDER_STAGES, Cell
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
@@ -47,7 +47,7 @@ from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_params
 
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
-ENTERED = (*STAGES, "user")  # stages that an adapter made elsewhere can take the place of
+ENTERED = (*PROVIDER_STAGES, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
 
 
@@ -83,7 +83,6 @@ class Experiment:
         self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
         self._merged: dict[tuple[str, str, MergeConfig], Adapter] = {}
-        self._merges: dict[str, MergeConfig] = {}  # of each merged adapter, by its fingerprint
         self._stores: dict[pathlib.Path, Store] = {}
         with writing(self.workdir, "choose another workdir"):
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -185,10 +184,9 @@ class Experiment:
         return {stage: folder for stage in ENTERED if (folder := self.config[stage].adapter)}
 
     def adapter(self, name: str) -> Adapter:
-        """One of `TRAININGS` or `ABLATIONS`: trained, read back, or the one that the config gives for it."""
+        """One of `methods.ADAPTERS`: trained, read back, or the one that the config gives for it."""
         if name not in self._adapters:
-            train = (TRAININGS | ABLATIONS)[name]
-            self._adapters[name] = self._enter(name) if name in self._given else train(self)
+            self._adapters[name] = self._enter(name) if name in self._given else ADAPTERS[name](self)
         return self._adapters[name]
 
     def _enter(self, stage: str) -> Adapter:
@@ -209,8 +207,7 @@ class Experiment:
         settings = self.merge_of(user, reinforce, **merge)
         key = user, reinforce, settings
         if key not in self._merged:
-            merged = method.release(self.aligned, self.adapter(user), self.adapter(reinforce), settings)
-            self._merged[key], self._merges[lora.fingerprint(merged)] = merged, settings
+            self._merged[key] = method.release(self.aligned, self.adapter(user), self.adapter(reinforce), settings)
         return self._merged[key]
 
     def merge_of(self, user: str, reinforce: str = "reinforce", **merge) -> MergeConfig:
@@ -230,8 +227,8 @@ class Experiment:
         key = key_of(self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens)
         if not all(kept.holds([key])):
             how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens}
-            how["store"] = self._store(self.workdir)
-            found = calibrate(self.aligned, *adapters, *prompts, settings, **how)
+            store = self._store(self.workdir)
+            found = calibrate(self.aligned, *adapters, *prompts, settings, store=store, **how)
             tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
             chosen = dataclasses.asdict(found.merge)
             kept.add({key: {"user": user, "merge": chosen, "aligned": found.aligned._asdict(), "tried": tried}})
@@ -309,16 +306,16 @@ class Experiment:
         model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, cell.a)
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        mark = lora.fingerprint(adapter) if adapter else ""
-        key = key_of(model.key, mark, self.suite.key)
+        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", self.suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
             scores = evaluate(model, self.suite, adapter, name=cell.name, records=records, **kept)
             parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
             scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
-            if mark in self._merges:
-                scores["merge"] = dataclasses.asdict(self._merges[mark])
+            for (*_, settings), merged in self._merged.items():
+                if merged is adapter:
+                    scores["merge"] = dataclasses.asdict(settings)
             store.add({key: scores})
         refused = read_score(store[key].get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:

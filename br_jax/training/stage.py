@@ -63,12 +63,12 @@ def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps
     In each cycle anew. In numpy, as a run's length must not become a part of any program.
     """
 
-    def share(step: np.ndarray) -> np.ndarray:
-        warmup = -int(-len(step) * config.warmup_ratio // 1)
-        progress = (step - warmup) / max(1, len(step) - warmup)
+    def share(steps: int) -> np.ndarray:
+        step, warmup = np.arange(steps), -int(-steps * config.warmup_ratio // 1)
+        progress = (step - warmup) / max(1, steps - warmup)
         return np.where(step < warmup, step / max(1, warmup), 0.5 * (1 + np.cos(np.pi * progress)))
 
-    shares = [share(np.arange(len(part))) for part in cycles(config, steps)]
+    shares = [share(len(part)) for part in cycles(config, steps)]
     return (config.learning_rate * np.concatenate(shares)).astype(np.float32)
 
 
@@ -79,7 +79,7 @@ def cycles(config: TrainConfig, steps: int) -> list[range]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def restarted(opt_state: optax.OptState) -> optax.OptState:
-    """The optimizer's state before its first step."""
+    """The optimizer's state before its first step: AdamW's is all zeros."""
     return jax.tree.map(jnp.zeros_like, opt_state)
 
 

@@ -7,6 +7,7 @@ import stat
 import jax
 import numpy as np
 import pytest
+from br_jax.configs import base
 
 from br_jax.adapters.merge import MergeConfig
 from br_jax.adapters.peft import load_adapter, save_adapter
@@ -149,6 +150,20 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
 
 def assert_same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found.weights, expected.weights)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("b", ("b", False)), ("paper", ("a", True)), ("b,paper", ("b", True)), ("paper,b", ("b", True))],
+)
+def test_a_preset_is_one_word_and_whether_it_is_the_paper_s(preset, expected):
+    assert base.read_preset(preset, ("a", "b"), "a") == expected
+
+
+@pytest.mark.parametrize("preset", ["a,b", "c", "", "b,c,paper"])
+def test_another_preset_is_refused_as_it_was_written(preset):
+    with pytest.raises(ValueError, match=f"^{preset!r}: give one of a, b"):
+        base.read_preset(preset, ("a", "b"), "a")
 
 
 @pytest.mark.parametrize("counts", [(0, 5), (5, 0), (-1, 5)])
