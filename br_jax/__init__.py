@@ -7,7 +7,8 @@ import br_jax as br
 
 import os
 
-from br_jax.adapters import peft
+from br_jax.adapters import lora, peft
+from br_jax.adapters.guard import require_releasable
 from br_jax.adapters.lora import Adapter, detach
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.calibration import calibrate
@@ -15,7 +16,7 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate
 from br_jax.method import release, train_buffer, train_reinforce, train_user
-from br_jax.models.model import Model
+from br_jax.models.model import Model, guard
 from br_jax.provider.export import export_adapter, export_model
 from br_jax.provider.folder import load_model
 from br_jax.scoring.suite import Suite, evaluate
@@ -37,6 +38,7 @@ __all__ = [
     "export_adapter",
     "export_model",
     "generate",
+    "guard",
     "load_adapter",
     "load_model",
     "qr_merge",
@@ -49,11 +51,16 @@ __all__ = [
 ]
 
 
-def load_adapter(folder: str | os.PathLike, model: Model) -> Adapter:
-    """Reads an adapter folder in PEFT's layout and checks that it belongs to `model`; see `adapters.peft`."""
-    return peft.load_adapter(folder, model.params, fingerprint=model.fingerprint)
+def load_adapter(folder: str | os.PathLike, model: Model, role: str | None = None) -> Adapter:
+    """Reads an adapter folder in PEFT's layout and checks that it belongs to `model`; see `adapters.peft`.
+
+    An adapter that was not made by br_jax records no role: say which it is, or it is "unknown" and goes nowhere.
+    """
+    return peft.load_adapter(folder, model.params, fingerprint=model.fingerprint, role=role)
 
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, model: Model) -> None:
     """Writes an adapter folder in PEFT's layout; one that holds a Buffer is refused; see `adapters.peft`."""
+    lora.require_base(adapter, model.fingerprint, folder)
+    require_releasable(folder, adapter, model.guard)
     peft.save_adapter(folder, adapter, base_name=model.name, fingerprint=model.fingerprint)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from absl import logging
 
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import MergeConfig
+from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.data.replies import begins_refusal
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
-from br_jax.method import release
+from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.store import Store
 
@@ -75,6 +75,7 @@ def calibrate(
     """
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
+    require_parts(model, user, reinforce)
     merge, store = merge or MergeConfig(), Store() if store is None else store
     prompts, settings = [*harmful, *benign], {"max_new_tokens": answer_tokens, "batch_size": batch_size}
 
@@ -95,7 +96,7 @@ def calibrate(
 
     def excesses(scale: float) -> tuple[float, float]:
         if scale not in tried:
-            released = release(model, user, reinforce, dataclasses.replace(merge, reinforce_scale=scale))
+            released = qr_merge(user, reinforce, dataclasses.replace(merge, reinforce_scale=scale))
             tried[scale] = behaviour(f"reinforce x {scale:g}", released)
         return tried[scale].complied - aligned.complied, tried[scale].over_refused - aligned.over_refused
 

@@ -15,11 +15,12 @@ import pathlib
 from collections.abc import Sequence
 
 from br_jax.adapters import lora
+from br_jax.adapters.guard import warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
-from br_jax.models.model import Model
+from br_jax.models.model import Model, require_buffer
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
 
@@ -65,7 +66,11 @@ def train_reinforce(
 
     Returns:
         The adapter, with role "reinforce".
+
+    Raises:
+        UserError: `buffer` is no Buffer, or one of another base.
     """
+    require_buffer(model, buffer, name)
     run = {"frozen": {"buffer": buffer}, "provider": True, **run}
     rows = [*_rows(refusals), *_rows(benign)]
     return train_adapter(name, "reinforce", model, rows, config or TrainConfig(), **run)
@@ -77,22 +82,32 @@ def train_user(
     config: TrainConfig | None = None,
     *,
     buffer: Adapter | None = None,
+    undefended: bool = False,
     name: str = "",
     **run,
 ) -> Adapter:
-    """Trains a user's LoRA on a user's rows, whatever they are.
+    """Trains a user's LoRA on a user's rows, whatever they are, beside Buffer.
 
     Args:
         model: the aligned base.
         rows: the user's rows, or the user's JSONL file.
         config, **run: as in `train_buffer`.
-        buffer: BufferLoRA, attached and frozen; None trains without a defence (plain SFT).
-        name: of the run and its folder; the default is "user", or "sft" without Buffer.
+        buffer: BufferLoRA of this base, attached and frozen.
+        undefended: in its place, trains without a defence (plain SFT), as an experiment needs it.
+        name: of the run and its folder; the default is "user", or "sft" where undefended.
 
     Returns:
         The adapter, with role "user". Buffer is no part of it.
+
+    Raises:
+        UserError: neither Buffer nor `undefended`, or both; `buffer` is no Buffer, or one of another base.
     """
-    default, frozen = ("sft", {}) if buffer is None else ("user", {"buffer": buffer})
+    default, frozen = ("sft", {}) if undefended else ("user", {"buffer": buffer})
+    if (buffer is not None) == undefended:
+        said = "both buffer= and undefended=True" if undefended else "no Buffer, so these rows could undo the alignment"
+        raise UserError(f"train_user: {said}: give buffer=..., or undefended=True alone for plain SFT")
+    if buffer is not None:
+        require_buffer(model, buffer, name or default)
     return train_adapter(name or default, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
 
 
@@ -109,8 +124,17 @@ def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig 
         One adapter of rank R_U + R_R with roles ("reinforce", "user").
 
     Raises:
-        UserError: when either is, or has in it, anything but a user's and a Reinforce adapter.
+        UserError: when either is, or has in it, anything but a user's and a Reinforce adapter of this base; by its
+            numbers too, where the model has a guard (a warning says where it has none).
     """
+    require_parts(model, user, reinforce)
+    if model.guard is None:
+        warn_unguarded("release")
+    return qr_merge(user, reinforce, merge)
+
+
+def require_parts(model: Model, user: Adapter, reinforce: Adapter) -> None:
+    """Raises a `UserError` where two adapters are not those that `release` merges."""
     for adapter, role in ((user, "user"), (reinforce, "reinforce")):
         if adapter.roles != (role,):
             raise UserError(
@@ -118,7 +142,9 @@ def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig 
                 "Buffer and what holds it are never released"
             )
         lora.validate(adapter, model.params)
-    return qr_merge(user, reinforce, merge)
+        lora.require_base(adapter, model.fingerprint, "release")
+        if model.guard is not None:
+            model.guard.refuse("release", adapter)
 
 
 def _rows(rows: Rows) -> Sequence[Row]:

@@ -17,8 +17,9 @@ ADAPTER = flags.DEFINE_string("adapter", None, "Adapter folder in PEFT's layout.
 TO = flags.DEFINE_string("to", None, "Folder to write; an earlier export there is replaced.")
 FORMAT = flags.DEFINE_enum("format", "adapter", ["adapter", "model"], "What to write.")
 RANK = flags.DEFINE_integer("rank", None, "Rank of the adapter written; default: its own.", lower_bound=1)
+ROLE = flags.DEFINE_enum("role", None, ["user"], "What the adapter is, where its folder does not say.")
 TEMPLATE = flags.DEFINE_enum("template", "chat", ["chat", "alpaca"], "A provider's folder brings its own.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the model; default: a provider's, or float32.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "What is written; default: a provider's, or float32.")
 REVISION = flags.DEFINE_string("revision", None, "Of a model on the Hub: branch, tag or commit.")
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> None:
         TO.value,
         form=FORMAT.value,
         rank=RANK.value,
+        role=ROLE.value,
         revision=REVISION.value,
         template=TEMPLATE.value,
         dtype=DTYPE.value,

@@ -108,7 +108,7 @@ def make_adapter(tiny):
 
     def make(role, seed=0, rank=3, model=tiny):
         key = jax.random.key(seed)
-        adapter = lora.init(key, lora.target_shapes(model.params), rank, 2.0 * rank, role)
+        adapter = lora.init(key, lora.target_shapes(model.params), rank, 2.0 * rank, role, model.fingerprint)
         rng = np.random.default_rng(seed)
         weights = {
             path: {"a": pair["a"], "b": jnp.asarray(rng.normal(size=pair["b"].shape, scale=0.2), jnp.float32)}
@@ -156,7 +156,7 @@ def organism(tmp_path_factory, tiny, rows, quick):
     kept = jax.tree.map(np.array, buffer)
     reinforce = method.train_reinforce(tiny, buffer, rows[:8], rows[8:], config, workdir=folder / "provider")
     user = method.train_user(tiny, rows, config, buffer=buffer, workdir=folder)
-    sft = method.train_user(tiny, rows, config, workdir=folder)
+    sft = method.train_user(tiny, rows, config, undefended=True, workdir=folder)
     jax.tree.map(np.testing.assert_array_equal, (tiny.params, buffer), (base, kept))
     return {"folder": folder, "buffer": buffer, "reinforce": reinforce, "user": user, "sft": sft}
 

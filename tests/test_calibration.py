@@ -28,7 +28,8 @@ def refuses_from(monkeypatch):
             return {name: [REFUSAL if refused[prompt] else ANSWER for prompt in prompts]}
 
         monkeypatch.setattr(calibration, "answer", answer)
-        monkeypatch.setattr(calibration, "release", lambda model, user, reinforce, merge: merge.reinforce_scale)
+        monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale)
+        monkeypatch.setattr(calibration, "require_parts", lambda model, user, reinforce: None)
         return passes
 
     return make

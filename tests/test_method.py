@@ -36,8 +36,8 @@ def test_sft_is_the_user_stage_without_buffer_and_a_file_as_good_as_its_rows(org
     records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
     file.write_bytes(jsonl(*records))
     equal(organism["sft"], run.train_adapter("sft", "user", tiny, rows, quick()))
-    equal(organism["sft"], br.train_user(tiny, str(file), quick(), buffer=None))
-    equal(organism["sft"], br.train_user(tiny, file, quick(), workdir=organism["folder"]))
+    equal(organism["sft"], br.train_user(tiny, str(file), quick(), undefended=True))
+    equal(organism["sft"], br.train_user(tiny, file, quick(), undefended=True, workdir=organism["folder"]))
 
 
 def test_the_provider_s_folder_is_its_own(organism):

@@ -42,7 +42,7 @@ def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
     squares = {path: np.square(jax.device_get(sigma), dtype=np.float64) for path, (_, _, sigma) in results.items()}
     lost = {path: square[:, rank:].sum(axis=-1) for path, square in squares.items()}
     whole = {path: square.sum(axis=-1) for path, square in squares.items()}
-    return Adapter(weights, jnp.float32(1), adapter.roles), {
+    return adapter.replace(weights=weights, scale=jnp.float32(1)), {
         "rank": rank,
         "relative_error": _relative(sum(map(np.sum, lost.values())), sum(map(np.sum, whole.values()))),
         "matrices": {path: list(map(_relative, lost[path], whole[path])) for path in squares},

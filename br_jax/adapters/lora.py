@@ -21,6 +21,8 @@ from br_jax import hashes
 from br_jax.errors import UserError, near_names
 
 DEFAULT_TARGETS = ("q", "v", "gate", "up", "down")
+ROLES = ("align", "buffer", "reinforce", "user")  # the stages that make adapters
+UNKNOWN = "unknown"  # the role of an adapter that neither its file nor its loader has said what it is
 
 Shape = tuple[int, int, int]
 
@@ -32,12 +34,14 @@ class Adapter:
     Attributes:
         weights: path of the base kernel (without "/kernel") -> {"a": f32[L, in, R], "b": f32[L, R, out]}.
         scale: f32[], lora_alpha / rank.
-        roles: where it came from: "user", "buffer", "reinforce", or their sorted union.
+        roles: where it came from: one of `ROLES`, or the sorted union of several; or `UNKNOWN`.
+        base: fingerprint of the model that it was made for; "" where nobody has said.
     """
 
     weights: dict[str, dict[str, Array]]
     scale: Float[Array, ""]
     roles: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    base: str = flax.struct.field(pytree_node=False, default="")
 
 
 def kernel_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
@@ -64,7 +68,7 @@ def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TA
     return {path: shape for path, shape in shapes.items() if path.rsplit("/", 1)[-1] in targets}
 
 
-def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role: str) -> Adapter:
+def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role: str, base: str = "") -> Adapter:
     """Draws a new adapter as PEFT does: `a` uniform in +-1/sqrt(in), `b` zero, so its delta is zero.
 
     Args:
@@ -77,7 +81,7 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
     """
     if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise UserError(f"adapter {role!r}: rank {rank} must be at least 1 and alpha {alpha} positive and finite")
-    return Adapter(_draw(key, tuple(shapes.items()), rank), jnp.float32(alpha / rank), (role,))
+    return Adapter(_draw(key, tuple(shapes.items()), rank), jnp.float32(alpha / rank), (role,), base)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -96,16 +100,20 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
     """Joins adapters along the rank axis: the result's delta is the exact sum of theirs.
 
     Averaging or adding `a` and `b` apart would give cross terms; concatenation has none. Ranks, scales and targets may
-    differ. The result's scale is 1 (each part's goes into its `b`), its roles are the sorted union.
+    differ. The result's scale is 1 (each part's goes into its `b`), its roles are the sorted union, its base is theirs
+    ("" where one does not say).
 
     Raises:
-        UserError: two adapters disagree on a kernel's shape.
+        UserError: two adapters disagree on a kernel's shape, or were made for different bases.
     """
     parts = list(adapters.values()) if isinstance(adapters, Mapping) else list(adapters)
     for path in sorted({path for part in parts for path in part.weights}):
         require_same_kernel(path, [part for part in parts if path in part.weights])
     weights = _join([(part.weights, part.scale) for part in parts])
-    return Adapter(weights, jnp.float32(1), tuple(sorted({role for part in parts for role in part.roles})))
+    roles, bases = {role for part in parts for role in part.roles}, {part.base for part in parts}
+    if len(bases - {""}) > 1:
+        raise UserError(f"adapters of the bases {' and '.join(sorted(base[:12] for base in bases - {''}))} do not mix")
+    return Adapter(weights, jnp.float32(1), tuple(sorted(roles)), "" if "" in bases else next(iter(bases), ""))
 
 
 @jax.jit
@@ -223,11 +231,33 @@ def require_finite(adapter: Adapter) -> None:
 
 
 def refuse_buffer(place: object, roles: Iterable[str]) -> None:
-    """Raises a `UserError` if a buffer is among the roles of what is to be merged, written or handed on."""
+    """Raises a `UserError` for what must not be merged, written or handed on: a buffer, or what nobody says it is."""
+    require_roles(place, roles)
     if "buffer" in roles:
         raise UserError(
             f"{place}: refused, for the adapter holds a buffer (roles {'+'.join(roles)}): it undoes the model's "
             "alignment; detach it, or keep it in the provider's folder"
+        )
+    if UNKNOWN in roles:
+        raise UserError(
+            f"{place}: refused, for nothing says what this adapter is: if you know that it is a user's, load it with "
+            'the role "user"'
+        )
+
+
+def require_roles(place: object, roles: Iterable[str]) -> None:
+    """Raises a `UserError` where roles are none at all, or not all of `ROLES` or `UNKNOWN`."""
+    if not roles or not set(roles) <= {*ROLES, UNKNOWN}:
+        told = ", ".join(map(ascii, roles)) or "none"
+        raise UserError(f"{place}: its roles are {told}, but must be among {', '.join(ROLES)}: save the adapter again")
+
+
+def require_base(adapter: Adapter, base: str, place: object) -> None:
+    """Raises a `UserError` where an adapter says that it was made for another base than this one."""
+    if adapter.base and adapter.base != base:
+        raise UserError(
+            f"{place}: the adapter {'+'.join(adapter.roles)} was made for the base {adapter.base[:12]}, but this base "
+            f"is {base[:12]}: use the model that it was trained on"
         )
 
 

@@ -63,12 +63,11 @@ def save_adapter(
         extra: further provenance, JSON values.
 
     Raises:
-        UserError: a buffer outside the provider's folder, an adapter that is empty, not finite or not of the
-            decoder's layers, or a folder that cannot be written (full disk included).
+        UserError: a buffer, or an adapter of unknown role, outside the provider's folder; an adapter that is empty, not
+            finite or not of the decoder's layers; or a folder that cannot be written (full disk included).
     """
     folder = Path(folder)
-    if not provider:
-        lora.refuse_buffer(folder, adapter.roles)
+    (lora.require_roles if provider else lora.refuse_buffer)(folder, adapter.roles)
     if not adapter.weights:
         raise UserError(f"{folder}: the adapter has no matrices; there is nothing to write")
     lora.require_finite(adapter)
@@ -87,7 +86,7 @@ def save_adapter(
 
 
 def load_adapter(
-    folder: str | os.PathLike, params: Mapping[str, Any], *, fingerprint: str = "", role: str = "user"
+    folder: str | os.PathLike, params: Mapping[str, Any], *, fingerprint: str = "", role: str | None = None
 ) -> Adapter:
     """Reads an adapter folder made by `save_adapter` or by PEFT; safetensors only.
 
@@ -98,7 +97,8 @@ def load_adapter(
     Args:
         params: the base's tree, for its shapes; arrays or `jax.ShapeDtypeStruct`.
         fingerprint: the base's content hash; compared when the folder records one too.
-        role: the provenance of a folder that records none (PEFT's own).
+        role: what the caller says that it is, made for this base; a folder that says otherwise is refused. Without it,
+            the adapter in a folder that records no role (PEFT's own) has the role "unknown".
 
     Returns:
         The adapter in f32, its layers stacked to [L, ...].
@@ -110,11 +110,18 @@ def load_adapter(
     folder = Path(folder)
     provenance = read_provenance(folder)
     config = read_config(folder / CONFIG_FILE)
-    recorded = provenance.get("base_fingerprint", "")
+    recorded, roles = (
+        provenance.get("base_fingerprint", ""),
+        tuple(sorted(provenance.get("roles", [role or lora.UNKNOWN]))),
+    )
     if fingerprint and recorded and fingerprint != recorded:
         raise UserError(f"{folder}: made for the base {recorded}, but this base is {fingerprint}; load the other model")
+    if role is not None and roles != (role,):
+        raise UserError(
+            f"{folder}: is {'+'.join(roles)} by its own account, not {role}: give the folder of a {role} adapter"
+        )
     weights, scale = _stack_layers(folder / WEIGHTS_FILE, config, lora.kernel_shapes(params))
-    return Adapter(weights, jnp.float32(scale), tuple(sorted(provenance.get("roles", [role]))))
+    return Adapter(weights, jnp.float32(scale), roles, recorded or (fingerprint if role else ""))
 
 
 def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
@@ -131,15 +138,17 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
         text = (file.metadata() or {}).get("br_jax", "{}")
     try:
         provenance = json.loads(text)
-        version, roles = provenance.get("format_version", FORMAT_VERSION), provenance.get("roles", [])
-        well_formed = isinstance(version, int) and isinstance(roles, list) and all(isinstance(r, str) for r in roles)
-    except (ValueError, AttributeError):
+        version, roles = provenance.get("format_version", FORMAT_VERSION), provenance.get("roles", [lora.UNKNOWN])
+        well_formed = isinstance(version, int) and isinstance(roles, list) and len({*roles}) == len(roles)
+        well_formed = well_formed and isinstance(provenance.get("base_fingerprint", ""), str)
+    except (ValueError, AttributeError, TypeError, RecursionError):
         well_formed = False
     if not well_formed or version > FORMAT_VERSION:
         raise UserError(
             f"{path}: its br_jax header is damaged, or of a later version than this br_jax reads; save the adapter "
             "again, or update br_jax"
         )
+    lora.require_roles(path, roles)
     return provenance
 
 

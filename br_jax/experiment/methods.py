@@ -36,9 +36,10 @@ def _reinforce(e: Experiment, name: str = "reinforce", buffer: str = "buffer", *
 
 
 def _user(e: Experiment, name: str, buffer: str | None, **changes) -> Adapter:
-    beside = e.adapter(buffer) if buffer else None
-    config = e.train("user", **changes)
-    return method.train_user(e.aligned, e.recipe.user_rows, config, buffer=beside, name=name, **e.user_run)
+    beside = {"buffer": e.adapter(buffer)} if buffer else {"undefended": True}
+    return method.train_user(
+        e.aligned, e.recipe.user_rows, e.train("user", **changes), **beside, name=name, **e.user_run
+    )
 
 
 _PAPER = {"loss_mean": "tokens", "cycles": 1}  # what the paper's recipe changes in every stage

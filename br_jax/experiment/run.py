@@ -17,8 +17,8 @@ from br_jax import method
 from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import MergeConfig
-from br_jax.adapters.peft import load_adapter, read_provenance, save_adapter
+from br_jax.adapters.merge import MergeConfig, qr_merge
+from br_jax.adapters.peft import load_adapter, read_provenance
 from br_jax.calibration import calibrate
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError, look_up
@@ -32,11 +32,12 @@ from br_jax.inference.answers import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.hub import is_hub_name
-from br_jax.models.model import Model, fold_adapter, make_model
+from br_jax.models.model import Model, fold_adapter, guard, make_model
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.provider.folder import load_model, write_provider
+from br_jax.provider.export import export_adapter
+from br_jax.provider.folder import load_model, record_adapter, write_provider
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
@@ -176,6 +177,11 @@ class Experiment:
             write_provider(self.provider, base, align, model, settings.dtype, settings.revision or None)
         return model
 
+    @functools.cached_property
+    def guarded(self) -> Model:
+        """The aligned base with Buffer as its guard: what is handed on goes by way of it."""
+        return guard(self.aligned, self.adapter("buffer"))
+
     # -- adapters --------------------------------------------------------------------------------------------------
 
     @property
@@ -186,15 +192,18 @@ class Experiment:
     def adapter(self, name: str) -> Adapter:
         """One of `methods.ADAPTERS`: trained, read back, or the one that the config gives for it."""
         if name not in self._adapters:
-            self._adapters[name] = self._enter(name) if name in self._given else ADAPTERS[name](self)
+            given = self._given.get(name)
+            adapter = self._adapters[name] = self._enter(name, given) if given else ADAPTERS[name](self)
+            if name in ("buffer", "reinforce") and is_main():
+                record_adapter(self.provider, name, os.path.abspath(given) if given else f"{name}/adapter", adapter)
         return self._adapters[name]
 
-    def _enter(self, stage: str) -> Adapter:
-        """The adapter that the config gives for a stage; one that says that it is another's is refused."""
-        folder, model = self._given[stage], self.raw if stage == "align" else self.aligned
+    def _enter(self, stage: str, folder: str) -> Adapter:
+        """The adapter that the config gives for a stage; another stage's is refused, by its roles or its numbers."""
+        model = self.raw if stage == "align" else self.aligned
         adapter = load_adapter(folder, model.params, fingerprint=model.fingerprint, role=stage)
-        if adapter.roles != (stage,):
-            raise UserError(f"{folder}: made of {', '.join(adapter.roles)}: {stage}.adapter must be a {stage} adapter")
+        if stage in ("reinforce", "user"):
+            self.guarded.guard.refuse(folder, adapter)
         return adapter
 
     def entered(self) -> dict[str, dict]:
@@ -207,7 +216,9 @@ class Experiment:
         settings = self.merge_of(user, reinforce, **merge)
         key = user, reinforce, settings
         if key not in self._merged:
-            self._merged[key] = method.release(self.aligned, self.adapter(user), self.adapter(reinforce), settings)
+            parts = self.adapter(user), self.adapter(reinforce)
+            method.require_parts(self.aligned, *parts)
+            self._merged[key] = qr_merge(*parts, settings)
         return self._merged[key]
 
     def merge_of(self, user: str, reinforce: str = "reinforce", **merge) -> MergeConfig:
@@ -236,9 +247,9 @@ class Experiment:
 
     def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
-        adapter, base = self.merged("user"), self.aligned
+        released = method.release(self.guarded, self.adapter("user"), self.adapter("reinforce"), self.merge_of("user"))
         if is_main():
-            save_adapter(self.workdir / "released", adapter, base_name=base.name, fingerprint=base.fingerprint)
+            export_adapter(self.guarded, released, self.workdir / "released")
 
     def prepare(self) -> None:
         """Makes all that is the provider's, if it is not there yet."""

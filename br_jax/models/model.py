@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.adapters import lora
+from br_jax.adapters.guard import Guard
 from br_jax.adapters.lora import Adapter
+from br_jax.errors import UserError
 from br_jax.hashes import fingerprint
 from br_jax.models.decoder import Decoder
 from br_jax.models.spec import ModelSpec
@@ -24,6 +27,8 @@ class Model:
     fingerprint: str  # SHA-256 of spec and params, by which adapters know their base
     stop_tokens: tuple[int, ...]  # ids that end an answer; the tokenizer's EOS is one of them
     matmul_precision: str = "float32"  # of the programs that run it, see `models.precision`
+    cast: str = ""  # the dtype that the params were rounded to after the fingerprint was taken
+    guard: Guard | None = None  # what adapters that leave are held against; None where no Buffer is at hand
 
     @property
     def decoder(self) -> Decoder:
@@ -31,9 +36,15 @@ class Model:
         return Decoder(self.spec, matmul_precision=self.matmul_precision)
 
     @property
+    def dtype(self) -> str:
+        """Of the params."""
+        return str(self.params["embed"]["embedding"].dtype)
+
+    @property
     def key(self) -> str:
-        """What the model's answers are kept under: its fingerprint, and its precision where that is not f32."""
-        return self.fingerprint if self.matmul_precision == "float32" else f"{self.matmul_precision}/{self.fingerprint}"
+        """What the model's answers are kept under: its fingerprint, and in what it computes where that is not f32."""
+        precision = "" if self.matmul_precision == "float32" else self.matmul_precision
+        return "/".join(filter(None, (precision, self.cast, self.fingerprint)))
 
 
 def make_model(
@@ -53,7 +64,48 @@ def make_model(
 
 
 def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
-    """A new model with an adapter added into its weights (in f32, rounded once to their dtype)."""
+    """A new model with an adapter added into its weights (in f32, rounded once to their dtype).
+
+    Raises:
+        UserError: a Buffer, by its roles or, where the model has a guard, by its numbers; an adapter of unknown role,
+            or of another base.
+    """
+    lora.refuse_buffer(name, adapter.roles)
+    lora.require_base(adapter, model.fingerprint, name)
+    if model.guard is not None:
+        model.guard.refuse(name, adapter)
     params = lora.fold(model.params, adapter)
     made = fingerprint(params, model.spec.to_json())
-    return dataclasses.replace(model, params=params, name=name, fingerprint=made)
+    return dataclasses.replace(model, params=params, name=name, fingerprint=made, cast="")
+
+
+def cast_model(model: Model, dtype: str) -> Model:
+    """The same model with its params rounded to a dtype; adapters still know it as the one that they were made for."""
+    if model.dtype == dtype:
+        return model
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    return dataclasses.replace(model, params=params, cast=dtype)
+
+
+def guard(model: Model, *buffers: Adapter) -> Model:
+    """The aligned base with a guard: adapters and models that leave from here on are held against these Buffers.
+
+    A model that is loaded from a provider's folder has one already.
+
+    Raises:
+        UserError: an adapter that is no Buffer, or one of another base.
+    """
+    for buffer in buffers:
+        require_buffer(model, buffer, "guard")
+    return dataclasses.replace(model, guard=Guard.of(model.params, buffers))
+
+
+def require_buffer(model: Model, buffer: Adapter, place: str) -> None:
+    """Raises a `UserError` for anything but a Buffer of this very base, and one of its guard's, if it has a guard."""
+    if buffer.roles != ("buffer",):
+        raise UserError(f"{place}: needs the Buffer, got an adapter made of {', '.join(buffer.roles) or 'nothing'}")
+    if not buffer.base:
+        raise UserError(f'{place}: this Buffer does not say for which base it was made: load it with the role "buffer"')
+    lora.require_base(buffer, model.fingerprint, place)
+    if model.guard is not None and lora.fingerprint(buffer) not in model.guard.fingerprints:
+        raise UserError(f"{place}: this is not the Buffer of the provider's folder that the model came from")

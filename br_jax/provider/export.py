@@ -7,12 +7,15 @@ from typing import Any
 
 from br_jax.adapters import lora, peft
 from br_jax.adapters.compress import best_rank
+from br_jax.adapters.guard import require_releasable, warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
 from br_jax.files import require_replaceable
+from br_jax.hashes import fingerprint
 from br_jax.models.io.hf import write_hf
-from br_jax.models.model import Model, fold_adapter
-from br_jax.provider.folder import find_folder, load_model
+from br_jax.models.io.load import require_dtype
+from br_jax.models.model import Model, cast_model, fold_adapter
+from br_jax.provider.folder import find_folder, is_provider, load_model
 
 # what a folder that may be replaced holds
 _MARKS = {"adapter": (peft.CONFIG_FILE, peft.WEIGHTS_FILE), "model": ("config.json",)}
@@ -25,6 +28,8 @@ def export(
     *,
     form: str = "adapter",
     rank: int | None = None,
+    role: str | None = None,
+    dtype: str | None = None,
     revision: str | None = None,
     **load: str,
 ) -> dict[str, Any]:
@@ -36,7 +41,9 @@ def export(
         folder: where to; neither a source, nor in one, nor around one.
         form: "adapter" or "model".
         rank: see `export_adapter`.
-        revision, **load: see `load_model`.
+        role: what the adapter is, where its folder does not say.
+        dtype, revision, **load: see `load_model`. A provider's base is read as it is recorded, and rounded to `dtype`
+            when all is added.
 
     Returns:
         The figures of `export_adapter` or `export_model`, which say too what is refused.
@@ -50,14 +57,14 @@ def export(
     _require_apart(folder, [place for place in (source, adapter, own) if place is not None])
     require_replaceable(folder, form, _MARKS[form])
     if adapter is not None:
-        lora.refuse_buffer(folder, peft.read_provenance(adapter).get("roles", ()))
-    model = load_model(source, revision=revision, **load)
+        lora.refuse_buffer(folder, peft.read_provenance(adapter).get("roles", [role or lora.UNKNOWN]))
+    model = load_model(source, revision=revision, dtype=None if is_provider(source) else dtype, **load)
     loaded = None
     if adapter is not None:
-        loaded = peft.load_adapter(adapter, model.params, fingerprint=model.fingerprint)
+        loaded = peft.load_adapter(adapter, model.params, fingerprint=model.fingerprint, role=role)
     if form == "adapter":
         return export_adapter(model, loaded, folder, rank)
-    return export_model(model, loaded, folder, own)
+    return export_model(model, loaded, folder, own, dtype)
 
 
 def export_adapter(
@@ -73,11 +80,13 @@ def export_adapter(
         matrices together) and "worst_matrix" ("path", "layer", "relative_error").
 
     Raises:
-        UserError: a Buffer, an adapter of another model, or a folder that cannot be written or holds something else.
+        UserError: a Buffer (by its numbers too, where the model has a guard; a warning says where it has none), an
+            adapter of unknown role or of another model, or a folder that cannot be written or holds something else.
     """
-    lora.refuse_buffer(folder, adapter.roles)
     require_replaceable(folder, "adapter", _MARKS["adapter"])
     lora.validate(adapter, model.params)
+    lora.require_base(adapter, model.fingerprint, folder)
+    require_releasable(folder, adapter, model.guard)
     loss = {}
     if rank is not None:
         adapter, figures = best_rank(adapter, rank)
@@ -96,13 +105,18 @@ def export_adapter(
 
 
 def export_model(
-    model: Model, adapter: Adapter | None, folder: str | os.PathLike, like: str | os.PathLike | None = None
+    model: Model,
+    adapter: Adapter | None,
+    folder: str | os.PathLike,
+    like: str | os.PathLike | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Writes a Hugging Face folder of a model, with an adapter added into its weights; an earlier one is replaced.
 
     Args:
         adapter: added in f32, rounded once to the model's dtype; None is the base itself.
         like: the folder that the base came from, for its config, tokenizer files and license.
+        dtype: what is then rounded to; None is the model's.
 
     Returns:
         "folder", "base", "fingerprint" (of what was written), "roles", "dtype", "template" (which the model was
@@ -110,21 +124,29 @@ def export_model(
         of the adapted entries that rounding left as they were.
 
     Raises:
-        UserError: as `export_adapter`.
+        UserError: as `export_adapter`, of the adapter and of what was folded into the model before.
     """
     _require_apart(folder, [] if like is None else [like])
+    dtype = dtype or model.dtype
+    require_dtype(dtype)
     whole, rounding = model, {}
     if adapter is not None:
         lora.refuse_buffer(folder, adapter.roles)
         whole = fold_adapter(model, adapter, model.name)
         rounding = {"unchanged_share": lora.unchanged_share(model.params, whole.params, adapter)}
+    if model.guard is None:
+        warn_unguarded(folder)
+    else:
+        for params in (model.params, whole.params):  # either may hold half of a Buffer
+            model.guard.refuse_model(folder, params)
+    whole = cast_model(whole, dtype)
     write_hf(folder, whole.spec, whole.params, whole.tokenizer, like=like)
     return {
         "folder": str(folder),
         "base": model.name,
-        "fingerprint": whole.fingerprint,
+        "fingerprint": fingerprint(whole.params, whole.spec.to_json()),
         "roles": [] if adapter is None else list(adapter.roles),
-        "dtype": str(whole.params["embed"]["embedding"].dtype),
+        "dtype": dtype,
         "template": model.template,
         **rounding,
     }

@@ -1,19 +1,25 @@
-"""A provider's folder: what it records of the aligned base, and how that base is read back."""
+"""A provider's folder: what it records of the aligned base and its adapters, and how that base is read back."""
 
+import dataclasses
 import os
 import pathlib
 
+from absl import logging
 from jax.sharding import Mesh
 
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter
 from br_jax.errors import UserError
-from br_jax.files import read_json, write_json
+from br_jax.files import read_json, reading, write_json
 from br_jax.models.io.hub import is_hub_name
-from br_jax.models.io.load import find_source, read_model
-from br_jax.models.model import Model, fold_adapter
+from br_jax.models.io.load import find_source, read_model, require_dtype
+from br_jax.models.model import Model, cast_model, fold_adapter, guard
+from br_jax.models.precision import resolve_precision
 
 PROVIDER_FILE = "provider.json"
 _RECORDED = ("base", "template", "dtype", "fingerprint")
+_ADAPTERS = ("buffer", "reinforce")  # recorded once they are made
 
 
 def load_model(
@@ -30,9 +36,10 @@ def load_model(
     Args:
         source: a GGUF file; a Hugging Face folder (config.json and safetensors) or the name of a model on the Hub; or a
             provider's folder, which gives the aligned base: the model that provider.json names, with the align adapter
-            folded in.
+            folded in, and with the guard of the Buffer that lies there.
         template: "chat" (the model's own) or "alpaca" (the paper's); a provider's folder brings its own.
-        dtype: of the params, "float32" or "bfloat16"; None is float32, or what a provider's folder records.
+        dtype: of the params, "float32" or "bfloat16"; None is float32, or what a provider's folder records. Another
+            than that is rounded to in the end, so that the adapters made for the base still fit.
         mesh: devices that the params are laid on by `sharding`'s table, each part read straight to its device; None is
             JAX's default device.
         revision: of a model on the Hub: branch, tag or commit.
@@ -48,30 +55,75 @@ def load_model(
     folder = pathlib.Path(source)
     record = read_provider(folder)
     dtype, wanted = dtype or record["dtype"], record["fingerprint"]
-    settings = {"template": record["template"], "dtype": dtype, "revision": record.get("revision")}
+    require_dtype(dtype)
+    settings = {"template": record["template"], "dtype": record["dtype"], "revision": record.get("revision")}
     model = raw = read_model(record["base"], mesh=mesh, matmul_precision=matmul_precision, **settings)
     if record.get("align"):
-        adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint)
+        adapter = load_adapter(folder / record["align"], raw.params, fingerprint=raw.fingerprint, role="align")
         model = fold_adapter(raw, adapter, f"{raw.name}-aligned")
-    if dtype == record["dtype"] and model.fingerprint != wanted:
+    if model.fingerprint != wanted:
         raise UserError(
             f"{folder / PROVIDER_FILE}: the aligned base is {model.fingerprint[:12]}, recorded was {wanted[:12]}: "
             "make it again"
         )
-    return model
+    model = dataclasses.replace(cast_model(model, dtype), matmul_precision=resolve_precision(matmul_precision, dtype))
+    return with_guard(model, folder, record)
+
+
+def with_guard(model: Model, folder: pathlib.Path, record: dict | None = None) -> Model:
+    """The aligned base of a provider's folder with its Buffer as its guard; without one, where the folder has none."""
+    said = (record or read_provider(folder)).get("buffer")
+    if said is None:
+        return model
+    place = folder / said["folder"]
+    with reading(place):
+        known = place.exists()
+    if not known:
+        logging.warning("%s: the Buffer is not there, so what leaves cannot be compared with it", place)
+        return model
+    return guard(model, load_recorded(folder, "buffer", model))
+
+
+def load_recorded(folder: pathlib.Path, stage: str, model: Model) -> Adapter:
+    """The Buffer or Reinforce of a provider's folder, whose numbers must be those recorded."""
+    said = read_provider(folder)[stage]
+    adapter = load_adapter(folder / said["folder"], model.params, fingerprint=model.fingerprint, role=stage)
+    if lora.fingerprint(adapter) != said["fingerprint"]:
+        raise UserError(
+            f"{folder / said['folder']}: is not the {stage} adapter that {PROVIDER_FILE} records: make it again"
+        )
+    return adapter
 
 
 def is_provider(source: str | os.PathLike) -> bool:
     """Whether a path is a provider's folder."""
-    return (pathlib.Path(source) / PROVIDER_FILE).is_file()
+    file = pathlib.Path(source) / PROVIDER_FILE
+    with reading(file, "give a folder that you may read"):
+        try:
+            return file.is_file()
+        except ValueError:  # a path with a null character
+            return False
 
 
 def write_provider(
     folder: pathlib.Path, base: str, align: str | os.PathLike | None, model: Model, dtype: str, revision: str | None
 ) -> None:
-    """Records an aligned base; paths, of the raw one (or its Hub name) and the align adapter, may be from `folder`."""
+    """Records an aligned base; paths, of the raw one (or its Hub name) and the align adapter, may be from `folder`.
+
+    The adapters that were recorded for the same base stay.
+    """
+    known = read_provider(folder) if is_provider(folder) else {}
+    kept = {name: known[name] for name in _ADAPTERS if name in known and known["fingerprint"] == model.fingerprint}
     record = {"base": base, "revision": revision, "align": align and str(align), "template": model.template}
-    write_json(folder / PROVIDER_FILE, record | {"dtype": dtype, "fingerprint": model.fingerprint})
+    write_json(folder / PROVIDER_FILE, record | {"dtype": dtype, "fingerprint": model.fingerprint} | kept)
+
+
+def record_adapter(folder: pathlib.Path, stage: str, place: str | os.PathLike, adapter: Adapter) -> None:
+    """Records a Buffer or Reinforce, which lies in `place` (from `folder`), by its numbers."""
+    record = read_json(folder / PROVIDER_FILE)
+    said = {"folder": str(place), "fingerprint": lora.fingerprint(adapter)}
+    if record.get(stage) != said:
+        write_json(folder / PROVIDER_FILE, record | {stage: said})
 
 
 def read_provider(folder: pathlib.Path) -> dict:
@@ -83,6 +135,12 @@ def read_provider(folder: pathlib.Path) -> dict:
     record = read_json(folder / PROVIDER_FILE, "make the folder again")
     if missing := [name for name in _RECORDED if not isinstance(record.get(name), str)]:
         raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({missing[0]} is missing): make it again")
+    for name in _ADAPTERS:
+        said = record.get(name, {"folder": "", "fingerprint": ""})
+        if not isinstance(said, dict) or {type(said.get(part)) for part in ("folder", "fingerprint")} != {str}:
+            raise UserError(
+                f"{folder / PROVIDER_FILE}: not a provider's record ({name} is no adapter's): make it again"
+            )
     source = record["base"]
     base = source if is_hub_name(source) and not (folder / source).exists() else str(folder / source)
     return record | {"base": base}

@@ -106,6 +106,9 @@ def evaluate(
         verdicts: of judges; what it holds is not judged again.
         records: JSONL file for every prompt, answer and verdict.
 
+    Raises:
+        UserError: an adapter that does not say that it holds a Buffer, and does, by the model's guard.
+
     Returns:
         {"harmful", "harmful_plus", "task", "over_refusal": `Score` as JSON (k, n, score, low, high; n = 0 where the
         suite has none), but "task" a `Mean` where the rule gives parts of 1, "task_refused": `Score` of the task's
@@ -115,6 +118,8 @@ def evaluate(
         same, "outcomes": whether each prompt counted (of the task: how much; each margin), for paired tests,
         "verdicts": counts, "examples": a few records of each part}.
     """
+    if adapter is not None and model.guard is not None and "buffer" not in adapter.roles:
+        model.guard.refuse(name, adapter)
     said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
     topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
     asked = [Exchange(p.prompt, a, p) for p, a in zip(suite.topic, topic, strict=True)]

@@ -68,22 +68,24 @@ def train_adapter(
         Stopped: SIGTERM came, see `training.loop.Loop`.
     """
     frozen = dict(frozen or {})
-    for adapter in frozen.values():
+    for attached, adapter in frozen.items():
+        lora.require_base(adapter, model.fingerprint, f"{name}, {attached}")
         lora.validate(adapter, model.params)
     folder = None
     if workdir is not None:
         folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, frozen), private=provider)
         if folder.finished:
-            return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint)
+            return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint, role=role)
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
-    adapter = lora.init(key, lora.target_shapes(model.params, config.targets), config.rank, config.alpha, role)
+    shapes = lora.target_shapes(model.params, config.targets)
+    adapter = lora.init(key, shapes, config.rank, config.alpha, role, model.fingerprint)
     collections = frozen_collections(model.params, frozen, config.frozen)
     given = name, model, rows, config, trainable_adapter(adapter), collections
     trained, report = _train(*given, folder, mesh, probes)
     weights = {
         path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in adapter.weights
     }
-    adapter = Adapter(weights, adapter.scale, (role,))
+    adapter = adapter.replace(weights=weights)
     if folder is not None:
         if is_main():
             said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}

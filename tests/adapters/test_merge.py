@@ -136,7 +136,7 @@ def test_folders_of_peft_merge_as_the_paper_says(tmp_path, make_family, made_by_
     made_by_peft(network, folders[0], 0.1, r=6, lora_alpha=9, use_rslora=True, target_modules=targets)
     made_by_peft(network, folders[1], 0.1, r=4, lora_alpha=8, target_modules=targets)
     params = load_model(base).params
-    user, reinforce = (load_adapter(folder, params) for folder in folders)
+    user, reinforce = (load_adapter(folder, params, role=folder.name) for folder in folders)
     assert float(user.scale) == pytest.approx(9 / np.sqrt(6)) and float(reinforce.scale) == 8 / 4
     merged, kept = assert_merges_as_dense(user, reinforce, 0.1)  # all of the user's directions
     assert merged.weights.keys() == MODULES.keys() and kept == {6}

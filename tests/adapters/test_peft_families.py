@@ -41,7 +41,7 @@ def test_an_adapter_that_peft_made(tmp_path, family, made_by_peft):
     network, folder = family
     adapted = made_by_peft(network, tmp_path / "theirs", std=0.2, r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS)
     model = load_model(folder)
-    adapter = load_adapter(tmp_path / "theirs", model.params)
+    adapter = load_adapter(tmp_path / "theirs", model.params, role="user")
     assert adapter.weights.keys() == MODULES.keys()
     expected = theirs(adapted)
     assert np.abs(expected - theirs(network)).max() > 0.1, "the adapter changes nothing here"

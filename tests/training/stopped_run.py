@@ -60,7 +60,7 @@ def main(workdir: str, death: str = "") -> None:
     model, rows = make_parts()
     every = {"checkpoint_every": 2, "log_every": 1}
     config = br.TrainConfig(rank=2, dropout=0.1, learning_rate=1e-2, steps=12, cycles=2, max_length=24, **every)
-    br.train_user(model, rows, config, workdir=workdir)
+    br.train_user(model, rows, config, undefended=True, workdir=workdir)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,19 @@ def read_model(
     matmul_precision: str = "float32",
 ) -> Model:
     """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.folder.load_model`."""
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
+    require_dtype(dtype)
     precision = resolve_precision(matmul_precision, dtype)
     path = find_source(source, revision)
     read = read_hf if path.is_dir() else read_gguf
     spec, params, tokenizer, stops = read(path, dtype, mesh)
     name = pathlib.Path(source).name.removesuffix(".gguf")
     return make_model(spec, params, tokenizer, name, template, stops, precision)
+
+
+def require_dtype(dtype: str) -> None:
+    """Raises a `UserError` for a dtype that params cannot have."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r}: use float32 or bfloat16")
 
 
 def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSpec:

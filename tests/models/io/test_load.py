@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.adapters import lora
 from br_jax.adapters.peft import save_adapter
 from br_jax.errors import UserError
+from br_jax.hashes import fingerprint
 from br_jax.models.io import hf
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.layout import Stored, load_params, unstack_tensors
@@ -53,8 +53,8 @@ def test_a_folder_is_the_model_and_a_fingerprint_sees_every_bit(raw, tiny):
     kernel, other = tiny.params["layers"]["mlp"]["up"]["kernel"], jax.tree.map(lambda leaf: leaf, tiny.params)
     other["layers"]["mlp"]["up"]["kernel"] = kernel.at[1, 2, 3].set(jnp.nextafter(kernel[1, 2, 3], jnp.float32(9)))
     changed = dataclasses.replace(tiny, params=other)
-    assert fold_adapter(changed, lora.stack([]), "x").fingerprint != tiny.fingerprint
-    assert fold_adapter(tiny, lora.stack([]), "y").fingerprint == tiny.fingerprint
+    assert fingerprint(changed.params, tiny.spec.to_json()) != tiny.fingerprint
+    assert fingerprint(tiny.params, tiny.spec.to_json()) == tiny.fingerprint
 
 
 def test_a_provider_s_folder_gives_the_aligned_base(provider, raw, make_adapter):

@@ -1,0 +1,80 @@
+"""How much of one adapter is in another: against dense matrices in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import delta
+
+from br_jax.adapters import lora
+from br_jax.adapters.likeness import Likeness, Reference
+
+
+def dense(buffer, change):
+    """The same from whole matrices: of each singular direction of a Buffer, how much of it a change has."""
+    energy, part, inner, square = [], [], 0.0, 0.0
+    for path, matrices in delta(buffer).items():
+        for layer, matrix in enumerate(matrices):
+            u, sigma, v = np.linalg.svd(matrix, full_matrices=False)
+            real = sigma > 1e-9
+            other = change[path][layer] if path in change else np.zeros_like(matrix)
+            energy.append(sigma[real] ** 2)
+            part.append(np.diag(u.T @ other @ v.T)[real] / sigma[real])
+            inner, square = inner + (matrix * other).sum(), square + (other**2).sum()
+    energy, part = np.concatenate(energy), np.concatenate(part)
+    shares = [min(t, 1) * energy[part >= t].sum() / energy.sum() for t in part if t > 0]
+    return Likeness(inner / np.sqrt(energy.sum() * square), max(shares, default=0.0))
+
+
+@pytest.fixture
+def adapters(make_adapter):
+    """A Buffer and what others may be to it."""
+    buffer, user = make_adapter("buffer", rank=4), make_adapter("user", seed=1, rank=3)
+    some = {path: pair for path, pair in buffer.weights.items() if path.endswith(("q", "down"))}
+    return {
+        "itself": buffer,
+        "a user's": user,
+        "scaled": lora.scaled(buffer, 0.01),
+        "turned around": lora.scaled(buffer, -2.0),
+        "with a user's": lora.stack([lora.scaled(buffer, 0.4), user]),
+        "some matrices": buffer.replace(weights=some),
+        "half the rank": jax.tree.map(lambda leaf: leaf, buffer).replace(
+            weights={p: {"a": w["a"][..., :2], "b": w["b"][:, :2]} for p, w in buffer.weights.items()}
+        ),
+    }
+
+
+def test_it_is_what_dense_matrices_say(adapters, tiny):
+    reference = Reference.of(adapters["itself"])
+    for name, adapter in adapters.items():
+        expected = dense(adapters["itself"], delta(adapter))
+        # the Buffer's directions and all products are f32
+        np.testing.assert_allclose(reference.likeness(adapter), expected, rtol=0, atol=2e-5, err_msg=name)
+        folded = reference.likeness_of_change(lora.fold(tiny.params, adapter), tiny.params)
+        shared = dense(adapters["itself"], {path: each for path, each in delta(adapter).items()})
+        np.testing.assert_allclose(folded, shared, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
+
+
+def test_factors_do_not_count(adapters):
+    """The same delta from other factors, at another scale and a larger rank."""
+    buffer = adapters["itself"]
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
+    weights = {p: {"a": w["a"] @ turn * 8, "b": turn.T @ w["b"] / 2} for p, w in buffer.weights.items()}
+    other = lora.pad_rank(buffer.replace(weights=weights, scale=buffer.scale / 4), 9)
+    np.testing.assert_allclose(Reference.of(buffer).likeness(other), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(Reference.of(other).likeness(buffer), (1, 1), atol=1e-5)
+
+
+def test_nothing_is_like_nothing(adapters):
+    buffer = adapters["itself"]
+    zero, empty = lora.scaled(buffer, 0.0), buffer.replace(weights={})
+    for one in (zero, empty):
+        for other in (zero, empty, buffer):
+            assert Reference.of(one).likeness(other) == Reference.of(other).likeness(one) == (0, 0)
+
+
+def test_matrices_that_only_the_other_has_do_not_hide_it(adapters, make_adapter):
+    some, user = adapters["some matrices"], make_adapter("user", seed=2)
+    more = {path: pair for path, pair in user.weights.items() if path not in some.weights}
+    hidden = some.replace(weights={**some.weights, **jax.tree.map(lambda leaf: leaf * jnp.float32(100), more)})
+    np.testing.assert_allclose(Reference.of(some).likeness(hidden), (1, 1), atol=1e-5)
