@@ -15,8 +15,10 @@ from flax import traverse_util
 from tabulate import tabulate
 
 from br_jax import plots
-from br_jax.adapters import peft
+from br_jax.adapters import lora, peft
 from br_jax.adapters.diagnostics import measure
+from br_jax.adapters.guard import is_buffer
+from br_jax.adapters.likeness import Reference
 from br_jax.adapters.peft_config import read_config
 from br_jax.errors import UserError
 from br_jax.files import PICKLES, TensorKinds, read_json, reading, safetensors_header, writing
@@ -28,15 +30,20 @@ from br_jax.provider.folder import PROVIDER_FILE, read_provider
 
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
 TAU = 0.01  # the release's rank check, see `qr_merge`
-_BUFFER = {True: "yes, keep it in the provider's folder", False: "no", None: "not recorded"}
+_BUFFER = {
+    True: "yes, keep it in the provider's folder",
+    False: "no, by its own account: its numbers were not compared, see --provider",
+    None: "not recorded: its numbers were not compared, see --provider",
+}
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, Any]:
     """Says what a path holds.
 
     Args:
         path: a model's folder, a GGUF file, a provider's folder, an adapter's folder, a .safetensors file, or the
             folder of a run or of one stage of it.
+        provider: a provider's folder, with whose Buffer an adapter is compared.
 
     Returns:
         Ready for JSON: "path", "kind", "facts" (name -> value), "rows" (a table: one dict a target, stage or tensor)
@@ -48,7 +55,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     with reading(path):
         kind, read = _find_reader(path)
-        return {"path": str(path), "kind": kind, "rows": [], **read(path)}
+        found = {"path": str(path), "kind": kind, "rows": [], **read(path)}
+        if kind == "adapter" and provider is not None:
+            found["facts"] |= _compared(path, Path(provider))
+        return found
 
 
 def render(description: Mapping[str, Any]) -> str:
@@ -118,7 +128,8 @@ def _model_facts(spec: ModelSpec) -> dict[str, Any]:
 
 def _describe_provider(folder: Path) -> dict[str, Any]:
     record = read_provider(folder)
-    facts = {name: record.get(name) for name in ("base", "revision", "align", "template", "dtype", "fingerprint")}
+    names = ("base", "revision", "align", "buffer", "reinforce", "template", "dtype", "fingerprint")
+    facts = {name: record.get(name) for name in names}
     private = not folder.stat().st_mode & 0o077
     return {"facts": facts | {"only_its_owner_may_enter": private}, "rows": _stages(folder)}
 
@@ -162,16 +173,33 @@ def _describe_safetensors(file: Path) -> dict[str, Any]:
     return {"facts": _weights_facts([file], header) | {"sha256": file_hash(file), "notes": notes}, "rows": rows}
 
 
+def _compared(folder: Path, provider: Path) -> dict[str, Any]:
+    """Whether a Buffer is in an adapter, by its numbers."""
+    said = read_provider(provider).get("buffer")
+    if said is None:
+        raise UserError(f"{provider}: records no Buffer to compare with: give the folder in which it was trained")
+    likeness = Reference.of(_load_adapter(provider / said["folder"])).likeness(_load_adapter(folder))
+    return {"holds_a_buffer": is_buffer(likeness), "like_the_buffer": likeness._asdict()}
+
+
+def _load_adapter(folder: Path) -> lora.Adapter:
+    """An adapter without its base, whose sizes are taken from the adapter's own."""
+    peft.read_provenance(folder)  # which refuses a folder of pickles
+    file = folder / peft.WEIGHTS_FILE
+    widths, ranks = _sizes(file, safetensors_header(file)[0])
+    count = 1 + max((layer for of_layer in ranks.values() for layer in of_layer), default=-1)
+    kernels = {
+        f"{path}/kernel": jax.ShapeDtypeStruct((count, *each.values()), np.float32) for path, each in widths.items()
+    }
+    return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/"))
+
+
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     file, config_file = folder / peft.WEIGHTS_FILE, folder / peft.CONFIG_FILE
     provenance = peft.read_provenance(folder)  # which refuses a folder of pickles
     header, _ = safetensors_header(file)
     widths, ranks = _sizes(file, header)
-    count = 1 + max((layer for of_layer in ranks.values() for layer in of_layer), default=-1)
-    kernels = {
-        f"{path}/kernel": jax.ShapeDtypeStruct((count, *each.values()), np.float32) for path, each in widths.items()
-    }
-    adapter = peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/"))
+    adapter = _load_adapter(folder)
     rank, config, roles = read_config(config_file).rank, read_json(config_file), provenance.get("roles")
     rows, spectra, figures = [], {}, measure(adapter, TAU)
     for path in filter(figures.get, peft.MODULES):

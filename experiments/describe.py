@@ -1,8 +1,9 @@
 """Says what files and folders are: models, adapters, provider's folders, runs; from their headers and configs.
 
-python experiments/describe.py PATH... [--json=F] [--plot=F.png]
+python experiments/describe.py PATH... [--provider=W/provider] [--json=F] [--plot=F.png]
 
-An adapter is told without its base: ranks, roles, whether a Buffer is in it, how large its change is and where.
+An adapter is told without its base: ranks, roles, how large its change is and where; and, with a provider's folder,
+whether its Buffer is in it.
 """
 
 from absl import flags
@@ -11,6 +12,7 @@ from br_jax.command_line import run_with_flags
 from br_jax.errors import UserError
 
 JSON = flags.DEFINE_string("json", None, "File for every figure, singular values included.")
+PROVIDER = flags.DEFINE_string("provider", None, "Provider's folder, with whose Buffer adapters are compared.")
 PLOT = flags.DEFINE_string("plot", None, "Picture of one adapter's singular values, F.png; a PDF is put beside it.")
 
 
@@ -25,7 +27,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--plot is of one adapter: give one path")
     found = []
     for path in argv[1:]:
-        found.append(describe(path))
+        found.append(describe(path, PROVIDER.value))
         print(render(found[-1]) + "\n")
     if JSON.value:
         write_json(JSON.value, found)

@@ -232,7 +232,7 @@ def calls(monkeypatch, tiny, make_adapter):
         record["trained"].append(name)
         given = {"role": role, "model": model, "rows": list(rows), "config": config, "frozen": dict(frozen or {})}
         record[name] = given | options
-        return make_adapter(role, seed=len(name))
+        return make_adapter(role, seed=len(name), model=model)
 
     def answer(model, prompts, adapters, store, **options):
         assert model is tiny and list(adapters) == ["raw"], "somebody else than the raw model answers"

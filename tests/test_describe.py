@@ -16,7 +16,7 @@ from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from br_jax.describe import describe, render
 from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
-from br_jax.provider.folder import PROVIDER_FILE
+from br_jax.provider.folder import PROVIDER_FILE, record_adapter
 
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
@@ -40,7 +40,7 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
     found = describe(folder)
     rows = {row["target"]: row for row in found["rows"]}
     assert found["kind"] == "adapter" and list(rows) == ["q", "v", "gate", "up", "down"]
-    facts = {"roles": ["user"], "holds_a_buffer": "no", "base": "tiny", "base_fingerprint": tiny.fingerprint}
+    facts = {"roles": ["user"], "base": "tiny", "base_fingerprint": tiny.fingerprint}
     facts |= {"pickles_not_opened": [], "rank": 3, "alpha": 6, "scale": 2.0, "layers": 2}
     facts |= {"sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}
     assert facts.items() <= found["facts"].items()
@@ -62,6 +62,25 @@ def test_a_buffer_is_named_as_one(tmp_path, make_adapter):
     save_adapter(tmp_path / "held", held, base_name="tiny", provider=True)
     assert re.search("holds a buffer +yes, keep it in the provider's folder", render(describe(tmp_path / "held")))
     assert '"buffer"' in describe(tmp_path / "held" / WEIGHTS_FILE)["facts"]["notes"]["br_jax"]
+
+
+def test_a_buffer_is_known_by_its_numbers(tmp_path, make_adapter, tiny):
+    """Relabelled, or of no role; compared with a provider's folder, of which nothing but its record is needed."""
+    buffer, user = make_adapter("buffer", seed=1), make_adapter("user")
+    record = {"base": "gone", "template": "chat", "dtype": "float32", "fingerprint": tiny.fingerprint}
+    (tmp_path / "provider").mkdir()
+    (tmp_path / "provider" / "provider.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="records no Buffer to compare with"):
+        save_adapter(tmp_path / "user", user, base_name="tiny")
+        describe(tmp_path / "user", tmp_path / "provider")
+    save_adapter(tmp_path / "provider" / "buffer" / "adapter", buffer, base_name="tiny", provider=True)
+    record_adapter(tmp_path / "provider", "buffer", "buffer/adapter", buffer)
+    mixed = lora.stack([lora.scaled(buffer, 0.5), user]).replace(roles=("user",))
+    for adapter, held in ((buffer.replace(roles=("user",)), True), (mixed, True), (user, False)):
+        save_adapter(tmp_path / "theirs", adapter, base_name="tiny")
+        assert describe(tmp_path / "theirs")["facts"]["holds_a_buffer"].startswith("no, by its own account")
+        facts = describe(tmp_path / "theirs", tmp_path / "provider")["facts"]
+        assert facts["holds_a_buffer"] is held and (facts["like_the_buffer"]["share"] > 0.4) is held
 
 
 def test_some_layers_of_peft_s_own(tmp_path):

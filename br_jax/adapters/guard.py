@@ -52,12 +52,17 @@ class Guard:
                 self._refuse(f"{place}: refused, for what was folded into this model", likeness)
 
     def _refuse(self, what: str, likeness: Likeness) -> None:
-        if likeness.cosine >= COSINE or likeness.cosine <= OPPOSITE or likeness.share >= SHARE:
+        if is_buffer(likeness):
             raise UserError(
                 f"{what} is like the provider's Buffer (cosine {likeness.cosine:.2f}, share {likeness.share:.2f}; a "
                 f"user's stays below {COSINE} and {SHARE}): it undoes the model's alignment; keep it in the provider's "
                 "folder"
             )
+
+
+def is_buffer(likeness: Likeness) -> bool:
+    """Whether something has more of a Buffer in it than a user's adapter can have."""
+    return likeness.cosine >= COSINE or likeness.cosine <= OPPOSITE or likeness.share >= SHARE
 
 
 def require_releasable(place: object, adapter: Adapter, guard: Guard | None) -> None:

@@ -141,7 +141,7 @@ def test_a_role_that_is_none_goes_nowhere(tiny, organism, tmp_path, roles):
         lambda: fold_adapter(tiny, adapter, "served"),
     ]
     for leave in doors:
-        with pytest.raises(br.UserError, match="roles are|nothing says what|made of"):
+        with pytest.raises(br.UserError, match=r"roles are|nothing says what|made of"):
             leave()
     assert not [*tmp_path.iterdir()]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from br_jax.configs import base
 
+from br_jax.adapters import lora
 from br_jax.adapters.merge import MergeConfig
 from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.calibration import Behaviour, Calibration
@@ -213,20 +214,25 @@ def test_an_aligned_model_and_a_shared_provider_s_folder(run, calls, config, tin
 
 
 def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, make_adapter, tmp_path, written):
-    for stage in ("buffer", "user"):
+    for seed, stage in enumerate(("buffer", "user")):
         config[stage].adapter = str(tmp_path / f"their_{stage}")
-        save_adapter(config[stage].adapter, make_adapter(stage, seed=7), base_name="tiny", provider=stage == "buffer")
+        save_adapter(config[stage].adapter, make_adapter(stage, seed), base_name="tiny", provider=stage == "buffer")
     run()
     assert not {"buffer", "user"} & set(calls) and {"align", "reinforce", "sft"} <= set(calls)
-    held, theirs = calls["reinforce"]["frozen"]["buffer"].weights, make_adapter("buffer", seed=7).weights
+    held, theirs = calls["reinforce"]["frozen"]["buffer"].weights, make_adapter("buffer").weights
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), held, theirs))
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert results["entered"]["user"] == {"adapter": config.user.adapter, "beside": []}
     text = written(tmp_path / "w")
     assert "trained elsewhere, and not beside Buffer" in text and "buffer (`" in text
-    save_adapter(config.user.adapter, make_adapter("reinforce"), base_name="tiny")
-    with pytest.raises(UserError, match=r"made of reinforce: user\.adapter must be a user adapter"):
-        run(["user"])
+    disguised = lora.scaled(make_adapter("buffer"), 0.3).replace(roles=("user",))
+    for adapter, message in (
+        (make_adapter("reinforce"), "is reinforce by its own account, not user"),
+        (disguised, "their_user: refused, for this adapter is like the provider's Buffer"),
+    ):
+        save_adapter(config.user.adapter, adapter, base_name="tiny")
+        with pytest.raises(UserError, match=message):
+            run(["user"])
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_an_earlier_export_is_replaced_and_a_failed_one_leaves_nothing(base, sav
         export_model(load_model(base), None, tmp_path / "link", like=base)
     other = make_tiny(ffw_dim=56)
     for write in (export_adapter, export_model):
-        with pytest.raises(UserError, match="made for (another model|the base)"):
+        with pytest.raises(UserError, match=r"made for (another model|the base)"):
             write(other, make_adapter("user"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
