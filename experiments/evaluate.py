@@ -23,13 +23,17 @@ def main(argv: list[str]) -> None:
     """Flags and one call."""
     import br_jax as br
     from br_jax.experiment.run import Experiment
+    from br_jax.locks import owned
     from br_jax.provider.folder import with_guard
 
     require_flags(argv, CONFIG, WORKDIR)
     experiment = Experiment(CONFIG.value, WORKDIR.value)
-    model = experiment.raw if RAW.value else with_guard(experiment.aligned, experiment.provider)
-    adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
-    scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)
+    experiment.check()
+    with owned(WORKDIR.value):
+        experiment.begin()
+        model = experiment.raw if RAW.value else with_guard(experiment.aligned, experiment.provider)
+        adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
+        scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)
     del scores["examples"], scores["outcomes"]
     print(json.dumps(scores, indent=1))
 

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from br_jax.experiment import run_figures as figures
 from br_jax.experiment.document import CUT, code, image, literal, number, table
 from br_jax.experiment.frame import Frame
-from br_jax.files import read_json, read_jsonl
+from br_jax.files import read_jsonl
+from br_jax.records import read_record
 from br_jax.statistics import is_finite
+from br_jax.training.folder import read_finished
 
 _WITHOUT_BUFFER = (
     "**The user's adapter was trained elsewhere, and not beside Buffer** ({adapter}): what harmful rows taught is in "
@@ -34,17 +36,16 @@ class Details:
 def read(workdir: Path) -> Details:
     """Reads a run's folder; a `UserError` where a file is damaged."""
 
-    def record(path: Path) -> dict[str, Any]:
-        return read_json(path, "delete it and run the same command again") if path.exists() else {}
-
     names = [f"{depth}/{name}" for name in ("stage.json", "metrics.jsonl") for depth in ("*", "*/*")]
     stages = {}
     for folder in sorted({path.parent for name in names for path in workdir.glob(name)}):
-        stage = record(folder / "stage.json")
+        stage = read_finished(folder) if (folder / "stage.json").exists() else {}
         stages[stage.get("name", folder.name)] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
     probes = (read_jsonl(workdir / name / "probes.jsonl") for name in ("user", "sft"))
     stages = {name: stages[name] for name in figures.in_order(stages)}
-    return Details(record(workdir / "results.json"), stages, tuple(probes))
+    results = workdir / "results.json"
+    found = read_record(results, "delete it and run the same command again") if results.exists() else {}
+    return Details(found, stages, tuple(probes))
 
 
 def draw(run: Details, frame: Frame) -> dict[str, Figure]:

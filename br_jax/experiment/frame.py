@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from br_jax.experiment.methods import METHODS
-from br_jax.files import read_json
+from br_jax.records import read_record
 from br_jax.statistics import difference, is_finite, mcnemar, read_score, t_interval
 
 TITLES = {  # of the scores, in the order of every table
@@ -98,7 +98,7 @@ def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """All finished cells of a run's folder or of a sweep's, of whatever grids."""
     workdir = pathlib.Path(workdir)
     files = sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")])
-    return [read_json(file, "delete it and run the same command again") for file in files]
+    return [read_record(file, "delete it and run the same command again") for file in files]
 
 
 def make_frame(cells: Iterable[Mapping[str, Any]]) -> Frame:

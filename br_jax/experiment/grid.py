@@ -7,9 +7,7 @@ that most of them cost an evaluation only. Cells that are there are read back; w
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
-import json
 import os
 import pathlib
 import time
@@ -26,8 +24,9 @@ from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import TRAINED, Experiment, settled
-from br_jax.files import read_json, write_text
 from br_jax.hashes import key_of
+from br_jax.locks import owned
+from br_jax.records import read_record, write_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +153,13 @@ def run_cells(
         Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `scoring.suite.evaluate` gives
         them; on several processes in process 0 alone), "seconds" (that it took when it was made).
     """
-    with alone(folder):
+    # a sweep waits for another that works on the same run; a single run's caller holds its folder already
+    with contextlib.nullcontext() if experiment else owned(folder, wait=True):
         known = {cell: read_cell(folder, config, cell) for cell in cells}
         start = time.perf_counter()
         if missing := [cell for cell in cells if known[cell] is None]:
-            experiment = experiment or Experiment(config, folder)
-            with alone(experiment.provider):
-                experiment.prepare()
+            experiment = experiment or Experiment(config, folder).begin()
+            experiment.prepare()
             experiment.answer_together(missing)
         for cell in cells:
             if known[cell] is None:
@@ -170,13 +169,12 @@ def run_cells(
 
 
 def _make_cell(experiment: Experiment, cell: Cell, start: float) -> dict:
-    with alone(experiment.provider) if METHODS[cell.method].of_provider else contextlib.nullcontext():
-        scores = experiment.score(cell)
+    scores = experiment.score(cell)
     run, seconds = Run.of(experiment.config), time.perf_counter() - start  # of a run's first cell: training and all
     made = {"run": dataclasses.asdict(run), **cell._asdict(), "scores": scores, "seconds": seconds}
     if is_main():
         record = {"settings": _settings(experiment.config, cell), **made}
-        write_text(_file(experiment.workdir, cell), json.dumps(record) + "\n")  # one line: an outcome a prompt
+        write_record(_file(experiment.workdir, cell), record, indent=None)  # one line: an outcome a prompt
     barrier("cell")
     return made
 
@@ -186,7 +184,7 @@ def read_cell(folder: pathlib.Path, config: ConfigDict, cell: Cell) -> dict[str,
     file = _file(folder, cell)
     if not file.exists():
         return None
-    record = read_json(file, "delete it and run the same command again")
+    record = read_record(file, "delete it and run the same command again")
     if record.pop("settings") == _settings(config, cell):
         return record
     logging.warning("%s: made with other settings, or by an earlier br_jax: it is made again", file)
@@ -243,19 +241,3 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
     """A hash of all that a cell's scores depend on."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
     return key_of(settings, *cell)
-
-
-@contextlib.contextmanager
-def alone(folder: pathlib.Path):
-    """Keeps other processes out of a run's or a provider's folder while this one works in it."""
-    with contextlib.ExitStack() as stack:
-        if is_main():  # the others of a run on several hosts come with process 0, hours later if need be
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / ".lock", "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logging.warning("another process works in %s: waiting for it", folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        barrier("alone")
-        yield

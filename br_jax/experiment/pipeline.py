@@ -25,7 +25,8 @@ from br_jax.experiment.grid import run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
 from br_jax.experiment.run import TRAINED, Experiment, settled
-from br_jax.files import write_json
+from br_jax.locks import owned
+from br_jax.records import write_record
 from br_jax.version import __version__
 
 STAGES = ("pretrain", "distill", *TRAININGS, "release", "evaluate", "report")
@@ -47,7 +48,8 @@ def run_pipeline(
         The scored cells, see `grid.run_cells` (none when "evaluate" is not among the stages).
 
     Raises:
-        UserError: a wrong stage or setting, missing files, a workdir of another run.
+        UserError: a wrong stage or setting, or missing files, before anything is written; a workdir of another run, or
+            in which another process works.
         Stopped: SIGTERM came, see `training.loop.Loop`.
     """
     for stage in stages:
@@ -63,17 +65,19 @@ def run_pipeline(
         **{name: functools.partial(e.adapter, name) for name in TRAININGS if name != "align"},
         "release": e.release,
     }
-    for stage, act in actions.items():
-        if stage in stages:
-            act()
-    if "evaluate" in stages:
-        strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
-        cells = list(run_cells(config, workdir, cells_of(STEPS, strengths), e))
-        record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
-        if is_main():
-            write_json(workdir / "results.json", record)
-    if "report" in stages and is_main():
-        write_report(workdir)
+    with owned(workdir):
+        e.begin()
+        for stage, act in actions.items():
+            if stage in stages:
+                act()
+        if "evaluate" in stages:
+            strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
+            cells = list(run_cells(config, workdir, cells_of(STEPS, strengths), e))
+            record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
+            if is_main():
+                write_record(workdir / "results.json", record)
+        if "report" in stages and is_main():
+            write_report(workdir)
     return cells
 
 

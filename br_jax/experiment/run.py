@@ -26,7 +26,7 @@ from br_jax.experiment.methods import ADAPTERS, METHODS, PROVIDER_STAGES, Cell
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
-from br_jax.files import make_private, write_json, writing
+from br_jax.files import make_private, write_json
 from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import init_params
@@ -70,7 +70,7 @@ class Experiment:
         workdir: made if absent; the same config comes back to the same workdir, another one is refused.
 
     Raises:
-        UserError: a folder that cannot be written, or a setting that no recipe or mesh can be made of.
+        UserError: a setting that no recipe or mesh can be made of.
     """
 
     def __init__(self, config: ConfigDict, workdir: str | os.PathLike):
@@ -85,9 +85,12 @@ class Experiment:
         self._adapters: dict[str, Adapter] = {}
         self._merged: dict[tuple[str, str, MergeConfig], Adapter] = {}
         self._stores: dict[pathlib.Path, Store] = {}
-        with writing(self.workdir, "choose another workdir"):
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        make_private(self.provider)
+
+    def begin(self) -> "Experiment":
+        """Makes the provider's folder, for its owner alone; nothing is written before."""
+        if is_main():
+            make_private(self.provider)
+        return self
 
     def check(self) -> None:
         """Finds now what would be wrong hours later: settings, splits, files."""

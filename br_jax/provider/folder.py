@@ -11,11 +11,12 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter
 from br_jax.errors import UserError
-from br_jax.files import read_json, reading, write_json
+from br_jax.files import reading
 from br_jax.models.io.hub import is_hub_name
 from br_jax.models.io.load import find_source, read_model, require_dtype
 from br_jax.models.model import Model, cast_model, fold_adapter, guard
 from br_jax.models.precision import resolve_precision
+from br_jax.records import read_record, write_record
 
 PROVIDER_FILE = "provider.json"
 _RECORDED = ("base", "template", "dtype", "fingerprint")
@@ -112,18 +113,20 @@ def write_provider(
 
     The adapters that were recorded for the same base stay.
     """
-    known = read_provider(folder) if is_provider(folder) else {}
-    kept = {name: known[name] for name in _ADAPTERS if name in known and known["fingerprint"] == model.fingerprint}
+    known = read_record(folder / PROVIDER_FILE, "make the folder again") if is_provider(folder) else {}
+    kept = {name: known[name] for name in _ADAPTERS if name in known and known.get("fingerprint") == model.fingerprint}
     record = {"base": base, "revision": revision, "align": align and str(align), "template": model.template}
-    write_json(folder / PROVIDER_FILE, record | {"dtype": dtype, "fingerprint": model.fingerprint} | kept)
+    record |= {"dtype": dtype, "fingerprint": model.fingerprint} | kept
+    if record != known:
+        write_record(folder / PROVIDER_FILE, record)
 
 
 def record_adapter(folder: pathlib.Path, stage: str, place: str | os.PathLike, adapter: Adapter) -> None:
     """Records a Buffer or Reinforce, which lies in `place` (from `folder`), by its numbers."""
-    record = read_json(folder / PROVIDER_FILE)
+    record = read_record(folder / PROVIDER_FILE, "make the folder again")
     said = {"folder": str(place), "fingerprint": lora.fingerprint(adapter)}
     if record.get(stage) != said:
-        write_json(folder / PROVIDER_FILE, record | {stage: said})
+        write_record(folder / PROVIDER_FILE, record | {stage: said})
 
 
 def read_provider(folder: pathlib.Path) -> dict:
@@ -132,7 +135,7 @@ def read_provider(folder: pathlib.Path) -> dict:
     Raises:
         UserError: the file is damaged, or no such record.
     """
-    record = read_json(folder / PROVIDER_FILE, "make the folder again")
+    record = read_record(folder / PROVIDER_FILE, "make the folder again")
     if missing := [name for name in _RECORDED if not isinstance(record.get(name), str)]:
         raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({missing[0]} is missing): make it again")
     for name in _ADAPTERS:

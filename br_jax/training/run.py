@@ -28,7 +28,7 @@ from br_jax.models.model import Model
 from br_jax.sharding import batch_parts, local_rows, make_mesh, place, platform
 from br_jax.training.config import TrainConfig
 from br_jax.training.folder import Folder
-from br_jax.training.loop import Loop
+from br_jax.training.loop import Loop, Summary
 from br_jax.training.stage import Stage, frozen_collections, init_state, trainable_adapter
 
 # What may differ between a stopped run and the one that goes on from it.
@@ -74,24 +74,31 @@ def train_adapter(
     folder = None
     if workdir is not None:
         folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, frozen), private=provider)
-        if folder.finished:
-            return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint, role=role)
+
+    def read_back() -> Adapter:
+        return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint, role=role)
+
+    if folder is not None and folder.finished:
+        return read_back()
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
     shapes = lora.target_shapes(model.params, config.targets)
     adapter = lora.init(key, shapes, config.rank, config.alpha, role, model.fingerprint)
-    collections = frozen_collections(model.params, frozen, config.frozen)
-    given = name, model, rows, config, trainable_adapter(adapter), collections
-    trained, report = _train(*given, folder, mesh, probes)
-    weights = {
-        path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in adapter.weights
-    }
-    adapter = adapter.replace(weights=weights)
-    if folder is not None:
+
+    def made_of(trained: dict) -> Adapter:
+        leaves = {
+            path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in shapes
+        }
+        return adapter.replace(weights=leaves)
+
+    def save(trained: dict) -> str:
+        said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
         if is_main():
-            said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
-            save_adapter(folder.path / "adapter", adapter, provider=provider, **said)
-        folder.finish({**report, "output": lora.fingerprint(adapter)})
-    return adapter
+            save_adapter(folder.path / "adapter", made_of(trained), provider=provider, **said)
+        return lora.fingerprint(made_of(trained))
+
+    halves = trainable_adapter(adapter), frozen_collections(model.params, frozen, config.frozen)
+    trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save)
+    return read_back() if trained is None else made_of(trained)
 
 
 def train_params(
@@ -112,12 +119,15 @@ def train_params(
             finished.
     """
     folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
-    if not folder.finished:
-        start = jax.jit(functools.partial(jax.tree.map, jnp.copy))(model.params)  # the step donates its state
-        trained, report = _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None)
+
+    def save_all(trained: dict) -> str:
         if is_main():
             save(trained["params"])
-        folder.finish({**report, "output": fingerprint(trained["params"])})
+        return fingerprint(trained["params"])
+
+    if not folder.finished:
+        start = jax.jit(functools.partial(jax.tree.map, jnp.copy))(model.params)  # the step donates its state
+        _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None, save_all)
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
@@ -125,8 +135,12 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return key_of(*([row.turns, row.input] for row in rows))
 
 
-def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -> tuple[dict, dict]:
-    """Encodes and fits; returns the trained collections and the run's report."""
+def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, save) -> dict | None:
+    """Encodes and fits, then saves where there is a folder.
+
+    Returns:
+        The trained collections; None where another process finished the run meanwhile, and it is to be read back.
+    """
 
     def encoded(rows: Sequence[Row]) -> tuple[list[Example], Dropped]:
         examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
@@ -140,10 +154,21 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes) -
         whole = -(-len(probed) // config.batch_size) * config.batch_size
         probe_batches[kind] = step_batches(probed, dataclasses.replace(config, batch_size=whole, steps=1), mesh)[0]
     stage, state = Stage.of(model.decoder, config, mesh), init_state(trainable, config.seed)
-    batches, frozen, path = step_batches(examples, config, mesh), place(frozen, mesh), folder.path if folder else None
-    state, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
-    counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
-    return fetch(state["trainable"]), dataclasses.asdict(summary) | counts
+    batches, frozen = step_batches(examples, config, mesh), place(frozen, mesh)
+
+    def fit(path: pathlib.Path | None) -> tuple[dict, Summary]:
+        trained, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
+        return fetch(trained["trainable"]), summary
+
+    if folder is None:
+        return fit(None)[0]
+    with folder.begin():
+        if folder.finished:
+            return None
+        trained, summary = fit(folder.path)
+        counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
+        folder.finish({**dataclasses.asdict(summary), **counts, "output": save(trained)})
+    return trained
 
 
 def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -> grain.MapDataset:

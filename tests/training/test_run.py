@@ -66,12 +66,15 @@ def test_another_config_or_other_inputs_are_refused(tmp_path, make_tiny, tiny, r
     said = f"{tmp_path}/sft: .* another config: learning_rate was 0.01, is 0.02: choose another workdir"
     fails_with(said, tiny, rows, quick(learning_rate=0.02), **here)
     fails_with(r"another inputs: rows was \w{12}\.\.\., is \w{12}", tiny, rows[1:], config, **here)
-    fails_with("inputs: base was", make_tiny(rope_theta=9.0), rows, config, **here)
+    theirs = make_tiny(rope_theta=9.0)
+    beside = {"buffer": frozen["buffer"].replace(base=theirs.fingerprint)}
+    fails_with("inputs: base was", theirs, rows, config, tmp_path, frozen=beside)
+    fails_with("was made for the base", theirs, rows, config, **here)
     fails_with("inputs: buffer was .*, is null", tiny, rows, config, tmp_path)
     fails_with("inputs: buffer was", tiny, rows, config, tmp_path, frozen={"buffer": make_adapter("buffer", 1)})
     (tmp_path / "sft" / "run.json").write_text("{")
     fails_with("run.json: not valid JSON.*delete", tiny, rows, config, **here)
-    other = make_adapter("buffer", model=make_tiny(ffw_dim=24))
+    other = make_adapter("buffer", model=make_tiny(ffw_dim=24)).replace(base="")
     fails_with("made for another model", tiny, rows, config, frozen={"buffer": other})
 
 
