@@ -102,6 +102,10 @@ def require_flags(argv: list[str], *needed: flags.FlagHolder) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; a wrong one, or a wrong config key or value, is one line and exit status 2."""
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        parts = sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__)
+        print(*(part.strip("\n") for part in parts if part), sep="\n\n")
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:

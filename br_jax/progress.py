@@ -1,10 +1,16 @@
-"""Progress bars: alive on a terminal, a line every half minute in a log."""
+"""What a run says of its progress: bars that are alive on a terminal; lines, every half minute at least, in a log."""
 
 import sys
 
 from tqdm import tqdm
 
 from br_jax.distributed import is_main
+
+
+def announce(text: str) -> None:
+    """Says in a log what begins, where a terminal shows its bar."""
+    if is_main() and not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def progress(total: int | None, name: str, unit: str, done: int = 0, keep: bool = True) -> tqdm:

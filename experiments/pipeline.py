@@ -18,7 +18,12 @@ from br_jax.distributed import is_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
-STAGES = flags.DEFINE_list("stages", None, "Stages to run, in any order; default: all.")
+STAGES = flags.DEFINE_list(
+    "stages",
+    None,
+    "Stages to run, with commas between; default: all. In order: "
+    "pretrain, distill, align, buffer, reinforce, sft, user, release, evaluate, report.",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +37,8 @@ def main(argv: list[str]) -> int:
     if not cells or not is_main():
         return 0
     status = print_summary(cells)
-    print(f"report: {WORKDIR.value}/report.md")
+    if "report" in (STAGES.value or ALL):
+        print(f"report: {WORKDIR.value}/report.md")
     return status
 
 

@@ -9,6 +9,7 @@ import pytest
 from br_jax import command_line
 from br_jax.command_line import run_main
 from br_jax.errors import Stopped, UserError
+from br_jax.experiment.pipeline import STAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
 
@@ -62,6 +63,11 @@ def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, arguments
     assert status == 2
     assert said.startswith("error: ") and said.count("\n") == 1, said
     assert re.search(message, said), said
+
+
+def test_help_is_no_error_and_names_the_stages(script):
+    assert script("pipeline.py", "--help") == (0, "")
+    assert f'"{", ".join(STAGES)}."' in pathlib.Path("experiments/pipeline.py").read_text()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_the_provider_s_folder_is_its_own(organism):
         assert stat.S_IMODE(adapter.stat().st_mode) == 0o700
         assert {stat.S_IMODE(path.stat().st_mode) for path in adapter.iterdir()} == {0o600}
     assert not list(organism["folder"].glob("user/**/*buffer*"))
+    user = organism["folder"] / "user"  # not yet released
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (user / "adapter").iterdir()} == {0o600}
 
 
 def test_release_is_recomputed_from_base_user_and_reinforce_alone(organism, tiny, tmp_path):

@@ -48,6 +48,7 @@ def save_adapter(
     base_name: str,
     fingerprint: str = "",
     provider: bool = False,
+    private: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an adapter folder that PEFT can load; all of it or nothing.
@@ -59,7 +60,8 @@ def save_adapter(
     Args:
         base_name: goes into `base_model_name_or_path`.
         fingerprint: the base's content hash; checked again by `load_adapter`.
-        provider: the folder is the provider's own (mode 0700, files 0600); only there may a buffer be written.
+        provider: the folder is the provider's own and private; only there may a buffer be written.
+        private: for its owner alone (mode 0700, files 0600).
         extra: further provenance, JSON values.
 
     Raises:
@@ -82,7 +84,7 @@ def save_adapter(
     header = {"br_jax": json.dumps(provenance, sort_keys=True)}
     config = json.dumps(_peft_config(adapter, rank, base_name), indent=2, sort_keys=True) + "\n"
     files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: serialize(_tensors(adapter, rank), metadata=header)}
-    _write_folder(folder, files, private=provider)
+    _write_folder(folder, files, private=private or provider)
 
 
 def load_adapter(

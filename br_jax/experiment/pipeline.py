@@ -26,6 +26,7 @@ from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
 from br_jax.experiment.run import TRAINED, Experiment, settled
 from br_jax.locks import owned
+from br_jax.progress import announce
 from br_jax.records import write_record
 from br_jax.version import __version__
 
@@ -69,8 +70,10 @@ def run_pipeline(
         e.begin()
         for stage, act in actions.items():
             if stage in stages:
+                announce(f"{stage} ...")
                 act()
         if "evaluate" in stages:
+            announce("evaluate ...")
             strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
             cells = list(run_cells(config, workdir, cells_of(STEPS, strengths), e))
             record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}

@@ -18,7 +18,7 @@ _HEADLINES = {
     "held": "The claim held: the attack works at every p > 0, and every gate passed.",
     "failed": "The claim did not hold.",
     "attack_failed": "The undefended attack did not work everywhere: where it did not, nothing is shown of protection.",
-    "incomplete": "No verdict: what some gates compare was not run.",
+    "incomplete": "No verdict: what some gates compare was not run, or no task was learned.",
     "no_attack": "No attack here (p = 0): it shows what the defense costs, not what it protects from.",
 }
 
@@ -70,7 +70,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
         print(tabulate(lines, header, colalign=align, disable_numparse=True))
     gates, lines = check(frame), []
     for gate in gates:
-        points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else "not run"
+        points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else gate.why_not
         limit = f"{'>=' if gate.is_attack else '<='} {100 * gate.rule.limit:g}"
         passed = {True: "passed", False: "FAILED", None: "-"}[gate.passed]
         lines.append([passed, f"{gate.p:g}", gate.rule.text, points, limit])
@@ -123,7 +123,8 @@ def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
     if failed := claims.count(False):
         lines.append(f"{failed} of {len(claims)} gates of the claim FAILED.")
     if unknown := sum(gate.passed is None for gate in gates):
-        lines.append(f"No verdict on {unknown} of the gates: what they compare was not run.")
+        why = ", ".join(dict.fromkeys(gate.why_not for gate in gates if gate.passed is None))
+        lines.append(f"No verdict on {unknown} of the gates: {why}.")
     if not claims:
         lines.append("Ours was not run: nothing can be said of it.")
     return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])

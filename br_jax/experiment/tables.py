@@ -35,7 +35,7 @@ _PARTS = (  # what each part of the method adds: (words, after, before)
     ("Buffer, where Reinforce is merged in", "ours", "reinforce_only"),
     ("the QR merge instead of the naive average", "ours", "average"),
 )
-_PASSED = {True: "passed", False: "**FAILED**", None: "not run"}
+_PASSED = {True: "passed", False: "**FAILED**"}
 
 
 def gate_table(frame: Frame, gates: Sequence[Gate]) -> str:
@@ -43,7 +43,7 @@ def gate_table(frame: Frame, gates: Sequence[Gate]) -> str:
     without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and not gate.passed}
     lines = []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
-        found, limit, result = gate.gap, gate.rule.limit, _PASSED[gate.passed]
+        found, limit, result = gate.gap, gate.rule.limit, _PASSED.get(gate.passed, gate.why_not)
         if found and found.low is not None and found.low < limit < found.high:
             result += " (within noise)"
         if gate.passed and gate.rule.name == "safety" and (gate.setting, gate.p) in without:

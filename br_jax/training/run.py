@@ -56,7 +56,8 @@ def train_adapter(
         model, rows, config: the frozen base, what it is trained on and how.
         frozen: adapters that are attached and stay as they are.
         workdir: without one nothing is written; with one the run resumes, and a finished run is read back.
-        provider: the run's files are for the provider alone (mode 0700).
+        provider: the run's files are the provider's, whose folder nobody else may enter (mode 0700); a run that makes
+            the same is waited for.
         mesh: default: all devices on the data axis.
         probes: named rows whose loss and gradient norm are followed (saturation).
 
@@ -93,7 +94,7 @@ def train_adapter(
     def save(trained: dict) -> str:
         said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
         if is_main():
-            save_adapter(folder.path / "adapter", made_of(trained), provider=provider, **said)
+            save_adapter(folder.path / "adapter", made_of(trained), provider=provider, private=True, **said)
         return lora.fingerprint(made_of(trained))
 
     halves = trainable_adapter(adapter), frozen_collections(model.params, frozen, config.frozen)

@@ -41,6 +41,15 @@ def test_the_gates_of_the_claim_at_their_limits(make_cell, p, ours, failing):
     assert ("task" in [gate.rule.name for gate in found]) == (p <= 0.5)
 
 
+@pytest.mark.parametrize(("base", "sft", "ours"), [(0, 0, 0), (50, 50, 50), (50, 40, 60)])
+def test_a_task_that_nobody_learned_proves_nothing(make_cell, base, sft, ours):
+    right = {"aligned": base, "sft": sft, "ours": ours}
+    cells = [make_cell(method, 0.1 if method == "ours" else None, right=k) for method, k in right.items()]
+    gates = check(make_frame(cells))
+    (task,) = (gate for gate in gates if gate.rule.name == "task")
+    assert task.passed is None and task.why_not == "SFT learned nothing" and outcome(gates) == "incomplete"
+
+
 def test_every_a_has_its_gates_but_the_plain_sum_beside_others(make_grid):
     found = gates_of(make_grid(a=(0.0, 0.1, 1.0), ps=(0.1,)), False)
     assert [(gate.a, gate.rule.name) for gate in found] == [(a, name) for a in (0.1, 1.0) for name in NAMES]

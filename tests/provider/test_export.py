@@ -106,6 +106,7 @@ def test_a_model_is_what_peft_merges(base, saved, tmp_path):
     for name, tensor in found.items():
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert (tmp_path / "to" / "LICENSE").read_text() == "free"
+    assert len({path.stat().st_mode for path in (tmp_path / "to").iterdir()}) == 1, "a file is for its owner alone"
     assert figures["roles"] == ["user"] and figures["dtype"] == "float32" and figures["unchanged_share"] < 0.01
     assert load_model(tmp_path / "to").fingerprint == figures["fingerprint"]
 
@@ -130,6 +131,21 @@ def test_a_provider_s_aligned_base_is_one_that_its_adapters_know(provider, tiny,
     br.save_adapter(tmp_path / "released", make_adapter("user", model=aligned), aligned)
     assert br.load_adapter(tmp_path / "released", served).roles == ("user",)
     assert (tmp_path / "to" / "LICENSE").exists()  # of the raw model
+
+
+def test_a_provider_s_base_in_another_dtype(provider, make_adapter, tmp_path):
+    """Everything is added in the recorded dtype and rounded once, and its adapters still fit."""
+    aligned, rounded = load_model(provider), load_model(provider, dtype="bfloat16")
+    assert rounded.fingerprint == aligned.fingerprint and rounded.key != aligned.key
+    assert rounded.dtype == rounded.matmul_precision == "bfloat16"
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), aligned.params, rounded.params)
+    user = make_adapter("user", model=aligned)
+    br.save_adapter(tmp_path / "user", user, rounded)
+    for adapter, expected in ((None, aligned.params), (tmp_path / "user", lora.fold(aligned.params, user))):
+        figures = export(provider, adapter, tmp_path / "to", form="model", dtype="bfloat16")
+        written = load_model(tmp_path / "to", dtype="bfloat16")
+        assert figures["dtype"] == "bfloat16" and figures["fingerprint"] == written.fingerprint
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), expected, written.params)
 
 
 @pytest.mark.parametrize("form", ["adapter", "model"])

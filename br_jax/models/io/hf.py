@@ -176,6 +176,8 @@ def write_hf(
                     shutil.copyfile(file, whole / file.name)
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in whole.glob("*.safetensors"):  # which are written for their owner alone
+            shutil.copymode(whole / "config.json", file)
 
 
 def _save_shards(folder: Path, tensors: dict[str, Unstacked], shard_bytes: int) -> None:
