@@ -74,16 +74,18 @@ def save_adapter(
         raise UserError(f"{folder}: the adapter has no matrices; there is nothing to write")
     lora.require_finite(adapter)
     rank = max(pair["a"].shape[-1] for pair in adapter.weights.values())
+    adapter = jax.tree.map(lambda leaf: leaf.astype(np.float32), lora.pad_rank(adapter, rank))
     provenance = {
         "format_version": FORMAT_VERSION,
         "roles": list(adapter.roles),
+        "fingerprint": lora.fingerprint(adapter),
         "base_fingerprint": fingerprint,
         "extra": dict(extra or {}),
     }
     # one header entry: safetensors writes several in random order, and equal adapters should be equal files
     header = {"br_jax": json.dumps(provenance, sort_keys=True)}
     config = json.dumps(_peft_config(adapter, rank, base_name), indent=2, sort_keys=True) + "\n"
-    files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: serialize(_tensors(adapter, rank), metadata=header)}
+    files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: serialize(_tensors(adapter), metadata=header)}
     _write_folder(folder, files, private=private or provider)
 
 
@@ -123,14 +125,20 @@ def load_adapter(
             f"{folder}: is {'+'.join(roles)} by its own account, not {role}: give the folder of a {role} adapter"
         )
     weights, scale = _stack_layers(folder / WEIGHTS_FILE, config, lora.kernel_shapes(params))
-    return Adapter(weights, jnp.float32(scale), roles, recorded or (fingerprint if role else ""))
+    adapter = Adapter(weights, jnp.float32(scale), roles, recorded or (fingerprint if role else ""))
+    if provenance.get("fingerprint") not in (None, lora.fingerprint(adapter)):
+        raise UserError(
+            f"{folder}: its numbers are not those that were saved: changed or damaged since; copy or make it again"
+        )
+    return adapter
 
 
 def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     """Reads what `save_adapter` recorded beside the weights.
 
     Returns:
-        "format_version", "roles", "base_fingerprint" and "extra"; empty for a folder that PEFT made.
+        "format_version", "roles", "fingerprint" (of the numbers), "base_fingerprint" and "extra"; empty for a folder
+        that PEFT made.
 
     Raises:
         UserError: a folder that is missing, damaged or pickled, or made by a later version.
@@ -177,14 +185,14 @@ def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
     }
 
 
-def _tensors(adapter: Adapter, rank: int) -> dict[str, np.ndarray]:
+def _tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """Splits the layers and turns the matrices into PEFT's A [r, in] and B [out, r]."""
     tensors = {}
-    for path, pair in jax.device_get(lora.pad_rank(adapter, rank).weights).items():
+    for path, pair in jax.device_get(adapter.weights).items():
         for layer in range(pair["a"].shape[0]):
             for name, matrix in {"A": pair["a"][layer].T, "B": pair["b"][layer].T}.items():
                 # safetensors copies the buffer as it lies, whatever the strides say
-                tensors[_key(_module(layer, path), name)] = np.ascontiguousarray(matrix, dtype=np.float32)
+                tensors[_key(_module(layer, path), name)] = np.ascontiguousarray(matrix)
     return tensors
 
 

@@ -211,3 +211,19 @@ def test_a_path_that_is_no_adapter_s_folder(folder, params):
     for name, message in (("adapter.bin", "pickled"), ("nothing", "no adapter"), (WEIGHTS_FILE, "no adapter")):
         with pytest.raises(UserError, match=message):
             load_adapter(folder / name, params)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, CONFIG_FILE])
+def test_numbers_that_changed_since_they_were_saved_are_noticed(tmp_path, params, trained, name):
+    """One bit of a weight, which is no other kind of error; or the scale."""
+    save_adapter(tmp_path / "a", trained(params), base_name="tiny")
+    load_adapter(tmp_path / "a", params)
+    content = (tmp_path / "a" / name).read_bytes()
+    if name == WEIGHTS_FILE:
+        content = content[:-4] + bytes([content[-4] ^ 1]) + content[-3:]
+    else:
+        content = json.dumps(json.loads(content) | {"lora_alpha": 7.5}).encode()
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(UserError, match="not those that were saved") as caught:
+        load_adapter(tmp_path / "a", params)
+    assert "\n" not in str(caught.value)
