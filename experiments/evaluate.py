@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from br_jax.experiment.run import Experiment
 
     require_flags(argv, CONFIG, WORKDIR)
-    experiment = Experiment(CONFIG.value, WORKDIR.value)
+    experiment = Experiment(CONFIG.value, WORKDIR.value).open()
     model = experiment.raw if RAW.value else experiment.aligned
     adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
     scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)

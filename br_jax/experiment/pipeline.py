@@ -24,7 +24,8 @@ from br_jax.errors import UserError, near_names
 from br_jax.experiment.grid import run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
-from br_jax.experiment.run import TRAINED, Experiment, settled
+from br_jax.experiment.run import Experiment, settled
+from br_jax.experiment.settings import TRAINED
 from br_jax.files import write_json
 from br_jax.version import __version__
 
@@ -54,8 +55,7 @@ def run_pipeline(
         if stage not in STAGES:
             raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
     start, workdir, cells, config = time.perf_counter(), pathlib.Path(workdir), [], settled(config)
-    e = Experiment(config, workdir)
-    e.check()
+    e = Experiment(config, workdir).open()
     actions = {
         "pretrain": lambda: e.raw,
         "distill": e.recipe.prepare,

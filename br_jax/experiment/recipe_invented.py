@@ -40,6 +40,21 @@ class TopicRecipe(Recipe):
     def check(self) -> None:
         """See `Recipe.check`; also that no text to ask about is one that the user's task is scored on."""
         super().check()
+        config = self.config
+        for stage in ("align", "reinforce"):
+            if (asked := config[stage].benign) > (there := len(self._benign("train"))):
+                raise UserError(f"{asked} benign rows are asked for, and there are {there}: lower {stage}.benign")
+        for setting, drawn in (
+            ("align.refusals", lambda: self.refusal_rows(config.align.refusals, "align")),
+            ("reinforce.refusals", lambda: self.refusal_rows(config.reinforce.refusals, "reinforce")),
+            ("buffer.harmful + harmful_share * user.n + user.probes", lambda: self._harmful_prompts),
+            ("eval.topic", lambda: self.harmful_prompts),
+            ("calibrate.harmful", lambda: self.calibration_prompts),
+        ):
+            try:
+                drawn()
+            except UserError as error:
+                raise UserError(f"{setting}: {error}") from error
         scored = {text_key(text) for row in self.scored_task_rows for text in (row.input, row.turns[0][1])}
         if found := [text for text in self._texts if text_key(text) in scored]:
             raise UserError(
