@@ -68,7 +68,7 @@ def generate(
         prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
         adapter: put on the base (see `adapters.lora.stack` for several).
         max_new_tokens: longest answer, at least 1 token.
-        temperature: 0 takes the likeliest token; above, up to 1,000, logits are divided by it and sampled.
+        temperature: 0 takes the likeliest token; above, up to a million, logits are divided by it and sampled.
         seed: of sampling, below 2**32.
         batch_size: prompts run together; the last batch is filled up, so there is one shape a width.
 
@@ -136,7 +136,7 @@ def generate_batches(
         {(index of the adapter, of the prompt): int32[max_new_tokens]} of rows that have ended.
     """
     require("max_new_tokens", max_new_tokens, TOKENS)
-    require("temperature", temperature, Bound(0.0, 1000.0))
+    require("temperature", temperature, Bound(0.0, 1e6))
     require("seed", seed, SEED)
     require("batch_size", batch_size, BATCH)
     decoder, count, known = model.decoder, len(adapters), set(known)
