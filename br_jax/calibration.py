@@ -12,7 +12,7 @@ from absl import logging
 
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
-from br_jax.bounds import BATCH, TOKENS, require
+from br_jax.bounds import TOKENS, require
 from br_jax.data.replies import begins_refusal
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
@@ -72,10 +72,9 @@ def calibrate(
         The merge with its scale, the base's behaviour, and what was tried.
 
     Raises:
-        UserError: no prompts of either kind, fewer than one token or prompt; otherwise as `method.release`.
+        UserError: no prompts of either kind, or numbers out of bounds; otherwise as `method.release`.
     """
     require("answer_tokens", answer_tokens, TOKENS)
-    require("batch_size", batch_size, BATCH)
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
     merge, store = merge or MergeConfig(), Store() if store is None else store
