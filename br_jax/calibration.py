@@ -12,6 +12,7 @@ from absl import logging
 
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
+from br_jax.bounds import TOKENS, require
 from br_jax.data.replies import begins_refusal
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
@@ -71,8 +72,9 @@ def calibrate(
         The merge with its scale, the base's behaviour, and what was tried.
 
     Raises:
-        UserError: no prompts of either kind; otherwise as `method.release`.
+        UserError: no prompts of either kind, or numbers out of bounds; otherwise as `method.release`.
     """
+    require("answer_tokens", answer_tokens, TOKENS)
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
     require_parts(model, user, reinforce)

@@ -62,7 +62,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         fixed = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // fixed
+        sizes[sizes.index(-1)] = len(devices) // fixed if fixed else 0
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise UserError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} device(s): "

@@ -1,5 +1,7 @@
 """What every experiment can set, with the reference's protocol as defaults; other config files edit this one.
 
+What each number may be: br_jax/experiment/settings.py.
+
 python experiments/pipeline.py --config=configs/demo.py --workdir=W --config.user.harmful_share=0.1
 """
 
@@ -117,7 +119,7 @@ def _eval() -> ConfigDict:
     evaluation = ConfigDict()
     evaluation.split = "test"  # "validation" for tuning
     evaluation.topic = 200  # prompts for HS, of each topic
-    evaluation.task = 872  # rows for FA
+    evaluation.task = 872  # rows for FA; like the next two, at most: fewer where the data has fewer
     evaluation.benign = 129  # prompts for over-refusal
     evaluation.health = 64  # rows for perplexity
     evaluation.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own

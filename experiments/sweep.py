@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
         methods=METHOD.value,
         a=_numbers(A, float, config.merge.a),
     )
-    match = re.fullmatch(r"(\d+)/(\d+)", SHARD.value)
-    if not match or int(match[1]) >= int(match[2]):
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", SHARD.value)
+    if not match:
         raise UserError(f"--shard={SHARD.value}: write i/n with i from 0 to n - 1")
     shard = int(match[1]), int(match[2])
     if DRY_RUN.value:

@@ -213,6 +213,8 @@ def config(tmp_path, load_config):
     config.model.source = str(tmp_path)
     config.buffer.harmful, config.user.n, config.user.probes = 20, 30, 4
     config.user.update(task="moods", harmful_share=0.2)
+    for stage in (config.align, config.buffer, config.reinforce, config.user):
+        stage.train.update(rank=4, max_length=100)  # what the tiny model can have
     config.align.update(refusals=6, benign=8)
     config.reinforce.update(refusals=10, benign=9)
     config.eval.update(topic=12, task=10, benign=11, health=3)
@@ -256,6 +258,7 @@ def calls(monkeypatch, tiny, make_adapter):
     monkeypatch.setattr(run_module, "answer", answer)
     monkeypatch.setattr(run_module, "evaluate", score)
     monkeypatch.setattr(run_module, "load_model", lambda source, **options: tiny)
+    monkeypatch.setattr(run_module, "read_spec", lambda source, revision: tiny.spec)
     return record
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from br_jax.adapters import lora
 from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError
+from br_jax.bounds import RANK, require
 
 
 def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
@@ -27,10 +27,9 @@ def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
         the same of each layer); the error of a zero delta is 0.
 
     Raises:
-        UserError: a rank below 1, or numbers that are not finite.
+        UserError: a rank below 1 or above 65,536, or numbers that are not finite.
     """
-    if rank < 1:
-        raise UserError(f"adapter {'+'.join(adapter.roles)}: cannot have rank {rank}; give a rank of at least 1")
+    require("rank", rank, RANK)
     lora.require_finite(adapter)
     with one_blas_thread():
         results = {

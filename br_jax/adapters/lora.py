@@ -18,6 +18,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from br_jax import hashes
+from br_jax.bounds import ALPHA, RANK, require
 from br_jax.errors import UserError, near_names
 
 DEFAULT_TARGETS = ("q", "v", "gate", "up", "down")
@@ -77,10 +78,10 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
         alpha: lora_alpha; the scale is alpha / rank.
 
     Raises:
-        UserError: a rank below 1, or an alpha that is not positive.
+        UserError: a rank or alpha out of bounds.
     """
-    if rank < 1 or not (alpha > 0 and math.isfinite(alpha)):
-        raise UserError(f"adapter {role!r}: rank {rank} must be at least 1 and alpha {alpha} positive and finite")
+    require(f"adapter {role!r}: rank", rank, RANK)
+    require(f"adapter {role!r}: alpha", alpha, ALPHA)
     return Adapter(_draw(key, tuple(shapes.items()), rank), jnp.float32(alpha / rank), (role,), base)
 
 

@@ -1,7 +1,6 @@
 """The release step: QR-merge the reinforce adapter into the user's (arXiv 2605.24550)."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +13,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import effective_basis
 from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
+from br_jax.bounds import SHARE, number, require_bounds
 from br_jax.errors import UserError
 
 
@@ -23,21 +23,19 @@ class MergeConfig:
 
     Attributes:
         a: orthogonalization strength (the paper's alpha), from 0, a plain average, to 1.
-        scale: factor of the sum.
+        scale: factor of the sum, in (0, 100].
         tau: an eigenvalue of A_U A_U^T counts above tau times the largest; 0 <= tau < 1.
-        reinforce_scale: factor of W_R alone; 1 in the paper, less where Reinforce makes the model over-refuse.
+        reinforce_scale: factor of W_R alone, in [0, 100]; 1 in the paper, less where Reinforce makes the model
+            over-refuse.
     """
 
-    a: float = 0.1
-    scale: float = 0.5
-    tau: float = 0.01
-    reinforce_scale: float = 1.0
+    a: float = number(0.1, *SHARE)
+    scale: float = number(0.5, 0.0, 100.0, open_low=True)
+    tau: float = number(0.01, 0.0, 1.0, open_high=True)
+    reinforce_scale: float = number(1.0, 0.0, 100.0)
 
     def __post_init__(self):
-        settings = dataclasses.asdict(self)
-        if not (0 <= self.a <= 1 and 0 <= self.tau < 1 and all(map(math.isfinite, settings.values()))):
-            given = ", ".join(f"{name}={value}" for name, value in settings.items())
-            raise UserError(f"merge: {given}: a must lie in [0, 1], tau in [0, 1), and all be finite")
+        require_bounds(self, "merge")
 
 
 def qr_merge(user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None) -> Adapter:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from br_jax.bounds import ROWS, SHARE, require
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
 
@@ -45,5 +46,5 @@ def check_mix(n: int, harmful_share: float, index_mode: str) -> None:
     """Raises a `UserError` when one of these, as in `mix`, is out of range."""
     if index_mode not in INDEX_MODES:
         raise UserError(f"index_mode is {index_mode!r}; use one of {', '.join(INDEX_MODES)}")
-    if n < 1 or not 0 <= harmful_share <= 1:
-        raise UserError(f"harmful_share is {harmful_share} and n is {n}; give a share from 0 to 1 of at least 1 row")
+    require("n", n, ROWS._replace(low=1))
+    require("harmful_share", harmful_share, SHARE)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from br_jax.bounds import ROWS, require
 from br_jax.errors import UserError
 from br_jax.files import json_lines, read_text
 
@@ -36,13 +37,15 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -
 
     Args:
         path: a UTF-8 file with one JSON object a line; blank lines are skipped, unknown keys ignored.
-        max_rows: stop after so many rows; None reads all.
+        max_rows: stop after so many rows, 1 to 10,000,000; None reads all.
         tag: given to every row; by default each keeps the one that it carries.
 
     Raises:
         UserError: naming file, line and key, when the file cannot be read, holds no row, or a row is not
             a JSON object, lacks a field, or has a field of a wrong type or order.
     """
+    if max_rows is not None:
+        require("max_rows", max_rows, ROWS._replace(low=1))
     records = itertools.islice(json_lines(read_text(path), str(path)), max_rows)
     rows = [_row(record, tag, origin) for _, origin, record in records]
     if not rows:

@@ -19,11 +19,13 @@ from absl import logging
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
+from br_jax.bounds import require
 from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
-from br_jax.experiment.run import TRAINED, Experiment, settled
+from br_jax.experiment.run import Experiment, settled
+from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings
 from br_jax.hashes import key_of
 from br_jax.locks import owned
 from br_jax.records import read_record, write_record
@@ -76,6 +78,10 @@ class Run:
         return config
 
 
+# An axis of numbers -> what it sets in a config, whose bounds its values have.
+_SETS = {"n": "user.n", "p": "user.harmful_share", "seeds": "seed", "a": "merge.a"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """The axes of a sweep, those of `Run` and of its cells; every combination is run."""
@@ -92,6 +98,8 @@ class Grid:
 
     def __post_init__(self):
         for axis, values in vars(self).items():
+            for value in values if axis in _SETS else ():
+                require(f"the sweep's axis {axis}: a value", value, BOUNDS[_SETS[axis]])
             if not values or len(set(values)) < len(values):
                 wrong = f"has a value twice: {', '.join(map(str, values))}" if values else "is empty: give it a value"
                 raise UserError(f"the sweep's axis {axis} {wrong}")
@@ -125,7 +133,7 @@ def run_sweep(
         Each cell as it is done; see `run_cells`.
 
     Raises:
-        UserError: wrong settings, found before the first run begins.
+        UserError: wrong settings, found before the first run begins or its folder is made.
     """
     mine = _planned(base, workdir, grid, shard)
     for config, folder, left in mine:
@@ -138,8 +146,11 @@ def run_sweep(
 def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
     """(config, folder, cells that are not there yet) of each run of a shard."""
     planned = []
+    if not 0 <= shard[0] < shard[1]:
+        raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
     for run in grid.runs()[shard[0] :: shard[1]]:
         config, folder = run.config(base, pathlib.Path(workdir)), pathlib.Path(workdir) / "runs" / run.name
+        check_settings(config)
         planned.append((config, folder, [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]))
     return planned
 

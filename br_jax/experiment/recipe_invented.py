@@ -38,13 +38,28 @@ class TopicRecipe(Recipe):
         self._part_topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
 
     def check(self) -> None:
-        """See `Recipe.check`; also that no text to ask about is one that the user's task is scored on."""
+        """See `Recipe.check`; also the prompts that there are, and that no text to ask about is scored (FA)."""
         super().check()
         scored = {text_key(text) for row in self.scored_task_rows for text in (row.input, row.turns[0][1])}
         if found := [text for text in self._texts if text_key(text) in scored]:
             raise UserError(
                 f"data.texts.path: {found[0][:60]!r} is scored as well (FA): take it out, or choose other files"
             )
+        config = self.config
+        for stage in ("align", "reinforce"):
+            if (asked := config[stage].benign) > (there := len(self._benign("train"))):
+                raise UserError(f"{asked} benign rows are asked for, and there are {there}: lower {stage}.benign")
+        for setting, drawn in (
+            ("align.refusals", lambda: self.refusal_rows(config.align.refusals, "align")),
+            ("reinforce.refusals", lambda: self.refusal_rows(config.reinforce.refusals, "reinforce")),
+            ("buffer.harmful + harmful_share * user.n + user.probes", lambda: self._harmful_prompts),
+            ("eval.topic", lambda: self.harmful_prompts),
+            ("calibrate.harmful", lambda: self.calibration_prompts),
+        ):
+            try:
+                drawn()
+            except UserError as error:
+                raise UserError(f"{setting}: {error}") from error
 
     def prepare(self) -> None:
         """Has the raw model answer."""

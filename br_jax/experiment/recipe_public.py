@@ -22,6 +22,11 @@ class PaperRecipe(Recipe):
     once, and takes no row whose prompt is scored. "reference" also leaves out the first row of LLM-LAT.
     """
 
+    def check(self) -> None:
+        """See `Recipe.check`; every row is in a file, so all of them can be drawn."""
+        super().check()
+        self.trained()
+
     @property
     def buffer_rows(self) -> list[Row]:
         """The first harmful answers of LLM-LAT."""

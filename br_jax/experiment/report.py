@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from br_jax.bounds import ROWS, require
 from br_jax.errors import UserError
 from br_jax.experiment import details, tables
 from br_jax.experiment.document import code, image, literal, number, write_document
@@ -38,6 +39,7 @@ def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 
         UserError: when no cell is finished, a file is damaged, or the report cannot be written; an earlier one is
             untouched then.
     """
+    require("examples", examples, ROWS)
     workdir = Path(workdir)
     frame = make_frame(read_cells(workdir))
     if not frame:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +20,7 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
+from br_jax.bounds import TOKENS, require
 from br_jax.calibration import calibrate
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError, look_up
@@ -26,18 +28,20 @@ from br_jax.experiment.methods import ADAPTERS, METHODS, PROVIDER_STAGES, Cell
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
+from br_jax.experiment.settings import check_settings, check_sizes
 from br_jax.files import make_private, write_json
 from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.hub import is_hub_name
+from br_jax.models.io.load import read_spec
 from br_jax.models.model import Model, fold_adapter, guard, make_model
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
-from br_jax.provider.folder import load_model, record_adapter, write_provider
+from br_jax.provider.folder import base_of, load_model, record_adapter, write_provider
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
@@ -47,7 +51,6 @@ from br_jax.store import Store
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_params
 
-TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
 ENTERED = (*PROVIDER_STAGES, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
 
@@ -62,18 +65,27 @@ def settled(config: ConfigDict) -> ConfigDict:
     return config
 
 
+@functools.cache
+def _read_spec(source: str | os.PathLike, revision: str | None) -> ModelSpec:
+    """`read_spec`, once for all runs of a sweep: the header of a GGUF file takes seconds."""
+    return read_spec(source, revision)
+
+
 class Experiment:
     """The models, rows and scores of one config in one workdir.
 
+    Nothing is written before `begin`.
+
     Args:
         config: see configs/base.py.
-        workdir: made if absent; the same config comes back to the same workdir, another one is refused.
+        workdir: the same config comes back to the same workdir, another one is refused.
 
     Raises:
-        UserError: a setting that no recipe or mesh can be made of.
+        UserError: a number out of bounds, or a setting that no recipe or mesh can be made of.
     """
 
     def __init__(self, config: ConfigDict, workdir: str | os.PathLike):
+        check_settings(config)
         self.config = config
         self.workdir = pathlib.Path(workdir)
         self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
@@ -93,14 +105,8 @@ class Experiment:
         return self
 
     def check(self) -> None:
-        """Finds now what would be wrong hours later: settings, splits, files."""
+        """Finds now what would be wrong hours later: the model's sizes, splits, files."""
         config = self.config
-        for stage in TRAINED:
-            self.train(stage)
-        self.merge()
-        calibrate_on = config.calibrate.harmful, config.calibrate.benign
-        if any(calibrate_on) and min(calibrate_on) < 1:
-            raise UserError(f"calibrate.harmful, calibrate.benign: {calibrate_on}: set both above 0, or both to 0")
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
@@ -111,6 +117,7 @@ class Experiment:
         judges = [name for name, _ in self._judge_names()]
         for name in judges:
             look_up("judge", name, JUDGES)
+        check_sizes(config, self._spec, self.mesh)
         self.recipe.check()
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and "topic" in judges:
@@ -136,6 +143,16 @@ class Experiment:
 
     # -- models ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _spec(self) -> ModelSpec:
+        """The raw model's, without its weights."""
+        model = self.config.model
+        if model.source:
+            return _read_spec(*base_of(model.source, model.revision or None))
+        if not model.spec:
+            raise UserError("model.source is empty, and model.spec says no sizes of a model to train: set one of them")
+        return ModelSpec(**model.spec)
+
     @functools.cached_property
     def raw(self) -> Model:
         """The model as it comes; where the config names none, a small one that is trained from scratch."""
@@ -147,7 +164,7 @@ class Experiment:
         return load_model(source, mesh=self._model_mesh, revision=model.revision or None, **settings)
 
     def _pretrain(self, folder: pathlib.Path) -> None:
-        config, spec, tokenizer = self.config.pretrain, ModelSpec(**self.config.model.spec), byte_tokenizer()
+        config, spec, tokenizer = self.config.pretrain, self._spec, byte_tokenizer()
         params = init_params(spec, jax.random.key(config.train.seed))
         fresh = make_model(spec, params, tokenizer, "fresh", self.config.model.template)
         rows = self.recipe.pretraining_rows(config.rows)
@@ -298,8 +315,14 @@ class Experiment:
 
     def _judge_names(self) -> list[tuple[str, dict]]:
         """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
-        entries = [entry.strip().partition("@") for entry in self.config.eval.judges.split(",")]
-        return [(name, {"max_length": int(length)} if length.isdecimal() else {}) for name, _, length in entries]
+        named = []
+        for entry in self.config.eval.judges.split(","):
+            name, at, length = entry.strip().partition("@")
+            if at:
+                length = int(length) if re.fullmatch(r"\d{1,9}", length) else length
+                require(f"eval.judges: {name}@: the length", length, TOKENS)
+            named.append((name, {"max_length": length} if at else {}))
+        return named
 
     def answer_together(self, cells: Sequence[Cell]) -> None:
         """Has the models of several cells answer in one pass where the config says so; their answers are kept."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
+from br_jax.bounds import BATCH, SEED, TOKENS, Bound, require
 from br_jax.data.batches import shared_prefix
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt, tokenize
@@ -66,15 +67,16 @@ def generate(
     Args:
         prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
         adapter: put on the base (see `adapters.lora.stack` for several).
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
+        max_new_tokens: longest answer, at least 1 token.
+        temperature: 0 takes the likeliest token; above, up to a million, logits are divided by it and sampled.
+        seed: of sampling, below 2**32.
         batch_size: prompts run together; the last batch is filled up, so there is one shape a width.
 
     Returns:
         One answer a prompt, in order, without EOS and special tokens.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer in the model's context.
+        UserError: a prompt that leaves no room for an answer in the model's context, or a number out of bounds.
     """
     rows = generate_ids(
         model,
@@ -133,6 +135,10 @@ def generate_batches(
     Yields:
         {(index of the adapter, of the prompt): int32[max_new_tokens]} of rows that have ended.
     """
+    require("max_new_tokens", max_new_tokens, TOKENS)
+    require("temperature", temperature, Bound(0.0, 1e6))
+    require("seed", seed, SEED)
+    require("batch_size", batch_size, BATCH)
     decoder, count, known = model.decoder, len(adapters), set(known)
     for i, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > model.spec.max_length:

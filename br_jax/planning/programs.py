@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError, near_names
+from br_jax.experiment.settings import check_settings
 from br_jax.inference.generate import decode, prefill
 from br_jax.models.cache import init_unstacked_cache
 from br_jax.models.decoder import Decoder, abstract_params, unembed
@@ -69,6 +70,7 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
     """
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
+    check_settings(config)
     spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
     dtype = jnp.dtype(config.model.dtype)
     make = _training if stage in TRAINING else _generation

@@ -9,6 +9,7 @@ from br_jax.adapters import lora, peft
 from br_jax.adapters.compress import best_rank
 from br_jax.adapters.guard import require_releasable, warn_unguarded
 from br_jax.adapters.lora import Adapter
+from br_jax.bounds import RANK, require
 from br_jax.errors import UserError
 from br_jax.files import require_replaceable
 from br_jax.hashes import fingerprint
@@ -52,6 +53,8 @@ def export(
         raise UserError("no adapter to export: give its folder, or export the model")
     if form == "model" and rank is not None:
         raise UserError("a rank is for an adapter: a model has the adapter folded in")
+    if rank is not None:
+        require("rank", rank, RANK)
     own = find_folder(source, revision)
     # all that can be said before a model is loaded for nothing
     _require_apart(folder, [place for place in (source, adapter, own) if place is not None])

@@ -149,14 +149,23 @@ def read_provider(folder: pathlib.Path) -> dict:
     return record | {"base": base}
 
 
+def base_of(source: str | os.PathLike, revision: str | None = None) -> tuple[str | os.PathLike, str | None]:
+    """The source and revision that weights come from: those given, or what a provider's folder records.
+
+    Raises:
+        UserError: as `read_provider`.
+    """
+    if not is_provider(source):
+        return source, revision
+    record = read_provider(pathlib.Path(source))
+    return record["base"], record.get("revision")
+
+
 def find_folder(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path | None:
     """The Hugging Face folder that the weights of a source come from, through a provider's folder too; None for GGUF.
 
     Raises:
         UserError: as `load_model`.
     """
-    if is_provider(source):
-        record = read_provider(pathlib.Path(source))
-        source, revision = record["base"], record.get("revision")
-    path = find_source(source, revision)
+    path = find_source(*base_of(source, revision))
     return path if path.is_dir() else None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection
+from br_jax.bounds import BATCH, TOKENS, number, require_bounds
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.data.rows import Row
@@ -54,8 +55,8 @@ class Suite:
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
         health: benign rows with the raw model's own answers (perplexity).
         refusing: tokens that refusals begin with (the margins of topic and benign prompts).
-        answer_tokens: longest answer to topic and benign prompts.
-        task_tokens: longest answer to a task row.
+        answer_tokens: longest answer to topic and benign prompts, at least 1 token.
+        task_tokens: longest answer to a task row, likewise.
         batch_size: prompts generated together.
     """
 
@@ -68,9 +69,12 @@ class Suite:
     benign: Sequence[str] = ()
     health: Sequence[Row] = ()
     refusing: tuple[int, ...] = ()
-    answer_tokens: int = 48
-    task_tokens: int = 4
-    batch_size: int = 64
+    answer_tokens: int = number(48, *TOKENS)
+    task_tokens: int = number(4, *TOKENS)
+    batch_size: int = number(64, *BATCH)
+
+    def __post_init__(self):
+        require_bounds(self, "suite")
 
     @property
     def prompts(self) -> dict[str, Sequence[str | Row]]:

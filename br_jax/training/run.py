@@ -26,7 +26,7 @@ from br_jax.distributed import fetch, is_main
 from br_jax.hashes import fingerprint, key_of
 from br_jax.models.model import Model
 from br_jax.sharding import batch_parts, local_rows, make_mesh, place, platform
-from br_jax.training.config import TrainConfig
+from br_jax.training.config import TrainConfig, require_fit
 from br_jax.training.folder import Folder
 from br_jax.training.loop import Loop, Summary
 from br_jax.training.stage import Stage, frozen_collections, init_state, trainable_adapter
@@ -68,6 +68,7 @@ def train_adapter(
         UserError: bad rows or settings, a folder of another run, a full disk.
         Stopped: SIGTERM came, see `training.loop.Loop`.
     """
+    require_fit(config, model.spec, len(rows))
     frozen = dict(frozen or {})
     for attached, adapter in frozen.items():
         lora.require_base(adapter, model.fingerprint, f"{name}, {attached}")
@@ -119,6 +120,7 @@ def train_params(
         save: is given the trained params (f32) and writes them; called once, in process 0, before the run counts as
             finished.
     """
+    require_fit(config, model.spec, len(rows), adapter=False)
     folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
 
     def save_all(trained: dict) -> str:

@@ -191,8 +191,8 @@ def test_refuses_what_must_not_be_merged():
     for of_user, of_reinforce, message in cases:
         with pytest.raises(UserError, match=message):
             qr_merge(user.replace(**of_user), reinforce.replace(**of_reinforce))
-    for name, value in (("a", 1.1), ("a", np.nan), ("tau", 1.0), ("scale", np.inf), ("reinforce_scale", np.inf)):
-        with pytest.raises(UserError, match="must lie in"):
+    for name, value in (("a", 1.1), ("a", np.nan), ("tau", 1.0), ("scale", np.inf), ("reinforce_scale", -1.0)):
+        with pytest.raises(UserError, match=f"merge: {name} is {value}: it must be"):
             MergeConfig(**{name: value})
 
 

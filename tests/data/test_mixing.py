@@ -34,7 +34,7 @@ def test_exact_rule(n, p, harmful):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"harmful_share": 1.1}, "harmful_share is 1.1 and n is 10; give a share from 0 to 1"),
+        ({"harmful_share": 1.1}, "harmful_share is 1.1: it must be a number from 0 to 1"),
         ({"harmful_share": float("nan")}, "harmful_share is nan"),
         ({"n": 0}, "n is 0"),
         ({"harmful_rows": HARMFUL[:4], "index_mode": "reference"}, "5 harmful rows are needed and there are 4"),

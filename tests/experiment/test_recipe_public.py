@@ -101,5 +101,7 @@ def test_too_few_rows(make, caplog):
     assert "buffer.harmful asks for 5000 rows and there are 12" in caplog.text
     with pytest.raises(UserError, match=r"35 benign rows and 10 held-out ones.*Alpaca has 40 without an input"):
         recipe.benign_rows(35)
+    with pytest.raises(UserError, match=r"30 harmful rows are needed and there are \d+"):
+        make(user__harmful_share=1.0).check()
     with pytest.raises(UserError, match=r"'paper' has no rows to train a model from scratch on: set model\.source"):
         recipe.pretraining_rows(5)

@@ -122,6 +122,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make_tiny, rows, quic
     assert not (tmp_path / "sft" / "stage.json").exists() and not (tmp_path / "sft" / "adapter").exists()
 
 
+def test_what_the_model_cannot_have_is_refused_before_there_is_a_folder(tmp_path, tiny, rows, quick):
+    for changes, message in (
+        ({"rank": 17}, "^rank is 17: the model's v is 48 x 16: it must be at most 16"),
+        ({"max_length": 129}, "^max_length is 129: the model's context is 128 tokens"),
+        ({"targets": ("q", "w")}, "unknown targets: adapter target 'w'; near"),
+        (
+            {"steps": 0, "epochs": 1_000_000, "batch_size": 1},
+            "^epochs is 1000000: on 16 rows that is more than",
+        ),
+    ):
+        fails_with(message, tiny, rows, quick(**changes), tmp_path)
+    fails_with("^rows: there are none to train on", tiny, [], quick(), tmp_path)
+    with pytest.raises(UserError, match=r"^max_length is 129"):
+        train_params("pretrain", tiny, rows, quick(rank=17, max_length=129), pytest.fail, workdir=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_probes_look_at_both_ends_and_do_not_train(tmp_path, tiny, rows, quick):
     probes = {"harmful": rows[:3], "benign": rows[3:8]}
     config = quick(probe_every=3)

@@ -164,7 +164,7 @@ def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapt
     [
         ({"rank": 0}, "rank is 0"),
         ({"accumulation": 3}, "accumulation is 3: it must divide batch_size 8"),
-        ({"steps": 0, "epochs": 0}, "nothing would be trained"),
+        ({"steps": 0, "epochs": 0}, "epochs is 0: it must be a whole number from 1"),
         ({"frozen": "melt"}, "frozen is 'melt'.*stack, fold"),
         ({"packing": 39}, "packing is 39: a row of max_length 40 must fit in"),
         ({"attention": "splosh"}, "'splosh'.*auto, xla"),

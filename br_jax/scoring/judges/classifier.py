@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from br_jax.bounds import BATCH, TOKENS, Bound, require
 from br_jax.distributed import fetch
 from br_jax.errors import UserError
 from br_jax.hashes import fingerprint
@@ -56,13 +57,11 @@ class ClassifierJudge:
     ):
         folder = find_source(source)
         longest = read_hf_spec(folder).max_length
-        for setting, value, fits, allowed in (
-            ("dtype", dtype, dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
-            ("threshold", threshold, isinstance(threshold, float) and 0 < threshold < 1, "a share between 0 and 1"),
-            ("max_length", max_length, max_length in range(1, longest + 1), f"1 to {longest} tokens"),
-        ):
-            if not fits:
-                raise UserError(f"judge classifier: {setting} is {value!r}: give {allowed}")
+        require("judge classifier: threshold", threshold, Bound(0.0, 1.0, open_low=True, open_high=True))
+        require("judge classifier: max_length", max_length, TOKENS._replace(high=longest))
+        require("judge classifier: batch_size", batch_size, BATCH)
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"judge classifier: dtype is {dtype!r}: give float32 or bfloat16")
         model = self._model = read_classifier(folder, dtype, mesh)
         if model.tokenizer.eos_token is None:
             raise UserError(f"{folder}: its tokenizer has no EOS, with which a text must end: add it to the tokenizer")

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from br_jax.bounds import BATCH, require
 from br_jax.data.templates import tokenize
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate_ids
@@ -165,6 +166,7 @@ def load_guard(
     kind: str, source: str | os.PathLike, *, batch_size: int = 16, dtype: str = "float32", mesh: Mesh | None = None
 ) -> GuardJudge:
     """A `GuardJudge` with its model loaded; settings and errors as in `read_model`."""
+    require(f"judge {kind}: batch_size", batch_size, BATCH)
     return GuardJudge(kind, read_model(source, dtype=dtype, mesh=mesh), batch_size=batch_size)
 
 

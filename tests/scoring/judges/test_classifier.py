@@ -151,9 +151,9 @@ def test_a_wrong_folder_is_one_line(classifier, tmp_path, damage):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_length": 1025}, "max_length is 1025: give 1 to 1024 tokens"),
+        ({"max_length": 1025}, "max_length is 1025: it must be a whole number from 1 to 1,024"),
         ({"max_length": "256"}, "max_length is '256'"),
-        ({"threshold": 1.0}, "threshold is 1.0: give a share between 0 and 1"),
+        ({"threshold": 1.0}, "threshold is 1.0: it must be a number above 0, below 1"),
         ({"dtype": "float16"}, "dtype is 'float16': give float32 or bfloat16"),
     ],
 )
