@@ -100,7 +100,11 @@ def _describe(config, model_type: str) -> ModelSpec:
 
 
 def write_config(spec: ModelSpec) -> dict[str, Any]:
-    """The config.json of a spec: `read_config` gives the spec back, and transformers its model."""
+    """The config.json of a spec: `read_config` gives the spec back, and transformers its model.
+
+    Raises:
+        UserError: it has a switch or size that no config.json of its family can say.
+    """
     theirs = _config_class(spec.model_type)
     rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
     if rope:
@@ -116,7 +120,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.window_layers],
         "query_pre_attn_scalar": spec.query_scale and round(spec.query_scale**-2),  # always a whole number
     }
-    return {
+    config = {
         "architectures": [theirs.__name__.replace("Config", "ForCausalLM")],
         "model_type": spec.model_type,
         "head_dim": spec.head_dim,  # all of them look for it, though not every class names it
@@ -125,6 +129,10 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_scaling": rope,
     }
+    read = dataclasses.asdict(read_config(config, "config.json"))
+    if lost := [name for name, value in dataclasses.asdict(spec).items() if read[name] != value]:
+        raise UserError(f"no config.json of a {spec.model_type} says {', '.join(lost)} as this model has it")
+    return config
 
 
 def _config_class(model_type: str):

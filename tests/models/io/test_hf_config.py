@@ -14,7 +14,7 @@ from br_jax.errors import UserError
 from br_jax.models.cache import init_unstacked_cache
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.io.hf import tensor_names
-from br_jax.models.io.hf_config import EVERY, FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
+from br_jax.models.io.hf_config import EVERY, FAMILIES, HARMLESS, ONLY, READ, SAME, read_config, write_config
 from br_jax.models.io.layout import Stored, load_params
 from br_jax.models.spec import ModelSpec
 
@@ -257,6 +257,15 @@ def test_every_field_of_their_config_is_accounted_for(model_type):
     assert read_config(write_config(spec), "config.json") == spec
 
 
+@pytest.mark.parametrize(
+    "switches", [{"window": 3}, {"logit_soft_cap": 5.0}, {"biases": ("q",)}, {"qk_norm": True}, {"model_type": "qwen2"}]
+)
+def test_a_switch_that_a_family_does_not_have_is_not_lost_in_its_file(switches):
+    spec = ModelSpec(9, 8, 2, 2, 1, 4, 8, **switches)
+    with pytest.raises(UserError, match=f"says {'biases' if 'model_type' in switches else next(iter(switches))} as"):
+        write_config(spec)
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_their_code_asks_for_no_other_field(model_type, monkeypatch, tmp_path):
     """Declared or not: a field that is asked for with a default is one that a config.json may have."""
@@ -274,18 +283,45 @@ def test_their_code_asks_for_no_other_field(model_type, monkeypatch, tmp_path):
     assert asked - {"_attn_implementation"} <= read_by(model_type) | HARMLESS | ONLY.keys()
 
 
-NUMBERS = st.integers() | st.floats() | st.sampled_from([10**9, 10**15, 10**400, 1e30, -0.0, True])
+HOSTILE = [np.nan, np.inf, -np.inf, -1, 0, 10**15, 10**400, 1e30, True, "8", [8]]
+WINDOWED = {"use_sliding_window": True, "max_window_layers": 0}
+
+
+NUMBERS = {*SAME.values(), "rope_theta", "sliding_window", "query_pre_attn_scalar"} - {
+    "model_type",
+    "tie_word_embeddings",
+}
+NESTED = LLAMA3.keys() - {"rope_type"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [(family, name) for family in FAMILIES for name in sorted(NUMBERS & read_by(family)) + sorted(NESTED)],
+)
+def test_a_number_that_no_model_has_is_refused(model_type, name):
+    for value in HOSTILE:
+        changes = {"rope_scaling": LLAMA3 | {name: value}} if name in NESTED else WINDOWED | {name: value}
+        with pytest.raises(UserError, match=r"^config\.json: [^\n]*$") as caught:
+            read_config(make_config(model_type, changes), "config.json")
+        said = "original_length" if name == "original_max_position_embeddings" else name.removeprefix("sliding_")
+        assert said in str(caught.value) or "validator 'validate_rope'" in str(caught.value)
+
+
+def test_a_file_of_a_billion_layers_is_refused_before_there_is_a_list_of_them():
+    with pytest.raises(UserError, match="num_hidden_layers is 10000000: it must be a whole number from 1 to 1000"):
+        read_config(make_config("qwen3", {"num_hidden_layers": 10**7}), "config.json")
+
+
 JUNK = st.recursive(
-    NUMBERS | st.none() | st.text(max_size=4) | st.sampled_from(["default", "llama3", *MIXED]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(LLAMA3) + MIXED), inner),
+    st.integers() | st.floats() | st.none() | st.text(max_size=4) | st.sampled_from([*HOSTILE, 2, "llama3", *MIXED]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*LLAMA3, *MIXED]), inner),
     max_leaves=4,
 )
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(sorted(READ | HARMLESS)), JUNK, max_size=3))
+@given(st.sampled_from([*FAMILIES]), st.dictionaries(st.sampled_from(sorted(READ | HARMLESS)), JUNK, max_size=3))
 def test_any_json_makes_a_spec_or_one_line(model_type, junk):
-    """Numbers of any size among it; at once, and without a list of a billion layers."""
     try:
         assert isinstance(read_config(make_config(model_type, junk), "config.json"), ModelSpec)
     except UserError as error:
