@@ -64,7 +64,7 @@ def check_settings(config: ConfigDict) -> None:
     for stage in TRAINED:
         _made(f"{stage}.train.", TrainConfig, config[stage].train)
     if config.model.spec:
-        _made("model.spec: ", ModelSpec, config.model.spec)
+        _made("model.spec.", ModelSpec, config.model.spec)
     counts = config.calibrate.harmful, config.calibrate.benign
     if any(counts) and not all(counts):
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")
@@ -106,7 +106,7 @@ def _made(owner: str, kind: type, settings: Mapping[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"{owner}{error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{owner}{one_line(error)}") from error
+        raise UserError(f"{owner.removesuffix('.')}: {one_line(error)}") from error
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,18 +2,33 @@
 
 import dataclasses
 import json
+from dataclasses import MISSING
+
+from br_jax.bounds import number, require_bounds
+from br_jax.errors import UserError
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
+MAX_LENGTH = 10**9  # tokens: no model's context is as long
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama-3.1's longer context: slow rotations are slowed by `factor`, fast ones stay, those between are mixed."""
 
-    factor: float  # by which the context grew
-    low_freq_factor: float  # a wave of more than original_length / low_freq_factor tokens is slow
-    high_freq_factor: float  # a wave of less than original_length / high_freq_factor tokens is fast
-    original_length: int  # the context before, in tokens
+    factor: float = number(MISSING, 1, 10**6, kind=float)  # by which the context grew
+    # A wave of more than original_length / low_freq_factor tokens is slow, of less than original_length /
+    # high_freq_factor fast; the second factor is the larger one.
+    low_freq_factor: float = number(MISSING, 0, 10**6, open_low=True, kind=float)
+    high_freq_factor: float = number(MISSING, 0, 10**6, open_low=True, kind=float)
+    original_length: int = number(MISSING, 1, MAX_LENGTH)  # the context before, in tokens
+
+    def __post_init__(self):
+        require_bounds(self, "rope_scaling")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"rope_scaling: high_freq_factor is {self.high_freq_factor}: it must be above low_freq_factor, "
+                f"{self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +38,17 @@ class ModelSpec:
     The defaults of the switches are Llama's. Hashable, so that it can be a static argument of a jitted function.
     """
 
-    vocab_size: int  # V, rows of the embedding
-    embed_dim: int  # D, width of the residual stream
-    num_layers: int  # L
-    num_heads: int  # N, query heads
-    num_kv_heads: int  # K, key and value heads; divides N (grouped-query attention)
-    head_dim: int  # H; N * H need not equal D
-    ffw_dim: int  # F, width of the gated feed-forward layer
-    rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-5  # of every RMSNorm
+    vocab_size: int = number(MISSING, 1, 10**7)  # V, rows of the embedding
+    embed_dim: int = number(MISSING, 1, 10**6)  # D, width of the residual stream
+    num_layers: int = number(MISSING, 1, 1000)  # L
+    num_heads: int = number(MISSING, 1, 10**4)  # N, query heads
+    num_kv_heads: int = number(MISSING, 1, 10**4)  # K, key and value heads; divides N (grouped-query attention)
+    head_dim: int = number(MISSING, 2, 10**4)  # H, even; N * H need not equal D
+    ffw_dim: int = number(MISSING, 1, 10**7)  # F, width of the gated feed-forward layer
+    rope_theta: float = number(10000.0, 1, 10**12, kind=float)  # base of the rotary frequencies
+    norm_eps: float = number(1e-5, 0, 1, open_low=True, kind=float)  # of every RMSNorm
     tie_embeddings: bool = True  # the output head is the embedding itself
-    max_length: int = 2048  # longest context that the model was trained for, in tokens
+    max_length: int = number(2048, 1, MAX_LENGTH)  # longest context that the model was trained for, in tokens
     model_type: str = "llama"  # the maker's name of the family, as in config.json
     rope_scaling: RopeScaling | None = None
     biases: tuple[str, ...] = ()  # which of `KERNELS` have a bias
@@ -42,27 +57,34 @@ class ModelSpec:
     norm_plus_one: bool = False  # norms multiply by 1 + weight, in f32, and only then round to the compute dtype
     activation: str = "silu"  # of the gate; or "gelu_tanh"
     scale_embeddings: bool = False  # embeddings are multiplied by sqrt(D), rounded to the compute dtype
-    query_scale: float | None = None  # of the scores before the softmax; None is H^-0.5
-    attention_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
-    logit_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
-    window: int | None = None  # a query sees itself and the window - 1 tokens before it, in the layers of `windowed`
+    # Of the scores before the softmax; None is H^-0.5.
+    query_scale: float | None = number(None, 0, 1, open_low=True, kind=float)
+    # Scores, and logits, become cap * tanh(x / cap).
+    attention_soft_cap: float | None = number(None, 0, 10**6, open_low=True, kind=float)
+    logit_soft_cap: float | None = number(None, 0, 10**6, open_low=True, kind=float)
+    # A query sees itself and the window - 1 tokens before it, in the layers of `windowed`.
+    window: int | None = number(None, 1, MAX_LENGTH)
     windowed: tuple[bool, ...] = ()  # for each layer, whether it has the window; empty for all of them
 
     def __post_init__(self):
+        require_bounds(self)
+        for field in dataclasses.fields(self):
+            if field.type is bool and type(value := getattr(self, field.name)) is not bool:
+                raise UserError(f"{field.name} is {value!r}: it must be True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):  # a config's, or JSON's
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("biases", "windowed"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+            raise UserError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rope needs pairs")
+            raise UserError(f"head_dim {self.head_dim} is odd: rope needs pairs")
         if unknown := set(self.biases) - set(KERNELS):
-            raise ValueError(f"biases {sorted(unknown)} are none of {', '.join(KERNELS)}")
+            raise UserError(f"biases {sorted(unknown)} are none of {', '.join(KERNELS)}")
         if self.activation not in ("silu", "gelu_tanh"):
-            raise ValueError(f"activation {self.activation!r}: silu or gelu_tanh")
+            raise UserError(f"activation {self.activation!r}: silu or gelu_tanh")
         if self.windowed and (self.window is None or len(self.windowed) != self.num_layers):
-            raise ValueError(f"windowed says {len(self.windowed)} layers of {self.num_layers}, window {self.window}")
+            raise UserError(f"windowed says {len(self.windowed)} layers of {self.num_layers}, window {self.window}")
 
     @property
     def window_layers(self) -> tuple[bool, ...]:

@@ -12,13 +12,13 @@ from safetensors.numpy import load_file
 from br_jax.inference.generate import decode, generate_ids, prefill
 from br_jax.models.cache import init_unstacked_cache, write_rows
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.io.hf import read_hf_spec, write_hf
-from br_jax.models.io.hf_config import FAMILIES, HARMLESS, ONLY, READ, read_config, write_config
+from br_jax.models.io.hf import write_hf
 from br_jax.provider.folder import load_model
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
+torch.set_num_threads(1)  # several wait for each other longer than so small a model takes
 LENGTHS = (1, 7, 8, 9, 31)  # the window, where there is one, is 8
 STEPS = 40
 
@@ -135,14 +135,3 @@ def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path, like):
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     np.testing.assert_array_equal(theirs(loaded, rows[-1]), theirs(network, rows[-1]))
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_field_of_their_config_is_accounted_for(model_type, tmp_path):
-    """And the default, e.g. Llama-2-7B at full size, is read and written: nothing is tiny or odd there."""
-    config = CONFIG_MAPPING[model_type]().to_dict()
-    assert set(config) <= READ | HARMLESS | ONLY.keys()
-    assert not READ & HARMLESS and not ONLY.keys() & (READ | HARMLESS)
-    spec = read_config(config, "config.json")
-    (tmp_path / "config.json").write_text(json.dumps(write_config(spec)))
-    assert read_hf_spec(tmp_path) == spec

@@ -17,7 +17,7 @@ from br_jax.models.attention import rope_angles
 from br_jax.models.io import hf
 from br_jax.models.io.gguf_file import BROKEN, GGUFFile
 from br_jax.models.io.gguf_tokenizer import read_tokenizer, stop_tokens
-from br_jax.models.io.hf_config import read_config
+from br_jax.models.io.hf_config import read_config, require_sizes
 from br_jax.models.io.layout import Stored, load_params
 from br_jax.models.spec import ModelSpec, RopeScaling
 
@@ -78,7 +78,7 @@ def describe_gguf(path: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
     file = GGUFFile(path)
     return _spec(file), {
         "dtypes": dict(Counter(tensor.tensor_type.name for tensor in file.tensors)),
-        "tokens": len(file.get("tokenizer.ggml.tokens", ())),
+        "tokens": len(file.items("tokenizer.ggml.tokens", str, [])),
         "chat_template": bool(file.get("tokenizer.chat_template")),
     }
 
@@ -107,8 +107,9 @@ def _spec(file: GGUFFile) -> ModelSpec:
         file.demand(f"{family}.{key}", (value,), value)
     said = {name: (file.get if name in _OPTIONAL else file.need)(f"{family}.{name}") for name in _FIELDS}
     config = {field: said[name] for name, field in _FIELDS.items() if said[name] is not None}
+    require_sizes(config, file.path)  # before they are reckoned with
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    config = {"num_key_value_heads": heads, "head_dim": width // max(heads, 1), "rope_theta": 10000.0} | config
+    config = {"num_key_value_heads": heads, "head_dim": width // heads, "rope_theta": 10000.0} | config
     config |= {
         "model_type": family,
         "rms_norm_eps": _as_written(config["rms_norm_eps"]),
@@ -116,7 +117,7 @@ def _spec(file: GGUFFile) -> ModelSpec:
         "tie_word_embeddings": family == "gemma2" or all(tensor.name != "output.weight" for tensor in file.tensors),
     }
     if "vocab_size" not in config:
-        config["vocab_size"] = len(file.need("tokenizer.ggml.tokens"))
+        config["vocab_size"] = len(file.items("tokenizer.ggml.tokens", str))
     for key in ("attention.value_length", "rope.dimension_count"):
         file.demand(f"{family}.{key}", (config["head_dim"],), config["head_dim"])
     if family == "gemma2":
@@ -139,7 +140,10 @@ def _rope_scaling(file: GGUFFile, spec: ModelSpec) -> RopeScaling | None:
     divisors = _dequantize(stored[0], file.path)
     # The slowest frequencies are divided by the whole factor; the rest is the same in all of Meta's models.
     factor = _as_written(divisors.max(initial=1))
-    scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    try:
+        scaling = RopeScaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    except UserError as error:
+        raise UserError(f"{file.path}: tensor {_ROPE_DIVISORS}: {error}") from error
     plain, scaled = (
         np.asarray(rope_angles(jnp.ones((1, 1)), dataclasses.replace(spec, rope_scaling=how)))[0, 0]
         for how in (None, scaling)

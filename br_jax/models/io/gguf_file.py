@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 from br_jax.files import reading
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
@@ -41,13 +41,23 @@ class GGUFFile:
 
     def get(self, key: str, default=None):
         """The value of a key, or the default where the file does not have it."""
-        return self.fields[key].contents() if key in self.fields else default
+        try:
+            return self.fields[key].contents() if key in self.fields else default
+        except BROKEN as error:  # e.g. text that is no UTF-8
+            raise UserError(f"{self.path}: {key} cannot be read ({one_line(error)}): convert it again") from error
 
     def need(self, key: str):
         """The value of a key that must be there."""
         if key not in self.fields:
             raise UserError(f"{self.path}: metadata {key} is missing: convert it again with a current llama.cpp")
         return self.get(key)
+
+    def items(self, key: str, kind: type, default: list | None = None) -> list:
+        """The list that a key holds, of items of one kind; it must be there, unless there is a default."""
+        items = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+            raise UserError(f"{self.path}: {key} is no list of {kind.__name__}: convert it again")
+        return items
 
     def demand(self, key: str, allowed: Collection, default=None):
         """The value of a key, which must be one of those that are implemented."""
@@ -58,6 +68,6 @@ class GGUFFile:
     def token(self, name: str, count: int) -> int | None:
         """The id of a named token, e.g. "eos"; one that is among so many, or None where the file does not say."""
         key = f"tokenizer.ggml.{name}_token_id"
-        if (index := self.get(key)) is not None and not 0 <= index < count:
-            raise UserError(f"{self.path}: {key} is {index}, but there are {count} tokens")
+        if (index := self.get(key)) is not None and (type(index) is not int or not 0 <= index < count):
+            raise UserError(f"{self.path}: {key} is {one_line(repr(index))}, but there are {count} tokens")
         return index

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 from br_jax.models.io.gguf_file import GGUFFile
 from br_jax.models.spec import ModelSpec
 
@@ -62,11 +62,13 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
     ids = {name: file.token(theirs, len(kinds)) for name, theirs in _NAMED.items()}
     if ids["pad_token"] is None:
         ids["pad_token"] = ids["eos_token"]  # masks never look at ids
-    tokens = list(kinds)
+    tokens, template = list(kinds), file.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError(f"{file.path}: tokenizer.chat_template is no text: convert it again")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         add_bos_token=add_bos,
-        chat_template=file.get("tokenizer.chat_template"),
+        chat_template=template,
         model_max_length=spec.max_length,
         clean_up_tokenization_spaces=False,
         **{name: tokens[index] for name, index in ids.items() if index is not None},
@@ -81,8 +83,8 @@ def stop_tokens(file: GGUFFile, spec: ModelSpec) -> tuple[int, ...]:
 
 def _token_kinds(file: GGUFFile, spec: ModelSpec) -> dict[str, int]:
     """The `TokenType` of each token, in the order of their ids."""
-    tokens = file.need("tokenizer.ggml.tokens")
-    kinds = file.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    tokens = file.items("tokenizer.ggml.tokens", str)
+    kinds = file.items("tokenizer.ggml.token_type", int, [TokenType.NORMAL] * len(tokens))
     distinct = len(set(tokens))
     if not distinct == len(tokens) == len(kinds) or len(tokens) > spec.vocab_size:
         raise UserError(
@@ -95,7 +97,7 @@ def _token_kinds(file: GGUFFile, spec: ModelSpec) -> dict[str, int]:
 def _byte_level(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
     """(A BPE over the bytes of a text's words, whether it adds BOS if the file does not say)."""
     words = WORDS[file.demand("tokenizer.ggml.pre", WORDS)]
-    merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in file.items("tokenizer.ggml.merges", str)]
     backend = Tokenizer(_bpe(file, kinds, merges, ignore_merges=words.whole))
     if words.composed:
         backend.normalizer = normalizers.NFC()
@@ -114,7 +116,7 @@ def _sentencepiece(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bo
     of their results' scores. A character that is no piece is its bytes. Spaces are "▁", one is put before the text, and
     before what follows an added token (as llama.cpp and the makers' tokenizer.json have it).
     """
-    scores = file.need("tokenizer.ggml.scores")
+    scores = file.items("tokenizer.ggml.scores", float)
     if len(scores) != len(kinds):
         raise UserError(f"{file.path}: {len(kinds)} tokens and {len(scores)} tokenizer.ggml.scores")
     for byte in range(256):
@@ -146,4 +148,4 @@ def _bpe(file: GGUFFile, kinds: dict[str, int], merges: list[tuple[str, ...]], *
     try:
         return BPE(vocab={token: i for i, token in enumerate(kinds)}, merges=merges, **how)
     except Exception as error:  # the Rust library raises nothing narrower
-        raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
+        raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens: {one_line(error)}") from error

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 from br_jax.files import PICKLES, read_json, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
 from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
@@ -79,7 +79,7 @@ def read_hf(
         embedding = tensors.get("model.embed_tokens.weight", head)
         if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
             raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
-    tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder)
+    tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder, spec)
     params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
     return spec, params, tokenizer, stops
 
@@ -219,13 +219,14 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _stop_tokens(folder: Path) -> tuple[int, ...]:
+def _stop_tokens(folder: Path, spec: ModelSpec) -> tuple[int, ...]:
     """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
     file = folder / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise UserError(f"{file}: eos_token_id is {ids!r}, not token ids: correct it or delete the file")
+    if not all(type(i) is int and 0 <= i < spec.vocab_size for i in ids):
+        said = f"eos_token_id is {one_line(repr(ids))}, not token ids below {spec.vocab_size}"
+        raise UserError(f"{file}: {said}: correct it or delete the file")
     return tuple(ids)
 
 
@@ -250,7 +251,7 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers would use.
 
     Raises:
-        UserError: it is missing, damaged, or has more tokens than the model has embeddings.
+        UserError: it is missing, damaged, or has tokens that the model has no embeddings for.
     """
     from transformers import AutoTokenizer  # here, for it imports torch where torch is installed
 
@@ -259,8 +260,10 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
         raise UserError(f"{path}: no such file: save the tokenizer there as a fast tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        highest = max(tokenizer.get_vocab().values(), default=-1)
+        tokenizer.encode("text")  # which shows what loading has not looked at
     except Exception as error:  # the Rust library raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer that can be loaded: {error}") from error
-    if len(tokenizer) > spec.vocab_size:
-        raise UserError(f"{path}: {len(tokenizer)} tokens for an embedding of {spec.vocab_size} rows")
+        raise UserError(f"{path}: not a tokenizer that can be loaded: {one_line(error)}") from error
+    if highest >= spec.vocab_size:
+        raise UserError(f"{path}: has a token {highest}, for an embedding of {spec.vocab_size} rows")
     return tokenizer

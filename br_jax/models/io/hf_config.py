@@ -2,7 +2,8 @@
 
 transformers' own config classes read the file, so that what is absent means what it means there. Each of their fields
 is either read here, of no influence on what the model computes, or refused unless it has the one value that is
-implemented; any other field is an error.
+implemented; any other field is an error. Of the fields that are read, those that a family's class does not have are
+ignored, as its code ignores them: a Llama has no soft-caps, whatever its config.json says.
 """
 
 import copy
@@ -10,9 +11,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from br_jax.bounds import Bound, bounds_of, require
 from br_jax.errors import UserError, one_line
 from br_jax.models.spec import KERNELS, ModelSpec
 
+_BOUNDS = bounds_of(ModelSpec)
 _QKVO, _MLP = KERNELS[:4], KERNELS[4:]
 
 # What config.json does not say, for its makers' code does: switches of the spec.
@@ -54,7 +57,10 @@ HARMLESS = {
     "output_hidden_states", "return_dict", "id2label", "label2id", "num_labels", "problem_type",
     "chunk_size_feed_forward", "is_encoder_decoder", "_name_or_path",
 }  # fmt: skip
-ONLY = {"attention_dropout": (0, None), "use_bidirectional_attention": (None, False)}
+ONLY = {"attention_dropout": (0, None), "use_bidirectional_attention": (None, False), "is_causal": (True,)}
+EVERY = {"head_dim", "rope_theta", "rope_scaling"}  # what every family reads, though not every class names it
+QUERY_SCALAR = Bound(1, 10**6)
+LAYERS = ("full_attention", "sliding_attention")
 NOTES = ("_", "unsloth_")  # how fields begin that tools leave for themselves
 
 
@@ -64,36 +70,41 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
     Raises:
         UserError: a family, field or value that the decoder does not have, or sizes that make no model.
     """
-    config = _parse(content, path)
+    model_type = _model_type(content, path)
     for name, value in content.items():
         if name not in READ | HARMLESS and not name.startswith(NOTES) and value not in ONLY.get(name, (None,)):
             known = f"only {ONLY[name][0]!r} is supported" if name in ONLY else "br_jax does not know this field"
-            raise UserError(
-                f"{path}: {name} is {value!r}: {known}, and leaving it out could change the model's answers"
-            )
+            said = f"{name} is {one_line(repr(value))}: {known}"
+            raise UserError(f"{path}: {said}, and leaving it out could change the model's answers")
+    config = _parse(content, model_type, path)
+    try:
+        return _describe(config, model_type)
+    except (UserError, TypeError) as error:  # TypeError: older transformers let any type pass
+        raise UserError(f"{path}: {error}") from error
+
+
+def _describe(config, model_type: str) -> ModelSpec:
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{path}: the activation is {activation!r}, only {' or '.join(ACTIVATIONS)} is supported")
+    if activation not in (*ACTIVATIONS,):
+        raise UserError(f"the activation is {activation!r}, only {' or '.join(ACTIVATIONS)} is supported")
+    said = {ours: getattr(config, theirs, None) for ours, theirs in SAME.items()}
+    if not hasattr(config, "head_dim"):
+        said["head_dim"] = said["embed_dim"] // said["num_heads"]
+    if hasattr(config, "query_pre_attn_scalar"):
+        require("query_pre_attn_scalar", config.query_pre_attn_scalar, QUERY_SCALAR)
+        said["query_scale"] = config.query_pre_attn_scalar**-0.5
     biases = _QKVO if getattr(config, "attention_bias", False) else ()
     biases += _MLP if getattr(config, "mlp_bias", False) else ()
-    said = {ours: getattr(config, theirs, None) for ours, theirs in SAME.items()}
-    said["num_kv_heads"] = said["num_kv_heads"] or said["num_heads"]
-    try:
-        said["head_dim"] = said["head_dim"] or said["embed_dim"] // said["num_heads"]
-        return ModelSpec(
-            activation=ACTIVATIONS[activation],
-            query_scale=config.query_pre_attn_scalar**-0.5 if hasattr(config, "query_pre_attn_scalar") else None,
-            **said,
-            **_rope(config, path),
-            **_windows(config),
-            **{"biases": biases} | FAMILIES[config.model_type],
-        )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: its sizes make no model: {error}") from error
+    switches = {"biases": biases} | FAMILIES[model_type]
+    return ModelSpec(activation=ACTIVATIONS[activation], **said, **_rope(config), **_windows(config), **switches)
 
 
 def write_config(spec: ModelSpec) -> dict[str, Any]:
-    """The config.json of a spec: `read_config` gives the spec back, and transformers its model."""
+    """The config.json of a spec: `read_config` gives the spec back, and transformers its model.
+
+    Raises:
+        UserError: it has a switch or size that no config.json of its family can say.
+    """
     theirs = _config_class(spec.model_type)
     rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
     if rope:
@@ -109,7 +120,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.window_layers],
         "query_pre_attn_scalar": spec.query_scale and round(spec.query_scale**-2),  # always a whole number
     }
-    return {
+    config = {
         "architectures": [theirs.__name__.replace("Config", "ForCausalLM")],
         "model_type": spec.model_type,
         "head_dim": spec.head_dim,  # all of them look for it, though not every class names it
@@ -118,6 +129,10 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_scaling": rope,
     }
+    read = dataclasses.asdict(read_config(config, "config.json"))
+    if lost := [name for name, value in dataclasses.asdict(spec).items() if read[name] != value]:
+        raise UserError(f"no config.json of a {spec.model_type} says {', '.join(lost)} as this model has it")
+    return config
 
 
 def _config_class(model_type: str):
@@ -127,39 +142,62 @@ def _config_class(model_type: str):
     return CONFIG_MAPPING[model_type]
 
 
-def _parse(content: dict[str, Any], path):
+def _model_type(content: dict[str, Any], path) -> str:
+    """The family whose class transformers reads the file with."""
     model_type = content.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in (*FAMILIES,):
         known = ", ".join(FAMILIES)
         raise UserError(f"{path}: model_type is {model_type!r}, only {known} are supported: choose such a model")
     if content.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantized weights are read from GGUF only; load the plain model")
+    if model_type == "mistral" and "layer_types" in content:
+        raise UserError(f"{path}: layer_types: transformers takes it for a Ministral, which br_jax does not have")
+    return model_type
+
+
+def _parse(content: dict[str, Any], model_type: str, path):
+    """transformers' config of what that family reads."""
+    theirs = _config_class(model_type)
+    read = READ & (theirs().to_dict().keys() | EVERY)
+    said = {name: copy.deepcopy(value) for name, value in content.items() if name in read}
+    require_sizes(said, path)  # before it makes a list of that many layers
     try:
-        return _config_class(model_type).from_dict(copy.deepcopy(content))
+        return theirs.from_dict(said | {"model_type": model_type})
     except Exception as error:  # its validators raise what they like
         raise UserError(f"{path}: transformers refuses it: {one_line(error)}") from error
 
 
-def _rope(config, path) -> dict[str, Any]:
+def require_sizes(config: dict[str, Any], path: str | pathlib.Path) -> None:
+    """Refuses a number of a config.json that is out of its bound in `ModelSpec`; None is left to its class."""
+    for ours, theirs in SAME.items():
+        if ours in _BOUNDS and config.get(theirs) is not None:
+            require(f"{path}: {theirs}", config[theirs], _BOUNDS[ours])
+
+
+def _rope(config) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     kind = rope.pop("rope_type", "default")
     rope.pop("type", None)
     if kind not in ROPE_TYPES:
-        raise UserError(f"{path}: rope_type is {kind!r}, only {' or '.join(ROPE_TYPES)} is supported")
-    fields = {"rope_theta": rope.pop("rope_theta")}
+        raise UserError(f"rope_type is {kind!r}, only {' or '.join(ROPE_TYPES)} is supported")
+    fields = {"rope_theta": rope.pop("rope_theta", None)}
     if kind == "llama3":
         fields["rope_scaling"] = {
-            "original_length": rope.pop("original_max_position_embeddings"),
-            **{name: rope.pop(name) for name in ("factor", "low_freq_factor", "high_freq_factor")},
+            "original_length": rope.pop("original_max_position_embeddings", None),
+            **{name: rope.pop(name, None) for name in ("factor", "low_freq_factor", "high_freq_factor")},
         }
     if rope and rope != {"partial_rotary_factor": 1.0}:
-        raise UserError(f"{path}: rope_scaling has {sorted(rope)}, which br_jax does not know")
+        raise UserError(f"rope_scaling has {sorted(rope)}, which br_jax does not know")
     return fields
 
 
 def _windows(config) -> dict[str, Any]:
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    windowed = tuple(kind == "sliding_attention" for kind in types or ())
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+    if unknown := [kind for kind in types if kind not in LAYERS]:
+        raise UserError(f"layer_types has {unknown[0]!r}, only {' or '.join(LAYERS)} is supported")
+    windowed = tuple(kind == "sliding_attention" for kind in types)
+    if window is None and True in windowed:
+        raise UserError("layer_types has sliding_attention, but there is no sliding_window: add it")
     if window is None or (windowed and not any(windowed)):
         return {}
     return {"window": window} if all(windowed) else {"window": window, "windowed": windowed}

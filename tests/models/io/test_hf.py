@@ -53,9 +53,14 @@ def test_old_style_config_and_a_tied_head_written_out(folder):
     assert spec.rope_theta == 5000.0 and "head" not in params
 
 
+def edit_json(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
 def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(folder / "config.json", lambda config: config.update(changes))
 
 
 def edit_tensors(folder, edit):
@@ -94,6 +99,9 @@ CONFIG = [
     ({"attention_sink": 4}, "attention_sink is 4: br_jax does not know"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0 is supported"),
     ({"hidden_act": "gelu"}, "the activation is 'gelu'"),
+    ({"model_type": ["llama"]}, r"model_type is \['llama'\], only llama"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: it must be a whole number from 1 to 1,000"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: it must be a number above 0"),
     ({"num_key_value_heads": 4}, "num_kv_heads 4 does not divide"),
     ({"num_hidden_layers": 4}, r"model\.layers\.3.* is missing \(9 in all\)"),
 ]
@@ -109,11 +117,20 @@ FILES = [
     (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
     (lambda f: cut(f / "model.safetensors", 9000), r"model\.safetensors: not a whole safetensors file"),
     (lambda f: cut(f / "tokenizer.json", 900), r"tokenizer\.json: not a tokenizer"),
-    (enlarge, "268 tokens for an embedding of 263 rows"),
+    (enlarge, "has a token 267, for an embedding of 263 rows"),
+    (lambda f: edit_json(f / "tokenizer.json", lambda t: t["model"]["vocab"].update(a=10**6)), "has a token 1000000"),
+    (lambda f: edit_json(f / "tokenizer_config.json", lambda t: t.update(model_max_length="x")), "not a tokenizer"),
     (lambda f: sharded(f, "model-00002.safetensors"), r"model-00002\.safetensors: no such file"),
     (lambda f: sharded(f, "../secret"), "weight_map must give file names"),
     (pickled, r"pytorch_model\.bin is pickled and can run code"),
-    (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'), r"config\.json: eos_token_id"),
+    *(
+        (lambda f, ids=ids: (f / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}'), message)
+        for ids, message in (
+            ('"</s>"', r"config\.json: eos_token_id is \['</s>'\], not token ids below 263"),
+            ("[257, 263]", r"eos_token_id is \[257, 263\]"),
+            ("true", r"eos_token_id is \[True\]"),
+        )
+    ),
 ]
 DAMAGE = [
     *((lambda f, changes=changes: edit_config(f, **changes), message) for changes, message in CONFIG),
