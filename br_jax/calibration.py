@@ -13,6 +13,7 @@ from absl import logging
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.data.replies import begins_refusal
+from br_jax.data.rows import as_prompts
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.method import release
@@ -71,8 +72,9 @@ def calibrate(
         The merge with its scale, the base's behaviour, and what was tried.
 
     Raises:
-        UserError: no prompts of either kind; otherwise as `method.release`.
+        UserError: no list of prompts of either kind, or an empty one; otherwise as `method.release`.
     """
+    harmful, benign = as_prompts(harmful, "harmful"), as_prompts(benign, "benign")
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
     merge, store = merge or MergeConfig(), Store() if store is None else store

@@ -11,19 +11,16 @@ With Buffer attached the model is already at the floor of the harmful loss, so h
 give; without it the base is what it was, since nothing ever wrote to it.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
-from br_jax.data.rows import Row, read_rows
+from br_jax.data.rows import Row, Rows, as_rows
 from br_jax.errors import UserError
 from br_jax.models.model import Model
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
-
-Rows = Sequence[Row] | str | pathlib.Path
 
 
 def train_buffer(
@@ -122,4 +119,4 @@ def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig 
 
 
 def _rows(rows: Rows) -> Sequence[Row]:
-    return read_rows(rows) if isinstance(rows, str | pathlib.Path) else rows
+    return as_rows(rows)

@@ -12,7 +12,7 @@ import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
 from br_jax.data.batches import shared_prefix
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, as_prompts
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.distributed import fetch
 from br_jax.errors import UserError
@@ -74,11 +74,11 @@ def generate(
         One answer a prompt, in order, without EOS and special tokens.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer in the model's context.
+        UserError: no list of prompts, or a prompt that leaves no room for an answer in the model's context.
     """
     rows = generate_ids(
         model,
-        [encode_prompt(model, prompt) for prompt in prompts],
+        encode_prompts(model, prompts),
         adapter,
         stops=model.stop_tokens,
         max_new_tokens=max_new_tokens,
@@ -190,6 +190,11 @@ def generate_batches(
             for found in run(group):
                 yield {key: row for key, row in found.items() if key in wanted}
                 bar.update(len(found))
+
+
+def encode_prompts(model: Model, prompts: Sequence[str | Row]) -> list[list[int]]:
+    """`encode_prompt` of each; a `UserError` for what is no list of prompts."""
+    return [encode_prompt(model, prompt) for prompt in as_prompts(prompts)]
 
 
 def encode_prompt(model: Model, prompt: str | Row) -> list[int]:

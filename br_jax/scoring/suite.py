@@ -16,7 +16,7 @@ import numpy as np
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, as_prompts, as_rows
 from br_jax.datasets.attacks import Attack
 from br_jax.distributed import is_main
 from br_jax.files import write_text
@@ -71,6 +71,11 @@ class Suite:
     answer_tokens: int = 48
     task_tokens: int = 4
     batch_size: int = 64
+
+    def __post_init__(self):
+        for name, read in (("task_rows", as_rows), ("health", as_rows), ("benign", as_prompts)):
+            if given := getattr(self, name):
+                object.__setattr__(self, name, read(given, name))
 
     @property
     def prompts(self) -> dict[str, Sequence[str | Row]]:
