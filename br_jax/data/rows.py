@@ -131,7 +131,7 @@ def _bounded(row: Row, at: str) -> Row:
 def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
     """Validates one object and makes a row of it; the first layout with all its fields is taken."""
     if not tag and isinstance(record.get("tag"), str):
-        tag = record["tag"]
+        tag = text_of(record, "tag", origin)
     if "messages" in record:
         return _bounded(Row(_turns(record["messages"], origin), tag=tag, origin=origin), origin)
     is_alpaca = "instruction" in record and ("output" in record or "prompt" not in record)
