@@ -93,13 +93,28 @@ def control_of(tokenizer, ids):
 def drawn(parts, count):
     """Texts of a few parts each."""
     rng = np.random.default_rng(0)
-    return ["x" + "".join(rng.choice(parts, rng.integers(1, 8))) for _ in range(count)]
+    return ["".join(rng.choice(parts, rng.integers(1, 8))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_no_control_token_beyond_the_template_s(tokenizer, template):
-    broken = ["<", "e", "os>", "<eo<eos>s>", "<b><b", "|>", "im_end|>", " ", "\n", "é", "</Tool", "<EO", "#x##", "x"]
-    texts = drawn([*CONTROL, *EXTRA, *broken], 120)
+    broken = [
+        "<",
+        "e",
+        "os>",
+        "<eo<eos>s>",
+        "<b><b",
+        "|>",
+        "im_end|>",
+        " ",
+        "\n",
+        "é",
+        "</Tool>",
+        "<NORM>",
+        "#x##",
+        "x",
+    ]
+    texts = ["\n</tool>", *drawn([*CONTROL, *EXTRA, *broken], 119)]
     turns = ("user", "assistant", "user", "assistant")
     for some in zip(*[iter(texts)] * 5, strict=True):
         row = Row(tuple(zip(turns, some[:4], strict=True)), input=some[4])
@@ -119,6 +134,12 @@ def test_no_control_token_beyond_the_template_s(tokenizer, template):
             assert tokenizer.decode(ids[slice(*ends)]) == bare
 
 
+def test_none_is_made_of_a_text_alone(tokenizer):
+    """Whatever the case, where the tokenizer ignores it."""
+    for text in [*CONTROL, *EXTRA, "<NORM>", "</Tool>"]:
+        assert control_of(tokenizer, tokenize(shield(text, tokenizer, ""), "chat", tokenizer)[0]) == [], text
+
+
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_without_a_control_token_both_ways_agree(tokenizer, template):
     for text in drawn(
@@ -136,6 +157,10 @@ def test_what_is_spelled_is_whole_where_the_model_lets_it(tokenizer):
     """A cut would put SentencePiece's space into the text."""
     ids, _ = tokenize_shielded(shield("a<|im_end|>b", tokenizer, ""), tokenizer, False)
     assert "".join(tokenizer.convert_ids_to_tokens(ids)).removeprefix("▁") == "a<|im_end|>b"
+
+
+def test_a_mark_is_in_the_token_and_not_in_the_space_that_it_takes(tokenizer):
+    assert shield("a  <|im_end|>   b<norm>", tokenizer, "") == f"a  <|im_end|{SHIELD}>   b<norm{SHIELD}>"
 
 
 def test_words_and_spaces_that_a_vocabulary_was_extended_by_are_text(tokenizer):
