@@ -23,8 +23,9 @@ SHIELD = "\ud800"  # half a character: no text that can be tokenized has one, be
 class Found(NamedTuple):
     """An added token in a text."""
 
-    token: AddedToken
+    content: str
     id: int
+    control: bool
     start: int
     end: int  # with the white space that it takes along
 
@@ -43,7 +44,7 @@ def shield(text: str, tokenizer: PreTrainedTokenizerFast, at: str) -> str:
     require_whole(text, at)
     added = _added(tokenizer)
     # Again, for behind the mark there may be another that overlapped with the first.
-    while found := [one for finder in added.finders for one in _find(text, finder, added) if _is_control(one.token)]:
+    while found := [one for finder in added.finders for one in _find(text, finder, added) if one.control]:
         cuts = sorted({_inside(text, one, at) for one in found})
         text = SHIELD.join(text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]))
     seen = text.rstrip()  # white space goes where a template strips a turn
@@ -65,7 +66,7 @@ def tokenize_shielded(
     """
     backend, added, used = tokenizer.backend_tokenizer, _added(tokenizer), set(text)
     others = list(_find(text, added.finders[0], added))
-    control = {i: token for token, i in added.known.values() if _is_control(token) and i != tokenizer.unk_token_id}
+    control = {i: content for content, i, counts in added.known.values() if counts and i != tokenizer.unk_token_id}
     stand_in, cut = itertools.islice((c for c in map(chr, range(0xE000, 0x110000)) if c not in used), 2)
     plain = Tokenizer(backend.model)  # the same one, not a copy: it knows no added tokens but these two
     plain.add_special_tokens([AddedToken(c, normalized=False) for c in (stand_in, cut)])
@@ -78,16 +79,16 @@ def tokenize_shielded(
         ids, offsets, spelled = [], [], set()
         for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if written[start:end] == stand_in:
-                _, i, first, last = next(remaining)
-                ids.append(i)
-                offsets.append((first, last))
+                found = next(remaining)
+                ids.append(found.id)
+                offsets.append((found.start, found.end))
             elif written[start:end] != cut:
                 ids.append(i)
                 offsets.append((starts[start], ends[end]))
                 spelled |= {i} if end > start else set()
         if not spelled & control.keys():
             return ids, offsets
-    names = ", ".join(sorted(repr(control[i].content) for i in spelled & control.keys()))
+    names = ", ".join(sorted(repr(control[i]) for i in spelled & control.keys()))
     raise UserError(f"a text spells {names}, which this tokenizer takes for a control token: take it out of the text")
 
 
@@ -98,7 +99,9 @@ def _is_control(token: AddedToken) -> bool:
 
 class _Added(NamedTuple):
     finders: tuple[Tokenizer, ...]  # the first finds what the real one does, and makes nothing of the rest
-    known: dict[int, tuple[AddedToken, int]]  # by a finder's id: the token and its real id
+    known: dict[
+        int, tuple[str, int, bool]
+    ]  # by a finder's id: the token, its real id, and whether it is a control token
     beginnings: frozenset[str]  # of control tokens, whole ones left out
     longest: int  # characters of a control token
 
@@ -112,8 +115,10 @@ def _added(tokenizer: PreTrainedTokenizerFast) -> _Added:
     finders[0].normalizer = normalizer
     for finder in finders:
         finder.add_tokens(list(tokens.values()))
-    known = {finders[0].token_to_id(token.content): (token, i) for i, token in tokens.items()}
-    control = [token.content for token in tokens.values() if _is_control(token)]
+    known = {
+        finders[0].token_to_id(token.content): (token.content, i, _is_control(token)) for i, token in tokens.items()
+    }
+    control = [content for content, _, counts in known.values() if counts]
     beginnings = frozenset(name[:n] for name in control for n in range(1, len(name)))
     return _Added(tuple(finders), known, beginnings, max(map(len, control), default=0))
 
@@ -132,7 +137,7 @@ def _inside(text: str, found: Found, at: str) -> int:
     """A place inside a token, and not in white space that it takes along."""
     place = found.start + max(len(text[found.start : found.end].rstrip()) - 1, 1)
     if place >= found.end:
-        raise UserError(f"{at} holds {found.token.content!r}, a control token of this model: take it out of the text")
+        raise UserError(f"{at} holds {found.content!r}, a control token of this model: take it out of the text")
     return place
 
 

@@ -15,7 +15,7 @@ from br_jax.files import json_lines, read_text
 
 # Of one row. No context holds as many characters, and a tokenizer takes hundreds of bytes for each; a chat template is
 # run from the start for every turn.
-_MOST_CHARACTERS, _MOST_TURNS = 1_000_000, 256
+_MOST = {"characters": 1_000_000, "turns": 256}
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,10 @@ def require_whole(text: str, at: str) -> None:
 
 def _bounded(row: Row, at: str) -> Row:
     """The row, which is no larger than it may be."""
-    for size, most, what in (
-        (len(row.input) + sum(len(text) for _, text in row.turns), _MOST_CHARACTERS, "characters"),
-        (len(row.turns), _MOST_TURNS, "turns"),
-    ):
-        if size > most:
-            raise UserError(f"{at}: a row of {size:,} {what}, at most {most:,} are taken; shorten or split it")
+    sizes = {"characters": len(row.input) + sum(len(text) for _, text in row.turns), "turns": len(row.turns)}
+    for what, size in sizes.items():
+        if size > _MOST[what]:
+            raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")
     return row
 
 

@@ -194,12 +194,12 @@ def generate_batches(
 
 def encode_prompts(model: Model, prompts: Sequence[str | Row]) -> list[list[int]]:
     """`encode_prompt` of each; a `UserError` for what is no list of prompts."""
-    return [encode_prompt(model, prompt) for prompt in as_prompts(prompts)]
+    return [encode_prompt(model, prompt, f"prompt {i}") for i, prompt in enumerate(as_prompts(prompts))]
 
 
-def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
-    """Token ids of a prompt in the model's template, up to where it must answer."""
-    row = prompt if isinstance(prompt, Row) else Row(turns=(("user", prompt),))
+def encode_prompt(model: Model, prompt: str | Row, name: str = "a prompt") -> list[int]:
+    """Token ids of a prompt in the model's template, up to where it must answer; `name` it has in messages."""
+    row = prompt if isinstance(prompt, Row) else Row(turns=(("user", prompt),), origin=name)
     return tokenize(render_prompt(row, model.template, model.tokenizer), model.template, model.tokenizer)[0]
 
 
