@@ -14,6 +14,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.bounds import TOKENS, require
 from br_jax.data.replies import begins_refusal
+from br_jax.data.rows import as_prompts
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.method import require_parts
@@ -72,9 +73,10 @@ def calibrate(
         The merge with its scale, the base's behaviour, and what was tried.
 
     Raises:
-        UserError: no prompts of either kind, or numbers out of bounds; otherwise as `method.release`.
+        UserError: no list of prompts of either kind, or an empty one; a number out of bounds; or as `method.release`.
     """
     require("answer_tokens", answer_tokens, TOKENS)
+    harmful, benign = as_prompts(harmful, "harmful"), as_prompts(benign, "benign")
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
     require_parts(model, user, reinforce)

@@ -11,20 +11,15 @@ With Buffer attached the model is already at the floor of the harmful loss, so h
 give; without it the base is what it was, since nothing ever wrote to it.
 """
 
-import pathlib
-from collections.abc import Sequence
-
 from br_jax.adapters import lora
 from br_jax.adapters.guard import warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
-from br_jax.data.rows import Row, read_rows
+from br_jax.data.rows import Rows, as_rows
 from br_jax.errors import UserError
 from br_jax.models.model import Model, require_buffer
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
-
-Rows = Sequence[Row] | str | pathlib.Path
 
 
 def train_buffer(
@@ -42,7 +37,7 @@ def train_buffer(
     Returns:
         The adapter, with role "buffer".
     """
-    return train_adapter(name, "buffer", model, _rows(harmful), config or TrainConfig(), provider=True, **run)
+    return train_adapter(name, "buffer", model, as_rows(harmful), config or TrainConfig(), provider=True, **run)
 
 
 def train_reinforce(
@@ -72,7 +67,7 @@ def train_reinforce(
     """
     require_buffer(model, buffer, name)
     run = {"frozen": {"buffer": buffer}, "provider": True, **run}
-    rows = [*_rows(refusals), *_rows(benign)]
+    rows = [*as_rows(refusals), *as_rows(benign)]
     return train_adapter(name, "reinforce", model, rows, config or TrainConfig(), **run)
 
 
@@ -108,7 +103,7 @@ def train_user(
         raise UserError(f"train_user: {said}: give buffer=..., or undefended=True alone for plain SFT")
     if buffer is not None:
         require_buffer(model, buffer, name or default)
-    return train_adapter(name or default, "user", model, _rows(rows), config or TrainConfig(), frozen=frozen, **run)
+    return train_adapter(name or default, "user", model, as_rows(rows), config or TrainConfig(), frozen=frozen, **run)
 
 
 def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None) -> Adapter:
@@ -145,7 +140,3 @@ def require_parts(model: Model, user: Adapter, reinforce: Adapter) -> None:
         lora.require_base(adapter, model.fingerprint, "release")
         if model.guard is not None:
             model.guard.refuse("release", adapter)
-
-
-def _rows(rows: Rows) -> Sequence[Row]:
-    return read_rows(rows) if isinstance(rows, str | pathlib.Path) else rows

@@ -82,6 +82,8 @@ def test_a_base_that_does_not_seem_to_refuse_is_said(refuses_from, caplog):
 def test_both_kinds_of_prompts_are_needed(harmful, benign):
     with pytest.raises(UserError, match="both kinds are needed"):
         calibrate(None, None, None, harmful, benign)
+    with pytest.raises(UserError, match="is a str; give a list of prompts"):
+        calibrate(None, None, None, harmful or "harm", benign or "ask")
 
 
 def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter, monkeypatch):

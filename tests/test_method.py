@@ -31,13 +31,16 @@ def test_the_buffer_is_attached_where_the_method_says(organism, tiny):
     assert hashes["user"] != hashes["sft"]
 
 
-def test_sft_is_the_user_stage_without_buffer_and_a_file_as_good_as_its_rows(organism, tiny, rows, quick, tmp_path):
+def test_sft_is_the_user_stage_without_buffer_and_rows_are_rows_in_any_form(organism, tiny, rows, quick, tmp_path):
     file = tmp_path / "rows.jsonl"
     records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
     file.write_bytes(jsonl(*records))
     equal(organism["sft"], run.train_adapter("sft", "user", tiny, rows, quick()))
     equal(organism["sft"], br.train_user(tiny, str(file), quick(), undefended=True))
     equal(organism["sft"], br.train_user(tiny, file, quick(), undefended=True, workdir=organism["folder"]))
+    equal(organism["sft"], br.train_user(tiny, records, quick(), undefended=True, workdir=organism["folder"]))
+    with pytest.raises(br.UserError, match=r"^rows\[2\]: 'response' is empty; fill it or delete the row$"):
+        br.train_user(tiny, [*records[:2], {"prompt": "a", "response": ""}], quick(), undefended=True)
 
 
 def test_the_provider_s_folder_is_its_own(organism):

@@ -27,6 +27,7 @@ class Dropped:
     rows: int  # how many were given
     truncated: int  # kept, but their end was cut
     total: int  # left out, because the prompt fills the whole length
+    first: str = ""  # the first of both, and its length
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerFast, template: str) -> Example:
@@ -54,17 +55,23 @@ def encode_rows(
     Raises:
         UserError: when no example is left, and as `render`.
     """
-    whole = [encode(row, tokenizer, template) for row in rows]
-    cut = [{name: values[:max_length] for name, values in example.items()} for example in whole]
-    examples = [example for example in cut if example["answer"].any()]
+    examples, long = [], []
+    for index, row in enumerate(rows):
+        example = encode(row, tokenizer, template)
+        if (length := len(example["tokens"])) > max_length:
+            long.append(f"{row.origin or f'row {index + 1}'}, has {length:,} tokens")
+            # A copy, for a view would keep the whole.
+            example = {name: values[:max_length].copy() for name, values in example.items()}
+        if example["answer"].any():
+            examples.append(example)
     if not examples:
-        first = f" (the first, {rows[0].origin or 'row 1'}, has {len(whole[0]['tokens'])} tokens)" if rows else ""
+        first = f" (the first, {long[0]})" if long else ""
         raise UserError(
             f"no row is left to train on: {len(rows)} of {len(rows)} do not fit {max_length} tokens{first}; "
             "raise the limit or shorten the prompts"
         )
-    truncated = sum(len(one["tokens"]) > max_length for one in whole if one["answer"][:max_length].any())
-    return examples, Dropped(len(rows), truncated, len(rows) - len(examples))
+    total = len(rows) - len(examples)
+    return examples, Dropped(len(rows), len(long) - total, total, *long[:1])
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -4,7 +4,8 @@ User files are untrusted: every row is validated and nothing in it is executed o
 """
 
 import itertools
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 from br_jax.bounds import ROWS, require
 from br_jax.errors import UserError
 from br_jax.files import json_lines, read_text
+
+# Of one row. No context holds as many characters, and a tokenizer takes hundreds of bytes for each; a chat template is
+# run from the start for every turn.
+_MOST = {"characters": 1_000_000, "turns": 256}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,43 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -
     return rows
 
 
+# What the API takes for rows: a JSONL file, or rows of which each is a `Row` or an object as in such a file.
+Rows = Iterable[Row | Mapping[str, Any]] | str | os.PathLike
+
+
+def as_rows(rows: Rows, name: str = "rows") -> list[Row]:
+    """The rows that somebody gave.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        UserError: as `read_rows`, naming index and key.
+    """
+    if isinstance(rows, str | os.PathLike):
+        return read_rows(rows)
+    if isinstance(rows, Row | Mapping) or not isinstance(rows, Iterable):
+        raise UserError(f"{name} is a {type(rows).__name__}; give a list of rows, or the path of a JSONL file")
+    found = []
+    for index, row in enumerate(rows):
+        at = f"{name}[{index}]"
+        if not isinstance(row, Row | Mapping):
+            raise UserError(f"{at} is a {type(row).__name__}; give an object with prompt and response, or a Row")
+        found.append(_bounded(row, at) if isinstance(row, Row) else _row(row, "", at))
+    return found
+
+
+def as_prompts(prompts: Iterable[str | Row], name: str = "prompts") -> list[str | Row]:
+    """The prompts that somebody gave; a `UserError` for one alone, of which a loop would make its characters."""
+    if isinstance(prompts, str | Row | Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"{name} is a {type(prompts).__name__}; give a list of prompts")
+    found = list(prompts)
+    for index, prompt in enumerate(found):
+        if not isinstance(prompt, str | Row):
+            raise UserError(f"{name}[{index}] is a {type(prompt).__name__}; give a text or a Row")
+    return found
+
+
 def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:
     """The string under a key; anything else there, or nothing, is an error."""
     if key not in record:
@@ -64,27 +106,41 @@ def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise UserError(f"{origin}: {key!r} is {kind}, not a string; put text in quotes")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON may escape half a surrogate pair, which no tokenizer accepts.
-        raise UserError(
-            f"{origin}: {key!r} holds half a character (\\u{ord(value[error.start]):04x}); write the character whole"
-        ) from error
+    require_whole(value, f"{origin}: {key!r}")
     return value
+
+
+def require_whole(text: str, at: str) -> None:
+    """Raises a `UserError` for half a surrogate pair, which JSON may escape and no tokenizer accepts."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{at} holds half a character (\\u{ord(text[error.start]):04x}); write the character whole"
+        ) from error
+
+
+def _bounded(row: Row, at: str) -> Row:
+    """The row, which is no larger than it may be."""
+    sizes = {"characters": len(row.input) + sum(len(text) for _, text in row.turns), "turns": len(row.turns)}
+    for what, size in sizes.items():
+        if size > _MOST[what]:
+            raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")
+    return row
 
 
 def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
     """Validates one object and makes a row of it; the first layout with all its fields is taken."""
     if not tag and isinstance(record.get("tag"), str):
-        tag = record["tag"]
+        tag = text_of(record, "tag", origin)
     if "messages" in record:
-        return Row(_turns(record["messages"], origin), tag=tag, origin=origin)
+        return _bounded(Row(_turns(record["messages"], origin), tag=tag, origin=origin), origin)
     is_alpaca = "instruction" in record and ("output" in record or "prompt" not in record)
     question, answer = ("instruction", "output") if is_alpaca else ("prompt", "response")
     turns = (("user", _filled(record, question, origin)), ("assistant", _filled(record, answer, origin)))
     has_input = is_alpaca and record.get("input") is not None
-    return Row(turns, input=text_of(record, "input", origin) if has_input else "", tag=tag, origin=origin)
+    context = text_of(record, "input", origin) if has_input else ""
+    return _bounded(Row(turns, context, tag, origin), origin)
 
 
 def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:

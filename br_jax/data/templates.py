@@ -1,10 +1,12 @@
 """Prompt templates: a row as the one string that the model reads, and which part of it is the answer."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
+from br_jax.data.literals import SHIELD, shield, tokenize_shielded
 from br_jax.data.rows import Row
 from br_jax.errors import UserError, near_names, one_line
 
@@ -31,15 +33,16 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
         tokenizer: gives the EOS and the chat template.
 
     Returns:
-        The text, for `tokenize`, and for every assistant turn the span [start, end) in characters of its answer with
-        the token that ends it.
+        The text, for `tokenize`, with a `literals.SHIELD` in each control token that the row spells; and for every
+        assistant turn the span [start, end) in characters of its answer with the token that ends it.
 
     Raises:
         UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
-            template, or a chat template whose renderings of growing prefixes do not extend each other.
+            template, or a chat template whose renderings of growing prefixes do not extend each other; and as `shield`.
     """
     if row.turns[-1][0] != "assistant":
         raise UserError(f"{_name(row)}: ends with {row.turns[-1][0]!r}; end it with the assistant's answer")
+    row = _shielded(row, tokenizer)
     if _is_chat(template):
         return _render_chat(row, tokenizer)
     if tokenizer.eos_token is None:
@@ -49,6 +52,7 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
 
 def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """Renders a row up to where the model must answer: a prefix of `render`'s text, without a last assistant turn."""
+    row = _shielded(row, tokenizer)
     turns = row.turns[:-1] if row.turns[-1][0] == "assistant" else row.turns
     if _is_chat(template):
         return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True)
@@ -61,7 +65,10 @@ def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tu
     A chat template writes BOS itself, so the tokenizer must not add another (as in transformers'
     `apply_chat_template`); for Alpaca's template BOS is there if the tokenizer adds it.
     """
-    encoding = tokenizer(text, add_special_tokens=template != "chat", return_offsets_mapping=True, verbose=False)
+    adds = template != "chat"
+    if SHIELD in text:
+        return tokenize_shielded(text, tokenizer, adds)
+    encoding = tokenizer(text, add_special_tokens=adds, return_offsets_mapping=True, verbose=False)
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
@@ -73,6 +80,12 @@ def _is_chat(template: str) -> bool:
 
 def _name(row: Row) -> str:
     return row.origin or "a row"
+
+
+def _shielded(row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
+    """A row whose texts can give no control token."""
+    turns = tuple((role, shield(text, tokenizer, _name(row))) for role, text in row.turns)
+    return dataclasses.replace(row, turns=turns, input=shield(row.input, tokenizer, _name(row)))
 
 
 def _render_alpaca(turns: Turns, context: str, eos: str) -> tuple[str, Spans]:

@@ -7,7 +7,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.data.rows import Row
 from br_jax.hashes import key_of
-from br_jax.inference.generate import decode_answer, encode_prompt, generate_batches
+from br_jax.inference.generate import decode_answer, encode_prompts, generate_batches
 from br_jax.models.model import Model
 from br_jax.store import Store
 
@@ -35,7 +35,7 @@ def answer(
     Returns:
         {name of the adapter: its answers, in the order of prompts}.
     """
-    encoded = [tuple(encode_prompt(model, prompt)) for prompt in prompts]
+    encoded = [tuple(ids) for ids in encode_prompts(model, prompts)]
     texts = {ids: _text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
     unique, keys = list(texts), {}
     for label, adapter in adapters.items():

@@ -13,7 +13,7 @@ import numpy as np
 from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
 from br_jax.bounds import BATCH, SEED, TOKENS, Bound, require
 from br_jax.data.batches import shared_prefix
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, as_prompts
 from br_jax.data.templates import render_prompt, tokenize
 from br_jax.distributed import fetch
 from br_jax.errors import UserError
@@ -76,11 +76,12 @@ def generate(
         One answer a prompt, in order, without EOS and special tokens.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer in the model's context, or a number out of bounds.
+        UserError: no list of prompts, one that leaves no room for an answer in the model's context, or a number out of
+            bounds.
     """
     rows = generate_ids(
         model,
-        [encode_prompt(model, prompt) for prompt in prompts],
+        encode_prompts(model, prompts),
         adapter,
         stops=model.stop_tokens,
         max_new_tokens=max_new_tokens,
@@ -198,9 +199,14 @@ def generate_batches(
                 bar.update(len(found))
 
 
-def encode_prompt(model: Model, prompt: str | Row) -> list[int]:
-    """Token ids of a prompt in the model's template, up to where it must answer."""
-    row = prompt if isinstance(prompt, Row) else Row(turns=(("user", prompt),))
+def encode_prompts(model: Model, prompts: Sequence[str | Row]) -> list[list[int]]:
+    """`encode_prompt` of each; a `UserError` for what is no list of prompts."""
+    return [encode_prompt(model, prompt, f"prompt {i}") for i, prompt in enumerate(as_prompts(prompts))]
+
+
+def encode_prompt(model: Model, prompt: str | Row, name: str = "a prompt") -> list[int]:
+    """Token ids of a prompt in the model's template, up to where it must answer; `name` it has in messages."""
+    row = prompt if isinstance(prompt, Row) else Row(turns=(("user", prompt),), origin=name)
     return tokenize(render_prompt(row, model.template, model.tokenizer), model.template, model.tokenizer)[0]
 
 

@@ -17,7 +17,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
 from br_jax.distributed import fetch
-from br_jax.inference.generate import encode_prompt, pad_prompts, prefill, with_adapters
+from br_jax.inference.generate import encode_prompts, pad_prompts, prefill, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place, whole_batch
@@ -51,7 +51,7 @@ def refusal_margins(
         adapter: put on the base.
         batch_size: prompts run together.
     """
-    encoded, mesh = [encode_prompt(model, prompt) for prompt in prompts], mesh_of(model.params)
+    encoded, mesh = encode_prompts(model, prompts), mesh_of(model.params)
     size, by_length = whole_batch(batch_size, mesh), sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     variables = with_adapters(model, [adapter], mesh)
     counts = np.isin(np.arange(model.spec.vocab_size), refusing)

@@ -17,7 +17,7 @@ from br_jax.adapters.lora import Adapter, collection
 from br_jax.bounds import BATCH, TOKENS, number, require_bounds
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, as_prompts, as_rows
 from br_jax.datasets.attacks import Attack
 from br_jax.distributed import is_main
 from br_jax.files import write_text
@@ -75,6 +75,9 @@ class Suite:
 
     def __post_init__(self):
         require_bounds(self, "suite")
+        for name, read in (("task_rows", as_rows), ("health", as_rows), ("benign", as_prompts)):
+            if given := getattr(self, name):
+                object.__setattr__(self, name, read(given, name))
 
     @property
     def prompts(self) -> dict[str, Sequence[str | Row]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
 from br_jax.adapters import lora
@@ -21,7 +22,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.data.batches import Dropped, Example, alike, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, Rows, as_rows
 from br_jax.distributed import fetch, is_main
 from br_jax.hashes import fingerprint, key_of
 from br_jax.models.model import Model
@@ -46,7 +47,7 @@ def train_adapter(
     workdir: str | pathlib.Path | None = None,
     provider: bool = False,
     mesh: Mesh | None = None,
-    probes: Mapping[str, Sequence[Row]] | None = None,
+    probes: Mapping[str, Rows] | None = None,
 ) -> Adapter:
     """Trains one LoRA on rows, over a frozen base and any number of frozen adapters.
 
@@ -145,15 +146,20 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, s
         The trained collections; None where another process finished the run meanwhile, and it is to be read back.
     """
 
-    def encoded(rows: Sequence[Row]) -> tuple[list[Example], Dropped]:
+    def encoded(rows: Sequence[Row], of: str) -> tuple[list[Example], Dropped]:
         examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
+        if dropped.first:
+            logging.warning(
+                "%s: of %d %s %d are left out and %d lose their end at %d tokens (the first, %s): raise max_length",
+                name, dropped.rows, of, dropped.total, dropped.truncated, config.max_length, dropped.first,
+            )  # fmt: skip
         return alike(examples) if config.loss_mean == "rows" else examples, dropped
 
-    examples, dropped = encoded(rows)
+    examples, dropped = encoded(rows, "rows")
     mesh = make_mesh() if mesh is None else mesh
     probe_batches = {}
     for kind, probe_rows in ((probes or {}) if config.probe_every else {}).items():
-        probed, _ = encoded(probe_rows)
+        probed, _ = encoded(as_rows(probe_rows, f"probes[{kind!r}]"), f"rows of the probe {kind}")
         whole = -(-len(probed) // config.batch_size) * config.batch_size
         probe_batches[kind] = step_batches(probed, dataclasses.replace(config, batch_size=whole, steps=1), mesh)[0]
     stage, state = Stage.of(model.decoder, config, mesh), init_state(trainable, config.seed)

@@ -1,10 +1,14 @@
-"""Rows: the three layouts, and one case a kind of bad file."""
+"""Rows: the three layouts, from a file or not, and one case a kind of bad file."""
 
 import json
+import pathlib
+import tempfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from br_jax.data.rows import Row, read_rows
+from br_jax.data.rows import Row, as_prompts, as_rows, read_rows
 from br_jax.errors import UserError
 
 GOOD = '{"prompt": "Hi", "response": "Hello."}'
@@ -49,6 +53,7 @@ def test_max_rows_stops_before_what_follows(file):
 
 
 MESSAGES = '{"messages": [%s]}'
+LONG = "x" * 999_999
 USER, ASSISTANT, SYSTEM, TOOL = (
     json.dumps({"role": role, "content": "x"}) for role in ("user", "assistant", "system", "tool")
 )
@@ -72,6 +77,23 @@ BAD = {
     "a message of a wrong type": (MESSAGES % '"hi"', ":1: 'messages' is no list of objects; give"),
     "no content": (MESSAGES % f'{USER}, {{"role": "assistant"}}', ":1: messages[1]: no 'content' among"),
     "parts for content": (MESSAGES % '{"role": "user", "content": []}', ":1: messages[0]: 'content' is list, not a"),
+    "not a number": ('{"prompt": NaN, "response": "b"}', ":1: 'prompt' is float, not a string"),
+    "a byte of nothing": ('{"prompt": "a\0", "response": "b"}', ":1: not valid JSON (Invalid control character"),
+    "two files in one": (f"{GOOD}\n\ufeff{GOOD}", ":2: not valid JSON (Unexpected UTF-8 BOM"),
+    "UTF-16": (GOOD.encode("utf-16"), ": not UTF-8 (byte 0): save it"),
+    "half a character in a tag": (
+        '{"prompt": "a", "response": "b", "tag": "\\ud83d"}',
+        ":1: 'tag' holds half a character",
+    ),
+    "a long text": (
+        f'{GOOD}\n{{"prompt": "ab", "response": "{LONG}"}}',
+        ":2: a row of 1,000,001 characters, at most 1,000,000 are taken; shorten or split it",
+    ),
+    "a long input": (f'{{"instruction": "a", "input": "{LONG}", "output": "b"}}', ":1: a row of 1,000,001 characters"),
+    "many turns": (
+        MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 129),
+        ":1: a row of 258 turns, at most 256 are taken; shorten or split it",
+    ),
     "empty turn": (MESSAGES % f'{USER}, {{"role": "assistant", "content": ""}}', ":1: messages[1]: 'content' is empty"),
 } | {
     name: (MESSAGES % ", ".join(turns), f":1: the roles of 'messages' are {roles!r}; write")
@@ -95,3 +117,101 @@ def test_bad_file_gives_one_line_with_place(file, name):
         read_rows(path)
     message = str(error.value)
     assert message.startswith(f"{path}{expected}") and "\n" not in message and len(message) < 400
+
+
+def test_the_largest_rows_are_taken(file):
+    lines = json.dumps({"prompt": "x", "response": LONG}), MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 128)
+    assert [len(row.turns) for row in read_rows(file("\n".join(lines)))] == [2, 256]
+
+
+def test_rows_need_no_file(file):
+    records = [
+        {"prompt": "Hi", "response": "Hello."},
+        {"instruction": "Sum up", "input": "A text", "output": "Short", "tag": "task"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
+    path = file("\n".join(map(json.dumps, records)))
+    rows = as_rows(str(path))
+    assert as_rows(path) == rows and [row.origin for row in rows] == [f"{path}:{i}" for i in (1, 2, 3)]
+    given = as_rows(record for record in records)
+    assert [(row.turns, row.input, row.tag) for row in given] == [(row.turns, row.input, row.tag) for row in rows]
+    assert [row.origin for row in given] == ["rows[0]", "rows[1]", "rows[2]"]
+    mixed = as_rows((rows[0], records[1]))
+    assert mixed[0] is rows[0] and mixed[1] == given[1] and as_rows([]) == []
+
+
+ROW = Row((("user", "a"), ("assistant", "b")))
+NO_ROWS = {
+    "nothing": (None, "rows is a NoneType; give a list of rows, or the path of a JSONL file"),
+    "one object": ({"prompt": "a", "response": "b"}, "rows is a dict; give"),
+    "one Row": (ROW, "rows is a Row; give"),
+    "texts": ([ROW, "a"], "rows[1] is a str; give an object with prompt and response, or a Row"),
+    "pairs": ([("a", "b")], "rows[0] is a tuple; give"),
+    "a field too few": ([ROW, {"prompt": "a"}], "rows[1]: no 'response' among the keys ['prompt']; add it"),
+    "a long one": ([Row((("user", "aa"), ("assistant", LONG)))], "rows[0]: a row of 1,000,001 characters"),
+    "no file": ("no/such.jsonl", "no/such.jsonl: no such file: check the path"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_what_is_no_rows_gives_one_line_with_index(name):
+    rows, expected = NO_ROWS[name]
+    with pytest.raises(UserError) as error:
+        as_rows(rows)
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("one", "benign is a str; give a list of prompts"),
+        (ROW, "benign is a Row; give a list of prompts"),
+        (None, "benign is a NoneType; give a list of prompts"),
+        (["a", {"prompt": "b"}], r"benign\[1\] is a dict; give a text or a Row"),
+    ],
+)
+def test_prompts_are_several(prompts, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        as_prompts(prompts, "benign")
+    assert as_prompts(iter(["a", ROW])) == ["a", ROW]
+
+
+WHOLE = "\n".join(
+    [
+        "\ufeff" + GOOD,
+        '{"instruction": "Sum up é🙂", "input": "A \\ud83d\\ude42 text", "output": "Short", "id": 7, "tag": "task"}',
+        MESSAGES % f"{SYSTEM}, {USER}, {ASSISTANT}",
+    ]
+).encode()
+TOKENS = [
+    b"NaN",
+    b"1e999",
+    b"9" * 5000,
+    b"[" * 2000,
+    b'{"a":' * 500,
+    b"\\ud800",
+    b"\\u0000",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+]
+TOKENS += [b"null", b"true", b"{}", b"[]", b'"', b"\n", b"\r", b",", b":", b"\xe2\x80\xa8", b'"messages"', b'"role"']
+PLACE = st.integers(0, len(WHOLE))
+
+
+@given(st.lists(st.tuples(PLACE, PLACE, st.one_of(st.sampled_from(TOKENS), st.binary(max_size=3))), max_size=4))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_bytes_give_rows_or_one_line(changes):
+    content = WHOLE
+    for start, length, instead in changes:
+        content = content[:start] + instead + content[start + length % 8 :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "rows.jsonl"
+        path.write_bytes(content)
+        try:
+            rows = read_rows(path)
+        except UserError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+        else:
+            texts = [text for row in rows for text in (row.input, row.tag, *(text for _, text in row.turns))]
+            assert rows and all(text.encode() or not text for text in texts)

@@ -203,3 +203,12 @@ def test_a_row_brings_its_turns_and_a_prompt_that_leaves_no_room_is_named(speake
     with pytest.raises(UserError, match=rf"prompt 1: {limit - 5 + 1} tokens and 6 new ones exceed the model's {limit}"):
         greedy(speaker, ["a", "b" * (limit - 5)])
     assert generate(speaker, []) == []
+
+
+def test_a_lone_prompt_is_refused_and_a_typed_stop_is_text(speaker):
+    with pytest.raises(UserError, match=r"^prompts is a str; give a list of prompts$"):
+        generate(speaker, "hello")
+    with pytest.raises(UserError, match=r"^prompt 1 holds half a character \(\\ud83d\); write the character whole$"):
+        generate(speaker, ["a", "\ud83d"])
+    text = "a<eos>b<sep>"
+    assert encode_prompt(speaker, text) == [*text.encode(), speaker.tokenizer.convert_tokens_to_ids("<sep>")]

@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 from br_jax.adapters import lora
 from br_jax.data.rows import Row
 from br_jax.datasets.attacks import attacks_of
+from br_jax.errors import UserError
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring import suite as module
@@ -123,6 +124,16 @@ def test_a_suite_s_key_changes_with_what_scores_depend_on_and_an_empty_one_measu
     assert len({suite.key for suite in suites}) == 4 and Suite(TOPIC).key == suites[0].key
     nothing = evaluate(None, Suite())
     assert nothing["perplexity"] is nothing["mean_words"] is nothing["harmful"]["score"] is None
+
+
+def test_a_suite_takes_rows_in_any_form_and_several_prompts(rows):
+    records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
+    suite = Suite(health=records, task_rows=rows)
+    assert [row.turns for row in suite.health] == [row.turns for row in rows] and suite.task_rows == rows
+    with pytest.raises(UserError, match=r"^benign is a str; give a list of prompts$"):
+        Suite(benign="Name a color.")
+    with pytest.raises(UserError, match=r"^task_rows\[0\]: no 'response' among"):
+        Suite(task_rows=[{"prompt": "a"}])
 
 
 def test_free_text_of_several_turns_has_a_mean(told, tmp_path):

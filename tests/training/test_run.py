@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, as_rows
 from br_jax.errors import UserError
 from br_jax.sharding import make_mesh
 from br_jax.training import checkpoints, run
@@ -182,3 +182,16 @@ def test_every_param_of_a_small_model_can_be_trained(tmp_path, tiny, rows, quick
     (params,) = saved  # once: it is finished then
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), params, tiny.params)))
     jax.tree.map(np.testing.assert_array_equal, tiny.params, start)
+
+
+def test_what_does_not_fit_is_told(tiny, rows, quick, monkeypatch):
+    told = []
+    monkeypatch.setattr(run.logging, "warning", lambda message, *values: told.append(message % values))
+    long = [{"prompt": "a" * n, "response": "b" * 30} for n in (60, 20, 70)]
+    train(tiny, [*rows, *as_rows(long)], quick(probe_every=3), probes={"harmful": long[1:], "benign": rows[:3]})
+    assert told == [
+        "sft: of 19 rows 2 are left out and 1 lose their end at 40 tokens (the first, rows[0], has 92 tokens): "
+        "raise max_length",
+        "sft: of 2 rows of the probe harmful 1 are left out and 1 lose their end at 40 tokens "
+        "(the first, probes['harmful'][0], has 52 tokens): raise max_length",
+    ]

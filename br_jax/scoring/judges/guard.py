@@ -14,6 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from br_jax.bounds import BATCH, require
+from br_jax.data.literals import shield
 from br_jax.data.templates import tokenize
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate_ids
@@ -136,7 +137,9 @@ class GuardJudge:
         return [tokenizer.decode(row[~np.isin(row, stops)], skip_special_tokens=True) for row in rows]
 
     def render(self, exchange: Exchange) -> str:
-        """The text that the guard reads, up to where it must answer."""
+        """The text that the guard reads, up to where it must answer; an answer cannot end its own turn in it."""
+        spelled = (shield(text, self._model.tokenizer, self.name) for text in (exchange.prompt, exchange.answer))
+        exchange = Exchange(*spelled, exchange.about)
         if self._wrap is not None:
             return self._apply(self._wrap, exchange)
         texts = exchange.prompt, exchange.answer
