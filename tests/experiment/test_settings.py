@@ -177,8 +177,7 @@ def test_more_than_the_data_has_is_found_before_anything_is_made(config, nothing
     assert "\n" not in str(caught.value) and not (tmp_path / "w").exists() and not nothing_done["trained"]
 
 
-def test_the_sizes_are_those_of_a_model_that_is_not_loaded(config, nothing_done, tiny, tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_the_sizes_are_those_of_a_model_that_is_not_loaded(config, tiny, tmp_path):
     folder, provider = tmp_path / "model", tmp_path / "theirs"
     write_hf(folder, tiny.spec, jax.device_get(tiny.params), tiny.tokenizer)
     for file in folder.glob("*.safetensors"):
