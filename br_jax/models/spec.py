@@ -36,6 +36,9 @@ class ModelSpec:
     """Sizes and switches of a decoder (RMSNorm, rope, grouped-query attention, gated feed-forward layer).
 
     The defaults of the switches are Llama's. Hashable, so that it can be a static argument of a jitted function.
+
+    Raises:
+        UserError: a number is out of its bound (the tops are beyond any real model), or fields do not go together.
     """
 
     vocab_size: int = number(MISSING, 1, 10**7)  # V, rows of the embedding

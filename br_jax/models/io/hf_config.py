@@ -28,6 +28,8 @@ FAMILIES = {
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_TYPES = ("default", "llama3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+QUERY_SCALAR = Bound(1, 10**6)
 
 # Fields of a spec that config.json says in one field of its own.
 SAME = {
@@ -50,6 +52,7 @@ READ = {
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "query_pre_attn_scalar",
 }  # fmt: skip
+EVERY = {"head_dim", "rope_theta", "rope_scaling"}  # every family reads these, though not every class names them
 # How weights were drawn, what is returned, what generation begins and ends with, where the file came from.
 HARMLESS = {
     "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "torch_dtype", "pretraining_tp",
@@ -58,9 +61,6 @@ HARMLESS = {
     "chunk_size_feed_forward", "is_encoder_decoder", "_name_or_path",
 }  # fmt: skip
 ONLY = {"attention_dropout": (0, None), "use_bidirectional_attention": (None, False), "is_causal": (True,)}
-EVERY = {"head_dim", "rope_theta", "rope_scaling"}  # what every family reads, though not every class names it
-QUERY_SCALAR = Bound(1, 10**6)
-LAYERS = ("full_attention", "sliding_attention")
 NOTES = ("_", "unsloth_")  # how fields begin that tools leave for themselves
 
 
@@ -193,8 +193,8 @@ def _rope(config) -> dict[str, Any]:
 
 def _windows(config) -> dict[str, Any]:
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
-    if unknown := [kind for kind in types if kind not in LAYERS]:
-        raise UserError(f"layer_types has {unknown[0]!r}, only {' or '.join(LAYERS)} is supported")
+    if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
+        raise UserError(f"layer_types has {unknown[0]!r}, only {' or '.join(LAYER_TYPES)} is supported")
     windowed = tuple(kind == "sliding_attention" for kind in types)
     if window is None and True in windowed:
         raise UserError("layer_types has sliding_attention, but there is no sliding_window: add it")
