@@ -8,7 +8,7 @@ from typing import Any
 
 from br_jax.distributed import agree, is_main, require_shared
 from br_jax.errors import UserError
-from br_jax.files import reading, writing
+from br_jax.files import read_bytes, writing
 
 _START = b'{"key": "'  # of every line
 
@@ -68,8 +68,7 @@ class Store:
         self._records |= new
 
     def _read(self) -> None:
-        with reading(self.path):
-            *lines, torn = self.path.read_bytes().split(b"\n")  # torn: what a kill left behind the last line
+        *lines, torn = read_bytes(self.path, None).split(b"\n")  # torn: what a kill left behind the last line
         if torn[: len(_START)] != _START[: len(torn)]:  # somebody else's file is not cut
             raise UserError(f"{self.path}: does not end as a file of an evaluation does: give another file")
         for number, line in enumerate(lines, start=1):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from br_jax.errors import UserError
-from br_jax.files import json_lines, read_text
+from br_jax.files import MAX_LINES, json_lines, open_file
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,22 @@ class Row:
     origin: str = ""
 
 
-def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -> list[Row]:
+def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "", max_bytes: int = MAX_LINES) -> list[Row]:
     """Reads and validates a JSONL file in one of the three usual layouts, which may be mixed.
 
     Args:
         path: a UTF-8 file with one JSON object a line; blank lines are skipped, unknown keys ignored.
         max_rows: stop after so many rows; None reads all.
         tag: given to every row; by default each keeps the one that it carries.
+        max_bytes: of the file; one with more is refused.
 
     Raises:
         UserError: naming file, line and key, when the file cannot be read, holds no row, or a row is not
             a JSON object, lacks a field, or has a field of a wrong type or order.
     """
-    records = itertools.islice(json_lines(read_text(path), str(path)), max_rows)
-    rows = [_row(record, tag, origin) for _, origin, record in records]
+    with open_file(path, max_bytes, "split it, or raise max_bytes") as file:
+        records = itertools.islice(json_lines(file, str(path)), max_rows)
+        rows = [_row(record, tag, origin) for _, origin, record in records]
     if not rows:
         raise UserError(
             f"{path}: no rows: the file is empty; write one JSON object a line with prompt/response, "

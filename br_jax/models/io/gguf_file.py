@@ -7,7 +7,7 @@ import numpy as np
 from gguf import GGUFReader
 
 from br_jax.errors import UserError
-from br_jax.files import reading
+from br_jax.files import reading, require_file
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
@@ -30,6 +30,7 @@ class GGUFFile:
 
     def __init__(self, path: str | Path):
         """Opens it; a `UserError` says that it cannot be read, is no GGUF file, or is truncated."""
+        require_file(path)
         try:
             with reading(path):
                 reader = _Reader(path)
