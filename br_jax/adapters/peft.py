@@ -257,7 +257,7 @@ def _stack_layers(
     tensors = _read_tensors(file)
     shapes = {path: shapes[path] for path in sorted(shapes.keys() & MODULES.keys())}
     modules = {path: [_module(layer, path) for layer in range(shape[0])] for path, shape in shapes.items()}
-    adapted = [module for names in modules.values() for module in names if _is_adapted(config, module, tensors)]
+    adapted = {module for names in modules.values() for module in names if _is_adapted(config, module, tensors)}
     if not adapted and not tensors:
         raise UserError(f"{file}: holds no matrices; save the adapter again")
     # nothing is a multiple of a zero scale
@@ -291,7 +291,8 @@ def _stack_layers(
 def _is_adapted(config: PlainLora, module: str, tensors: Mapping[str, np.ndarray]) -> bool:
     if config.targets is None:
         return any(_key(module, half) in tensors for half in "AB")
-    return any(f".{module}".endswith(f".{target}") for target in config.targets)
+    parts = module.split(".")
+    return any(".".join(parts[i:]) in config.targets for i in range(len(parts)))
 
 
 def _take(file: Path, tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int]) -> np.ndarray:

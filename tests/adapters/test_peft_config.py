@@ -91,7 +91,7 @@ def test_a_field_that_is_not_known_is_not_ignored(write):
         ({"rank_pattern": {"q_proj": 0}}, "\"rank_pattern\" is {'q_proj': 0}.*at least 1"),
         ({"alpha_pattern": {"q_proj": math.nan}}, "\"alpha_pattern\" is {'q_proj': nan}"),
         ({"rank_pattern": [4]}, '"rank_pattern" is .*object'),
-        ({"rank_pattern": {"(q": 4}}, '"rank_pattern" holds no regular expression'),
+        ({"rank_pattern": {"(q": 4}}, "\"rank_pattern\" holds '\\(q', no regular expression"),
         ({"bias": "lora_only"}, '"bias" is'),
     ],
     ids=str,

@@ -6,15 +6,21 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader
 
-from br_jax.errors import UserError
+from br_jax.errors import UserError, one_line
 from br_jax.files import reading, require_file
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
+_MAX_PARTS = 1 << 22  # strings count twice; Gemma-3, of the largest vocabulary, has half as many
 
 
 class _Reader(GGUFReader):
-    """Of plain arrays over the mapped file: as `memmap`s the pieces of a vocabulary take twice the time and memory."""
+    """Of plain arrays over the mapped file: as `memmap`s the pieces of a vocabulary take twice the time and memory.
+
+    Where the file ends early, gguf goes on with empty arrays, for as long as a count in the file says.
+    """
+
+    _parts = 0
 
     @property
     def data(self) -> np.ndarray:
@@ -23,6 +29,15 @@ class _Reader(GGUFReader):
     @data.setter
     def data(self, mapped: np.memmap) -> None:
         self._data = np.asarray(mapped)
+
+    def _get(self, offset: int, dtype, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise ValueError(f"more than {_MAX_PARTS:,} values")
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) != count:
+            raise ValueError(f"it ends early, in what is at byte {offset:,}")
+        return found
 
 
 class GGUFFile:
@@ -36,7 +51,8 @@ class GGUFFile:
                 reader = _Reader(path)
         except BROKEN as error:
             raise UserError(
-                f"{path}: not a GGUF file, or a truncated or damaged one ({error}): check the path or download it again"
+                f"{path}: not a GGUF file, or a truncated or damaged one ({one_line(error)}): check the path or download "
+                "it again"
             ) from error
         self.path, self.tensors, self.fields = path, reader.tensors, reader.fields
 

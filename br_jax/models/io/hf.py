@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import UserError
-from br_jax.files import PICKLES, read_json, require_replaceable, safetensors_header, staged
+from br_jax.errors import UserError, one_line
+from br_jax.files import PICKLES, read_json, require_file, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
 from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
@@ -25,6 +25,8 @@ from br_jax.models.spec import KERNELS, ModelSpec
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
+# Of the files that transformers may make a tokenizer from; the bytes of the largest known, Gemma-3's, are 33 million.
+_TOKENIZER_ENDINGS, _MAX_TOKENIZER = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 40_000_000
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
@@ -173,6 +175,7 @@ def write_hf(
             config = read_json(Path(like) / "config.json")
             for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
                 if file.suffix not in PICKLES:
+                    require_file(file, _MAX_TOKENIZER)
                     shutil.copyfile(file, whole / file.name)
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -247,6 +250,9 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers would use.
 
+    It is made of regular files of `_MAX_TOKENIZER` bytes at most, and its chat template is rendered with limits (see
+    `models.chat`). What its own rules make of a text is not bounded: a normalizer may write a book for each letter.
+
     Raises:
         UserError: it is missing, damaged, or has more tokens than the model has embeddings.
     """
@@ -255,10 +261,15 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: save the tokenizer there as a fast tokenizer")
+    for file in (*folder.iterdir(), *folder.glob("chat_templates/*")):
+        if file.suffix in _TOKENIZER_ENDINGS:
+            require_file(file, _MAX_TOKENIZER, "save the tokenizer again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust library raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer that can be loaded: {error}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises nothing narrower, and panics with a kind of its own
+        raise UserError(f"{path}: not a tokenizer that can be loaded: {one_line(error)}") from error
     if len(tokenizer) > spec.vocab_size:
         raise UserError(f"{path}: {len(tokenizer)} tokens for an embedding of {spec.vocab_size} rows")
     return tokenizer
