@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +24,9 @@ from br_jax.files import MAX_JSON, decode_utf8, json_lines, parse_json, read_byt
 Parsed = tuple[int, str, dict[str, Any]]  # its line, or else its place, from 1; file and number, for messages; record
 
 _MAX_BYTES, _MAX_ROWS = 1 << 28, 10_000_000  # of a file, packed or not; of a Parquet file
-# What a packed file raises that is cut short or broken.
-_BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
+# What a packed file raises that is cut short or broken; the second line is of zip archives.
+_BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_BROKEN += (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, struct.error)
 
 
 def read_records(
@@ -100,7 +102,7 @@ def _parquet(content: bytes, name: str) -> Iterator[Parsed]:
             raise UserError(f"{name}: {rows:,} rows are too many, {_MAX_ROWS:,} are the most; split it")
         batches = file.iter_batches(batch_size=256)
         yield from _numbered((row for batch in batches for row in batch.to_pylist()), name)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{name}: not a whole Parquet file ({one_line(error)}); fetch the file anew") from error
 
 

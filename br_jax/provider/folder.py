@@ -13,7 +13,7 @@ from br_jax.models.io.load import find_source, read_model
 from br_jax.models.model import Model, fold_adapter
 
 PROVIDER_FILE = "provider.json"
-_RECORDED = ("base", "template", "dtype", "fingerprint")
+_RECORDED, _PERHAPS = ("base", "template", "dtype", "fingerprint"), ("align", "revision")
 
 
 def load_model(
@@ -81,8 +81,9 @@ def read_provider(folder: pathlib.Path) -> dict:
         UserError: the file is damaged, or no such record.
     """
     record = read_json(folder / PROVIDER_FILE, "make the folder again")
-    if missing := [name for name in _RECORDED if not isinstance(record.get(name), str)]:
-        raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({missing[0]} is missing): make it again")
+    wrong = [name for name in _RECORDED if not isinstance(record.get(name), str)]
+    if wrong := wrong or [name for name in _PERHAPS if not isinstance(record.get(name), str | None)]:
+        raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({wrong[0]} is no text): make it again")
     source = record["base"]
     base = source if is_hub_name(source) and not (folder / source).exists() else str(folder / source)
     return record | {"base": base}

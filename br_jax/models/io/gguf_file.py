@@ -51,14 +51,17 @@ class GGUFFile:
                 reader = _Reader(path)
         except BROKEN as error:
             raise UserError(
-                f"{path}: not a GGUF file, or a truncated or damaged one ({one_line(error)}): check the path or download "
-                "it again"
+                f"{path}: not a GGUF file, or a truncated or damaged one ({one_line(error)}): check the path or "
+                "download it again"
             ) from error
         self.path, self.tensors, self.fields = path, reader.tensors, reader.fields
 
     def get(self, key: str, default=None):
         """The value of a key, or the default where the file does not have it."""
-        return self.fields[key].contents() if key in self.fields else default
+        try:
+            return self.fields[key].contents() if key in self.fields else default
+        except BROKEN as error:
+            raise UserError(f"{self.path}: metadata {key} is damaged ({one_line(error)}): download it again") from error
 
     def need(self, key: str):
         """The value of a key that must be there."""

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import PICKLES, read_json, require_file, require_replaceable, safetensors_header, staged
+from br_jax.files import PICKLES, read_json, reading, require_file, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
 from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
@@ -213,7 +213,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(index.values()))
     files = [folder / name for name in names]
     for file in files:
-        if file.suffix != ".safetensors" or not file.is_file():
+        with reading(file):
+            found = file.is_file()
+        if file.suffix != ".safetensors" or not found:
             pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             why = f": {pickled[0]} is pickled and can run code; convert it to safetensors" if pickled else ""
             raise UserError(f"{file}: no such file: weights are read from safetensors only{why}")
@@ -266,6 +268,7 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
             require_file(file, _MAX_TOKENIZER, "save the tokenizer again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("zorvix", return_offsets_mapping=True)  # what makes every text fail is told here
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises nothing narrower, and panics with a kind of its own
