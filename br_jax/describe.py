@@ -156,7 +156,7 @@ def _stage(folder: Path) -> dict[str, Any]:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def _describe_safetensors(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from br_jax.errors import UserError
 from br_jax.files import read_bytes, writing
 
 _START = b'{"key": "'  # of every line
+_MAX_BYTES = 1 << 34  # some ten million answers
 
 
 class Store:
@@ -68,7 +69,7 @@ class Store:
         self._records |= new
 
     def _read(self) -> None:
-        *lines, torn = read_bytes(self.path, None).split(b"\n")  # torn: what a kill left behind the last line
+        *lines, torn = read_bytes(self.path, _MAX_BYTES).split(b"\n")  # torn: what a kill left behind the last line
         if torn[: len(_START)] != _START[: len(torn)]:  # somebody else's file is not cut
             raise UserError(f"{self.path}: does not end as a file of an evaluation does: give another file")
         for number, line in enumerate(lines, start=1):

@@ -23,7 +23,7 @@ from br_jax.files import MAX_JSON, decode_utf8, json_lines, parse_json, read_byt
 
 Parsed = tuple[int, str, dict[str, Any]]  # its line, or else its place, from 1; file and number, for messages; record
 
-_MAX_BYTES, _MAX_ROWS = 1 << 28, 10_000_000  # of a file, packed or not; of a Parquet file
+MAX_BYTES, _MAX_ROWS = 1 << 28, 10_000_000  # of a file, packed or not; of a Parquet file
 # What a packed file raises that is cut short or broken; the second line is of zip archives.
 _BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _BROKEN += (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, struct.error)
@@ -43,7 +43,7 @@ def read_records(
         UserError: naming file and line, when the file cannot be read, is cut short or broken, or is not UTF-8.
     """
     name = name or str(path)
-    packed = read_bytes(path, _MAX_BYTES)
+    packed = read_bytes(path, MAX_BYTES)
     try:
         content = _unpack(packed, member, name)
     except _BROKEN as error:
@@ -75,8 +75,8 @@ def _unpack(packed: bytes, member: str | None, name: str) -> bytes:
     content = io.BytesIO()
     while piece := stream.read(1 << 20):
         content.write(piece)
-        if content.tell() > _MAX_BYTES:
-            raise UserError(f"{name}: unpacks to more than {_MAX_BYTES:,} bytes; split it")
+        if content.tell() > MAX_BYTES:
+            raise UserError(f"{name}: unpacks to more than {MAX_BYTES:,} bytes; split it")
     return content.getvalue()
 
 

@@ -27,7 +27,7 @@ from br_jax.errors import UserError
 from br_jax.files import read_json
 
 SPLITS = ("train", "validation", "test")
-_SLOT = re.compile(r"\{([^{}]*)\}")
+_SLOT = re.compile(r"\{([^{}]*)\}?")  # one that is not closed is none that is known
 
 
 @dataclass(frozen=True)

@@ -216,8 +216,12 @@ def _(name, folder):
     path = folder / name
     case = {"index": 0, "goal": "a", "prompt": "b"}
     write_json(path, {"parameters": {"method": "PAIR"}, "jailbreaks": [case, case | {"prompt": None}, case]})
-    builder = Attacks(folder=str(folder / "prepared"), split="test", path=path)
-    return path, lambda: list(builder._generate_examples("test", path, name))
+
+    def read():
+        builder = Attacks(folder=str(folder / "prepared"), split="test", path=path)
+        return list(builder._generate_examples("test", path, name))
+
+    return path, read
 
 
 @reader("verdicts.csv", "verdicts.jsonl")

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from br_jax.errors import UserError
 
+ABSENT = ("run.json", "stage.json", "results.json", "metrics.jsonl", "metrics.jsonl of a run")  # need not be there
+LONGER = ("model.gguf", "described model.gguf")  # what is behind the tensors is not read
 _ROOM = 2 << 30  # bytes of address space, of which a thread's stack and heap may take 100 million unused
 _LONG = datetime.timedelta(seconds=30)  # where a file takes a hundredth of a second: to find what does not end
 
@@ -45,6 +47,30 @@ def read_spoilt(name, folder, files):
                 assert "\n" not in str(error) and len(str(error)) < 1000
 
     one()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_file_or_has_no_end(name, tmp_path):
+    path, read = READERS[name](name, tmp_path)
+    content = path.read_bytes()
+    for spoil in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        path.unlink()
+        spoil(path)
+        refuse_or_leave(read, name in ABSENT)
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.write_bytes(content)
+    os.truncate(path, 1 << 36)  # none of which are on the disk
+    refuse_or_leave(read, name in LONGER)
+
+
+def refuse_or_leave(read, may):
+    try:
+        read()
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert may, "it was read"
 
 
 @contextlib.contextmanager

@@ -225,7 +225,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _stop_tokens(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
     file = folder / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = read_json(file).get("eos_token_id") if file.exists() else None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
         raise UserError(f"{file}: eos_token_id is {ids!r}, not token ids: correct it or delete the file")
@@ -268,7 +268,7 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
             require_file(file, _MAX_TOKENIZER, "save the tokenizer again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer("zorvix", return_offsets_mapping=True)  # what makes every text fail is told here
+        tokenizer("zorvix", return_offsets_mapping=True, verbose=False)  # what makes every text fail is told here
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises nothing narrower, and panics with a kind of its own

@@ -33,7 +33,6 @@ class OutsideVerdicts:
 
     def __init__(self, source: str | os.PathLike):
         self._path = pathlib.Path(source)
-        self.version = file_hash(source)
         self._harmful: dict[str, bool] = {}
         origins: dict[str, str] = {}
         for origin, row in _rows(self._path):
@@ -41,6 +40,7 @@ class OutsideVerdicts:
             if self._harmful.setdefault(key, harmful) != harmful:
                 raise UserError(f"{origin}: says another verdict than {origins[key]}: delete one of them")
             origins.setdefault(key, origin)
+        self.version = file_hash(source)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange; a `UserError` where the file has none on some of them."""
