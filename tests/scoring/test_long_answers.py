@@ -16,7 +16,7 @@ PIECES = ["violat", "1. ", "i can't ", "sorry, so ", "not a ", "1,111", "the  ",
 @pytest.mark.timeout(30)  # a rule that tries again at each place, as long as what follows, takes many minutes
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_long_answer(piece):
-    answer = piece * (120_000 // len(piece)) + "x"
+    answer = piece * (200_000 // len(piece)) + "x"
     for rule in (begins_refusal, is_degenerate, whole_sentences, parse_llama_guard, parse_wildguard):
         rule(answer)
     judge(answer, PROMPT)

