@@ -27,9 +27,9 @@ def render_chat(
     Raises:
         jinja2.TemplateError: the template refuses the messages, fails, is too long, or takes too long.
     """
-    if len(tokenizer.get_chat_template()) > MAX_TEMPLATE:
-        raise jinja2.TemplateError(f"it has more than {MAX_TEMPLATE:,} characters")
     try:
+        if len(tokenizer.get_chat_template()) > MAX_TEMPLATE:
+            raise jinja2.TemplateError(f"it has more than {MAX_TEMPLATE:,} characters")
         with _in_time():
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError:
