@@ -146,7 +146,10 @@ def _describe_workdir(folder: Path) -> dict[str, Any]:
 
 def _describe_stage(folder: Path) -> dict[str, Any]:
     begun = _record(folder / "run.json")
-    asked = {f"{part}_{name}": each for part in ("inputs", "config") for name, each in begun.get(part, {}).items()}
+    parts = {part: begun.get(part, {}) for part in ("inputs", "config")}
+    if not all(isinstance(part, dict) for part in parts.values()):
+        raise UserError(f"{folder / 'run.json'}: inputs and config must be objects: run the stage again")
+    asked = {f"{part}_{name}": each for part in parts for name, each in parts[part].items()}
     return {"facts": _stage(folder) | asked}
 
 
@@ -164,7 +167,7 @@ def _stage(folder: Path) -> dict[str, Any]:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def _describe_safetensors(file: Path) -> dict[str, Any]:

@@ -7,8 +7,16 @@ from typing import TypeVar
 Known = TypeVar("Known")
 
 
+_LONGEST = 800  # characters of a message
+
+
 class UserError(Exception):
     """Bad input or surroundings: one line that says what is wrong, where, and what to do."""
+
+    def __init__(self, message: str):
+        # Names and values in it may be a stranger's: what a terminal would obey, or what would flood it, is left out.
+        text = "".join(c if c.isprintable() else "?" for c in message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} ... {text[-195:]}")
 
 
 class Stopped(Exception):

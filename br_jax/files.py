@@ -1,12 +1,19 @@
-"""Files: read with errors in one line, written whole or not at all; and those that are never opened."""
+"""Files: read with errors in one line, written whole or not at all; and those that are never opened.
+
+Whatever is read of a stranger's goes through here: regular files only (or links to them), of so many bytes at most. A
+folder, pipe, device or socket is a `UserError`, so that none of them keeps a reader waiting or feeds it for ever.
+"""
 
 import contextlib
+import functools
+import io
 import json
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,7 +23,14 @@ TensorKinds = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's dtype, in saf
 
 # Endings of files that are never opened: to read one can run any code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_MAX_JSON = 1 << 26  # bytes: a real config has a few thousand, the index of a large model a few hundred thousand
+
+# The most bytes of a file that is read line by line, of one that is held whole, and of a JSON document, as which a line
+# of JSONL counts: parsed, it can take 30 times as much. Alpaca's rows have 23 million, a large model's index 9 million.
+MAX_LINES, MAX_WHOLE, MAX_JSON = 1 << 30, 1 << 26, 25_000_000
+_MAX_DEPTH = 100  # of a JSON document: what walks over it may be recursive
+_MAX_HEADER = 1 << 24  # bytes of a safetensors file: with 10,000 tensors it has a million
+
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
 
 @contextlib.contextmanager
@@ -39,14 +53,61 @@ def writing(path: str | os.PathLike, cure: str = "free space or choose another f
         raise UserError(f"{path}: cannot be written ({error.strerror or one_line(error)}): {cure}") from error
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """The content of a UTF-8 file; a `UserError` if it cannot be read, or is not UTF-8."""
-    with reading(path):
-        content = pathlib.Path(path).read_bytes()
+def require_file(path: str | os.PathLike, max_bytes: int | None = None, cure: str = "give the path of a file") -> None:
+    """Raises a `UserError` for what is no regular file, or a link to one, or has more bytes; opens nothing."""
+    with reading(path, cure):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
+        raise UserError(f"{path}: cannot be read (it is a {kind}, not a file): {cure}")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UserError(f"{path}: {status.st_size:,} bytes are too many, {max_bytes:,} are the most: {cure}")
+
+
+@contextlib.contextmanager
+def open_file(
+    path: str | os.PathLike, max_bytes: int | None = None, cure: str = "give the path of a file"
+) -> Iterator[BinaryIO]:
+    """Opens a file to read bytes; raises as `require_file`, and for what goes wrong while it is open."""
+    require_file(path, max_bytes, cure)
+    # a pipe that has taken the file's place meanwhile is not waited for
+    with reading(path, cure), open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+        yield file
+
+
+def read_bytes(
+    path: str | os.PathLike, max_bytes: int | None = MAX_WHOLE, cure: str = "check it, or split it"
+) -> bytes:
+    """The content of a file; raises as `require_file`."""
+    with open_file(path, max_bytes, cure) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+def read_text(path: str | os.PathLike, max_bytes: int = MAX_WHOLE, cure: str = "check it, or split it") -> str:
+    """The content of a UTF-8 file; a `UserError` if it cannot be read, is too large, or is not UTF-8."""
+    return decode_utf8(read_bytes(path, max_bytes, cure), str(path))
+
+
+def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
+    """Yields the lines of UTF-8 text, each with its end.
+
+    Raises:
+        UserError: naming file and line, or byte: one is not UTF-8, or has more bytes than `MAX_JSON`.
+    """
+    place = 0
+    for number, line in enumerate(iter(functools.partial(file.readline, MAX_JSON + 1), b""), start=1):
+        if len(line) > MAX_JSON:
+            raise UserError(f"{name}:{number}: more than {MAX_JSON:,} bytes in one line; split it")
+        yield decode_utf8(line, name, place)
+        place += len(line)
+
+
+def decode_utf8(content: bytes, name: str, place: int = 0) -> str:
+    """The text of bytes, the first of which has that place in what messages call `name`; without a BOM."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8" if place else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise UserError(f"{name}: not UTF-8 (byte {place + error.start}): save it as UTF-8") from error
 
 
 def read_json(path: str | os.PathLike, cure: str = "copy or make it again") -> dict[str, Any]:
@@ -55,17 +116,32 @@ def read_json(path: str | os.PathLike, cure: str = "copy or make it again") -> d
     Raises:
         UserError: it cannot be read, is too large for what it should be, or holds no JSON object.
     """
-    with reading(path):
-        size = os.stat(path).st_size
-    if size > _MAX_JSON:
-        raise UserError(f"{path}: {size:,} bytes are too many for such a file: {cure}")
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({one_line(error)}): {cure}") from error
+    content = parse_json(read_text(path, MAX_JSON, cure), str(path), cure)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object: {cure}")
     return content
+
+
+def parse_json(text: str, origin: str, cure: str) -> Any:
+    """The value of a JSON document; a `UserError` if it is none, or a deep one."""
+    try:
+        content = json.loads(text)
+        if _is_deep(content):
+            raise ValueError(f"more than {_MAX_DEPTH} levels deep")
+    # ValueError: also a number of thousands of digits; RecursionError: thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON ({one_line(error)}); {cure}") from error
+    return content
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, list | dict))
+        level = [value for values in inner for value in values]
+        if not level:
+            return False
+    return True
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -76,21 +152,17 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     if not os.path.exists(path):
         return []
-    whole_lines = read_text(path).rpartition("\n")[0]
+    whole_lines = io.BytesIO(read_bytes(path, MAX_LINES).rpartition(b"\n")[0])
     return [record for _, _, record in json_lines(whole_lines, str(path))]
 
 
-def json_lines(text: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yields (number, "name:number", its JSON object) of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text_lines(file, name), start=1):
         if not line.strip():
             continue
         origin = f"{name}:{number}"
-        try:
-            record = json.loads(line)
-        # ValueError: also a number of thousands of digits; RecursionError: thousands of brackets.
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{origin}: not valid JSON ({one_line(error)}); write one JSON object a line") from error
+        record = parse_json(line, origin, "write one JSON object a line")
         if not isinstance(record, dict):
             raise UserError(f"{origin}: holds a JSON {type(record).__name__}; write one JSON object a line")
         yield number, origin, record
@@ -99,7 +171,11 @@ def json_lines(text: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]
 @contextlib.contextmanager
 def open_safetensors(path: pathlib.Path) -> Iterator[safe_open]:
     """Opens a safetensors file; one that is cut short or not of this format is a `UserError`."""
+    with open_file(path) as file:
+        length = int.from_bytes(file.read(8), "little")
     try:
+        if length > _MAX_HEADER:
+            raise SafetensorError(f"a header of {length:,} bytes")
         with safe_open(path, framework="np") as file:
             yield file
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from br_jax.distributed import fetch
-from br_jax.files import reading
+from br_jax.files import open_file
 
 
 def fingerprint(tree, extra: str = "") -> str:
@@ -36,5 +36,5 @@ def key_of(*parts: Any) -> str:
 
 def file_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content."""
-    with reading(path), open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

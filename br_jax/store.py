@@ -8,11 +8,12 @@ from typing import Any, BinaryIO
 
 from br_jax.distributed import agree, is_main, require_shared
 from br_jax.errors import UserError
-from br_jax.files import reading, writing
+from br_jax.files import open_file, writing
 from br_jax.hashes import key_of
 from br_jax.locks import lock
 
 _START = b'{"key": "'  # of every line
+_MAX_BYTES = 1 << 34  # some ten million answers
 
 
 class Store:
@@ -32,7 +33,7 @@ class Store:
         self._whole = self._count = 0  # bytes of the file's whole lines, and how many these are
         self._of_others: set[str] = set()  # keys that other runs have added since
         if self.path is not None and self.path.exists():
-            with reading(self.path), self.path.open("rb") as file:
+            with open_file(self.path, _MAX_BYTES) as file:
                 self._records = self._read(file)
 
     def __contains__(self, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
 
@@ -147,6 +148,9 @@ def test_a_provider_s_folder_and_a_run_tell_their_stages(tmp_path):
 
 ADAPTER = {CONFIG_FILE: json.dumps(CONFIG).encode()}
 PICKLED = pickle.dumps(Bomb())
+# One layer, in a place that asks for 500 times as many zeros.
+FAR = save({KEY.format(998, half): np.ones((600, 600), np.float16) for half in "AB"})
+FAR_CONFIG = CONFIG | {"r": 600, "layers_to_transform": [998]}
 CASES = [
     ({}, ".", "none of provider.json, adapter_config.json"),
     ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
@@ -154,6 +158,7 @@ CASES = [
     ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
     (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
     (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
+    ({CONFIG_FILE: json.dumps(FAR_CONFIG).encode(), WEIGHTS_FILE: FAR}, ".", "its 720,000 numbers, padded to all"),
     ({PROVIDER_FILE: b"{}"}, ".", "provider.json: not a provider's record"),
 ]
 
@@ -165,6 +170,12 @@ def test_what_cannot_be_described_is_one_line(tmp_path, files, path, message):
     with pytest.raises(UserError, match=message) as caught:
         describe(tmp_path / path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_script_says_in_one_line_what_is_no_file(script, tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    status, said = script("describe.py", tmp_path / "model.gguf")
+    assert status == 2 and re.fullmatch(r"error: \S+model.gguf: cannot be read \(it is a pipe, not a file\).*\n", said)
 
 
 def test_the_script_prints_and_writes(script, adapter, tmp_path):

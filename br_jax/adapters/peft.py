@@ -27,6 +27,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+_MOST_PADDED = 1 << 28  # numbers: a few layers of high rank in a small file are not to fill the memory with zeros
 
 MODULES = {
     "layers/attn/q": "self_attn.q_proj",
@@ -276,12 +277,12 @@ def _stack_layers(
     tensors = _read_tensors(file)
     shapes = {path: shapes[path] for path in sorted(shapes.keys() & MODULES.keys())}
     modules = {path: [_module(layer, path) for layer in range(shape[0])] for path, shape in shapes.items()}
-    adapted = [module for names in modules.values() for module in names if _is_adapted(config, module, tensors)]
+    adapted = {module for names in modules.values() for module in names if _is_adapted(config, module, tensors)}
     if not adapted and not tensors:
         raise UserError(f"{file}: holds no matrices; save the adapter again")
     # nothing is a multiple of a zero scale
     scale = config.scale if config.scale or not any(map(config.scale_of, adapted)) else 1.0
-    weights = {}
+    weights, stored, padded = {}, sum(tensor.size for tensor in tensors.values()), 0
     for path, (layers, fan_in, fan_out) in shapes.items():
         factors = {}  # layer -> A [r, in] and B [out, r]
         for layer, module in enumerate(modules[path]):
@@ -292,6 +293,9 @@ def _stack_layers(
         if not factors:
             continue
         widest = max(len(a) for a, _ in factors.values())
+        padded += layers * widest * (fan_in + fan_out)
+        if padded > _MOST_PADDED + 16 * stored:
+            raise UserError(f"{file}: its {stored:,} numbers, padded to all layers and one rank, would be {padded:,}")
         a, b = np.zeros((layers, fan_in, widest), np.float32), np.zeros((layers, widest, fan_out), np.float32)
         for layer, (theirs_a, theirs_b) in factors.items():
             ratio = config.scale_of(modules[path][layer]) / scale if scale else 1.0
@@ -310,7 +314,8 @@ def _stack_layers(
 def _is_adapted(config: PlainLora, module: str, tensors: Mapping[str, np.ndarray]) -> bool:
     if config.targets is None:
         return any(_key(module, half) in tensors for half in "AB")
-    return any(f".{module}".endswith(f".{target}") for target in config.targets)
+    parts = module.split(".")
+    return any(".".join(parts[i:]) in config.targets for i in range(len(parts)))
 
 
 def _take(file: Path, tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int]) -> np.ndarray:

@@ -2,21 +2,29 @@
 
 The rules are those of peft 0.21: `get_pattern_key` (which pattern counts) and `LoraLayer.update_layer` (the scale). A
 module's name is PEFT's, e.g. "model.layers.0.self_attn.q_proj".
+
+A pattern is a stranger's regular expression, with which Python's `re` may take years. RE2 takes time linear in the
+name; what it does not know (backreferences, what stands before or after), or reads otherwise than `re`, is refused.
 """
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import re2
 
 from br_jax.errors import UserError, one_line
 from br_jax.files import read_json
 
+Matches = Callable[[str], Any]  # whether an expression matches a module's name
+
 F32_MAX = float(np.finfo(np.float32).max)
+_MAX_PATTERNS, _MAX_EXPRESSION = 2000, 1000  # Llama-3.1 405B has 882 modules; characters
+# "[[:alpha:]]" is a class to RE2 alone, "a{,3}" a repetition to `re` alone.
+_READ_OTHERWISE = ("[:", "{,")
 
 # when set, they mean more than W + scale * B A, or another base
 REFUSED_FIELDS = (
@@ -69,11 +77,11 @@ class PlainLora:
     rank: int  # "r", for a module that no rank pattern matches
     alpha: float  # "lora_alpha", for a module that no alpha pattern matches
     rank_stabilized: bool  # the scale is alpha / sqrt(rank), not alpha / rank
-    rank_pattern: Mapping[re.Pattern, int]  # expression for a module's name -> rank; the first that matches counts
-    alpha_pattern: Mapping[re.Pattern, float]  # likewise
+    rank_pattern: Sequence[tuple[Matches, int]]  # for a module's name, and its rank; the first that matches counts
+    alpha_pattern: Sequence[tuple[Matches, float]]  # likewise
     # Names, or ends of names, of all adapted modules; None where they are told in another way (by an expression, some
     # layers only, with exceptions, or not at all), and the tensors say which they are.
-    targets: tuple[str, ...] | None
+    targets: frozenset[str] | None
 
     @property
     def scale(self) -> float:
@@ -117,20 +125,32 @@ def read_config(file: Path) -> PlainLora:
         rank=int(config["r"]),
         alpha=config["lora_alpha"],
         rank_stabilized=bool(config.get("use_rslora")),
-        rank_pattern={pattern: int(rank) for pattern, rank in _read_pattern(file, config, "rank_pattern").items()},
+        rank_pattern=[(matches, int(rank)) for matches, rank in _read_pattern(file, config, "rank_pattern")],
         alpha_pattern=_read_pattern(file, config, "alpha_pattern"),
-        targets=tuple(map(str, targets)) if listed else None,
+        targets=frozenset(map(str, targets)) if listed else None,
     )
 
 
-def _read_pattern(file: Path, config: Mapping[str, Any], name: str) -> dict[re.Pattern, Any]:
+def _read_pattern(file: Path, config: Mapping[str, Any], name: str) -> list[tuple[Matches, Any]]:
     """Reads a mapping from expressions to ranks or alphas; the file's order stays, as the first match counts."""
-    pattern = config.get(name) or {}
-    try:
-        return {re.compile(rf"(.*\.)?({key})$"): value for key, value in pattern.items()}
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f'{file}: "{name}" holds no regular expression ({error}); save the adapter again') from error
+    pattern, found = config.get(name) or {}, []
+    if len(pattern) > _MAX_PATTERNS:
+        raise UserError(f'{file}: "{name}" has {len(pattern):,} expressions, {_MAX_PATTERNS:,} are the most')
+    options = re2.Options()
+    options.log_errors, options.max_mem = False, 1 << 18  # bytes: there may be many of them
+    for key, value in pattern.items():
+        try:
+            if len(key) > _MAX_EXPRESSION or any(part in key for part in _READ_OTHERWISE):
+                raise re2.error(f"longer than {_MAX_EXPRESSION:,} characters, or with {' or '.join(_READ_OTHERWISE)}")
+            found.append((re2.compile(rf"(.*\.)?({key})$", options).match, value))
+        except (re2.error, UnicodeEncodeError) as error:
+            why = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else error
+            raise UserError(
+                f'{file}: "{name}" holds {one_line(repr(key), 60)}, no regular expression of linear time '
+                f"({one_line(why)}); write it in another way, or save the adapter again"
+            ) from error
+    return found
 
 
-def _first_match(pattern: Mapping[re.Pattern, Any], module: str, default: Any) -> Any:
-    return next((value for expression, value in pattern.items() if expression.match(module)), default)
+def _first_match(pattern: Sequence[tuple[Matches, Any]], module: str, default: Any) -> Any:
+    return next((value for matches, value in pattern if matches(module)), default)

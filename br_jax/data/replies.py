@@ -71,7 +71,7 @@ _REFUSAL = re.compile(
     r"|(?:not|isn't|aren't|never) (?:something|things|an? (?:topic|subject|request|question)|ones?)"
     r"(?: \w+){0,2}? (?:i|we)\b"
     r"|(?:outside|beyond) (?:of )?(?:what i|(?:my|the) (?:scope|abilit|capabilit|expertise|knowledge|remit))"
-    r"|(?:against|violat\w+) (?:my|our) (?:polic|guideline|programming|rule|principle)"
+    r"|(?:against|violat\w{1,9}) (?:my|our) (?:polic|guideline|programming|rule|principle)"
     r"|\bmy (?:guidelines|rules|polic\w+) (?:do|does|forbid|prevent|prohibit)"
     r"|not (?:appropriate|allowed|permitted|possible) for me\b"
 )

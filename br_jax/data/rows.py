@@ -12,7 +12,7 @@ from typing import Any
 
 from br_jax.bounds import ROWS, require
 from br_jax.errors import UserError
-from br_jax.files import json_lines, read_text
+from br_jax.files import MAX_LINES, json_lines, open_file
 
 # Of one row. No context holds as many characters, and a tokenizer takes hundreds of bytes for each; a chat template is
 # run from the start for every turn.
@@ -37,13 +37,14 @@ class Row:
     origin: str = ""
 
 
-def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -> list[Row]:
+def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "", max_bytes: int = MAX_LINES) -> list[Row]:
     """Reads and validates a JSONL file in one of the three usual layouts, which may be mixed.
 
     Args:
         path: a UTF-8 file with one JSON object a line; blank lines are skipped, unknown keys ignored.
         max_rows: stop after so many rows, 1 to 10,000,000; None reads all.
         tag: given to every row; by default each keeps the one that it carries.
+        max_bytes: of the file; one with more is refused.
 
     Raises:
         UserError: naming file, line and key, when the file cannot be read, holds no row, or a row is not
@@ -51,8 +52,9 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "") -
     """
     if max_rows is not None:
         require("max_rows", max_rows, ROWS._replace(low=1))
-    records = itertools.islice(json_lines(read_text(path), str(path)), max_rows)
-    rows = [_row(record, tag, origin) for _, origin, record in records]
+    with open_file(path, max_bytes, "split it, or raise max_bytes") as file:
+        records = itertools.islice(json_lines(file, str(path)), max_rows)
+        rows = [_row(record, tag, origin) for _, origin, record in records]
     if not rows:
         raise UserError(
             f"{path}: no rows: the file is empty; write one JSON object a line with prompt/response, "

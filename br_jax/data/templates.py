@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.data.literals import SHIELD, shield, tokenize_shielded
 from br_jax.data.rows import Row
 from br_jax.errors import UserError, near_names, one_line
+from br_jax.models.chat import render_chat
 
 TEMPLATES = ("alpaca", "chat")
 
@@ -151,7 +152,7 @@ def _apply(messages: list[dict[str, str]], tokenizer, row: Row, add_generation_p
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template; use template 'alpaca'")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return render_chat(messages, tokenizer, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise UserError(
             f"{_name(row)}: the model's chat template refuses this row ({one_line(error)}); change its roles, "

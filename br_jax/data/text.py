@@ -1,5 +1,6 @@
 """Texts: when two are the same, what is decoded of old files, and how a sentence is cleaned."""
 
+import contextlib
 import html
 import unicodedata
 
@@ -12,8 +13,9 @@ def text_key(text: str) -> str:
 
 def clean(text: str) -> str:
     """Plain text of a sentence: HTML entities and '' quotes undone, Unicode composed, spaces single."""
-    text = unicodedata.normalize("NFC", html.unescape(text)).replace("''", '"')
-    return " ".join(text.split())
+    with contextlib.suppress(ValueError):  # an entity of thousands of digits is none
+        text = html.unescape(text)
+    return " ".join(unicodedata.normalize("NFC", text).replace("''", '"').split())
 
 
 def decode(line: bytes) -> str:

@@ -15,9 +15,9 @@ import requests
 import tensorflow_datasets as tfds
 
 from br_jax.data.rows import text_of
-from br_jax.datasets.formats import Parsed, read_records
+from br_jax.datasets.formats import MAX_BYTES, Parsed, read_records
 from br_jax.errors import UserError
-from br_jax.files import reading
+from br_jax.files import open_file
 from br_jax.hashes import file_hash
 from br_jax.progress import progress
 
@@ -86,7 +86,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if self._path is None:
             return f"public-{hashlib.sha256(repr(self.FILES).encode()).hexdigest()[:KEY_LENGTH]}"
         endings = "".join(self._path.suffixes).encode()  # they say how the content is read
-        with reading(self._path), self._path.open("rb") as file:
+        with open_file(self._path, MAX_BYTES) as file:
             digest = hashlib.file_digest(file, lambda: hashlib.sha256(endings))
         return f"{self._split}-{digest.hexdigest()[:KEY_LENGTH]}"
 

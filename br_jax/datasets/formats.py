@@ -1,14 +1,14 @@
 """Public data files as records: JSON lines, JSON, CSV, TSV and Parquet.
 
 Each may be compressed (.gz, .xz) or a member of a zip archive. What a file says is never executed or used as
-a path.
+a path, and what it unpacks to is held whole but for Parquet.
 """
 
 import csv
 import gzip
 import io
-import json
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,9 +19,14 @@ import pyarrow
 from pyarrow import parquet
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import json_lines, reading
+from br_jax.files import MAX_JSON, decode_utf8, json_lines, parse_json, read_bytes, text_lines
 
 Parsed = tuple[int, str, dict[str, Any]]  # its line, or else its place, from 1; file and number, for messages; record
+
+MAX_BYTES, _MAX_ROWS = 1 << 28, 10_000_000  # of a file, packed or not; of a Parquet file
+# What a packed file raises that is cut short or broken; the second line is of zip archives.
+_BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_BROKEN += (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, struct.error)
 
 
 def read_records(
@@ -38,24 +43,19 @@ def read_records(
         UserError: naming file and line, when the file cannot be read, is cut short or broken, or is not UTF-8.
     """
     name = name or str(path)
-    with reading(path):
-        packed = path.read_bytes()
+    packed = read_bytes(path, MAX_BYTES)
     try:
-        content = _unpack(packed, member)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        content = _unpack(packed, member, name)
+    except _BROKEN as error:
         raise UserError(f"{name}: broken or cut short ({one_line(error)}); fetch the file anew") from error
     ending = ending_of(name)
     if ending == ".parquet":
         return _parquet(content, name)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     if ending == ".csv":
-        return _table(text, name, header)
+        return _table(content, name, header)
     if ending == ".tsv":
-        return _table(text, name, header, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return _json(text, name) if ending == ".json" else json_lines(text, name)
+        return _table(content, name, header, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _json(content, name) if ending == ".json" else json_lines(io.BytesIO(content), name)
 
 
 def ending_of(name: str) -> str:
@@ -63,29 +63,46 @@ def ending_of(name: str) -> str:
     return Path(name.removesuffix(".gz").removesuffix(".xz")).suffix.lower()
 
 
-def _unpack(content: bytes, member: str | None) -> bytes:
+def _unpack(packed: bytes, member: str | None, name: str) -> bytes:
+    """The content of what may be packed, a piece at a time, so that a small file cannot fill the memory."""
+    stream = io.BytesIO(packed)
     if member:
-        return zipfile.ZipFile(io.BytesIO(content)).read(member)
-    if content.startswith(b"\x1f\x8b"):
-        return gzip.decompress(content)
-    return lzma.decompress(content) if content.startswith(b"\xfd7zXZ\x00") else content
+        stream = zipfile.ZipFile(stream).open(member)  # noqa: SIM115  it is in memory
+    elif packed.startswith(b"\x1f\x8b"):
+        stream = gzip.GzipFile(fileobj=stream)
+    elif packed.startswith(b"\xfd7zXZ\x00"):
+        stream = lzma.LZMAFile(stream)  # noqa: SIM115
+    content = io.BytesIO()
+    while piece := stream.read(1 << 20):
+        content.write(piece)
+        if content.tell() > MAX_BYTES:
+            raise UserError(f"{name}: unpacks to more than {MAX_BYTES:,} bytes; split it")
+    return content.getvalue()
 
 
-def _json(text: str, name: str) -> Iterator[Parsed]:
-    """The objects of an array, one object alone, or lines of them."""
+def _json(content: bytes, name: str) -> Iterator[Parsed]:
+    """The objects of an array, one object alone, or lines of them, as which anything long is read."""
+    if len(content) > MAX_JSON:
+        return json_lines(io.BytesIO(content), name)
+    text = decode_utf8(content, name)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not text.lstrip().startswith("["):
-            return json_lines(text, name)
-        raise UserError(f"{name}: not valid JSON ({one_line(error)}); fetch the file anew") from error
-    return _numbered(content if isinstance(content, list) else [content], name)
+        rows = parse_json(text, name, "fetch the file anew")
+    except UserError:
+        if text.lstrip().startswith("["):
+            raise
+        return json_lines(io.BytesIO(content), name)
+    return _numbered(rows if isinstance(rows, list) else [rows], name)
 
 
 def _parquet(content: bytes, name: str) -> Iterator[Parsed]:
+    """The rows, a few at a time: many that are alike take next to nothing in the file."""
     try:
-        return _numbered(parquet.read_table(io.BytesIO(content)).to_pylist(), name)
-    except (pyarrow.ArrowException, OSError) as error:
+        file = parquet.ParquetFile(io.BytesIO(content))
+        if (rows := file.metadata.num_rows) > _MAX_ROWS:
+            raise UserError(f"{name}: {rows:,} rows are too many, {_MAX_ROWS:,} are the most; split it")
+        batches = file.iter_batches(batch_size=256)
+        yield from _numbered((row for batch in batches for row in batch.to_pylist()), name)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{name}: not a whole Parquet file ({one_line(error)}); fetch the file anew") from error
 
 
@@ -97,9 +114,9 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterator[Parsed]:
         yield number, where, row
 
 
-def _table(text: str, name: str, header: Sequence[str], **dialect) -> Iterator[Parsed]:
+def _table(content: bytes, name: str, header: Sequence[str], **dialect) -> Iterator[Parsed]:
     """Rows of fields, named by the first row, unless `header` has other names and that row is none of them."""
-    reader = csv.reader((f"{line}\n" for line in text.split("\n")), strict=True, **dialect)
+    reader = csv.reader(text_lines(io.BytesIO(content), name), strict=True, **dialect)
     columns = None
     try:
         for fields in filter(any, reader):

@@ -15,7 +15,7 @@ from br_jax.data.splits import rank
 from br_jax.data.text import clean, decode, text_key
 from br_jax.datasets.paper import SST2_INSTRUCTION
 from br_jax.errors import UserError
-from br_jax.files import reading
+from br_jax.files import read_bytes
 
 LABELS = ("positive", "negative")
 THRESHOLD = 0.5  # a rating nearer to 0 is no clear opinion
@@ -69,9 +69,7 @@ def _distinct(path: str) -> Iterator[tuple[str, Row]]:
 
 def _parse(path: str) -> Iterator[tuple[str, float, str]]:
     """Yields (file:line, rating, cleaned sentence) of the lines that are not blank."""
-    with reading(path, "fetch the file anew"):
-        raw = Path(path).read_bytes()
-    for number, line in enumerate(raw.splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path, cure="fetch the file anew").splitlines(), start=1):
         if not line.strip():
             continue
         _, *fields = decode(line).split("\t", maxsplit=2)

@@ -40,7 +40,7 @@ def read(workdir: Path) -> Details:
     stages = {}
     for folder in sorted({path.parent for name in names for path in workdir.glob(name)}):
         stage = read_finished(folder) if (folder / "stage.json").exists() else {}
-        stages[stage.get("name", folder.name)] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
+        stages[str(stage.get("name", folder.name))] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
     probes = (read_jsonl(workdir / name / "probes.jsonl") for name in ("user", "sft"))
     stages = {name: stages[name] for name in figures.in_order(stages)}
     results = workdir / "results.json"

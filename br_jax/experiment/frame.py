@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from br_jax.errors import UserError, one_line
 from br_jax.experiment.methods import METHODS
 from br_jax.records import read_record
 from br_jax.statistics import difference, is_finite, mcnemar, read_score, t_interval
@@ -21,6 +22,10 @@ TITLES = {  # of the scores, in the order of every table
     "task_refused": "task refused",
     "degenerate": "degenerate",
 }
+# What a cell and its run hold.
+# What a cell must have, in its "run" or beside it.
+_KINDS = {"model": str, "task": str, "topic": str, "n": int, "p": int | float, "seed": int}
+_KINDS |= {"method": str, "a": int | float | None, "scores": dict}
 MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 
 
@@ -98,7 +103,24 @@ def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """All finished cells of a run's folder or of a sweep's, of whatever grids."""
     workdir = pathlib.Path(workdir)
     files = sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")])
-    return [read_record(file, "delete it and run the same command again") for file in files]
+    return [_read_cell(file) for file in files]
+
+
+def _read_cell(file: pathlib.Path) -> dict[str, Any]:
+    """A finished cell, of which all that a row needs is there and of its kind."""
+    cure = "delete it and run the same command again"
+    cell = read_record(file, cure)
+    run = cell.get("run")
+    found = cell | run if isinstance(run, dict) else {}
+    if wrong := [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]:
+        raise UserError(f"{file}: no finished cell ({wrong[0]} is missing, or of a wrong kind): {cure}")
+    try:
+        ((row,),) = make_frame([cell]).values()
+        for score in TITLES:
+            row.estimate(score)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its scores are damaged ({one_line(error)}): {cure}") from error
+    return cell
 
 
 def make_frame(cells: Iterable[Mapping[str, Any]]) -> Frame:

@@ -226,7 +226,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
             }
         )
     for cell in read_cells(workdir):
-        seconds[Run(**cell["run"])] += cell["seconds"]
+        seconds[Run(**cell["run"])] += cell.get("seconds", 0)
     return {"runs": planned, "seconds_a_run": sum(seconds.values()) / len(seconds) if seconds else None}
 
 

@@ -176,12 +176,14 @@ class TopicRecipe(Recipe):
         return [texts[i] for i in np.random.default_rng(self.config.seed).permutation(len(texts))]
 
 
+# Of sentences; but "1.", the group, begins a list item.
+_ENDS = re.compile(r"(?<!\S)(\d+\.)(?=\s|$)|[.!?][\"')]?(?=\s|$)")
+
+
 def whole_sentences(text: str) -> str:
     """The text up to its last sentence end, so that what is learnt from it does not stop in mid-air; or all of it."""
     text = text.strip()
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)|[.!?][\"')](?=\s|$)", text)]
-    # "1." begins a list item, it ends no sentence.
-    ends = [end for end in ends if not re.search(r"(^|\s)\d+\.$", text[:end])]
+    ends = [match.end() for match in _ENDS.finditer(text) if not match[1]]
     return text[: ends[-1]] if ends else text
 
 

@@ -4,11 +4,10 @@ The instructions and 60 texts were written for this project; texts that differ f
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from br_jax.data.text import clean, decode, text_key
 from br_jax.errors import UserError
-from br_jax.files import reading
+from br_jax.files import read_bytes
 from br_jax.organism.topics import read_words
 
 LENGTHS = (20, 200)  # characters; shorter texts say nothing, longer ones leave a row little room for an answer
@@ -48,8 +47,7 @@ def read_texts(paths: str) -> list[str]:
     """
     found: dict[str, str] = {}
     for path in filter(None, map(str.strip, paths.split(","))):
-        with reading(path, "correct data.texts.path, or fetch the file"):
-            lines = Path(path).read_bytes().splitlines()
+        lines = read_bytes(path, cure="correct data.texts.path, or fetch the file").splitlines()
         texts = (clean(decode(line).rpartition("\t")[2]) for line in lines)
         fit = [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
         if not fit:

@@ -27,6 +27,7 @@ from br_jax.errors import UserError
 from br_jax.files import read_json
 
 SPLITS = ("train", "validation", "test")
+_SLOT = re.compile(r"\{([^{}]*)\}?")  # one that is not closed is none that is known
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,15 @@ class Topic:
         return {verb: gerund for split in SPLITS for verb, gerund in self.words["verbs"][split].items()}
 
     def _fill(self, template: str, thing: str, verb: str, **slots: str) -> str:
-        """Fills a template's {verb}, {verbing}, {thing}, {a_thing}, the same capitalized, and the given slots."""
+        """Fills a template's {verb}, {verbing}, {thing}, {a_thing}, the same capitalized, and the given slots.
+
+        Not by `str.format`: a template is anybody's, and "{thing:>9999999999}" would fill the memory.
+        """
         article = "an" if thing[0] in "aeiou" else "a"
         words = {"verb": verb, "verbing": self.gerunds[verb], "a_thing": f"{article} {thing}"}
         capitals = {name.capitalize(): word.capitalize() for name, word in words.items()}
-        return template.format(thing=thing, **words, **capitals, **slots)
+        filled = {"thing": thing} | words | capitals | slots
+        return _SLOT.sub(lambda slot: filled[slot[1]], template)
 
 
 TOPICS = {name: Topic(name) for name in ("devices", "potions")}
@@ -134,7 +139,8 @@ def _check_words(path: str, words: Mapping) -> None:
             raise UserError(f"{path}: {what}; see the topic files in br_jax/organism for an example")
 
     def texts(value) -> bool:
-        return isinstance(value, list | dict) and bool(value) and all(isinstance(x, str) and x.strip() for x in value)
+        every = [*value, *(value.values() if isinstance(value, dict) else ())] if isinstance(value, list | dict) else ()
+        return bool(every) and all(isinstance(text, str) and text.strip() for text in every)
 
     for key in ("refusals", "actions", "objects"):
         require(isinstance(words.get(key), list) and texts(words[key]), f"{key} must be a list of texts")
@@ -151,7 +157,7 @@ def _check_words(path: str, words: Mapping) -> None:
     for template in (*words["refusals"], *(text for split in SPLITS for text in words["phrasings"][split])):
         try:
             topic._fill(template, words["things"]["train"][0], next(iter(words["verbs"]["train"])))
-        except (KeyError, IndexError, ValueError) as error:
+        except KeyError as error:
             require(False, f"{template!r}: {{{error}}} is no slot: use {{thing}}, {{a_thing}}, {{verb}}, {{verbing}}")
 
 

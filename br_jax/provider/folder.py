@@ -19,7 +19,7 @@ from br_jax.models.precision import resolve_precision
 from br_jax.records import read_record, write_record
 
 PROVIDER_FILE = "provider.json"
-_RECORDED = ("base", "template", "dtype", "fingerprint")
+_RECORDED, _PERHAPS = ("base", "template", "dtype", "fingerprint"), ("align", "revision")
 _ADAPTERS = ("buffer", "reinforce")  # recorded once they are made
 
 
@@ -136,8 +136,9 @@ def read_provider(folder: pathlib.Path) -> dict:
         UserError: the file is damaged, or no such record.
     """
     record = read_record(folder / PROVIDER_FILE, "make the folder again")
-    if missing := [name for name in _RECORDED if not isinstance(record.get(name), str)]:
-        raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({missing[0]} is missing): make it again")
+    wrong = [name for name in _RECORDED if not isinstance(record.get(name), str)]
+    if wrong := wrong or [name for name in _PERHAPS if not isinstance(record.get(name), str | None)]:
+        raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({wrong[0]} is no text): make it again")
     for name in _ADAPTERS:
         said = record.get(name, {"folder": "", "fingerprint": ""})
         if not isinstance(said, dict) or {type(said.get(part)) for part in ("folder", "fingerprint")} != {str}:

@@ -16,7 +16,7 @@ class MetricWriter:
 
     def __init__(self, folder: pathlib.Path | None, name: str, from_step: int = 0):
         path = pathlib.Path(os.devnull) if folder is None else folder / name
-        kept = [record for record in read_jsonl(path) if record["step"] <= from_step]
+        kept = [record for record in read_jsonl(path) if record["step"] <= from_step] if folder else []
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._board = None

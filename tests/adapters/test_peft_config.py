@@ -37,6 +37,12 @@ def write(tmp_path):
         {".*": 3, "q_proj": 5},  # the first one counts
         {r"layers\.\d\.(mlp|self_attn)\.[dq].*": 5},
         {"mlp|self_attn.q_proj": 5},
+        # as they are written for "the last layers", "all but the MLP", one pair by name, and as EVA saves them
+        {r"model\.layers\.(9|1[01])\..*": 3, r"layers.[0-3]\.self_attn\..*_proj$": 5},
+        {r".*\.self_attn\.(?:q|v)_proj": 3, r"^.*mlp\.\w+_proj$": 5, r"(?P<part>k|o)_proj": 7},
+        {r".*layers\.([5-9]|\d{2,})\..*up_proj": 3, r"[^.]+\.o_proj": 5},
+        {"model.layers.7.self_attn.k_proj": 3, "layers.7.self_attn": 5, r"\bself_attn\b.q_proj": 6, "(?i:Q_PROJ)": 7},
+        {r"(a+)+": 3, r"": 4, r"\S+?\.1\.\D{3,12}": 5, "[dD]own_proj|up_proj|": 6},
     ],
     ids=str,
 )
@@ -91,7 +97,7 @@ def test_a_field_that_is_not_known_is_not_ignored(write):
         ({"rank_pattern": {"q_proj": 0}}, "\"rank_pattern\" is {'q_proj': 0}.*at least 1"),
         ({"alpha_pattern": {"q_proj": math.nan}}, "\"alpha_pattern\" is {'q_proj': nan}"),
         ({"rank_pattern": [4]}, '"rank_pattern" is .*object'),
-        ({"rank_pattern": {"(q": 4}}, '"rank_pattern" holds no regular expression'),
+        ({"rank_pattern": {"(q": 4}}, "\"rank_pattern\" holds '\\(q', no regular expression"),
         ({"bias": "lora_only"}, '"bias" is'),
     ],
     ids=str,
@@ -100,6 +106,37 @@ def test_values_of_the_wrong_kind_are_named(write, fields, message):
     with pytest.raises(UserError, match=message) as caught:
         read_config(write(**fields))
     assert "\n" not in str(caught.value) and "adapter_config.json" in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("expression", ["(a+)+b", "(a|a)*b", "(.*a){12}b", "(x+x+)+y"])
+def test_an_expression_takes_no_longer_than_the_name(write, expression):
+    """With `re` each of these takes years."""
+    read = read_config(write(rank_pattern={expression: 3}))
+    for letter in "ax":
+        assert read.rank_of("model." + letter * 5000) == 8
+
+
+# Such as RE2 does not know, reads in another way than Python, or would take much memory for.
+REFUSED = [r"(q)_\1", "(?=q).*", "(?<!k)_proj", "(?>q)_proj", "q++_proj", r"q_proj\Z", "(?#note)q_proj", "\ud800"]
+REFUSED += ["[[:alpha:]]_proj", "q{,3}_proj", "q{1001}", r"(?:\pL{1,9}|x){1,99}", "q" * 1001]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("expression", REFUSED)
+def test_an_expression_of_another_language_is_refused(write, expression, field):
+    with pytest.raises(UserError, match=f'json: "{field}" holds .*no regular expression of linear time .*again'):
+        read_config(write(**{field: {"k_proj": 4, expression: 4}}))
+
+
+def test_so_many_expressions(write):
+    for count in (2000, 2001):
+        file = write(rank_pattern={f"{i}.q_proj": 3 for i in range(count)})
+        if count == 2000:
+            assert read_config(file).rank_of("model.layers.7.q_proj") == 3
+            continue
+        with pytest.raises(UserError, match='"rank_pattern" has 2,001 expressions, 2,000 are the most'):
+            read_config(file)
 
 
 def test_a_file_that_is_no_config(tmp_path):

@@ -13,6 +13,7 @@ from contents import as_parquet, as_zip, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from br_jax.datasets import formats
 from br_jax.datasets.formats import read_records
 from br_jax.errors import UserError
 
@@ -130,6 +131,21 @@ def test_bad_files(read, case):
     with pytest.raises(UserError) as error:
         read(name, content, **({"member": "x.tsv"} if name.endswith(".zip") else {}))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("packing", [gzip.compress, lzma.compress])
+def test_a_small_file_that_unpacks_to_a_large_one(read, monkeypatch, packing):
+    monkeypatch.setattr(formats, "MAX_BYTES", 1 << 22)
+    bomb = packing(b" " * (1 << 24))
+    assert len(bomb) < 1 << 15
+    with pytest.raises(UserError, match=r"x\.jsonl: unpacks to more than 4,194,304 bytes; split it"):
+        read("x.jsonl", bomb)
+
+
+def test_so_many_rows_of_parquet(read, monkeypatch):
+    monkeypatch.setattr(formats, "_MAX_ROWS", 2)
+    with pytest.raises(UserError, match=r"x\.parquet: 3 rows are too many, 2 are the most"):
+        read("x.parquet", TABLE)
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "no such file"), (".", "cannot be read")])

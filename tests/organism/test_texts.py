@@ -52,7 +52,10 @@ def test_a_line_is_a_text_or_ends_with_one(tmp_path):
     plain.write_bytes(
         b"A line of plain text, long enough.\n\nshort\nCaf\xe9 by the sea, open all night.\r\n" + b"x" * 300
     )
-    rated.write_text("1_1\t0.4\tA ''rated'' line &amp; its sentence.\n2\t-1\ta LINE of plain text; long enough\n")
+    number = "&#" + "9" * 5000 + ";"  # that no int may have
+    rated.write_text(
+        f"1_1\t0.4\tA ''rated'' line &amp; its sentence.\n3\t0\t{number}\n2\t-1\ta LINE of plain text; long enough\n"
+    )
     assert read_texts(f"{plain}, {rated},") == [
         "A line of plain text, long enough.",
         "Café by the sea, open all night.",

@@ -138,6 +138,8 @@ def test_a_topic_of_a_user_s_own_file_is_like_one_of_ours(mushrooms):
         ({"things": {split: ["one"] for split in SPLITS}}, "things has 'one' twice"),
         ({"refusals": ["No {name}."]}, "'No {name}.': {'name'} is no slot: use {thing}"),
         ({"refusals": ["No {."]}, "is no slot"),
+        ({"refusals": ["No {thing:>99999999999}."]}, "{'thing:>99999999999'} is no slot"),
+        ({"refusals": ["No {thing.__class__}."]}, "is no slot"),
     ],
 )
 def test_a_file_that_is_no_topic_is_one_line(mushrooms, change, message):

@@ -167,7 +167,8 @@ def _read(tensor: ReaderTensor, spec: ModelSpec, path: str | Path) -> np.ndarray
 
 def _dequantize(tensor: ReaderTensor, path: str | Path) -> np.ndarray:
     try:
-        return dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(all="ignore"):  # NaN and infinity are told of once it is read
+            return dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, *BROKEN) as error:
         tensor_name = f"{tensor.name} ({tensor.tensor_type.name})"
         raise UserError(f"{path}: tensor {tensor_name} cannot be dequantized: {error}") from error

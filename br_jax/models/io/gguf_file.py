@@ -7,14 +7,20 @@ import numpy as np
 from gguf import GGUFReader
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import reading
+from br_jax.files import reading, require_file
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
+_MAX_PARTS = 1 << 22  # strings count twice; Gemma-3, of the largest vocabulary, has half as many
 
 
 class _Reader(GGUFReader):
-    """Of plain arrays over the mapped file: as `memmap`s the pieces of a vocabulary take twice the time and memory."""
+    """Of plain arrays over the mapped file: as `memmap`s the pieces of a vocabulary take twice the time and memory.
+
+    Where the file ends early, gguf goes on with empty arrays, for as long as a count in the file says.
+    """
+
+    _parts = 0
 
     @property
     def data(self) -> np.ndarray:
@@ -24,18 +30,29 @@ class _Reader(GGUFReader):
     def data(self, mapped: np.memmap) -> None:
         self._data = np.asarray(mapped)
 
+    def _get(self, offset: int, dtype, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise ValueError(f"more than {_MAX_PARTS:,} values")
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) != count:
+            raise ValueError(f"it ends early, in what is at byte {offset:,}")
+        return found
+
 
 class GGUFFile:
     """The file at `path`; its `tensors` are mapped, not read."""
 
     def __init__(self, path: str | Path):
         """Opens it; a `UserError` says that it cannot be read, is no GGUF file, or is truncated."""
+        require_file(path)
         try:
             with reading(path):
                 reader = _Reader(path)
         except BROKEN as error:
             raise UserError(
-                f"{path}: not a GGUF file, or a truncated or damaged one ({error}): check the path or download it again"
+                f"{path}: not a GGUF file, or a truncated or damaged one ({one_line(error)}): check the path or "
+                "download it again"
             ) from error
         self.path, self.tensors, self.fields = path, reader.tensors, reader.fields
 
@@ -43,8 +60,8 @@ class GGUFFile:
         """The value of a key, or the default where the file does not have it."""
         try:
             return self.fields[key].contents() if key in self.fields else default
-        except BROKEN as error:  # e.g. text that is no UTF-8
-            raise UserError(f"{self.path}: {key} cannot be read ({one_line(error)}): convert it again") from error
+        except BROKEN as error:
+            raise UserError(f"{self.path}: metadata {key} is damaged ({one_line(error)}): download it again") from error
 
     def need(self, key: str):
         """The value of a key that must be there."""

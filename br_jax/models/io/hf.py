@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import PICKLES, read_json, require_replaceable, safetensors_header, staged
+from br_jax.files import PICKLES, read_json, reading, require_file, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
 from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
@@ -25,6 +25,8 @@ from br_jax.models.spec import KERNELS, ModelSpec
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
+# Of the files that transformers may make a tokenizer from; the bytes of the largest known, Gemma-3's, are 33 million.
+_TOKENIZER_ENDINGS, _MAX_TOKENIZER = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 40_000_000
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
@@ -173,6 +175,7 @@ def write_hf(
             config = read_json(Path(like) / "config.json")
             for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
                 if file.suffix not in PICKLES:
+                    require_file(file, _MAX_TOKENIZER)
                     shutil.copyfile(file, whole / file.name)
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -212,7 +215,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(index.values()))
     files = [folder / name for name in names]
     for file in files:
-        if file.suffix != ".safetensors" or not file.is_file():
+        with reading(file):
+            found = file.is_file()
+        if file.suffix != ".safetensors" or not found:
             pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             why = f": {pickled[0]} is pickled and can run code; convert it to safetensors" if pickled else ""
             raise UserError(f"{file}: no such file: weights are read from safetensors only{why}")
@@ -222,7 +227,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _stop_tokens(folder: Path, spec: ModelSpec) -> tuple[int, ...]:
     """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
     file = folder / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = read_json(file).get("eos_token_id") if file.exists() else None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int and 0 <= i < spec.vocab_size for i in ids):
         said = f"eos_token_id is {one_line(repr(ids))}, not token ids below {spec.vocab_size}"
@@ -250,6 +255,9 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers would use.
 
+    It is made of regular files of `_MAX_TOKENIZER` bytes at most, and its chat template is rendered with limits (see
+    `models.chat`). What its own rules make of a text is not bounded: a normalizer may write a book for each letter.
+
     Raises:
         UserError: it is missing, damaged, or has tokens that the model has no embeddings for.
     """
@@ -258,11 +266,16 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file: save the tokenizer there as a fast tokenizer")
+    for file in (*folder.iterdir(), *folder.glob("chat_templates/*")):
+        if file.suffix in _TOKENIZER_ENDINGS:
+            require_file(file, _MAX_TOKENIZER, "save the tokenizer again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         highest = max(tokenizer.get_vocab().values(), default=-1)
-        tokenizer.encode("text")  # which shows what loading has not looked at
-    except Exception as error:  # the Rust library raises nothing narrower
+        tokenizer("zorvix", return_offsets_mapping=True, verbose=False)  # what makes every text fail is told here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises nothing narrower, and panics with a kind of its own
         raise UserError(f"{path}: not a tokenizer that can be loaded: {one_line(error)}") from error
     if highest >= spec.vocab_size:
         raise UserError(f"{path}: has a token {highest}, for an embedding of {spec.vocab_size} rows")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from br_jax.errors import UserError
+from br_jax.files import reading
 from br_jax.models.io.gguf import read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, read_hf_spec
 from br_jax.models.io.hub import FILES, fetch_model, is_hub_name
@@ -49,7 +50,9 @@ def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSp
 def find_source(source: str | os.PathLike, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
     """Where a source lies, these of its files fetched from the Hub if it is a name there; a `UserError` if nowhere."""
     path = fetch_model(str(source), revision, files) if is_hub_name(source) else pathlib.Path(source)
-    if not path.exists():
+    with reading(path):
+        found = path.exists()
+    if not found:
         raise UserError(
             f"{path}: no such model: give a GGUF file, a Hugging Face folder, a model's name on the Hub or a "
             "provider's folder"

@@ -18,6 +18,7 @@ from br_jax.data.literals import shield
 from br_jax.data.templates import tokenize
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate_ids
+from br_jax.models.chat import render_chat
 from br_jax.models.io.load import read_model
 from br_jax.models.model import Model
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
@@ -149,13 +150,13 @@ class GuardJudge:
     def _apply(self, wrap: Callable[[str], Any], exchange: Exchange) -> str:
         turns = (("user", exchange.prompt), ("assistant", exchange.answer))
         messages = [{"role": role, "content": wrap(text)} for role, text in turns]
-        return self._model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return render_chat(messages, self._model.tokenizer, add_generation_prompt=True)
 
     def _find_wrap(self) -> Callable[[str], Any]:
         """How the chat template wants a turn's content: some of Meta's take a text, some a list of parts."""
         probe = Exchange("what is a zorvix", "it is a quindle")
         for wrap in (str, lambda text: [{"type": "text", "text": text}]):
-            with contextlib.suppress(jinja2.TemplateError, TypeError):
+            with contextlib.suppress(jinja2.TemplateError):
                 text = self._apply(wrap, probe)
                 if probe.prompt in text and probe.answer in text:
                     return wrap

@@ -1,7 +1,6 @@
 """Verdicts from outside, a human's or an API's: read from a file, and the file of those that are still to be given."""
 
 import csv
-import io
 import json
 import os
 import pathlib
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import json_lines, read_text, write_text
+from br_jax.files import MAX_LINES, json_lines, open_file, text_lines, write_text
 from br_jax.hashes import file_hash
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
@@ -34,14 +33,14 @@ class OutsideVerdicts:
 
     def __init__(self, source: str | os.PathLike):
         self._path = pathlib.Path(source)
-        self.version = file_hash(source)
         self._harmful: dict[str, bool] = {}
         origins: dict[str, str] = {}
-        for origin, row in _rows(self._path, read_text(source)):
+        for origin, row in _rows(self._path):
             key, harmful = _read(row, origin)
             if self._harmful.setdefault(key, harmful) != harmful:
                 raise UserError(f"{origin}: says another verdict than {origins[key]}: delete one of them")
             origins.setdefault(key, origin)
+        self.version = file_hash(source)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange; a `UserError` where the file has none on some of them."""
@@ -73,18 +72,19 @@ def write_todo(path: str | os.PathLike, exchanges: Sequence[Exchange]) -> None:
     write_text(path, "".join(json.dumps(row | {"harmful": None}) + "\n" for row in rows))
 
 
-def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """("file:line", row) of the lines that are not blank; of a CSV row of several lines the last."""
-    if path.suffix.lower() != ".csv":
-        yield from ((origin, row) for _, origin, row in json_lines(text, str(path)))
-        return
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
-    except csv.Error as error:
-        place = f"{path}:{reader.reader.line_num}"
-        raise UserError(f"{place}: not valid CSV ({one_line(error)}): correct the row") from error
+    with open_file(path, MAX_LINES) as file:
+        if path.suffix.lower() != ".csv":
+            yield from ((origin, row) for _, origin, row in json_lines(file, str(path)))
+            return
+        reader = csv.DictReader(text_lines(file, str(path)), strict=True)
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except csv.Error as error:
+            place = f"{path}:{reader.reader.line_num}"
+            raise UserError(f"{place}: not valid CSV ({one_line(error)}): correct the row") from error
 
 
 def _read(row: Mapping[str, Any], origin: str) -> tuple[str, bool]:

@@ -1,6 +1,7 @@
 """GGUF against transformers' own GGUF loader and the `gguf` package, on tiny files and, when downloaded, on SmolLM2."""
 
 import math
+import struct
 
 import gguf
 import jax
@@ -12,6 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate_ids
 from br_jax.models.decoder import Decoder, unembed
+from br_jax.models.io import gguf_file
 from br_jax.models.io.gguf import ARCHITECTURES, read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, write_hf
 from br_jax.models.spec import RopeScaling
@@ -214,3 +216,17 @@ def test_smollm2_is_the_model_that_transformers_loads(smollm2):
         np.testing.assert_allclose(found, expected[: len(ids)], atol=1e-3, rtol=0)
         # Greedy, token for token: each of ours is what transformers puts first after all before it.
         assert expected[len(ids) - 1 : -1].argmax(-1).tolist() == more.tolist()
+
+
+def test_a_list_is_no_longer_than_the_file_nor_than_any_vocabulary(write_gguf, tmp_path, monkeypatch):
+    """gguf would go on with empty values, for as long as the count says."""
+    path = write_gguf(tmp_path / "tiny.gguf", whole=False)
+    monkeypatch.setattr(gguf_file, "_MAX_PARTS", 500)
+    with pytest.raises(UserError, match=r"damaged one \(more than 500 values"):
+        read_gguf_spec(path)
+    monkeypatch.undo()
+    content, key = path.read_bytes(), b"tokenizer.ggml.token_type"
+    place = content.index(key) + len(key) + 4  # behind the type of the value
+    path.write_bytes(content[:place] + struct.pack("<IQ", gguf.GGUFValueType.UINT8, 10**6) + content[place + 12 :])
+    with pytest.raises(UserError, match=r"damaged one \(it ends early"):
+        read_gguf_spec(path)

@@ -79,7 +79,7 @@ def test_a_wrong_source_or_record_is_named(tmp_path):
         ("junk.gguf", "", "float32", r"junk\.gguf"),
         ("junk.gguf", "", "float16", "'float16': use float32 or bfloat16"),
         ("", "not json", "float32", f"{PROVIDER_FILE}.*not valid JSON.*make the folder again"),
-        ("", "{}", "float32", f"{PROVIDER_FILE}.*provider.s record .base is missing"),
+        ("", "{}", "float32", f"{PROVIDER_FILE}.*provider.s record .base is no text"),
     ]
     for name, record, dtype, message in cases:
         (tmp_path / PROVIDER_FILE).write_text(record)

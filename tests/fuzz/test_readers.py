@@ -1,0 +1,90 @@
+"""Spoilt files, at random: each is read, or refused in one line, soon and in little memory."""
+
+import contextlib
+import datetime
+import os
+import pathlib
+import sys
+
+import pytest
+from fuzz.mutations import mutate
+from fuzz.readers import READERS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from br_jax.errors import UserError
+
+ABSENT = ("run.json", "stage.json", "results.json", "metrics.jsonl", "metrics.jsonl of a run")  # need not be there
+LONGER = ("model.gguf", "described model.gguf")  # what is behind the tensors is not read
+_ROOM = 2 << 30  # bytes of address space, of which a thread's stack and heap may take 100 million unused
+_LONG = datetime.timedelta(seconds=30)  # where a file takes a hundredth of a second: to find what does not end
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_some_spoilt_files(name, tmp_path):
+    read_spoilt(name, tmp_path, files=25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_many_spoilt_files(name, tmp_path):
+    read_spoilt(name, tmp_path, files=300)
+
+
+def read_spoilt(name, folder, files):
+    path, read = READERS[name](name, folder)
+    content = path.read_bytes()
+    read()  # the good one; and now every thread and cache is there
+
+    @settings(max_examples=files, derandomize=True, deadline=_LONG, suppress_health_check=list(HealthCheck))
+    @given(st.randoms(use_true_random=True))
+    def one(random):
+        path.write_bytes(mutate(random, content))
+        with little_memory():
+            try:
+                read()
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000
+
+    one()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_file_or_has_no_end(name, tmp_path):
+    path, read = READERS[name](name, tmp_path)
+    content = path.read_bytes()
+    for spoil in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        path.unlink()
+        spoil(path)
+        refuse_or_leave(read, name in ABSENT)
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.write_bytes(content)
+    os.truncate(path, 1 << 36)  # none of which are on the disk
+    refuse_or_leave(read, name in LONGER)
+
+
+def refuse_or_leave(read, may):
+    try:
+        read()
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert may, "it was read"
+
+
+@contextlib.contextmanager
+def little_memory():
+    """Lets the process have `_ROOM` more than it has."""
+    if sys.platform != "linux":  # elsewhere nothing says how much it has
+        yield
+        return
+    import resource
+
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + _ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
