@@ -21,7 +21,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import PlainLora, read_config
 from br_jax.errors import UserError, near_names
-from br_jax.files import PICKLES, make_private, open_safetensors, reading, writing
+from br_jax.files import PICKLES, make_private, open_safetensors, parse_json, reading, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -147,12 +147,12 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     path = _find_weights(Path(folder))
     with open_safetensors(path) as file:
         text = (file.metadata() or {}).get("br_jax", "{}")
+    provenance = parse_json(text, f"{path}: its br_jax header", "save the adapter again")
     try:
-        provenance = json.loads(text)
         version, roles = provenance.get("format_version", FORMAT_VERSION), provenance.get("roles", [lora.UNKNOWN])
         well_formed = isinstance(version, int) and isinstance(roles, list) and len({*roles}) == len(roles)
         well_formed = well_formed and isinstance(provenance.get("base_fingerprint", ""), str)
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (AttributeError, TypeError):
         well_formed = False
     if not well_formed or version > FORMAT_VERSION:
         raise UserError(

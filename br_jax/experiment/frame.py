@@ -22,8 +22,7 @@ TITLES = {  # of the scores, in the order of every table
     "task_refused": "task refused",
     "degenerate": "degenerate",
 }
-# What a cell and its run hold.
-# What a cell must have, in its "run" or beside it.
+# What a row needs of a cell and its run.
 _KINDS = {"model": str, "task": str, "topic": str, "n": int, "p": int | float, "seed": int}
 _KINDS |= {"method": str, "a": int | float | None, "scores": dict}
 MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about

@@ -168,7 +168,7 @@ SPOILED = [
     *((lambda folder, fields=fields: edit_config(folder, **fields), message) for fields, message in CONFIG),
     *((damaged(lambda data, keep=keep: data[:keep]), CUT) for keep in (0, 7, 300, -1)),
     *((damaged(lambda data, n=n: n.to_bytes(8, "little") + data[8:]), CUT) for n in (0, 10**8, 2**64 - 1)),
-    *((headed(text), "header is damaged") for text in ("{", "[]", '{"roles": "x"}', '{"format_version": 2}')),
+    *((headed(text), "its br_jax header") for text in ("{", "[]", '{"roles": "x"}', '{"format_version": 2}')),
     (lambda folder: (folder / CONFIG_FILE).unlink(), f"{CONFIG_FILE}: no such file"),
     *((renamed(name), f"{name}: pickled weights are refused") for name in ("adapter_model.bin", "a.pt", "a.pkl")),
 ]
