@@ -1,6 +1,6 @@
 """How often the guard errs: users that a real model was trained for, and Buffers in disguise beside them.
 
-BR_JAX_USERS=200 pytest -s tests/adapters/test_guard_rates.py    # prints what docs/lab-notes.md says
+BR_JAX_USERS=200 pytest -s --timeout=0 tests/adapters/test_guard_rates.py    # prints what docs/lab-notes.md says
 """
 
 import itertools

@@ -39,7 +39,7 @@ BASE = {
     "sliding_window": 50,
 }
 TOKENS = np.random.default_rng(0).integers(0, 61, (1, 12))
-ABSENT = object()
+ABSENT = "<absent>"  # in place of a value: the file does not say
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 UNSAID = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
