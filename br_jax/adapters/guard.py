@@ -17,7 +17,7 @@ from br_jax.errors import UserError
 
 # Measured: docs/provider.md. A Reinforce points away from Buffer, so the sign counts; but what is its exact opposite
 # gives it away.
-COSINE, OPPOSITE, SHARE = 0.3, -0.7, 0.2
+COSINE, OPPOSITE, SHARE = 0.3, -0.7, 0.12
 
 
 @dataclasses.dataclass(frozen=True)

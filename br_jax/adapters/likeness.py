@@ -1,8 +1,9 @@
 """How much of one adapter is in another, or in a change of weights: scaled, rounded, cut or mixed as it may be.
 
-An adapter's delta is a sum of R components in each matrix, its singular directions. Of each of them one can ask how
-much of it another delta contains. Trained on other rows, or from other first values, another adapter has next to none
-of most of them; one that was made from the first has the same part of nearly all.
+An adapter's delta is a sum of R components in each matrix, its singular directions: pairs of an input and an output
+direction. Of each pair one can ask how much of it another delta contains. An adapter that was made from the first has
+the same part of nearly all pairs. One that was trained on its own has next to none of most; and what it has of the
+first one's directions, as in a small model it must, it has of all their combinations, not of the pairs.
 """
 
 import dataclasses
@@ -20,12 +21,16 @@ from br_jax.adapters.compress import best_rank
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.adapters.lora import Adapter
 
+_NOISE = 1e-6  # of the largest singular value: below it f32 knows no direction
+
 
 class Likeness(NamedTuple):
     """What two deltas have in common, over the matrices of the first."""
 
     cosine: float  # of the angle between them, from -1 to 1; 0 where one of them is 0
-    share: float  # the largest t * e such that components with a part e of the first's energy are in the second t-fold
+    # The largest t * e such that components which are in the second at least t-fold, beyond what it has of other pairs
+    # of their directions, make up a part e of the first (by singular values).
+    share: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,59 +50,69 @@ class Reference:
         mine = self.components.weights
         shared = {path: other.weights[path] for path in sorted(mine.keys() & other.weights.keys())}
         other = other.replace(weights=shared)
-        parts = {path: _parts_of_adapter(mine[path], pair, other.scale) for path, pair in shared.items()}
-        return self._likeness(parts, float(inner_product(other, other)))
+        cores = {path: _core_of_adapter(mine[path], pair, other.scale) for path, pair in shared.items()}
+        return self._likeness(cores, float(inner_product(other, other)))
 
     def likeness_of_change(self, params: Mapping[str, Any], base: Mapping[str, Any]) -> Likeness:
         """How like it the difference between two trees of params is."""
         now, before = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (params, base))
-        parts, square = {}, 0.0
+        cores, square = {}, 0.0
         for path, pair in self.components.weights.items():
             kernels = now[f"{path}/kernel"], before[f"{path}/kernel"]
-            parts[path], squares = _parts_of_change(pair, *kernels)
+            cores[path], squares = _core_of_change(pair, *kernels)
             square += float(squares)
-        return self._likeness(parts, square)
+        return self._likeness(cores, square)
 
-    def _likeness(self, parts: Mapping[str, Array], square: float) -> Likeness:
-        """Of each component's part in the other delta, and the other's squared norm."""
-        energies, found = [np.zeros(0)], [np.zeros(0)]
+    def _likeness(self, cores: Mapping[str, Array], square: float) -> Likeness:
+        """Of what the other delta has of all pairs of directions, and of its squared norm."""
+        sigmas, parts, inner = [np.zeros(0)], [np.zeros(0)], 0.0
         for path, pair in self.components.weights.items():
             # each side of a component holds the root of its singular value
-            energy = np.square(np.square(np.asarray(pair["a"], np.float64)).sum(axis=1))
-            product = np.asarray(parts.get(path, np.zeros(energy.shape)), np.float64)
-            energies.append(energy.ravel())
-            found.append(np.divide(product, energy, where=energy > 0, out=np.zeros_like(energy)).ravel())
-        energy, part = map(np.concatenate, (energies, found))
-        whole = energy.sum()
-        if not whole > 0 or not square > 0:
+            sigma = np.square(np.asarray(pair["a"], np.float64)).sum(axis=1)  # [L, K]
+            sigma = np.where(sigma > _NOISE * sigma.max(axis=1, keepdims=True), sigma, 0)
+            sigmas.append(sigma.ravel())
+            if path not in cores:
+                parts.append(np.zeros(sigma.size))
+                continue
+            roots = np.sqrt(sigma)
+            scales = roots[:, :, None] * roots[:, None, :]
+            core = np.divide(np.asarray(cores[path], np.float64), scales, where=scales > 0, out=np.zeros(scales.shape))
+            own = np.diagonal(core, axis1=1, axis2=2)  # u_k^T D v_k of each pair
+            others = (np.square(core).sum(axis=1) + np.square(core).sum(axis=2)) / 2 - own**2
+            pairs = np.maximum((sigma > 0).sum(axis=1, keepdims=True) - 1, 1)
+            others = np.sqrt(np.maximum(others, 0) / pairs)
+            parts.append(np.divide(own - others, sigma, where=sigma > 0, out=np.zeros(sigma.shape)).ravel())
+            inner += (own * sigma).sum()
+        sigma, part = map(np.concatenate, (sigmas, parts))
+        length = math.sqrt(np.square(sigma).sum() * square)
+        if not length > 0:
             return Likeness(0.0, 0.0)
         order = np.argsort(-part)
-        at_least = np.cumsum(energy[order]) / whole
-        share = np.max(np.clip(part[order], 0, 1) * at_least)
-        return Likeness(float((part * energy).sum() / math.sqrt(whole * square)), float(share))
+        at_least = np.cumsum(sigma[order]) / sigma.sum()
+        return Likeness(float(inner / length), float(np.max(np.clip(part[order], 0, 1) * at_least)))
 
 
 @jax.jit
-def _parts_of_adapter(
+def _core_of_adapter(
     component: dict[str, Float[Array, "L ..."]], pair: dict[str, Float[Array, "L ..."]], scale: Float[Array, ""]
-) -> Float[Array, "L K"]:
-    """a_k^T (scale * a @ b) b_k of each component k."""
-    inputs = jnp.einsum("lik,lir->lkr", component["a"], pair["a"], precision="highest")
-    outputs = jnp.einsum("lko,lro->lkr", component["b"], pair["b"], precision="highest")
-    return scale * jnp.sum(inputs * outputs, axis=-1)
+) -> Float[Array, "L K K"]:
+    """a_j^T (scale * a @ b) b_k of the components' sides."""
+    inputs = jnp.einsum("lij,lir->ljr", component["a"], pair["a"], precision="highest")
+    outputs = jnp.einsum("lko,lro->lrk", component["b"], pair["b"], precision="highest")
+    return scale * jnp.matmul(inputs, outputs, precision="highest")
 
 
 @jax.jit
-def _parts_of_change(
+def _core_of_change(
     component: dict[str, Float[Array, "L ..."]], now: Float[Array, "L I O"], before: Float[Array, "L I O"]
-) -> tuple[Float[Array, "L K"], Float[Array, ""]]:
-    """a_k^T (now - before) b_k of each component k, and the squared norm of the change; a layer at a time."""
+) -> tuple[Float[Array, "L K K"], Float[Array, ""]]:
+    """a_j^T (now - before) b_k of the components' sides, and the squared norm of the change; a layer at a time."""
 
     def of_layer(layer):
         a, b, now, before = layer
         change = now.astype(jnp.float32) - before.astype(jnp.float32)
         inputs = jnp.matmul(a.T, change, precision="highest")
-        return jnp.sum(inputs * b, axis=-1), jnp.sum(change**2)
+        return jnp.matmul(inputs, b.T, precision="highest"), jnp.sum(change**2)
 
-    parts, squares = jax.lax.map(of_layer, (component["a"], component["b"], now, before))
-    return parts, squares.sum()
+    cores, squares = jax.lax.map(of_layer, (component["a"], component["b"], now, before))
+    return cores, squares.sum()

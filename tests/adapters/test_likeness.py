@@ -11,19 +11,24 @@ from br_jax.adapters.likeness import Likeness, Reference
 
 
 def dense(buffer, change):
-    """The same from whole matrices: of each singular direction of a Buffer, how much of it a change has."""
-    energy, part, inner, square = [], [], 0.0, 0.0
+    """The same from whole matrices, one pair of a Buffer's singular directions at a time."""
+    sigmas, part, inner, square = [], [], 0.0, 0.0
     for path, matrices in delta(buffer).items():
         for layer, matrix in enumerate(matrices):
             u, sigma, v = np.linalg.svd(matrix, full_matrices=False)
-            real = sigma > 1e-9
             other = change[path][layer] if path in change else np.zeros_like(matrix)
-            energy.append(sigma[real] ** 2)
-            part.append(np.diag(u.T @ other @ v.T)[real] / sigma[real])
+            pairs = [k for k in range(len(sigma)) if sigma[k] > 1e-6 * sigma[0]]
+            for k in pairs:
+                own = u[:, k] @ other @ v[k]
+                beside = [u[:, k] @ other @ v[j] for j in pairs if j != k] + [
+                    u[:, j] @ other @ v[k] for j in pairs if j != k
+                ]
+                sigmas.append(sigma[k])
+                part.append((own - np.sqrt(np.mean(np.square(beside)))) / sigma[k])
             inner, square = inner + (matrix * other).sum(), square + (other**2).sum()
-    energy, part = np.concatenate(energy), np.concatenate(part)
-    shares = [min(t, 1) * energy[part >= t].sum() / energy.sum() for t in part if t > 0]
-    return Likeness(inner / np.sqrt(energy.sum() * square), max(shares, default=0.0))
+    sigmas, part = np.array(sigmas), np.array(part)
+    shares = [min(t, 1) * sigmas[part >= t].sum() / sigmas.sum() for t in part if t > 0]
+    return Likeness(inner / np.sqrt((sigmas**2).sum() * square), max(shares, default=0.0))
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""Every file of a finished run, tampered with: the next read says so in one line, or makes it again as it was."""
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+
+import pytest
+from br_jax.configs import demo
+
+import br_jax as br
+from br_jax.errors import UserError
+from br_jax.experiment.pipeline import run_pipeline
+from br_jax.experiment.report import write_report
+from br_jax.provider.folder import load_model
+
+HOW = os.environ.get("BR_JAX_TAMPER", "in turn")  # or "all": each file in each way
+
+pytestmark = pytest.mark.slow
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    if content:
+        content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+WAYS = {
+    "a bit": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "another's": lambda path: path.write_bytes(path.with_name(sorted(os.listdir(path.parent))[0]).read_bytes()),
+}
+
+
+def small():
+    config = demo.get_config("smoke")
+    with config.model.spec.unlocked():
+        config.model.spec.update(embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=64)
+    return config
+
+
+def read_all(workdir):
+    """What a run says of itself, from whatever reads it: the engine, the report, the provider's folder, the release."""
+    cells = run_pipeline(small(), workdir)
+    write_report(workdir)
+    model = load_model(workdir / "provider")
+    released = br.load_adapter(workdir / "released", model)
+    scores = [{name: value for name, value in cell["scores"].items()} for cell in cells]
+    hashes = json.loads((workdir / "results.json").read_text())["hashes"]
+    return json.dumps([scores, hashes, br.adapters.lora.fingerprint(released)], sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "w"
+    return workdir, read_all(workdir)
+
+
+def test_what_was_tampered_with_is_noticed(finished, tmp_path):
+    workdir, whole = finished
+    files = [
+        path.relative_to(workdir) for path in sorted(workdir.rglob("*")) if path.is_file() and path.name != ".lock"
+    ]
+    assert len(files) > 40
+    ways, noticed = itertools.cycle(WAYS.items()), {}
+    for file in files:
+        for name, tamper in WAYS.items() if HOW == "all" else [next(ways)]:
+            copy = tmp_path / "w"
+            shutil.copytree(workdir, copy, copy_function=lambda *names: pathlib.Path(shutil.copy2(*names)))
+            tamper(copy / file)
+            try:
+                assert read_all(copy) == whole, f"{file}, {name}: read as if nothing had happened"
+                noticed[str(file), name] = "as it was"
+            except UserError as error:
+                assert "\n" not in str(error) and str(tmp_path) in str(error), f"{file}, {name}: {error}"
+                noticed[str(file), name] = str(error).replace(str(tmp_path), "")[:120]
+            shutil.rmtree(copy)
+    print(*(f"{file}, {name}: {said}" for (file, name), said in noticed.items()), sep="\n")
