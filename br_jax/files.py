@@ -93,7 +93,7 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """Yields the lines of UTF-8 text, each with its end.
 
     Raises:
-        UserError: naming file and line, or byte: one is not UTF-8, or has more bytes than `MAX_JSON`, or is one too many.
+        UserError: naming file and line, or byte: one is not UTF-8, or longer than `MAX_JSON`, or one too many.
     """
     place = 0
     for number, line in enumerate(iter(functools.partial(file.readline, MAX_JSON + 1), b""), start=1):
