@@ -27,6 +27,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # The most bytes of a file that is read line by line, of one that is held whole, and of a JSON document, as which a line
 # of JSONL counts: parsed, it can take 30 times as much. Alpaca's rows have 23 million, a large model's index 9 million.
 MAX_LINES, MAX_WHOLE, MAX_JSON = 1 << 30, 1 << 26, 25_000_000
+_MAX_NUMBER = 10_000_000  # of lines
 _MAX_DEPTH = 100  # of a JSON document: what walks over it may be recursive
 _MAX_HEADER = 1 << 24  # bytes of a safetensors file: with 10,000 tensors it has a million
 
@@ -92,12 +93,14 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """Yields the lines of UTF-8 text, each with its end.
 
     Raises:
-        UserError: naming file and line, or byte: one is not UTF-8, or has more bytes than `MAX_JSON`.
+        UserError: naming file and line, or byte: one is not UTF-8, or longer than `MAX_JSON`, or one too many.
     """
     place = 0
     for number, line in enumerate(iter(functools.partial(file.readline, MAX_JSON + 1), b""), start=1):
-        if len(line) > MAX_JSON:
-            raise UserError(f"{name}:{number}: more than {MAX_JSON:,} bytes in one line; split it")
+        if len(line) > MAX_JSON or number > _MAX_NUMBER:
+            raise UserError(
+                f"{name}:{number}: more than {MAX_JSON:,} bytes in a line, or {_MAX_NUMBER:,} lines; split it"
+            )
         yield decode_utf8(line, name, place)
         place += len(line)
 

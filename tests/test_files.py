@@ -75,8 +75,11 @@ def test_a_line_has_so_many_bytes(monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON", 10)
     lines = ["a\r\n", "naïveté\n", "\n", "1234567890"]
     assert list(text_lines(io.BytesIO("".join(lines).encode()), "x")) == lines
-    with pytest.raises(UserError, match="x:2: more than 10 bytes in one line; split it"):
+    with pytest.raises(UserError, match="x:2: more than 10 bytes in a line, or"):
         list(text_lines(io.BytesIO(b"a\n12345678901\n"), "x"))
+    monkeypatch.setattr(files, "_MAX_NUMBER", 2)
+    with pytest.raises(UserError, match="x:3: more than 10 bytes in a line, or 2 lines; split it"):
+        list(text_lines(io.BytesIO(b"\n\n\n"), "x"))
 
 
 def test_lines_are_those_of_the_whole_text():

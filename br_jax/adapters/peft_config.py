@@ -9,6 +9,7 @@ name; what it does not know (backreferences, what stands before or after), or re
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ Matches = Callable[[str], Any]  # whether an expression matches a module's name
 
 F32_MAX = float(np.finfo(np.float32).max)
 _MAX_PATTERNS, _MAX_EXPRESSION = 2000, 1000  # Llama-3.1 405B has 882 modules; characters
+_MAX_PROGRAM = 20_000  # instructions of all of RE2's programs, each of which a name may need: one has fifty or so
+_PLAIN = re.compile(r"[\w.]*", re.ASCII)  # no more than a name, and quicker by `re`
 # "[[:alpha:]]" is a class to RE2 alone, "a{,3}" a repetition to `re` alone.
 _READ_OTHERWISE = ("[:", "{,")
 
@@ -133,16 +136,24 @@ def read_config(file: Path) -> PlainLora:
 
 def _read_pattern(file: Path, config: Mapping[str, Any], name: str) -> list[tuple[Matches, Any]]:
     """Reads a mapping from expressions to ranks or alphas; the file's order stays, as the first match counts."""
-    pattern, found = config.get(name) or {}, []
+    pattern, found, size = config.get(name) or {}, [], 0
     if len(pattern) > _MAX_PATTERNS:
         raise UserError(f'{file}: "{name}" has {len(pattern):,} expressions, {_MAX_PATTERNS:,} are the most')
     options = re2.Options()
-    options.log_errors, options.max_mem = False, 1 << 18  # bytes: there may be many of them
+    options.log_errors, options.max_mem = False, 1 << 17  # bytes: there may be many of them
     for key, value in pattern.items():
+        expression = rf"(.*\.)?({key})$"
         try:
             if len(key) > _MAX_EXPRESSION or any(part in key for part in _READ_OTHERWISE):
                 raise re2.error(f"longer than {_MAX_EXPRESSION:,} characters, or with {' or '.join(_READ_OTHERWISE)}")
-            found.append((re2.compile(rf"(.*\.)?({key})$", options).match, value))
+            if _PLAIN.fullmatch(key):
+                found.append((re.compile(expression).match, value))
+                continue
+            program = re2.compile(expression, options)
+            size += program.programsize
+            if size > _MAX_PROGRAM:
+                raise re2.error("too large, together with those before it")
+            found.append((program.match, value))
         except (re2.error, UnicodeEncodeError) as error:
             why = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else error
             raise UserError(

@@ -100,7 +100,7 @@ def _parquet(content: bytes, name: str) -> Iterator[Parsed]:
         file = parquet.ParquetFile(io.BytesIO(content))
         if (rows := file.metadata.num_rows) > _MAX_ROWS:
             raise UserError(f"{name}: {rows:,} rows are too many, {_MAX_ROWS:,} are the most; split it")
-        batches = file.iter_batches(batch_size=256)
+        batches = file.iter_batches(batch_size=64)
         yield from _numbered((row for batch in batches for row in batch.to_pylist()), name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{name}: not a whole Parquet file ({one_line(error)}); fetch the file anew") from error

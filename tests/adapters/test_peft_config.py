@@ -137,6 +137,8 @@ def test_so_many_expressions(write):
             continue
         with pytest.raises(UserError, match='"rank_pattern" has 2,001 expressions, 2,000 are the most'):
             read_config(file)
+    with pytest.raises(UserError, match=r"too large, together with those before it"):
+        read_config(write(rank_pattern={rf"{i}\..*_proj": 3 for i in range(2000)}))
 
 
 def test_a_file_that_is_no_config(tmp_path):

@@ -11,7 +11,7 @@ from br_jax.files import reading, require_file
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
-_MAX_PARTS = 1 << 22  # strings count twice; Gemma-3, of the largest vocabulary, has half as many
+_MAX_PARTS = 3_000_000  # strings count twice; Gemma-3, of the largest vocabulary, has two million
 
 
 class _Reader(GGUFReader):
