@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.data.rows import require_whole
 from br_jax.errors import UserError
 
+_MOST_BEGINNINGS = 10**8  # characters, twice: a vocabulary of 10,000 control tokens has two million
 SHIELD = "\ud800"  # half a character: no text that can be tokenized has one, be it a user's or a template's
 
 
@@ -119,6 +120,8 @@ def _added(tokenizer: PreTrainedTokenizerFast) -> _Added:
         finders[0].token_to_id(token.content): (token.content, i, _is_control(token)) for i, token in tokens.items()
     }
     control = [content for content, _, counts in known.values() if counts]
+    if sum(len(name) ** 2 for name in control) > _MOST_BEGINNINGS:
+        raise UserError("the tokenizer's control tokens are too long: take a tokenizer whose tokens are words")
     beginnings = frozenset(name[:n] for name in control for n in range(1, len(name)))
     return _Added(tuple(finders), known, beginnings, max(map(len, control), default=0))
 

@@ -208,3 +208,11 @@ def test_a_tokenizer_is_read_once(byte_level):
     for text in "abc":
         shield(text, tokenizer, "")
     assert literals._added.cache_info().misses == 1
+
+
+def test_control_tokens_are_of_a_word_s_length():
+    """A stranger's may have a hundred thousand characters, whose beginnings would fill the memory."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "x" * 10**5})
+    with pytest.raises(UserError, match="control tokens are too long"):
+        shield("a", tokenizer, "it")
