@@ -15,7 +15,7 @@ from br_jax.adapters.guard import COSINE, SHARE, is_buffer
 from br_jax.experiment.run import Experiment, settled
 from br_jax.method import train_user
 
-USERS = int(os.environ.get("BR_JAX_USERS", "8"))
+USERS = int(os.environ.get("BR_JAX_USERS", "4"))
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,7 @@
-"""Several processes on one workdir: one works, the others say who does or wait, and nothing is lost or doubled."""
+"""Several processes on one workdir: one works, the others say who does or wait, and nothing is lost or doubled.
+
+BR_JAX_ROUNDS=20 pytest --timeout=0 tests/experiment/test_concurrency.py    # minutes a round: not run without it
+"""
 
 import json
 import os
@@ -11,10 +14,10 @@ import pytest
 from br_jax.store import Store
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROUNDS = int(os.environ.get("BR_JAX_ROUNDS", "1"))
+ROUNDS = int(os.environ.get("BR_JAX_ROUNDS", "0"))
 CONFIG = "--config=configs/demo.py:smoke"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ROUNDS, reason="BR_JAX_ROUNDS says how often")]
 
 
 def start(script, workdir, *flags):

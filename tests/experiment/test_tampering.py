@@ -1,4 +1,7 @@
-"""Every file of a finished run, tampered with: the next read says so in one line, or makes it again as it was."""
+"""Every file of a finished run, tampered with: the next read says so in one line, or makes it again as it was.
+
+BR_JAX_TAMPER=turn pytest -s --timeout=0 tests/experiment/test_tampering.py    # or =all: each file in each way
+"""
 
 import itertools
 import json
@@ -15,9 +18,9 @@ from br_jax.experiment.pipeline import run_pipeline
 from br_jax.experiment.report import write_report
 from br_jax.provider.folder import load_model
 
-HOW = os.environ.get("BR_JAX_TAMPER", "in turn")  # or "all": each file in each way
+HOW = os.environ.get("BR_JAX_TAMPER")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HOW, reason="BR_JAX_TAMPER says how")]
 
 
 def flip(path):
