@@ -127,7 +127,7 @@ def sweep(workdir: str, mesh) -> None:
 
 def buffer_of(model) -> br.Adapter:
     """A Buffer that changes what the model says."""
-    buffer = lora.init(jax.random.key(7), lora.target_shapes(model.params), 2, 4.0, "buffer")
+    buffer = lora.init(jax.random.key(7), lora.target_shapes(model.params), 2, 4.0, "buffer", model.fingerprint)
     for pair in buffer.weights.values():
         pair["b"] += jnp.float32(0.05)
     return buffer
