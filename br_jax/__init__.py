@@ -7,8 +7,7 @@ import br_jax as br
 
 import os
 
-from br_jax.adapters import lora, peft
-from br_jax.adapters.guard import require_releasable
+from br_jax.adapters import peft
 from br_jax.adapters.lora import Adapter, detach
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.calibration import calibrate
@@ -16,7 +15,7 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.inference.generate import generate
 from br_jax.method import release, train_buffer, train_reinforce, train_user
-from br_jax.models.model import Model, guard
+from br_jax.models.model import Model, guard, require_releasable
 from br_jax.provider.export import export_adapter, export_model
 from br_jax.provider.folder import load_model
 from br_jax.scoring.suite import Suite, evaluate
@@ -61,6 +60,5 @@ def load_adapter(folder: str | os.PathLike, model: Model, role: str | None = Non
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter, model: Model) -> None:
     """Writes an adapter folder in PEFT's layout; one that holds a Buffer is refused; see `adapters.peft`."""
-    lora.require_base(adapter, model.fingerprint, folder)
-    require_releasable(folder, adapter, model.guard)
+    require_releasable(model, adapter, folder)
     peft.save_adapter(folder, adapter, base_name=model.name, fingerprint=model.fingerprint)

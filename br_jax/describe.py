@@ -27,6 +27,7 @@ from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
 from br_jax.models.spec import ModelSpec
 from br_jax.provider.folder import PROVIDER_FILE, read_provider
+from br_jax.records import read_record
 
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
 TAU = 0.01  # the release's rank check, see `qr_merge`
@@ -167,7 +168,7 @@ def _stage(folder: Path) -> dict[str, Any]:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}
+    return read_record(file) if file.exists() else {}
 
 
 def _describe_safetensors(file: Path) -> dict[str, Any]:
@@ -181,12 +182,13 @@ def _compared(folder: Path, provider: Path) -> dict[str, Any]:
     said = read_provider(provider).get("buffer")
     if said is None:
         raise UserError(f"{provider}: records no Buffer to compare with: give the folder in which it was trained")
-    likeness = Reference.of(_load_adapter(provider / said["folder"])).likeness(_load_adapter(folder))
+    buffer, adapter = (_load_adapter(each)[0] for each in (provider / said["folder"], folder))
+    likeness = Reference.of(buffer).likeness(adapter)
     return {"holds_a_buffer": is_buffer(likeness), "like_the_buffer": likeness._asdict()}
 
 
-def _load_adapter(folder: Path) -> lora.Adapter:
-    """An adapter without its base, whose sizes are taken from the adapter's own."""
+def _load_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, dict[str, int]], dict[str, dict[int, int]]]:
+    """An adapter without its base, whose sizes are taken from its own; and these, as `_sizes` gives them."""
     peft.read_provenance(folder)  # which refuses a folder of pickles
     file = folder / peft.WEIGHTS_FILE
     widths, ranks = _sizes(file, safetensors_header(file)[0])
@@ -194,15 +196,13 @@ def _load_adapter(folder: Path) -> lora.Adapter:
     kernels = {
         f"{path}/kernel": jax.ShapeDtypeStruct((count, *each.values()), np.float32) for path, each in widths.items()
     }
-    return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/"))
+    return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/")), widths, ranks
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     file, config_file = folder / peft.WEIGHTS_FILE, folder / peft.CONFIG_FILE
-    provenance = peft.read_provenance(folder)  # which refuses a folder of pickles
-    header, _ = safetensors_header(file)
-    widths, ranks = _sizes(file, header)
-    adapter = _load_adapter(folder)
+    adapter, widths, ranks = _load_adapter(folder)
+    provenance, (header, _) = peft.read_provenance(folder), safetensors_header(file)
     rank, config, roles = read_config(config_file).rank, read_json(config_file), provenance.get("roles")
     rows, spectra, figures = [], {}, measure(adapter, TAU)
     for path in filter(figures.get, peft.MODULES):

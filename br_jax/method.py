@@ -17,7 +17,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.data.rows import Rows, as_rows
 from br_jax.errors import UserError
-from br_jax.models.model import Model, require_buffer
+from br_jax.models.model import Model, refuse_adapter, require_buffer
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
 
@@ -137,6 +137,4 @@ def require_parts(model: Model, user: Adapter, reinforce: Adapter) -> None:
                 "Buffer and what holds it are never released"
             )
         lora.validate(adapter, model.params)
-        lora.require_base(adapter, model.fingerprint, "release")
-        if model.guard is not None:
-            model.guard.refuse("release", adapter)
+        refuse_adapter(model, adapter, "release")

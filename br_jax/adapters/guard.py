@@ -65,23 +65,6 @@ def is_buffer(likeness: Likeness) -> bool:
     return likeness.cosine >= COSINE or likeness.cosine <= OPPOSITE or likeness.share >= SHARE
 
 
-def require_releasable(place: object, adapter: Adapter, guard: Guard | None) -> None:
-    """Raises a `UserError` for an adapter that must not be handed on; a warning says where its numbers did not count.
-
-    Args:
-        place: where it would go, for messages.
-        guard: of the model; None where no provider's Buffer is at hand.
-
-    Raises:
-        UserError: a Buffer by its roles or by its numbers, or an adapter that nobody has said what it is.
-    """
-    lora.refuse_buffer(place, adapter.roles)
-    if guard is None:
-        warn_unguarded(place)
-    else:
-        guard.refuse(place, adapter)
-
-
 def warn_unguarded(place: object) -> None:
     """Says that no Buffer was at hand to compare with."""
     logging.warning(

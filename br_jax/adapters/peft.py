@@ -115,10 +115,8 @@ def load_adapter(
     folder = Path(folder)
     provenance = read_provenance(folder)
     config = read_config(folder / CONFIG_FILE)
-    recorded, roles = (
-        provenance.get("base_fingerprint", ""),
-        tuple(sorted(provenance.get("roles", [role or lora.UNKNOWN]))),
-    )
+    recorded = provenance.get("base_fingerprint", "")
+    roles = tuple(sorted(provenance.get("roles", [role or lora.UNKNOWN])))
     if fingerprint and recorded and fingerprint != recorded:
         raise UserError(f"{folder}: made for the base {recorded}, but this base is {fingerprint}; load the other model")
     if role is not None and roles != (role,):

@@ -100,9 +100,8 @@ def _is_control(token: AddedToken) -> bool:
 
 class _Added(NamedTuple):
     finders: tuple[Tokenizer, ...]  # the first finds what the real one does, and makes nothing of the rest
-    known: dict[
-        int, tuple[str, int, bool]
-    ]  # by a finder's id: the token, its real id, and whether it is a control token
+    # By a finder's id: the token, its real id, and whether it is a control token.
+    known: dict[int, tuple[str, int, bool]]
     beginnings: frozenset[str]  # of control tokens, whole ones left out
     longest: int  # characters of a control token
 

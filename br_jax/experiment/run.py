@@ -41,7 +41,7 @@ from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
-from br_jax.provider.folder import base_of, load_model, record_adapter, write_provider
+from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
@@ -214,7 +214,7 @@ class Experiment:
         if name not in self._adapters:
             given = self._given.get(name)
             adapter = self._adapters[name] = self._enter(name, given) if given else ADAPTERS[name](self)
-            if name in ("buffer", "reinforce") and is_main():
+            if name in RECORDED_ADAPTERS and is_main():
                 record_adapter(self.provider, name, os.path.abspath(given) if given else f"{name}/adapter", adapter)
         return self._adapters[name]
 
@@ -267,7 +267,8 @@ class Experiment:
 
     def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
-        released = method.release(self.guarded, self.adapter("user"), self.adapter("reinforce"), self.merge_of("user"))
+        method.require_parts(self.guarded, self.adapter("user"), self.adapter("reinforce"))
+        released = self.merged("user")
         if is_main():
             export_adapter(self.guarded, released, self.workdir / "released")
 

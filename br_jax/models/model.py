@@ -7,7 +7,7 @@ import jax
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.adapters import lora
-from br_jax.adapters.guard import Guard
+from br_jax.adapters.guard import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
 from br_jax.hashes import fingerprint
@@ -70,10 +70,7 @@ def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
         UserError: a Buffer, by its roles or, where the model has a guard, by its numbers; an adapter of unknown role,
             or of another base.
     """
-    lora.refuse_buffer(name, adapter.roles)
-    lora.require_base(adapter, model.fingerprint, name)
-    if model.guard is not None:
-        model.guard.refuse(name, adapter)
+    refuse_adapter(model, adapter, name)
     params = lora.fold(model.params, adapter)
     made = fingerprint(params, model.spec.to_json())
     return dataclasses.replace(model, params=params, name=name, fingerprint=made, cast="")
@@ -98,6 +95,25 @@ def guard(model: Model, *buffers: Adapter) -> Model:
     for buffer in buffers:
         require_buffer(model, buffer, "guard")
     return dataclasses.replace(model, guard=Guard.of(model.params, buffers))
+
+
+def refuse_adapter(model: Model, adapter: Adapter, place: object) -> None:
+    """Raises a `UserError` for an adapter that must neither go into a model nor leave with it.
+
+    That is a Buffer, by its roles or, where the model has a guard, by its numbers; one that nobody has said what it is;
+    and one of another base.
+    """
+    lora.refuse_buffer(place, adapter.roles)
+    lora.require_base(adapter, model.fingerprint, place)
+    if model.guard is not None:
+        model.guard.refuse(place, adapter)
+
+
+def require_releasable(model: Model, adapter: Adapter, place: object) -> None:
+    """As `refuse_adapter`, of what is handed on; a warning says where its numbers could not be looked at."""
+    refuse_adapter(model, adapter, place)
+    if model.guard is None:
+        warn_unguarded(place)
 
 
 def require_buffer(model: Model, buffer: Adapter, place: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from br_jax.adapters import lora, peft
 from br_jax.adapters.compress import best_rank
-from br_jax.adapters.guard import require_releasable, warn_unguarded
+from br_jax.adapters.guard import warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.bounds import RANK, require
 from br_jax.errors import UserError
@@ -15,7 +15,7 @@ from br_jax.files import require_replaceable
 from br_jax.hashes import fingerprint
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.load import require_dtype
-from br_jax.models.model import Model, cast_model, fold_adapter
+from br_jax.models.model import Model, cast_model, fold_adapter, require_releasable
 from br_jax.provider.folder import find_folder, is_provider, load_model
 
 # what a folder that may be replaced holds
@@ -88,8 +88,7 @@ def export_adapter(
     """
     require_replaceable(folder, "adapter", _MARKS["adapter"])
     lora.validate(adapter, model.params)
-    lora.require_base(adapter, model.fingerprint, folder)
-    require_releasable(folder, adapter, model.guard)
+    require_releasable(model, adapter, folder)
     loss = {}
     if rank is not None:
         adapter, figures = best_rank(adapter, rank)

@@ -20,7 +20,7 @@ from br_jax.records import read_record, write_record
 
 PROVIDER_FILE = "provider.json"
 _RECORDED, _PERHAPS = ("base", "template", "dtype", "fingerprint"), ("align", "revision")
-_ADAPTERS = ("buffer", "reinforce")  # recorded once they are made
+RECORDED_ADAPTERS = ("buffer", "reinforce")  # once they are made
 
 
 def load_model(
@@ -82,18 +82,10 @@ def with_guard(model: Model, folder: pathlib.Path, record: dict | None = None) -
     if not known:
         logging.warning("%s: the Buffer is not there, so what leaves cannot be compared with it", place)
         return model
-    return guard(model, load_recorded(folder, "buffer", model))
-
-
-def load_recorded(folder: pathlib.Path, stage: str, model: Model) -> Adapter:
-    """The Buffer or Reinforce of a provider's folder, whose numbers must be those recorded."""
-    said = read_provider(folder)[stage]
-    adapter = load_adapter(folder / said["folder"], model.params, fingerprint=model.fingerprint, role=stage)
-    if lora.fingerprint(adapter) != said["fingerprint"]:
-        raise UserError(
-            f"{folder / said['folder']}: is not the {stage} adapter that {PROVIDER_FILE} records: make it again"
-        )
-    return adapter
+    buffer = load_adapter(place, model.params, fingerprint=model.fingerprint, role="buffer")
+    if lora.fingerprint(buffer) != said["fingerprint"]:
+        raise UserError(f"{place}: is not the buffer adapter that {PROVIDER_FILE} records: make it again")
+    return guard(model, buffer)
 
 
 def is_provider(source: str | os.PathLike) -> bool:
@@ -113,17 +105,17 @@ def write_provider(
 
     The adapters that were recorded for the same base stay.
     """
-    known = read_record(folder / PROVIDER_FILE, "make the folder again") if is_provider(folder) else {}
-    kept = {name: known[name] for name in _ADAPTERS if name in known and known.get("fingerprint") == model.fingerprint}
+    known = _read(folder) if is_provider(folder) else {}
+    kept = RECORDED_ADAPTERS if known.get("fingerprint") == model.fingerprint else ()
     record = {"base": base, "revision": revision, "align": align and str(align), "template": model.template}
-    record |= {"dtype": dtype, "fingerprint": model.fingerprint} | kept
+    record |= {"dtype": dtype, "fingerprint": model.fingerprint} | {n: known[n] for n in kept if n in known}
     if record != known:
         write_record(folder / PROVIDER_FILE, record)
 
 
 def record_adapter(folder: pathlib.Path, stage: str, place: str | os.PathLike, adapter: Adapter) -> None:
     """Records a Buffer or Reinforce, which lies in `place` (from `folder`), by its numbers."""
-    record = read_record(folder / PROVIDER_FILE, "make the folder again")
+    record = _read(folder)
     said = {"folder": str(place), "fingerprint": lora.fingerprint(adapter)}
     if record.get(stage) != said:
         write_record(folder / PROVIDER_FILE, record | {stage: said})
@@ -135,11 +127,11 @@ def read_provider(folder: pathlib.Path) -> dict:
     Raises:
         UserError: the file is damaged, or no such record.
     """
-    record = read_record(folder / PROVIDER_FILE, "make the folder again")
+    record = _read(folder)
     wrong = [name for name in _RECORDED if not isinstance(record.get(name), str)]
     if wrong := wrong or [name for name in _PERHAPS if not isinstance(record.get(name), str | None)]:
         raise UserError(f"{folder / PROVIDER_FILE}: not a provider's record ({wrong[0]} is no text): make it again")
-    for name in _ADAPTERS:
+    for name in RECORDED_ADAPTERS:
         said = record.get(name, {"folder": "", "fingerprint": ""})
         if not isinstance(said, dict) or {type(said.get(part)) for part in ("folder", "fingerprint")} != {str}:
             raise UserError(
@@ -148,6 +140,10 @@ def read_provider(folder: pathlib.Path) -> dict:
     source = record["base"]
     base = source if is_hub_name(source) and not (folder / source).exists() else str(folder / source)
     return record | {"base": base}
+
+
+def _read(folder: pathlib.Path) -> dict:
+    return read_record(folder / PROVIDER_FILE, "make the folder again")
 
 
 def base_of(source: str | os.PathLike, revision: str | None = None) -> tuple[str | os.PathLike, str | None]:

@@ -80,9 +80,8 @@ class Folder:
         return finished
 
     def _compare(self, known: dict) -> None:
-        told = {"name": {"of": known.get("name")}} | {part: known.get(part, {}) for part in ("config", "inputs")}
-        mine = self._identity | {"name": {"of": self._identity["name"]}}
-        for part, before in told.items():
+        mine = _parts(self._identity)
+        for part, before in _parts(known).items():
             for key in sorted({*before, *mine[part]}):
                 was, is_now = _short(before.get(key)), _short(mine[part].get(key))
                 if was != is_now:
@@ -104,6 +103,11 @@ def read_finished(path: pathlib.Path) -> dict[str, Any]:
         logging.warning("%s: finished under an earlier br_jax, which kept no hashes: not verified", path)
     require_unchanged(path, record.get("files", {}), cure)
     return record
+
+
+def _parts(identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a run's identity is compared, by the words of the message."""
+    return {"name": {"of": identity.get("name")}} | {part: identity.get(part, {}) for part in ("config", "inputs")}
 
 
 def _short(value) -> str:

@@ -94,10 +94,11 @@ def train_adapter(
         return adapter.replace(weights=leaves)
 
     def save(trained: dict) -> str:
+        made = made_of(trained)
         said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
         if is_main():
-            save_adapter(folder.path / "adapter", made_of(trained), provider=provider, private=True, **said)
-        return lora.fingerprint(made_of(trained))
+            save_adapter(folder.path / "adapter", made, provider=provider, private=True, **said)
+        return lora.fingerprint(made)
 
     halves = trainable_adapter(adapter), frozen_collections(model.params, frozen, config.frozen)
     trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save)

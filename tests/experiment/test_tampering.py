@@ -6,11 +6,11 @@ BR_JAX_TAMPER=turn pytest -s --timeout=0 tests/experiment/test_tampering.py    #
 import itertools
 import json
 import os
-import pathlib
 import shutil
 
 import pytest
 from br_jax.configs import demo
+from tampering import TAMPER
 
 import br_jax as br
 from br_jax.errors import UserError
@@ -23,18 +23,7 @@ HOW = os.environ.get("BR_JAX_TAMPER")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HOW, reason="BR_JAX_TAMPER says how")]
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    if content:
-        content[len(content) * 2 // 3] ^= 1
-    path.write_bytes(content)
-
-
-WAYS = {
-    "a bit": flip,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "gone": lambda path: path.unlink(),
+WAYS = TAMPER | {
     "another's": lambda path: path.write_bytes(path.with_name(sorted(os.listdir(path.parent))[0]).read_bytes()),
 }
 
@@ -52,7 +41,7 @@ def read_all(workdir):
     write_report(workdir)
     model = load_model(workdir / "provider")
     released = br.load_adapter(workdir / "released", model)
-    scores = [{name: value for name, value in cell["scores"].items()} for cell in cells]
+    scores = [cell["scores"] for cell in cells]
     hashes = json.loads((workdir / "results.json").read_text())["hashes"]
     return json.dumps([scores, hashes, br.adapters.lora.fingerprint(released)], sort_keys=True)
 
@@ -73,7 +62,7 @@ def test_what_was_tampered_with_is_noticed(finished, tmp_path):
     for file in files:
         for name, tamper in WAYS.items() if HOW == "all" else [next(ways)]:
             copy = tmp_path / "w"
-            shutil.copytree(workdir, copy, copy_function=lambda *names: pathlib.Path(shutil.copy2(*names)))
+            shutil.copytree(workdir, copy)
             tamper(copy / file)
             try:
                 assert read_all(copy) == whole, f"{file}, {name}: read as if nothing had happened"

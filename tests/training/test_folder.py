@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tampering import TAMPER
 
 from br_jax.errors import UserError
 from br_jax.locks import owned
@@ -36,20 +37,6 @@ FILES = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 ]
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-len(content) // 3] ^= 1
-    path.write_bytes(content)
-
-
-TAMPER = {
-    "a bit": flip,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "gone": lambda path: path.unlink(),
-}
 
 
 @pytest.mark.parametrize("how", TAMPER)

@@ -1,0 +1,16 @@
+"""What can happen to a file that a run has finished with."""
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    if content:
+        content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+TAMPER = {
+    "a bit": _flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+}
