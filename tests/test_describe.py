@@ -76,7 +76,7 @@ def test_a_buffer_is_known_by_its_numbers(tmp_path, make_adapter, tiny):
         describe(tmp_path / "user", tmp_path / "provider")
     save_adapter(tmp_path / "provider" / "buffer" / "adapter", buffer, base_name="tiny", provider=True)
     record_adapter(tmp_path / "provider", "buffer", "buffer/adapter", buffer)
-    mixed = lora.stack([lora.scaled(buffer, 0.5), user]).replace(roles=("user",))
+    mixed = lora.stack([lora.scaled(buffer, 0.6), user]).replace(roles=("user",))
     for adapter, held in ((buffer.replace(roles=("user",)), True), (mixed, True), (user, False)):
         save_adapter(tmp_path / "theirs", adapter, base_name="tiny")
         assert describe(tmp_path / "theirs")["facts"]["holds_a_buffer"].startswith("no, by its own account")
