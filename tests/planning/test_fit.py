@@ -163,5 +163,6 @@ def test_the_script(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [fit["stage"] for fit in json.loads((tmp_path / "fit.json").read_text())] == ["user", "decode"]
     assert "predicted" in done.stdout
-    too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=99999999")
-    assert too_large.returncode == 1 and "decode does not fit: cache is the largest part" in too_large.stdout
+    too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=1000000")
+    assert too_large.returncode == 1 and "decode does not fit: " in too_large.stdout
+    assert "largest part" in too_large.stdout and "try a smaller batch_size" in too_large.stdout
