@@ -39,6 +39,8 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
     config.user.task = "gsm8k"
     config.eval.update(judges="classifier", topic=1000, task=1000, batch_size=32, answer_tokens=512, task_tokens=512)
     if of_paper:
+        for stage in ("buffer", "reinforce", "user"):
+            config[stage].train.same_start = True
         config.user.index_mode = "reference"
         config.eval.degenerate = "reference"
         config.eval.match = "reference"  # of numbers; --config.eval.match=substring for SST-2 and AG News

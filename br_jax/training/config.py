@@ -48,6 +48,9 @@ class TrainConfig:
     # and rounds to the base's dtype, but nothing per step.
     frozen: str = "stack"
     seed: int = number(42, *SEED)  # of initialisation, order and dropout
+    # Whether A comes of the seed alone, so that stages of one seed begin with the same (the reference's), or of the
+    # stage's name too.
+    same_start: bool = False
     checkpoint_every: int = number(50, 0, 10**9)  # steps between checkpoints; 0 means none
     log_every: int = number(10, 1, 10**9)  # steps between two looks at the device's metrics
     # Steps between saturation probes, where a stage has probe rows; 0 means none.

@@ -83,7 +83,7 @@ def train_adapter(
 
     if folder is not None and folder.finished:
         return read_back()
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
+    key = jax.random.fold_in(jax.random.key(config.seed), 0 if config.same_start else zlib.crc32(name.encode()))
     shapes = lora.target_shapes(model.params, config.targets)
     adapter = lora.init(key, shapes, config.rank, config.alpha, role, model.fingerprint)
 

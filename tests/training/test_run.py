@@ -59,6 +59,13 @@ def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch):
     assert again.roles == first.roles
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_stages_of_one_seed_begin_with_the_same_a_where_asked(tiny, rows, quick, same):
+    config = quick(same_start=same, learning_rate=1e-30, steps=1)
+    ends = [train_adapter(name, "user", tiny, rows, config).weights for name in ("sft", "user")]
+    assert all(bool((ends[0][path]["a"] == ends[1][path]["a"]).all()) == same for path in ends[0])
+
+
 def test_another_config_or_other_inputs_are_refused(tmp_path, make_tiny, tiny, rows, quick, make_adapter):
     frozen = {"buffer": make_adapter("buffer")}
     train(tiny, rows, quick(), tmp_path, frozen=frozen)
