@@ -12,6 +12,7 @@ from absl import app, flags, logging
 
 from br_jax import distributed
 from br_jax.errors import Stopped, UserError
+from br_jax.files import raise_limits
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many there are.")
@@ -22,6 +23,9 @@ COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder of compiled programs for the next run, empty for none; default: $JAX_COMPILATION_CACHE_DIR or "
     "~/.cache/br_jax/xla.",
+)
+MAX_FILE_MB = flags.DEFINE_integer(
+    "max_file_mb", 0, "Megabytes of a file, and of a line, that are read where br_jax's own limit is lower.", 0, 10**6
 )
 
 
@@ -75,6 +79,7 @@ def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
 
 def _join() -> distributed.Job | None:
     _keep_compiled(COMPILATION_CACHE.value)
+    raise_limits(MAX_FILE_MB.value * 10**6)
     return distributed.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
 
 

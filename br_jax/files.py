@@ -27,6 +27,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # The most bytes of a file that is read line by line, of one that is held whole, and of a JSON document, as which a line
 # of JSONL counts: parsed, it can take 30 times as much. Alpaca's rows have 23 million, a large model's index 9 million.
 MAX_LINES, MAX_WHOLE, MAX_JSON = 1 << 30, 1 << 26, 25_000_000
+_raised = 0  # what `--max_file_mb` has raised all of these to, in bytes
 _MAX_NUMBER = 10_000_000  # of lines
 _MAX_DEPTH = 100  # of a JSON document: what walks over it may be recursive
 _MAX_HEADER = 1 << 24  # bytes of a safetensors file: with 10,000 tensors it has a million
@@ -54,6 +55,17 @@ def writing(path: str | os.PathLike, cure: str = "free space or choose another f
         raise UserError(f"{path}: cannot be written ({error.strerror or one_line(error)}): {cure}") from error
 
 
+def raise_limits(max_bytes: int) -> None:
+    """Lets files and lines of so many bytes be read where less is the most; for a process, by who runs it."""
+    global _raised
+    _raised = max_bytes
+
+
+def limit(max_bytes: int) -> int:
+    """The most bytes of a file or line where `max_bytes` is what nobody has raised."""
+    return max(max_bytes, _raised)
+
+
 def require_file(path: str | os.PathLike, max_bytes: int | None = None, cure: str = "give the path of a file") -> None:
     """Raises a `UserError` for what is no regular file, or a link to one, or has more bytes; opens nothing."""
     with reading(path, cure):
@@ -61,8 +73,10 @@ def require_file(path: str | os.PathLike, max_bytes: int | None = None, cure: st
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
         raise UserError(f"{path}: cannot be read (it is a {kind}, not a file): {cure}")
-    if max_bytes is not None and status.st_size > max_bytes:
-        raise UserError(f"{path}: {status.st_size:,} bytes are too many, {max_bytes:,} are the most: {cure}")
+    if max_bytes is not None and status.st_size > (most := limit(max_bytes)):
+        raise UserError(
+            f"{path}: {status.st_size:,} bytes are too many, {most:,} are the most: {cure} (scripts: --max_file_mb)"
+        )
 
 
 @contextlib.contextmanager
@@ -95,12 +109,11 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     Raises:
         UserError: naming file and line, or byte: one is not UTF-8, or longer than `MAX_JSON`, or one too many.
     """
-    place = 0
-    for number, line in enumerate(iter(functools.partial(file.readline, MAX_JSON + 1), b""), start=1):
-        if len(line) > MAX_JSON or number > _MAX_NUMBER:
-            raise UserError(
-                f"{name}:{number}: more than {MAX_JSON:,} bytes in a line, or {_MAX_NUMBER:,} lines; split it"
-            )
+    place, longest = 0, limit(MAX_JSON)
+    for number, line in enumerate(iter(functools.partial(file.readline, longest + 1), b""), start=1):
+        if len(line) > longest or number > _MAX_NUMBER:
+            most = f"{longest:,} bytes in a line, or {_MAX_NUMBER:,} lines"
+            raise UserError(f"{name}:{number}: more than {most}; split it (scripts: --max_file_mb)")
         yield decode_utf8(line, name, place)
         place += len(line)
 

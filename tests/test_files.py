@@ -71,6 +71,21 @@ def test_rows_of_more_bytes_may_be_asked_for(tmp_path):
         read_rows(path, max_bytes=31)
 
 
+def test_the_flag_raises_every_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON", 10)
+    (path := tmp_path / "x").write_bytes(b"a" * 20)
+    reads = (lambda: read_bytes(path, 10), lambda: list(text_lines(io.BytesIO(b"a" * 20), "x")))
+    for read in reads:
+        with pytest.raises(UserError, match=r"the most: .*\(scripts: --max_file_mb\)|in a line.*--max_file_mb"):
+            read()
+    monkeypatch.setattr(files, "_raised", 0)  # as it was, after the test
+    files.raise_limits(20)
+    for read in reads:
+        assert read()
+    with pytest.raises(UserError, match="x:1: more than 20 bytes in a line"):
+        list(text_lines(io.BytesIO(b"a" * 21), "x"))
+
+
 def test_a_line_has_so_many_bytes(monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON", 10)
     lines = ["a\r\n", "naïveté\n", "\n", "1234567890"]

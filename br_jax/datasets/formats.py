@@ -19,7 +19,7 @@ import pyarrow
 from pyarrow import parquet
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import MAX_JSON, decode_utf8, json_lines, parse_json, read_bytes, text_lines
+from br_jax.files import MAX_JSON, decode_utf8, json_lines, limit, parse_json, read_bytes, text_lines
 
 Parsed = tuple[int, str, dict[str, Any]]  # its line, or else its place, from 1; file and number, for messages; record
 
@@ -75,8 +75,8 @@ def _unpack(packed: bytes, member: str | None, name: str) -> bytes:
     content = io.BytesIO()
     while piece := stream.read(1 << 20):
         content.write(piece)
-        if content.tell() > MAX_BYTES:
-            raise UserError(f"{name}: unpacks to more than {MAX_BYTES:,} bytes; split it")
+        if content.tell() > (most := limit(MAX_BYTES)):
+            raise UserError(f"{name}: unpacks to more than {most:,} bytes; split it (scripts: --max_file_mb)")
     return content.getvalue()
 
 
