@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from br_jax.compiles import Compiles
@@ -122,7 +123,8 @@ class Loop:
             if self.done in self.restarts:
                 self.state = {**self.state, "opt_state": restarted(self.state["opt_state"])}
             batch = on_mesh(next(self.iterator), self.mesh)
-            hyper = self.hyper._replace(learning_rate=self.rates[self.done])
+            progress = np.float32(self.done / self.total)
+            hyper = self.hyper._replace(learning_rate=self.rates[self.done], progress=progress)
             self.state, metrics = self._call(train_step, self.state, self.frozen, batch, hyper)
             self.done += 1
             self.pending.append((self.done, metrics))

@@ -10,6 +10,8 @@ import operator
 import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import grain
 import jax
@@ -30,10 +32,19 @@ from br_jax.sharding import batch_parts, local_rows, make_mesh, place, platform
 from br_jax.training.config import TrainConfig, require_fit
 from br_jax.training.folder import Folder
 from br_jax.training.loop import Loop, Summary
+from br_jax.training.objective import Objective
 from br_jax.training.stage import Stage, frozen_collections, init_state, trainable_adapter
 
 # What may differ between a stopped run and the one that goes on from it.
 _FREE_FIELDS = ("checkpoint_every", "log_every", "probe_every")
+
+
+class Descent(NamedTuple):
+    """What a run descends, and what that needs beside the run's own rows; see `train_adapter`."""
+
+    objective: Objective = Objective()
+    streams: Mapping[str, Sequence[Row]] = MappingProxyType({})
+    aside: Mapping[str, Adapter] = MappingProxyType({})
 
 
 def train_adapter(
@@ -48,6 +59,9 @@ def train_adapter(
     provider: bool = False,
     mesh: Mesh | None = None,
     probes: Mapping[str, Rows] | None = None,
+    objective: Objective | None = None,
+    streams: Mapping[str, Rows] | None = None,
+    aside: Mapping[str, Adapter] | None = None,
 ) -> Adapter:
     """Trains one LoRA on rows, over a frozen base and any number of frozen adapters.
 
@@ -61,6 +75,10 @@ def train_adapter(
             the same is waited for.
         mesh: default: all devices on the data axis.
         probes: named rows whose loss and gradient norm are followed (saturation).
+        objective: what is descended, see `training.objective`; default: the rows' answer loss.
+        streams: more rows that the objective asks for, by its names; as long as the run is, each is shuffled and
+            repeated, `config.batch_size` of them a step.
+        aside: adapters that it looks at, and no part of the model.
 
     Returns:
         The trained adapter.
@@ -70,13 +88,16 @@ def train_adapter(
         Stopped: SIGTERM came, see `training.loop.Loop`.
     """
     require_fit(config, model.spec, len(rows))
-    frozen = dict(frozen or {})
-    for attached, adapter in frozen.items():
+    frozen, aside = dict(frozen or {}), dict(aside or {})
+    for attached, adapter in (frozen | aside).items():
         lora.require_base(adapter, model.fingerprint, f"{name}, {attached}")
         lora.validate(adapter, model.params)
+    streams = {kind: as_rows(more, f"streams[{kind!r}]") for kind, more in (streams or {}).items()}
+    descent = Descent(objective or Objective(), streams, aside)
     folder = None
     if workdir is not None:
-        folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, frozen), private=provider)
+        identity = _identity(name, model, rows, config, frozen, descent)
+        folder = Folder(pathlib.Path(workdir) / name, identity, private=provider)
 
     def read_back() -> Adapter:
         return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint, role=role)
@@ -101,7 +122,7 @@ def train_adapter(
         return lora.fingerprint(made)
 
     halves = trainable_adapter(adapter), frozen_collections(model.params, frozen, config.frozen)
-    trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save)
+    trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save, descent)
     return read_back() if trained is None else made_of(trained)
 
 
@@ -123,7 +144,7 @@ def train_params(
             finished.
     """
     require_fit(config, model.spec, len(rows), adapter=False)
-    folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}))
+    folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}, Descent()))
 
     def save_all(trained: dict) -> str:
         if is_main():
@@ -132,7 +153,7 @@ def train_params(
 
     if not folder.finished:
         start = jax.jit(functools.partial(jax.tree.map, jnp.copy))(model.params)  # the step donates its state
-        _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None, save_all)
+        _train(name, model, rows, config, {"params": start}, {}, folder, mesh, None, save_all, Descent())
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
@@ -140,7 +161,7 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return key_of(*([row.turns, row.input] for row in rows))
 
 
-def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, save) -> dict | None:
+def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, save, descent: Descent) -> dict | None:
     """Encodes and fits, then saves where there is a folder.
 
     Returns:
@@ -163,12 +184,19 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, s
         probed, _ = encoded(as_rows(probe_rows, f"probes[{kind!r}]"), f"rows of the probe {kind}")
         whole = -(-len(probed) // config.batch_size) * config.batch_size
         probe_batches[kind] = step_batches(probed, dataclasses.replace(config, batch_size=whole, steps=1), mesh)[0]
-    stage, state = Stage.of(model.decoder, config, mesh), init_state(trainable, config.seed)
-    batches, frozen = step_batches(examples, config, mesh), place(frozen, mesh)
+    stage = Stage.of(model.decoder, config, mesh, descent.objective)
+    state = init_state(trainable, config.seed, descent.objective)
+    batches = step_batches(examples, config, mesh)
+    if descent.streams:
+        more = {kind: encoded(rows, f"rows of {kind}")[0] for kind, rows in descent.streams.items()}
+        batches = _with_streams(batches, more, config, mesh)
+    if descent.aside:
+        frozen = frozen | {"aside": {name: lora.collection(adapter) for name, adapter in descent.aside.items()}}
+    frozen = place(frozen, mesh)
 
     def fit(path: pathlib.Path | None) -> tuple[dict, Summary]:
-        trained, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
-        return fetch(trained["trainable"]), summary
+        end, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
+        return fetch(stage.objective.end(end["trainable"], end["objective"])), summary
 
     if folder is None:
         return fit(None)[0]
@@ -194,14 +222,33 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
     return make_packed_batches(examples, **shape, **order)
 
 
+def _with_streams(batches, streams: Mapping[str, Sequence[Example]], config: TrainConfig, mesh: Mesh):
+    """The batches of a run, each with one of every stream's."""
+    whole = dataclasses.replace(config, steps=len(batches))
+    more = {kind: step_batches(examples, whole, mesh) for kind, examples in streams.items()}
+    joined = grain.experimental.ZipMapDataset([batches, *more.values()])
+    return joined.map(lambda parts: parts[0] | {"streams": dict(zip(more, parts[1:], strict=True))})
+
+
 def _buckets(config: TrainConfig) -> tuple[int, ...]:
     """The configured lengths, and the limit itself for rows that are longer."""
     return tuple(sorted({*(b for b in config.buckets if b < config.max_length), config.max_length}))
 
 
-def _identity(name: str, model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter]) -> dict:
+def _identity(
+    name: str,
+    model: Model,
+    rows: Sequence[Row],
+    config: TrainConfig,
+    frozen: Mapping[str, Adapter],
+    descent: Descent,
+) -> dict:
     """What makes a run this one, as JSON gives it back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
     inputs = {"base": model.key, "template": model.template, "rows": rows_fingerprint(rows)}
     inputs |= {name: lora.fingerprint(adapter) for name, adapter in frozen.items()}
+    if descent.objective != Objective() or descent.streams or descent.aside:
+        inputs |= {"objective": repr(descent.objective)}
+        inputs |= {f"rows of {kind}": rows_fingerprint(more) for kind, more in descent.streams.items()}
+        inputs |= {f"aside {name}": lora.fingerprint(adapter) for name, adapter in descent.aside.items()}
     return json.loads(json.dumps({"name": name, "config": settings, "inputs": inputs}))

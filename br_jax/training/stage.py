@@ -1,8 +1,9 @@
 """A training stage put together, once: every stage, plain SFT and pre-training are one step on different pytrees.
 
-A state is {"trainable", "opt_state", "step", "key"}. `trainable` and `frozen` are dicts of variable collections
-("params", "lora", "lora_trainable"): a stage differs from another only in which collection lies in which dict.
-Only `trainable` is differentiated, so the frozen half has neither gradients nor optimizer slots.
+A state is {"trainable", "opt_state", "step", "key", "objective"}. `trainable` and `frozen` are dicts of variable
+collections ("params", "lora", "lora_trainable"): a stage differs from another only in which collection lies in which
+dict, and in what it descends (`objective`). Only `trainable` is differentiated, so the frozen half has neither
+gradients nor optimizer slots; "aside" in it are adapters that only the objective looks at.
 
 `train_step` and `probe` are jitted with the `Stage` as a static argument, and all that differs from user to user is an
 argument: one process traces and compiles them once for each shape of a batch, however many users come.
@@ -25,7 +26,7 @@ from br_jax.models.decoder import Decoder
 from br_jax.models.masks import Attend
 from br_jax.sharding import constrain_tree, platform
 from br_jax.training.config import TrainConfig
-from br_jax.training.loss import batch_loss
+from br_jax.training.objective import Objective, Step
 
 
 class Stage(NamedTuple):
@@ -34,13 +35,14 @@ class Stage(NamedTuple):
     decoder: Decoder  # as it trains: dropout, remat and attention are its own
     accumulation: int  # micro-batches that a batch is taken in
     loss_chunk: int  # answer tokens that a device turns into logits at a time
+    objective: Objective = Objective()
 
     @classmethod
-    def of(cls, decoder: Decoder, config: TrainConfig, mesh: Mesh) -> "Stage":
+    def of(cls, decoder: Decoder, config: TrainConfig, mesh: Mesh, objective: Objective | None = None) -> "Stage":
         """The stage of a model's decoder and a config, on a mesh's platform."""
         attention = Attend(config.attention, platform(mesh))
         training = decoder.clone(dropout=config.dropout, remat=config.remat, attention=attention)
-        return cls(training, config.accumulation, config.loss_chunk)
+        return cls(training, config.accumulation, config.loss_chunk, objective or Objective())
 
 
 class Hyper(NamedTuple):
@@ -50,6 +52,7 @@ class Hyper(NamedTuple):
     weight_decay: Float[Array, ""] | float
     clip_norm: Float[Array, ""] | float
     scale: Float[Array, ""] | float  # of the trainable adapter
+    progress: Float[Array, ""] | float = np.float32(0)  # share of the run that is done before the step
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Hyper":
@@ -98,13 +101,14 @@ def trainable_adapter(adapter: Adapter) -> dict:
     return {"lora_trainable": lora.collection(adapter.replace(scale=jnp.float32(1)))}
 
 
-def init_state(trainable: dict, seed: int) -> dict:
+def init_state(trainable: dict, seed: int, objective: Objective | None = None) -> dict:
     """A fresh state; `key` is raw key data, so that a checkpoint can hold it."""
     return {
         "trainable": trainable,
         "opt_state": _start_of(trainable),
         "step": jnp.zeros((), jnp.int32),
         "key": jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
+        "objective": (objective or Objective()).begin(trainable),
     }
 
 
@@ -113,40 +117,15 @@ def _start_of(trainable: dict) -> optax.OptState:
     return _optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable)
 
 
-def gradient(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, key=None):
-    """(mean loss over answer tokens, by their weights, and its gradients) of a batch; dropout acts when a key is given.
-
-    The batch is taken in micro-batches; the mean is over the answer tokens of the whole batch, whatever the split, and
-    a batch without any has loss 0 and gradient 0.
-    """
-
-    def summed(trainable, part, key):
-        variables = {**frozen, **_scaled(trainable, scale)}
-        return batch_loss(stage.decoder, variables, part, stage.loss_chunk, key)
-
-    def add(carry, xs):
-        index, part = xs
-        part_key = None if key is None else jax.random.fold_in(key, index)
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(summed)(trainable, part, part_key)), None
-
-    parts = stage.accumulation
-    if parts == 1:
-        loss, grads = jax.value_and_grad(summed)(trainable, batch, key)
-    else:
-        micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-        (loss, grads), _ = jax.lax.scan(add, zero, (jnp.arange(parts), micro))
-    inverse = 1 / jnp.maximum(jnp.sum(batch["weights"]), 1)
-    return loss * inverse, jax.tree.map(lambda g: g * inverse, grads)
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hyper) -> tuple[dict, dict[str, Any]]:
     """One optimizer step: AdamW (0.9, 0.999, 1e-8) after clipping by global norm; metrics are scalars of the batch."""
     key = None
     if stage.decoder.dropout > 0:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-    loss, grads = gradient(stage, state["trainable"], frozen, batch, hyper.scale, key)
+    step = _step(stage, state["trainable"], frozen, batch, hyper.scale, key)
+    step = step._replace(number=state["step"], progress=hyper.progress)
+    loss, grads, kept = stage.objective.gradient(step, state["objective"])
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count of steps
         updates, opt_state = _optimizer(hyper).update(grads, state["opt_state"], state["trainable"])
     metrics = {
@@ -156,15 +135,23 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
         "answer_tokens": jnp.sum(batch["weights"] > 0),
         "tokens": jnp.sum(batch["segment_ids"] != 0),
     }
-    trainable, step = optax.apply_updates(state["trainable"], updates), state["step"] + 1
-    return constrain_tree({**state, "trainable": trainable, "opt_state": opt_state, "step": step}), metrics
+    trainable, number = optax.apply_updates(state["trainable"], updates), state["step"] + 1
+    after = {**state, "trainable": trainable, "opt_state": opt_state, "step": number, "objective": kept}
+    return constrain_tree(after), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def probe(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale) -> tuple[Array, Array]:
     """(loss, global norm of the trainable gradient): what saturation looks at."""
-    loss, grads = gradient(stage, trainable, frozen, batch, scale)
+    loss, grads = _step(stage, trainable, frozen, batch, scale).gradient()
     return loss, optax.tree.norm(grads)
+
+
+def _step(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, key=None) -> Step:
+    rows = {name: values for name, values in batch.items() if name != "streams"}
+    frozen, aside = {name: tree for name, tree in frozen.items() if name != "aside"}, frozen.get("aside", {})
+    streams = batch.get("streams", {})
+    return Step(*stage[:3], trainable, frozen, rows, scale, key, streams=streams, aside=aside)
 
 
 def _optimizer(hyper: Hyper) -> optax.GradientTransformation:
@@ -172,13 +159,3 @@ def _optimizer(hyper: Hyper) -> optax.GradientTransformation:
         optax.clip_by_global_norm(hyper.clip_norm),
         optax.adamw(lambda count: hyper.learning_rate, weight_decay=hyper.weight_decay),
     )
-
-
-def _scaled(trainable: dict, scale) -> dict:
-    """The trainable collections as the decoder wants them: the adapter's scale goes into its (small) b."""
-    if "lora_trainable" not in trainable:
-        return trainable
-    adapter = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, trainable["lora_trainable"]
-    )
-    return {**trainable, "lora_trainable": adapter}

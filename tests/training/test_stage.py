@@ -1,6 +1,7 @@
 """The schedule against transformers'; accumulation and packing; what is and is not differentiated."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,7 +18,8 @@ from br_jax.models.decoder import Decoder
 from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import Loop
-from br_jax.training.stage import Stage, gradient, init_state, learning_rates, trainable_adapter
+from br_jax.training.objective import Step
+from br_jax.training.stage import Stage, init_state, learning_rates, trainable_adapter
 
 torch = pytest.importorskip("torch", reason="the oracle of the schedule")
 from transformers import get_cosine_schedule_with_warmup  # noqa: E402
@@ -33,13 +35,15 @@ def on_device(batch):
     return jax.tree.map(jnp.asarray, batch)
 
 
-compiled = jax.jit(gradient, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(program, *arrays):
+    return Step(*program, *arrays).gradient()
 
 
 def gradient_of(model, config, adapter, batch, key=None):
     """(loss, gradients) of a batch, with the adapter trained over the base alone."""
-    stage = Stage(Decoder(model.spec, config.dropout), config.accumulation, config.loss_chunk)
-    return compiled(stage, trainable_adapter(adapter), {"params": model.params}, batch, adapter.scale, key)
+    program = Decoder(model.spec, config.dropout), config.accumulation, config.loss_chunk
+    return compiled(program, trainable_adapter(adapter), {"params": model.params}, batch, adapter.scale, key)
 
 
 @pytest.mark.parametrize(("steps", "ratio"), [(1, 0.0), (7, 0.05), (100, 0.05), (20, 0.15), (3, 1.0)])
