@@ -1,4 +1,4 @@
-"""Cross-entropy at the answer tokens, with logits only where there is loss."""
+"""Cross-entropy at the answer tokens, or the distance to another model's tokens; logits only where there is loss."""
 
 import functools
 
@@ -15,7 +15,7 @@ from br_jax.sharding import RULES, current_mesh, partition
 def answer_loss(
     params: dict,
     hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T"] | Float[Array, "B T D"],
     weights: Float[Array, "B T"],
     chunk: int,
     soft_cap: float | None = None,
@@ -23,19 +23,40 @@ def answer_loss(
 ) -> Float[Array, ""]:
     """Sum of weight * cross-entropy over the positions with weight; [B, T, V] never exists.
 
+    Where `targets` are hidden states, of another model with the same unembedding, it is the sum of
+    weight * KL(theirs || ours), of the distributions of the next token.
+
     The answer positions of each device's rows are moved to the front and taken a chunk at a time; a chunk without any
     is skipped. Where a gradient is asked for, it is made in the same pass, so that no logits are made twice.
 
     Args:
         params: with the unembedding.
         hidden: final hidden states.
-        targets, weights: see `br_jax.data.batches`.
+        targets, weights: see `br_jax.data.batches`; no gradient goes into hidden states.
         chunk: tokens that a device turns into logits at a time.
         soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
         precision: of the products, see `models.precision`.
     """
-    head = {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
-    return _summed(head, hidden, targets, weights, (chunk, soft_cap, rounding_dtype(hidden.dtype, precision)))
+    return _summed(_head(params), hidden, targets, weights, (chunk, soft_cap, rounding_dtype(hidden.dtype, precision)))
+
+
+def token_losses(
+    params: dict,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+    soft_cap: float | None = None,
+    precision: str = "float32",
+) -> Float[Array, "B T"]:
+    """The cross-entropy at each position with weight, 0 elsewhere; arguments as in `answer_loss`, no gradient."""
+    settings = chunk, soft_cap, rounding_dtype(hidden.dtype, precision)
+    _, found = _over_devices(*jax.lax.stop_gradient((_head(params), hidden, targets, weights)), settings, ("each",))
+    return found["each"]
+
+
+def _head(params: dict) -> dict:
+    return {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -75,18 +96,18 @@ def _over_devices(head, hidden, targets, weights, settings, wanted):
         return jax.lax.psum(loss, axes), grads
 
     whole, rows = jax.sharding.PartitionSpec(), partition("batch")
-    grads = {"hidden": rows, "head": whole}
+    found = {"hidden": rows, "each": rows, "head": whole}
     return jax.shard_map(
         local,
         in_specs=(whole, rows, rows, rows),
-        out_specs=(whole, {name: grads[name] for name in wanted}),
+        out_specs=(whole, {name: found[name] for name in wanted}),
         axis_names=set(axes),
         check_vma=False,
     )(head, hidden, targets, weights)
 
 
 def _local(head, hidden, targets, weights, settings, wanted):
-    """(sum of losses, {"hidden": [B, T, D] in its dtype, "head": f32} as far as wanted)."""
+    """(sum of losses, {"hidden": [B, T, D] in its dtype, "head": f32: gradients; "each": [B, T]} as far as wanted)."""
     B, T, D = hidden.shape
     tied = "embed" in head
     matrix = head["embed"]["embedding"] if tied else head["head"]["kernel"]
@@ -104,38 +125,48 @@ def _local(head, hidden, targets, weights, settings, wanted):
         x = x.reshape(B * T, *x.shape[2:])[order]
         return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    def active(h, t, w):
+    def capped(h):
         logits = dot(into, h, matrix)
-        slope = 1.0
-        if soft_cap is not None:
-            squashed = jnp.tanh(logits / soft_cap)
-            logits, slope = soft_cap * squashed, 1 - squashed**2
+        if soft_cap is None:
+            return logits, 1.0
+        squashed = jnp.tanh(logits / soft_cap)
+        return soft_cap * squashed, 1 - squashed**2
+
+    def active(h, t, w):
+        logits, slope = capped(h)
         lse = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
-        loss = jnp.sum(w * (lse - picked))
-        if not wanted:
-            return loss, {}
-        share = jnp.exp(logits - lse[:, None]) * w[:, None]
-        right = jnp.arange(logits.shape[1])[None] == t[:, None]
-        change = (share - jnp.where(right, w[:, None], 0.0)) * slope
-        grads = {"hidden": dot(back, change, matrix).astype(h.dtype)}
+        if t.ndim > 1:
+            theirs = jax.nn.log_softmax(capped(t)[0], axis=-1)
+            each = jnp.sum(jnp.exp(theirs) * (theirs - logits + lse[:, None]), axis=-1)
+        else:
+            each = lse - jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
+        loss, found = jnp.sum(w * each), {"each": jnp.where(w > 0, each, 0.0)}
+        if "hidden" in wanted:
+            share = jnp.exp(logits - lse[:, None]) * w[:, None]
+            if t.ndim > 1:
+                expected = jnp.exp(theirs) * w[:, None]
+            else:
+                expected = jnp.where(jnp.arange(logits.shape[1])[None] == t[:, None], w[:, None], 0.0)
+            change = (share - expected) * slope
+            found["hidden"] = dot(back, change, matrix).astype(h.dtype)
         if "head" in wanted:
-            grads["head"] = dot(of_matrix, change, h)
-        return loss, grads
+            found["head"] = dot(of_matrix, change, h)
+        return loss, {name: found[name] for name in wanted}
 
     def skipped(h, t, w):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(active, h, t, w))
 
     def add(carry, xs):
-        loss, grads = jax.lax.cond(jnp.any(xs[2] > 0), active, skipped, *xs)
-        of_hidden = grads.pop("hidden", None)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), of_hidden
+        loss, found = jax.lax.cond(jnp.any(xs[2] > 0), active, skipped, *xs)
+        of_tokens = {name: found.pop(name) for name in ("hidden", "each") if name in found}
+        return jax.tree.map(jnp.add, carry, (loss, found)), of_tokens
 
     start = jnp.float32(0), ({"head": jnp.zeros(matrix.shape, jnp.float32)} if "head" in wanted else {})
-    (loss, grads), of_hidden = jax.lax.scan(add, start, (chunks(hidden), chunks(targets), chunks(weights)))
-    if wanted:
-        grads["hidden"] = of_hidden.reshape(-1, D)[jnp.argsort(order)].reshape(B, T, D)
-    return loss, grads
+    (loss, found), of_tokens = jax.lax.scan(add, start, (chunks(hidden), chunks(targets), chunks(weights)))
+    for name, values in of_tokens.items():
+        shape = values.shape[2:]
+        found[name] = values.reshape(-1, *shape)[jnp.argsort(order)].reshape(B, T, *shape)
+    return loss, found
 
 
 def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None) -> Float[Array, ""]:

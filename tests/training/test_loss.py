@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from br_jax.training.loss import answer_loss
+from br_jax.training.loss import answer_loss, token_losses
 
 B, T, D, V = 3, 7, 6, 11
 
@@ -50,6 +50,36 @@ def test_value_and_gradient_are_those_of_plain_jax(case, cap):
     ours = jax.value_and_grad(lambda p, h: answer_loss(p, h, targets, weights, 2, cap), (0, 1))
     found = jax.jit(ours)(params, hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_the_loss_of_each_token(case):
+    params, hidden, targets, weights = case
+    each = token_losses(params, hidden, targets, weights, 4)
+    assert not np.asarray(each)[np.asarray(weights) == 0].any()
+    single = [answer_loss(params, hidden, targets, weights * 0 + (jnp.arange(T) == t), 4) for t in range(T)]
+    np.testing.assert_allclose(
+        (each * (weights > 0)).sum(0)[weights.all(0)], np.array(single)[weights.all(0)], rtol=1e-5
+    )
+    assert float(jnp.sum(each * weights)) == pytest.approx(float(answer_loss(*case, 4)), rel=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_distance_to_another_model_is_the_kl_divergence(case, cap):
+    params, hidden, _, weights = case
+    theirs = hidden[:, ::-1] * 0.7
+
+    def plain(params, hidden):
+        def logs(hidden):
+            logits = hidden @ (params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T)
+            return jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
+
+        p = jax.lax.stop_gradient(logs(theirs))
+        return jnp.sum(weights * jnp.sum(jnp.exp(p) * (p - logs(hidden)), -1))
+
+    expected = jax.value_and_grad(plain, (0, 1))(params, hidden)
+    found = jax.value_and_grad(lambda p, h: answer_loss(p, h, theirs, weights, 2, cap), (0, 1))(params, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    assert float(answer_loss(params, theirs, theirs, weights, 2, cap)) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_unembedding_is_not_kept_for_every_chunk(case):
