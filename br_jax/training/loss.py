@@ -108,7 +108,7 @@ def _over_devices(head, hidden, targets, weights, settings, wanted):
 
 def _local(head, hidden, targets, weights, settings, wanted):
     """(sum of losses, {"hidden": [B, T, D] in its dtype, "head": f32: gradients; "each": [B, T]} as far as wanted)."""
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     tied = "embed" in head
     matrix = head["embed"]["embedding"] if tied else head["head"]["kernel"]
     into, back, of_matrix = ("ND,VD->NV", "NV,VD->ND", "NV,ND->VD") if tied else ("ND,DV->NV", "NV,DV->ND", "NV,ND->DV")
