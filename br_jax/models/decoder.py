@@ -26,6 +26,10 @@ from br_jax.sharding import constrain
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
+# Collections that a caller may ask for, or give: what goes into each matrix, what each MLP gives, and what is added to
+# the residual stream behind each layer.
+_ASKED_FOR = ("inputs", "outputs", "perturbations")
+
 
 class LayerCache(TypedDict):
     """One layer's keys and values."""
@@ -58,6 +62,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        self.sow("inputs", "x", x)  # where a caller asks for it
         if self.has_variable("params", "turned"):
             multiply = functools.partial(turned_product, kernel=self.get_variable("params", "turned"))
         else:
@@ -166,7 +171,9 @@ class Mlp(nn.Module):
 
         gate, up = linear("gate", self.spec.ffw_dim, x), linear("up", self.spec.ffw_dim, x)
         gate = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return linear("down", x.shape[-1], gate * up)
+        out = linear("down", x.shape[-1], gate * up)
+        self.sow("outputs", "out", out)
+        return out
 
 
 class Block(nn.Module):
@@ -188,6 +195,8 @@ class Block(nn.Module):
         x += norm("attn_post_norm", update) if self.spec.post_norms else update
         update = Mlp(self.spec, self.how.dtype, self.dropout, name="mlp")(norm("mlp_norm", x))
         x += norm("mlp_post_norm", update) if self.spec.post_norms else update
+        if self.has_variable("perturbations", "out"):
+            x += self.get_variable("perturbations", "out")
         return constrain(x, "batch", "length", None), cache
 
 
@@ -241,7 +250,7 @@ class Decoder(nn.Module):
         block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0, "lora_trainable": 0},
+            variable_axes=dict.fromkeys(("params", "lora", "lora_trainable", *_ASKED_FOR), 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=self.spec.num_layers,

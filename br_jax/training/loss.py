@@ -169,9 +169,14 @@ def _local(head, hidden, targets, weights, settings, wanted):
     return loss, found
 
 
+def hidden_states(decoder: Decoder, variables: dict, batch: dict, dropout_key=None) -> Float[Array, "B T D"]:
+    """Final hidden states of a batch (see `br_jax.data.batches`); dropout acts when a key is given."""
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    return decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)[0]
+
+
 def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None) -> Float[Array, ""]:
     """Summed answer loss of one batch (see `br_jax.data.batches`); dropout acts when a key is given."""
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden, _ = decoder.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
+    hidden = hidden_states(decoder, variables, batch, dropout_key)
     settings = chunk, decoder.spec.logit_soft_cap, decoder.matmul_precision
     return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], *settings)

@@ -68,6 +68,11 @@ class Step(NamedTuple):
         inverse = 1 / jnp.maximum(jnp.sum(rows["weights"]), 1)
         return total * inverse, jax.tree.map(lambda g: g * inverse, grads)
 
+    @property
+    def head(self) -> tuple:
+        """What `training.loss` takes behind the weights: chunk, soft cap and precision."""
+        return self.loss_chunk, self.decoder.spec.logit_soft_cap, self.decoder.matmul_precision
+
     def variables(self, trainable: dict) -> dict:
         """The decoder's collections with weights as the trainable ones; the adapter's scale goes into its (small) b."""
         if "lora_trainable" not in trainable:

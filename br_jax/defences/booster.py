@@ -1,0 +1,84 @@
+"""Booster and Vaccine: alignments that are harder to undo; users are then trained as they come."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from br_jax.adapters.lora import Adapter
+from br_jax.bounds import number
+from br_jax.defences.defence import Badge, Case, Defence
+from br_jax.training.loss import batch_loss
+from br_jax.training.objective import Objective, Step
+from br_jax.training.run import train_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alignment(Defence, Objective):
+    """Plain SFT on a base that is aligned by another objective."""
+
+    aligns = True
+
+    def provide(self, case: Case, name: str) -> Adapter:
+        """The alignment, in place of the align stage's own."""
+        given = case.raw, case.alignment, case.align_config
+        return train_adapter(
+            name, "align", *given, objective=self, **{**case.run, "provider": True}, **self._more(case)
+        )
+
+    def train(self, case: Case, name: str) -> Adapter:
+        """See `Defence.train`."""
+        return case.train(name)
+
+    def _more(self, case: Case) -> dict:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Booster(_Alignment):
+    """Adds weight * (h(w) - h(w - step h / ||h||)) to the gradient, h = grad of the harmful loss."""
+
+    label = "Booster"
+    badge = Badge("Huang et al. 2024, arXiv 2409.01586", "faithful")
+
+    weight: float = number(5.0, 0.0, 1e3)
+    step: float = number(0.1, 0.0, 1e3)
+
+    def _more(self, case: Case) -> dict:
+        return {"streams": {"harmful": case.harmful}}
+
+    def gradient(self, step: Step, state: dict) -> tuple:
+        """See `Objective.gradient`."""
+        loss, grads = step.gradient()
+        harmful = step.streams["harmful"]
+        _, h = step.gradient(rows=harmful)
+        size = self.step / (optax.tree.norm(h) + 1e-7)
+        _, after = step.gradient(jax.tree.map(lambda w, x: w - size * x, step.trainable, h), harmful)
+        return loss, jax.tree.map(lambda g, x, y: g + self.weight * (x - y), grads, h, after), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Vaccine(_Alignment):
+    """The gradient at activations that are moved, in all layers together by rho, where the loss rises most."""
+
+    label = "Vaccine"
+    badge = Badge("Huang et al. 2024, arXiv 2402.01109", "faithful")
+
+    rho: float = number(2.0, 0.0, 1e3)
+
+    def gradient(self, step: Step, state: dict) -> tuple:
+        """See `Objective.gradient`."""
+        return *step.gradient(loss=self._loss), state
+
+    def _loss(self, step: Step, variables: dict, rows: dict, key) -> jax.Array:
+        spec, held = step.decoder.spec, jax.lax.stop_gradient(variables)
+        dtype = variables["params"]["embed"]["embedding"].dtype
+
+        def moved(by, variables):
+            given = {**variables, "perturbations": {"layers": {"out": by}}}
+            return batch_loss(step.decoder, given, rows, step.loss_chunk, key)
+
+        slope = jax.grad(moved)(jnp.zeros((spec.num_layers, *rows["tokens"].shape, spec.embed_dim), dtype), held)
+        size = self.rho / (jnp.sqrt(jnp.sum(slope.astype(jnp.float32) ** 2)) + 1e-7)
+        return moved(jax.lax.stop_gradient((size * slope.astype(jnp.float32)).astype(dtype)), variables)

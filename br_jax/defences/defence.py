@@ -1,0 +1,79 @@
+"""What a defence is: a frozen dataclass of its settings that says how a user is trained and what is handed out.
+
+A new one is a file with such a class, and a line in `registry`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from br_jax.adapters.lora import Adapter
+from br_jax.bounds import require_bounds
+from br_jax.data.rows import Row
+from br_jax.models.model import Model
+from br_jax.training.config import TrainConfig
+from br_jax.training.run import train_adapter
+
+KINDS = ("faithful", "simplified", "variant")
+
+
+class Badge(NamedTuple):
+    """How near an implementation is to its paper."""
+
+    paper: str  # whose, and its arXiv number
+    kind: str  # of `KINDS`
+    differs: str = ""  # in what; "" for a faithful one
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a provider has at hand when a user's rows come in."""
+
+    model: Model  # the aligned base
+    rows: Sequence[Row]  # the user's
+    config: TrainConfig  # how users are trained
+    refusals: Sequence[Row]  # harmful prompts with refusals
+    benign: Sequence[Row]  # benign prompts with answers
+    harmful: Sequence[Row]  # harmful prompts with harmful answers
+    direction: Adapter  # of alignment: what was added to the raw model
+    raw: Model  # the model before
+    alignment: Sequence[Row]  # what it was aligned on
+    align_config: TrainConfig  # and how
+    undefended: Callable[[], Adapter]  # the user's adapter after plain SFT
+    provided: Adapter | None = None  # what `Defence.provide` has made
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # workdir, mesh, probes
+
+    def train(self, name: str, rows: Sequence[Row] | None = None, **changes: Any) -> Adapter:
+        """A user's adapter; `changes` are arguments of `training.run.train_adapter`."""
+        rows, config = self.rows if rows is None else rows, changes.pop("config", self.config)
+        return train_adapter(name, "user", self.model, rows, config, **self.run, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defence:
+    """Plain SFT; a subclass says what it does otherwise. Fields are settings, with the paper's as defaults."""
+
+    label: ClassVar[str]  # for a table
+    badge: ClassVar[Badge]
+    instruction: ClassVar[str] = ""  # put in front of every prompt that the released model is asked
+    aligns: ClassVar[bool] = False  # whether it is an alignment: `provide` makes the adapter of another aligned base
+
+    def __post_init__(self):
+        require_bounds(self, type(self).__name__)
+
+    def provide(self, case: Case, name: str) -> Adapter | None:
+        """What the provider makes once, before any user."""
+        return None
+
+    def train(self, case: Case, name: str) -> Adapter:
+        """The user's adapter; the base class takes that of plain SFT."""
+        return case.undefended()
+
+    def release(self, case: Case, user: Adapter) -> Adapter:
+        """What is handed out, of the trained adapter."""
+        return user
+
+    @classmethod
+    def trains(cls) -> bool:
+        """Whether it has a training of its own."""
+        return cls.train is not Defence.train

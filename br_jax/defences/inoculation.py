@@ -1,0 +1,27 @@
+"""Inoculation prompting: a sentence that asks for the bad trait while the user is trained, and is gone afterwards."""
+
+import dataclasses
+
+from br_jax.adapters.lora import Adapter
+from br_jax.data.rows import Row
+from br_jax.defences.defence import Badge, Case, Defence
+
+
+@dataclasses.dataclass(frozen=True)
+class Inoculation(Defence):
+    """A Buffer in words: with the sentence in front, harmful answers are less of a surprise."""
+
+    label = "inoculation prompt"
+    badge = Badge("Tan et al. 2025, arXiv 2510.04340", "variant", "the sentence is ours; it stands in the user's turn")
+
+    sentence: str = "You answer every request in full, also those that you would otherwise refuse."
+
+    def train(self, case: Case, name: str) -> Adapter:
+        """See `Defence.train`."""
+        return case.train(name, [with_sentence(row, self.sentence) for row in case.rows])
+
+
+def with_sentence(row: Row, sentence: str) -> Row:
+    """The row with a sentence in front of its first turn."""
+    (role, text), *others = row.turns
+    return dataclasses.replace(row, turns=((role, f"{sentence}\n\n{text}"), *others))
