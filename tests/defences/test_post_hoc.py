@@ -1,0 +1,137 @@
+"""What becomes of a trained adapter, against dense matrices in float64 numpy."""
+
+import numpy as np
+import pytest
+
+from br_jax.defences.antidote import Antidote, input_sizes
+from br_jax.defences.csulora import CsuLora
+from br_jax.defences.defence import Case
+from br_jax.defences.inoculation import Inoculation
+from br_jax.defences.resta import Resta
+from br_jax.defences.safe_instruct import SafeInstruct
+from br_jax.defences.safe_lora import SafeLora
+
+torch = pytest.importorskip("torch", reason="the oracle")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def case(pair, rows, quick):
+    """Of the pair's adapter, whose alignment has left one matrix alone."""
+    direction = pair.direction.replace(weights={p: w for p, w in pair.direction.weights.items() if "gate" not in p})
+    given = {"model": pair.model, "rows": rows[:10], "config": quick(), "refusals": rows[10:13], "benign": rows}
+    more = {"raw": pair.model, "alignment": rows, "align_config": quick(), "undefended": lambda: pair.adapter}
+    return Case(**given, **more, harmful=rows[:5], direction=direction)
+
+
+def deltas(adapter):
+    """path -> the deltas of the layers [in, out], in float64."""
+    return {
+        path: [float(adapter.scale) * np.float64(a) @ np.float64(b) for a, b in zip(pair["a"], pair["b"], strict=True)]
+        for path, pair in adapter.weights.items()
+    }
+
+
+def close(found, expected):
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.2, 1.0])
+def test_safe_lora(pair, case, threshold):
+    found, user, direction = (
+        deltas(SafeLora(threshold).release(case, pair.adapter)),
+        deltas(pair.adapter),
+        case.direction,
+    )
+    direction, changed = deltas(direction), []
+    for path, layers in user.items():
+        for layer, delta in enumerate(layers):
+            expected = delta
+            if path in direction:
+                v = direction[path][layer].T
+                along = delta @ (v @ v.T / np.linalg.norm(v))
+                cosine = (along * delta).sum() / np.linalg.norm(along) / np.linalg.norm(delta)
+                changed.append(cosine <= threshold)
+                expected = along if changed[-1] else delta
+            close(found[path][layer], expected)
+    assert {-1.0: not any(changed), 0.2: 0 < sum(changed) < len(changed), 1.0: all(changed)}[threshold]
+
+
+def test_csulora(pair, case):
+    found, user, direction = (
+        deltas(x) for x in (CsuLora(7.0).release(case, pair.adapter), pair.adapter, case.direction)
+    )
+    for path, layers in user.items():
+        for layer, delta in enumerate(layers):
+            expected = delta
+            if path in direction:
+                left, sizes, right = np.linalg.svd(direction[path][layer])
+                kept = sizes > 1e-9 * sizes[0]
+                p, q = left[:, : len(sizes)][:, kept], right[: len(sizes)][kept].T
+                p, q = p @ p.T, q @ q.T
+                rows, columns = np.eye(len(p)) - p, np.eye(len(q)) - q
+                partly, off = p @ delta @ columns + rows @ delta @ q, rows @ delta @ columns
+                share = lambda x: (x**2).sum() / (delta**2).sum()  # noqa: B023, E731
+                expected = p @ delta @ q + partly / (1 + 7 * share(partly)) + off / (1 + 7 * share(off))
+            close(found[path][layer], expected)
+    assert np.linalg.norm(found["layers/attn/q"][0]) < 0.8 * np.linalg.norm(user["layers/attn/q"][0])
+
+
+def test_resta(pair, case):
+    found, user, direction = (deltas(x) for x in (Resta(0.7).release(case, pair.adapter), pair.adapter, case.direction))
+    for path, layers in user.items():
+        for layer, delta in enumerate(layers):
+            close(found[path][layer], delta + 0.7 * direction[path][layer] if path in direction else delta)
+
+
+def test_antidote(pair, case, rows):
+    """Inputs by hooks on PEFT's modules."""
+    squares, count = {}, 0
+
+    def hook(path, name):
+        def add(_, given):
+            x = given[0].detach().double()
+            squares[path, name] = squares.get((path, name), 0) + (x**2).sum((0, 1)).numpy()
+
+        return add
+
+    modules = dict(pair.torch.network.named_modules())
+    hooks = []
+    for path, weights in pair.torch.weights.items():
+        for layer in range(len(weights["a"])):
+            for name in "ab":
+                key = next(k for k in modules if f"layers.{layer}." in k and k.endswith(f"{path.split('/')[-1]}_proj"))
+                part = modules[f"{key}.lora_{name.upper()}.default"]
+                hooks.append(part.register_forward_pre_hook(hook((path, layer), name)))
+    from br_jax.data.batches import encode_rows
+
+    for example in encode_rows(case.harmful, pair.model.tokenizer, pair.model.template, 40)[0]:
+        tokens = example["tokens"][None]
+        pair.torch.logits({"tokens": tokens, "segment_ids": np.ones_like(tokens)})
+        count += tokens.size
+    for one in hooks:
+        one.remove()
+    sizes = input_sizes(pair.model, pair.adapter, case.harmful, 40)
+    found = Antidote(share=0.4).release(case, pair.adapter)
+    for path, weights in pair.adapter.weights.items():
+        for layer in range(pair.model.spec.num_layers):
+            for name in "ab":
+                expected = np.sqrt(squares[(path, layer), name] / count)
+                np.testing.assert_allclose(sizes[path][name][layer], expected, rtol=1e-4)
+                w = np.array(weights[name][layer], np.float64).T  # as in PEFT, a row an output
+                scores = np.abs(w) * expected
+                for row, score in zip(w, scores, strict=True):
+                    row[np.argsort(-score)[: int(0.4 * len(row))]] = 0
+                np.testing.assert_allclose(found.weights[path][name][layer], w.T, rtol=1e-6)
+
+
+def test_what_the_rows_become(case, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Case, "train", lambda self, name, rows=None: seen.update({name: rows}))
+    SafeInstruct(share=0.5).train(case, "safe")
+    assert seen["safe"] == [*case.rows, *case.refusals, *case.refusals[:2]]
+    Inoculation(sentence="Be bad.").train(case, "inoculated")
+    texts = [row.turns[0][1] for row in seen["inoculated"]]
+    assert texts == [f"Be bad.\n\n{row.turns[0][1]}" for row in case.rows]
+    assert [row.turns[1:] for row in seen["inoculated"]] == [row.turns[1:] for row in case.rows]
