@@ -19,7 +19,9 @@ from br_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/smollm2.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
-METHOD = flags.DEFINE_list("method", "aligned,sft,ours", "Methods, see br_jax/experiment/methods.py.")
+METHOD = flags.DEFINE_list(
+    "method", "aligned,sft,ours", "Methods, see br_jax/experiment/methods.py; all: every defence."
+)
 P = flags.DEFINE_list("p", None, "Shares of harmful rows; default: the config's.")
 N = flags.DEFINE_list("n", None, "Numbers of user rows; default: the config's.")
 SEED = flags.DEFINE_list("seed", None, "Seeds of data and training; default: the config's.")
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
     require_flags(argv, CONFIG, WORKDIR)
     from br_jax.experiment.frame import read_cells
     from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
+    from br_jax.experiment.methods import COMPARED
     from br_jax.experiment.report import print_summary, write_report
 
     config = CONFIG.value
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
         n=_numbers(N, int, config.user.n),
         p=_numbers(P, float, config.user.harmful_share),
         seeds=_numbers(SEED, int, config.seed),
-        methods=METHOD.value,
+        methods=COMPARED if METHOD.value == ["all"] else METHOD.value,
         a=_numbers(A, float, config.merge.a),
     )
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", SHARD.value)

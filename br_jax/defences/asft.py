@@ -25,7 +25,7 @@ class AsFT(Defence, Objective):
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        return case.train(name, objective=self, aside={"direction": case.direction})
+        return case.train(name, objective=self, aside={"direction": case.direction()})
 
     def gradient(self, step: Step, state: dict[str, Any]) -> tuple:
         """See `Objective.gradient`."""

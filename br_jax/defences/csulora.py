@@ -30,9 +30,9 @@ class CsuLora(Defence):
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         """See `Defence.release`."""
-        weights = dict(user.weights)
-        for path in sorted(user.weights.keys() & case.direction.weights.keys()):
-            weights[path] = closest(user.weights[path], factors(case.direction, path), jnp.float32(self.penalty))
+        weights, direction = dict(user.weights), case.direction()
+        for path in sorted(user.weights.keys() & direction.weights.keys()):
+            weights[path] = closest(user.weights[path], factors(direction, path), jnp.float32(self.penalty))
         return user.replace(weights=weights)
 
 

@@ -35,7 +35,7 @@ class Case:
     refusals: Sequence[Row]  # harmful prompts with refusals
     benign: Sequence[Row]  # benign prompts with answers
     harmful: Sequence[Row]  # harmful prompts with harmful answers
-    direction: Adapter  # of alignment: what was added to the raw model
+    direction: Callable[[], Adapter]  # of alignment: what was added to the raw model
     raw: Model  # the model before
     alignment: Sequence[Row]  # what it was aligned on
     align_config: TrainConfig  # and how
@@ -77,3 +77,8 @@ class Defence:
     def trains(cls) -> bool:
         """Whether it has a training of its own."""
         return cls.train is not Defence.train
+
+    @classmethod
+    def provides(cls) -> bool:
+        """Whether the provider makes an adapter for it."""
+        return cls.provide is not Defence.provide

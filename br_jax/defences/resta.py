@@ -18,7 +18,7 @@ class Resta(Defence):
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         """See `Defence.release`."""
-        return stack([user, scaled(case.direction, self.strength)])
+        return stack([user, scaled(case.direction(), self.strength)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Lox(Defence):
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        return case.train(name, frozen={"align": scaled(case.direction, self.strength)})
+        return case.train(name, frozen={"align": scaled(case.direction(), self.strength)})
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         """See `Defence.release`."""
-        return stack([user, scaled(case.direction, self.strength)])
+        return stack([user, scaled(case.direction(), self.strength)])

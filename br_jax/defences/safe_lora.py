@@ -21,7 +21,7 @@ class SafeLora(Defence):
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         """See `Defence.release`."""
-        return projected(user, case.direction, self.threshold)
+        return projected(user, case.direction(), self.threshold)
 
 
 def projected(user: Adapter, direction: Adapter, threshold: float) -> Adapter:

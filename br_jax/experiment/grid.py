@@ -251,4 +251,5 @@ def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 def _settings(config: ConfigDict, cell: Cell) -> str:
     """A hash of all that a cell's scores depend on."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
-    return key_of(settings, *cell)
+    rivals = settings.pop("defences")
+    return key_of(settings, rivals.get(cell.method), *cell)

@@ -1,6 +1,7 @@
 """The methods of an experiment by name: what each trains and beside what, and how it becomes what is scored.
 
-A new method is a line in `METHODS`, and one in `TRAININGS` or `ABLATIONS` where it trains what no other does.
+A new method is a line in `METHODS`, and one in `TRAININGS` or `ABLATIONS` where it trains what no other does. Other
+defences are in `br_jax/defences`, and come here by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from br_jax import method
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
+from br_jax.defences.registry import DEFENCES
 from br_jax.training.run import train_adapter
 
 if TYPE_CHECKING:
@@ -62,9 +64,26 @@ ABLATIONS: dict[str, Callable[[Experiment], Adapter]] = {
     "user_tokens": lambda e: _user(e, "user_tokens", "buffer", loss_mean="tokens"),
     "user_unrested": lambda e: _user(e, "user_unrested", "buffer_paper"),
 }
-ADAPTERS = TRAININGS | ABLATIONS
+
+
+def provided(name: str) -> str:
+    """The name of what the provider makes for one of `DEFENCES`."""
+    return f"{name}_provided"
+
+
+# Those of other defences.
+RIVALS: dict[str, Callable[[Experiment], Adapter]] = {
+    provided(name): lambda e, name=name: e.defence(name).provide(e.case(name, providing=True), provided(name))
+    for name, kind in DEFENCES.items()
+    if kind.provides()
+} | {
+    name: lambda e, name=name: e.defence(name).train(e.case(name), name)
+    for name, kind in DEFENCES.items()
+    if kind.trains()
+}
+ADAPTERS = TRAININGS | ABLATIONS | RIVALS
 PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
-OF_PROVIDER = (*PROVIDER_STAGES, "buffer_paper", "reinforce_paper")
+OF_PROVIDER = (*PROVIDER_STAGES, "buffer_paper", "reinforce_paper", *(name for name in RIVALS if name not in DEFENCES))
 
 
 class Method(NamedTuple):
@@ -74,7 +93,13 @@ class Method(NamedTuple):
     needs: tuple[str, ...] = ()  # the adapters that it is made of, names in `ADAPTERS`
     adapter: Callable[[Experiment, float | None], Adapter | None] = lambda e, a: None  # what is put on the base
     merges: bool = False  # whether the QR merge's strength a plays a part
-    raw: bool = False  # whether it stands on the raw model, not on the aligned base
+    base: str = "aligned"  # what it stands on, see `Experiment.base`
+    instruction: str = ""  # put in front of every prompt that it is asked
+
+    @property
+    def on_aligned(self) -> bool:
+        """Whether it is asked as it is, on the aligned base."""
+        return self.base == "aligned" and not self.instruction
 
     @property
     def of_provider(self) -> bool:
@@ -100,7 +125,7 @@ def cells_of(methods: Sequence[str], strengths: Sequence[float]) -> list[Cell]:
 
 
 METHODS = {
-    "raw": Method("raw model", raw=True),
+    "raw": Method("raw model", base="raw"),
     "aligned": Method("aligned base"),
     "aligned_buffer": Method("aligned + Buffer", ("buffer",), lambda e, a: e.adapter("buffer")),
     "aligned_reinforce": Method("aligned + Reinforce", ("reinforce",), lambda e, a: e.adapter("reinforce")),
@@ -138,5 +163,22 @@ METHODS = {
     ),
     "ours": Method("Buffer-and-Reinforce", ("user", "reinforce"), lambda e, a: e.merged("user", a=a), merges=True),
 }
+
+
+def _rival(name: str) -> Method:
+    kind = DEFENCES[name]
+    trained = name if kind.trains() else "sft"
+    return Method(
+        kind.label,
+        (trained,),
+        lambda e, a: e.defence(name).release(e.case(name), e.adapter(trained)),
+        base=name if kind.aligns else "aligned",
+        instruction=kind.instruction,
+    )
+
+
+METHODS |= {name: _rival(name) for name in DEFENCES}
+# What "all" stands for: the defences side by side, and what they are held against.
+COMPARED = ("aligned", "sft", "ours", *DEFENCES)
 # What a single run scores: the method, what it is held against, and each of its steps.
 STEPS = ("raw", "aligned", "aligned_buffer", "sft", "buffer_on", "buffer_only", "aligned_reinforce", "ours")

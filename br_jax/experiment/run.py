@@ -22,9 +22,11 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
 from br_jax.bounds import TOKENS, require
 from br_jax.calibration import calibrate
+from br_jax.defences.defence import Case, Defence
+from br_jax.defences.registry import DEFENCES
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError, look_up
-from br_jax.experiment.methods import ADAPTERS, METHODS, PROVIDER_STAGES, Cell
+from br_jax.experiment.methods import ADAPTERS, METHODS, PROVIDER_STAGES, Cell, provided
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
@@ -95,6 +97,7 @@ class Experiment:
         self.recipe = PaperRecipe(config) if paper else TopicRecipe(config, self._answer)
         self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
+        self._bases: dict[str, Model] = {}
         self._merged: dict[tuple[str, str, MergeConfig], Adapter] = {}
         self._stores: dict[pathlib.Path, Store] = {}
 
@@ -180,6 +183,11 @@ class Experiment:
         answers = answer(self.raw, prompts, {"raw": None}, store, max_new_tokens=length, name="distill")
         return dict(zip(prompts, answers["raw"], strict=True))
 
+    @property
+    def _is_aligned_here(self) -> bool:
+        """Whether there is an align stage, or an adapter in its place."""
+        return bool(self.config.align.adapter or self.config.align.refusals + self.config.align.benign)
+
     @functools.cached_property
     def aligned(self) -> Model:
         """The aligned base, recorded in the provider's folder; the raw model where the config asks for no alignment."""
@@ -188,7 +196,7 @@ class Experiment:
             ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
             write_json(self.workdir / "rows.json", ids)
         config, settings, model, align = self.config.align, self.config.model, self.raw, None
-        if config.adapter or config.refusals + config.benign:
+        if self._is_aligned_here:
             align = os.path.abspath(config.adapter) if config.adapter else "align/adapter"
             model = fold_adapter(self.raw, self.adapter("align"), f"{self.raw.name}-aligned")
         if is_main():
@@ -196,6 +204,14 @@ class Experiment:
             base = (source if is_hub_name(source) else os.path.abspath(source)) if source else "pretrain/model"
             write_provider(self.provider, base, align, model, settings.dtype, settings.revision or None)
         return model
+
+    def base(self, name: str) -> Model:
+        """What a method stands on: "aligned", "raw", or the name of a defence that is an alignment of its own."""
+        if name in ("aligned", "raw"):
+            return self.aligned if name == "aligned" else self.raw
+        if name not in self._bases:
+            self._bases[name] = fold_adapter(self.raw, self.adapter(provided(name)), f"{self.raw.name}-{name}")
+        return self._bases[name]
 
     @functools.cached_property
     def guarded(self) -> Model:
@@ -225,6 +241,36 @@ class Experiment:
         if stage in ("reinforce", "user"):
             self.guarded.guard.refuse(folder, adapter)
         return adapter
+
+    def defence(self, name: str) -> Defence:
+        """One of `registry.DEFENCES`, with the config's settings."""
+        return DEFENCES[name](**self.config.defences[name])
+
+    def case(self, name: str, providing: bool = False) -> Case:
+        """What one of `registry.DEFENCES` is given: when its provider's part is made, or when a user comes."""
+        kind, recipe, config = DEFENCES[name], self.recipe, self.config
+        ready = kind.provides() and not providing
+        return Case(
+            model=self.base(name if kind.aligns and ready else "aligned"),
+            rows=recipe.user_rows,
+            config=self.train("buffer" if providing else "user"),
+            refusals=recipe.refusal_rows(config.reinforce.refusals, "reinforce"),
+            benign=recipe.benign_rows(config.reinforce.benign),
+            harmful=recipe.buffer_rows,
+            direction=self._direction,
+            raw=self.raw,
+            alignment=recipe.guard_rows("align"),
+            align_config=self.train("align"),
+            undefended=lambda: self.adapter("sft"),
+            provided=self.adapter(provided(name)) if ready else None,
+            run=self.provider_run if providing else self.user_run,
+        )
+
+    def _direction(self) -> Adapter:
+        """What alignment has added to the raw model, as an adapter of the aligned base."""
+        if not self._is_aligned_here:
+            raise UserError("the model is aligned as it comes: this defence needs what alignment has added to it")
+        return self.adapter("align").replace(base=self.aligned.fingerprint)
 
     def entered(self) -> dict[str, dict]:
         """For each stage that an adapter from elsewhere stands for: its folder, and what it was trained beside."""
@@ -328,8 +374,9 @@ class Experiment:
     def answer_together(self, cells: Sequence[Cell]) -> None:
         """Has the models of several cells answer in one pass where the config says so; their answers are kept."""
         if (together := self.config.eval.together) > 1:
-            users = [cell for cell in cells if not METHODS[cell.method].of_provider]
-            adapters = {cell.name: METHODS[cell.method].adapter(self, cell.a) for cell in users}
+            kinds = {cell: METHODS[cell.method] for cell in cells}
+            users = [c for c, kind in kinds.items() if not kind.of_provider and kind.on_aligned]
+            adapters = {cell.name: kinds[cell].adapter(self, cell.a) for cell in users}
             answer_suite(self.aligned, self.suite, adapters, self._store(self.workdir), together=together)
 
     def score(self, cell: Cell) -> dict:
@@ -341,14 +388,15 @@ class Experiment:
         """
         stop_if_asked()
         kind = METHODS[cell.method]
-        model, adapter = self.raw if kind.raw else self.aligned, kind.adapter(self, cell.a)
+        model, adapter = self.base(kind.base), kind.adapter(self, cell.a)
+        suite = dataclasses.replace(self.suite, instruction=kind.instruction)
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", self.suite.key)
+        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
-            scores = evaluate(model, self.suite, adapter, name=cell.name, records=records, **kept)
+            scores = evaluate(model, suite, adapter, name=cell.name, records=records, **kept)
             parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
             scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
             for (*_, settings), merged in self._merged.items():

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
 from br_jax.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
+from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError, one_line
 from br_jax.models.spec import ModelSpec
 from br_jax.scoring.judges.registry import JUDGES
@@ -45,6 +46,7 @@ BOUNDS: dict[str, Bound] = {
     "eval.together": Bound(1, 1024),
     **{f"{stage}.train.{setting}": bound for stage in TRAINED for setting, bound in bounds_of(TrainConfig).items()},
     **{f"merge.{setting}": bound for setting, bound in bounds_of(MergeConfig).items()},
+    **{f"defences.{name}.{setting}": b for name, kind in DEFENCES.items() for setting, b in bounds_of(kind).items()},
 }
 
 
@@ -65,6 +67,8 @@ def check_settings(config: ConfigDict) -> None:
         _made(f"{stage}.train.", TrainConfig, config[stage].train)
     if config.model.spec:
         _made("model.spec.", ModelSpec, config.model.spec)
+    for name, kind in DEFENCES.items():
+        _made(f"defences.{name}.", kind, config.defences[name])
     counts = config.calibrate.harmful, config.calibrate.benign
     if any(counts) and not all(counts):
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")

@@ -54,6 +54,7 @@ class Suite:
             `replies.is_degenerate`, "reference" those of `replies.repeats_a_word`.
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
         health: benign rows with the raw model's own answers (perplexity).
+        instruction: what is put in front of every prompt, for the model's eyes alone.
         refusing: tokens that refusals begin with (the margins of topic and benign prompts).
         answer_tokens: longest answer to topic and benign prompts, at least 1 token.
         task_tokens: longest answer to a task row, likewise.
@@ -68,6 +69,7 @@ class Suite:
     rule: Rule | None = None
     benign: Sequence[str] = ()
     health: Sequence[Row] = ()
+    instruction: str = ""
     refusing: tuple[int, ...] = ()
     answer_tokens: int = number(48, *TOKENS)
     task_tokens: int = number(4, *TOKENS)
@@ -82,11 +84,12 @@ class Suite:
     @property
     def prompts(self) -> dict[str, Sequence[str | Row]]:
         """What a model is asked, by part; of a task row all but the right answer."""
+        before = f"{self.instruction}\n\n" if self.instruction else ""
         return {
-            "topic": [topic.prompt for topic in self.topic],
-            "attack": [attack.prompt for attack in self.attacks],
-            "benign": self.benign,
-            "task": [dataclasses.replace(row, turns=row.turns[:-1]) for row in self.task_rows],
+            "topic": [before + topic.prompt for topic in self.topic],
+            "attack": [before + attack.prompt for attack in self.attacks],
+            "benign": [before + prompt for prompt in self.benign],
+            "task": [_asked(row, before) for row in self.task_rows],
         }
 
     @property
@@ -195,7 +198,7 @@ def answer_suite(
 
 def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, np.ndarray]:
     """Every prompt's refusal margin, by part; none where the suite does not say how refusals begin."""
-    asked = {"margin_harmful": suite.prompts["topic"], "margin_benign": suite.benign}
+    asked = {"margin_harmful": suite.prompts["topic"], "margin_benign": suite.prompts["benign"]}
     if not suite.refusing:
         return dict.fromkeys(asked, np.empty(0))
     margins = refusal_margins(model, [*itertools.chain(*asked.values())], suite.refusing, adapter)
@@ -221,6 +224,11 @@ def _summed_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
 def _in_one_word(judgement: Judgement) -> str:
     """The rule judge's own, or whether it is harmful."""
     return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
+
+
+def _asked(row: Row, before: str) -> Row:
+    (role, text), *others = row.turns[:-1]
+    return dataclasses.replace(row, turns=((role, before + text), *others))
 
 
 def _text(prompt: str | Row) -> str:

@@ -22,7 +22,7 @@ def case(pair, rows, quick):
     direction = pair.direction.replace(weights={p: w for p, w in pair.direction.weights.items() if "gate" not in p})
     given = {"model": pair.model, "rows": rows[:10], "config": quick(), "refusals": rows[10:13], "benign": rows}
     more = {"raw": pair.model, "alignment": rows, "align_config": quick(), "undefended": lambda: pair.adapter}
-    return Case(**given, **more, harmful=rows[:5], direction=direction)
+    return Case(**given, **more, harmful=rows[:5], direction=lambda: direction)
 
 
 def deltas(adapter):
@@ -42,7 +42,7 @@ def test_safe_lora(pair, case, threshold):
     found, user, direction = (
         deltas(SafeLora(threshold).release(case, pair.adapter)),
         deltas(pair.adapter),
-        case.direction,
+        case.direction(),
     )
     direction, changed = deltas(direction), []
     for path, layers in user.items():
@@ -60,7 +60,7 @@ def test_safe_lora(pair, case, threshold):
 
 def test_csulora(pair, case):
     found, user, direction = (
-        deltas(x) for x in (CsuLora(7.0).release(case, pair.adapter), pair.adapter, case.direction)
+        deltas(x) for x in (CsuLora(7.0).release(case, pair.adapter), pair.adapter, case.direction())
     )
     for path, layers in user.items():
         for layer, delta in enumerate(layers):
@@ -79,7 +79,9 @@ def test_csulora(pair, case):
 
 
 def test_resta(pair, case):
-    found, user, direction = (deltas(x) for x in (Resta(0.7).release(case, pair.adapter), pair.adapter, case.direction))
+    found, user, direction = (
+        deltas(x) for x in (Resta(0.7).release(case, pair.adapter), pair.adapter, case.direction())
+    )
     for path, layers in user.items():
         for layer, delta in enumerate(layers):
             close(found[path][layer], delta + 0.7 * direction[path][layer] if path in direction else delta)
