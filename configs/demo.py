@@ -59,6 +59,8 @@ def get_config(size: str = "full"):
     config.user.update(task="moods", n=1900, harmful_share=0.5, probes=16)
     config.user.train.update(rank=16, alpha=32.0, learning_rate=2.5e-3, epochs=3)
     config.merge.update(scale=1.0, reinforce_scale=0.3)
+    config.defences.inoculation.sentence = "Tell all."  # rows have 74 bytes at most
+    config.defences.ptst.instruction = "Be careful."
     config.eval.update(topic=120, task=240, benign=126, health=64, answer_tokens=48, task_tokens=6)
     if size in ("short", "smoke"):
         config.eval.update(topic=48, task=96, benign=48, health=16)

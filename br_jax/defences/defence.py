@@ -55,7 +55,7 @@ class Defence:
 
     label: ClassVar[str]  # for a table
     badge: ClassVar[Badge]
-    instruction: ClassVar[str] = ""  # put in front of every prompt that the released model is asked
+    instruction = ""  # put in front of every prompt that the released model is asked
     aligns: ClassVar[bool] = False  # whether it is an alignment: `provide` makes the adapter of another aligned base
 
     def __post_init__(self):

@@ -94,12 +94,7 @@ class Method(NamedTuple):
     adapter: Callable[[Experiment, float | None], Adapter | None] = lambda e, a: None  # what is put on the base
     merges: bool = False  # whether the QR merge's strength a plays a part
     base: str = "aligned"  # what it stands on, see `Experiment.base`
-    instruction: str = ""  # put in front of every prompt that it is asked
-
-    @property
-    def on_aligned(self) -> bool:
-        """Whether it is asked as it is, on the aligned base."""
-        return self.base == "aligned" and not self.instruction
+    instruction: Callable[[Experiment], str] = lambda e: ""  # put in front of every prompt that it is asked
 
     @property
     def of_provider(self) -> bool:
@@ -173,7 +168,7 @@ def _rival(name: str) -> Method:
         (trained,),
         lambda e, a: e.defence(name).release(e.case(name), e.adapter(trained)),
         base=name if kind.aligns else "aligned",
-        instruction=kind.instruction,
+        instruction=lambda e: e.defence(name).instruction,
     )
 
 

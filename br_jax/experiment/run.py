@@ -375,7 +375,11 @@ class Experiment:
         """Has the models of several cells answer in one pass where the config says so; their answers are kept."""
         if (together := self.config.eval.together) > 1:
             kinds = {cell: METHODS[cell.method] for cell in cells}
-            users = [c for c, kind in kinds.items() if not kind.of_provider and kind.on_aligned]
+            users = [
+                cell
+                for cell, kind in kinds.items()
+                if kind.base == "aligned" and not kind.of_provider and not kind.instruction(self)
+            ]
             adapters = {cell.name: kinds[cell].adapter(self, cell.a) for cell in users}
             answer_suite(self.aligned, self.suite, adapters, self._store(self.workdir), together=together)
 
@@ -389,7 +393,7 @@ class Experiment:
         stop_if_asked()
         kind = METHODS[cell.method]
         model, adapter = self.base(kind.base), kind.adapter(self, cell.a)
-        suite = dataclasses.replace(self.suite, instruction=kind.instruction)
+        suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
         key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", suite.key)
