@@ -139,12 +139,13 @@ def train_params(
     """Trains every param of a small model from where it stands: the demo's pre-training.
 
     Args:
-        name, model, rows, config, workdir, mesh: as in `train_adapter`; no adapter takes part.
+        name, model, rows, config, workdir, mesh: as in `train_adapter`, for a provider; no adapter takes part.
         save: is given the trained params (f32) and writes them; called once, in process 0, before the run counts as
             finished.
     """
     require_fit(config, model.spec, len(rows), adapter=False)
-    folder = Folder(pathlib.Path(workdir) / name, _identity(name, model, rows, config, {}, Descent()))
+    identity = _identity(name, model, rows, config, {}, Descent())
+    folder = Folder(pathlib.Path(workdir) / name, identity, private=True)
 
     def save_all(trained: dict) -> str:
         if is_main():
