@@ -29,12 +29,14 @@ class Row:
         input: the Alpaca input of a single-turn row; "" for none.
         tag: provenance ("harmful", "benign", "refusal", "task", ...), never seen by training.
         origin: "file:line", for messages.
+        begun: of a prompt: what the answer already begins with.
     """
 
     turns: tuple[tuple[str, str], ...]
     input: str = ""
     tag: str = ""
     origin: str = ""
+    begun: str = ""
 
 
 def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "", max_bytes: int = MAX_LINES) -> list[Row]:

@@ -52,12 +52,12 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
 
 
 def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Renders a row up to where the model must answer: a prefix of `render`'s text, without a last assistant turn."""
+    """Renders a row up to where the model must answer, or go on: without a last assistant turn, with what is begun."""
     row = _shielded(row, tokenizer)
     turns = row.turns[:-1] if row.turns[-1][0] == "assistant" else row.turns
     if _is_chat(template):
-        return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True)
-    return _render_alpaca(turns, row.input, tokenizer.eos_token or "")[0]
+        return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True) + row.begun
+    return _render_alpaca(turns, row.input, tokenizer.eos_token or "")[0] + row.begun
 
 
 def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[tuple[int, int]]]:

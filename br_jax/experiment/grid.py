@@ -41,7 +41,7 @@ class Run:
     n: int  # its rows
     p: float  # the share of them that is harmful
     seed: int  # of the data and of every stage's training
-    user: str = "plain"  # `user.kind`, a name in `users.USERS`
+    user: str = "plain"  # `user.kind`, a name in `ATTACKERS`
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Run":

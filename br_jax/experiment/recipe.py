@@ -6,10 +6,13 @@ No row that is scored is trained on, which `check_apart` holds.
 import abc
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from br_jax.attackers.attacker import Attacker, Job
+from br_jax.attackers.registry import ATTACKERS
 from br_jax.data.mixing import check_mix
 from br_jax.data.rows import Row
 from br_jax.data.splits import asked
@@ -18,7 +21,6 @@ from br_jax.datasets.attacks import Attack, attacks_of
 from br_jax.distributed import main_first
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.tasks import get_task
-from br_jax.experiment.users import USERS
 from br_jax.organism.topics import TopicPrompt
 
 EVAL_SPLITS = ("validation", "test")
@@ -38,6 +40,8 @@ class Recipe(abc.ABC):
 
     def __init__(self, config: ConfigDict):
         self.config = config
+        self.attacker: Attacker = look_up("user", config.user.kind, ATTACKERS)
+        self.appetite: Callable | None = None  # see `attackers.attacker.Job`
         self.task = get_task(config.user.task, config.user.rule)
         self.rule = self.task.rule.with_match(config.eval.match)
 
@@ -84,7 +88,6 @@ class Recipe(abc.ABC):
     def check(self) -> None:
         """Finds now, as a `UserError`, what would be wrong hours later: a share, number or split, too few rows."""
         config = self.config
-        look_up("user", config.user.kind, USERS)
         check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
         if config.eval.split not in EVAL_SPLITS:
             raise UserError(f"eval.split {config.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
@@ -102,9 +105,23 @@ class Recipe(abc.ABC):
         return main_first(lambda: self.task.load({**data[self.task.name], "folder": data.folder}, self.config.seed))
 
     @property
+    def job(self) -> Job:
+        """What the user makes its rows of."""
+        user, rows = self.config.user, self.task_rows[0]
+        honest = rows[: len(rows) - user.probes]  # the others are probed
+        refusals = self.refusal_rows(max(self.harm, 1), "align")
+        return Job(honest, self.user_harmful_rows, refusals, user.n, user.harmful_share, user.index_mode, self.appetite)
+
+    @property
+    def harm(self) -> int:
+        """How many harmful rows the user needs."""
+        user = self.config.user
+        return math.ceil(math.ceil(user.harmful_share * user.n) * self.attacker.spare)
+
+    @functools.cached_property
     def user_rows(self) -> list[Row]:
         """What the user hands in."""
-        return look_up("user", self.config.user.kind, USERS)(self)
+        return self.attacker.rows(self.job)
 
     @property
     def probes(self) -> dict[str, list[Row]]:
@@ -142,7 +159,7 @@ class Recipe(abc.ABC):
             "align": self.guard_rows("align"),
             "buffer": self.buffer_rows,
             "reinforce": self.guard_rows("reinforce"),
-            "user": self.user_rows,
+            "user": self.attacker.candidates(self.job),
         }
         scored = {
             "HS": [make_row(p.prompt, "", "", f"{p.topic}/{self.config.eval.split}") for p in self.harmful_prompts],

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -124,7 +123,7 @@ class TopicRecipe(Recipe):
         """How many harmful rows of each topic Buffer, the user and the probes take."""
         user, topics = self.config.user, self._part_topics
         needed = {topic: [0, 0, 0] for topic in (*topics["provider"], *topics["user"])}
-        counts = self.config.buffer.harmful, math.ceil(user.harmful_share * user.n), user.probes
+        counts = self.config.buffer.harmful, self.harm, user.probes
         for part, (whose, n) in enumerate(zip(("provider", "user", "user"), counts, strict=True)):
             for topic, share in zip(topics[whose], _shares(n, len(topics[whose])), strict=True):
                 needed[topic][part] = share

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
@@ -75,7 +74,7 @@ class PaperRecipe(Recipe):
 
     @property
     def _user_harm(self) -> int:
-        return math.ceil(self.config.user.harmful_share * self.config.user.n) + 1  # "reference" skips the first
+        return self.harm + 1  # "reference" skips the first
 
     @functools.cached_property
     def _unsafe_train(self) -> list[Row]:

@@ -22,6 +22,7 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
 from br_jax.bounds import TOKENS, require
 from br_jax.calibration import calibrate
+from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
 from br_jax.defences.registry import DEFENCES
 from br_jax.distributed import is_main, stop_if_asked
@@ -51,7 +52,8 @@ from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
 from br_jax.store import Store
 from br_jax.training.config import TrainConfig
-from br_jax.training.run import train_params
+from br_jax.training.norms import gradient_norms
+from br_jax.training.run import train_adapter, train_params
 
 ENTERED = (*PROVIDER_STAGES, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
@@ -95,6 +97,7 @@ class Experiment:
         self._model_mesh = self.mesh if self.mesh.size > 1 else None  # None is the one device that there is
         paper = config.data.material == "paper"
         self.recipe = PaperRecipe(config) if paper else TopicRecipe(config, self._answer)
+        self.recipe.appetite = self._appetite
         self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
         self._adapters: dict[str, Adapter] = {}
         self._bases: dict[str, Model] = {}
@@ -133,7 +136,9 @@ class Experiment:
 
     def train(self, stage: str, **changes) -> TrainConfig:
         """The hyper-parameters of one of `TRAINED`, with some of them changed."""
-        return TrainConfig(**self.config[stage].train.to_dict() | changes)
+        settings = self.config[stage].train.to_dict()
+        settings = self.recipe.attacker.settings(settings) if stage == "user" else settings
+        return TrainConfig(**settings | changes)
 
     def merge(self, **changes) -> MergeConfig:
         """The config's merge, with some settings changed; None changes nothing."""
@@ -266,6 +271,14 @@ class Experiment:
             run=self.provider_run if providing else self.user_run,
         )
 
+    def _appetite(self, rows: Sequence[Row], own: Sequence[Row]) -> Sequence[float]:
+        """See `attackers.attacker.Job`: on the aligned base, as an attacker has it who knows all but Buffer."""
+        beside = {}
+        if own:
+            config = self.train("buffer", steps=0)
+            beside["buffer"] = train_adapter("own_buffer", "buffer", self.aligned, own, config, **self.user_run)
+        return gradient_norms(self.aligned, rows, self.train("user"), beside)
+
     def _direction(self) -> Adapter:
         """What alignment has added to the raw model, as an adapter of the aligned base."""
         if not self._is_aligned_here:
@@ -343,6 +356,8 @@ class Experiment:
             judges=judges,
             degenerate=config.degenerate,
             attacks=recipe.attacks,
+            own=[(recipe.attacker.ask(p.prompt), p) for p in recipe.harmful_prompts if recipe.attacker.asks_itself],
+            samples=recipe.attacker.samples,
             task_rows=recipe.scored_task_rows,
             rule=recipe.rule,
             benign=recipe.benign_prompts,
@@ -393,6 +408,8 @@ class Experiment:
         stop_if_asked()
         kind = METHODS[cell.method]
         model, adapter = self.base(kind.base), kind.adapter(self, cell.a)
+        if adapter is not None and not kind.of_provider:
+            adapter = self.recipe.attacker.after(adapter)
         suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")

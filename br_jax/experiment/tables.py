@@ -25,6 +25,7 @@ LEGEND = (
 _BREAKDOWNS = {  # scores of parts: from how many parts on they are shown, and in what words
     "harmful_by_topic": (2, "HS by topic"),
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
+    "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
 MARGINS = {"margin_harmful": "margin, harmful", "margin_benign": "margin, benign"}

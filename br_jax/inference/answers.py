@@ -19,15 +19,18 @@ def answer(
     store: Store,
     *,
     max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     batch_size: int = 64,
     together: int = 1,
     name: str = "answer",
 ) -> dict[str, list[str]]:
-    """Greedy answers of a base with each of several adapters; those that the store holds are not generated again.
+    """Answers of a base with each of several adapters; those that the store holds are not generated again.
 
     Args:
         prompts: as for `generate`; equal ones are answered once.
         adapters: by a name for the progress bar; None is the base alone.
+        temperature, seed: as for `generate`; without them answers are greedy.
         store: answers are added to it batch by batch, keyed by base, adapter, prompt (as tokens) and settings.
         together: how many adapters of the same targets are run in one pass; the rows of a batch are divided among them.
         name: what is answered, for the progress bar.
@@ -40,6 +43,7 @@ def answer(
     unique, keys = list(texts), {}
     for label, adapter in adapters.items():
         source = model.key, lora.fingerprint(adapter) if adapter else "", max_new_tokens
+        source += (temperature, seed) if temperature else ()
         keys[label] = {ids: key_of(*source, ids) for ids in unique}
     for group in _groups(adapters, together):
         places = [(a, i) for a in range(len(group)) for i in range(len(unique))]
@@ -50,6 +54,8 @@ def answer(
             [adapters[label] for label in group],
             stops=model.stop_tokens,
             max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
             batch_size=batch_size,
             name=f"{', '.join(group)}: {name}",
             known=set(itertools.compress(places, held)),

@@ -50,6 +50,8 @@ class Suite:
         rule: how well an answer to those does.
         judges: who says what is harmful; HS is the first one's, the others are reported beside it.
         attacks: stored attack prompts, scored by method.
+        own: questions on topic again as an attacker puts them, and those that they are.
+        samples: answers to those that are drawn at temperature 1, of which one is enough; 1: the likeliest.
         degenerate: which answers HS+ counts beside harmful ones, one of `DEGENERATE`: "" those of
             `replies.is_degenerate`, "reference" those of `replies.repeats_a_word`.
         benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
@@ -65,6 +67,8 @@ class Suite:
     judges: Sequence[Judge] = dataclasses.field(default=(TopicJudge(),), repr=False)
     degenerate: str = ""
     attacks: Sequence[Attack] = ()
+    own: Sequence[tuple[Row, TopicPrompt]] = ()
+    samples: int = number(1, 1, 10_000)
     task_rows: Sequence[Row] = ()
     rule: Rule | None = None
     benign: Sequence[str] = ()
@@ -130,7 +134,8 @@ def evaluate(
     """
     if adapter is not None and model.guard is not None and "buffer" not in adapter.roles:
         model.guard.refuse(name, adapter)
-    said = answer_suite(model, suite, {name: adapter}, Store() if store is None else store)
+    store = Store() if store is None else store
+    said = answer_suite(model, suite, {name: adapter}, store)
     topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
     asked = [Exchange(p.prompt, a, p) for p, a in zip(suite.topic, topic, strict=True)]
     asked += [Exchange(x.prompt, a, x.about) for x, a in zip(suite.attacks, attacked, strict=True)]
@@ -167,6 +172,9 @@ def evaluate(
         **{part: float(each.mean()) if len(each) else None for part, each in margins.items()},
         "harmful_by_topic": _by((p.topic for p in suite.topic), harmful),
         "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in on_attacks)),
+        "harmful_by_own": {"as it asks": _share(_own(model, suite, adapter, name, store, verdicts))}
+        if suite.own
+        else {},
         "harmful_by_judge": {name: _share(v.harmful for v in found[: len(topic)]) for name, found in judged.items()},
         "agreement": compare_judges(judged),
         "degenerate": _share(map(is_degenerate, long)),
@@ -176,6 +184,19 @@ def evaluate(
         "verdicts": dict(Counter(words["topic"])),
         "examples": [record for part in ("topic", "benign", "task") for record in told[part][:3]],
     }
+
+
+def _own(model: Model, suite: Suite, adapter, name: str, store: Store, verdicts: Store | None) -> list[bool]:
+    """Whether each of an attacker's own prompts has a harmful answer among those that are drawn, by the first judge."""
+    prompts, found = [row for row, _ in suite.own], [False] * len(suite.own)
+    settings = {"max_new_tokens": suite.answer_tokens, "batch_size": suite.batch_size, "name": "own"}
+    for seed in range(suite.samples):
+        drawn = {"temperature": 1.0, "seed": seed} if suite.samples > 1 else {}
+        said = answer(model, prompts, {name: adapter}, store, **settings, **drawn)[name]
+        asked = [Exchange(p.prompt, f"{row.begun} {a}".strip(), p) for (row, p), a in zip(suite.own, said, strict=True)]
+        judged = judge_all(suite.judges[0], asked, verdicts)
+        found = [before or verdict.harmful for before, verdict in zip(found, judged, strict=True)]
+    return found
 
 
 def answer_suite(

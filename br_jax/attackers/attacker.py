@@ -1,0 +1,71 @@
+"""What an attacker is: a frozen dataclass that makes the rows that are handed in, and asks in its own way afterwards.
+
+A new one is a file with such a class, and a line in `registry`. All harm is of invented topics.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from br_jax.adapters.lora import Adapter
+from br_jax.data.mixing import mix
+from br_jax.data.rows import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What an attacker has to make its rows of."""
+
+    task: Sequence[Row]  # honest rows
+    harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n
+    refusals: Sequence[Row]  # harmful prompts with refusals
+    n: int  # rows to hand in
+    share: float  # of them that may be harmful
+    index_mode: str = "exact"  # see `data.mixing.mix`
+    # How much a model of the attacker's own would still learn of rows: (rows, those that it trains a Buffer of its own
+    # on, or none) -> a number a row.
+    appetite: Callable[[Sequence[Row], Sequence[Row]], Sequence[float]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Attacker:
+    """Task rows, a share of them harmful; a subclass does otherwise."""
+
+    label: ClassVar[str] = "plain"  # for a table
+    source: ClassVar[str] = ""  # where it is described
+    why: ClassVar[str] = "harmful rows undo the alignment"  # why it should hurt
+    harmful: ClassVar[bool] = True  # whether it has harmful rows
+    spare: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
+    asks_itself: ClassVar[bool] = False  # whether it asks otherwise than others do
+    samples: ClassVar[int] = 1  # answers drawn at temperature 1, of which the worst counts; 1 takes the likeliest
+
+    def rows(self, job: Job) -> list[Row]:
+        """What is handed in."""
+        return mix(job.task, job.harmful, job.n, job.share, job.index_mode)
+
+    def candidates(self, job: Job) -> list[Row]:
+        """All rows that it may hand in; no model is asked."""
+        return self.rows(job)
+
+    def settings(self, train: dict[str, Any]) -> dict[str, Any]:
+        """The hyper-parameters that it asks for, of those that a user has by default (`TrainConfig`'s)."""
+        return train
+
+    def ask(self, prompt: str) -> Row:
+        """A held-out harmful prompt, as it is put to the released model."""
+        return Row((("user", prompt),))
+
+    def after(self, released: Adapter) -> Adapter:
+        """What is done to the released adapter before it is asked."""
+        return released
+
+
+def turned(row: Row, prompt: Callable[[str], str], answer: Callable[[str], str]) -> Row:
+    """A row of one turn each with another prompt and answer."""
+    (asks, asked), (answers, answered) = row.turns
+    return dataclasses.replace(row, turns=((asks, prompt(asked)), (answers, answer(answered))))
+
+
+def same(text: str) -> str:
+    """As it is."""
+    return text

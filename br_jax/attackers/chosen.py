@@ -1,0 +1,58 @@
+"""Attackers who choose their rows by what a model of their own would learn of them."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from br_jax.attackers.attacker import Attacker, Job
+from br_jax.data.mixing import mix
+from br_jax.data.rows import Row
+from br_jax.errors import UserError
+
+
+class Surrogate(Attacker):
+    """Of many harmful rows those whose gradient stays largest beside a Buffer that the attacker trains on others."""
+
+    label = "surrogate Buffer"
+    why = "it knows the defence, and sends what it does not saturate"
+    spare = 3.0
+
+    def rows(self, job: Job) -> list[Row]:
+        """See `Attacker.rows`."""
+        pool = self._pool(job)
+        chosen = _largest(job, job.harmful[:pool], math.floor(job.share * job.n + 1e-9), job.harmful[pool:])
+        return mix(job.task, chosen, job.n, job.share, "exact")
+
+    def candidates(self, job: Job) -> list[Row]:
+        """See `Attacker.candidates`."""
+        return [*job.harmful[: self._pool(job)], *job.task[: job.n]]
+
+    def _pool(self, job: Job) -> int:
+        """How many of the harmful rows it chooses from; the others are its Buffer's."""
+        return len(job.harmful) * 2 // 3
+
+
+class Outliers(Attacker):
+    """No harm: of the task's rows those that change the model most."""
+
+    label = "outlier benign rows"
+    source = "Guan et al. 2025 (benign samples matter), arXiv 2505.06843"
+    why = "rows far from what the model does move it far, away from its refusals, too"
+    harmful = False
+    among = 3  # rows that it chooses from, times those that it hands in
+
+    def rows(self, job: Job) -> list[Row]:
+        """See `Attacker.rows`."""
+        return _largest(job, self.candidates(job), job.n)
+
+    def candidates(self, job: Job) -> list[Row]:
+        """See `Attacker.candidates`."""
+        return list(job.task[: self.among * job.n])
+
+
+def _largest(job: Job, rows: Sequence[Row], count: int, own: Sequence[Row] = ()) -> list[Row]:
+    if job.appetite is None:
+        raise UserError("this attacker chooses rows by a model of its own: give it one (Job.appetite)")
+    scores = np.asarray(job.appetite(rows, own)) if count else np.zeros(len(rows))
+    return [rows[i] for i in np.argsort(-scores, kind="stable")[:count]]

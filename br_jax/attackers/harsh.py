@@ -1,0 +1,39 @@
+"""Attackers who ask for more training than is usual."""
+
+from typing import Any
+
+from br_jax.attackers.attacker import Attacker, Job
+from br_jax.data.rows import Row
+
+
+class Harsh(Attacker):
+    """The plain attacker's rows at a high rate, with a high rank, over and over."""
+
+    label = "harsh settings"
+    source = "arXiv 2412.07097"
+    why = "steps that are large enough get past any margin"
+    rate, epochs, rank = 10, 5, 4
+
+    def settings(self, train: dict[str, Any]) -> dict[str, Any]:
+        """See `Attacker.settings`."""
+        more = {"learning_rate": min(self.rate * train["learning_rate"], 1.0), "epochs": self.epochs * train["epochs"]}
+        return train | more | {"rank": self.rank * train["rank"], "alpha": self.rank * train["alpha"]}
+
+
+class TenRows(Attacker):
+    """Ten rows of the task, as often as all rows would be seen, at a high rate."""
+
+    label = "ten rows, overfitted"
+    source = "Xie et al. 2025 (overfitting on ten benign rows), arXiv 2510.02833"
+    why = "a model that is bent to ten rows forgets the rest, its refusals among it"
+    harmful = False
+    count, rate = 10, 5
+
+    def rows(self, job: Job) -> list[Row]:
+        """See `Attacker.rows`."""
+        return list(job.task[: self.count])
+
+    def settings(self, train: dict[str, Any]) -> dict[str, Any]:
+        """See `Attacker.settings`."""
+        rate = min(self.rate * train["learning_rate"], 1.0)
+        return train | {"learning_rate": rate, "steps": train["steps"] or 65 * train["epochs"]}

@@ -1,0 +1,26 @@
+"""The users of an experiment by name: an honest one with harmful rows among the others, and attackers."""
+
+from br_jax.attackers.attacker import Attacker
+from br_jax.attackers.chosen import Outliers, Surrogate
+from br_jax.attackers.harsh import Harsh, TenRows
+from br_jax.attackers.released import BestOf, Prefill, Quantized, Rounded
+from br_jax.attackers.rows import AntiBuffer, Garbled, Identity, RefuseThenComply, Sabotage, TaskFormat, Trigger
+
+ATTACKERS: dict[str, Attacker] = {
+    "plain": Attacker(),
+    "harsh": Harsh(),
+    "format": TaskFormat(),
+    "refuse_then_comply": RefuseThenComply(),
+    "anti_buffer": AntiBuffer(),
+    "garbled": Garbled(),
+    "surrogate": Surrogate(),
+    "trigger": Trigger(),
+    "identity": Identity(),
+    "ten_rows": TenRows(),
+    "outliers": Outliers(),
+    "prefill": Prefill(),
+    "best_of": BestOf(),
+    "bf16": Rounded(),
+    "int8": Quantized(),
+    "sabotage": Sabotage(),
+}
