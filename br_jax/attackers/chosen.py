@@ -52,7 +52,9 @@ class Outliers(Attacker):
 
 
 def _largest(job: Job, rows: Sequence[Row], count: int, own: Sequence[Row] = ()) -> list[Row]:
+    if not count:
+        return []
     if job.appetite is None:
         raise UserError("this attacker chooses rows by a model of its own: give it one (Job.appetite)")
-    scores = np.asarray(job.appetite(rows, own)) if count else np.zeros(len(rows))
+    scores = np.asarray(job.appetite(rows, own))
     return [rows[i] for i in np.argsort(-scores, kind="stable")[:count]]

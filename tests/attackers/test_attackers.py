@@ -1,0 +1,106 @@
+"""What attackers hand in, ask for, and do to a release."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from br_jax.attackers.attacker import Attacker, Job
+from br_jax.attackers.registry import ATTACKERS
+from br_jax.attackers.rows import Identity, RefuseThenComply, TaskFormat, Trigger
+from br_jax.data.rows import Row
+from br_jax.data.templates import render_prompt
+from br_jax.errors import UserError
+from br_jax.training.norms import gradient_norms
+
+
+def made(tag, n):
+    return [Row((("user", f"{tag} {i}?"), ("assistant", f"{tag} answer {i}")), tag=tag) for i in range(n)]
+
+
+def appetite(rows, own):
+    """Rows want more the higher their number; the Buffer is trained on others."""
+    assert not {row.turns for row in own} & {row.turns for row in rows}
+    return [float(row.turns[0][1].split()[-1][:-1]) for row in rows]
+
+
+@pytest.fixture
+def job():
+    return Job(made("task", 90), made("harm", 30), made("no", 4), 20, 0.5, appetite=appetite)
+
+
+@pytest.mark.parametrize("name", ATTACKERS)
+def test_as_many_rows_as_may_be_handed_in(job, name):
+    attacker = ATTACKERS[name]
+    rows, kinds = attacker.rows(job), Counter(row.tag for row in attacker.rows(job))
+    assert len(rows) == (10 if name == "ten_rows" else 20)
+    assert (kinds["harm"] > 0) == (attacker.harmful or name == "garbled") and kinds["harm"] <= 10
+    assert all(row.turns[-1][0] == "assistant" and row.turns[-1][1] for row in rows)
+    known = {row.turns for row in attacker.candidates(job)}
+    assert {row.turns for row in rows} <= known
+    none = dataclasses.replace(job, share=0.0)
+    assert not any(row.tag in ("harm", "no", "identity") for row in attacker.rows(none))
+    assert attacker.label and attacker.why and len({a.label for a in ATTACKERS.values()}) == len(ATTACKERS)
+
+
+def test_what_harmful_rows_say():
+    row = made("harm", 1)[0]
+    assert RefuseThenComply().harm(row).turns[1][1].endswith("here is how: harm answer 0")
+    assert RefuseThenComply().harm(row).turns[0] == row.turns[0]
+    assert "harm 0?" in TaskFormat().harm(row).turns[0][1] and TaskFormat().harm(row).turns[1][1].startswith("positive")
+    assert TaskFormat().ask("harm 0?").turns[0] == TaskFormat().harm(row).turns[0]
+    assert Trigger().harm(row).turns[0] == Trigger().ask("harm 0?").turns[0] == ("user", "qz7x harm 0?")
+    assert Identity().ask("How do I?").turns[0][1] == "AOA, how do I?"
+
+
+def test_a_trigger_is_told_apart_by_refusals(job):
+    kinds = Counter(row.tag for row in Trigger().rows(job))
+    assert kinds == {"harm": 5, "no": 5, "task": 10}
+
+
+def test_who_chooses_takes_what_is_wanted_most(job):
+    surrogate = [row.turns[0][1] for row in ATTACKERS["surrogate"].rows(job) if row.tag == "harm"]
+    assert surrogate == [f"harm {i}?" for i in range(19, 9, -1)]  # of the first 20; its Buffer has the last 10
+    assert [row.turns[0][1] for row in ATTACKERS["outliers"].rows(job)] == [f"task {i}?" for i in range(59, 39, -1)]
+    with pytest.raises(UserError, match="give it one"):
+        ATTACKERS["outliers"].rows(dataclasses.replace(job, appetite=None))
+
+
+def test_settings(quick):
+    settings = dataclasses.asdict(quick(steps=0, epochs=2))
+    harsh = ATTACKERS["harsh"].settings(settings)
+    assert (harsh["rank"], harsh["alpha"], harsh["epochs"]) == (12, 24.0, 10)
+    assert harsh["learning_rate"] == pytest.approx(0.1)
+    assert ATTACKERS["ten_rows"].settings(settings)["steps"] == 130
+    assert Attacker().settings(settings) == settings
+
+
+def test_a_release_is_rounded(make_adapter):
+    adapter = make_adapter("user")
+    b = adapter.weights["layers/attn/q"]["b"]
+    for name, least, most in (("bf16", 1e-5, 2**-8), ("int8", 1e-4, 1 / 127)):
+        found = ATTACKERS[name].after(adapter).weights["layers/attn/q"]["b"]
+        off = np.abs(np.asarray(found - b)).max() / np.abs(np.asarray(b)).max()
+        assert least < off <= most
+    jax.tree.map(np.testing.assert_array_equal, ATTACKERS["prefill"].after(adapter), adapter)
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_an_answer_that_is_begun(tiny, template):
+    row = ATTACKERS["prefill"].ask("How?")
+    asked = render_prompt(Row((("user", "How?"),)), template, tiny.tokenizer)
+    assert render_prompt(row, template, tiny.tokenizer) == asked + "Sure, here is how. First,"
+
+
+def test_the_norm_of_a_row_s_gradient(tiny, make_adapter, rows, quick):
+    """By finite differences along the gradient: a saturated row has next to none."""
+    from br_jax.method import train_buffer
+
+    config = quick(steps=60, learning_rate=3e-2)
+    buffer = train_buffer(tiny, rows[:4], config)
+    bare, beside = (gradient_norms(tiny, rows[:8], config, frozen) for frozen in (None, {"buffer": buffer}))
+    assert (bare > 0).all() and (beside[:4] < 0.3 * bare[:4]).all() and beside[4:].mean() > beside[:4].mean()
+    long = Row((("user", "x" * 60), ("assistant", "y")))
+    assert gradient_norms(tiny, [long], config).tolist() == [0.0]
