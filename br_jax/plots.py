@@ -1,6 +1,7 @@
 """How figures look: one style and palette, and how they are written. Nothing here touches pyplot or a display."""
 
 import functools
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,10 +46,16 @@ def styled(draw: Callable[..., T]) -> Callable[..., T]:
 @styled
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Writes a figure as stem.png (150 dpi) and stem.pdf, without times or versions: the same data, the same bytes."""
-    png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
-    figure.savefig(png, dpi=150, metadata={"Software": None})
-    figure.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    return [png, pdf]
+    kinds = {
+        ".png": {"dpi": 150, "metadata": {"Software": None}},
+        ".pdf": {"metadata": {"CreationDate": None, "Creator": None, "Producer": None}},
+    }
+    files = [stem.with_suffix(ending) for ending in kinds]
+    for file, settings in zip(files, kinds.values(), strict=True):
+        drawn = io.BytesIO()  # where a disk is full, matplotlib would raise an error of its own
+        figure.savefig(drawn, format=file.suffix[1:], **settings)
+        file.write_bytes(drawn.getvalue())
+    return files
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -73,6 +73,14 @@ def test_nothing_to_draw_still_draws(name):
     EMPTY[name]().canvas.draw()
 
 
+@pytest.mark.parametrize("ending", [".png", ".pdf"])
+def test_a_full_disk_is_what_it_is(tmp_path, ending):
+    """matplotlib's own error for a PDF would be another one."""
+    (tmp_path / f"x{ending}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        plots.save(DRAWN["verdicts"](), tmp_path / "x")
+
+
 def test_files_repeat_to_the_byte_under_other_settings(tmp_path):
     first = [path.read_bytes() for path in plots.save(DRAWN["verdicts"](), tmp_path / "one")]
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "red"}):
