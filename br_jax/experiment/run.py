@@ -53,7 +53,7 @@ from br_jax.statistics import read_score
 from br_jax.store import Store
 from br_jax.training.config import TrainConfig
 from br_jax.training.norms import gradient_norms
-from br_jax.training.run import train_adapter, train_params
+from br_jax.training.run import rows_fingerprint, train_adapter, train_params
 
 ENTERED = (*PROVIDER_STAGES, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
@@ -275,8 +275,9 @@ class Experiment:
         """See `attackers.attacker.Job`: on the aligned base, as an attacker has it who knows all but Buffer."""
         beside = {}
         if own:
-            config = self.train("buffer", steps=0)
-            beside["buffer"] = train_adapter("own_buffer", "buffer", self.aligned, own, config, **self.user_run)
+            name = f"own_buffer_{rows_fingerprint(own)[:8]}"  # a Buffer lies nowhere else than at the provider's
+            run = {"provider": True, **self.provider_run}
+            beside["buffer"] = train_adapter(name, "buffer", self.aligned, own, self.train("buffer"), **run)
         return gradient_norms(self.aligned, rows, self.train("user"), beside)
 
     def _direction(self) -> Adapter:
