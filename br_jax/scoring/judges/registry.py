@@ -11,12 +11,13 @@ from br_jax.scoring.judges.classifier import ClassifierJudge
 from br_jax.scoring.judges.guard import load_llama_guard, load_wildguard
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.keywords import KeywordJudge
-from br_jax.scoring.judges.topic import TopicJudge
+from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
 from br_jax.scoring.judges.verdicts import OutsideVerdicts
 
 JUDGES: dict[str, Callable[..., Judge]] = {
     "keywords": KeywordJudge,
     "topic": TopicJudge,
+    "after_all": AfterAllJudge,
     "classifier": ClassifierJudge,
     "llama_guard": load_llama_guard,
     "wildguard": load_wildguard,

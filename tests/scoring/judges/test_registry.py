@@ -16,7 +16,7 @@ def test_every_judge_has_the_interface(classifier, tmp_path):
     settings = {"name": "classifier", "source": classifier[1], "max_length": 100, "threshold": 0.25}
     given = ["keywords", {"name": "topic"}, {"name": "verdicts", "source": tmp_path / "v.jsonl"}, settings]
     made = [get_judge(judge) for judge in given]
-    assert list(map(type, made)) == [KeywordJudge, TopicJudge, OutsideVerdicts, ClassifierJudge] and len(JUDGES) == 6
+    assert list(map(type, made)) == [KeywordJudge, TopicJudge, OutsideVerdicts, ClassifierJudge] and len(JUDGES) == 7
     for judge in made:
         assert judge.name and judge.version and judge.batch_size > 0 and judge([]) == []
     judge = get_judge(settings, threshold=0.75)
