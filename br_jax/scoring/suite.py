@@ -189,10 +189,10 @@ def evaluate(
 def _own(model: Model, suite: Suite, adapter, name: str, store: Store, verdicts: Store | None) -> list[bool]:
     """Whether each of an attacker's own prompts has a harmful answer among those that are drawn, by the first judge."""
     prompts, found = [row for row, _ in suite.own], [False] * len(suite.own)
-    settings = {"max_new_tokens": suite.answer_tokens, "batch_size": suite.batch_size, "name": "own"}
+    settings = {"store": store, "max_new_tokens": suite.answer_tokens, "batch_size": suite.batch_size, "name": "own"}
     for seed in range(suite.samples):
         drawn = {"temperature": 1.0, "seed": seed} if suite.samples > 1 else {}
-        said = answer(model, prompts, {name: adapter}, store, **settings, **drawn)[name]
+        said = answer(model, prompts, {name: adapter}, **settings, **drawn)[name]
         asked = [Exchange(p.prompt, f"{row.begun} {a}".strip(), p) for (row, p), a in zip(suite.own, said, strict=True)]
         judged = judge_all(suite.judges[0], asked, verdicts)
         found = [before or verdict.harmful for before, verdict in zip(found, judged, strict=True)]

@@ -1,0 +1,58 @@
+"""Other defences and attackers in the engine: what they are given, and all of them on a model that learns nothing."""
+
+import dataclasses
+
+import pytest
+
+from br_jax.attackers.registry import ATTACKERS
+from br_jax.configs import demo
+from br_jax.defences.defence import KINDS
+from br_jax.defences.registry import DEFENCES
+from br_jax.errors import UserError
+from br_jax.experiment import run as run_module
+from br_jax.experiment.grid import Grid, run_sweep
+from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER
+from br_jax.experiment.run import settled
+from br_jax.experiment.settings import BOUNDS
+
+
+def test_each_defence_says_what_it_is():
+    for name, kind in DEFENCES.items():
+        assert kind.badge.kind in KINDS and "arXiv" in kind.badge.paper and METHODS[name].label == kind.label
+        assert bool(kind.badge.differs) == (kind.badge.kind != "faithful"), name
+        assert (name in ADAPTERS) == kind.trains() and (f"{name}_provided" in OF_PROVIDER) == kind.provides()
+        for field in dataclasses.fields(kind):
+            assert isinstance(field.default, str) or f"defences.{name}.{field.name}" in BOUNDS
+    assert len({kind.label for kind in METHODS.values()}) == len(METHODS) and set(DEFENCES) < set(COMPARED)
+
+
+def test_a_case_has_the_rows_of_the_experiment(calls, config, tmp_path):
+    config.defences.lisa.rho = 3.5
+    e = run_module.Experiment(settled(config), tmp_path / "w")
+    case = e.case("lisa")
+    assert list(case.rows) == list(e.recipe.user_rows) and list(case.harmful) == list(e.recipe.buffer_rows)
+    assert len(case.refusals) == config.reinforce.refusals and len(case.benign) == config.reinforce.benign
+    assert case.model is e.aligned and case.raw is e.raw and case.provided is None
+    assert e.defence("lisa").rho == 3.5 and e.defence("lisa").aligning == 10
+    assert case.direction().base == e.aligned.fingerprint and case.direction().roles == ("align",)
+    scored = {prompt.prompt for prompt in e.recipe.harmful_prompts}
+    assert not scored & {row.turns[0][1] for rows in (case.harmful, case.refusals, case.rows) for row in rows}
+    config.align.update(refusals=0, benign=0)
+    as_it_comes = run_module.Experiment(settled(config), tmp_path / "v")
+    with pytest.raises(UserError, match="needs what alignment has added"):
+        as_it_comes.case("lisa").direction()
+
+
+@pytest.mark.slow
+def test_every_defence_and_every_attacker_has_a_cell(tmp_path):
+    config = demo.get_config("smoke")
+    with config.model.spec.unlocked():
+        config.model.spec.update(embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=64)
+    axes = {"models": [""], "tasks": ["moods"], "topics": ["devices"], "n": [16], "p": [0.5], "seeds": [1], "a": [0.1]}
+    cells = list(run_sweep(config, tmp_path, Grid(**axes, methods=COMPARED)))
+    assert [cell["method"] for cell in cells] == list(COMPARED)
+    attacked = list(run_sweep(config, tmp_path, Grid(**axes, methods=["sft"], users=[*ATTACKERS])))
+    assert [cell["run"]["user"] for cell in attacked] == list(ATTACKERS)
+    for cell in attacked:
+        own = ATTACKERS[cell["run"]["user"]].asks_itself
+        assert bool(cell["scores"]["harmful_by_own"]) == own
