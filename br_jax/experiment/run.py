@@ -123,7 +123,7 @@ class Experiment:
         judges = [name for name, _ in self._judge_names()]
         for name in judges:
             look_up("judge", name, JUDGES)
-        check_sizes(config, self._spec, self.mesh)
+        check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and "topic" in judges:

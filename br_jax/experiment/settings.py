@@ -74,8 +74,11 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")
 
 
-def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh) -> None:
+def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh, user: TrainConfig | None = None) -> None:
     """Finds settings that ask more than the model's sizes, or the devices, can give.
+
+    Args:
+        user: how a user wants to be trained, where that is not `config.user.train`.
 
     Raises:
         UserError: as `training.config.require_fit`, for every stage that will be trained; a batch that the mesh does
@@ -93,6 +96,7 @@ def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh) -> None:
     given |= set() if rows["align"] else {"align"}  # the model is aligned as it comes
     for stage in (stage for stage in TRAINED if stage not in given):
         train, owner = TrainConfig(**config[stage].train), f"{stage}.train."
+        train = user if user and stage == "user" else train
         require_fit(train, spec, rows[stage], adapter=stage != "pretrain", owner=owner)
         if not train.packing and train.batch_size % (parts := batch_parts(mesh)):
             raise UserError(f"{owner}batch_size is {train.batch_size}: {parts} devices must divide it, or set packing")
