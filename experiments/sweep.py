@@ -27,7 +27,7 @@ N = flags.DEFINE_list("n", None, "Numbers of user rows; default: the config's.")
 SEED = flags.DEFINE_list("seed", None, "Seeds of data and training; default: the config's.")
 A = flags.DEFINE_list("a", None, "Strengths of the QR merge; default: the config's.")
 TASK = flags.DEFINE_list("task", None, "User tasks; default: the config's.")
-USER = flags.DEFINE_list("attacker", None, "Kinds of user, see br_jax/attackers; all; default: the config's.")
+ATTACKER = flags.DEFINE_list("attacker", None, "Kinds of user, see br_jax/attackers; all; default: the config's.")
 TOPIC = flags.DEFINE_list("topic", None, "Topics of the user's harmful rows, + for a mixture; default: the config's.")
 MODEL = flags.DEFINE_list("model", None, "Models (model.source); default: the config's.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run, from the i-th on.")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     grid = Grid(
         models=MODEL.value or [config.model.source],
         tasks=TASK.value or [config.user.task],
-        users=[*ATTACKERS] if USER.value == ["all"] else USER.value or [config.user.kind],
+        users=[*ATTACKERS] if ATTACKER.value == ["all"] else ATTACKER.value or [config.user.kind],
         topics=[topic.replace("+", ",") for topic in TOPIC.value or [config.topics.user]],
         n=_numbers(N, int, config.user.n),
         p=_numbers(P, float, config.user.harmful_share),

@@ -24,7 +24,7 @@ class TenRows(Attacker):
     """Ten rows of the task, as often as all rows would be seen, at a high rate."""
 
     label = "ten rows, overfitted"
-    source = "Xie et al. 2025 (overfitting on ten benign rows), arXiv 2510.02833"
+    source = "arXiv 2510.02833"
     why = "a model that is bent to ten rows forgets the rest, its refusals among it"
     harmful = False
     count, rate = 10, 5

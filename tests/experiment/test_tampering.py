@@ -9,10 +9,10 @@ import os
 import shutil
 
 import pytest
-from br_jax.configs import demo
 from tampering import TAMPER
 
 import br_jax as br
+from br_jax.configs import demo
 from br_jax.errors import UserError
 from br_jax.experiment.pipeline import run_pipeline
 from br_jax.experiment.report import write_report
