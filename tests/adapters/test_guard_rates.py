@@ -8,10 +8,10 @@ import os
 
 import numpy as np
 import pytest
-from br_jax.configs import demo
 from disguises import DISGUISES
 
 from br_jax.adapters.guard import COSINE, SHARE, is_buffer
+from br_jax.configs import demo
 from br_jax.experiment.run import Experiment, settled
 from br_jax.method import train_user
 

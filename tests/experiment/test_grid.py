@@ -11,9 +11,9 @@ import time
 
 import jax
 import pytest
-from br_jax.configs import demo
 
 from br_jax.adapters import lora
+from br_jax.configs import demo
 from br_jax.errors import UserError
 from br_jax.experiment import run as run_module
 from br_jax.experiment.frame import read_cells

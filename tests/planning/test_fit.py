@@ -10,8 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from br_jax.configs import demo, llama3_8b
 
+from br_jax.configs import demo, llama3_8b
 from br_jax.errors import UserError
 from br_jax.models.spec import ModelSpec
 from br_jax.planning import fit as fitting

@@ -18,13 +18,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from br_jax.configs import demo
 from stopped_run import make_parts
 
 import br_jax as br
 from br_jax import distributed
 from br_jax.adapters import lora
 from br_jax.command_line import run_main
+from br_jax.configs import demo
 from br_jax.data.rows import Row
 from br_jax.datasets.attacks import Attack
 from br_jax.experiment.grid import Grid, run_sweep
