@@ -1,0 +1,88 @@
+"""The Safety Gradient Score: whether a step of training goes along alignment or against it, layer by layer.
+
+S_l = <-grad_W L, v_l> / ||v_l||, with v_l what a refusal LoRA adds to layer l: above 0 a step adds to safety, below 0
+it takes some away. Every layer comes of one backward pass: with W + t_l v_l at t = 0, dL/dt_l = <grad_W L, v_l>.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.data.batches import alike, encode_rows, make_batches
+from br_jax.data.rows import Row
+from br_jax.defences.direction import inner
+from br_jax.models.decoder import Decoder
+from br_jax.models.model import Model
+from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.training.loss import batch_loss
+
+
+def safety_gradients(
+    model: Model,
+    safety: Adapter,
+    rows: Sequence[Row],
+    attached: Mapping[str, Adapter] | None = None,
+    *,
+    max_length: int = 512,
+    batch_size: int = 16,
+) -> dict[str, Float[np.ndarray, " L"]]:
+    """<-grad_W L, v_l> of each matrix and layer, L the mean loss of rows, all of which count alike.
+
+    Args:
+        model: the base.
+        safety: v, for instance a LoRA that was trained on refusals, without Buffer.
+        attached: adapters that are on the model, such as Buffer or a user's.
+        max_length: longer rows are cut.
+
+    Returns:
+        path of the matrix -> f32[L]. Divide by `lengths` for the score.
+    """
+    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
+    longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
+    order = {"batch_size": whole_batch(batch_size, mesh), "seed": 0, "buckets": (-(-longest // 16) * 16,)}
+    held = lora.collection(lora.stack(attached)) if attached else {}
+    trees = (model.params, held, lora.collection(safety))
+    params, held, along = trees if mesh is None else (trees[0], *(place(tree, mesh) for tree in trees[1:]))
+    gates = {path: jnp.zeros(pair["a"].shape[0], jnp.float32) for path, pair in safety.weights.items()}
+    sums, total = None, 0.0
+    for batch in make_batches(alike(examples), **order):
+        found = _slopes(model.decoder, gates, params, held, along, place(jax.tree.map(jnp.asarray, batch), mesh))
+        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+        total += float(batch["weights"].sum())
+    return {path: -np.asarray(slope) / total for path, slope in sums.items()}
+
+
+def lengths(safety: Adapter) -> dict[str, Float[np.ndarray, " L"]]:
+    """||v_l|| of each matrix and layer: path -> f32[L]."""
+    pairs = safety.weights.items()
+    return {path: np.sqrt(np.asarray(inner(p["a"], p["b"], p["b"]))) * abs(float(safety.scale)) for path, p in pairs}
+
+
+def by_layer(products: Mapping[str, Float[np.ndarray, " L"]], safety: Adapter) -> Float[np.ndarray, " L"]:
+    """The score S_l: all matrices of a layer together, over the length of v there."""
+    norm = np.sqrt(sum(length**2 for length in lengths(safety).values()))
+    return sum(products.values()) / (norm + 1e-8)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(decoder: Decoder, gates: dict[str, Array], params: dict, held: dict, along: dict, batch: dict) -> dict:
+    held, along = (traverse_util.flatten_dict(tree, sep="/") for tree in (held, along))
+
+    def loss(gates):
+        joined = dict(held)
+        for path, gate in gates.items():
+            gated = {"a": along[f"{path}/a"], "b": gate[:, None, None] * along[f"{path}/b"]}
+            for name, axis in (("a", -1), ("b", -2)):
+                key = f"{path}/{name}"
+                joined[key] = jnp.concatenate([held[key], gated[name]], axis) if key in held else gated[name]
+        variables = {"params": params, "lora": traverse_util.unflatten_dict(joined, sep="/")}
+        return batch_loss(decoder, variables, batch, 256)
+
+    return jax.grad(loss)(gates)

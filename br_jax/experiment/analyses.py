@@ -1,0 +1,146 @@
+"""The analyses of one finished run: numbers, arrays and figures; what they mean is in docs/why.md."""
+
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from br_jax import plots
+from br_jax.adapters.lora import Adapter
+from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
+from br_jax.analysis.merging import overlaps, reach
+from br_jax.analysis.safety_gradient import by_layer, safety_gradients
+from br_jax.data.rows import Row
+from br_jax.experiment.document import code, image, table, write_document
+from br_jax.experiment.run import Experiment, settled
+from br_jax.training.run import train_adapter
+
+_STATES = ("aligned", "aligned + Buffer", "SFT", "user, Buffer on", "user, Buffer out", "ours")
+
+
+def write_analyses(config: ConfigDict, workdir: str | os.PathLike, rows: int, points: int, command: str = "") -> str:
+    """Analyses a run and writes analysis.md, analysis.npz and figures into its workdir.
+
+    Args:
+        config, workdir: of a run of `pipeline.run_pipeline`; what it lacks is trained.
+        rows: of each kind, at most.
+        points: of the landscape's grid along each direction.
+
+    Returns:
+        The path of analysis.md.
+    """
+    e = Experiment(settled(config), workdir).begin()
+    e.check()
+    e.prepare()
+    user, buffer, released = e.adapter("user"), e.adapter("buffer"), e.merged("user")
+    kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": e.recipe.task_rows[0][-rows:]}
+    on = ({}, {"buffer": buffer}, {"sft": e.adapter("sft")}, {"user": user, "buffer": buffer}, {"user": user})
+    states = dict(zip(_STATES, (*on, {"ours": released}), strict=True))
+    scores = _scores(e, kinds, states)
+    grids, axis = _landscapes(e, kinds, buffer, points)
+    shares, moved = (
+        overlaps(user, e.adapter("reinforce"), e.merge().tau),
+        reach(user, e.adapter("reinforce"), e.merge()),
+    )
+    arrays = {f"safety gradient, {kind}, {state}": found for (kind, state), found in scores.items()}
+    arrays |= {f"landscape, {name}": grid for name, grid in grids.items()} | {"landscape, axis": axis}
+    arrays |= {f"merge, {path}, {part}": values for path, o in shares.items() for part, values in o._asdict().items()}
+    folder = pathlib.Path(workdir)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    (folder / "analysis.npz").write_bytes(packed.getvalue())
+    drawn = {"safety_gradient": _score_figure(scores), "landscape": _grid_figure(grids, axis)}
+    return str(write_document(folder / "analysis.md", _text(scores, shares, moved, command), drawn))
+
+
+def _scores(e: Experiment, kinds: Mapping[str, Sequence[Row]], states: Mapping[str, dict]) -> dict[tuple, np.ndarray]:
+    """The Safety Gradient Score of each layer, by kind of row and state of the model."""
+    config = e.train("reinforce")
+    refusals = e.recipe.refusal_rows(e.config.reinforce.refusals, "reinforce")
+    safety = train_adapter("safety", "reinforce", e.aligned, refusals, config, provider=True, **e.provider_run)
+    settings = {"max_length": config.max_length}
+    return {
+        (kind, state): by_layer(safety_gradients(e.aligned, safety, rows, attached, **settings), safety)
+        for kind, rows in kinds.items()
+        for state, attached in states.items()
+    }
+
+
+def _landscapes(
+    e: Experiment, kinds: Mapping, buffer: Adapter, points: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The loss of each kind of row on Buffer's plane, and along filter-normalised directions."""
+    axis, length = np.linspace(-0.5, 1.5, points), e.train("user").max_length
+    plane = buffer, orthogonal_to(buffer, jax.random.key(e.config.seed))
+    noise = [filter_normalised(e.aligned.params, jax.random.key(i)) for i in (1, 2)]
+    grids = {}
+    for kind, rows in kinds.items():
+        grids[f"{kind}, Buffer"] = loss_grid(e.aligned, rows, plane, axis, axis - 0.5, max_length=length)
+        grids[f"{kind}, random"] = loss_grid(e.aligned, rows, tuple(noise), axis - 0.5, axis - 0.5, max_length=length)
+    return grids, axis
+
+
+@plots.styled
+def _score_figure(scores: Mapping[tuple[str, str], np.ndarray]) -> Figure:
+    kinds = list(dict.fromkeys(kind for kind, _ in scores))
+    figure = plots.new_figure(4.6 * len(kinds), 3.6)
+    colors = (plots.DARK, plots.ORANGE, plots.RED, plots.SKY, plots.BLUE, plots.GREEN)
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axis, kind in zip(axes, kinds, strict=True):
+        for state, color in zip(_STATES, colors, strict=True):
+            found = scores[kind, state]
+            axis.plot(range(len(found)), found, color=color, label=state, marker="." if len(found) < 5 else None)
+        axis.axhline(0, color=plots.GRAY, linewidth=0.8)
+        axis.set_title(f"{kind} rows")
+        axis.set_xlabel("layer")
+    axes[0].set_ylabel("safety gradient score\n(above 0: a step adds to safety)")
+    axes[-1].legend()
+    return figure
+
+
+@plots.styled
+def _grid_figure(grids: Mapping[str, np.ndarray], axis: np.ndarray) -> Figure:
+    figure = plots.new_figure(3.6 * len(grids), 3.4)
+    for panel, (name, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+        xs = axis if name.endswith("Buffer") else axis - 0.5
+        shown = panel.contourf(xs, axis - 0.5, np.log(grid.T), levels=12, cmap="viridis")
+        figure.colorbar(shown, ax=panel, label="log loss")
+        panel.plot(0, 0, "o", color="white", markeredgecolor=plots.DARK)
+        if name.endswith("Buffer"):
+            panel.plot(1, 0, "^", color="white", markeredgecolor=plots.DARK)
+        panel.set_title(name)
+        panel.set_xlabel("Buffer" if name.endswith("Buffer") else "first direction")
+        panel.set_ylabel("random")
+    return figure
+
+
+def _text(scores: Mapping, shares: Mapping, moved: Mapping[str, float], command: str) -> str:
+    kinds = list(dict.fromkeys(kind for kind, _ in scores))
+    sums: list[list[Any]] = [[state, *(f"{scores[kind, state].sum():+.3g}" for kind in kinds)] for state in _STATES]
+    rows = [
+        [path.removeprefix("layers/"), *(f"{100 * np.mean(values):.1f}" for values in (o.outputs, o.inputs, o.chance))]
+        for path, o in shares.items()
+    ]
+    parts = [
+        "# Analysis",
+        "## What a step does to safety",
+        "The Safety Gradient Score, summed over layers: what a step on these rows adds to a refusal LoRA's direction.",
+        table(["model", *(f"{kind} rows" for kind in kinds)], sums),
+        image("safety_gradient", "Safety Gradient Score by layer"),
+        "## The loss round the aligned base",
+        "Circle: the aligned base; triangle: with Buffer.",
+        image("landscape", "Loss landscapes"),
+        "## What the merge can change",
+        "Share of Reinforce (norm, mean over layers, in percent) in the user's output and input spaces, and what a "
+        "random matrix would have of the outputs.",
+        table(["matrix", "outputs", "inputs", "by chance"], rows),
+        f"From a = 0 to a = 1 the merged delta changes by {100 * moved['of_merged']:.2f} % of its norm "
+        f"({100 * moved['of_user']:.2f} % of the user's).",
+    ]
+    return "\n\n".join([*parts, *([code(command, "sh")] if command else [])]) + "\n"

@@ -1,0 +1,31 @@
+"""Why the defence works on one run: gradients along safety, the loss round the base, what the merge can change.
+
+python experiments/analyze.py --config=configs/demo.py --workdir=runs/demo
+
+Of a finished run of experiments/pipeline.py with the same config. Writes analysis.md with figures, and the arrays
+(analysis.npz), into its workdir; a refusal LoRA that was trained without Buffer is added to the provider's folder.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from br_jax.command_line import require_flags, run_with_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished run.")
+ROWS = flags.DEFINE_integer("rows", 64, "Rows of each kind.", 1, 100_000)
+POINTS = flags.DEFINE_integer("points", 9, "Points of the landscape's grid along each direction.", 2, 200)
+
+
+def main(argv: list[str]) -> None:
+    """Flags and one call."""
+    require_flags(argv, CONFIG, WORKDIR)
+    from br_jax.experiment.analyses import write_analyses
+
+    print(write_analyses(CONFIG.value, WORKDIR.value, ROWS.value, POINTS.value, command=" ".join(sys.argv)))
+
+
+if __name__ == "__main__":
+    run_with_flags(main)
