@@ -1,4 +1,4 @@
-"""The analyses of one finished run: numbers, arrays and figures; what they mean is in docs/why.md."""
+"""The analyses of one finished run: numbers, arrays and figures."""
 
 import io
 import os
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from br_jax import plots
@@ -91,7 +92,7 @@ def _score_figure(scores: Mapping[tuple[str, str], np.ndarray]) -> Figure:
     kinds = list(dict.fromkeys(kind for kind, _ in scores))
     figure = plots.new_figure(4.6 * len(kinds), 3.6)
     colors = (plots.DARK, plots.ORANGE, plots.RED, plots.SKY, plots.BLUE, plots.GREEN)
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):
         for state, color in zip(_STATES, colors, strict=True):
             found = scores[kind, state]
@@ -99,6 +100,7 @@ def _score_figure(scores: Mapping[tuple[str, str], np.ndarray]) -> Figure:
         axis.axhline(0, color=plots.GRAY, linewidth=0.8)
         axis.set_title(f"{kind} rows")
         axis.set_xlabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("safety gradient score\n(above 0: a step adds to safety)")
     axes[-1].legend()
     return figure
