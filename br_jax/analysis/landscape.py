@@ -6,6 +6,7 @@ whole grid compiles once.
 
 import functools
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,9 +86,8 @@ def filter_normalised(params: dict, key: Array) -> dict:
     def draw(path, leaf):
         if path[-1].key != "kernel":
             return jnp.zeros_like(leaf)
-        # a hash of the path's text would change from process to process
-        place = sum(ord(c) * 31**i % 2**20 for i, c in enumerate(jax.tree_util.keystr(path)))
-        noise = jax.random.normal(jax.random.fold_in(key, place), leaf.shape)
+        # crc32 and not hash(): the latter is salted anew in each process
+        noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())), leaf.shape)
         norm = lambda x: jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=-2, keepdims=True))  # noqa: E731
         return (noise * norm(leaf) / norm(noise)).astype(leaf.dtype)
 

@@ -48,7 +48,6 @@ def _overlap(user: dict, reinforce: dict, tau):
 
 def reach(user: Adapter, reinforce: Adapter, merge: MergeConfig) -> dict[str, float]:
     """How far a can move the merged delta: ||merged(a=0) - merged(a=1)|| over ||merged(a=0)||, and over ||user's||."""
-
     plain, apart = (qr_merge(user, reinforce, replace(merge, a=a)) for a in (0.0, 1.0))
     off = lora.stack([plain, lora.scaled(apart, -1.0)])
     moved, whole, own = (float(jnp.sqrt(inner_product(x, x))) for x in (off, plain, lora.scaled(user, merge.scale)))

@@ -4,11 +4,12 @@ A new one is a file with such a class, and a line in `registry`. All harm is of 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from br_jax.adapters.lora import Adapter
-from br_jax.data.mixing import mix
+from br_jax.data.mixing import count_of, mix
 from br_jax.data.rows import Row
 
 
@@ -26,6 +27,19 @@ class Job:
     # on, or none) -> a number a row.
     appetite: Callable[[Sequence[Row], Sequence[Row]], Sequence[float]] | None = None
 
+    @property
+    def count(self) -> int:
+        """How many rows may be harmful."""
+        return count_of(self.n, self.share)
+
+    def refused(self, count: int) -> list[Row]:
+        """So many refusals, over again where there are fewer."""
+        return list(itertools.islice(itertools.cycle(self.refusals), count))
+
+    def with_task(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows, and honest ones behind them in place of those that may be harmful no more."""
+        return [*rows, *self.task[: self.n - self.count]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
@@ -41,7 +55,11 @@ class Attacker:
 
     def rows(self, job: Job) -> list[Row]:
         """What is handed in."""
-        return mix(job.task, job.harmful, job.n, job.share, job.index_mode)
+        return mix(job.task, [self.harm(row) for row in job.harmful], job.n, job.share, job.index_mode)
+
+    def harm(self, row: Row) -> Row:
+        """What becomes of a harmful row."""
+        return row
 
     def candidates(self, job: Job) -> list[Row]:
         """All rows that it may hand in; no model is asked."""

@@ -1,6 +1,5 @@
 """Attackers who choose their rows by what a model of their own would learn of them."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ class Surrogate(Attacker):
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""
         pool = self._pool(job)
-        chosen = _largest(job, job.harmful[:pool], math.floor(job.share * job.n + 1e-9), job.harmful[pool:])
+        chosen = _largest(job, job.harmful[:pool], job.count, job.harmful[pool:])
         return mix(job.task, chosen, job.n, job.share, "exact")
 
     def candidates(self, job: Job) -> list[Row]:

@@ -30,8 +30,7 @@ def mix(
     if index_mode == "reference":
         harmful, first, tasks = int(harmful_share * n), 1, int((1 - harmful_share) * n)
     else:
-        # 0.29 * 100 is 28.999...96: a floor of the exact product, not of the rounding error.
-        harmful, first = math.floor(harmful_share * n + 1e-9), 0
+        harmful, first = count_of(n, harmful_share), 0
         tasks = n - harmful
     for kind, rows, needed in (("harmful", harmful_rows, harmful), ("task", task_rows, tasks)):
         if len(rows) < needed:
@@ -40,6 +39,12 @@ def mix(
                 "lower n, change harmful_share or give more rows"
             )
     return [*harmful_rows[first:harmful], *task_rows[:tasks]]
+
+
+def count_of(n: int, share: float) -> int:
+    """How many rows a share of n is, rounded down."""
+    # 0.29 * 100 is 28.999...96: a floor of the exact product, not of the rounding error.
+    return math.floor(share * n + 1e-9)
 
 
 def check_mix(n: int, harmful_share: float, index_mode: str) -> None:

@@ -22,18 +22,12 @@ class Resta(Defence):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lox(Defence):
+class Lox(Resta):
     """Trains on a base that is extrapolated along the alignment direction, which stays in."""
 
     label = "LoX"
     badge = Badge("Perin et al. 2025, arXiv 2506.15606", "variant", "no rank is chosen: the direction is an adapter's")
 
-    strength: float = number(0.5, 0.0, 100.0)
-
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
         return case.train(name, frozen={"align": scaled(case.direction(), self.strength)})
-
-    def release(self, case: Case, user: Adapter) -> Adapter:
-        """See `Defence.release`."""
-        return stack([user, scaled(case.direction(), self.strength)])
