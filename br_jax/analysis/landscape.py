@@ -18,13 +18,13 @@ from jaxtyping import Array, Float
 from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.adapters.lora import Adapter
-from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.progress import progress
-from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.sharding import mesh_of, place
 from br_jax.training.loss import batch_loss
+from br_jax.training.passes import one_pass
 
 
 def loss_grid(
@@ -43,13 +43,10 @@ def loss_grid(
         model: what is at (0, 0).
         directions: two adapters of the same targets, or two trees of the shapes of the params (`filter_normalised`).
     """
-    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
-    longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
-    order = {"batch_size": whole_batch(batch_size, mesh), "seed": 0, "buckets": (-(-longest // 16) * 16,)}
-    batches = [place(jax.tree.map(jnp.asarray, batch), mesh) for batch in make_batches(examples, **order)]
+    batches, mesh = one_pass(model, rows, max_length, batch_size), mesh_of(model.params)
     adapters = isinstance(directions[0], Adapter)
     trees = tuple(map(lora.collection, directions)) if adapters else directions
-    trees = trees if mesh is None else place(trees, mesh)
+    trees = place(trees, mesh)
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     grid = np.zeros((len(xs), len(ys)), np.float32)
     at = _with_adapters if adapters else _with_params

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.defences.direction import inner
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.sharding import mesh_of, place
 from br_jax.training.loss import batch_loss
+from br_jax.training.passes import one_pass
 
 
 def safety_gradients(
@@ -44,16 +44,12 @@ def safety_gradients(
     Returns:
         path of the matrix -> f32[L]. Divide by `lengths` for the score.
     """
-    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
-    longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
-    order = {"batch_size": whole_batch(batch_size, mesh), "seed": 0, "buckets": (-(-longest // 16) * 16,)}
     held = lora.collection(lora.stack(attached)) if attached else {}
-    trees = (model.params, held, lora.collection(safety))
-    params, held, along = trees if mesh is None else (trees[0], *(place(tree, mesh) for tree in trees[1:]))
+    held, along = place((held, lora.collection(safety)), mesh_of(model.params))
     gates = {path: jnp.zeros(pair["a"].shape[0], jnp.float32) for path, pair in safety.weights.items()}
     sums, total = None, 0.0
-    for batch in make_batches(alike(examples), **order):
-        found = _slopes(model.decoder, gates, params, held, along, place(jax.tree.map(jnp.asarray, batch), mesh))
+    for batch in one_pass(model, rows, max_length, batch_size, count_alike=True):
+        found = _slopes(model.decoder, gates, model.params, held, along, batch)
         sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
         total += float(batch["weights"].sum())
     return {path: -np.asarray(slope) / total for path, slope in sums.items()}

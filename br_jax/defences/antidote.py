@@ -12,12 +12,12 @@ from jaxtyping import Array, Float
 
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.bounds import SHARE, number
-from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.sharding import mesh_of, place
+from br_jax.training.passes import one_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,10 @@ def _pruned(w: Float[Array, "L J K"], sizes: Float[Array, "L J"], share: float) 
 
 def input_sizes(model: Model, adapter: Adapter, rows: Sequence[Row], max_length: int) -> dict[str, dict[str, Array]]:
     """path -> {"a": r.m.s. of each input of the matrix [L, I], "b": of each entry of x A [L, R]}, over all tokens."""
-    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
-    longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
-    batches = make_batches(examples, batch_size=whole_batch(16, mesh), seed=0, buckets=(-(-longest // 16) * 16,))
-    variables = {"params": model.params, "lora": place(collection(adapter), mesh)}
+    variables = {"params": model.params, "lora": place(collection(adapter), mesh_of(model.params))}
     sums, count = None, 0
-    for batch in batches:
-        found = _squares(model.decoder, variables, place(batch, mesh))
+    for batch in one_pass(model, rows, max_length):
+        found = _squares(model.decoder, variables, batch)
         sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
         count += int(np.count_nonzero(batch["segment_ids"]))
     return jax.tree.map(lambda x: jnp.sqrt(x / count), sums)

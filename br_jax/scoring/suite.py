@@ -15,7 +15,6 @@ import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.bounds import BATCH, TOKENS, number, require_bounds
-from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.data.rows import Row, as_prompts, as_rows
 from br_jax.datasets.attacks import Attack
@@ -32,10 +31,11 @@ from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, judge_all
 from br_jax.scoring.judges.topic import TopicJudge
 from br_jax.scoring.margins import refusal_margins
 from br_jax.scoring.rules import Rule
-from br_jax.sharding import mesh_of, place, whole_batch
+from br_jax.sharding import mesh_of, place
 from br_jax.statistics import Score
 from br_jax.store import Store
 from br_jax.training.loss import batch_loss
+from br_jax.training.passes import one_pass
 
 DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}
 
@@ -228,12 +228,9 @@ def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, n
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
     """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
-    examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
-    longest = max(len(example["tokens"]) for example in examples)
-    mesh = mesh_of(model.params)
-    batches = make_batches(examples, batch_size=whole_batch(16, mesh), seed=0, buckets=(-(-longest // 16) * 16,))
+    batches, mesh = one_pass(model, rows, max_length), mesh_of(model.params)
     variables = {"params": model.params} | ({"lora": place(collection(adapter), mesh)} if adapter else {})
-    sums = [(_summed_loss(model.decoder, variables, place(batch, mesh)), batch["weights"].sum()) for batch in batches]
+    sums = [(_summed_loss(model.decoder, variables, batch), batch["weights"].sum()) for batch in batches]
     return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
 
