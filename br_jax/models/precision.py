@@ -1,7 +1,8 @@
 """In what precision an f32 model multiplies matrices.
 
 With "bfloat16" both sides of every product are rounded to bf16 and summed in f32; weights at rest, the residual stream,
-norms, softmax, loss, gradients and optimizer stay f32. CPUs with AMX or AVX512-BF16 multiply so about twice as fast.
+norms, softmax, loss, gradients and optimizer stay f32. AMD's CPUs with AVX512-BF16, and CPUs with AMX, multiply so
+about twice as fast; Intel's with AVX512-BF16 alone take longer (docs/performance.md).
 Accelerators have a setting of their own, `jax_default_matmul_precision`.
 """
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from br_jax.errors import UserError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-_FAST = re.compile(r"\b(amx_bf16|avx512_bf16)\b")
+_FAST = re.compile(r"\bamx_bf16\b|AuthenticAMD(?s:.*)\bavx512_bf16\b")
 _CPU = pathlib.Path("/proc/cpuinfo")
 
 

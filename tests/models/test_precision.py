@@ -19,16 +19,18 @@ from br_jax.training.run import train_adapter
 @pytest.mark.parametrize(
     ("flags", "dtype", "name", "expected"),
     [
-        ("fma avx2 avx512_bf16 amx_tile", "float32", "auto", "bfloat16"),
-        ("fma amx_bf16", "float32", "auto", "bfloat16"),
-        ("fma avx512f avx512_bf16_not", "float32", "auto", "float32"),
-        ("fma amx_bf16", "float32", "float32", "float32"),
-        ("fma", "float32", "bfloat16", "bfloat16"),
-        ("fma", "bfloat16", "float32", "bfloat16"),  # a bf16 model is all bf16
+        ("AuthenticAMD fma avx2 avx512_bf16", "float32", "auto", "bfloat16"),
+        ("GenuineIntel fma avx2 avx512_bf16 amx_tile", "float32", "auto", "float32"),  # slower than f32 there
+        ("GenuineIntel fma amx_bf16", "float32", "auto", "bfloat16"),
+        ("AuthenticAMD fma avx512f avx512_bf16_not", "float32", "auto", "float32"),
+        ("GenuineIntel fma amx_bf16", "float32", "float32", "float32"),
+        ("GenuineIntel fma", "float32", "bfloat16", "bfloat16"),
+        ("GenuineIntel fma", "bfloat16", "float32", "bfloat16"),  # a bf16 model is all bf16
     ],
 )
 def test_what_auto_is(tmp_path, monkeypatch, flags, dtype, name, expected):
-    (tmp_path / "cpuinfo").write_text(f"model name: x\nflags\t\t: {flags}\n")
+    vendor, *flags = flags.split()
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nmodel name: x\nflags\t\t: {' '.join(flags)}\n")
     monkeypatch.setattr(precision, "_CPU", tmp_path / "cpuinfo")
     assert resolve_precision(name, dtype) == expected
 
