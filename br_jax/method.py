@@ -11,6 +11,9 @@ With Buffer attached the model is already at the floor of the harmful loss, so h
 give; without it the base is what it was, since nothing ever wrote to it.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
 from br_jax.adapters import lora
 from br_jax.adapters.guard import warn_unguarded
 from br_jax.adapters.lora import Adapter
@@ -18,6 +21,8 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.data.rows import Rows, as_rows
 from br_jax.errors import UserError
 from br_jax.models.model import Model, refuse_adapter, require_buffer
+from br_jax.pool.jobs import Job, Outcome
+from br_jax.pool.pool import Pool
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
 
@@ -97,13 +102,55 @@ def train_user(
     Raises:
         UserError: neither Buffer nor `undefended`, or both; `buffer` is no Buffer, or one of another base.
     """
-    default, frozen = ("sft", {}) if undefended else ("user", {"buffer": buffer})
+    name, frozen = name or ("sft" if undefended else "user"), _beside(model, buffer, undefended, name or "train_user")
+    return train_adapter(name, "user", model, as_rows(rows), config or TrainConfig(), frozen=frozen, **run)
+
+
+def train_users(
+    model: Model,
+    jobs: Mapping[str, Rows] | Iterable[Job],
+    config: TrainConfig | None = None,
+    *,
+    buffer: Adapter | None = None,
+    undefended: bool = False,
+    slots: int = 8,
+    **run,
+) -> Iterator[Outcome]:
+    """Trains many users' LoRAs side by side, each as `train_user` would by itself.
+
+    A user's adapter is the same as of `train_user` with the same rows, settings and seed, to the order of sums (and,
+    with dropout, its masks). What one user hands in touches no other: neither rows without end, nor a loss of NaN.
+
+    Args:
+        model, buffer, undefended: as in `train_user`.
+        jobs: each user's rows by name, or `Job`s, which may have settings of their own; they wait in this order.
+        config: settings of all jobs; its rank and max_length are the most that one may have.
+        slots: users that are trained at once; memory goes with it.
+        **run: workdir, where a stopped call goes on (each job's run is the folder workdir/NAME/user), and mesh.
+
+    Yields:
+        Each job's `Outcome` as it ends: its adapter, or one line that says why there is none.
+
+    Raises:
+        UserError: as `train_user`, of what is not a job's own; and slots that the mesh does not divide.
+        Stopped: SIGTERM came.
+    """
+    frozen = _beside(model, buffer, undefended, "train_users")
+    named = jobs.items() if isinstance(jobs, Mapping) else None
+    jobs = (Job(name, rows) for name, rows in named) if named is not None else jobs
+    pool = Pool(model, config or TrainConfig(), frozen=frozen, slots=slots, **run)
+    return itertools.chain.from_iterable(pool.turns(jobs))
+
+
+def _beside(model: Model, buffer: Adapter | None, undefended: bool, name: str) -> dict[str, Adapter]:
+    """What a user's training is beside: Buffer, or nothing where that was asked for."""
     if (buffer is not None) == undefended:
         said = "both buffer= and undefended=True" if undefended else "no Buffer, so these rows could undo the alignment"
-        raise UserError(f"train_user: {said}: give buffer=..., or undefended=True alone for plain SFT")
-    if buffer is not None:
-        require_buffer(model, buffer, name or default)
-    return train_adapter(name or default, "user", model, as_rows(rows), config or TrainConfig(), frozen=frozen, **run)
+        raise UserError(f"{name}: {said}: give buffer=..., or undefended=True alone for plain SFT")
+    if buffer is None:
+        return {}
+    require_buffer(model, buffer, name)
+    return {"buffer": buffer}
 
 
 def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None) -> Adapter:

@@ -15,6 +15,7 @@ from br_jax.errors import UserError
 # Logical axis -> mesh axes; any other axis is whole on every device. Only this table changes when a layout is tried.
 RULES = {
     "batch": ("data", "fsdp"),
+    "users": ("data", "fsdp"),  # of a pool: whoever has a user's rows has its adapter, whole but for `tensor`
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -47,7 +48,7 @@ LOGICAL_AXES = {
     **{f"{name}/a": ("layers", fan_in, "rank") for name, (fan_in, _) in _PROJECTIONS.items()},
     **{f"{name}/b": ("layers", "rank", fan_out) for name, (_, fan_out) in _PROJECTIONS.items()},
     **CACHE,
-    **dict.fromkeys(("lengths", "token", "ids"), ("batch",)),
+    **dict.fromkeys(("lengths", "token", "ids", "piece"), ("batch",)),
     **dict.fromkeys(("tokens", "targets", "weights", "positions", "segment_ids"), ("batch", "length")),
 }
 
@@ -100,8 +101,12 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
     axes = LOGICAL_AXES.get("/".join(parts[-2:])) or LOGICAL_AXES.get(parts[-1], ())
     if "layers" in axes and len(axes) == ndim + 1:
         axes = axes[1:]  # of one layer by itself
-    if "rank" in axes and len(axes) == ndim - 1:
+    if "rank" in axes and len(axes) == ndim - 1 and "lora_trainable" in parts:
+        axes = (axes[0], "users", *(None if axis == "embed" else axis for axis in axes[1:]))
+    elif "rank" in axes and len(axes) == ndim - 1:
         axes = (axes[0], None, *axes[1:])  # of several adapters side by side
+    if ndim == 1 and parts[-1] in ("step", "count", "loss"):
+        axes = ("users",)
     if len(axes) == ndim:
         return axes
     raise UserError(

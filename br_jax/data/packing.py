@@ -69,10 +69,8 @@ def make_packed_batches(
         ValueError: when an example is longer than `length`.
     """
     order = functools.partial(in_steps, batch_size=batch_size, seed=seed, epochs=epochs, steps=steps)
-    # None of the shared tokens, nor the next, is an answer's in any example: what they predict is learnt by none.
-    prompts = [example["tokens"][: max(int(np.argmax(example["answer"])) - 1, 0)] for example in examples]
-    head = prompts[0][: shared_prefix(prompts) if share else 0]
-    examples = [{name: values[len(head) :] for name, values in with_targets(one).items()} for one in examples]
+    head = _shared_head(examples, share)
+    examples = [_behind(head, example) for example in examples]
     length, sizes = length - len(head), [{"tokens": example["tokens"]} for example in examples]
 
     def over_all_steps(measure: Callable[[Sequence[dict]], int]) -> list[int]:
@@ -86,6 +84,44 @@ def make_packed_batches(
     part = slice(None) if rows is None else rows(count)
     assemble = functools.partial(_collate, pack=tightly, count=count, lengths=lengths, head=head, part=part)
     return order(examples, assemble)
+
+
+def packed_steps(examples: Sequence[Example], *, length: int, share: bool = True, **order) -> grain.MapDataset:
+    """The steps of `make_packed_batches` as rows of their own lengths, for whoever puts batches together otherwise.
+
+    Nothing is packed beforehand: a million examples cost nothing until their step comes.
+
+    Args:
+        examples, share: as there.
+        length: the most tokens of a packed row; 0 packs nothing, and each example is a row.
+        **order: batch_size, seed, epochs and steps, as there.
+
+    Returns:
+        A Grain dataset whose element i is the list of step i's rows, dicts of arrays [n] without padding.
+    """
+    head = _shared_head(examples, share and length > 0)
+    return in_steps(examples, functools.partial(_rows_of_step, head=head, length=length), **order)
+
+
+def _rows_of_step(examples: Sequence[Example], *, head: np.ndarray, length: int) -> list[Batch]:
+    behind, rows = [_behind(head, example) for example in examples], []
+    apart = [behind] if length else [[one] for one in behind]
+    for packed in itertools.chain(*(_pack(some, (length or len(some[0]["tokens"])) - len(head)) for some in apart)):
+        shape = 1, np.count_nonzero(packed["tokens_segment_ids"])
+        rows.append({name: values[0] for name, values in _with_head([packed], head, shape).items()})
+    return rows
+
+
+def _shared_head(examples: Sequence[Example], share: bool) -> np.ndarray:
+    """The tokens that all examples begin with; none where nothing is shared."""
+    # None of them, nor the next, is an answer's in any example: what they predict is learnt by none.
+    prompts = [example["tokens"][: max(int(np.argmax(example["answer"])) - 1, 0)] for example in examples]
+    return prompts[0][: shared_prefix(prompts) if share else 0]
+
+
+def _behind(head: np.ndarray, example: Example) -> dict[str, np.ndarray]:
+    """What an example learns behind the tokens that all begin with."""
+    return {name: values[len(head) :] for name, values in with_targets(example).items()}
 
 
 def row_lengths(needed: Iterable[int]) -> tuple[int, ...]:
@@ -133,12 +169,17 @@ def _collate(
     Each row begins with `head`.
     """
     needed, packed = pack(examples)
-    shape = (count, next(length for length in lengths if length >= needed))
+    batch = _with_head(packed, head, (count, next(length for length in lengths if length >= needed)))
+    return {name: values[part] for name, values in batch.items()}
+
+
+def _with_head(packed: Sequence[dict], head: np.ndarray, shape: tuple[int, int]) -> Batch:
+    """The arrays of packed rows, cut or padded to a shape, each behind `head`."""
     batch, beginning = {}, {"tokens": head, "positions": np.arange(len(head)), "segment_ids": SHARED}
     for name, key in _ARRAYS.items():
-        values = np.stack([row[key] for row in packed])
+        values = np.stack([row[key][: shape[1]] for row in packed])
         widen = [(0, whole - given) for whole, given in zip(shape, values.shape, strict=True)]
-        begin = np.broadcast_to(np.asarray(beginning.get(name, 0), values.dtype), (count, len(head)))
-        batch[name] = np.concatenate([begin, np.pad(values, widen)], axis=1)[part]
+        begin = np.broadcast_to(np.asarray(beginning.get(name, 0), values.dtype), (shape[0], len(head)))
+        batch[name] = np.concatenate([begin, np.pad(values, widen)], axis=1)
     batch["positions"] += len(head) * (batch["segment_ids"] > 0)
     return batch

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from br_jax.models.attention import attend, attend_cache, resolve, rope_angles, rotate
 from br_jax.models.cache import layer_of
@@ -26,9 +26,9 @@ from br_jax.sharding import constrain
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
-# Collections that a caller may ask for, or give: what goes into each matrix, what each MLP gives, and what is added to
-# the residual stream behind each layer.
-_ASKED_FOR = ("inputs", "outputs", "perturbations")
+# Collections that a caller may ask for, or give: what goes into each matrix, what each MLP gives, what is added to the
+# residual stream behind each layer, and by what each row's dropout is drawn.
+_ASKED_FOR = ("inputs", "outputs", "perturbations", "seeds")
 
 
 class LayerCache(TypedDict):
@@ -78,6 +78,8 @@ class Linear(nn.Module):
             if self.has_variable(collection, "a"):
                 drops = collection == "lora_trainable" and self.has_rng("dropout")
                 seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
+                if collection == "lora_trainable" and self.has_variable("seeds", "rows"):
+                    seen = drop_by_row(x, self.get_variable("seeds", "rows"), self.dropout)
                 a, b = (self.get_variable(collection, name) for name in "ab")
                 if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
                     each = jax.vmap(functools.partial(low_rank, dtype=self.rounding))
@@ -85,6 +87,17 @@ class Linear(nn.Module):
                 else:
                     y += low_rank(seen, a, b, self.rounding)
         return checkpoint_name(y, self.name)
+
+
+def drop_by_row(x: Float[Array, "B T D"], seeds: UInt32[Array, " B"], rate: float) -> Float[Array, "B T D"]:
+    """Dropout whose mask at a token depends on its row's seed and its place alone, whatever stands around it."""
+
+    def of_token(seed, place):
+        key = jax.random.fold_in(jax.random.key(seed), place)
+        return jax.random.bernoulli(key, 1 - rate, x.shape[-1:])
+
+    kept = jax.vmap(jax.vmap(of_token, (None, 0)), (0, None))(seeds, jnp.arange(x.shape[1]))
+    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class RMSNorm(nn.Module):

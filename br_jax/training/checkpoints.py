@@ -48,6 +48,11 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state))
         self._manager.save(step, args=args, force=True, custom_metadata={"data": data_state})
 
+    def data(self) -> dict | None:
+        """The data state of the newest checkpoint, or None when there is none."""
+        step = self._manager.latest_step()
+        return None if step is None else self._manager.metadata(step).custom_metadata["data"]
+
     def restore(self, state: dict, mesh) -> tuple[dict, dict] | None:
         """(newest state on a mesh, its data state), or None when there is no checkpoint.
 

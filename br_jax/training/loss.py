@@ -37,7 +37,8 @@ def answer_loss(
         soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
         precision: of the products, see `models.precision`.
     """
-    return _summed(_head(params), hidden, targets, weights, (chunk, soft_cap, rounding_dtype(hidden.dtype, precision)))
+    settings = chunk, soft_cap, rounding_dtype(hidden.dtype, precision)
+    return _summed(_head(params), hidden, targets, weights, settings)[0]
 
 
 def token_losses(
@@ -51,8 +52,7 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """The cross-entropy at each position with weight, 0 elsewhere; arguments as in `answer_loss`, no gradient."""
     settings = chunk, soft_cap, rounding_dtype(hidden.dtype, precision)
-    _, found = _over_devices(*jax.lax.stop_gradient((_head(params), hidden, targets, weights)), settings, ("each",))
-    return found["each"]
+    return _summed(*jax.lax.stop_gradient((_head(params), hidden, targets, weights)), settings)[1]
 
 
 def _head(params: dict) -> dict:
@@ -61,18 +61,21 @@ def _head(params: dict) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _summed(head, hidden, targets, weights, settings):
-    return _over_devices(head, hidden, targets, weights, settings, ())[0]
+    """(sum by weights, [B, T] of each position with weight); only the sum has a gradient."""
+    loss, found = _over_devices(head, hidden, targets, weights, settings, ("each",))
+    return loss, found["each"]
 
 
 def _forward(head, hidden, targets, weights, settings):
     trains_head = any(leaf.perturbed for leaf in jax.tree.leaves(head))
     values = custom_vjp_primal_tree_values((head, hidden, targets, weights))
-    loss, grads = _over_devices(*values, settings, ("hidden", "head") if trains_head else ("hidden",))
-    return loss, (grads, values[0])
+    wanted = ("each", "hidden", "head") if trains_head else ("each", "hidden")
+    loss, found = _over_devices(*values, settings, wanted)
+    return (loss, found.pop("each")), (found, values[0])
 
 
-def _backward(settings, saved, cotangent):
-    grads, head = saved
+def _backward(settings, saved, cotangents):
+    (grads, head), (cotangent, _) = saved, cotangents
     of_head = jax.tree.map(lambda x: None, head)
     if "head" in grads:
         of_head = jax.tree.map(lambda x: (cotangent * grads["head"]).astype(x.dtype), head)
@@ -177,6 +180,15 @@ def hidden_states(decoder: Decoder, variables: dict, batch: dict, dropout_key=No
 
 def batch_loss(decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None) -> Float[Array, ""]:
     """Summed answer loss of one batch (see `br_jax.data.batches`); dropout acts when a key is given."""
+    return batch_losses(decoder, variables, batch, chunk, dropout_key)[0]
+
+
+def batch_losses(
+    decoder: Decoder, variables: dict, batch: dict, chunk: int, dropout_key=None
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """(`batch_loss`, weight * loss at each position, which has no gradient)."""
     hidden = hidden_states(decoder, variables, batch, dropout_key)
-    settings = chunk, decoder.spec.logit_soft_cap, decoder.matmul_precision
-    return answer_loss(variables["params"], hidden, batch["targets"], batch["weights"], *settings)
+    settings = chunk, decoder.spec.logit_soft_cap, rounding_dtype(hidden.dtype, decoder.matmul_precision)
+    targets, weights = batch["targets"], batch["weights"]
+    loss, each = _summed(_head(variables["params"]), hidden, targets, weights, settings)
+    return loss, weights * each

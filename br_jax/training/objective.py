@@ -27,7 +27,7 @@ class Step(NamedTuple):
     trainable: dict  # variable collections, the only ones with a gradient
     frozen: dict  # the base's and attached adapters' collections
     rows: dict  # the batch, see `data.batches`
-    scale: Float[Array, ""] | float  # of the trainable adapter
+    scale: Float[Array, "*U"] | float  # of the trainable adapter; [U] of several side by side
     key: Array | None = None  # dropout acts when there is one
     streams: Mapping[str, dict] = MappingProxyType({})  # a batch of each of the objective's
     # The adapters that the objective looks at: collections as of `lora.collection`, whose scale is in b.
@@ -77,8 +77,9 @@ class Step(NamedTuple):
         """The decoder's collections with weights as the trainable ones; the adapter's scale goes into its (small) b."""
         if "lora_trainable" not in trainable:
             return {**self.frozen, **trainable}
+        scale = jnp.reshape(self.scale, (1, *jnp.shape(self.scale), 1, 1))
         adapter = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf * self.scale if path[-1].key == "b" else leaf, trainable["lora_trainable"]
+            lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, trainable["lora_trainable"]
         )
         return {**self.frozen, **trainable, "lora_trainable": adapter}
 

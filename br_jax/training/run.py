@@ -96,34 +96,50 @@ def train_adapter(
     descent = Descent(objective or Objective(), streams, aside)
     folder = None
     if workdir is not None:
-        identity = _identity(name, model, rows, config, frozen, descent)
+        identity = run_identity(name, model, rows_fingerprint(rows), config, frozen, descent)
         folder = Folder(pathlib.Path(workdir) / name, identity, private=provider)
 
-    def read_back() -> Adapter:
-        return load_adapter(folder.path / "adapter", model.params, fingerprint=model.fingerprint, role=role)
-
     if folder is not None and folder.finished:
-        return read_back()
-    key = jax.random.fold_in(jax.random.key(config.seed), 0 if config.same_start else zlib.crc32(name.encode()))
-    shapes = lora.target_shapes(model.params, config.targets)
-    adapter = lora.init(key, shapes, config.rank, config.alpha, role, model.fingerprint)
-
-    def made_of(trained: dict) -> Adapter:
-        leaves = {
-            path: functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"]) for path in shapes
-        }
-        return adapter.replace(weights=leaves)
+        return load_trained(folder.path, role, model)
+    adapter = first_adapter(name, role, model, config)
 
     def save(trained: dict) -> str:
-        made = made_of(trained)
-        said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
-        if is_main():
-            save_adapter(folder.path / "adapter", made, provider=provider, private=True, **said)
-        return lora.fingerprint(made)
+        return save_trained(folder.path, model, trained_adapter(adapter, trained), frozen, provider)
 
     halves = trainable_adapter(adapter), frozen_collections(model.params, frozen, config.frozen)
     trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save, descent)
-    return read_back() if trained is None else made_of(trained)
+    return load_trained(folder.path, role, model) if trained is None else trained_adapter(adapter, trained)
+
+
+def first_adapter(name: str, role: str, model: Model, config: TrainConfig) -> Adapter:
+    """The adapter that a run of this name begins with."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 0 if config.same_start else zlib.crc32(name.encode()))
+    shapes = lora.target_shapes(model.params, config.targets)
+    return lora.init(key, shapes, config.rank, config.alpha, role, model.fingerprint)
+
+
+def trained_adapter(adapter: Adapter, trained: dict) -> Adapter:
+    """An adapter with the weights of a stage's trainable collections, of its own rank (see `lora.pad_rank`)."""
+    weights, rank = {}, next(iter(adapter.weights.values()))["a"].shape[-1]
+    for path in adapter.weights:
+        pair = functools.reduce(operator.getitem, path.split("/"), trained["lora_trainable"])
+        weights[path] = {"a": pair["a"][..., :rank], "b": pair["b"][..., :rank, :]}
+    return adapter.replace(weights=weights)
+
+
+def save_trained(
+    folder: pathlib.Path, model: Model, adapter: Adapter, frozen: Mapping[str, Adapter], provider: bool = False
+) -> str:
+    """Writes what a run in this folder has made; returns its fingerprint."""
+    said = {"base_name": model.name, "fingerprint": model.fingerprint, "extra": {"beside": sorted(frozen)}}
+    if is_main():
+        save_adapter(folder / "adapter", adapter, provider=provider, private=True, **said)
+    return lora.fingerprint(adapter)
+
+
+def load_trained(folder: pathlib.Path, role: str, model: Model) -> Adapter:
+    """Reads back what `save_trained` wrote."""
+    return load_adapter(folder / "adapter", model.params, fingerprint=model.fingerprint, role=role)
 
 
 def train_params(
@@ -144,7 +160,7 @@ def train_params(
             finished.
     """
     require_fit(config, model.spec, len(rows), adapter=False)
-    identity = _identity(name, model, rows, config, {}, Descent())
+    identity = run_identity(name, model, rows_fingerprint(rows), config, {})
     folder = Folder(pathlib.Path(workdir) / name, identity, private=True)
 
     def save_all(trained: dict) -> str:
@@ -236,17 +252,18 @@ def _buckets(config: TrainConfig) -> tuple[int, ...]:
     return tuple(sorted({*(b for b in config.buckets if b < config.max_length), config.max_length}))
 
 
-def _identity(
+def run_identity(
     name: str,
     model: Model,
-    rows: Sequence[Row],
+    rows: str,
     config: TrainConfig,
     frozen: Mapping[str, Adapter],
-    descent: Descent,
+    descent: Descent | None = None,
 ) -> dict:
-    """What makes a run this one, as JSON gives it back."""
+    """What makes a run this one, as JSON gives it back; `rows` by their fingerprint."""
+    descent = descent or Descent()
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
-    inputs = {"base": model.key, "template": model.template, "rows": rows_fingerprint(rows)}
+    inputs = {"base": model.key, "template": model.template, "rows": rows}
     inputs |= {name: lora.fingerprint(adapter) for name, adapter in frozen.items()}
     if descent.objective != Objective() or descent.streams or descent.aside:
         inputs |= {"objective": repr(descent.objective)}

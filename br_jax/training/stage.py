@@ -114,7 +114,7 @@ def init_state(trainable: dict, seed: int, objective: Objective | None = None) -
 
 @jax.jit
 def _start_of(trainable: dict) -> optax.OptState:
-    return _optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable)
+    return optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -127,7 +127,7 @@ def train_step(stage: Stage, state: dict, frozen: dict, batch: dict, hyper: Hype
     step = step._replace(number=state["step"], progress=hyper.progress)
     loss, grads, kept = stage.objective.gradient(step, state["objective"])
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count of steps
-        updates, opt_state = _optimizer(hyper).update(grads, state["opt_state"], state["trainable"])
+        updates, opt_state = optimizer(hyper).update(grads, state["opt_state"], state["trainable"])
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),
@@ -154,7 +154,8 @@ def _step(stage: Stage, trainable: dict, frozen: dict, batch: dict, scale, key=N
     return Step(*stage[:3], trainable, frozen, rows, scale, key, streams=streams, aside=aside)
 
 
-def _optimizer(hyper: Hyper) -> optax.GradientTransformation:
+def optimizer(hyper: Hyper) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999, 1e-8) after clipping by global norm."""
     return optax.chain(
         optax.clip_by_global_norm(hyper.clip_norm),
         optax.adamw(lambda count: hyper.learning_rate, weight_decay=hyper.weight_decay),
