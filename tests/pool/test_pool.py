@@ -1,0 +1,343 @@
+"""Many users side by side are each the run that they would be alone."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from br_jax import method
+from br_jax.adapters import lora
+from br_jax.data.batches import encode_rows
+from br_jax.data.packing import packed_steps
+from br_jax.data.rows import Row
+from br_jax.errors import UserError
+from br_jax.models.decoder import drop_by_row
+from br_jax.pool import step as pool_step
+from br_jax.pool.jobs import Course, Job
+from br_jax.pool.pool import Pool, fill
+from br_jax.pool.schedule import Schedule
+from br_jax.sharding import leaf_name, make_mesh
+from br_jax.training.metrics import read_jsonl
+from br_jax.training.stage import Hyper, Stage, frozen_collections
+
+
+def mesh_of(*sizes):
+    return make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+
+
+ONE = functools.cache(lambda: mesh_of(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def config(quick):
+    return quick(rank=4, alpha=8.0, steps=30, packing=96, log_every=7)
+
+
+@pytest.fixture(scope="module")
+def buffer(make_adapter):
+    return make_adapter("buffer", seed=1)
+
+
+def eight(rows):
+    """Different tasks, rates, lengths, ranks and epochs; one of 3 rows, one whose loss is no number."""
+    harm = [Row((("user", f"how {i}?"), ("assistant", f"like this: {i}, {i}"))) for i in range(9)]
+    return [
+        Job("plain", rows),
+        Job("gentle", rows[5:], {"learning_rate": 1e-3, "rank": 2, "alpha": 4.0}),
+        Job("epochs", rows[:11], {"steps": 0, "epochs": 3, "batch_size": 5, "loss_mean": "rows", "seed": 7}),
+        Job("cycles", rows[3:], {"clip_norm": 0.1, "cycles": 3, "weight_decay": 0.1, "warmup_ratio": 0.3}),
+        Job("mixed", [*rows[:9], *harm], {"batch_size": 4}),
+        Job("broken", rows),
+        Job("three", rows[:3], {"steps": 12}),
+        Job("short", rows[2:], {"max_length": 24, "rank": 1, "alpha": 2.0, "seed": 3}),
+    ]
+
+
+def distance(found, expected):
+    """The largest relative distance of a leaf."""
+    pairs = zip(jax.tree.leaves(found.weights), jax.tree.leaves(expected.weights), strict=True)
+    return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
+
+
+def bits_of(outcomes):
+    return {o.name: lora.fingerprint(o.adapter) for o in outcomes if o.adapter}
+
+
+@pytest.fixture(autouse=True)
+def breaks(monkeypatch):
+    """What the job "broken" learns from its fourth step on is no number."""
+    take = Course.take
+
+    def broken(course, length, count):
+        taken = take(course, length, count)
+        if course.job.name == "broken" and course.step > 3:
+            taken.rows[0]["weights"][:] = np.nan
+        return taken
+
+    monkeypatch.setattr(Course, "take", broken)
+
+
+def test_each_of_eight_is_the_run_by_itself(tiny, rows, config, buffer):
+    jobs = eight(rows)
+    out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=8, mesh=ONE())}
+    assert out.keys() == {job.name for job in jobs}
+    broken = out.pop("broken")
+    assert broken.adapter is None
+    assert re.search(r"^job broken step \d+: loss is nan: lower learning_rate", broken.error)
+    for job in jobs:
+        if job.name == "broken":
+            continue
+        alone = method.train_user(tiny, job.rows, job.config(config), buffer=buffer, mesh=ONE())
+        found = out[job.name].adapter
+        assert distance(found, alone) < 1e-5, job.name
+        assert (found.roles, found.base, float(found.scale)) == (alone.roles, alone.base, float(alone.scale))
+
+
+def test_neighbours_change_no_bit(tiny, rows, config, buffer):
+    config = dataclasses.replace(config, packing=0)  # one length for all turns
+    train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, slots=3, mesh=ONE())
+    plain, gentle, *_, broken, three, short = eight(rows)
+    alone = bits_of(train([plain]))
+    beside = bits_of(train([gentle, broken, plain, three, short]))
+    assert beside["plain"] == alone["plain"]
+    assert bits_of(train([short, plain, gentle]))["gentle"] == beside["gentle"]
+
+
+def turn_of(tiny, config, rows, slots, active):
+    """(stage, state, frozen, batch, turn) of a pool in which some slots have rows."""
+    pool = Pool(tiny, config, frozen={}, slots=slots, mesh=ONE())
+    taken, state = [None] * slots, pool._state
+    for slot in active:
+        course = Course.of(Job(f"job{slot}", rows[slot:]), config, tiny, pool.lengths[-1], True)
+        shapes = lora.target_shapes(tiny.params)
+        first = lora.init(jax.random.key(slot), shapes, config.rank, config.alpha, "user", tiny.fingerprint)
+        weights = {path: {"a": pair["a"], "b": pair["b"] + 0.01} for path, pair in first.weights.items()}
+        one = pool_step.begin(first.replace(weights=weights), slot)
+        state = pool_step.put(state, np.int32(slot), one)
+        taken[slot] = course.take(pool.lengths[-1], pool.rows)
+    hyper = jax.tree.map(lambda x: np.full(slots, x), Hyper.of(config)._replace(learning_rate=np.float32(1e-2)))
+    due, stage = np.isin(np.arange(slots), active), Stage.of(tiny.decoder, config, ONE())
+    batch, turn = fill(taken, pool.lengths[-1], pool.rows), pool_step.Turn(hyper, np.zeros(slots, bool), due)
+    return stage, state, frozen_collections(tiny.params, {}, "stack"), batch, turn
+
+
+def leaves_of(state, slot):
+    """The arrays of one slot."""
+    axes = pool_step.user_axes(state)
+    return jax.tree.leaves(jax.tree.map(lambda leaf, axis: np.take(np.array(leaf), slot, axis), state, axes))
+
+
+def equal(one, other):
+    return all(map(np.array_equal, one, other))
+
+
+def test_no_loss_depends_on_anothers_adapter(tiny, rows, config):
+    """The gradient of one user's loss by another's adapter is exactly 0; and so is what is reported of it."""
+    for user in range(3):
+        stage, state, frozen, batch, turn = turn_of(tiny, config, rows, 3, [0, 1, 2])
+        owner = np.repeat(np.arange(3), len(batch["weights"]) // 3)
+        batch["weights"] = batch["weights"] * (owner == user)[:, None]
+        after, metrics = pool_step.pool_turn(stage, state, frozen, batch, turn._replace(due=np.zeros(3, bool)))
+        moved = [any(leaf.any() for leaf in leaves_of(after["gradient"], slot)) for slot in range(3)]
+        assert moved == [slot == user for slot in range(3)]
+        assert [loss > 0 for loss in metrics["loss"]] == moved
+
+
+def test_slots_without_rows_stay_to_the_bit_and_unfinished_steps_only_gather(tiny, rows, config):
+    stage, state, frozen, batch, turn = turn_of(tiny, config, rows, 3, [0, 2])
+    before = jax.tree.map(np.array, state)
+    after, metrics = pool_step.pool_turn(stage, state, frozen, batch, turn)
+    assert [equal(leaves_of(before, slot), leaves_of(after, slot)) for slot in range(3)] == [False, True, False]
+    assert float(metrics["loss"][1]) == float(metrics["grad_norm"][1]) == 0 < float(metrics["loss"][0])
+    stage, state, frozen, batch, turn = turn_of(tiny, config, rows, 3, [0, 2])
+    after, _ = pool_step.pool_turn(stage, state, frozen, batch, turn._replace(due=np.array([False, False, True])))
+    for name in ("trainable", "opt_state", "step"):
+        assert equal(leaves_of({name: before[name]}, 0), leaves_of({name: after[name]}, 0)), name
+    assert any(leaf.any() for leaf in leaves_of(after["gradient"], 0))
+
+
+def test_refilling_a_slot_compiles_nothing(tiny, rows, config, buffer, compiles):
+    config = dataclasses.replace(config, steps=3, packing=0)
+    jobs = [Job(f"job{i}", rows[i:], {"learning_rate": 1e-3 * (i + 1), "steps": 2 + i % 3}) for i in range(9)]
+    outcomes = method.train_users(tiny, jobs, config, buffer=buffer, slots=2, mesh=ONE())
+    first = list(itertools.islice(outcomes, 2))
+    met = len(compiles)
+    rest = list(outcomes)
+    assert len(first) + len(rest) == 9 and all(o.adapter for o in first + rest)
+    assert compiles[met:] == []
+
+
+def test_dropout_depends_on_the_user_alone(tiny, rows, config, buffer):
+    config = dataclasses.replace(config, packing=0, dropout=0.3, steps=6)
+    train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, mesh=ONE())
+    alone = bits_of(train([Job("a", rows)], slots=2))
+    beside = bits_of(train([Job("b", rows[4:]), Job("a", rows), Job("c", rows, {"seed": 9})], slots=2))
+    assert alone["a"] == beside["a"] != beside["c"]
+    assert alone["a"] != bits_of(train([Job("a", rows)], slots=2, config=dataclasses.replace(config, dropout=0.0)))["a"]
+
+
+def test_dropped_values_are_scaled_up_and_differ_by_place():
+    seeds = np.uint32([3, 3, 4])
+    out = np.asarray(drop_by_row(np.ones((3, 5, 2000), np.float32), seeds, 0.25))
+    assert set(np.unique(out)) == {0, np.float32(1 / 0.75)} and abs(out.mean() - 1) < 0.02
+    np.testing.assert_array_equal(out[0], out[1])
+    assert (out[0] != out[2]).any() and (out[0, 0] != out[0, 1]).any()
+    longer = np.asarray(drop_by_row(np.ones((3, 9, 2000), np.float32), seeds, 0.25))
+    np.testing.assert_array_equal(longer[:, :5], out)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slots"),
+    [((2, 2, 2), 4), ((4, 1, 1), 8), ((1, 4, 2), 4), ((2, 1, 1), 2)],
+    ids=["222", "411", "142", "211"],
+)
+def test_on_a_mesh_users_lie_apart(tiny, rows, config, buffer, sizes, slots):
+    config = dataclasses.replace(config, steps=8)
+    jobs = eight(rows)[:4]
+    out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=slots, mesh=mesh_of(*sizes))}
+    for job in jobs:
+        alone = method.train_user(tiny, job.rows, job.config(config), buffer=buffer, mesh=ONE())
+        assert distance(out[job.name].adapter, alone) < 5e-5, job.name
+    state = Pool(tiny, config, slots=slots, mesh=mesh_of(*sizes))._state
+    axes = jax.tree.leaves(pool_step.user_axes(state))
+    for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(state), axes, strict=True):
+        parts = {str(shard.index[axis]) for shard in leaf.addressable_shards}
+        assert len(parts) == (sizes[0] * sizes[1] if leaf_name(path) != "key" else 1), leaf_name(path)
+
+
+def test_slots_that_the_mesh_does_not_divide(tiny, config):
+    with pytest.raises(UserError, match="slots is 3: it must be a multiple of 4, the mesh's data and fsdp axes"):
+        Pool(tiny, config, slots=3, mesh=mesh_of(2, 2, 1))
+
+
+def test_bad_jobs_are_a_line_each_and_touch_no_other(tiny, rows, config, buffer, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": 3}\n')
+    wrong = {
+        "empty": (tmp_path / "empty.jsonl", {}, "no rows"),
+        "none": ([], {}, "there are none to train on"),
+        "wrong": (tmp_path / "wrong.jsonl", {}, "'prompt' is int"),
+        "absent": (tmp_path / "absent.jsonl", {}, "no such file"),
+        "unknown": (rows, {"dropout": 0.5}, "'dropout' is the same for all of a pool"),
+        "rank": (rows, {"rank": 5}, "rank is 5: the pool's 4 is the most"),
+        "length": (rows, {"max_length": 41}, "max_length is 41: the pool's 40 is the most"),
+        "rate": (rows, {"learning_rate": -1.0}, "learning_rate"),
+        "long": ([Row((("user", "x" * 100), ("assistant", "y")))], {}, "no row is left to train on"),
+    }
+    jobs = [Job(name, given, settings) for name, (given, settings, _) in wrong.items()]
+    jobs.insert(3, Job("good", rows, {"steps": 2}))
+    out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=1, mesh=ONE())}
+    assert out.pop("good").adapter
+    for name, (*_, said) in wrong.items():
+        assert out[name].adapter is None and said in out[name].error and "\n" not in out[name].error, out[name]
+        assert name in out[name].error or name in ("empty", "wrong", "absent", "long")
+
+
+def test_names(tiny):
+    for name in ("", "a/b", "..", ".x", "a b", "x" * 101, 3, "a\n"):
+        with pytest.raises(UserError, match="name it by at most 100 letters"):
+            Job(name, [])
+
+
+def test_it_needs_buffer(tiny, rows, config):
+    with pytest.raises(UserError, match="no Buffer, so these rows could undo the alignment"):
+        method.train_users(tiny, {"a": rows}, config)
+
+
+def test_jobs_are_asked_for_when_there_is_room(tiny, rows, config, buffer):
+    asked = []
+
+    def jobs():
+        for i in range(6):
+            asked.append(i)
+            yield Job(f"job{i}", rows, {"steps": 1}) if i != 1 else None  # None: not now
+
+    pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=1, mesh=ONE())
+    turns, names = pool.turns(jobs()), []
+    names += [o.name for o in next(turns)]
+    assert len(asked) <= 3
+    for gone in turns:
+        names += [o.name for o in gone]
+    assert names == ["job0", "job2", "job3", "job4", "job5"] and pool.idle
+
+
+def test_finished_jobs_are_read_back_by_either(tiny, rows, config, buffer, tmp_path):
+    config = dataclasses.replace(config, steps=3)
+    train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, slots=2, workdir=tmp_path)
+    jobs = [Job("a", rows, {"rank": 2, "alpha": 1.0}), Job("b", rows)]
+    made = bits_of(train(jobs, mesh=ONE()))
+    assert bits_of(train(jobs, mesh=ONE())) == made
+    alone = method.train_user(tiny, rows, jobs[0].config(config), buffer=buffer, workdir=tmp_path / "a", mesh=ONE())
+    assert lora.fingerprint(alone) == made["a"]
+    records = read_jsonl(tmp_path / "a/user/metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3] and all(r["loss"] > 0 for r in records)
+    stage = json.loads((tmp_path / "a/user/stage.json").read_text())
+    assert (stage["steps"], stage["rows"], stage["output"]) == (3, 16, made["a"])
+    assert not (tmp_path / "pool").exists()
+    other = {o.name: o for o in train([Job("a", rows[1:])], mesh=ONE())}["a"]
+    assert other.adapter is None and "holds a run with another" in other.error
+
+
+@pytest.mark.parametrize(("slots", "sizes"), [(3, (1, 1, 1)), (1, (1, 1, 1)), (5, (1, 1, 1)), (4, (2, 2, 1))])
+def test_a_pool_that_was_cut_off_goes_on(tiny, rows, config, buffer, tmp_path, slots, sizes):
+    """With the same slots to the bit; with others, or on another mesh, to rounding."""
+    config = dataclasses.replace(config, steps=9, checkpoint_every=4, packing=0)
+    jobs = [Job(f"job{i}", rows[i:], {"learning_rate": 2e-3 * (i + 1), "steps": 7 + 3 * i}) for i in range(4)]
+    train = functools.partial(method.train_users, tiny, jobs, config, buffer=buffer)
+    straight = {o.name: o.adapter for o in train(slots=3, mesh=ONE())}
+    pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=3, workdir=tmp_path, mesh=ONE())
+    turns = pool.turns(jobs)
+    for _ in range(11):  # a checkpoint of turn 8; job0 has left at turn 7, and job3 has come
+        next(turns)
+    turns.close()
+    steps = [read_jsonl(tmp_path / f"job{i}/user/metrics.jsonl")[-1]["step"] for i in range(4)]
+    resumed = {o.name: o.adapter for o in train(slots=slots, mesh=mesh_of(*sizes), workdir=tmp_path)}
+    for name, adapter in straight.items():
+        if (slots, sizes) == (3, (1, 1, 1)):
+            assert lora.fingerprint(resumed[name]) == lora.fingerprint(adapter), name
+        else:
+            assert distance(resumed[name], adapter) < 1e-5, name
+    for i in range(4):
+        records = read_jsonl(tmp_path / f"job{i}/user/metrics.jsonl")
+        assert [r["step"] for r in records] == list(range(1, 8 + 3 * i))
+    assert steps[0] == 7 and steps[1] >= 8
+
+
+def test_a_long_job_holds_nobody_up(tiny, rows, config, buffer):
+    """A job of 3,000 rows takes one slot's share of every turn, and no more."""
+    many = [Row((("user", f"{i}?"), ("assistant", f"{i * 7}"))) for i in range(3000)]
+    small = [Job(f"small{i}", rows, {"steps": 5}) for i in range(3)]
+    config = dataclasses.replace(config, packing=0)
+    pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=4, mesh=ONE())
+    gone = []
+    for out in pool.turns([Job("large", many, {"steps": 0, "epochs": 1}), *small]):
+        gone += [o.name for o in out]
+        if len(gone) == 3:
+            break
+    assert sorted(gone) == ["small0", "small1", "small2"] and pool.turn <= 8
+
+
+def test_steps_are_those_of_a_run(tiny, rows):
+    """The rows of a step, however they are laid out, add to the same tokens, with the same weights."""
+    examples, _ = encode_rows(rows, tiny.tokenizer, tiny.template, 40)
+    order = {"batch_size": 5, "seed": 3, "epochs": 2}
+    packed, apart = (packed_steps(examples, length=length, **order) for length in (96, 0))
+    assert len(packed) == len(apart) == 8
+    for i in range(8):
+        few, all_ = packed[i], apart[i]
+        assert len(all_) == (5 if i % 4 < 3 else 1) and len(few) <= len(all_)
+        for name in ("targets", "weights"):
+            learnt = [sorted(np.concatenate([r[name][r["weights"] > 0] for r in laid])) for laid in (few, all_)]
+            assert learnt[0] == learnt[1], name
+        assert all(len({len(v) for v in row.values()}) == 1 and row["segment_ids"].all() for row in [*few, *all_])
+
+
+def test_schedule_patience():
+    schedule = Schedule((64, 256), 2)
+    assert schedule.patience(64, 256) == 6 and schedule.patience(64, 64) == 0
