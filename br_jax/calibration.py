@@ -5,7 +5,7 @@ strength for all leaves some users with a model that answers harm and others wit
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -75,21 +75,55 @@ def calibrate(
     Raises:
         UserError: no list of prompts of either kind, or an empty one; a number out of bounds; or as `method.release`.
     """
+    found = calibrate_all(
+        model,
+        {"user": user},
+        reinforce,
+        harmful,
+        benign,
+        merge,
+        store=store,
+        answer_tokens=answer_tokens,
+        batch_size=batch_size,
+    )
+    return found["user"]
+
+
+def calibrate_all(
+    model: Model,
+    users: Mapping[str, Adapter],
+    reinforce: Adapter,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    merge: MergeConfig | None = None,
+    *,
+    store: Store | None = None,
+    answer_tokens: int = 16,
+    batch_size: int = 64,
+    together: int = 1,
+) -> dict[str, Calibration]:
+    """`calibrate` for several users at once, whose models answer in the same passes.
+
+    Args:
+        users: their adapters by name.
+        together: how many are run in one pass.
+    """
     require("answer_tokens", answer_tokens, TOKENS)
     harmful, benign = as_prompts(harmful, "harmful"), as_prompts(benign, "benign")
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
-    require_parts(model, user, reinforce)
+    for user in users.values():
+        require_parts(model, user, reinforce)
     merge, store = merge or MergeConfig(), Store() if store is None else store
-    prompts, settings = [*harmful, *benign], {"max_new_tokens": answer_tokens, "batch_size": batch_size}
+    prompts = [*harmful, *benign]
+    settings = {"max_new_tokens": answer_tokens, "batch_size": batch_size, "together": together, "name": "calibrate"}
 
-    def behaviour(name: str, adapter: Adapter | None) -> Behaviour:
-        said = answer(model, prompts, {name: adapter}, store, name="calibrate", **settings)[name]
-        refused = [begins_refusal(text) for text in said]
-        of_harmful, of_benign = refused[: len(harmful)], refused[len(harmful) :]
-        return Behaviour(1 - sum(of_harmful) / len(of_harmful), sum(of_benign) / len(of_benign))
+    def behaviours(adapters: Mapping[str, Adapter | None]) -> dict[str, Behaviour]:
+        said = answer(model, prompts, adapters, store, **settings)
+        refused = {name: [begins_refusal(text) for text in texts] for name, texts in said.items()}
+        return {name: _behaviour(each[: len(harmful)], each[len(harmful) :]) for name, each in refused.items()}
 
-    aligned, tried = behaviour("aligned", None), {}
+    aligned = behaviours({"aligned": None})["aligned"]
     if aligned.complied > _COMPLIES:
         logging.warning(
             "calibrate: the aligned base does not refuse %.0f %% of the harmful prompts within %d tokens: it was not "
@@ -97,21 +131,40 @@ def calibrate(
             100 * aligned.complied,
             answer_tokens,
         )
+    searches = {name: _search(aligned, merge.reinforce_scale) for name in users}
+    asked, found = {name: next(search) for name, search in searches.items()}, {}
+    while asked:
+        scales = {name: dataclasses.replace(merge, reinforce_scale=scale) for name, scale in asked.items()}
+        seen = behaviours({name: qr_merge(users[name], reinforce, settings_) for name, settings_ in scales.items()})
+        for name, behaviour in seen.items():
+            try:
+                asked[name] = searches[name].send(behaviour)
+            except StopIteration as end:
+                best, tried = end.value
+                found[name] = Calibration(dataclasses.replace(merge, reinforce_scale=best), aligned, tried)
+                del asked[name]
+    return {name: found[name] for name in users}
+
+
+def _behaviour(of_harmful: Sequence[bool], of_benign: Sequence[bool]) -> Behaviour:
+    """From whether each prompt is refused."""
+    return Behaviour(1 - sum(of_harmful) / len(of_harmful), sum(of_benign) / len(of_benign))
+
+
+def _search(aligned: Behaviour, most: float) -> Generator[float, Behaviour, tuple[float, dict[float, Behaviour]]]:
+    """Asks for a released model's behaviour at one scale after another; returns the best scale, and all that it saw."""
+    tried = {}
 
     def excesses(scale: float) -> tuple[float, float]:
-        if scale not in tried:
-            released = qr_merge(user, reinforce, dataclasses.replace(merge, reinforce_scale=scale))
-            tried[scale] = behaviour(f"reinforce x {scale:g}", released)
         return tried[scale].complied - aligned.complied, tried[scale].over_refused - aligned.over_refused
 
-    def wants_more(scale: float) -> bool:
-        complied, over_refused = excesses(scale)
-        return complied > over_refused
-
-    low, high = 0.0, merge.reinforce_scale
-    if wants_more(low):
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if wants_more(middle) else (low, middle)
-    best = min(sorted(tried), key=lambda scale: max(excesses(scale)))
-    return Calibration(dataclasses.replace(merge, reinforce_scale=best), aligned, tried)
+    low, high, middle = 0.0, most, 0.0
+    for _ in range(1 + _STEPS):
+        if middle not in tried:
+            tried[middle] = yield middle
+        complied, over_refused = excesses(middle)
+        low, high = (middle, high) if complied > over_refused else (low, middle)
+        if high == 0:
+            break
+        middle = (low + high) / 2
+    return min(sorted(tried), key=lambda scale: max(excesses(scale))), tried

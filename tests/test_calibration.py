@@ -7,7 +7,7 @@ import br_jax as br
 from br_jax import calibration
 from br_jax.adapters.lora import fingerprint
 from br_jax.adapters.merge import MergeConfig
-from br_jax.calibration import Behaviour, calibrate
+from br_jax.calibration import Behaviour, calibrate, calibrate_all
 from br_jax.errors import UserError
 
 HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
@@ -22,10 +22,12 @@ def refuses_from(monkeypatch):
         passes = []
 
         def answer(model, prompts, adapters, store, **settings):
-            ((name, scale),) = adapters.items()
-            passes.append(scale)
-            refused = base if scale is None else {prompt: thresholds[prompt] <= scale for prompt in prompts}
-            return {name: [REFUSAL if refused[prompt] else ANSWER for prompt in prompts]}
+            passes.append(tuple(adapters.values()))
+            said = {}
+            for name, released in adapters.items():
+                refused = base if released is None else {prompt: thresholds[prompt] <= released for prompt in prompts}
+                said[name] = [REFUSAL if refused[prompt] else ANSWER for prompt in prompts]
+            return said
 
         monkeypatch.setattr(calibration, "answer", answer)
         monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale)
@@ -61,7 +63,20 @@ def test_a_model_as_careful_as_the_base_gets_none(refuses_from):
     base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
     passes = refuses_from(dict.fromkeys(HARMFUL, -1.0) | dict.fromkeys(BENIGN, 0.01), base)
     assert calibrate(None, None, None, HARMFUL, BENIGN).merge.reinforce_scale == 0
-    assert passes == [None, 0.0]
+    assert passes == [(None,), (0.0,)]
+
+
+def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch):
+    """Each gets what it gets alone, in as many passes as the longest search has."""
+    rng, base = np.random.default_rng(0), dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
+    draws = dict(zip(HARMFUL + BENIGN, np.r_[rng.normal(0.15, 0.2, 40), rng.normal(0.6, 0.4, 30)], strict=True))
+    users, passes = {"none": -1.0, "some": 0.0, "more": 0.25}, refuses_from(draws, base)
+    monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale - user)
+    alone = {name: calibrate(None, user, None, HARMFUL, BENIGN) for name, user in users.items()}
+    passes.clear()
+    assert calibrate_all(None, users, None, HARMFUL, BENIGN, together=3) == alone
+    assert len(passes) == 1 + max(len(found.tried) for found in alone.values())
+    assert len({found.merge.reinforce_scale for found in alone.values()}) == 3
 
 
 def test_no_more_than_the_merge_allows(refuses_from):
