@@ -24,7 +24,7 @@ OWN = (
     "batch_size", "max_length", "loss_mean", "seed", "same_start",
 )  # fmt: skip
 _LIMITED = ("rank", "max_length")  # those that the pool's own are the most of
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise UserError(f"job {self.name!r}: name it by at most 100 letters, digits, dots, dashes, underscores")
 
     def config(self, pool: TrainConfig) -> TrainConfig:

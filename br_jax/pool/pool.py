@@ -8,6 +8,7 @@ import functools
 import math
 import pathlib
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
@@ -100,6 +101,8 @@ class Pool:
         self._pending: list[tuple[list, dict]] = []
         self._resting: dict[str, tuple[dict, dict]] = {}  # of a checkpoint: jobs that have no slot yet
         self._checkpoints, self.turn = None, 0
+        self.rate = 0.0  # tokens a second, padding not counted, between the last two looks at the device
+        self._tokens, self._mark = 0, time.perf_counter()
 
     @property
     def users(self) -> dict[str, tuple[int, int, float]]:
@@ -125,7 +128,7 @@ class Pool:
             Stopped: SIGTERM came; where there is a workdir, what was reached is saved.
             UserError: a disk that is full.
         """
-        place_of = self.workdir and self.workdir / "pool"
+        place_of = self.workdir and self.workdir / ".pool"
         with contextlib.closing(self), writing(place_of, "free space, then run again"), jax.set_mesh(self.mesh):
             self._open(place_of)
             source, more = iter(jobs), True
@@ -240,7 +243,8 @@ class Pool:
         ]
         for seat, each in zip(seats, taken, strict=True):
             for row in each.rows if each else ():
-                seat.tokens += int(np.count_nonzero(row["segment_ids"]))
+                seat.tokens += len(row["tokens"])
+                self._tokens += len(row["tokens"])
                 seat.answer_tokens += int(np.count_nonzero(row["weights"]))
         self._pending.append((ended, metrics))
         self.turn += 1
@@ -271,6 +275,8 @@ class Pool:
                 seat.metrics.write({"step": step, "loss": loss, "grad_norm": norm, "learning_rate": float(rate)})
         for seat in filter(None, self._seats):
             seat.metrics.flush()
+        now = time.perf_counter()
+        self.rate, self._tokens, self._mark = self._tokens / max(now - self._mark, 1e-9), 0, now
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

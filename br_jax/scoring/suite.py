@@ -228,10 +228,21 @@ def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, n
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
     """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
-    batches, mesh = one_pass(model, rows, max_length), mesh_of(model.params)
-    variables = {"params": model.params} | ({"lora": place(collection(adapter), mesh)} if adapter else {})
+    return math.exp(_mean_loss(model, one_pass(model, rows, max_length), adapter))
+
+
+def row_loss(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
+    """The mean over rows, cut at `max_length` tokens, of their mean cross-entropy over answer tokens."""
+    return _mean_loss(model, one_pass(model, rows, max_length, count_alike=True), adapter)
+
+
+def _mean_loss(model: Model, batches: Sequence[dict], adapter: Adapter | None) -> float:
+    """Over the answer tokens of batches, by their weights."""
+    variables = {"params": model.params}
+    if adapter:
+        variables["lora"] = place(collection(adapter), mesh_of(model.params))
     sums = [(_summed_loss(model.decoder, variables, batch), batch["weights"].sum()) for batch in batches]
-    return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
+    return float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums)
 
 
 @functools.partial(jax.jit, static_argnums=0)

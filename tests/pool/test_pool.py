@@ -279,7 +279,7 @@ def test_finished_jobs_are_read_back_by_either(tiny, rows, config, buffer, tmp_p
     assert [r["step"] for r in records] == [1, 2, 3] and all(r["loss"] > 0 for r in records)
     stage = json.loads((tmp_path / "a/user/stage.json").read_text())
     assert (stage["steps"], stage["rows"], stage["output"]) == (3, 16, made["a"])
-    assert not (tmp_path / "pool").exists()
+    assert not (tmp_path / ".pool").exists()
     other = {o.name: o for o in train([Job("a", rows[1:])], mesh=ONE())}["a"]
     assert other.adapter is None and "holds a run with another" in other.error
 

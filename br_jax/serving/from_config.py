@@ -1,0 +1,44 @@
+"""The policy of an experiment: what its users are trained by, and its held-out prompts."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from br_jax.experiment.run import Experiment
+from br_jax.files import write_text
+from br_jax.serving.policy import Policy
+from br_jax.training.config import TrainConfig
+
+
+def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
+    """Writes a policy and, beside it, its prompts.
+
+    It is calibrated by the prompts that the experiment calibrates by, and looked at by those that it scores by: a
+    provider whose scores are to mean anything afterwards puts others there.
+    """
+    path = pathlib.Path(path)
+    harmful, benign = experiment.recipe.calibration_prompts
+    canaries = {"harmful": [prompt.prompt for prompt in experiment.recipe.harmful_prompts]}
+    canaries["benign"] = list(experiment.recipe.benign_prompts)
+    prompts = [("harmful", "calibrate", p) for p in harmful] + [("benign", "calibrate", p) for p in benign]
+    known = {prompt for *_, prompt in prompts}
+    prompts += [(kind, "canary", p) for kind, some in canaries.items() for p in dict.fromkeys(some) if p not in known]
+    train, usual = dataclasses.asdict(experiment.train("user")), dataclasses.asdict(TrainConfig())
+    policy = {
+        "train": {name: value for name, value in train.items() if value != usual[name]},
+        "merge": dataclasses.asdict(experiment.merge()),
+        "prompts": f"{path.stem}-prompts.jsonl",
+        "users_may_set": {
+            "learning_rate": [train["learning_rate"] / 4, train["learning_rate"] * 2],
+            "epochs": [1, max(3, train["epochs"])],
+            "rank": [1, train["rank"]],
+            "batch_size": [1, train["batch_size"]],
+        },
+        "answer_tokens": experiment.config.eval.answer_tokens,
+        "batch_size": experiment.config.eval.batch_size,
+    }
+    assert set(policy) - {"prompts"} <= {field.name for field in dataclasses.fields(Policy)}
+    lines = [json.dumps({"prompt": prompt, "kind": kind, "use": use}) + "\n" for kind, use, prompt in prompts]
+    write_text(path.parent / policy["prompts"], "".join(lines))
+    write_text(path, json.dumps(policy, indent=1) + "\n")

@@ -1,0 +1,339 @@
+"""A provider's service: jobs from an inbox through the pool, the merge and the gate into an outbox.
+
+The outbox holds NAME/released (an adapter in PEFT's layout) with card.md, or NAME/held.json with the reason; each
+appears whole. All else is in its .service/, for the owner alone: accepted rows, runs, answers, the audit log and
+status.json. Whatever the moment it is killed at, the next service on the same folders goes on: no job is lost, or ends
+twice.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import MergeConfig, qr_merge
+from br_jax.adapters.peft import load_adapter
+from br_jax.calibration import Calibration, calibrate_all
+from br_jax.data.rows import Row, read_rows
+from br_jax.errors import UserError
+from br_jax.files import make_private, staged, write_json, write_text
+from br_jax.hashes import key_of
+from br_jax.locks import owned
+from br_jax.models.model import Model
+from br_jax.pool.jobs import Job, Outcome
+from br_jax.pool.pool import Pool
+from br_jax.provider.export import export_adapter
+from br_jax.provider.folder import load_model, read_provider
+from br_jax.serving.audit import Audit
+from br_jax.serving.card import card_of
+from br_jax.serving.gate import Candidate, Finding, inspect
+from br_jax.serving.inbox import Accepted, Inbox, Refused
+from br_jax.serving.policy import Policy
+from br_jax.store import Store
+
+RELEASED, HELD, CARD = "released", "held.json", "card.md"
+_MOST_HELD_BACK = 64  # rows: enough for a loss
+_PATIENCE = 16  # turns that a trained adapter waits for others to be looked at with
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """What a provider's folder gives: the guarded base, and its two adapters."""
+
+    model: Model
+    buffer: Adapter
+    reinforce: Adapter
+
+
+def load_provider(folder: str | os.PathLike, matmul_precision: str = "float32") -> Provider:
+    """The base of a provider's folder with its guard, and the Buffer and Reinforce that it records.
+
+    Raises:
+        UserError: as `load_model`; or it has no Buffer, or no Reinforce.
+    """
+    record = read_provider(pathlib.Path(folder))
+    model, parts = load_model(folder, matmul_precision=matmul_precision), []
+    for name in ("buffer", "reinforce"):
+        if name not in record:
+            raise UserError(f"{folder}: has no {name} yet: run the provider's stages first")
+        place = pathlib.Path(folder) / record[name]["folder"]
+        adapter = load_adapter(place, model.params, fingerprint=model.fingerprint, role=name)
+        if lora.fingerprint(adapter) != record[name]["fingerprint"]:
+            raise UserError(f"{place}: is not the {name} adapter that the folder records: make it again")
+        parts.append(adapter)
+    return Provider(model, *parts)
+
+
+class Service:
+    """See the module.
+
+    Args:
+        provider: see there.
+        inbox, outbox: folders; this service alone works in them.
+        once: ends when all that lies in the inbox is done, in place of waiting for more.
+        settle: see `Inbox`.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        inbox: str | os.PathLike,
+        outbox: str | os.PathLike,
+        policy: Policy,
+        *,
+        once: bool = False,
+        settle: float = 2.0,
+        slots: int | None = None,
+    ):
+        self.provider, self.policy = provider, policy
+        self.outbox, self._once = pathlib.Path(outbox), once
+        self._own = self.outbox / ".service"
+        self._inbox_folder, self._settle, self._slots = pathlib.Path(inbox), settle, slots or policy.slots
+        self._accepted: dict[str, Accepted] = {}
+        self._ready: dict[str, Adapter] = {}  # trained, and to be looked at
+        self._waited = 0
+
+    def run(self) -> Iterator[dict]:
+        """Serves.
+
+        Yields:
+            After each turn, and where there is nothing to do, its `status`.
+
+        Raises:
+            UserError: another service works in one of the folders; a full disk; a changed audit log.
+            Stopped: SIGTERM came; the next service goes on.
+        """
+        if not self._inbox_folder.is_dir():
+            raise UserError(f"{self._inbox_folder}: no such folder: make the inbox first")
+        with contextlib.ExitStack() as stack:
+            make_private(self._own)
+            stack.enter_context(owned(self._own))
+            stack.enter_context(owned(self._inbox_folder))
+            self._open()
+            stack.callback(self._audit.close)
+            frozen = {"buffer": self.provider.buffer}
+            pool = Pool(
+                self.provider.model, self.policy.train, frozen=frozen, slots=self._slots, workdir=self._own / "jobs"
+            )
+            before = 0
+            for gone in pool.turns(self._jobs()):
+                for outcome in gone:
+                    self._trained(outcome)
+                self._waited += bool(self._ready)
+                if len(self._ready) >= self._slots or self._waited >= _PATIENCE or (self._ready and pool.idle):
+                    self._release()
+                self._say(pool)
+                yield self.status
+                if pool.idle and pool.turn == before:
+                    time.sleep(min(0.2, self._settle))
+                before = pool.turn
+            self._release()
+            self._say(pool)
+            yield self.status
+
+    def _open(self) -> None:
+        """Reads what an earlier service has left, and ends what it had begun to say."""
+        for rest in [*self.outbox.glob(".*-*"), *(self._own / "jobs").glob(".*-*")]:  # of a kill in `staged`
+            shutil.rmtree(rest, ignore_errors=True)
+        self._audit = Audit(self._own / "audit.jsonl")
+        self._answers = Store(self._own / "answers.jsonl")
+        jobs = self._own / "jobs"
+        make_private(jobs)
+        self._inbox = Inbox(self._inbox_folder, jobs, self.policy, self._settle)
+        told = {(entry["event"], entry["job"]) for entry in self._audit.entries}
+        self._queue = []
+        for job in self._inbox.accepted():
+            self._accepted[job.name] = job
+            if ("received", job.name) not in told:
+                self._received(job)
+            if self._is_done(job.name):
+                self._tell_end(job.name, told)
+            else:
+                self._queue.append(job)
+        for folder in self.outbox.iterdir():
+            if not folder.name.startswith(".") and folder.name not in self._accepted:
+                self._tell_end(folder.name, told)
+        self._counts = {
+            kind: sum(entry["event"] == kind for entry in self._audit.entries) for kind in (RELEASED, "held")
+        }
+
+    def _is_done(self, name: str) -> bool:
+        return (self.outbox / name).exists()
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    def _jobs(self) -> Iterator[Job | None]:
+        """The jobs that are left, then those that come; None where none has come."""
+        for job in self._queue:
+            yield self._job(job)
+        self._queue = []
+        while True:
+            quota = self.policy.quotas.waiting - sum(not self._is_done(name) for name in self._accepted)
+            came = list(self._inbox.scan(quota))
+            for job in came:
+                if isinstance(job, Refused):
+                    self._hold(job.name, {"why": [job.why], "file": job.file})
+                else:
+                    self._accepted[job.name] = job
+                    self._received(job)
+            yield from (self._job(job) for job in came if isinstance(job, Accepted))
+            if self._once and not came and not self._inbox.unsettled:
+                return
+            yield None
+
+    def _received(self, job: Accepted) -> None:
+        self._audit.write("received", job.name, rows=job.sha256, settings=job.settings)
+
+    def _job(self, job: Accepted) -> Job:
+        settings = self.policy.settings(job.settings)
+        return Job(job.name, _Rows(job, self.policy, held_back=False), settings)
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def _trained(self, outcome: Outcome) -> None:
+        if outcome.adapter is None:
+            self._hold(outcome.name, {"why": [outcome.error]})
+        else:
+            self._audit.write("trained", outcome.name, adapter=lora.fingerprint(outcome.adapter))
+            self._ready[outcome.name] = outcome.adapter
+
+    def _release(self) -> None:
+        """Merges, looks and hands over all that is trained."""
+        users, self._ready, self._waited = self._ready, {}, 0
+        if not users:
+            return
+        model, policy, provider = self.provider.model, self.policy, self.provider
+        found = calibrate_all(
+            model,
+            users,
+            provider.reinforce,
+            policy.calibrate_harmful,
+            policy.calibrate_benign,
+            policy.merge,
+            store=self._answers,
+            batch_size=policy.batch_size,
+            together=len(users),
+        )
+        with contextlib.ExitStack() as stack:
+            folders, candidates = {}, {}
+            for name, user in users.items():
+                folders[name] = stack.enter_context(staged(self.outbox / name))
+                try:
+                    released = self._written(folders[name] / RELEASED, user, found[name].merge)
+                except UserError as error:
+                    self._write_held(folders[name], {"why": [str(error)]})
+                    continue
+                rows = tuple(_Rows(self._accepted[name], policy, held_back=True))
+                candidates[name] = Candidate(released, user, rows)
+            for name, finding in inspect(model, candidates, policy, self._answers).items():
+                self._write(folders[name], name, candidates[name], found[name], finding)
+        told = {(entry["event"], entry["job"]) for entry in self._audit.entries}
+        for name in users:
+            self._tell_end(name, told)
+
+    def _written(self, folder: pathlib.Path, user: Adapter, merge: MergeConfig) -> Adapter:
+        """Merges, writes, and reads back what was written."""
+        model = self.provider.model
+        export_adapter(model, qr_merge(user, self.provider.reinforce, merge), folder)
+        return load_adapter(folder, model.params, fingerprint=model.fingerprint)
+
+    def _write(
+        self, folder: pathlib.Path, name: str, candidate: Candidate, found: Calibration, finding: Finding
+    ) -> None:
+        job, made = self._accepted[name], self._own / "jobs" / name / "user" / "stage.json"
+        said = {
+            "job": name,
+            "rows": job.sha256,
+            "settings": job.settings,
+            "policy": self.policy.key,
+            "base": self.provider.model.fingerprint,
+            "user": lora.fingerprint(candidate.user),
+            "merge": dataclasses.asdict(found.merge),
+            "training": json.loads(made.read_text()) if made.exists() else {},
+            "gate": finding.figures,
+        }
+        if finding.passed:
+            said["released"] = lora.fingerprint(candidate.released)
+            write_text(folder / CARD, card_of(said, self.policy))
+            write_json(folder / "card.json", said)
+        else:
+            shutil.rmtree(folder / RELEASED)
+            self._write_held(folder, said | {"why": list(finding.why)})
+
+    def _hold(self, name: str, said: Mapping) -> None:
+        """Says in the outbox why there is nothing, unless it was said."""
+        if not self._is_done(name):
+            with staged(self.outbox / name) as folder:
+                self._write_held(folder, said)
+        self._tell_end(name, {(entry["event"], entry["job"]) for entry in self._audit.entries})
+
+    def _write_held(self, folder: pathlib.Path, said: Mapping) -> None:
+        write_json(folder / HELD, dict(said))
+
+    def _tell_end(self, name: str, told: set[tuple[str, str]]) -> None:
+        """Writes to the log what the outbox says of a job, once."""
+        held = self.outbox / name / HELD
+        event = "held" if held.exists() else RELEASED
+        if (event, name) in told:
+            return
+        told.add((event, name))
+        if event == "held":
+            why = json.loads(held.read_text())["why"]
+            self._audit.write("held", name, why=key_of(why)[:16], reasons=len(why))
+        else:
+            card = json.loads((self.outbox / name / "card.json").read_text())
+            figures = {kind: card["gate"][kind]["score"] for kind in ("answered", "over_refused", "degenerate")}
+            self._audit.write(RELEASED, name, adapter=card["released"], merge=card["merge"], **figures)
+        if hasattr(self, "_counts"):
+            self._counts[event] += 1
+
+    # -- what it says ----------------------------------------------------------------------------------------------
+
+    def _say(self, pool: Pool) -> None:
+        users = {name: {"step": step, "of": total, "loss": loss} for name, (step, total, loss) in pool.users.items()}
+        waiting = [name for name in self._accepted if name not in users and not self._is_done(name)]
+        waiting = [name for name in waiting if name not in self._ready]
+        self.status = {
+            "turn": pool.turn,
+            "tokens_per_second": pool.rate,
+            "training": users,
+            "to_be_looked_at": list(self._ready),
+            "waiting": waiting,
+            **self._counts,
+        }
+        write_json(self._own / "status.json", self.status)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of an accepted file that are trained on, or those that are held back; read when they are asked for."""
+
+    job: Accepted
+    policy: Policy
+    held_back: bool
+
+    def __iter__(self) -> Iterator[Row]:
+        quotas = self.policy.quotas
+        rows = read_rows(self.job.rows, max_rows=quotas.rows + 1)
+        if len(rows) > quotas.rows:
+            raise UserError(f"more than {quotas.rows:,} rows, which are the most: split the file")
+        kept = set(_held_back(rows, self.policy.held_back))
+        return iter(
+            [
+                dataclasses.replace(row, origin=f"line {i + 1}")
+                for i, row in enumerate(rows)
+                if (i in kept) == self.held_back
+            ]
+        )
+
+
+def _held_back(rows: Sequence[Row], share: float) -> list[int]:
+    """Which rows are held back: by a hash of what they say, so that it is the same whenever it is asked."""
+    count = min(int(share * len(rows)), _MOST_HELD_BACK)
+    return sorted(range(len(rows)), key=lambda i: key_of(rows[i].turns, rows[i].input))[:count]

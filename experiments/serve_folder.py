@@ -1,0 +1,59 @@
+"""Serves users: trains what lies in an inbox beside Buffer, many at a time, and hands over what the gate lets leave.
+
+python experiments/serve_folder.py --provider=W/provider --inbox=I --outbox=O --policy=policy.json [--once]
+python experiments/serve_folder.py --config=configs/demo.py --workdir=runs/demo --write_policy=policy.json
+
+A job is I/NAME.jsonl, and if need be I/NAME.json with settings that the policy allows, put there first. It becomes
+O/NAME/released with O/NAME/card.md, or O/NAME/held.json with the reason. The same command goes on where it was stopped.
+The second form writes the policy of an experiment whose provider's folder is there. See docs/provider.md.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from br_jax.command_line import require_flags, run_with_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "To write a policy: the experiment's config file.")
+WORKDIR = flags.DEFINE_string("workdir", None, "To write a policy: the experiment's folder.")
+WRITE_POLICY = flags.DEFINE_string("write_policy", None, "File to write the policy of an experiment to.")
+PROVIDER = flags.DEFINE_string("provider", None, "Provider's folder.")
+INBOX = flags.DEFINE_string("inbox", None, "Folder that users' files come into.")
+OUTBOX = flags.DEFINE_string("outbox", None, "Folder that adapters, and reasons why there is none, are put into.")
+POLICY = flags.DEFINE_string("policy", None, "The policy's JSON file, see br_jax/serving/policy.py.")
+ONCE = flags.DEFINE_bool("once", False, "End when all that lies in the inbox is done.")
+SLOTS = flags.DEFINE_integer("slots", None, "Users trained at a time; default: the policy's.", 1, 4096)
+SETTLE = flags.DEFINE_float("settle", 2.0, "Seconds for which a file must not have changed to be taken.", 0.0, 3600.0)
+PRECISION = flags.DEFINE_enum(
+    "matmul_precision", "float32", ["float32", "bfloat16", "auto"], "In what an f32 model's products are made."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Flags and one loop."""
+    if WRITE_POLICY.value:
+        from br_jax.experiment.run import Experiment
+        from br_jax.serving.from_config import write_policy
+
+        require_flags(argv, CONFIG, WORKDIR)
+        write_policy(Experiment(CONFIG.value, WORKDIR.value), WRITE_POLICY.value)
+        print(f"{WRITE_POLICY.value}: written, with its prompts beside it")
+        return
+    from br_jax.serving.policy import read_policy
+    from br_jax.serving.service import Service, load_provider
+    from br_jax.serving.table import Table
+
+    require_flags(argv, PROVIDER, INBOX, OUTBOX, POLICY)
+    policy = read_policy(POLICY.value)
+    provider = load_provider(PROVIDER.value, PRECISION.value)
+    settings = {"once": ONCE.value, "settle": SETTLE.value, "slots": SLOTS.value}
+    table, status = Table(sys.stderr), {}
+    for status in Service(provider, INBOX.value, OUTBOX.value, policy, **settings).run():
+        table.show(status)
+    table.close()
+    print(f"{status['released']} released, {status['held']} held back, in {OUTBOX.value}")
+
+
+if __name__ == "__main__":
+    run_with_flags(main)
