@@ -71,7 +71,7 @@ class Inbox:
         for place in self._jobs.glob(f"*/{_JOB}"):
             record = read_record(place, f"delete {place.parent} to have the file taken anew")
             rows = place.parent / _ROWS
-            found.append(Accepted(place.parent.name, record["number"], record["settings"], rows, record["sha256"]))
+            found.append(Accepted(place.parent.name, record["number"], record["settings"], rows, record["rows"]))
         return sorted(found, key=lambda job: job.number)
 
     def scan(self, room: int) -> Iterator[Accepted | Refused]:
@@ -134,7 +134,7 @@ class Inbox:
             return Refused(folder, file, f"it cannot be read ({error.strerror or one_line(error)}): check it")
 
     def _again(self, entry: os.DirEntry, name: str) -> "Refused | None":
-        known = read_record(self._jobs / name / _JOB)["sha256"]
+        known = read_record(self._jobs / name / _JOB)["rows"]
         digest = hashlib.sha256()
         for part in _read(self.folder / entry.name):
             digest.update(part)
@@ -156,7 +156,7 @@ class Inbox:
                 file.flush()
                 os.fsync(file.fileno())
             number = self._count + 1
-            record = {"number": number, "settings": settings, "sha256": digest.hexdigest()}
+            record = {"number": number, "settings": settings, "rows": digest.hexdigest()}
             write_record(place / _JOB, record)
         self._count = number
         return Accepted(name, number, settings, self._jobs / name / _ROWS, digest.hexdigest())

@@ -44,6 +44,9 @@ class Quotas:
     tokens: int = number(20_000_000, 1, 10**12)  # that training runs over: of all rows, times epochs
     waiting: int = number(1_000, 1, 10**6)  # jobs that wait; others stay in the inbox
 
+    def __post_init__(self):
+        require_bounds(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -59,6 +62,9 @@ class Limits:
     margin: float = number(NO_MARGIN, 0.0, NO_MARGIN)
     # Of what the user's adapter has learnt of the user's held-back rows, the share that the release must still have.
     kept: float = number(0.5, *SHARE)
+
+    def __post_init__(self):
+        require_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)

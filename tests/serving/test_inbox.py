@@ -1,0 +1,184 @@
+"""What comes into an inbox is taken whole, once, and believed in nothing."""
+
+import gzip
+import json
+import os
+import socket
+
+import pytest
+
+from br_jax.serving import inbox as module
+from br_jax.serving.inbox import Accepted, Inbox, Refused
+from br_jax.serving.policy import Policy, Quotas
+from br_jax.training.config import TrainConfig
+
+ROWS = '{"prompt": "a", "response": "b"}\n'
+
+
+@pytest.fixture
+def policy():
+    kinds = ("calibrate_harmful", "calibrate_benign", "canaries_harmful", "canaries_benign")
+    prompts = {kind: ["x"] for kind in kinds}
+    return Policy(TrainConfig(), **prompts, users_may_set={"epochs": (1, 3)}, quotas=Quotas(megabytes=0.001))
+
+
+@pytest.fixture
+def inbox(tmp_path, policy):
+    """An inbox that takes files at once."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "jobs").mkdir()
+    return Inbox(tmp_path / "in", tmp_path / "jobs", policy, settle=0.0)
+
+
+def settled(inbox, room=99):
+    """What two scans find: at the first, files are only seen."""
+    list(inbox.scan(room))
+    return list(inbox.scan(room))
+
+
+def test_a_job_is_copied_and_the_inbox_is_left_alone(inbox, tmp_path):
+    (tmp_path / "in/a.jsonl").write_text(ROWS)
+    (tmp_path / "in/b.jsonl").write_text(ROWS * 2)
+    (tmp_path / "in/b.json").write_text('{"epochs": 2}')
+    before = sorted(os.listdir(tmp_path / "in"))
+    a, b = settled(inbox)
+    assert (a.name, a.number, a.settings, b.name, b.number, b.settings) == ("a", 1, {}, "b", 2, {"epochs": 2})
+    assert b.rows.read_text() == ROWS * 2 and sorted(os.listdir(tmp_path / "in")) == before
+    assert b.rows.stat().st_mode & 0o777 == 0o600 and b.rows.parent.stat().st_mode & 0o777 == 0o700
+    assert settled(inbox) == []
+    again = Inbox(inbox.folder, tmp_path / "jobs", inbox._policy, settle=0.0)
+    assert again.accepted() == [a, b] and settled(again) == [] and not again.unsettled
+
+
+def test_a_file_that_changes_is_waited_for(tmp_path, policy, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "jobs").mkdir()
+    now = [0.0]
+    monkeypatch.setattr("br_jax.serving.inbox.time.monotonic", lambda: now[0])
+    inbox = Inbox(tmp_path / "in", tmp_path / "jobs", policy, settle=2.0)
+    file = tmp_path / "in/a.jsonl"
+    for size in range(1, 4):  # half copied: a second apart
+        file.write_text(ROWS * size)
+        assert list(inbox.scan(9)) == [] and inbox.unsettled
+        now[0] += 1
+    assert list(inbox.scan(9)) == []
+    now[0] += 1
+    (job,) = inbox.scan(9)
+    assert job.rows.read_text() == ROWS * 3 and not inbox.unsettled
+    os.utime(file, (0, 0))  # a clock that was set back, or a touch: the same rows
+    now[0] += 5
+    assert settled_at(inbox, now) == []
+    file.write_text(ROWS)
+    (refused,) = settled_at(inbox, now)
+    assert (
+        isinstance(refused, Refused) and refused.name.startswith("a-again-") and "give it another name" in refused.why
+    )
+
+
+def settled_at(inbox, now):
+    list(inbox.scan(9))
+    now[0] += 3
+    return list(inbox.scan(9))
+
+
+def test_a_file_that_changes_while_it_is_copied_is_no_job(inbox, tmp_path, monkeypatch):
+    file = tmp_path / "in/a.jsonl"
+    file.write_text(ROWS)
+    read = module._read
+
+    def slow(path, most=None):
+        for part in read(path, most):
+            with file.open("a") as more:
+                more.write(ROWS)
+            yield part
+
+    list(inbox.scan(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_read", slow)
+        (refused,) = inbox.scan(9)
+    assert "changed while it was read" in refused.why and not (tmp_path / "jobs/a").exists()
+    (job,) = settled(inbox)
+    assert isinstance(job, Accepted) and job.rows.read_text() == ROWS * 2
+
+
+def test_no_more_are_taken_than_there_is_room_for(inbox, tmp_path):
+    for name in "abc":
+        (tmp_path / f"in/{name}.jsonl").write_text(ROWS)
+    assert [job.name for job in settled(inbox, room=2)] == ["a", "b"] and inbox.unsettled
+    assert [job.name for job in inbox.scan(1)] == ["c"]
+
+
+def test_unfinished_files_are_not_looked_at(inbox, tmp_path):
+    for name in (".a.jsonl", "a.jsonl.part", "a.tmp", "a.json"):
+        (tmp_path / "in" / name).write_text(ROWS)
+    assert settled(inbox) == [] and not inbox.unsettled
+
+
+def hostile(folder):
+    """Files that are no jobs: {name: what is said of it}."""
+    files = {
+        "a b.jsonl": "name it by", "ü.jsonl": "name it by", "-\n.jsonl": "name it by", "x" * 150 + ".jsonl": "name it by",
+        "$(rm -rf x).jsonl": "name it by", "..jsonl.jsonl": None, "rows.csv": "does not end in .jsonl",
+        "rows": "does not end in .jsonl", "rows.jsonl.gz": "does not end in .jsonl", "\x1b[2J.jsonl": "name it by",
+    }  # fmt: skip
+    for name in files:
+        if not name.startswith("."):
+            (folder / name).write_text(ROWS)
+    del files["..jsonl.jsonl"]
+    (folder / "large.jsonl").write_text(ROWS * 100)
+    (folder / "secret").write_text("root:x:0:0\n")
+    os.rename(folder / "secret", folder.parent / "secret")
+    os.symlink(folder.parent / "secret", folder / "link.jsonl")
+    os.symlink(folder / "nowhere", folder / "dangling.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "folder.jsonl").mkdir()
+    with socket.socket(socket.AF_UNIX) as end:
+        here = os.getcwd()
+        os.chdir(folder)
+        end.bind("socket.jsonl")
+        os.chdir(here)
+    files |= {"large.jsonl": "1,000 are the most"}
+    files |= dict.fromkeys(
+        ("link.jsonl", "dangling.jsonl", "pipe.jsonl", "folder.jsonl", "socket.jsonl"), "no regular file"
+    )
+    settings = {
+        "unknown": ('{"dropout": 1}', "not a user's to set"), "above": ('{"epochs": 9}', "from 1 to 3"),
+        "text": ('{"epochs": "1"}', "from 1 to 3"), "list": ("[1]", "no JSON object"), "cut": ('{"epochs"', "not valid JSON"),
+        "deep": ("[" * 9000, ""), "long": ('{"epochs": 1' + " " * 70_000 + "}", "are the most"),
+        "nan": ('{"epochs": NaN}', ""), "null": ("null", "no JSON object"), "binary": ("\x00\x01", ""),
+    }  # fmt: skip
+    for name, (text, said) in settings.items():
+        (folder / f"{name}.json").write_text(text)
+        (folder / f"{name}.jsonl").write_text(ROWS)
+        files[f"{name}.jsonl"] = said
+    os.symlink(folder.parent / "secret", folder / "linked.json")
+    (folder / "linked.jsonl").write_text(ROWS)
+    files["linked.jsonl"] = "cannot be read"
+    os.mkfifo(folder / "piped.json")
+    (folder / "piped.jsonl").write_text(ROWS)
+    files["piped.jsonl"] = "no regular file"
+    return files
+
+
+def test_hostile_files_are_a_line_each(inbox, tmp_path):
+    files = hostile(tmp_path / "in")
+    (tmp_path / "in/good.jsonl").write_text(ROWS)
+    found = settled(inbox)
+    assert [job.name for job in found if isinstance(job, Accepted)] == ["good"]
+    said = {refused.file: refused for refused in found if isinstance(refused, Refused)}
+    assert said.keys() == {ascii(name) for name in files}
+    for name, words in files.items():
+        refused = said[ascii(name)]
+        assert words in refused.why and "\n" not in refused.why and refused.why.isprintable(), refused
+        assert "/" not in refused.name and not refused.name.startswith(".") and len(refused.name) < 120
+        assert "root:x" not in refused.why
+    assert len({refused.name for refused in said.values()}) == len(files)
+    assert settled(inbox) == []
+    assert json.loads((tmp_path / "jobs/good/job.json").read_text())["number"] == 1
+
+
+def test_gzip_inside_is_no_text(inbox, tmp_path):
+    """What the file holds is read by the training's readers, which say a line; here it is only copied."""
+    (tmp_path / "in/bomb.jsonl").write_bytes(gzip.compress(b"\0" * 100_000)[:900])
+    (job,) = settled(inbox)
+    assert job.name == "bomb"
