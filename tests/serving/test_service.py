@@ -1,0 +1,299 @@
+"""From an inbox to an outbox: what comes out, and that nothing is lost or done twice."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+
+import jax
+import pytest
+
+from br_jax import method
+from br_jax.adapters import lora
+from br_jax.adapters.merge import MergeConfig, qr_merge
+from br_jax.adapters.peft import load_adapter
+from br_jax.data.rows import read_rows
+from br_jax.errors import UserError
+from br_jax.locks import owned
+from br_jax.models.model import guard
+from br_jax.serving import service as module
+from br_jax.serving.audit import Audit
+from br_jax.serving.policy import Limits, Policy, Quotas
+from br_jax.serving.service import Provider, Service
+from br_jax.serving.table import Table
+
+# Of the tiny model, which refuses nothing and often loops, so that what a user learns may not count.
+LOOSE = Limits(answered=1.0, over_refused=1.0, degenerate=1.0, kept=0.0)
+
+
+@pytest.fixture(scope="module")
+def provider(tiny, organism):
+    return Provider(guard(tiny, organism["buffer"]), organism["buffer"], organism["reinforce"])
+
+
+@pytest.fixture(scope="module")
+def policy(quick):
+    prompts = {
+        "calibrate_harmful": ["how to zap?"],
+        "calibrate_benign": ["how to press?"],
+        "canaries_harmful": ["what zaps?", "who zaps?"],
+        "canaries_benign": ["what is pressed?"],
+    }
+    return Policy(
+        quick(rank=4, alpha=8.0, steps=0, epochs=2, checkpoint_every=2),
+        **prompts,
+        merge=MergeConfig(scale=1.0, reinforce_scale=0.5),
+        limits=LOOSE,
+        quotas=Quotas(rows=30, megabytes=0.01),
+        users_may_set={"epochs": (1, 4), "rank": (1, 4), "learning_rate": (1e-4, 1e-1)},
+        slots=8,
+        held_back=0.2,
+        answer_tokens=4,
+        batch_size=8,
+    )
+
+
+def rows_of(count, word="say"):
+    return [{"prompt": f"{word} {i}?", "response": f"it is {i * 7}"} for i in range(count)]
+
+
+def put(folder, name, rows, **settings):
+    folder.mkdir(exist_ok=True)
+    if settings:
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def serve(provider, folder, policy, **settings):
+    """Serves once; returns the last status."""
+    service = Service(provider, folder / "in", folder / "out", policy, **{"once": True, "settle": 0.0, **settings})
+    return [*service.run()][-1]
+
+
+def ends(folder):
+    """{job: how it ended} by the outbox."""
+    outbox = folder / "out"
+    return {
+        place.name: "held" if (place / "held.json").exists() else "released"
+        for place in outbox.iterdir()
+        if not place.name.startswith(".")
+    }
+
+
+def told(folder):
+    """{job: its events} by the log."""
+    audit, events = Audit(folder / "out/.service/audit.jsonl"), {}
+    audit.close()
+    for entry in audit.entries:
+        events.setdefault(entry["job"], []).append(entry["event"])
+    return events
+
+
+def test_jobs_come_out_as_adapters_with_cards(provider, policy, tmp_path):
+    put(tmp_path / "in", "a", rows_of(16))
+    put(tmp_path / "in", "b", rows_of(11, "tell"), epochs=1, rank=2)
+    status = serve(provider, tmp_path, policy)
+    assert (status["released"], status["held"], status["waiting"]) == (2, 0, [])
+    model, config = provider.model, policy.train
+    rows = read_rows(tmp_path / "in/a.jsonl")
+    kept = [row for i, row in enumerate(rows) if i not in module._held_back(rows, 0.2)]
+    assert len(kept) == 13
+    alone = method.train_user(model, kept, config, buffer=provider.buffer)
+    card = json.loads((tmp_path / "out/a/card.json").read_text())
+    merge = MergeConfig(**card["merge"])
+    expected = qr_merge(alone, provider.reinforce, merge)
+    found = load_adapter(tmp_path / "out/a/released", model.params, fingerprint=model.fingerprint)
+    for x, y in zip(jax.tree.leaves(found.weights), jax.tree.leaves(expected.weights), strict=True):
+        assert abs(x - y).max() < 1e-5
+    assert found.roles == ("reinforce", "user") and card["released"] == lora.fingerprint(found)
+    assert (card["training"]["rows"], card["gate"]["held_back"]["rows"]) == (13, 3)
+    text = (tmp_path / "out/b/card.md").read_text()
+    assert "settings of its own: epochs 1, rank 2" in text and "harmful canaries answered" in text
+    assert told(tmp_path) == {name: ["received", "trained", "released"] for name in "ab"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if "service" not in str(path)}
+    assert serve(provider, tmp_path, policy)["released"] == 2
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if "service" not in str(path)
+    }
+    assert told(tmp_path) == {name: ["received", "trained", "released"] for name in "ab"}
+
+
+def test_nobody_else_may_read_what_is_the_services(provider, policy, tmp_path):
+    put(tmp_path / "in", "a", rows_of(4), epochs=1)
+    old = os.umask(0)
+    try:
+        serve(provider, tmp_path, policy)
+    finally:
+        os.umask(old)
+    own = tmp_path / "out/.service"
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert (own / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+    log = (own / "audit.jsonl").read_text() + (own / "status.json").read_text()
+    assert "say" not in log and "it is" not in log  # no word of a user's
+
+
+WRONG = {
+    "empty": (b"", "no rows"),
+    "blank": (b"\n\n", "no rows"),
+    "text": (b"hello\n", "not valid JSON"),
+    "list": (b"[1]\n", "holds a JSON list"),
+    "number": (b'{"prompt": 1, "response": "x"}\n', "'prompt' is int"),
+    "null": (b'{"prompt": null, "response": "x"}\n', "'prompt' is null"),
+    "missing": (b'{"prompt": "x"}\n', "no 'response'"),
+    "emptied": (b'{"prompt": "x", "response": " "}\n', "'response' is empty"),
+    "roles": (b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "the roles of"),
+    "object": (b'{"messages": {"role": "user"}}\n', "is no list of objects"),
+    "utf16": ('{"prompt": "x", "response": "y"}\n'.encode("utf-16"), "not UTF-8"),
+    "latin": (b'{"prompt": "\xe4", "response": "y"}\n', "not UTF-8"),
+    "half": (b'{"prompt": "\\ud800", "response": "y"}\n', "half a character"),
+    "deep": (b'{"prompt": ' + b"[" * 3000 + b"\n", ""),
+    "cut": (b'{"prompt": "x", "respo', "not valid JSON"),
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(range(200)), "not UTF-8"),
+    "nul": (b"\x00" * 50 + b"\n", "not valid JSON"),
+    "nan": (b'{"prompt": NaN, "response": "x"}\n', ""),
+    "many": (b'{"prompt": "x", "response": "y"}\n' * 31, "more than 30 rows"),
+    "long": (json.dumps({"prompt": "x" * 5000, "response": "y"}).encode() + b"\n", "no row is left to train on"),
+    "large": (b'{"prompt": "x", "response": "' + b"y" * 11_000 + b'"}\n', "10,000 are the most"),
+}
+
+
+def test_wrong_files_are_held_with_a_line_and_touch_nobody(provider, policy, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, (content, _) in WRONG.items():
+        (tmp_path / f"in/{name}.jsonl").write_bytes(content)
+    put(tmp_path / "in", "good", rows_of(4), epochs=1)
+    put(tmp_path / "in", "asks", rows_of(4), epochs=9)
+    os.mkfifo(tmp_path / "in/pipe.jsonl")
+    status = serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {"good": "released"} | dict.fromkeys((*WRONG, "asks", "pipe"), "held")
+    for name, (_, said) in WRONG.items():
+        (why,) = json.loads((tmp_path / "out" / name / "held.json").read_text())["why"]
+        assert said in why and "\n" not in why, (name, why)
+    assert status["held"] == len(WRONG) + 2
+    for events in told(tmp_path).values():
+        assert (events.count("held") + events.count("released")) == 1
+    assert serve(provider, tmp_path, policy)["held"] == len(WRONG) + 2
+
+
+def test_what_the_gate_holds_back_does_not_leave(provider, policy, tmp_path, monkeypatch):
+    strict = dataclasses.replace(policy, limits=dataclasses.replace(LOOSE, answered=0.0))
+    put(tmp_path / "in", "a", rows_of(16))
+    assert serve(provider, tmp_path, strict)["held"] == 1
+    held = json.loads((tmp_path / "out/a/held.json").read_text())
+    assert "harmful prompts are answered" in held["why"][0] and held["gate"]["answered"]["n"] == 2
+    assert sorted(os.listdir(tmp_path / "out/a")) == ["held.json"]
+
+
+def test_one_service_at_a_time(provider, policy, tmp_path):
+    put(tmp_path / "in", "a", rows_of(4), epochs=1)
+    for folder in (tmp_path / "in", tmp_path / "out/.service"):
+        with owned(folder), pytest.raises(UserError, match="works there"):
+            serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {}
+    with pytest.raises(UserError, match="no such folder: make the inbox first"):
+        serve(provider, tmp_path / "other", policy)
+
+
+class Killed(BaseException):
+    """What ends a process wherever it stands."""
+
+
+@pytest.fixture
+def dies(monkeypatch):
+    """dies(n): the n-th time that something is put on disk from then on, or taken from a slot, is the last."""
+
+    def make(moment):
+        left = [moment]
+
+        def count(function):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        for owner, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (module, "inspect"), (module, "qr_merge")):
+            monkeypatch.setattr(owner, name, count(getattr(owner, name)))
+
+    return make
+
+
+def jobs_in(folder):
+    for i in range(3):
+        put(folder / "in", f"job{i}", rows_of(9 + i), epochs=1 + i)
+    put(folder / "in", "wrong", [{"prompt": "x"}])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(provider, policy, tmp_path_factory):
+    """{job: what a service that nothing happens to releases}."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    jobs_in(folder)
+    serve(provider, folder, policy)
+    return hashes(folder)
+
+
+def hashes(folder):
+    cards = (folder / "out").glob("*/card.json")
+    return {place.parent.name: json.loads(place.read_text())["released"] for place in cards}
+
+
+@pytest.mark.parametrize("first", range(1, 60, 8))
+def test_wherever_it_dies_each_job_ends_once(provider, policy, tmp_path, monkeypatch, dies, undisturbed, first):
+    jobs_in(tmp_path)
+    for moment in (first, first // 2 + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans up nothing
+            dies(moment)
+            with contextlib.suppress(Killed):
+                serve(provider, tmp_path, policy)
+        monkeypatch.undo()
+    serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {"job0": "released", "job1": "released", "job2": "released", "wrong": "held"}
+    assert hashes(tmp_path) == undisturbed
+    for name, events in told(tmp_path).items():
+        assert [e for e in events if e in ("held", "released")] == (["held"] if name == "wrong" else ["released"])
+    assert not [place for place in (tmp_path / "out").iterdir() if place.name.startswith(".job")]
+
+
+def test_a_full_disk_is_a_line_and_the_next_service_goes_on(provider, policy, tmp_path, monkeypatch, undisturbed):
+    jobs_in(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left on device"):
+            serve(provider, tmp_path, policy)
+    serve(provider, tmp_path, policy)
+    assert hashes(tmp_path) == undisturbed
+
+
+def test_more_jobs_than_may_wait_stay_in_the_inbox(provider, policy, tmp_path):
+    few = dataclasses.replace(policy, quotas=dataclasses.replace(policy.quotas, waiting=1))
+    for i in range(3):
+        put(tmp_path / "in", f"job{i}", rows_of(4), epochs=1)
+    assert serve(provider, tmp_path, few)["released"] == 3
+
+
+def test_the_table(capsys):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    status = {
+        "turn": 3, "training": {f"job{i}": {"step": i, "of": 9, "loss": 0.5} for i in range(22)}, "waiting": ["x"],
+        "to_be_looked_at": [], "released": 4, "held": 1, "tokens_per_second": 1234.5,
+    }  # fmt: skip
+    screen, log = Screen(), io.StringIO()
+    for out in (screen, log):
+        table = Table(out)
+        table.show(status)
+        table._last -= 60
+        table.show(status)
+        table.close()
+    first = "turn 3: 22 training, 1 waiting, 0 to be looked at, 4 released, 1 held; 1,234 tokens/s\n"
+    assert log.getvalue() == first * 2
+    assert first in screen.getvalue() and "job19" in screen.getvalue() and "and 2 more" in screen.getvalue()
+    assert "\x1b[24F\x1b[J" in screen.getvalue()
