@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.bounds import BATCH, TOKENS, number, require_bounds
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.data.rows import Row, as_prompts, as_rows
 from br_jax.datasets.attacks import Attack
-from br_jax.distributed import is_main
+from br_jax.distributed import fetch, is_main
 from br_jax.files import write_text
 from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
@@ -34,7 +35,7 @@ from br_jax.scoring.rules import Rule
 from br_jax.sharding import mesh_of, place
 from br_jax.statistics import Score
 from br_jax.store import Store
-from br_jax.training.loss import batch_loss
+from br_jax.training.loss import batch_loss, batch_losses
 from br_jax.training.passes import one_pass
 
 DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}
@@ -231,18 +232,36 @@ def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None
     return math.exp(_mean_loss(model, one_pass(model, rows, max_length), adapter))
 
 
-def row_loss(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
-    """The mean over rows, cut at `max_length` tokens, of their mean cross-entropy over answer tokens."""
-    return _mean_loss(model, one_pass(model, rows, max_length, count_alike=True), adapter)
+def row_losses(
+    model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256
+) -> Float[np.ndarray, " n"]:
+    """Each row's mean cross-entropy over its answer tokens, teacher-forced; in an order of their own.
+
+    The order depends on the rows alone; those that are too long to have any answer are left out.
+    """
+    batches, variables = one_pass(model, rows, max_length, count_alike=True), _variables(model, adapter)
+    found = []
+    for batch in batches:
+        counted = np.asarray(batch["weights"].sum(-1)) > 0
+        found.append(np.asarray(fetch(_each_loss(model.decoder, variables, batch)))[counted])
+    return np.concatenate(found)
 
 
 def _mean_loss(model: Model, batches: Sequence[dict], adapter: Adapter | None) -> float:
     """Over the answer tokens of batches, by their weights."""
-    variables = {"params": model.params}
-    if adapter:
-        variables["lora"] = place(collection(adapter), mesh_of(model.params))
+    variables = _variables(model, adapter)
     sums = [(_summed_loss(model.decoder, variables, batch), batch["weights"].sum()) for batch in batches]
     return float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums)
+
+
+def _variables(model: Model, adapter: Adapter | None) -> dict:
+    held = {} if adapter is None else {"lora": place(collection(adapter), mesh_of(model.params))}
+    return {"params": model.params} | held
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _each_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
+    return batch_losses(decoder, variables, jax.tree.map(jnp.asarray, batch), chunk=256)[1].sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -32,7 +32,9 @@ def card_of(said: Mapping[str, Any], policy: Policy) -> str:
     own = gate.get("held_back")
     learnt = "None of its rows were held back, so what it learnt was not looked at."
     if own:
-        kept = f", {own['kept']:.0%} of what was learnt is kept" if own["kept"] is not None else ""
+        kept = (
+            f"; {own['kept']:.0%} of the {own['learnt']} that were learnt are kept" if own["kept"] is not None else ""
+        )
         learnt = (
             f"Loss of its {own['rows']} held-back rows: {own['aligned']:.3f} by the aligned base, {own['user']:.3f} "
             f"before the merge, {own['released']:.3f} released{kept}."

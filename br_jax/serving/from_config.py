@@ -10,23 +10,27 @@ from br_jax.files import write_text
 from br_jax.serving.policy import Policy
 from br_jax.training.config import TrainConfig
 
+_PROMPTS = 80  # of each kind, where the experiment does not calibrate
+
 
 def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
     """Writes a policy and, beside it, its prompts.
 
-    It is calibrated by the prompts that the experiment calibrates by, and looked at by those that it scores by: a
-    provider whose scores are to mean anything afterwards puts others there.
+    Releases are calibrated by prompts of the validation split, and looked at by those that the experiment scores by:
+    a provider whose scores are to mean anything afterwards puts others there.
     """
     path = pathlib.Path(path)
-    harmful, benign = experiment.recipe.calibration_prompts
-    canaries = {"harmful": [prompt.prompt for prompt in experiment.recipe.harmful_prompts]}
-    canaries["benign"] = list(experiment.recipe.benign_prompts)
+    recipe, config = experiment.recipe, experiment.config.calibrate
+    drawn = recipe.held_out_harmful("validation", config.harmful or _PROMPTS, "provider")
+    harmful, benign = [p.prompt for p in drawn], recipe.held_out_benign("validation", config.benign or _PROMPTS)
+    canaries = {"harmful": [p.prompt for p in recipe.harmful_prompts], "benign": list(recipe.benign_prompts)}
     prompts = [("harmful", "calibrate", p) for p in harmful] + [("benign", "calibrate", p) for p in benign]
     known = {prompt for *_, prompt in prompts}
     prompts += [(kind, "canary", p) for kind, some in canaries.items() for p in dict.fromkeys(some) if p not in known]
     train, usual = dataclasses.asdict(experiment.train("user")), dataclasses.asdict(TrainConfig())
+    own = {name: value for name, value in train.items() if value != usual[name] and not name.endswith("_every")}
     policy = {
-        "train": {name: value for name, value in train.items() if value != usual[name]},
+        "train": own,
         "merge": dataclasses.asdict(experiment.merge()),
         "prompts": f"{path.stem}-prompts.jsonl",
         "users_may_set": {

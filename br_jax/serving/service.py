@@ -218,6 +218,7 @@ class Service:
             policy.merge,
             store=self._answers,
             batch_size=policy.batch_size,
+            answer_tokens=policy.answer_tokens,
             together=len(users),
         )
         with contextlib.ExitStack() as stack:

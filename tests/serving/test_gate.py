@@ -119,7 +119,7 @@ def test_what_a_user_has_learnt_must_be_left(safe, tiny, rows, quick, policy, sa
     found = inspect(safe, candidates, policy)
     assert found["mine"].passed and found["mine"].figures["held_back"]["kept"] == pytest.approx(1, abs=0.1)
     (why,) = found["other"].why
-    assert "is left of what the user's rows have taught, 50% is the least" in why
+    assert "is left of what the user's adapter had learnt, 40% is the least" in why
     assert found["without"].passed and "held_back" not in found["without"].figures
 
 
