@@ -49,6 +49,8 @@ LOGICAL_AXES = {
     **{f"{name}/b": ("layers", "rank", fan_out) for name, (_, fan_out) in _PROJECTIONS.items()},
     **CACHE,
     **dict.fromkeys(("lengths", "token", "ids", "piece"), ("batch",)),
+    **dict.fromkeys(("step", "count", "loss", "restart", "due"), ("users",)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "scale", "progress"), ("users",)),
     **dict.fromkeys(("tokens", "targets", "weights", "positions", "segment_ids"), ("batch", "length")),
 }
 
@@ -105,8 +107,6 @@ def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
         axes = (axes[0], "users", *(None if axis == "embed" else axis for axis in axes[1:]))
     elif "rank" in axes and len(axes) == ndim - 1:
         axes = (axes[0], None, *axes[1:])  # of several adapters side by side
-    if ndim == 1 and parts[-1] in ("step", "count", "loss"):
-        axes = ("users",)
     if len(axes) == ndim:
         return axes
     raise UserError(

@@ -8,6 +8,7 @@ O/NAME/released with O/NAME/card.md, or O/NAME/held.json with the reason. The sa
 The second form writes the policy of an experiment whose provider's folder is there. See docs/provider.md.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     from br_jax.serving.table import Table
 
     require_flags(argv, PROVIDER, INBOX, OUTBOX, POLICY)
+    os.umask(0o077)  # what is written is the provider's to hand on
     policy = read_policy(POLICY.value)
     provider = load_provider(PROVIDER.value, PRECISION.value)
     settings = {"once": ONCE.value, "settle": SETTLE.value, "slots": SLOTS.value}

@@ -47,6 +47,15 @@ class Fit:
     collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # see `count_collectives`
     prediction: Prediction | None = None  # None when it does not fit
     problem: str = ""  # why it does not fit, and what would help
+    slots: int = 0  # users of a pool
+    steps: int = 0  # optimizer steps of a user with as many rows as the config says
+
+    @property
+    def users_an_hour(self) -> float | None:
+        """Whose training a slice can do at the predicted time; None where that is not known, or no user is trained."""
+        if self.prediction is None or not self.steps:
+            return None
+        return 3600 * max(self.slots, 1) / (self.steps * self.prediction.seconds)
 
     @property
     def chips(self) -> int:
@@ -60,10 +69,11 @@ class Fit:
 
     def to_json(self) -> dict:
         """As plain JSON types, with what follows from the fields."""
-        return dataclasses.asdict(self) | {"chips": self.chips, "total": self.total, "fits": not self.problem}
+        follows = {"chips": self.chips, "total": self.total, "users_an_hour": self.users_an_hour}
+        return dataclasses.asdict(self) | follows | {"fits": not self.problem}
 
 
-def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
+def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8) -> Fit:
     """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid.
 
     Raises:
@@ -71,7 +81,7 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
     """
     chip = parse_topology(topology)[0]
     mesh = make_mesh(**config.mesh, devices=compile_only_devices(topology))
-    program = make_program(config, stage, mesh, batch)
+    program = make_program(config, stage, mesh, batch, slots)
     fit = Fit(
         stage=stage,
         topology=topology,
@@ -82,6 +92,8 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
         remat=program.decoder.remat,
         arguments=argument_bytes(program, mesh),
         hbm=chip.hbm_bytes,
+        slots=slots if stage == "pool" else 0,
+        steps=_steps_of_user(config) if stage in ("user", "sft", "pool") else 0,
     )
     start = time.perf_counter()
     try:
@@ -106,6 +118,11 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0) -> Fit:
     return fit
 
 
+def _steps_of_user(config: ConfigDict) -> int:
+    train = config.user.train
+    return train.steps or -(-config.user.n // train.batch_size) * train.epochs
+
+
 def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> Fit:
     """The check of a stage at the largest batch that fits, rows rising with the chips that share them.
 
@@ -113,7 +130,7 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
     of that stage that fits.
     """
     micro_batches = train_section(config, stage).accumulation if stage in TRAINING else 1
-    unit = first.mesh["data"] * first.mesh["fsdp"] * micro_batches
+    unit = max(first.mesh["data"] * first.mesh["fsdp"] * micro_batches, first.slots)
     best, worst = first, None  # the largest known to fit, the rows of the smallest known not to
     guess = 2 * first.batch
     for _ in range(12):
@@ -122,7 +139,7 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
             guess = (best.batch + worst) // 2 // unit * unit
         if guess <= best.batch:
             break
-        fit = check(config, topology, stage, guess)
+        fit = check(config, topology, stage, guess, first.slots)
         if fit.problem:
             worst = guess
             guess = (best.batch + worst) // 2

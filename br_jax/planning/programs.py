@@ -19,11 +19,12 @@ from br_jax.models.decoder import Decoder, abstract_params, unembed
 from br_jax.models.io.load import read_spec
 from br_jax.models.masks import Attend
 from br_jax.models.spec import ModelSpec
+from br_jax.pool.step import Turn, empty_state, pool_turn
 from br_jax.sharding import abstract, constrain_tree, platform
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
 
-TRAINING = ("buffer", "reinforce", "user", "sft")
+TRAINING = ("buffer", "reinforce", "user", "sft", "pool")
 STAGES = (*TRAINING, "prefill", "decode")
 
 
@@ -56,14 +57,15 @@ class Program:
             return self.lowering(*(laid[name] for name in self.arguments))
 
 
-def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> Program:
+def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0, slots: int = 8) -> Program:
     """A stage of a config as it would run on a mesh.
 
     Args:
         config: see configs/base.py; sizes come from `model.spec`, or from the metadata of `model.source`.
-        stage: one of `STAGES`. "prefill" takes prompts of the user stage's `max_length`, "decode" a token each behind
-            `eval.answer_tokens` more.
+        stage: one of `STAGES`. "pool" is a turn of `slots` users beside Buffer, "prefill" takes prompts
+            of the user stage's `max_length`, "decode" a token each behind `eval.answer_tokens` more.
         batch: rows of a call instead of the config's.
+        slots: users of a pool; each has an equal part of the rows.
 
     Raises:
         UserError: bad settings, or no model.
@@ -73,30 +75,38 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0) -> 
     check_settings(config)
     spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
     dtype = jnp.dtype(config.model.dtype)
-    make = _training if stage in TRAINING else _generation
-    return make(config, stage, spec, abstract_params(spec, dtype), dtype, mesh, batch)
+    params = abstract_params(spec, dtype)
+    if stage not in TRAINING:
+        return _generation(config, stage, spec, params, dtype, mesh, batch)
+    return _training(config, stage, spec, params, dtype, mesh, batch, slots if stage == "pool" else 0)
 
 
 def train_section(config: ConfigDict, stage: str) -> ConfigDict:
-    """The settings of a training stage; plain SFT has the user stage's."""
-    return config["user" if stage == "sft" else stage].train
+    """The settings of a training stage; plain SFT and a pool have the user stage's."""
+    return config["user" if stage in ("sft", "pool") else stage].train
 
 
-def _training(config, stage, spec, params, dtype, mesh, batch) -> Program:
+def _training(config, stage, spec, params, dtype, mesh, batch, slots) -> Program:
     train = TrainConfig(**train_section(config, stage))
-    rows = batch or train.batch_size
+    rows = batch or train.batch_size // train.accumulation * slots or train.batch_size
+    beside = stage in ("reinforce", "user", "pool")
 
     def arrays(params):
-        frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if stage in ("reinforce", "user") else {}
-        trainable = trainable_adapter(_adapter(params, train, "user"))
-        return init_state(trainable, 0), frozen_collections(params, frozen, train.frozen), Hyper.of(train)
+        frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if beside else {}
+        adapter = _adapter(params, train, "user")
+        state = empty_state(adapter, slots) if slots else init_state(trainable_adapter(adapter), 0)
+        return state, frozen_collections(params, frozen, train.frozen), Hyper.of(train)
 
     state, frozen, hyper = jax.eval_shape(arrays, params)
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
     inputs = {name: jax.ShapeDtypeStruct((rows, train.max_length), each) for name, each in dtypes.items()}
     made = Stage.of(Decoder(spec), train, mesh)
+    if slots:
+        made, flags = made._replace(accumulation=1), jax.ShapeDtypeStruct((slots,), jnp.bool_)
+        hyper = Turn(jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots,), x.dtype), hyper), flags, flags)
+        inputs["piece"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
-    lowering = functools.partial(train_step.lower, made)
+    lowering = functools.partial((pool_turn if slots else train_step).lower, made)
     return Program(stage, made.decoder, dtype, rows, train.max_length, lowering, arguments)
 
 

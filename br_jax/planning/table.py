@@ -8,7 +8,7 @@ from br_jax.planning.fit import Fit
 
 _GIB = 2**30
 _HEADER = ["stage", "rows", "tokens\na chip", "args\nGiB", "temps\nGiB", "output\nGiB", "total\nGiB", "fits"]
-_HEADER += ["attention", "compile\ns", "step *\nms", "MFU *\n%"]
+_HEADER += ["attention", "compile\ns", "step *\nms", "MFU *\n%", "users *\nan hour"]
 
 
 def render(fits: Sequence[Fit]) -> str:
@@ -39,8 +39,14 @@ def _table(rows: list[list], header: list[str], left: int) -> str:
 def _row(fit: Fit) -> list:
     sizes = (sum(fit.arguments.values()), fit.temporaries, fit.output, fit.total)
     memory = ["?" if size is None else f"{size / _GIB:.2f}" for size in sizes]
-    time = ["-", "-"]
+    time = ["-", "-", "-"]
     if fit.prediction:
-        time = [f"{1e3 * fit.prediction.seconds:,.1f}", f"{100 * fit.prediction.mfu:.0f}"]
+        users = fit.users_an_hour
+        time = [
+            f"{1e3 * fit.prediction.seconds:,.1f}",
+            f"{100 * fit.prediction.mfu:.0f}",
+            f"{users:,.0f}" if users else "-",
+        ]
     fits = "NO" if fit.problem else "yes"
-    return [fit.stage, fit.batch, f"{fit.tokens:,}", *memory, fits, fit.attention, f"{fit.compile_seconds:.0f}", *time]
+    name = f"{fit.stage} of {fit.slots}" if fit.slots else fit.stage
+    return [name, fit.batch, f"{fit.tokens:,}", *memory, fits, fit.attention, f"{fit.compile_seconds:.0f}", *time]

@@ -321,7 +321,10 @@ class _Rows:
 
     def __iter__(self) -> Iterator[Row]:
         quotas = self.policy.quotas
-        rows = read_rows(self.job.rows, max_rows=quotas.rows + 1)
+        try:
+            rows = read_rows(self.job.rows, max_rows=quotas.rows + 1)
+        except UserError as error:  # by the name that its sender knows
+            raise UserError(str(error).replace(str(self.job.rows), f"{self.job.name}.jsonl")) from error
         if len(rows) > quotas.rows:
             raise UserError(f"more than {quotas.rows:,} rows, which are the most: split the file")
         kept = set(_held_back(rows, self.policy.held_back))
