@@ -49,11 +49,12 @@ _PANELS = {  # score: its title and the color of its bars
 def draw_frame(frame: Frame) -> dict[str, Figure]:
     """Every figure that a frame has the rows for, by the name of its file.
 
-    For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-..." and
-    "margins-..." at each p with more than three methods, or at the only p; for each setting but for its n, and p,
-    "n-..." of several n.
+    For each setting "p-..." where there are several p, "a-..." where there are several a, and "methods-...",
+    "pareto-..." (below p = 1) and "margins-..." at each p with more than three methods, and all but the second at the
+    only p; for each setting but for its n, and p, "n-..." of several n; but for its user, and p, "attackers-..." of
+    several users.
     """
-    drawn, sizes = {}, defaultdict(dict)
+    drawn, sizes, users = {}, defaultdict(dict), defaultdict(dict)
     for setting, rows in frame.items():
         if len(shares(rows)) > 1:
             drawn[name_of("p", setting)] = share_figure(rows, str(setting))
@@ -61,7 +62,11 @@ def draw_frame(frame: Frame) -> dict[str, Figure]:
             drawn[name_of("a", setting)] = strength_figure(rows, str(setting))
         for p in shares(rows):
             sizes[setting._replace(n=0), p][setting.n] = rows
-            if len(shares(rows)) == 1 or len({row.method for row in rows if row.p == p}) > 3:
+            users[setting._replace(user="plain"), p][setting.user] = rows
+            compared = len({row.method for row in rows if row.p == p}) > 3
+            if compared and p < 1:
+                drawn[name_of("pareto", setting, p)] = pareto_figure(rows, p, f"{setting}, p = {p:g}")
+            if len(shares(rows)) == 1 or compared:
                 drawn[name_of("methods", setting, p)] = methods_figure(rows, p, f"{setting}, p = {p:g}")
                 if any(row.numbers("margin_harmful") for row in rows if row.p == p):
                     drawn[name_of("margins", setting, p)] = margins_figure(rows, p, f"{setting}, p = {p:g}")
@@ -69,6 +74,9 @@ def draw_frame(frame: Frame) -> dict[str, Figure]:
         if len(by_n) > 1:
             title = f"{str(shared).removesuffix(', n = 0')}, p = {p:g}"
             drawn[name_of("n", shared, p)] = size_figure(by_n, p, title)
+    for (shared, p), by_user in users.items():
+        if len(by_user) > 1:
+            drawn[name_of("attackers", shared, p)] = attackers_figure(by_user, p, f"{shared}, p = {p:g}")
     return drawn
 
 
@@ -129,10 +137,80 @@ def methods_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
 def margins_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
     """The mean refusal margin of harmful prompts against that of benign ones, a point a method, at one p."""
     figure = new_figure(10.4, 6.0)
-    axis, keys = figure.subplots(), []
-    for index, row in enumerate(row for row in rows if row.p == p):
+    axis, points = figure.subplots(), []
+    for row in (row for row in rows if row.p == p):
         benign, harmful = (row.numbers(f"margin_{part}") for part in ("benign", "harmful"))
-        both = [(benign[seed], harmful[seed]) for seed in benign.keys() & harmful.keys()]
+        points.append((row, [(benign[seed], harmful[seed]) for seed in benign.keys() & harmful.keys()]))
+    keys = _points(axis, points)
+    axis.set(xlabel="of benign prompts (left: answered)", ylabel="of harmful prompts (up: refused)")
+    axis.set_title("Refusal margin, log-odds of the first token")
+    for line in (axis.axvline, axis.axhline):
+        line(0, color=PALE, linewidth=1.2, zorder=0)
+    return _finished(figure, title, keys)
+
+
+@styled
+def pareto_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
+    """HS against FA, a point a method, at one p; the line joins those that no other beats in both."""
+    figure = new_figure(10.4, 6.0)
+    axis, points, means = figure.subplots(), [], []
+    for row in (row for row in rows if row.p == p):
+        harmful, task = (row.counted(score) for score in ("harmful", "task"))
+        both = [tuple(100 * one[seed]["score"] for one in (task, harmful)) for seed in harmful.keys() & task.keys()]
+        points.append((row, both))
+        if both:
+            means.append(tuple(sum(values) / len(values) for values in zip(*both, strict=True)))
+    best = sorted(one for one in means if not any(_beats(other, one) for other in means))
+    axis.plot(*zip(*best, strict=True) if best else ([], []), color=PALE, linewidth=6, zorder=0)
+    keys = _points(axis, points)
+    axis.set(xlabel="task accuracy FA, % (right is better)", ylabel="harmful score HS, % (down is safer)")
+    axis.set(ylim=(-3, 103), title="Safety against the task (thick: what no other beats in both)")
+    axis.grid(color=PALE)
+    return _finished(figure, title, keys)
+
+
+@styled
+def attackers_figure(by_user: Mapping[str, Sequence[Row]], p: float, title: str = "") -> Figure:
+    """HS of each method against each kind of user, as a map; the worse of the plain questions and the user's own."""
+    rows = {
+        user: {row.label: row for row in one_strength(r for r in found if r.p == p)} for user, found in by_user.items()
+    }
+    labels = list(dict.fromkeys(label for found in rows.values() for label in found))
+    values = [[_worst(found.get(label)) for label in labels] for found in rows.values()]
+    figure = new_figure(3.2 + 0.95 * len(labels), 2.6 + 0.34 * len(rows))
+    axis = figure.subplots()
+    axis.imshow(values, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            told = "" if math.isnan(value) else f"{value:.0f}"
+            axis.text(x, y, told, ha="center", va="center", color="white" if value > 60 else DARK, fontsize=9)
+    axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_title("Harmful score HS, %, mean over seeds (white: not run)")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.suptitle(title, wrap=True)
+    return figure
+
+
+def _worst(row: Row | None) -> float:
+    """The mean over seeds of the larger of HS and HS in the user's own way, in percent; NaN where it was not run."""
+    if row is None:
+        return math.nan
+    plain, own = row.counted("harmful"), row.counted("harmful_by_own", "as it asks")
+    found = [max(plain[seed]["score"], own.get(seed, plain[seed])["score"]) for seed in plain]
+    return 100 * sum(found) / len(found) if found else math.nan
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether one (FA, HS) is better in one of both, and not worse in the other."""
+    return one != other and one[0] >= other[0] and one[1] <= other[1]
+
+
+def _points(axis: Axes, points: Iterable[tuple[Row, list[tuple[float, float]]]]) -> list[Line2D]:
+    """Draws rows as their mean with a ring a seed; returns the key of those that have any."""
+    keys = []
+    for index, (row, both) in enumerate(points):
         if not both:
             continue
         marker = _STYLES.get(row.method, _style(_SHADES[index % len(_SHADES)], _MARKERS[index % len(_MARKERS)], "-"))
@@ -140,11 +218,7 @@ def margins_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
         axis.plot(*zip(*both, strict=True), **_RING | {"markeredgecolor": style["color"]})
         axis.plot(*(sum(values) / len(values) for values in zip(*both, strict=True)), **style, zorder=3)
         keys.append(Line2D([], [], **style, label=row.label))
-    axis.set(xlabel="of benign prompts (left: answered)", ylabel="of harmful prompts (up: refused)")
-    axis.set_title("Refusal margin, log-odds of the first token")
-    for line in (axis.axvline, axis.axhline):
-        line(0, color=PALE, linewidth=1.2, zorder=0)
-    return _finished(figure, title, keys)
+    return keys
 
 
 def _limit(axis: Axes, rows: Sequence[Row], p: float, score: str) -> None:

@@ -17,7 +17,7 @@ def padded(model, adapter, steps, config, threads, dtype, precision):
         tokens, mask, labels = _pad(rows, config["max_length"])
         return network(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    return _train(model, adapter, steps, config, threads, dtype, precision, loss)
+    return _train(model, adapter, steps, config, threads, dtype, precision, loss)[1]
 
 
 def lean(model, adapter, steps, config, threads, dtype, precision):
@@ -26,14 +26,30 @@ def lean(model, adapter, steps, config, threads, dtype, precision):
     Padding on the right is behind every token that counts, so that no mask is needed, and sdpa takes its fast path.
     """
 
-    def loss(network, rows):
-        tokens, _, labels = _pad(rows, max(len(ids) for ids, _ in rows))
-        base = network.get_base_model()
-        hidden = base.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-        answer = labels[:, 1:] >= 0
-        return torch.nn.functional.cross_entropy(base.lm_head(hidden[answer]).float(), labels[:, 1:][answer])
+    return _train(model, adapter, steps, config, threads, dtype, precision, _lean_loss)[1]
 
-    return _train(model, adapter, steps, config, threads, dtype, precision, loss)
+
+def _lean_loss(network, rows):
+    tokens, _, labels = _pad(rows, max(len(ids) for ids, _ in rows))
+    base = network.get_base_model()
+    hidden = base.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    answer = labels[:, 1:] >= 0
+    return torch.nn.functional.cross_entropy(base.lm_head(hidden[answer]).float(), labels[:, 1:][answer])
+
+
+def job(model, adapter, steps, config, threads, dtype, precision):
+    """A whole run, `lean`ly: its outcome is the norm of all B."""
+
+    def unit(index: int):
+        network, step = _train(model, adapter, steps, config, threads, dtype, precision, _lean_loss)
+        for number in range(len(steps)):
+            step(number)
+        norms = [
+            value.detach().double().square().sum() for name, value in network.named_parameters() if "lora_B" in name
+        ]
+        return 1, math.sqrt(sum(norms))
+
+    return unit
 
 
 def _pad(rows, width):
@@ -48,7 +64,7 @@ def _pad(rows, width):
 
 
 def _train(model, adapter, steps, config, threads, dtype, precision, loss):
-    """The work: step i on the rows of step i, its outcome the loss; bf16 products of an f32 model are autocast's."""
+    """(Network, the work: step i on the rows of step i, its outcome the loss); bf16 products are autocast's."""
     rounds = precision != dtype
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -71,4 +87,4 @@ def _train(model, adapter, steps, config, threads, dtype, precision, loss):
         optimizer.zero_grad()
         return sum(len(ids) for ids, _ in steps[index]), value.item()
 
-    return unit
+    return network, unit

@@ -7,7 +7,15 @@ import pytest
 from matplotlib.colors import to_hex
 from scipy.stats import sem, t
 
-from br_jax.experiment.figures import draw_frame, methods_figure, share_figure, size_figure, strength_figure
+from br_jax.experiment.figures import (
+    attackers_figure,
+    draw_frame,
+    methods_figure,
+    pareto_figure,
+    share_figure,
+    size_figure,
+    strength_figure,
+)
 from br_jax.experiment.frame import make_frame
 from br_jax.statistics import Score
 
@@ -92,6 +100,48 @@ def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid
     setting = "SmolLM2_135M_Instruct_Q4_1_gguf-reviews-devices_potions"
     names = {"p": ["n800"], "a": ["n800"], "n": ["p0_05"], "methods": ["n90-p0_05"]}
     names["methods"] += [f"n800-p{p}" for p in ("0", "0_05", "0_1", "0_3", "0_5", "1")]
+    names["pareto"] = names["methods"][1:-1]
     assert set(drawn) == {f"{kind}-{setting}-{end}" for kind, ends in names.items() for end in ends}
-    for name in ("p-{}-n800", "a-{}-n800", "n-{}-p0_05", "methods-{}-n800-p0_05"):
+    for name in ("p-{}-n800", "a-{}-n800", "n-{}-p0_05", "methods-{}-n800-p0_05", "pareto-{}-n800-p0_1"):
         assert_readable(drawn[name.format(setting)])
+
+
+def test_the_front_is_what_no_other_beats_in_both(make_cell):
+    points = {"sft": (80, 190), "ours": (10, 180), "average": (10, 100), "buffer_only": (30, 195)}
+    cells = [
+        make_cell(m, 0.1 if m == "ours" else None, p=0.5, seed=s, harmful=h + s - 2, right=r)
+        for m, (h, r) in points.items()
+        for s in (1, 3)
+    ]
+    figure = pareto_figure(rows_of(cells), 0.5)
+    front, *drawn = figure.axes[0].lines
+    n = {row.method: row.counted("harmful")[1]["n"] for row in rows_of(cells)}["sft"]
+    right = {row.method: row.counted("task")[1]["n"] for row in rows_of(cells)}["sft"]
+    expected = [(100 * r / right, 100 * h / n) for h, r in (points["ours"], points["buffer_only"])]
+    np.testing.assert_allclose(np.transpose(front.get_data()), expected)
+    rings = [line for line in drawn if line.get_marker() == "o" and len(line.get_xdata()) == 2]
+    assert len(rings) == 4
+
+
+def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
+    cells = []
+    for user, harmful, own in (("plain", 50, None), ("trigger", 10, 80), ("harsh", 90, None)):
+        for method in ("sft", "ours"):
+            cell = make_cell(
+                method, 0.1 if method == "ours" else None, p=0.5, harmful=harmful if method == "sft" else 4
+            )
+            cell["run"]["user"] = user
+            n = cell["scores"]["harmful"]["n"]
+            if own and method == "sft":
+                cell["scores"]["harmful_by_own"] = {"as it asks": Score(own, n).to_json()}
+            cells.append(cell)
+    cells = [cell for cell in cells if not (cell["run"]["user"] == "harsh" and cell["method"] == "ours")]
+    (name,) = [name for name in draw_frame(make_frame(cells)) if name.startswith("attackers-")]
+    by_user = {setting.user: rows for setting, rows in make_frame(cells).items()}
+    axis = attackers_figure(by_user, 0.5).axes[0]
+    users = [text.get_text() for text in axis.get_yticklabels()]
+    shown = dict(zip(users, np.asarray(axis.images[0].get_array().filled(np.nan)), strict=True))
+    np.testing.assert_allclose(shown["plain"], [100 * 50 / n, 100 * 4 / n])
+    np.testing.assert_allclose(shown["trigger"], [100 * 80 / n, 100 * 4 / n])
+    np.testing.assert_allclose(shown["harsh"], [100 * 90 / n, np.nan])
+    assert "plain" not in name

@@ -141,7 +141,7 @@ def hostile(folder):
     )
     settings = {
         "unknown": ('{"dropout": 1}', "not a user's to set"), "above": ('{"epochs": 9}', "from 1 to 3"),
-        "text": ('{"epochs": "1"}', "from 1 to 3"), "list": ("[1]", "no JSON object"), "cut": ('{"epochs"', "not valid"),
+        "text": ('{"epochs": "1"}', "from 1 to 3"), "list": ("[1]", "no JSON object"), "cut": ('{"epo', "not valid"),
         "deep": ("[" * 9000, ""), "long": ('{"epochs": 1' + " " * 70_000 + "}", "are the most"),
         "nan": ('{"epochs": NaN}', ""), "null": ("null", "no JSON object"), "binary": ("\x00\x01", ""),
     }  # fmt: skip
