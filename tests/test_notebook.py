@@ -11,8 +11,16 @@ FOLDER = pathlib.Path(__file__).parents[1] / "colab"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "images", "report"), [("quickstart", 3, "report.md"), ("reproduce", 1, "sweep.md")])
-def test_it_runs_and_shows_its_figures(tmp_path, monkeypatch, name, images, report):
+@pytest.mark.parametrize(
+    ("name", "images", "made"),
+    [
+        ("quickstart", 3, "report.md"),
+        ("reproduce", 1, "sweep.md"),
+        ("many_users", 1, "jobs/user0/user/stage.json"),
+        ("compare", 2, "sweep.md"),
+    ],
+)
+def test_it_runs_and_shows_its_figures(tmp_path, monkeypatch, name, images, made):
     monkeypatch.setenv("BR_JAX_DEMO_SIZE", "smoke")
     monkeypatch.setenv("BR_JAX_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -23,5 +31,5 @@ def test_it_runs_and_shows_its_figures(tmp_path, monkeypatch, name, images, repo
     nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= images
-    assert (tmp_path / "run" / report).is_file()
+    assert (tmp_path / "run" / made).is_file()
     assert not list(tmp_path.rglob("released/*.bin"))
