@@ -19,7 +19,7 @@ from br_jax.models.decoder import Decoder, abstract_params, unembed
 from br_jax.models.io.load import read_spec
 from br_jax.models.masks import Attend
 from br_jax.models.spec import ModelSpec
-from br_jax.pool.step import Turn, empty_state, pool_turn
+from br_jax.pool.step import Turn, begin, empty_state, pool_turn
 from br_jax.sharding import abstract, constrain_tree, platform
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
@@ -94,7 +94,7 @@ def _training(config, stage, spec, params, dtype, mesh, batch, slots) -> Program
     def arrays(params):
         frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if beside else {}
         adapter = _adapter(params, train, "user")
-        state = empty_state(adapter, slots) if slots else init_state(trainable_adapter(adapter), 0)
+        state = empty_state(begin(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
         return state, frozen_collections(params, frozen, train.frozen), Hyper.of(train)
 
     state, frozen, hyper = jax.eval_shape(arrays, params)

@@ -35,6 +35,7 @@ from br_jax.training.run import first_adapter, load_trained, run_identity, save_
 from br_jax.training.stage import Hyper, Stage, frozen_collections
 
 _READERS = 2  # jobs whose rows are read and encoded at a time, beside the training
+_LONG = 50  # steps that are worth a program for fewer slots
 _NAME = "user"  # of each job's run, so that `train_user` in the job's folder finds it finished
 
 
@@ -92,10 +93,7 @@ class Pool:
         self._stage = Stage.of(model.decoder, dataclasses.replace(config, accumulation=1), self.mesh)
         bank = jax.eval_shape(functools.partial(first_adapter, _NAME, "user", model, config))
         self._one = jax.eval_shape(functools.partial(begin, seed=0), bank)
-        self._state = place(empty_state(bank, slots), self.mesh)
         self._base = place(frozen_collections(model.params, self.frozen, config.frozen), self.mesh)
-        self._schedule = Schedule(self.lengths, slots)
-        self._seats: list[_Seat | None] = [None] * slots
         self._waiting: collections.deque[tuple[Job, concurrent.futures.Future]] = collections.deque()
         self._readers = concurrent.futures.ThreadPoolExecutor(_READERS, "br_jax-rows")
         self._pending: list[tuple[list, dict]] = []
@@ -103,6 +101,8 @@ class Pool:
         self._checkpoints, self.turn = None, 0
         self.rate = 0.0  # tokens a second, padding not counted, between the last two looks at the device
         self._tokens, self._mark = 0, time.perf_counter()
+        self._seats: list[_Seat | None] = []
+        self._resize(slots)
 
     @property
     def users(self) -> dict[str, tuple[int, int, float]]:
@@ -141,6 +141,7 @@ class Pool:
                             break
                         self._waiting.append((job, self._readers.submit(self._read, job)))
                     gone = self._admit()
+                    self._fit()
                     if any(self._seats):
                         gone += self._turn()
                         bar.set_postfix_str(f"{len(self.users)} users", refresh=False)
@@ -225,6 +226,28 @@ class Pool:
                 seat.folder.finish({**cost, "loss": seat.loss, **seat.course.counts, "output": output})
             return Outcome(job.name, adapter)
 
+    def _fit(self) -> None:
+        """Halves the slots while half of them would do for long, and has all of them again when somebody waits."""
+        taken = [seat for seat in self._seats if seat]
+        half, few = len(self._seats) // 2, len(self._seats) < self.slots
+        if few and self._waiting and len(taken) == len(self._seats):
+            self._resize(self.slots)
+        elif taken and not self._waiting and len(taken) <= half and half % batch_parts(self.mesh) == 0:
+            left = max(seat.course.total - seat.course.step for seat in taken)
+            self._resize(half if left >= _LONG else len(self._seats))
+
+    def _resize(self, slots: int) -> None:
+        """Moves all to the first of so many slots."""
+        if slots == len(self._seats):
+            return
+        self._log()
+        state = place(empty_state(self._one, slots), self.mesh)
+        taken = [(slot, seat) for slot, seat in enumerate(self._seats) if seat]
+        for to, (slot, _) in enumerate(taken):
+            state = put(state, np.int32(to), take(self._state, np.int32(slot)))
+        self._state, self._schedule = state, Schedule(self.lengths, slots)
+        self._seats = [seat for _, seat in taken] + [None] * (slots - len(taken))
+
     # -- turns -----------------------------------------------------------------------------------------------------
 
     def _turn(self) -> list[Outcome]:
@@ -262,6 +285,8 @@ class Pool:
     def _log(self) -> None:
         """Fetches what is pending: the one place where the host waits for the device."""
         pending, self._pending = self._pending, []
+        if not pending:
+            return
         values = jax.device_get(fetch([metrics for _, metrics in pending]))
         for (ended, _), metrics in zip(pending, values, strict=True):
             for slot, seat, step, rate in ended:

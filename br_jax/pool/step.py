@@ -32,9 +32,8 @@ class Turn(NamedTuple):
     due: Bool[np.ndarray, " U"]  # whether this turn ends an optimizer step
 
 
-def empty_state(adapter: Adapter, slots: int) -> dict:
-    """A state of so many slots that hold nothing; `adapter` has the shapes of the largest that one may hold."""
-    one = jax.eval_shape(functools.partial(begin, adapter=adapter, seed=0))
+def empty_state(one: dict, slots: int) -> dict:
+    """A state of so many slots that hold nothing; `one` is a slot's, real or abstract, see `begin`."""
 
     def slots_of(leaf, axis):
         return jnp.zeros((*leaf.shape[:axis], slots, *leaf.shape[axis:]), leaf.dtype)

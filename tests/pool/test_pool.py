@@ -341,3 +341,29 @@ def test_steps_are_those_of_a_run(tiny, rows):
 def test_schedule_patience():
     schedule = Schedule((64, 256), 2)
     assert schedule.patience(64, 256) == 6 and schedule.patience(64, 64) == 0
+
+
+def test_a_long_job_that_is_left_over_has_fewer_slots_beside_it(tiny, rows, config, buffer, compiles):
+    """Slots are halved while half will do, and are all there again for whoever comes; adapters stay what they are."""
+    config = dataclasses.replace(config, packing=0)
+    sizes, came = [], []
+
+    def jobs():
+        yield Job("long", rows, {"steps": 140})
+        yield from (Job(f"short{i}", rows[i:], {"steps": 3}) for i in range(3))
+        while len(sizes) < 20:
+            yield None
+        yield from (Job(f"late{i}", rows[i + 3 :], {"steps": 3}) for i in range(3))
+
+    pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=4, mesh=ONE())
+    for gone in pool.turns(jobs()):
+        sizes.append(len(pool._seats))
+        came += gone
+    assert sizes[:3] == [4, 4, 4] and sizes[6] == 1 and 4 in sizes[20:24] and sizes[-1] == 1
+    found = {o.name: o.adapter for o in came}
+    assert len(found) == 7
+    for name, first, steps in (("long", 0, 140), ("late1", 4, 3)):
+        settings = Job(name, rows[first:], {"steps": steps}).config(config)
+        alone = method.train_user(tiny, rows[first:], settings, buffer=buffer, mesh=ONE())
+        assert distance(found[name], alone) < 1e-4, name
+    assert sum(name == "jit(pool_turn)" for name in compiles) <= 3
