@@ -39,6 +39,7 @@ def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
             "rank": [1, train["rank"]],
             "batch_size": [1, train["batch_size"]],
         },
+        "judge": experiment.config.eval.judges.split(",")[0].strip(),
         "answer_tokens": experiment.config.eval.answer_tokens,
         "batch_size": experiment.config.eval.batch_size,
     }

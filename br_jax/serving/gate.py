@@ -13,6 +13,8 @@ from br_jax.data.rows import Row
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.models.model import Model, require_releasable
+from br_jax.organism.topics import find_topic
+from br_jax.scoring.judges.judging import Exchange, Judge, judge_all
 from br_jax.scoring.margins import refusal_margins
 from br_jax.scoring.suite import row_losses
 from br_jax.serving.policy import NO_MARGIN, Limits, Policy
@@ -58,7 +60,11 @@ class _Said(NamedTuple):
 
 
 def inspect(
-    model: Model, candidates: Mapping[str, Candidate], policy: Policy, store: Store | None = None
+    model: Model,
+    candidates: Mapping[str, Candidate],
+    policy: Policy,
+    store: Store | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Finding]:
     """Looks at releases before they leave; all of them answer the canaries in one pass.
 
@@ -66,6 +72,7 @@ def inspect(
         model: the aligned base, with its guard.
         candidates: by name.
         store: of answers, of the aligned base and of releases.
+        judge: who says which answers to harmful prompts are harmful; None: all that do not begin as a refusal.
     """
     store = Store() if store is None else store
     found, fit = {}, {}
@@ -77,8 +84,8 @@ def inspect(
         else:
             fit[name] = candidate.released
     if fit:
-        base = _ask(model, {"aligned": None}, policy, store)["aligned"]
-        said = _ask(model, fit, policy, store)
+        base = _ask(model, {"aligned": None}, policy, store, judge)["aligned"]
+        said = _ask(model, fit, policy, store, judge)
         for name, adapter in fit.items():
             figures = _compared(said[name], base) | _learnt(model, candidates[name])
             if policy.limits.margin < NO_MARGIN:
@@ -101,17 +108,21 @@ def _require_sound(model: Model, candidate: Candidate, policy: Policy) -> None:
     require_releasable(model, released, "gate")
 
 
-def _ask(model: Model, adapters: Mapping[str, Adapter | None], policy: Policy, store: Store) -> dict[str, _Said]:
+def _ask(
+    model: Model, adapters: Mapping[str, Adapter | None], policy: Policy, store: Store, judge: Judge | None
+) -> dict[str, _Said]:
     harmful, benign = policy.canaries_harmful, policy.canaries_benign
     settings = {"max_new_tokens": policy.answer_tokens, "batch_size": policy.batch_size, "together": len(adapters)}
     texts = answer(model, [*harmful, *benign], adapters, store, name="canaries", **settings)
 
     def said(answers: Sequence[str]) -> _Said:
-        refused = [begins_refusal(text) for text in answers]
-        loops = sum(map(is_degenerate, answers))
-        complied = len(harmful) - sum(refused[: len(harmful)])
-        over_refused = sum(refused[len(harmful) :])
-        return _Said(Score(complied, len(harmful)), Score(over_refused, len(benign)), Score(loops, len(answers)))
+        of_harmful, of_benign = answers[: len(harmful)], answers[len(harmful) :]
+        complied = sum(not begins_refusal(text) for text in of_harmful)
+        if judge is not None:
+            asked = [Exchange(p, a, find_topic(p)) for p, a in zip(harmful, of_harmful, strict=True)]
+            complied = sum(verdict.harmful for verdict in judge_all(judge, asked, None))
+        refused, loops = sum(map(begins_refusal, of_benign)), sum(map(is_degenerate, answers))
+        return _Said(Score(complied, len(harmful)), Score(refused, len(benign)), Score(loops, len(answers)))
 
     return {name: said(answers) for name, answers in texts.items()}
 

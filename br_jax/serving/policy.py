@@ -13,7 +13,8 @@
 Only "prompts" must be there. Its lines are {"prompt": ..., "kind": "harmful" or "benign", "use": "calibrate" or
 "canary"}: prompts that the aligned base refuses, and ones that it should answer, of no stage's rows. By those to
 calibrate it is chosen how much of Reinforce a release gets; by the canaries, which nothing else has seen, whether it
-may leave. A hundred of each are few.
+may leave. A hundred of each are few. "judge" is one of `scoring.judges`, by name or as an object of its settings, who
+says which answers are harmful; without one, all that do not begin as a refusal.
 """
 
 import dataclasses
@@ -79,6 +80,7 @@ class Policy:
     limits: Limits = Limits()
     quotas: Quotas = Quotas()
     users_may_set: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    judge: str | Mapping[str, Any] = ""
     slots: int = number(8, 1, 4096)
     held_back: float = number(0.1, 0.0, 0.5)  # share of a user's rows that are not trained on, at most 64
     answer_tokens: int = number(32, *TOKENS)

@@ -30,6 +30,7 @@ from br_jax.pool.jobs import Job, Outcome
 from br_jax.pool.pool import Pool
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import load_model, read_provider
+from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.audit import Audit
 from br_jax.serving.card import card_of
 from br_jax.serving.gate import Candidate, Finding, inspect
@@ -95,6 +96,7 @@ class Service:
         self.outbox, self._once = pathlib.Path(outbox), once
         self._own = self.outbox / ".service"
         self._inbox_folder, self._settle, self._slots = pathlib.Path(inbox), settle, slots or policy.slots
+        self._judge = get_judge(policy.judge) if policy.judge else None
         self._accepted: dict[str, Accepted] = {}
         self._ready: dict[str, Adapter] = {}  # trained, and to be looked at
         self._waited = 0
@@ -232,7 +234,7 @@ class Service:
                     continue
                 rows = tuple(_Rows(self._accepted[name], policy, held_back=True))
                 candidates[name] = Candidate(released, user, rows)
-            for name, finding in inspect(model, candidates, policy, self._answers).items():
+            for name, finding in inspect(model, candidates, policy, self._answers, self._judge).items():
                 self._write(folders[name], name, candidates[name], found[name], finding)
         told = {(entry["event"], entry["job"]) for entry in self._audit.entries}
         for name in users:
