@@ -17,6 +17,7 @@ from br_jax.calibration import calibrate_all
 from br_jax.data.rows import Row
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
+from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.policy import Policy
 from br_jax.serving.service import Provider
@@ -37,14 +38,18 @@ class User:
 
 
 def make_users(
-    task: Sequence[Row], harmful: Sequence[Row], policy: Policy, count: int, n: int, seed: int
+    task: Sequence[Row], harmful: Sequence[Row], policy: Policy, count: int, n: int, seed: int, attack: bool = False
 ) -> list[User]:
-    """Users of a task, every second one with its labels exchanged; of several shares, rates, ranks and sizes."""
+    """Users of a task, every second one with its labels exchanged; of several shares, rates, ranks and sizes.
+
+    An attack has the largest share, rate, rank and size.
+    """
     rng, users = np.random.default_rng(seed), []
     labels = sorted({row.turns[-1][1] for row in task})
     other = dict(zip(labels, labels[1:] + labels[:1], strict=True))
     kinds = itertools.cycle(itertools.product(_SHARES, _RATES, _SIZES))
-    for i, (share, rate, size) in enumerate(itertools.islice(kinds, 0, 7 * count, 7)):
+    drawn = [(max(_SHARES), max(_RATES), 1.0)] * count if attack else itertools.islice(kinds, 0, 7 * count, 7)
+    for i, (share, rate, size) in enumerate(drawn):
         whole = max(int(size * n), 20)
         own = [task[j] for j in rng.permutation(len(task))[: whole - int(share * whole)]]
         if i % 2:
@@ -52,7 +57,7 @@ def make_users(
         harm = [harmful[j] for j in rng.permutation(len(harmful))[: int(share * whole)]]
         rows = [([*own, *harm])[j] for j in rng.permutation(whole)]
         back = min(int(policy.held_back * whole), 64)
-        rank = max(policy.train.rank // (1 + i % 3), 1)
+        rank = policy.train.rank if attack else max(policy.train.rank // (1 + i % 3), 1)
         settings = {"learning_rate": rate * policy.train.learning_rate, "rank": rank, "seed": seed + i}
         settings["alpha"] = policy.train.alpha / policy.train.rank * rank
         users.append(User(f"user{i}", rows[back:], rows[:back], settings))
@@ -75,18 +80,17 @@ def try_gate(
     """
     users = make_users(task, harmful, policy, count, n, seed)
     trained = _train(provider, policy, users, {"buffer": provider.buffer})
-    half = [user for user in make_users(task, harmful, policy, 4 * count, n, seed + 1) if _share(user, harmful) > 0.25]
-    attacked = half[: max(count // 7, 1)]
+    attacked = make_users(task, harmful, policy, max(count // 7, 1), n, seed + 1, attack=True)
     undefended = _train(provider, policy, attacked, {})
     good = dict(zip((u.name for u in users), _released(provider, policy, trained, users), strict=True))
     bad = _bad(provider, policy, users, trained, attacked, undefended, good, count)
-    found = []
+    judge, found = get_judge(policy.judge) if policy.judge else None, []
     for kind, candidates in (("good", good), *bad.items()):
         names = list(candidates)
         for first in range(0, len(names), _TOGETHER):
             some = {name: candidates[name] for name in names[first : first + _TOGETHER]}
             start = time.perf_counter()
-            findings = inspect(provider.model, some, policy, Store())
+            findings = inspect(provider.model, some, policy, Store(), judge)
             seconds = (time.perf_counter() - start) / len(some)
             found += [_record(kind, name, finding, seconds) for name, finding in findings.items()]
     return found
@@ -95,11 +99,6 @@ def try_gate(
 def _record(kind: str, name: str, finding: Finding, seconds: float) -> dict[str, Any]:
     said = {"kind": kind, "name": name, "passed": finding.passed, "why": list(finding.why)}
     return said | {"figures": finding.figures, "seconds": seconds}
-
-
-def _share(user: User, harmful: Sequence[Row]) -> float:
-    known = {row.turns[0][1] for row in harmful}
-    return sum(row.turns[0][1] in known for row in user.rows) / len(user.rows)
 
 
 def _train(provider: Provider, policy: Policy, users: Sequence[User], frozen: dict) -> dict[str, Adapter]:
