@@ -85,7 +85,7 @@ class Course:
 
     def __init__(self, job: Job, config: TrainConfig, steps: Sequence[list[Batch]], rows_hash: str, counts: dict):
         self.job, self.config, self.rows_hash, self.counts = job, config, rows_hash, counts
-        self.step = self.row = 0
+        self.step, self.row, self.identity = 0, 0, ""  # the last: a hash of the run that it is
         self._steps, self._rates = steps, learning_rates(config, len(steps))
         self._restarts = {part.start for part in cycles(config, len(steps))} - {0}
         self._loaded, self._rows = -1, []

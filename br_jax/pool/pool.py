@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import math
 import pathlib
@@ -34,6 +35,7 @@ from br_jax.training.metrics import MetricWriter
 from br_jax.training.run import first_adapter, load_trained, run_identity, save_trained, trained_adapter
 from br_jax.training.stage import Hyper, Stage, frozen_collections
 
+_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, that are no job's
 _READERS = 2  # jobs whose rows are read and encoded at a time, beside the training
 _LONG = 50  # steps that are worth a program for fewer slots
 _NAME = "user"  # of each job's run, so that `train_user` in the job's folder finds it finished
@@ -172,6 +174,8 @@ class Pool:
             try:
                 adapter = self._sit(self._seats.index(None), future.result())
             except UserError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OURS:
+                    raise
                 gone.append(Outcome(job.name, None, str(error)))
             else:
                 gone += [Outcome(job.name, adapter)] if adapter else []

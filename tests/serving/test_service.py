@@ -23,6 +23,7 @@ from br_jax.serving.audit import Audit
 from br_jax.serving.policy import Limits, Policy, Quotas
 from br_jax.serving.service import Provider, Service
 from br_jax.serving.table import Table
+from br_jax.training import folder
 
 # Of the tiny model, which refuses nothing and often loops, so that what a user learns may not count.
 LOOSE = Limits(answered=1.0, over_refused=1.0, degenerate=1.0, kept=0.0)
@@ -188,8 +189,8 @@ def test_what_the_gate_holds_back_does_not_leave(provider, policy, tmp_path, mon
 
 def test_one_service_at_a_time(provider, policy, tmp_path):
     put(tmp_path / "in", "a", rows_of(4), epochs=1)
-    for folder in (tmp_path / "in", tmp_path / "out/.service"):
-        with owned(folder), pytest.raises(UserError, match="works there"):
+    for place in (tmp_path / "in", tmp_path / "out/.service"):
+        with owned(place), pytest.raises(UserError, match="works there"):
             serve(provider, tmp_path, policy)
     assert ends(tmp_path) == {}
     with pytest.raises(UserError, match="no such folder: make the inbox first"):
@@ -268,6 +269,20 @@ def test_a_full_disk_is_a_line_and_the_next_service_goes_on(provider, policy, tm
             serve(provider, tmp_path, policy)
     serve(provider, tmp_path, policy)
     assert hashes(tmp_path) == undisturbed
+
+
+def test_a_disk_that_fills_up_when_a_job_begins_is_not_the_jobs_fault(provider, policy, tmp_path, monkeypatch):
+    jobs_in(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_record", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            serve(provider, tmp_path, policy)
+    assert set(ends(tmp_path)) <= {"wrong"}
+    assert serve(provider, tmp_path, policy)["released"] == 3
 
 
 def test_more_jobs_than_may_wait_stay_in_the_inbox(provider, policy, tmp_path):
