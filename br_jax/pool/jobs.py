@@ -126,6 +126,10 @@ class Course:
         """Tokens of the next row."""
         return len(self._current[self.row]["tokens"])
 
+    def needs(self, steps: int = 16) -> list[int]:
+        """Tokens of the rows of the first steps."""
+        return [len(row["tokens"]) for step in range(min(steps, self.total)) for row in self._steps[step]]
+
     def take(self, length: int, count: int) -> Taken | None:
         """The next rows of the step at hand, as many as fit a turn of `count` rows of a length; None if the next does
         not fit.

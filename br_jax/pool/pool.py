@@ -10,7 +10,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, pad_rank
+from br_jax.data.packing import row_lengths
 from br_jax.distributed import StopSignal, agree, fetch, is_main
 from br_jax.errors import Stopped, UserError
 from br_jax.files import writing
@@ -92,6 +93,7 @@ class Pool:
         self.slots = slots
         self.workdir = None if workdir is None else pathlib.Path(workdir)
         self.lengths, self.rows = turn_shapes(config, platform(self.mesh))
+        self._fitted = not config.packing  # whether the lengths are those of the rows that came
         self._stage = Stage.of(model.decoder, dataclasses.replace(config, accumulation=1), self.mesh)
         bank = jax.eval_shape(functools.partial(first_adapter, _NAME, "user", model, config))
         self._one = jax.eval_shape(functools.partial(begin, seed=0), bank)
@@ -167,6 +169,8 @@ class Pool:
             if not any(self._seats):
                 concurrent.futures.wait([self._waiting[0][1]])
             ready = agree([future.done() for _, future in self._waiting])
+            if not self._fitted:
+                self._fit_lengths([future for (_, future), done in zip(self._waiting, ready, strict=True) if done])
             if True not in ready:
                 break
             job, future = self._waiting[ready.index(True)]
@@ -229,6 +233,18 @@ class Pool:
                 cost = {"steps": seat.course.total, "tokens": seat.tokens, "answer_tokens": seat.answer_tokens}
                 seat.folder.finish({**cost, "loss": seat.loss, **seat.course.counts, "output": output})
             return Outcome(job.name, adapter)
+
+    def _fit_lengths(self, read: Sequence[concurrent.futures.Future]) -> None:
+        """Chooses the lengths of turns by the packed rows of the first jobs, with the longest that any may need."""
+        needs = [need for future in read if not future.exception() for need in future.result().needs()]
+        if needs:
+            unit = _unit(platform(self.mesh))
+            fitted = row_lengths(min(-(-need // unit) * unit, self.lengths[-1]) for need in needs)
+            self._set_lengths(sorted({*fitted, self.lengths[-1]}))
+
+    def _set_lengths(self, lengths: Sequence[int]) -> None:
+        self.lengths, self._fitted = tuple(lengths), True
+        self._schedule = Schedule(self.lengths, len(self._seats))
 
     def _fit(self) -> None:
         """Halves the slots while half of them would do for long, and has all of them again when somebody waits."""
@@ -319,6 +335,7 @@ class Pool:
         abstract = {f"job{i}": self._one for i in range(len(data["jobs"]))}
         state, _ = self._checkpoints.restore(abstract, self.mesh)
         self.turn = data["turn"]
+        self._set_lengths(data["lengths"])
         self._resting = {job["name"]: (job, state[f"job{i}"]) for i, job in enumerate(data["jobs"])}
 
     def _save_if_due(self, stopped: bool) -> None:
@@ -343,7 +360,7 @@ class Pool:
             jobs.append(cursor)
             states.append(state)
         named = {f"job{i}": state for i, state in enumerate(states)}
-        self._checkpoints.save(self.turn, named, {"turn": self.turn, "jobs": jobs})
+        self._checkpoints.save(self.turn, named, {"turn": self.turn, "lengths": self.lengths, "jobs": jobs})
 
     def close(self) -> None:
         """Lets go of folders, threads and files."""
@@ -356,14 +373,18 @@ class Pool:
 
 
 def turn_shapes(config: TrainConfig, on: str) -> tuple[tuple[int, ...], int]:
-    """(The lengths that a turn may have, ascending; the rows of a slot in a turn)."""
+    """(The lengths that a turn may have, ascending; the rows of a slot in a turn); of packed rows the longest alone."""
     rows = config.batch_size // config.accumulation
     if not config.packing:
         shorter = (bucket for bucket in config.buckets if bucket < config.max_length)
         return tuple(sorted({*shorter, config.max_length})), rows
-    unit = 128 if on == "tpu" else 32
-    most = min(config.packing, max(rows * config.max_length, config.max_length))
-    return tuple(sorted({max(-(-most // part // unit) * unit, unit) for part in (4, 2, 1)})), 1
+    unit, most = _unit(on), min(config.packing, rows * config.max_length)
+    return (-(-most // unit) * unit,), 1
+
+
+def _unit(on: str) -> int:
+    """What divides a packed row's length; a TPU's attention wants whole tiles."""
+    return 128 if on == "tpu" else 32
 
 
 def fill(taken: list[Taken | None], length: int, rows: int) -> dict[str, np.ndarray]:

@@ -146,5 +146,7 @@ def _rows_of(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]
     rows = []
     for tokens, weights, segments in zip(batch["tokens"], batch["weights"], batch["segment_ids"], strict=True):
         n = int((segments > 0).sum())
+        if not n:  # what fills up the last step of a pass
+            continue
         rows.append((tokens[:n].astype(np.int64), np.concatenate([[False], weights[: n - 1] > 0])))
     return rows
