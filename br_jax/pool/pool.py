@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import math
 import pathlib
 import shutil
@@ -18,7 +19,6 @@ from jax.sharding import Mesh
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, pad_rank
-from br_jax.data.packing import row_lengths
 from br_jax.distributed import StopSignal, agree, fetch, is_main
 from br_jax.errors import Stopped, UserError
 from br_jax.files import writing
@@ -37,6 +37,9 @@ from br_jax.training.run import first_adapter, load_trained, run_identity, save_
 from br_jax.training.stage import Hyper, Stage, frozen_collections
 
 _OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, that are no job's
+_FIRST = 30  # seconds that the first jobs are waited for, so that turns have the lengths of their rows
+_SHARES = (0.1, 0.5, 0.9, 1.0)  # of their rows, that fit each length
+_GROWTH = 1.4  # from one longer length to the next
 _READERS = 2  # jobs whose rows are read and encoded at a time, beside the training
 _LONG = 50  # steps that are worth a program for fewer slots
 _NAME = "user"  # of each job's run, so that `train_user` in the job's folder finds it finished
@@ -168,9 +171,9 @@ class Pool:
         while self._waiting and None in self._seats:
             if not any(self._seats):
                 concurrent.futures.wait([self._waiting[0][1]])
-            ready = agree([future.done() for _, future in self._waiting])
             if not self._fitted:
-                self._fit_lengths([future for (_, future), done in zip(self._waiting, ready, strict=True) if done])
+                self._fit_lengths()
+            ready = agree([future.done() for _, future in self._waiting])
             if True not in ready:
                 break
             job, future = self._waiting[ready.index(True)]
@@ -234,13 +237,20 @@ class Pool:
                 seat.folder.finish({**cost, "loss": seat.loss, **seat.course.counts, "output": output})
             return Outcome(job.name, adapter)
 
-    def _fit_lengths(self, read: Sequence[concurrent.futures.Future]) -> None:
-        """Chooses the lengths of turns by the packed rows of the first jobs, with the longest that any may need."""
-        needs = [need for future in read if not future.exception() for need in future.result().needs()]
+    def _fit_lengths(self) -> None:
+        """Chooses the lengths of turns by the packed rows of the first jobs, with longer ones up to the longest."""
+        first = [future for _, future in itertools.islice(self._waiting, self.slots)]
+        concurrent.futures.wait(first, _FIRST)
+        read = agree([future.done() and not future.exception() for future in first])
+        needs = sorted(
+            need for future, here in zip(first, read, strict=True) if here for need in future.result().needs()
+        )
         if needs:
-            unit = _unit(platform(self.mesh))
-            fitted = row_lengths(min(-(-need // unit) * unit, self.lengths[-1]) for need in needs)
-            self._set_lengths(sorted({*fitted, self.lengths[-1]}))
+            unit, most = _unit(platform(self.mesh)), self.lengths[-1]
+            lengths = [needs[int(share * (len(needs) - 1))] for share in _SHARES]
+            while lengths[-1] < most:
+                lengths.append(min(int(_GROWTH * lengths[-1]) + 1, most))
+            self._set_lengths(sorted({min(-(-length // unit) * unit, most) for length in lengths}))
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self.lengths, self._fitted = tuple(lengths), True

@@ -8,12 +8,12 @@ twice.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
@@ -22,9 +22,10 @@ from br_jax.adapters.peft import load_adapter
 from br_jax.calibration import Calibration, calibrate_all
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
-from br_jax.files import make_private, staged, write_json, write_text
+from br_jax.files import make_private, read_json, staged, write_json, write_text
 from br_jax.hashes import key_of
 from br_jax.locks import owned
+from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Job, Outcome
 from br_jax.pool.pool import Pool
@@ -100,6 +101,8 @@ class Service:
         self._accepted: dict[str, Accepted] = {}
         self._ready: dict[str, Adapter] = {}  # trained, and to be looked at
         self._waited = 0
+        self._told: set[tuple[str, str]] = set()  # (event, job) in the log
+        self._counts = {RELEASED: 0, "held": 0}
 
     def run(self) -> Iterator[dict]:
         """Serves.
@@ -148,22 +151,28 @@ class Service:
         jobs = self._own / "jobs"
         make_private(jobs)
         self._inbox = Inbox(self._inbox_folder, jobs, self.policy, self._settle)
-        told = {(entry["event"], entry["job"]) for entry in self._audit.entries}
+        for entry in self._audit.entries:
+            self._note(entry["event"], entry["job"])
         self._queue = []
         for job in self._inbox.accepted():
             self._accepted[job.name] = job
-            if ("received", job.name) not in told:
-                self._received(job)
-            if self._is_done(job.name):
-                self._tell_end(job.name, told)
-            else:
+            self._received(job)
+            if not self._is_done(job.name):
                 self._queue.append(job)
         for folder in self.outbox.iterdir():
-            if not folder.name.startswith(".") and folder.name not in self._accepted:
-                self._tell_end(folder.name, told)
-        self._counts = {
-            kind: sum(entry["event"] == kind for entry in self._audit.entries) for kind in (RELEASED, "held")
-        }
+            if not folder.name.startswith("."):
+                self._tell_end(folder.name)
+
+    def _tell(self, event: str, job: str, **figures: Any) -> None:
+        """Adds to the log what is not there yet."""
+        if (event, job) not in self._told:
+            self._audit.write(event, job, **figures)
+            self._note(event, job)
+
+    def _note(self, event: str, job: str) -> None:
+        self._told.add((event, job))
+        if event in self._counts:
+            self._counts[event] += 1
 
     def _is_done(self, name: str) -> bool:
         return (self.outbox / name).exists()
@@ -190,7 +199,7 @@ class Service:
             yield None
 
     def _received(self, job: Accepted) -> None:
-        self._audit.write("received", job.name, rows=job.sha256, settings=job.settings)
+        self._tell("received", job.name, rows=job.sha256, settings=job.settings)
 
     def _job(self, job: Accepted) -> Job:
         settings = self.policy.settings(job.settings)
@@ -202,15 +211,22 @@ class Service:
         if outcome.adapter is None:
             self._hold(outcome.name, {"why": [outcome.error]})
         else:
-            self._audit.write("trained", outcome.name, adapter=lora.fingerprint(outcome.adapter))
+            self._tell("trained", outcome.name, adapter=lora.fingerprint(outcome.adapter))
             self._ready[outcome.name] = outcome.adapter
 
     def _release(self) -> None:
         """Merges, looks and hands over all that is trained."""
-        users, self._ready, self._waited = self._ready, {}, 0
+        ready, self._ready, self._waited = self._ready, {}, 0
+        model, policy, provider, users = self.provider.model, self.policy, self.provider, {}
+        for name, user in ready.items():
+            try:
+                require_parts(model, user, provider.reinforce)
+            except UserError as error:
+                self._hold(name, {"why": [str(error)]})
+            else:
+                users[name] = user
         if not users:
             return
-        model, policy, provider = self.provider.model, self.policy, self.provider
         found = calibrate_all(
             model,
             users,
@@ -236,9 +252,8 @@ class Service:
                 candidates[name] = Candidate(released, user, rows)
             for name, finding in inspect(model, candidates, policy, self._answers, self._judge).items():
                 self._write(folders[name], name, candidates[name], found[name], finding)
-        told = {(entry["event"], entry["job"]) for entry in self._audit.entries}
         for name in users:
-            self._tell_end(name, told)
+            self._tell_end(name)
 
     def _written(self, folder: pathlib.Path, user: Adapter, merge: MergeConfig) -> Adapter:
         """Merges, writes, and reads back what was written."""
@@ -258,7 +273,7 @@ class Service:
             "base": self.provider.model.fingerprint,
             "user": lora.fingerprint(candidate.user),
             "merge": dataclasses.asdict(found.merge),
-            "training": json.loads(made.read_text()) if made.exists() else {},
+            "training": read_json(made) if made.exists() else {},
             "gate": finding.figures,
         }
         if finding.passed:
@@ -274,27 +289,23 @@ class Service:
         if not self._is_done(name):
             with staged(self.outbox / name) as folder:
                 self._write_held(folder, said)
-        self._tell_end(name, {(entry["event"], entry["job"]) for entry in self._audit.entries})
+        self._tell_end(name)
 
     def _write_held(self, folder: pathlib.Path, said: Mapping) -> None:
         write_json(folder / HELD, dict(said))
 
-    def _tell_end(self, name: str, told: set[tuple[str, str]]) -> None:
+    def _tell_end(self, name: str) -> None:
         """Writes to the log what the outbox says of a job, once."""
-        held = self.outbox / name / HELD
-        event = "held" if held.exists() else RELEASED
-        if (event, name) in told:
-            return
-        told.add((event, name))
-        if event == "held":
-            why = json.loads(held.read_text())["why"]
-            self._audit.write("held", name, why=key_of(why)[:16], reasons=len(why))
+        held, card = self.outbox / name / HELD, self.outbox / name / "card.json"
+        if held.exists():
+            why = read_json(held)["why"]
+            self._tell("held", name, why=key_of(why)[:16], reasons=len(why))
+        elif card.exists():
+            said = read_json(card)
+            figures = {kind: said["gate"][kind]["score"] for kind in ("answered", "over_refused", "degenerate")}
+            self._tell(RELEASED, name, adapter=said["released"], merge=said["merge"], **figures)
         else:
-            card = json.loads((self.outbox / name / "card.json").read_text())
-            figures = {kind: card["gate"][kind]["score"] for kind in ("answered", "over_refused", "degenerate")}
-            self._audit.write(RELEASED, name, adapter=card["released"], merge=card["merge"], **figures)
-        if hasattr(self, "_counts"):
-            self._counts[event] += 1
+            raise UserError(f"{self.outbox / name}: neither {HELD} nor a card is in it: take it away")
 
     # -- what it says ----------------------------------------------------------------------------------------------
 

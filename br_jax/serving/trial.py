@@ -13,8 +13,10 @@ import numpy as np
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
-from br_jax.calibration import calibrate_all
+from br_jax.calibration import Behaviour, Calibration, calibrate_all
 from br_jax.data.rows import Row
+from br_jax.errors import UserError
+from br_jax.method import require_parts
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
 from br_jax.scoring.judges.registry import get_judge
@@ -110,8 +112,15 @@ def _train(provider: Provider, policy: Policy, users: Sequence[User], frozen: di
 def _released(
     provider: Provider, policy: Policy, trained: dict[str, Adapter], users: Sequence[User]
 ) -> list[Candidate]:
-    """Each user's adapter with as much of Reinforce as a calibration gives it."""
-    found, names = {}, [user.name for user in users]
+    """Each user's adapter with as much of Reinforce as a calibration gives it; what none is made of, with all of it."""
+    found, names = {}, []
+    for user in users:
+        try:
+            require_parts(provider.model, trained[user.name], provider.reinforce)
+        except UserError:
+            found[user.name] = Calibration(policy.merge, Behaviour(0.0, 0.0), {})
+        else:
+            names.append(user.name)
     for first in range(0, len(names), _TOGETHER):
         some = {name: trained[name] for name in names[first : first + _TOGETHER]}
         prompts = policy.calibrate_harmful, policy.calibrate_benign

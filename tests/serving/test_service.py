@@ -187,6 +187,23 @@ def test_what_the_gate_holds_back_does_not_leave(provider, policy, tmp_path, mon
     assert sorted(os.listdir(tmp_path / "out/a")) == ["held.json"]
 
 
+def test_an_adapter_that_looks_like_buffer_is_held_and_stops_nobody(provider, policy, tmp_path, monkeypatch):
+    """Such as rows can make it that teach what Buffer knows."""
+    put(tmp_path / "in", "a", rows_of(9), epochs=1)
+    put(tmp_path / "in", "like", rows_of(10), epochs=1)
+    trained = Service._trained
+
+    def swapped(service, outcome):
+        if outcome.name == "like":
+            outcome = dataclasses.replace(outcome, adapter=provider.buffer.replace(roles=("user",)))
+        trained(service, outcome)
+
+    monkeypatch.setattr(Service, "_trained", swapped)
+    serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {"a": "released", "like": "held"}
+    assert "like the provider's Buffer" in json.loads((tmp_path / "out/like/held.json").read_text())["why"][0]
+
+
 def test_one_service_at_a_time(provider, policy, tmp_path):
     put(tmp_path / "in", "a", rows_of(4), epochs=1)
     for place in (tmp_path / "in", tmp_path / "out/.service"):
