@@ -16,6 +16,7 @@ from br_jax.errors import UserError
 from br_jax.models.spec import ModelSpec
 from br_jax.planning import fit as fitting
 from br_jax.planning.chips import CHIPS, parse_topology
+from br_jax.planning.collectives import count_collectives
 from br_jax.planning.programs import STAGES, TRAINING, make_program
 from br_jax.planning.roofline import model_flops, predict
 from br_jax.sharding import make_mesh
@@ -166,3 +167,25 @@ def test_the_script(tmp_path):
     too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=1000000")
     assert too_large.returncode == 1 and "decode does not fit: " in too_large.stdout
     assert "largest part" in too_large.stdout and "try a smaller batch_size" in too_large.stdout
+
+
+def test_a_pools_adapters_do_not_cross_chips(config):
+    """What is summed over chips in a turn is less than one user's adapter; in a user's own step it is more."""
+    mesh, moved = make_mesh(**config.mesh), {}
+    for stage in ("user", "pool"):
+        program = make_program(config, stage, mesh, slots=8)
+        kinds = count_collectives(program.lower(mesh).compile().as_text())
+        moved[stage] = sum(kinds.get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter"))
+        state = program.arguments["state"]["trainable"]
+    adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 8
+    assert moved["pool"] < adapter / 10 < adapter <= moved["user"], (moved, adapter)
+
+
+def test_users_an_hour(config):
+    fit = fitting.Fit("pool", "", {}, 64, 0, "", "", {}, 1, slots=8, steps=100)
+    assert fit.users_an_hour is None
+    fit.prediction = fitting.Prediction(1.0, 1.0, 1.0, 2.0, 0.5)
+    assert fit.users_an_hour == 8 * 3600 / 200
+    config.user.update(n=90)
+    config.user.train.update(steps=0, epochs=3, batch_size=8)
+    assert fitting._steps_of_user(config) == 36
