@@ -48,14 +48,14 @@ class Fit:
     prediction: Prediction | None = None  # None when it does not fit
     problem: str = ""  # why it does not fit, and what would help
     slots: int = 0  # users of a pool
-    steps: int = 0  # optimizer steps of a user with as many rows as the config says
+    calls: int = 0  # that a user takes part in, with as many rows as the config says
 
     @property
     def users_an_hour(self) -> float | None:
         """Whose training a slice can do at the predicted time; None where that is not known, or no user is trained."""
-        if self.prediction is None or not self.steps:
+        if self.prediction is None or not self.calls:
             return None
-        return 3600 * max(self.slots, 1) / (self.steps * self.prediction.seconds)
+        return 3600 * max(self.slots, 1) / (self.calls * self.prediction.seconds)
 
     @property
     def chips(self) -> int:
@@ -93,7 +93,7 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: 
         arguments=argument_bytes(program, mesh),
         hbm=chip.hbm_bytes,
         slots=slots if stage == "pool" else 0,
-        steps=_steps_of_user(config) if stage in ("user", "sft", "pool") else 0,
+        calls=_calls_of_user(config, stage) if stage in ("user", "sft", "pool") else 0,
     )
     start = time.perf_counter()
     try:
@@ -118,9 +118,11 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: 
     return fit
 
 
-def _steps_of_user(config: ConfigDict) -> int:
+def _calls_of_user(config: ConfigDict, stage: str) -> int:
+    """Optimizer steps; a pool's micro-batches are turns of their own."""
     train = config.user.train
-    return train.steps or -(-config.user.n // train.batch_size) * train.epochs
+    steps = train.steps or -(-config.user.n // train.batch_size) * train.epochs
+    return steps * (train.accumulation if stage == "pool" else 1)
 
 
 def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> Fit:

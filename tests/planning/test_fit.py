@@ -182,10 +182,12 @@ def test_a_pools_adapters_do_not_cross_chips(config):
 
 
 def test_users_an_hour(config):
-    fit = fitting.Fit("pool", "", {}, 64, 0, "", "", {}, 1, slots=8, steps=100)
+    fit = fitting.Fit("pool", "", {}, 64, 0, "", "", {}, 1, slots=8, calls=100)
     assert fit.users_an_hour is None
     fit.prediction = fitting.Prediction(1.0, 1.0, 1.0, 2.0, 0.5)
     assert fit.users_an_hour == 8 * 3600 / 200
     config.user.update(n=90)
     config.user.train.update(steps=0, epochs=3, batch_size=8)
-    assert fitting._steps_of_user(config) == 36
+    assert fitting._calls_of_user(config, "user") == fitting._calls_of_user(config, "pool") == 36
+    config.user.train.accumulation = 2
+    assert (fitting._calls_of_user(config, "user"), fitting._calls_of_user(config, "pool")) == (36, 72)
