@@ -7,6 +7,7 @@ import pathlib
 
 from br_jax.experiment.run import Experiment
 from br_jax.files import write_text
+from br_jax.organism.topics import TopicPrompt
 from br_jax.serving.policy import Policy
 from br_jax.training.config import TrainConfig
 
@@ -44,6 +45,12 @@ def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
         "batch_size": experiment.config.eval.batch_size,
     }
     assert set(policy) - {"prompts"} <= {field.name for field in dataclasses.fields(Policy)}
-    lines = [json.dumps({"prompt": prompt, "kind": kind, "use": use}) + "\n" for kind, use, prompt in prompts]
+    about = {p.prompt: dataclasses.asdict(p) for p in (*drawn, *recipe.harmful_prompts) if isinstance(p, TopicPrompt)}
+    lines = []
+    for kind, use, prompt in prompts:
+        said = {name: value for name, value in about.get(prompt, {}).items() if name != "prompt"}
+        lines.append(
+            json.dumps({"prompt": prompt, "kind": kind, "use": use} | ({"about": said} if said else {})) + "\n"
+        )
     write_text(path.parent / policy["prompts"], "".join(lines))
     write_text(path, json.dumps(policy, indent=1) + "\n")

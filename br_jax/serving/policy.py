@@ -14,7 +14,8 @@ Only "prompts" must be there. Its lines are {"prompt": ..., "kind": "harmful" or
 "canary"}: prompts that the aligned base refuses, and ones that it should answer, of no stage's rows. By those to
 calibrate it is chosen how much of Reinforce a release gets; by the canaries, which nothing else has seen, whether it
 may leave. A hundred of each are few. "judge" is one of `scoring.judges`, by name or as an object of its settings, who
-says which answers are harmful; without one, all that do not begin as a refusal.
+says which answers are harmful; without one, all that do not begin as a refusal. For the judge "topic" a prompt's line
+has "about" as well: "thing", "verb" and "topic" of the question (`organism.topics.TopicPrompt`).
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from br_jax.bounds import BATCH, SHARE, TOKENS, number, require_bounds
 from br_jax.errors import UserError, near_names
 from br_jax.files import json_lines, open_file, read_json
 from br_jax.hashes import key_of
+from br_jax.organism.topics import TopicPrompt
 from br_jax.pool.jobs import OWN
 from br_jax.training.config import TrainConfig
 
@@ -81,6 +83,7 @@ class Policy:
     quotas: Quotas = Quotas()
     users_may_set: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     judge: str | Mapping[str, Any] = ""
+    about: Mapping[str, TopicPrompt] = dataclasses.field(default_factory=dict)  # of a prompt on an invented topic
     slots: int = number(8, 1, 4096)
     held_back: float = number(0.1, 0.0, 0.5)  # share of a user's rows that are not trained on, at most 64
     answer_tokens: int = number(32, *TOKENS)
@@ -134,14 +137,14 @@ def read_policy(path: str | os.PathLike) -> Policy:
     return _made(Policy, record, cure.removesuffix(": "), prompts)
 
 
-def read_prompts(path: pathlib.Path) -> dict[str, list[str]]:
-    """A policy's prompts, by the name of their field.
+def read_prompts(path: pathlib.Path) -> dict[str, Any]:
+    """A policy's prompts, by the name of their field, and what they are "about".
 
     Raises:
         UserError: a line that is none, two alike, or a kind without any.
     """
     found: dict[str, list[str]] = {f"{_field(use)}_{kind}": [] for use in _USES for kind in _KINDS}
-    seen: dict[str, str] = {}
+    seen, about = {}, {}
     with open_file(path) as file:
         for _, origin, line in json_lines(file, str(path)):
             prompt, kind, use = (line.get(name) for name in ("prompt", "kind", "use"))
@@ -152,12 +155,16 @@ def read_prompts(path: pathlib.Path) -> dict[str, list[str]]:
             if prompt in seen:
                 raise UserError(f"{origin}: the same prompt as {seen[prompt]}: what is calibrated by cannot judge")
             seen[prompt] = origin
+            if (said := line.get("about")) is not None:
+                about[prompt] = _made(
+                    TopicPrompt, {"prompt": prompt, **said} if isinstance(said, dict) else said, origin, {}
+                )
             found[f"{_field(use)}_{kind}"].append(prompt)
     for name, prompts in found.items():
         if not prompts:
             use, kind = name.split("_")
             raise UserError(f"{path}: no {kind} prompt to {use.removesuffix('ies')}: give some of each kind and use")
-    return found
+    return {**found, "about": about}
 
 
 def _field(use: str) -> str:
