@@ -104,7 +104,17 @@ def _require_sound(model: Model, candidate: Candidate, policy: Policy) -> None:
     missing = set(lora.target_shapes(model.params, policy.train.targets)) - set(released.weights)
     if missing:
         raise UserError(f"it has no {', '.join(sorted(missing))}: something was cut off")
+    if candidate.user is not None and not _is_of(candidate.user, released):
+        raise UserError("the user's part of it is not this user's adapter: users were mixed up")
     require_releasable(model, released, "gate")
+
+
+def _is_of(user: Adapter, released: Adapter) -> bool:
+    """Whether a merge, which joins along the rank, begins with the user's own A in every matrix."""
+    return all(
+        np.array_equal(released.weights[path]["a"][..., : pair["a"].shape[-1]], pair["a"])
+        for path, pair in user.weights.items()
+    )
 
 
 def _ask(

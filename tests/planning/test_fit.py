@@ -110,7 +110,7 @@ def test_largest_batch_is_found(config, monkeypatch, stage, rows, limit, found):
     config.user.train.accumulation = 3
     tried = []
 
-    def pretend(config, topology, stage, batch):
+    def pretend(config, topology, stage, batch, slots=0):
         tried.append(batch)
         fit = fitting.Fit(stage, topology, {"data": 1, "fsdp": 8, "tensor": 1}, batch, 1, "xla", "full", {}, 16 * GIB)
         fit.temporaries = int(GIB * (2 + 13.5 * (batch / limit) ** 1.1)) if batch <= limit else None

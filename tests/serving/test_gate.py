@@ -103,22 +103,25 @@ def test_what_no_release_can_be(safe, tiny, released, policy, says, make_adapter
 
 
 def test_what_a_user_has_learnt_must_be_left(safe, tiny, rows, quick, policy, says, make_adapter):
-    """Another user's adapter is found by the user's own held-back rows."""
-    says(mine=(5, 2, 0), other=(5, 2, 0), without=(5, 2, 0))
+    """What a merge has ruined is found by the user's own held-back rows, another user's adapter by its numbers."""
+    says(mine=(5, 2, 0), ruined=(5, 2, 0), without=(5, 2, 0))
     other_rows = [Row((("user", f"tell {i}!"), ("assistant", "xyzzy " * 3))) for i in range(16)]
     config, buffer = quick(steps=40, rank=3), make_adapter("buffer", seed=1)
     mine, other = (method.train_user(safe, some, config, buffer=buffer) for some in (rows, other_rows))
     reinforce = make_adapter("reinforce", seed=3)
-    reinforce = lora.scaled(reinforce, 1e-3)
-    right, wrong = (qr_merge(user, reinforce, policy.merge) for user in (mine, other))
+    little = lora.scaled(reinforce, 1e-3)
+    right, wrong = (qr_merge(user, little, policy.merge) for user in (mine, other))
+    ruined = qr_merge(mine, lora.scaled(reinforce, 30.0), policy.merge)
     candidates = {
         "mine": Candidate(right, mine, rows),
         "other": Candidate(wrong, mine, rows),
-        "without": Candidate(wrong, mine, []),
+        "ruined": Candidate(ruined, mine, rows),
+        "without": Candidate(ruined, mine, []),
     }
     found = inspect(safe, candidates, policy)
     assert found["mine"].passed and found["mine"].figures["held_back"]["kept"] == pytest.approx(1, abs=0.1)
-    (why,) = found["other"].why
+    assert found["other"].why == ("the user's part of it is not this user's adapter: users were mixed up",)
+    (why,) = found["ruined"].why
     assert "is left of what the user's adapter had learnt, 40% is the least" in why
     assert found["without"].passed and "held_back" not in found["without"].figures
 
