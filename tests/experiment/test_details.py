@@ -75,7 +75,8 @@ def test_figures_are_linked(workdir, monkeypatch):
         "br_jax.plots.save", lambda _, stem: [f for e in ends if (f := stem.with_suffix(e)).write_text(e)]
     )
     text = write_report(workdir).read_text()
-    names = {"methods-Tiny_gguf-reviews-devices-n800-p0_5", "training", "saturation", "merge", "verdicts"}
+    names = {"methods-Tiny_gguf-reviews-devices-n800-p0_5", "pareto-Tiny_gguf-reviews-devices-n800-p0_5"}
+    names |= {"training", "saturation", "merge", "verdicts"}
     files = {path.name for path in (workdir / "figures").iterdir()}
     assert files == {f"{name}.{end}" for name in names for end in ("png", "pdf")}
     assert all(f"(figures/{name}.png)" in text for name in names) and not list(workdir.glob(".report-*"))
