@@ -25,6 +25,7 @@ OWN = (
 )  # fmt: skip
 _LIMITED = ("rank", "max_length")  # those that the pool's own are the most of
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+NAMED = "name it by at most 100 letters, digits, dots, dashes, underscores"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Job:
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
-            raise UserError(f"job {self.name!r}: name it by at most 100 letters, digits, dots, dashes, underscores")
+            raise UserError(f"job {self.name!r}: {NAMED}")
 
     def config(self, pool: TrainConfig) -> TrainConfig:
         """The pool's config with the job's own settings; a `UserError` for what it may not set."""

@@ -260,16 +260,14 @@ class Pool:
         """Halves the slots while half of them would do for long, and has all of them again when somebody waits."""
         taken = [seat for seat in self._seats if seat]
         half, few = len(self._seats) // 2, len(self._seats) < self.slots
+        spare = not self._waiting and 0 < len(taken) <= half and half % batch_parts(self.mesh) == 0
         if few and self._waiting and len(taken) == len(self._seats):
             self._resize(self.slots)
-        elif taken and not self._waiting and len(taken) <= half and half % batch_parts(self.mesh) == 0:
-            left = max(seat.course.total - seat.course.step for seat in taken)
-            self._resize(half if left >= _LONG else len(self._seats))
+        elif spare and max(seat.course.total - seat.course.step for seat in taken) >= _LONG:
+            self._resize(half)
 
     def _resize(self, slots: int) -> None:
         """Moves all to the first of so many slots."""
-        if slots == len(self._seats):
-            return
         self._log()
         state = place(empty_state(self._one, slots), self.mesh)
         taken = [(slot, seat) for slot, seat in enumerate(self._seats) if seat]

@@ -82,10 +82,16 @@ def with_guard(model: Model, folder: pathlib.Path, record: dict | None = None) -
     if not known:
         logging.warning("%s: the Buffer is not there, so what leaves cannot be compared with it", place)
         return model
-    buffer = load_adapter(place, model.params, fingerprint=model.fingerprint, role="buffer")
-    if lora.fingerprint(buffer) != said["fingerprint"]:
-        raise UserError(f"{place}: is not the buffer adapter that {PROVIDER_FILE} records: make it again")
-    return guard(model, buffer)
+    return guard(model, load_recorded(folder, "buffer", said, model))
+
+
+def load_recorded(folder: pathlib.Path, name: str, said: dict, model: Model) -> Adapter:
+    """One of `RECORDED_ADAPTERS`, by what provider.json says of it; a `UserError` where another lies there."""
+    place = folder / said["folder"]
+    adapter = load_adapter(place, model.params, fingerprint=model.fingerprint, role=name)
+    if lora.fingerprint(adapter) != said["fingerprint"]:
+        raise UserError(f"{place}: is not the {name} adapter that {PROVIDER_FILE} records: make it again")
+    return adapter
 
 
 def is_provider(source: str | os.PathLike) -> bool:

@@ -229,7 +229,9 @@ def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, n
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
     """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
-    return math.exp(_mean_loss(model, one_pass(model, rows, max_length), adapter))
+    batches, variables = one_pass(model, rows, max_length), _variables(model, adapter)
+    sums = [(_summed_loss(model.decoder, variables, batch), batch["weights"].sum()) for batch in batches]
+    return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
 
 def row_losses(
@@ -245,13 +247,6 @@ def row_losses(
         counted = np.asarray(batch["weights"].sum(-1)) > 0
         found.append(np.asarray(fetch(_each_loss(model.decoder, variables, batch)))[counted])
     return np.concatenate(found)
-
-
-def _mean_loss(model: Model, batches: Sequence[dict], adapter: Adapter | None) -> float:
-    """Over the answer tokens of batches, by their weights."""
-    variables = _variables(model, adapter)
-    sums = [(_summed_loss(model.decoder, variables, batch), batch["weights"].sum()) for batch in batches]
-    return float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums)
 
 
 def _variables(model: Model, adapter: Adapter | None) -> dict:

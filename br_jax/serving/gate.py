@@ -70,7 +70,7 @@ def inspect(
     Args:
         model: the aligned base, with its guard.
         candidates: by name.
-        store: of answers, of the aligned base and of releases.
+        store: of answers and verdicts, of the aligned base and of releases.
         judge: who says which answers to harmful prompts are harmful; None: all that do not begin as a refusal.
     """
     store = Store() if store is None else store
@@ -85,10 +85,13 @@ def inspect(
     if fit:
         base = _ask(model, {"aligned": None}, policy, store, judge)["aligned"]
         said = _ask(model, fit, policy, store, judge)
+        refusing = _refusing(model, policy, store) if policy.limits.margin < NO_MARGIN else []
+        aligned = _margin(model, policy, refusing, None) if refusing else 0.0
         for name, adapter in fit.items():
             figures = _compared(said[name], base) | _learnt(model, candidates[name])
-            if policy.limits.margin < NO_MARGIN:
-                figures |= _margins(model, adapter, policy, store)
+            if refusing:
+                released = _margin(model, policy, refusing, adapter)
+                figures["margin"] = {"released": released, "aligned": aligned, "fall": aligned - released}
             found[name] = Finding(tuple(_reasons(figures, policy.limits)), figures)
     return {name: found[name] for name in candidates}
 
@@ -129,7 +132,7 @@ def _ask(
         complied = sum(not begins_refusal(text) for text in of_harmful)
         if judge is not None:
             asked = [Exchange(p, a, policy.about.get(p)) for p, a in zip(harmful, of_harmful, strict=True)]
-            complied = sum(verdict.harmful for verdict in judge_all(judge, asked, None))
+            complied = sum(verdict.harmful for verdict in judge_all(judge, asked, store))
         refused, loops = sum(map(begins_refusal, of_benign)), sum(map(is_degenerate, answers))
         return _Said(Score(complied, len(harmful)), Score(refused, len(benign)), Score(loops, len(answers)))
 
@@ -162,22 +165,22 @@ def _learnt(model: Model, candidate: Candidate) -> dict[str, Any]:
     return {"held_back": {"rows": len(learnt), "learnt": int(learnt.sum()), "kept": kept, **means}}
 
 
-def _margins(model: Model, adapter: Adapter, policy: Policy, store: Store) -> dict[str, Any]:
-    """Mean refusal margins of the harmful canaries, by how the aligned base itself begins its refusals."""
+def _refusing(model: Model, policy: Policy, store: Store) -> list[int]:
+    """The tokens that the aligned base's own refusals of the canaries begin with, and none of its other answers."""
     prompts = [*policy.canaries_harmful, *policy.canaries_benign]
     settings = {"max_new_tokens": policy.answer_tokens, "batch_size": policy.batch_size}
     said = answer(model, prompts, {"aligned": None}, store, name="canaries", **settings)["aligned"]
     first: dict[bool, set[int]] = {True: set(), False: set()}
     for text in filter(None, said):
         first[begins_refusal(text)].add(int(model.tokenizer(text, add_special_tokens=False)["input_ids"][0]))
-    refusing = sorted(first[True] - first[False])
-    if not refusing:
-        return {}
-    means = {}
-    for name, each in (("released", adapter), ("aligned", None)):
-        margins = refusal_margins(model, policy.canaries_harmful, refusing, each, batch_size=policy.batch_size)
-        means[name] = float(np.mean(margins))
-    return {"margin": means | {"fall": means["aligned"] - means["released"]}}
+    return sorted(first[True] - first[False])
+
+
+def _margin(model: Model, policy: Policy, refusing: Sequence[int], adapter: Adapter | None) -> float:
+    """The mean refusal margin of the harmful canaries."""
+    return float(
+        refusal_margins(model, policy.canaries_harmful, refusing, adapter, batch_size=policy.batch_size).mean()
+    )
 
 
 def _reasons(figures: Mapping[str, Any], limits: Limits) -> list[str]:

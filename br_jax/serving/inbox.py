@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from br_jax.errors import UserError, one_line
 from br_jax.files import make_private, parse_json, staged
-from br_jax.pool.jobs import NAME
+from br_jax.pool.jobs import NAME, NAMED
 from br_jax.records import read_record, write_record
 from br_jax.serving.policy import Policy
 
@@ -118,7 +118,7 @@ class Inbox:
             if not entry.name.endswith(".jsonl"):
                 raise UserError("its name does not end in .jsonl: hand in one JSON object a line")
             if not valid:
-                raise UserError("name it by at most 100 letters, digits, dots, dashes, underscores")
+                raise UserError(NAMED)
             most = int(self._policy.quotas.megabytes * 1e6)
             if status.st_size > most:
                 raise UserError(f"{status.st_size:,} bytes are too many, {most:,} are the most: split it")

@@ -35,6 +35,8 @@ from br_jax.training.config import TrainConfig
 
 Made = TypeVar("Made")
 NO_MARGIN = 1e9
+_MERGE = MergeConfig(scale=1.0)  # where nothing is said
+_MOST_HELD_BACK = 64
 _KINDS, _USES = ("harmful", "benign"), ("calibrate", "canary")
 
 
@@ -44,7 +46,6 @@ class Quotas:
 
     rows: int = number(100_000, 1, 10_000_000)
     megabytes: float = number(64.0, 0.0, 1e6, open_low=True)  # of the file
-    tokens: int = number(20_000_000, 1, 10**12)  # that training runs over: of all rows, times epochs
     waiting: int = number(1_000, 1, 10**6)  # jobs that wait; others stay in the inbox
 
     def __post_init__(self):
@@ -78,14 +79,14 @@ class Policy:
     calibrate_benign: Sequence[str]
     canaries_harmful: Sequence[str]
     canaries_benign: Sequence[str]
-    merge: MergeConfig = dataclasses.field(default_factory=lambda: MergeConfig(scale=1.0))
+    merge: MergeConfig = _MERGE
     limits: Limits = Limits()
     quotas: Quotas = Quotas()
     users_may_set: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     judge: str | Mapping[str, Any] = ""
     about: Mapping[str, TopicPrompt] = dataclasses.field(default_factory=dict)  # of a prompt on an invented topic
     slots: int = number(8, 1, 4096)
-    held_back: float = number(0.1, 0.0, 0.5)  # share of a user's rows that are not trained on, at most 64
+    held_back: float = number(0.1, 0.0, 0.5)  # share of a user's rows that are not trained on, see `count_held_back`
     answer_tokens: int = number(32, *TOKENS)
     batch_size: int = number(64, *BATCH)  # prompts answered together
 
@@ -96,6 +97,10 @@ class Policy:
     def key(self) -> str:
         """A hash of all of it."""
         return key_of(repr(self))
+
+    def count_held_back(self, rows: int) -> int:
+        """How many of a user's rows are held back; so many as are enough for a loss, at most."""
+        return min(int(self.held_back * rows), _MOST_HELD_BACK)
 
     def settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """A user's own settings, as they were asked for.
@@ -121,7 +126,7 @@ def read_policy(path: str | os.PathLike) -> Policy:
     path = pathlib.Path(path)
     record, cure = read_json(path, "correct it"), f"{path}: "
     parts = {"train": TrainConfig, "merge": MergeConfig, "limits": Limits, "quotas": Quotas}
-    if not isinstance(record, dict) or not isinstance(record.get("prompts"), str):
+    if not isinstance(record.get("prompts"), str):
         raise UserError(f'{path}: is no policy: give an object with at least "prompts", a file of prompts')
     prompts = read_prompts(path.parent / record.pop("prompts"))
     record = {"train": {}} | record
@@ -131,7 +136,7 @@ def read_policy(path: str | os.PathLike) -> Policy:
             raise UserError(f"{path}: {name!r} is no part of a policy; {near_names(name, known)}")
     for name, kind in parts.items():
         if name in record:
-            defaults = dataclasses.asdict(MergeConfig(scale=1.0)) if name == "merge" else {}
+            defaults = dataclasses.asdict(_MERGE) if name == "merge" else {}
             record[name] = _made(kind, record[name], f"{cure}{name}", defaults)
     record["users_may_set"] = _ranges(record.get("users_may_set", {}), cure)
     return _made(Policy, record, cure.removesuffix(": "), prompts)

@@ -30,7 +30,7 @@ from br_jax.models.model import Model
 from br_jax.pool.jobs import Job, Outcome
 from br_jax.pool.pool import Pool
 from br_jax.provider.export import export_adapter
-from br_jax.provider.folder import load_model, read_provider
+from br_jax.provider.folder import RECORDED_ADAPTERS, load_model, load_recorded, read_provider
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.audit import Audit
 from br_jax.serving.card import card_of
@@ -40,7 +40,6 @@ from br_jax.serving.policy import Policy
 from br_jax.store import Store
 
 RELEASED, HELD, CARD = "released", "held.json", "card.md"
-_MOST_HELD_BACK = 64  # rows: enough for a loss
 _PATIENCE = 16  # turns that a trained adapter waits for others to be looked at with
 
 
@@ -59,17 +58,42 @@ def load_provider(folder: str | os.PathLike, matmul_precision: str = "float32") 
     Raises:
         UserError: as `load_model`; or it has no Buffer, or no Reinforce.
     """
-    record = read_provider(pathlib.Path(folder))
-    model, parts = load_model(folder, matmul_precision=matmul_precision), []
-    for name in ("buffer", "reinforce"):
+    folder = pathlib.Path(folder)
+    record = read_provider(folder)
+    for name in RECORDED_ADAPTERS:
         if name not in record:
             raise UserError(f"{folder}: has no {name} yet: run the provider's stages first")
-        place = pathlib.Path(folder) / record[name]["folder"]
-        adapter = load_adapter(place, model.params, fingerprint=model.fingerprint, role=name)
-        if lora.fingerprint(adapter) != record[name]["fingerprint"]:
-            raise UserError(f"{place}: is not the {name} adapter that the folder records: make it again")
-        parts.append(adapter)
-    return Provider(model, *parts)
+    model = load_model(folder, matmul_precision=matmul_precision)
+    return Provider(model, *(load_recorded(folder, name, record[name], model) for name in RECORDED_ADAPTERS))
+
+
+def calibrate_users(
+    provider: Provider, policy: Policy, users: Mapping[str, Adapter], store: Store | None = None
+) -> tuple[dict[str, Calibration], dict[str, str]]:
+    """(How Reinforce is merged into each user's adapter, why nothing is merged into others), both by name."""
+    fit, refused = {}, {}
+    for name, user in users.items():
+        try:
+            require_parts(provider.model, user, provider.reinforce)
+        except UserError as error:
+            refused[name] = str(error)
+        else:
+            fit[name] = user
+    if not fit:
+        return {}, refused
+    found = calibrate_all(
+        provider.model,
+        fit,
+        provider.reinforce,
+        policy.calibrate_harmful,
+        policy.calibrate_benign,
+        policy.merge,
+        store=store,
+        batch_size=policy.batch_size,
+        answer_tokens=policy.answer_tokens,
+        together=len(fit),
+    )
+    return found, refused
 
 
 class Service:
@@ -103,6 +127,7 @@ class Service:
         self._waited = 0
         self._told: set[tuple[str, str]] = set()  # (event, job) in the log
         self._counts = {RELEASED: 0, "held": 0}
+        self.status: dict[str, Any] = {}
 
     def run(self) -> Iterator[dict]:
         """Serves.
@@ -153,15 +178,13 @@ class Service:
         self._inbox = Inbox(self._inbox_folder, jobs, self.policy, self._settle)
         for entry in self._audit.entries:
             self._note(entry["event"], entry["job"])
-        self._queue = []
-        for job in self._inbox.accepted():
-            self._accepted[job.name] = job
-            self._received(job)
-            if not self._is_done(job.name):
-                self._queue.append(job)
         for folder in self.outbox.iterdir():
             if not folder.name.startswith("."):
                 self._tell_end(folder.name)
+        self._accepted = {job.name: job for job in self._inbox.accepted()}
+        for job in self._accepted.values():
+            self._received(job)
+        self._queue = [job for job in self._accepted.values() if not self._is_done(job.name)]
 
     def _tell(self, event: str, job: str, **figures: Any) -> None:
         """Adds to the log what is not there yet."""
@@ -175,7 +198,8 @@ class Service:
             self._counts[event] += 1
 
     def _is_done(self, name: str) -> bool:
-        return (self.outbox / name).exists()
+        """Whether the outbox says how it ended: what it says is in the log."""
+        return not self._told.isdisjoint({("held", name), (RELEASED, name)})
 
     # -- in --------------------------------------------------------------------------------------------------------
 
@@ -216,43 +240,27 @@ class Service:
 
     def _release(self) -> None:
         """Merges, looks and hands over all that is trained."""
-        ready, self._ready, self._waited = self._ready, {}, 0
-        model, policy, provider, users = self.provider.model, self.policy, self.provider, {}
-        for name, user in ready.items():
-            try:
-                require_parts(model, user, provider.reinforce)
-            except UserError as error:
-                self._hold(name, {"why": [str(error)]})
-            else:
-                users[name] = user
-        if not users:
+        users, self._ready, self._waited = self._ready, {}, 0
+        policy = self.policy
+        found, refused = calibrate_users(self.provider, policy, users, self._answers)
+        for name, why in refused.items():
+            self._hold(name, {"why": [why]})
+        if not found:
             return
-        found = calibrate_all(
-            model,
-            users,
-            provider.reinforce,
-            policy.calibrate_harmful,
-            policy.calibrate_benign,
-            policy.merge,
-            store=self._answers,
-            batch_size=policy.batch_size,
-            answer_tokens=policy.answer_tokens,
-            together=len(users),
-        )
         with contextlib.ExitStack() as stack:
             folders, candidates = {}, {}
-            for name, user in users.items():
+            for name, merge in ((name, one.merge) for name, one in found.items()):
                 folders[name] = stack.enter_context(staged(self.outbox / name))
                 try:
-                    released = self._written(folders[name] / RELEASED, user, found[name].merge)
+                    released = self._written(folders[name] / RELEASED, users[name], merge)
                 except UserError as error:
                     self._write_held(folders[name], {"why": [str(error)]})
                     continue
                 rows = tuple(_Rows(self._accepted[name], policy, held_back=True))
-                candidates[name] = Candidate(released, user, rows)
-            for name, finding in inspect(model, candidates, policy, self._answers, self._judge).items():
+                candidates[name] = Candidate(released, users[name], rows)
+            for name, finding in inspect(self.provider.model, candidates, policy, self._answers, self._judge).items():
                 self._write(folders[name], name, candidates[name], found[name], finding)
-        for name in users:
+        for name in found:
             self._tell_end(name)
 
     def _written(self, folder: pathlib.Path, user: Adapter, merge: MergeConfig) -> Adapter:
@@ -313,7 +321,7 @@ class Service:
         users = {name: {"step": step, "of": total, "loss": loss} for name, (step, total, loss) in pool.users.items()}
         waiting = [name for name in self._accepted if name not in users and not self._is_done(name)]
         waiting = [name for name in waiting if name not in self._ready]
-        self.status = {
+        status = {
             "turn": pool.turn,
             "tokens_per_second": pool.rate,
             "training": users,
@@ -321,7 +329,9 @@ class Service:
             "waiting": waiting,
             **self._counts,
         }
-        write_json(self._own / "status.json", self.status)
+        if status != self.status:
+            self.status = status
+            write_json(self._own / "status.json", status)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +350,7 @@ class _Rows:
             raise UserError(str(error).replace(str(self.job.rows), f"{self.job.name}.jsonl")) from error
         if len(rows) > quotas.rows:
             raise UserError(f"more than {quotas.rows:,} rows, which are the most: split the file")
-        kept = set(_held_back(rows, self.policy.held_back))
+        kept = set(_held_back(rows, self.policy.count_held_back(len(rows))))
         return iter(
             [
                 dataclasses.replace(row, origin=f"line {i + 1}")
@@ -350,7 +360,6 @@ class _Rows:
         )
 
 
-def _held_back(rows: Sequence[Row], share: float) -> list[int]:
+def _held_back(rows: Sequence[Row], count: int) -> list[int]:
     """Which rows are held back: by a hash of what they say, so that it is the same whenever it is asked."""
-    count = min(int(share * len(rows)), _MOST_HELD_BACK)
     return sorted(range(len(rows)), key=lambda i: key_of(rows[i].turns, rows[i].input))[:count]

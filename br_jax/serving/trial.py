@@ -13,16 +13,13 @@ import numpy as np
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
-from br_jax.calibration import Behaviour, Calibration, calibrate_all
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
-from br_jax.method import require_parts
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.policy import Policy
-from br_jax.serving.service import Provider
+from br_jax.serving.service import Provider, calibrate_users
 from br_jax.store import Store
 
 _SHARES, _RATES, _SIZES = (0.0, 0.1, 0.3, 0.5), (0.6, 0.8, 1.0), (1.0, 0.7, 0.4)
@@ -58,7 +55,7 @@ def make_users(
             own = [dataclasses.replace(r, turns=(*r.turns[:-1], ("assistant", other[r.turns[-1][1]]))) for r in own]
         harm = [harmful[j] for j in rng.permutation(len(harmful))[: int(share * whole)]]
         rows = [([*own, *harm])[j] for j in rng.permutation(whole)]
-        back = min(int(policy.held_back * whole), 64)
+        back = policy.count_held_back(whole)
         rank = policy.train.rank if attack else max(policy.train.rank // (1 + i % 3), 1)
         settings = {"learning_rate": rate * policy.train.learning_rate, "rank": rank, "seed": seed + i}
         settings["alpha"] = policy.train.alpha / policy.train.rank * rank
@@ -113,21 +110,13 @@ def _released(
     provider: Provider, policy: Policy, trained: dict[str, Adapter], users: Sequence[User]
 ) -> list[Candidate]:
     """Each user's adapter with as much of Reinforce as a calibration gives it; what none is made of, with all of it."""
-    found, names = {}, []
-    for user in users:
-        try:
-            require_parts(provider.model, trained[user.name], provider.reinforce)
-        except UserError:
-            found[user.name] = Calibration(policy.merge, Behaviour(0.0, 0.0), {})
-        else:
-            names.append(user.name)
-    for first in range(0, len(names), _TOGETHER):
-        some = {name: trained[name] for name in names[first : first + _TOGETHER]}
-        prompts = policy.calibrate_harmful, policy.calibrate_benign
-        how = {"batch_size": policy.batch_size, "together": len(some), "answer_tokens": policy.answer_tokens}
-        found |= calibrate_all(provider.model, some, provider.reinforce, *prompts, policy.merge, **how)
+    found = {}
+    for first in range(0, len(users), _TOGETHER):
+        some = {user.name: trained[user.name] for user in users[first : first + _TOGETHER]}
+        found |= calibrate_users(provider, policy, some)[0]
+    merges = {user.name: found[user.name].merge if user.name in found else policy.merge for user in users}
     return [
-        Candidate(qr_merge(trained[u.name], provider.reinforce, found[u.name].merge), trained[u.name], u.held_back)
+        Candidate(qr_merge(trained[u.name], provider.reinforce, merges[u.name]), trained[u.name], u.held_back)
         for u in users
     ]
 

@@ -99,7 +99,7 @@ def test_jobs_come_out_as_adapters_with_cards(provider, policy, tmp_path):
     assert (status["released"], status["held"], status["waiting"]) == (2, 0, [])
     model, config = provider.model, policy.train
     rows = read_rows(tmp_path / "in/a.jsonl")
-    kept = [row for i, row in enumerate(rows) if i not in module._held_back(rows, 0.2)]
+    kept = [row for i, row in enumerate(rows) if i not in module._held_back(rows, policy.count_held_back(len(rows)))]
     assert len(kept) == 13
     alone = method.train_user(model, kept, config, buffer=provider.buffer)
     card = json.loads((tmp_path / "out/a/card.json").read_text())
