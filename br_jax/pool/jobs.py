@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from br_jax.adapters.lora import Adapter
-from br_jax.data.batches import Batch, alike, encode_rows
+from br_jax.data.batches import Batch
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Rows, as_rows
 from br_jax.errors import UserError, near_names
 from br_jax.models.model import Model
 from br_jax.training.config import TrainConfig, require_fit
-from br_jax.training.run import rows_fingerprint
+from br_jax.training.run import encode_for, rows_fingerprint
 from br_jax.training.stage import cycles, learning_rates
 
 # What a job may set for itself; the rest is the pool's, for it is a part of the program that all run.
@@ -36,11 +37,13 @@ class Job:
         name: of the job and its folder: letters, digits, dot, dash and underscore, at most 100.
         rows: the rows, or the JSONL file that holds them.
         settings: some of `OWN`, in place of the pool's.
+        max_tokens: the most that are trained on: those of its rows, cut at `max_length`, times its epochs.
     """
 
     name: str
     rows: Rows
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_tokens: float = math.inf
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -104,8 +107,14 @@ class Course:
         """
         rows = as_rows(job.rows, f"job {job.name}: rows")
         require_fit(config, model.spec, len(rows), owner=f"job {job.name}: ")
-        examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
-        examples = alike(examples) if config.loss_mean == "rows" else examples
+        examples, dropped = encode_for(f"job {job.name}", model, rows, config)
+        once = sum(len(example["tokens"]) for example in examples)
+        times = config.steps * config.batch_size / len(examples) if config.steps else config.epochs
+        if once * times > job.max_tokens:
+            raise UserError(
+                f"job {job.name}: {once * times:,.0f} tokens in {times:g} epochs are too many, {job.max_tokens:,.0f} "
+                "are the most: fewer rows, or epochs"
+            )
         length = {"steps": config.steps} if config.steps else {"epochs": config.epochs}
         order = {"batch_size": config.batch_size, "seed": config.seed, **length}
         counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}

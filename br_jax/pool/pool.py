@@ -8,10 +8,14 @@ import errno
 import functools
 import itertools
 import math
+import os
 import pathlib
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED
 
 import jax
 import numpy as np
@@ -37,10 +41,9 @@ from br_jax.training.run import first_adapter, load_trained, run_identity, save_
 from br_jax.training.stage import Hyper, Stage, frozen_collections
 
 _OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, that are no job's
-_FIRST = 30  # seconds that the first jobs are waited for, so that turns have the lengths of their rows
+_FIRST, _REST = 30, 2  # seconds that half of the first jobs are waited for, then the rest, to see their rows' lengths
 _SHARES = (0.1, 0.5, 0.9, 1.0)  # of their rows, that fit each length
 _GROWTH = 1.4  # from one longer length to the next
-_READERS = 2  # jobs whose rows are read and encoded at a time, beside the training
 _LONG = 50  # steps that are worth a program for fewer slots
 _NAME = "user"  # of each job's run, so that `train_user` in the job's folder finds it finished
 
@@ -102,7 +105,6 @@ class Pool:
         self._one = jax.eval_shape(functools.partial(begin, seed=0), bank)
         self._base = place(frozen_collections(model.params, self.frozen, config.frozen), self.mesh)
         self._waiting: collections.deque[tuple[Job, concurrent.futures.Future]] = collections.deque()
-        self._readers = concurrent.futures.ThreadPoolExecutor(_READERS, "br_jax-rows")
         self._pending: list[tuple[list, dict]] = []
         self._resting: dict[str, tuple[dict, dict]] = {}  # of a checkpoint: jobs that have no slot yet
         self._checkpoints, self.turn = None, 0
@@ -146,7 +148,7 @@ class Pool:
                         more = job is not stop
                         if job is stop or job is None:
                             break
-                        self._waiting.append((job, self._readers.submit(self._read, job)))
+                        self._waiting.append((job, _aside(functools.partial(self._read, job))))
                     gone = self._admit()
                     self._fit()
                     if any(self._seats):
@@ -170,7 +172,7 @@ class Pool:
         gone = []
         while self._waiting and None in self._seats:
             if not any(self._seats):
-                concurrent.futures.wait([self._waiting[0][1]])
+                concurrent.futures.wait([future for _, future in self._waiting], return_when=FIRST_COMPLETED)
             if not self._fitted:
                 self._fit_lengths()
             ready = agree([future.done() for _, future in self._waiting])
@@ -240,7 +242,9 @@ class Pool:
     def _fit_lengths(self) -> None:
         """Chooses the lengths of turns by the packed rows of the first jobs, with longer ones up to the longest."""
         first = [future for _, future in itertools.islice(self._waiting, self.slots)]
-        concurrent.futures.wait(first, _FIRST)
+        with contextlib.suppress(TimeoutError):
+            list(itertools.islice(concurrent.futures.as_completed(first, _FIRST), -(-len(first) // 2)))
+        concurrent.futures.wait(first, _REST)
         read = agree([future.done() and not future.exception() for future in first])
         needs = sorted(
             need for future, here in zip(first, read, strict=True) if here for need in future.result().needs()
@@ -371,13 +375,30 @@ class Pool:
         self._checkpoints.save(self.turn, named, {"turn": self.turn, "lengths": self.lengths, "jobs": jobs})
 
     def close(self) -> None:
-        """Lets go of folders, threads and files."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        """Lets go of folders and files."""
         with contextlib.ExitStack() as stack:
             for seat in filter(None, self._seats):
                 stack.push(seat.held)
             if self._checkpoints:
                 stack.callback(self._checkpoints.close)
+
+
+def _aside(make: Callable[[], Course]) -> concurrent.futures.Future:
+    """Makes something in a thread of its own, so that a file of a million rows is in nobody's way, nor in that of the
+    program's end; where threads have priorities, it yields to the training.
+    """
+    future = concurrent.futures.Future()
+
+    def run() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + 10)
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="br_jax-rows", daemon=True).start()
+    return future
 
 
 def turn_shapes(config: TrainConfig, on: str) -> tuple[tuple[int, ...], int]:

@@ -5,12 +5,13 @@ changed for a while, so that one that is still being copied is left alone; hidde
 .tmp are not looked at. What is taken is copied; the inbox itself is only read.
 """
 
+import collections
 import hashlib
 import os
 import pathlib
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from br_jax.errors import UserError, one_line
@@ -49,6 +50,11 @@ class _Seen(NamedTuple):
     changed: int  # ns
 
 
+def sender_of(name: str) -> str:
+    """Whose a job is: what its name has before the first dot."""
+    return name.partition(".")[0]
+
+
 class Inbox:
     """See the module.
 
@@ -74,9 +80,14 @@ class Inbox:
             found.append(Accepted(place.parent.name, record["number"], record["settings"], rows, record["rows"]))
         return sorted(found, key=lambda job: job.number)
 
-    def scan(self, room: int) -> Iterator[Accepted | Refused]:
-        """Looks for new files, `room` of which may be accepted; nothing is said of the same file twice."""
+    def scan(self, unfinished: Iterable[str] = ()) -> Iterator[Accepted | Refused]:
+        """Looks for new files, and takes as many as the quotas leave room for; nothing is said of the same file twice.
+
+        Args:
+            unfinished: names of jobs that were taken and have not ended.
+        """
         self.unsettled = False
+        busy = collections.Counter(map(sender_of, unfinished))
         try:
             entries = sorted(os.scandir(self.folder), key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
@@ -97,17 +108,20 @@ class Inbox:
             if before != seen or time.monotonic() - since < self._settle:
                 self.unsettled = True
                 continue
-            said = self._take(entry, status, room)
+            said = self._take(entry, status, busy)
             if said is _LATER:
                 self.unsettled = True
                 continue
             self._known[entry.name] = seen
             self._since.pop(entry.name)
-            room -= isinstance(said, Accepted)
+            if isinstance(said, Accepted):
+                busy[sender_of(said.name)] += 1
             if said is not None:
                 yield said
 
-    def _take(self, entry: os.DirEntry, status: os.stat_result, room: int) -> "Accepted | Refused | None":
+    def _take(
+        self, entry: os.DirEntry, status: os.stat_result, busy: collections.Counter
+    ) -> "Accepted | Refused | None":
         """A file as a job, or why not; None for one that was taken before, `_LATER` for one that is to wait."""
         name, file = entry.name.removesuffix(".jsonl"), ascii(entry.name)
         valid = NAME.fullmatch(name) is not None
@@ -125,7 +139,8 @@ class Inbox:
             if (self._jobs / name).exists():
                 return self._again(entry, name)
             settings = self._settings(self.folder / f"{name}.json")
-            if room <= 0:
+            quotas = self._policy.quotas
+            if busy.total() >= quotas.waiting or busy[sender_of(name)] >= quotas.jobs:
                 return _LATER
             return self._accept(entry, name, settings)
         except UserError as error:

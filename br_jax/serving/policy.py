@@ -6,7 +6,7 @@
  "slots": 8,
  "prompts": "prompts.jsonl",
  "users_may_set": {"learning_rate": [1e-5, 1e-3], "epochs": [1, 3], "rank": [4, 32]},
- "quotas": {"rows": 100000, "megabytes": 64},
+ "quotas": {"rows": 100000, "tokens": 20000000, "jobs": 4},
  "limits": {"answered": 0.15}}
 ```
 
@@ -42,11 +42,13 @@ _KINDS, _USES = ("harmful", "benign"), ("calibrate", "canary")
 
 @dataclasses.dataclass(frozen=True)
 class Quotas:
-    """The most of a job, and of jobs."""
+    """The most of a job, and of jobs; a job too many stays in the inbox until others have ended."""
 
     rows: int = number(100_000, 1, 10_000_000)
+    tokens: float = number(1e9, 1.0, 1e15)  # that are trained on, of all epochs
     megabytes: float = number(64.0, 0.0, 1e6, open_low=True)  # of the file
-    waiting: int = number(1_000, 1, 10**6)  # jobs that wait; others stay in the inbox
+    jobs: int = number(1_000, 1, 10**6)  # of a sender at a time, which is what a job's name has before its first dot
+    waiting: int = number(1_000, 1, 10**6)  # jobs in all at a time
 
     def __post_init__(self):
         require_bounds(self)

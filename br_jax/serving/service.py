@@ -209,8 +209,7 @@ class Service:
             yield self._job(job)
         self._queue = []
         while True:
-            quota = self.policy.quotas.waiting - sum(not self._is_done(name) for name in self._accepted)
-            came = list(self._inbox.scan(quota))
+            came = list(self._inbox.scan(name for name in self._accepted if not self._is_done(name)))
             for job in came:
                 if isinstance(job, Refused):
                     self._hold(job.name, {"why": [job.why], "file": job.file})
@@ -227,7 +226,7 @@ class Service:
 
     def _job(self, job: Accepted) -> Job:
         settings = self.policy.settings(job.settings)
-        return Job(job.name, _Rows(job, self.policy, held_back=False), settings)
+        return Job(job.name, _Rows(job, self.policy, held_back=False), settings, self.policy.quotas.tokens)
 
     # -- out -------------------------------------------------------------------------------------------------------
 

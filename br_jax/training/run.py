@@ -185,27 +185,19 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, s
         The trained collections; None where another process finished the run meanwhile, and it is to be read back.
     """
 
-    def encoded(rows: Sequence[Row], of: str) -> tuple[list[Example], Dropped]:
-        examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
-        if dropped.first:
-            logging.warning(
-                "%s: of %d %s %d are left out and %d lose their end at %d tokens (the first, %s): raise max_length",
-                name, dropped.rows, of, dropped.total, dropped.truncated, config.max_length, dropped.first,
-            )  # fmt: skip
-        return alike(examples) if config.loss_mean == "rows" else examples, dropped
-
-    examples, dropped = encoded(rows, "rows")
+    encoded = functools.partial(encode_for, name, model, config=config)
+    examples, dropped = encoded(rows)
     mesh = make_mesh() if mesh is None else mesh
     probe_batches = {}
     for kind, probe_rows in ((probes or {}) if config.probe_every else {}).items():
-        probed, _ = encoded(as_rows(probe_rows, f"probes[{kind!r}]"), f"rows of the probe {kind}")
+        probed, _ = encoded(as_rows(probe_rows, f"probes[{kind!r}]"), of=f"rows of the probe {kind}")
         whole = -(-len(probed) // config.batch_size) * config.batch_size
         probe_batches[kind] = step_batches(probed, dataclasses.replace(config, batch_size=whole, steps=1), mesh)[0]
     stage = Stage.of(model.decoder, config, mesh, descent.objective)
     state = init_state(trainable, config.seed, descent.objective)
     batches = step_batches(examples, config, mesh)
     if descent.streams:
-        more = {kind: encoded(rows, f"rows of {kind}")[0] for kind, rows in descent.streams.items()}
+        more = {kind: encoded(rows, of=f"rows of {kind}")[0] for kind, rows in descent.streams.items()}
         batches = _with_streams(batches, more, config, mesh)
     if descent.aside:
         frozen = frozen | {"aside": {name: lora.collection(adapter) for name, adapter in descent.aside.items()}}
@@ -224,6 +216,19 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, s
         counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
         folder.finish({**dataclasses.asdict(summary), **counts, "output": save(trained)})
     return trained
+
+
+def encode_for(
+    name: str, model: Model, rows: Sequence[Row], config: TrainConfig, of: str = "rows"
+) -> tuple[list[Example], Dropped]:
+    """Encodes a run's rows as its config weighs and cuts them; a warning says how many lose their end, or all."""
+    examples, dropped = encode_rows(rows, model.tokenizer, model.template, config.max_length)
+    if dropped.first:
+        logging.warning(
+            "%s: of %d %s %d are left out and %d lose their end at %d tokens (the first, %s): raise max_length",
+            name, dropped.rows, of, dropped.total, dropped.truncated, config.max_length, dropped.first,
+        )  # fmt: skip
+    return alike(examples) if config.loss_mean == "rows" else examples, dropped
 
 
 def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -> grain.MapDataset:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import threading
 
 import jax
 import numpy as np
@@ -287,16 +288,16 @@ def test_finished_jobs_are_read_back_by_either(tiny, rows, config, buffer, tmp_p
 @pytest.mark.parametrize(("slots", "sizes"), [(3, (1, 1, 1)), (1, (1, 1, 1)), (5, (1, 1, 1)), (4, (2, 2, 1))])
 def test_a_pool_that_was_cut_off_goes_on(tiny, rows, config, buffer, tmp_path, slots, sizes):
     """With the same slots to the bit; with others, or on another mesh, to rounding."""
-    config = dataclasses.replace(config, steps=9, checkpoint_every=4, packing=0)
+    config = dataclasses.replace(config, steps=9, checkpoint_every=4, packing=0, log_every=1)
     jobs = [Job(f"job{i}", rows[i:], {"learning_rate": 2e-3 * (i + 1), "steps": 7 + 3 * i}) for i in range(4)]
     train = functools.partial(method.train_users, tiny, jobs, config, buffer=buffer)
     straight = {o.name: o.adapter for o in train(slots=3, mesh=ONE())}
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=3, workdir=tmp_path, mesh=ONE())
     turns = pool.turns(jobs)
-    for _ in range(11):  # a checkpoint of turn 8; job0 has left at turn 7, and job3 has come
+    while pool.users.get("job1", (0,))[0] < 8:  # a checkpoint of turn 8; job0 has left after its step 7
         next(turns)
     turns.close()
-    steps = [read_jsonl(tmp_path / f"job{i}/user/metrics.jsonl")[-1]["step"] for i in range(4)]
+    steps = [read_jsonl(tmp_path / f"job{i}/user/metrics.jsonl")[-1]["step"] for i in range(2)]
     resumed = {o.name: o.adapter for o in train(slots=slots, mesh=mesh_of(*sizes), workdir=tmp_path)}
     for name, adapter in straight.items():
         if (slots, sizes) == (3, (1, 1, 1)):
@@ -321,6 +322,24 @@ def test_a_long_job_holds_nobody_up(tiny, rows, config, buffer):
         if len(gone) == 3:
             break
     assert sorted(gone) == ["small0", "small1", "small2"] and pool.turn <= 8
+
+
+def test_rows_that_take_long_to_read_hold_nobody_up(tiny, rows, config, buffer):
+    small_are_out = threading.Event()
+
+    class Slow:
+        def __iter__(self):
+            small_are_out.wait(60)
+            return iter(rows)
+
+    jobs = [Job("slow0", Slow()), Job("slow1", Slow()), *(Job(f"small{i}", rows[i:]) for i in range(4))]
+    out = []
+    for outcome in method.train_users(tiny, jobs, config, buffer=buffer, slots=4, mesh=ONE()):
+        out.append(outcome.name)
+        if len(out) == 4:
+            waited = small_are_out.is_set()
+            small_are_out.set()
+    assert not waited and {"slow0", "slow1"} == set(out[4:])
 
 
 def test_steps_are_those_of_a_run(tiny, rows):

@@ -1,5 +1,6 @@
 """What comes into an inbox is taken whole, once, and believed in nothing."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -30,10 +31,10 @@ def inbox(tmp_path, policy):
     return Inbox(tmp_path / "in", tmp_path / "jobs", policy, settle=0.0)
 
 
-def settled(inbox, room=99):
+def settled(inbox, unfinished=()):
     """What two scans find: at the first, files are only seen."""
-    list(inbox.scan(room))
-    return list(inbox.scan(room))
+    list(inbox.scan(unfinished))
+    return list(inbox.scan(unfinished))
 
 
 def test_a_job_is_copied_and_the_inbox_is_left_alone(inbox, tmp_path):
@@ -59,11 +60,11 @@ def test_a_file_that_changes_is_waited_for(tmp_path, policy, monkeypatch):
     file = tmp_path / "in/a.jsonl"
     for size in range(1, 4):  # half copied: a second apart
         file.write_text(ROWS * size)
-        assert list(inbox.scan(9)) == [] and inbox.unsettled
+        assert list(inbox.scan()) == [] and inbox.unsettled
         now[0] += 1
-    assert list(inbox.scan(9)) == []
+    assert list(inbox.scan()) == []
     now[0] += 1
-    (job,) = inbox.scan(9)
+    (job,) = inbox.scan()
     assert job.rows.read_text() == ROWS * 3 and not inbox.unsettled
     os.utime(file, (0, 0))  # a clock that was set back, or a touch: the same rows
     now[0] += 5
@@ -76,9 +77,9 @@ def test_a_file_that_changes_is_waited_for(tmp_path, policy, monkeypatch):
 
 
 def settled_at(inbox, now):
-    list(inbox.scan(9))
+    list(inbox.scan())
     now[0] += 3
-    return list(inbox.scan(9))
+    return list(inbox.scan())
 
 
 def test_a_file_that_changes_while_it_is_copied_is_no_job(inbox, tmp_path, monkeypatch):
@@ -92,20 +93,30 @@ def test_a_file_that_changes_while_it_is_copied_is_no_job(inbox, tmp_path, monke
                 more.write(ROWS)
             yield part
 
-    list(inbox.scan(9))
+    list(inbox.scan())
     with monkeypatch.context() as patch:
         patch.setattr(module, "_read", slow)
-        (refused,) = inbox.scan(9)
+        (refused,) = inbox.scan()
     assert "changed while it was read" in refused.why and not (tmp_path / "jobs/a").exists()
     (job,) = settled(inbox)
     assert isinstance(job, Accepted) and job.rows.read_text() == ROWS * 2
 
 
-def test_no_more_are_taken_than_there_is_room_for(inbox, tmp_path):
-    for name in "abc":
+@pytest.mark.parametrize(
+    ("quotas", "names", "first", "then"),
+    [
+        ({"waiting": 3}, "abc", "ab", "c"),
+        ({"jobs": 2}, ("anna", "anna.1", "anna.2", "anna2", "ben.1"), ("anna.1", "anna2", "ben.1"), ("anna.2", "anna")),
+    ],
+)
+def test_no_more_are_taken_than_there_is_room_for(tmp_path, policy, quotas, names, first, then):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "jobs").mkdir()
+    inbox = Inbox(tmp_path / "in", tmp_path / "jobs", dataclasses.replace(policy, quotas=Quotas(**quotas)), settle=0.0)
+    for name in names:
         (tmp_path / f"in/{name}.jsonl").write_text(ROWS)
-    assert [job.name for job in settled(inbox, room=2)] == ["a", "b"] and inbox.unsettled
-    assert [job.name for job in inbox.scan(1)] == ["c"]
+    assert [job.name for job in settled(inbox, ["anna.0"])] == list(first) and inbox.unsettled
+    assert [job.name for job in inbox.scan([])] == list(then) and not inbox.unsettled
 
 
 def test_unfinished_files_are_not_looked_at(inbox, tmp_path):
@@ -128,6 +139,8 @@ def hostile(folder):
     os.rename(folder / "secret", folder.parent / "secret")
     os.symlink(folder.parent / "secret", folder / "link.jsonl")
     os.symlink(folder / "nowhere", folder / "dangling.jsonl")
+    with open(folder / "huge.jsonl", "wb") as file:
+        file.truncate(1 << 30)  # a line of a gigabyte
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "folder.jsonl").mkdir()
     with socket.socket(socket.AF_UNIX) as end:
@@ -135,7 +148,7 @@ def hostile(folder):
         os.chdir(folder)
         end.bind("socket.jsonl")
         os.chdir(here)
-    files |= {"large.jsonl": "1,000 are the most"}
+    files |= dict.fromkeys(("large.jsonl", "huge.jsonl"), "1,000 are the most")
     files |= dict.fromkeys(
         ("link.jsonl", "dangling.jsonl", "pipe.jsonl", "folder.jsonl", "socket.jsonl"), "no regular file"
     )
@@ -144,6 +157,9 @@ def hostile(folder):
         "text": ('{"epochs": "1"}', "from 1 to 3"), "list": ("[1]", "no JSON object"), "cut": ('{"epo', "not valid"),
         "deep": ("[" * 9000, ""), "long": ('{"epochs": 1' + " " * 70_000 + "}", "are the most"),
         "nan": ('{"epochs": NaN}', ""), "null": ("null", "no JSON object"), "binary": ("\x00\x01", ""),
+        "infinite": ('{"epochs": 1e999}', "from 1 to 3"), "below": ('{"epochs": -1}', "from 1 to 3"),
+        "quota": ('{"quotas": {"rows": 1e9}}', "not a user's to set"),
+        "path": ('{"workdir": "/"}', "not a user's to set"), "nested": ('{"epochs": {"epochs": 1}}', "from 1 to 3"),
     }  # fmt: skip
     for name, (text, said) in settings.items():
         (folder / f"{name}.json").write_text(text)

@@ -47,7 +47,7 @@ def policy(quick):
         **prompts,
         merge=MergeConfig(scale=1.0, reinforce_scale=0.5),
         limits=LOOSE,
-        quotas=Quotas(rows=30, megabytes=0.01),
+        quotas=Quotas(rows=30, megabytes=0.01, tokens=1000),
         users_may_set={"epochs": (1, 4), "rank": (1, 4), "learning_rate": (1e-4, 1e-1)},
         slots=8,
         held_back=0.2,
@@ -157,6 +157,15 @@ WRONG = {
     "many": (b'{"prompt": "x", "response": "y"}\n' * 31, "more than 30 rows"),
     "long": (json.dumps({"prompt": "x" * 5000, "response": "y"}).encode() + b"\n", "no row is left to train on"),
     "large": (b'{"prompt": "x", "response": "' + b"y" * 11_000 + b'"}\n', "10,000 are the most"),
+    "tokens": (
+        b'{"prompt": "x", "response": "yyyyyyyyyyyyyyyyyyyy"}\n' * 30,
+        "tokens in 2 epochs are too many, 1,000 are",
+    ),
+    "mark": (b"\xef\xbb\xbf", "no rows"),
+    "string": (b'"x"\n', "holds a JSON"),
+    "all": (b'[{"prompt": "x", "response": "y"}]\n', "holds a JSON list"),
+    "turns": (b'{"messages": []}\n', ""),
+    "tool": (b'{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}\n', "roles of"),
 }
 
 
