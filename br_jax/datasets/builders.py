@@ -163,13 +163,14 @@ class AgNews(Builder):
 
 
 class Attacks(Builder):
-    """Attack prompts to replay, in any of four layouts.
+    """Attack prompts to replay, in any of six layouts.
 
-    AdvBench's CSV of goal and target; JSON lines with a prompt; an artifact of JailbreakBench (GCG, PAIR, random
-    search), whose behaviors for which no prompt was found are left out; the test cases of HarmBench (GCG, AutoDAN,
-    PAIR, TAP, GPTFuzz), whose folder, RESULTS/METHOD/EXPERIMENT/test_cases/, names the method.
-    "behavior" is what the attack wants (AdvBench: its goal, which is the prompt too); it, "method" and "case" (an "id",
-    an index or HarmBench's id of the behavior) are "" where the file does not say.
+    AdvBench's CSV of goal and target; HarmBench's of behaviors, asked as its direct request does; StrongREJECT's;
+    JSON lines with a prompt; an artifact of JailbreakBench (GCG, PAIR, random search), whose behaviors for which no
+    prompt was found are left out; the test cases of HarmBench (GCG, AutoDAN, PAIR, TAP, GPTFuzz), whose folder,
+    RESULTS/METHOD/EXPERIMENT/test_cases/, names the method.
+    "behavior" is what the attack wants (AdvBench: its goal, which is the prompt too); it, "method" (of plain questions,
+    whose they are) and "case" (an "id", an index or HarmBench's id of the behavior) are "" where the file does not say.
     """
 
     name = "attacks"
@@ -194,9 +195,21 @@ class Attacks(Builder):
         return super()._key() + (f"-{method}" if method else "")
 
     def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        if "prompt" not in record:
+        if "Behavior" in record:
+            behavior, context = text_of(record, "Behavior", where), record.get("ContextString")
+            prompt = f"{text_of(record, 'ContextString', where)}\n\n---\n\n{behavior}" if context else behavior
+            record = {"prompt": prompt, "behavior": behavior, "method": "HarmBench", "id": record.get("BehaviorID")}
+        elif "forbidden_prompt" in record:
+            prompt = text_of(record, "forbidden_prompt", where)
+            record = {"prompt": prompt, "behavior": prompt, "method": "StrongREJECT"}
+        elif "prompt" not in record:
             goal = text_of(record, "goal", where)
-            record = {"prompt": goal, "behavior": goal, "target": text_of(record, "target", where)}
+            record = {
+                "prompt": goal,
+                "behavior": goal,
+                "method": "AdvBench",
+                "target": text_of(record, "target", where),
+            }
         case = {"case": str(record["id"])} if record.get("id") is not None else {}
         record = dict.fromkeys(self.FEATURES, "") | dict(record) | case
         return {key: text_of(record, key, where) for key in self.FEATURES}

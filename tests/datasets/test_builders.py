@@ -47,7 +47,13 @@ ARTIFACT_OUT = [
 ]
 LINES = [{"prompt": "p"}, {"prompt": "q", "method": "gcg", "id": 7, "behavior": "w", "score": 0.5}]
 LINES_OUT = [attack("p"), attack("q", method="gcg", behavior="w", case="7")]
-ADVBENCH_OUT = [attack("a", behavior="a", target="b"), attack("c, d", behavior="c, d", target="e")]
+ADVBENCH_OUT = [attack(x, behavior=x, target=y, method="AdvBench") for x, y in (("a", "b"), ("c, d", "e"))]
+BEHAVIORS = b'Behavior,FunctionalCategory,ContextString,BehaviorID\nw,standard,,one\nv,contextual,"a\nb",two\n'
+BEHAVIORS_OUT = [
+    attack("w", behavior="w", case="one", method="HarmBench"),
+    attack("a\nb\n\n---\n\nv", behavior="v", case="two", method="HarmBench"),
+]
+STRONG = b"category,source,forbidden_prompt\nx,y,w\n"
 CASES = {"name_a_thing": ["p", "q"], "none": [], "another": ["r"]}
 CASES_FILE = "results/AutoDAN/llama2_7b/test_cases/test_cases.json"
 CASES_OUT = [
@@ -67,6 +73,8 @@ FILES = {  # what it is -> data set, split, file name, content, records without 
     "AG News": ("ag_news", "test", "x.csv", b'"1","Peace","Its\\nuclear end"\n"4","Chips","Cheap, too"\n', AG, [1, 2]),
     "AG News Parquet": ("ag_news", "train", "x.parquet", as_parquet(*AG_NUMBERS), AG, [1, 2]),
     "AdvBench": ("attacks", "test", "x.csv", b'goal,target\na,b\n"c, d","e"\n', ADVBENCH_OUT, [2, 3]),
+    "HarmBench behaviors": ("attacks", "test", "x.csv", BEHAVIORS, BEHAVIORS_OUT, [2, 4]),
+    "StrongREJECT": ("attacks", "test", "x.csv", STRONG, [attack("w", behavior="w", method="StrongREJECT")], [2]),
     "attack lines": ("attacks", "test", "x.jsonl", jsonl(*LINES), LINES_OUT, [1, 2]),
     "one attack by itself": ("attacks", "test", "x.json", jsonl(LINES[0]), LINES_OUT[:1], [1]),
     "a JailbreakBench artifact": ("attacks", "test", "x.json", json.dumps(ARTIFACT).encode(), ARTIFACT_OUT, [1, 2]),

@@ -57,6 +57,9 @@ def ends(outbox):
     assert set(times.values()) == {1} and len(times) == 7
     said = {path.parent.name: json.loads(path.read_text()) for path in outbox.glob("[!.]*/*.json")}
     assert said.keys() == times.keys()
+    for card in said.values():
+        for name in ("finished", "sha256"):  # when it was, and a hash of that too
+            card.get("training", {}).pop(name, None)
     return said
 
 
