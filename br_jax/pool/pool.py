@@ -42,6 +42,7 @@ from br_jax.training.stage import Hyper, Stage, frozen_collections
 
 _OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, that are no job's
 _FIRST, _REST = 30, 2  # seconds that half of the first jobs are waited for, then the rest, to see their rows' lengths
+_LOOK = 0.5  # seconds that rows are waited for before those who listen are heard again
 _SHARES = (0.1, 0.5, 0.9, 1.0)  # of their rows, that fit each length
 _GROWTH = 1.4  # from one longer length to the next
 _LONG = 50  # steps that are worth a program for fewer slots
@@ -107,7 +108,7 @@ class Pool:
         self._waiting: collections.deque[tuple[Job, concurrent.futures.Future]] = collections.deque()
         self._pending: list[tuple[list, dict]] = []
         self._resting: dict[str, tuple[dict, dict]] = {}  # of a checkpoint: jobs that have no slot yet
-        self._checkpoints, self.turn = None, 0
+        self._checkpoints, self.turn, self._saved = None, 0, 0  # the last: the turn of the newest checkpoint
         self.rate = 0.0  # tokens a second, padding not counted, between the last two looks at the device
         self._tokens, self._mark = 0, time.perf_counter()
         self._seats: list[_Seat | None] = []
@@ -172,7 +173,8 @@ class Pool:
         gone = []
         while self._waiting and None in self._seats:
             if not any(self._seats):
-                concurrent.futures.wait([future for _, future in self._waiting], return_when=FIRST_COMPLETED)
+                waiting = [future for _, future in self._waiting]
+                concurrent.futures.wait(waiting, _LOOK, return_when=FIRST_COMPLETED)
             if not self._fitted:
                 self._fit_lengths()
             ready = agree([future.done() for _, future in self._waiting])
@@ -346,14 +348,14 @@ class Pool:
             return
         abstract = {f"job{i}": self._one for i in range(len(data["jobs"]))}
         state, _ = self._checkpoints.restore(abstract, self.mesh)
-        self.turn = data["turn"]
+        self.turn = self._saved = data["turn"]
         self._set_lengths(data["lengths"])
         self._resting = {job["name"]: (job, state[f"job{i}"]) for i, job in enumerate(data["jobs"])}
 
     def _save_if_due(self, stopped: bool) -> None:
         every = self.config.checkpoint_every
         due = stopped or (every and self.turn % every == 0 and any(self._seats))
-        if due and self._checkpoints:
+        if due and self._checkpoints and self.turn != self._saved:
             self._save()
         if stopped:
             after = "the same call goes on from there" if self._checkpoints else "without a workdir, all is lost"
@@ -371,6 +373,7 @@ class Pool:
         for cursor, state in self._resting.values():
             jobs.append(cursor)
             states.append(state)
+        self._saved = self.turn
         named = {f"job{i}": state for i, state in enumerate(states)}
         self._checkpoints.save(self.turn, named, {"turn": self.turn, "lengths": self.lengths, "jobs": jobs})
 

@@ -17,7 +17,8 @@ from br_jax.adapters import lora
 from br_jax.data.batches import encode_rows
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
+from br_jax.distributed import StopSignal
+from br_jax.errors import Stopped, UserError
 from br_jax.models.decoder import drop_by_row
 from br_jax.pool import step as pool_step
 from br_jax.pool.jobs import Course, Job
@@ -308,6 +309,23 @@ def test_a_pool_that_was_cut_off_goes_on(tiny, rows, config, buffer, tmp_path, s
         records = read_jsonl(tmp_path / f"job{i}/user/metrics.jsonl")
         assert [r["step"] for r in records] == list(range(1, 8 + 3 * i))
     assert steps[0] == 7 and steps[1] >= 8
+
+
+def test_stopped_before_another_turn(tiny, rows, config, buffer, tmp_path, monkeypatch):
+    """Where nothing is new, nothing is saved again; nor is anything lost."""
+    config = dataclasses.replace(config, steps=9, checkpoint_every=4, packing=0)
+    train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, slots=2, mesh=ONE())
+    (straight,) = train([Job("a", rows)])
+    for job, looks in ((None, 1), (Job("a", rows), 5), (None, 1)):  # before the first turn, after some, before another
+        pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=2, workdir=tmp_path, mesh=ONE())
+        asked = iter([False] * (looks - 1))
+        monkeypatch.setattr(StopSignal, "asked", lambda signal, asked=asked: next(asked, True))
+        with pytest.raises(Stopped):
+            list(pool.turns([job, None]))
+    monkeypatch.undo()
+    assert pool.turn > 0
+    (resumed,) = train([Job("a", rows)], workdir=tmp_path)
+    assert lora.fingerprint(resumed.adapter) == lora.fingerprint(straight.adapter)
 
 
 def test_a_long_job_holds_nobody_up(tiny, rows, config, buffer):
