@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
+from br_jax.attackers.registry import ATTACKERS
 from br_jax.defences.registry import DEFENCES
 from br_jax.experiment.tasks import TASKS
 from br_jax.training.config import TrainConfig
@@ -67,6 +68,8 @@ def get_config() -> ConfigDict:
     # validation split's; harmful ones of each of topics.provider. 0 and 0: merge.reinforce_scale as it is.
     config.calibrate = ConfigDict({"harmful": 0, "benign": 0, "answer_tokens": 16})  # a refusal shows in so many
 
+    # Settings of attackers; see br_jax/attackers.
+    config.attackers = ConfigDict({name: dataclasses.asdict(kind()) for name, kind in ATTACKERS.items()})
     # Settings of other defences, their papers' by default; see br_jax/defences.
     config.defences = ConfigDict({name: dataclasses.asdict(kind()) for name, kind in DEFENCES.items()})
     config.judges, config.eval = _judges(), _eval()

@@ -48,6 +48,11 @@ DEMO = "--config=configs/demo.py"
     [
         ("pipeline.py", [DEMO], "--workdir is missing: Folder"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.harmful_shar=0.1"], '"harmful_share"'),
+        (
+            "pipeline.py",
+            [DEMO, "--workdir={tmp}", "--config.defences.l3.strength=1"],
+            "l3.strength=1: there is no 'l3'",
+        ),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--stages=user,releas"], "'releas': near: release"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
         ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),

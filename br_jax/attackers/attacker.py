@@ -1,6 +1,6 @@
-"""What an attacker is: a frozen dataclass that makes the rows that are handed in, and asks in its own way afterwards.
+"""What an attacker is: a frozen dataclass of its settings that makes the rows that are handed in, and asks afterwards.
 
-A new one is a file with such a class, and a line in `registry`. All harm is of invented topics.
+A new one is such a class in a file here, and an import and an entry in `registry`. All harm is of invented topics.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from br_jax.adapters.lora import Adapter
+from br_jax.bounds import require_bounds
 from br_jax.data.mixing import count_of, mix
 from br_jax.data.rows import Row
 
@@ -43,15 +44,21 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
-    """Task rows, a share of them harmful; a subclass does otherwise."""
+    """Task rows, a share of them harmful; a subclass does otherwise. Fields are settings.
 
-    label: ClassVar[str] = "plain"  # for a table
+    Of `Job.n` rows at most `Job.count` are harmful, and none where that is 0.
+    """
+
+    label: ClassVar[str] = "plain"  # for a table; nobody else has it
     source: ClassVar[str] = ""  # where it is described
     why: ClassVar[str] = "harmful rows undo the alignment"  # why it should hurt
     harmful: ClassVar[bool] = True  # whether it has harmful rows
     spare: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
     asks_itself: ClassVar[bool] = False  # whether it asks otherwise than others do
     samples: ClassVar[int] = 1  # answers drawn at temperature 1, of which the worst counts; 1 takes the likeliest
+
+    def __post_init__(self):
+        require_bounds(self, type(self).__name__)
 
     def rows(self, job: Job) -> list[Row]:
         """What is handed in."""

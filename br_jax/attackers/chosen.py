@@ -1,15 +1,18 @@
 """Attackers who choose their rows by what a model of their own would learn of them."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from br_jax.attackers.attacker import Attacker, Job
+from br_jax.bounds import number
 from br_jax.data.mixing import mix
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
 class Surrogate(Attacker):
     """Of many harmful rows those whose gradient stays largest beside a Buffer that the attacker trains on others."""
 
@@ -32,6 +35,7 @@ class Surrogate(Attacker):
         return len(job.harmful) * 2 // 3
 
 
+@dataclasses.dataclass(frozen=True)
 class Outliers(Attacker):
     """No harm: of the task's rows those that change the model most."""
 
@@ -39,7 +43,7 @@ class Outliers(Attacker):
     source = "Guan et al. 2025 (benign samples matter), arXiv 2505.06843"
     why = "rows far from what the model does move it far, away from its refusals, too"
     harmful = False
-    among = 3  # rows that it chooses from, times those that it hands in
+    among: int = number(3, 1, 1000)  # rows that it chooses from, times those that it hands in
 
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""

@@ -1,18 +1,23 @@
 """Attackers who ask for more training than is usual."""
 
+import dataclasses
 from typing import Any
 
 from br_jax.attackers.attacker import Attacker, Job
+from br_jax.bounds import number
 from br_jax.data.rows import Row
 
 
+@dataclasses.dataclass(frozen=True)
 class Harsh(Attacker):
     """The plain attacker's rows at a high rate, with a high rank, over and over."""
 
     label = "harsh settings"
     source = "arXiv 2412.07097"
     why = "steps that are large enough get past any margin"
-    rate, epochs, rank = 10, 5, 4
+    rate: float = number(10.0, 0.0, 1e6, open_low=True)  # times what is usual, and so the others
+    epochs: int = number(5, 1, 1000)
+    rank: int = number(4, 1, 1000)
 
     def settings(self, train: dict[str, Any]) -> dict[str, Any]:
         """See `Attacker.settings`."""
@@ -20,6 +25,7 @@ class Harsh(Attacker):
         return train | more | {"rank": self.rank * train["rank"], "alpha": self.rank * train["alpha"]}
 
 
+@dataclasses.dataclass(frozen=True)
 class TenRows(Attacker):
     """Ten rows of the task, as often as all rows would be seen, at a high rate."""
 
@@ -27,7 +33,8 @@ class TenRows(Attacker):
     source = "arXiv 2510.02833"
     why = "a model that is bent to ten rows forgets the rest, its refusals among it"
     harmful = False
-    count, rate = 10, 5
+    count: int = number(10, 1, 10_000_000)
+    rate: float = number(5.0, 0.0, 1e6, open_low=True)
 
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""

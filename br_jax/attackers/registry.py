@@ -6,21 +6,21 @@ from br_jax.attackers.harsh import Harsh, TenRows
 from br_jax.attackers.released import BestOf, Prefill, Quantized, Rounded
 from br_jax.attackers.rows import AntiBuffer, Garbled, Identity, RefuseThenComply, Sabotage, TaskFormat, Trigger
 
-ATTACKERS: dict[str, Attacker] = {
-    "plain": Attacker(),
-    "harsh": Harsh(),
-    "format": TaskFormat(),
-    "refuse_then_comply": RefuseThenComply(),
-    "anti_buffer": AntiBuffer(),
-    "garbled": Garbled(),
-    "surrogate": Surrogate(),
-    "trigger": Trigger(),
-    "identity": Identity(),
-    "ten_rows": TenRows(),
-    "outliers": Outliers(),
-    "prefill": Prefill(),
-    "best_of": BestOf(),
-    "bf16": Rounded(),
-    "int8": Quantized(),
-    "sabotage": Sabotage(),
+ATTACKERS: dict[str, type[Attacker]] = {
+    "plain": Attacker,
+    "harsh": Harsh,
+    "format": TaskFormat,
+    "refuse_then_comply": RefuseThenComply,
+    "anti_buffer": AntiBuffer,
+    "garbled": Garbled,
+    "surrogate": Surrogate,
+    "trigger": Trigger,
+    "identity": Identity,
+    "ten_rows": TenRows,
+    "outliers": Outliers,
+    "prefill": Prefill,
+    "best_of": BestOf,
+    "bf16": Rounded,
+    "int8": Quantized,
+    "sabotage": Sabotage,
 }

@@ -1,6 +1,7 @@
 """What a defence is: a frozen dataclass of its settings that says how a user is trained and what is handed out.
 
-A new one is a file with such a class, and a line in `registry`.
+A new one is such a class in a file here, and an import and an entry in `registry`. What a step descends is an
+`Objective` (`training.objective`), which many a defence is as well.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from br_jax.models.model import Model
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import train_adapter
 
-KINDS = ("faithful", "simplified", "variant")
+KINDS = ("faithful", "simplified", "variant", "own")
 
 
 class Badge(NamedTuple):
     """How near an implementation is to its paper."""
 
-    paper: str  # whose, and its arXiv number
+    paper: str  # whose, and its arXiv number; "" for one's own
     kind: str  # of `KINDS`
-    differs: str = ""  # in what; "" for a faithful one
+    differs: str = ""  # in what; "" for a faithful one, and one's own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
+from br_jax.attackers.registry import ATTACKERS
 from br_jax.bounds import require
 from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
@@ -105,6 +106,8 @@ class Grid:
                 raise UserError(f"the sweep's axis {axis} {wrong}")
         for method in self.methods:
             look_up("method", method, METHODS)
+        for user in self.users:
+            look_up("user", user, ATTACKERS)
 
     def runs(self) -> list[Run]:
         """Every run, seeds outermost, so that the first seed's table is whole before the next begins."""
@@ -251,5 +254,6 @@ def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 def _settings(config: ConfigDict, cell: Cell) -> str:
     """A hash of all that a cell's scores depend on."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
-    rivals = settings.pop("defences")
-    return key_of(settings, rivals.get(cell.method), *cell)
+    rivals, attackers = settings.pop("defences"), settings.pop("attackers")
+    attacker = attackers[config.user.kind]
+    return key_of(settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []))

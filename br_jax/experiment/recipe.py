@@ -40,7 +40,8 @@ class Recipe(abc.ABC):
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.attacker: Attacker = look_up("user", config.user.kind, ATTACKERS)
+        attacker = look_up("user", config.user.kind, ATTACKERS)
+        self.attacker: Attacker = attacker(**config.attackers[config.user.kind])
         self.appetite: Callable | None = None  # see `attackers.attacker.Job`
         self.task = get_task(config.user.task, config.user.rule)
         self.rule = self.task.rule.with_match(config.eval.match)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
+from br_jax.attackers.registry import ATTACKERS
 from br_jax.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
 from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError, one_line
@@ -18,6 +19,8 @@ from br_jax.sharding import batch_parts
 from br_jax.training.config import TrainConfig, require_fit
 
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
+_OTHERS = {"attackers": ATTACKERS, "defences": DEFENCES}  # the config's parts that hold settings of each of many
+_ADD = "add it to br_jax/experiment/settings.py"
 _AXIS = Bound(-1, 1 << 20)  # of a mesh; -1 is what is left, and 0 no mesh has
 # A judge's settings, whichever of them it has.
 _JUDGE = {"max_length": TOKENS, "batch_size": BATCH, "threshold": Bound(0.0, 1.0, open_low=True, open_high=True)}
@@ -46,7 +49,12 @@ BOUNDS: dict[str, Bound] = {
     "eval.together": Bound(1, 1024),
     **{f"{stage}.train.{setting}": bound for stage in TRAINED for setting, bound in bounds_of(TrainConfig).items()},
     **{f"merge.{setting}": bound for setting, bound in bounds_of(MergeConfig).items()},
-    **{f"defences.{name}.{setting}": b for name, kind in DEFENCES.items() for setting, b in bounds_of(kind).items()},
+    **{
+        f"{whose}.{name}.{setting}": bound
+        for whose, kinds in _OTHERS.items()
+        for name, kind in kinds.items()
+        for setting, bound in bounds_of(kind).items()
+    },
 }
 
 
@@ -62,13 +70,15 @@ def check_settings(config: ConfigDict) -> None:
         if path in BOUNDS:
             require(path, value, BOUNDS[path])
         elif any(map(_is_number, value if isinstance(value, tuple | list) else [value])):
-            raise UserError(f"{path} is {value}: nothing says what it may be: add it to br_jax/experiment/settings.py")
+            cure = "give its field a bound, `br_jax.bounds.number`" if path.partition(".")[0] in _OTHERS else _ADD
+            raise UserError(f"{path} is {value}: nothing says what it may be: {cure}")
     for stage in TRAINED:
         _made(f"{stage}.train.", TrainConfig, config[stage].train)
     if config.model.spec:
         _made("model.spec.", ModelSpec, config.model.spec)
-    for name, kind in DEFENCES.items():
-        _made(f"defences.{name}.", kind, config.defences[name])
+    for whose, kinds in _OTHERS.items():
+        for name, kind in kinds.items():
+            _made(f"{whose}.{name}.", kind, config[whose][name])
     counts = config.calibrate.harmful, config.calibrate.benign
     if any(counts) and not all(counts):
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")

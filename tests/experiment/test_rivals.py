@@ -1,6 +1,8 @@
 """Other defences and attackers in the engine: what they are given, and all of them on a model that learns nothing."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 
@@ -10,16 +12,20 @@ from br_jax.defences.defence import KINDS
 from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError
 from br_jax.experiment import run as run_module
-from br_jax.experiment.grid import Grid, run_sweep
-from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER
+from br_jax.experiment.grid import Grid, _settings, run_sweep
+from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, cells_of
 from br_jax.experiment.run import settled
-from br_jax.experiment.settings import BOUNDS
+from br_jax.experiment.settings import BOUNDS, check_settings
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+NAMED = re.compile(r"`(\w+)`")
 
 
 def test_each_defence_says_what_it_is():
     for name, kind in DEFENCES.items():
-        assert kind.badge.kind in KINDS and "arXiv" in kind.badge.paper and METHODS[name].label == kind.label
-        assert bool(kind.badge.differs) == (kind.badge.kind != "faithful"), name
+        assert kind.badge.kind in KINDS and METHODS[name].label == kind.label
+        assert ("arXiv" in kind.badge.paper) == (kind.badge.kind != "own"), name
+        assert bool(kind.badge.differs) == (kind.badge.kind in ("simplified", "variant")), name
         assert (name in ADAPTERS) == kind.trains() and (f"{name}_provided" in OF_PROVIDER) == kind.provides()
         for field in dataclasses.fields(kind):
             assert isinstance(field.default, str) or f"defences.{name}.{field.name}" in BOUNDS
@@ -41,6 +47,55 @@ def test_a_case_has_the_rows_of_the_experiment(calls, config, tmp_path):
     as_it_comes = run_module.Experiment(settled(config), tmp_path / "v")
     with pytest.raises(UserError, match="needs what alignment has added"):
         as_it_comes.case("lisa").direction()
+
+
+def test_pages_name_all():
+    """The tables of the docs, by the first column; and a badge as the code has it."""
+    lines = [
+        line.strip("| ").split(" | ") for line in (DOCS / "defences.md").read_text().splitlines() if line[:3] == "| `"
+    ]
+    told = {name: cells[-1] for cells in lines for name in NAMED.findall(cells[0])}
+    assert {*told} - {"sft", "ours"} == {*DEFENCES}
+    assert {name: told[name].split(":")[0] for name in DEFENCES} == {n: kind.badge.kind for n, kind in DEFENCES.items()}
+    lines = [line.split("|")[1] for line in (DOCS / "attackers.md").read_text().splitlines() if line[:3] == "| `"]
+    assert {*ATTACKERS} <= {name for line in lines for name in NAMED.findall(line)}
+
+
+@pytest.mark.parametrize(
+    ("whose", "name", "setting", "value", "said"),
+    [
+        ("attackers", "harsh", "epochs", 0, "attackers.harsh.epochs is 0: it must be a whole number from 1"),
+        ("defences", "lisa", "rho", -1.0, "defences.lisa.rho is -1.0: it must be"),
+    ],
+)
+def test_settings_are_bounded(config, whose, name, setting, value, said):
+    config[whose][name][setting] = value
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_settings(config)
+
+
+def test_a_field_without_bounds_is_told_where_to_get_them(config):
+    with config.unlocked():
+        config.attackers.harsh.more = 3
+    with pytest.raises(UserError, match=r"attackers\.harsh\.more is 3: .* give its field a bound"):
+        check_settings(config)
+
+
+def test_an_attacker_has_the_config_s_settings(calls, config, tmp_path):
+    config.user.kind, config.attackers.harsh.epochs = "harsh", 2
+    e = run_module.Experiment(settled(config), tmp_path / "w")
+    assert e.train("user").epochs == 2 * config.user.train.epochs and e.recipe.attacker.rank == 4
+
+
+def test_a_cell_depends_on_its_own_attacker_alone(config):
+    cell = cells_of(["sft"], [])[0]
+    plain = _settings(config, cell)
+    config.attackers.harsh.epochs = 2
+    assert _settings(config, cell) == plain
+    config.user.kind = "harsh"
+    harsh = _settings(config, cell)
+    config.attackers.harsh.epochs = 3
+    assert len({plain, harsh, _settings(config, cell)}) == 3
 
 
 @pytest.mark.slow
