@@ -122,10 +122,8 @@ def _parse(argv: list[str]) -> list[str]:
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         text = str(error.args[0] if isinstance(error, KeyError) else error)
-        if (
-            isinstance(error, KeyError) and text.isidentifier()
-        ):  # of a key with none near it ml_collections says no more
-            given = next((arg for arg in argv if f".{text}" in arg.partition("=")[0]), "config")
-            text = f"{given}: there is no {text!r}: see configs/base.py"
+        if (key := text.strip("'")).isidentifier():  # ml_collections says no more of a key that none is near
+            given = next((arg for arg in argv if f".{key}" in arg.partition("=")[0]), "config")
+            text = f"{given}: there is no {key!r}: see configs/base.py"
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
