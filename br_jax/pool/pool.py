@@ -30,6 +30,7 @@ from br_jax.hashes import key_of
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Course, Job, Outcome, Taken
 from br_jax.pool.schedule import Schedule
+from br_jax.pool.shapes import fill, fitting_lengths, turn_shapes
 from br_jax.pool.step import Turn, begin, empty_state, pool_turn, put, take
 from br_jax.progress import progress
 from br_jax.sharding import batch_parts, make_mesh, place, platform
@@ -43,8 +44,6 @@ from br_jax.training.stage import Hyper, Stage, frozen_collections
 _OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, that are no job's
 _FIRST, _REST = 30, 2  # seconds that half of the first jobs are waited for, then the rest, to see their rows' lengths
 _LOOK = 0.5  # seconds that rows are waited for before those who listen are heard again
-_SHARES = (0.1, 0.5, 0.9, 1.0)  # of their rows, that fit each length
-_GROWTH = 1.4  # from one longer length to the next
 _LONG = 50  # steps that are worth a program for fewer slots
 _NAME = "user"  # of each job's run, so that `train_user` in the job's folder finds it finished
 
@@ -248,15 +247,9 @@ class Pool:
             list(itertools.islice(concurrent.futures.as_completed(first, _FIRST), -(-len(first) // 2)))
         concurrent.futures.wait(first, _REST)
         read = agree([future.done() and not future.exception() for future in first])
-        needs = sorted(
-            need for future, here in zip(first, read, strict=True) if here for need in future.result().needs()
-        )
+        needs = [need for future, here in zip(first, read, strict=True) if here for need in future.result().needs()]
         if needs:
-            unit, most = _unit(platform(self.mesh)), self.lengths[-1]
-            lengths = [needs[int(share * (len(needs) - 1))] for share in _SHARES]
-            while lengths[-1] < most:
-                lengths.append(min(int(_GROWTH * lengths[-1]) + 1, most))
-            self._set_lengths(sorted({min(-(-length // unit) * unit, most) for length in lengths}))
+            self._set_lengths(fitting_lengths(needs, self.lengths[-1], platform(self.mesh)))
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self.lengths, self._fitted = tuple(lengths), True
@@ -402,31 +395,3 @@ def _aside(make: Callable[[], Course]) -> concurrent.futures.Future:
 
     threading.Thread(target=run, name="br_jax-rows", daemon=True).start()
     return future
-
-
-def turn_shapes(config: TrainConfig, on: str) -> tuple[tuple[int, ...], int]:
-    """(The lengths that a turn may have, ascending; the rows of a slot in a turn); of packed rows the longest alone."""
-    rows = config.batch_size // config.accumulation
-    if not config.packing:
-        shorter = (bucket for bucket in config.buckets if bucket < config.max_length)
-        return tuple(sorted({*shorter, config.max_length})), rows
-    unit, most = _unit(on), min(config.packing, rows * config.max_length)
-    return (-(-most // unit) * unit,), 1
-
-
-def _unit(on: str) -> int:
-    """What divides a packed row's length; a TPU's attention wants whole tiles."""
-    return 128 if on == "tpu" else 32
-
-
-def fill(taken: list[Taken | None], length: int, rows: int) -> dict[str, np.ndarray]:
-    """The batch of a turn, [slots x rows, length]: each slot's rows together, the rest padding."""
-    kinds = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), np.int32) | {"weights": np.float32}
-    batch = {name: np.zeros((len(taken) * rows, length), kind) for name, kind in kinds.items()}
-    batch["piece"] = np.zeros(len(taken) * rows, np.int32)
-    for slot, each in enumerate(taken):
-        for i, row in enumerate(each.rows if each else ()):
-            for name in kinds:
-                batch[name][slot * rows + i, : len(row[name])] = row[name]
-            batch["piece"][slot * rows + i] = each.first + i
-    return batch

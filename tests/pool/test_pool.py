@@ -22,8 +22,8 @@ from br_jax.errors import Stopped, UserError
 from br_jax.models.decoder import drop_by_row
 from br_jax.pool import step as pool_step
 from br_jax.pool.jobs import Course, Job
-from br_jax.pool.pool import Pool, fill
-from br_jax.pool.schedule import Schedule
+from br_jax.pool.pool import Pool
+from br_jax.pool.shapes import fill
 from br_jax.sharding import leaf_name, make_mesh
 from br_jax.training.metrics import read_jsonl
 from br_jax.training.stage import Hyper, Stage, frozen_collections
@@ -373,11 +373,6 @@ def test_steps_are_those_of_a_run(tiny, rows):
             learnt = [sorted(np.concatenate([r[name][r["weights"] > 0] for r in laid])) for laid in (few, all_)]
             assert learnt[0] == learnt[1], name
         assert all(len({len(v) for v in row.values()}) == 1 and row["segment_ids"].all() for row in [*few, *all_])
-
-
-def test_schedule_patience():
-    schedule = Schedule((64, 256), 2)
-    assert schedule.patience(64, 256) == 6 and schedule.patience(64, 64) == 0
 
 
 def test_a_long_job_that_is_left_over_has_fewer_slots_beside_it(tiny, rows, config, buffer, compiles):

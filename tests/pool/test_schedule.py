@@ -5,6 +5,7 @@ import random
 import pytest
 
 from br_jax.pool.schedule import Schedule
+from br_jax.pool.shapes import fitting_lengths
 
 
 def serve(schedule, jobs, turns):
@@ -63,3 +64,15 @@ def test_nobody_waits_beyond_the_bound(seed):
     bound = schedule.patience(lengths[0], lengths[-1])
     assert max(map(max, filter(None, waits)), default=0) <= bound
     assert set(taken) <= set(lengths)
+
+
+def test_schedule_patience():
+    schedule = Schedule((64, 256), 2)
+    assert schedule.patience(64, 256) == 6 and schedule.patience(64, 64) == 0
+
+
+def test_lengths_that_fit():
+    """A tenth, half, nine tenths and all of the rows have a length of their own; then come longer ones."""
+    assert fitting_lengths([100] * 90 + [300] * 10, 1024, "cpu") == (128, 320, 448, 608, 832, 1024)
+    assert fitting_lengths([5], 64, "cpu") == (32, 64) and fitting_lengths([5], 64, "tpu") == (64,)
+    assert fitting_lengths([900, 10], 896, "cpu")[-1] == 896
