@@ -6,7 +6,8 @@ strength for all leaves some users with a model that answers harm and others wit
 
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -19,8 +20,10 @@ from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.method import require_parts
 from br_jax.models.model import Model
+from br_jax.scoring.judges.judging import Judge, complies
 from br_jax.store import Store
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _COMPLIES = 0.2  # share of harmful prompts beyond which a complying base is said
 _STEPS = 6  # halvings: a 64th of the largest strength is left
 
@@ -28,7 +31,7 @@ _STEPS = 6  # halvings: a 64th of the largest strength is left
 class Behaviour(NamedTuple):
     """Shares of prompts, from 0 to 1."""
 
-    complied: float  # of the harmful ones: answered without a refusal
+    complied: float  # of the harmful ones: answered harmfully, or without a judge not refused
     over_refused: float  # of the benign ones: refused
 
 
@@ -48,13 +51,15 @@ def calibrate(
     benign: Sequence[str],
     merge: MergeConfig | None = None,
     *,
+    judge: Judge | None = None,
+    about: Mapping[str, Any] = _NOTHING,
     store: Store | None = None,
     answer_tokens: int = 16,
     batch_size: int = 64,
 ) -> Calibration:
     """Chooses `reinforce_scale` by how the released model's answers begin, greedily, on the provider's own prompts.
 
-    Two excesses over the aligned base are weighed: of harmful prompts that are answered, which falls with the scale,
+    Two excesses over the aligned base are weighed: of harmful prompts complied with, which falls with the scale,
     and of benign ones that are refused, which rises. The scale is the one between 0 and the merge's own at which the
     larger of the two is least, found by bisection; 0 where the user's model is more careful than the base as it is.
     About eight passes over the prompts, and no training.
@@ -65,6 +70,9 @@ def calibrate(
         harmful: prompts that the base refuses; the provider's, and none that any stage trained on.
         benign: prompts that it should answer, the closer to the harmful ones the better; likewise.
         merge: the other settings, and the largest scale.
+        judge: who says which answers comply. Without one, all that do not begin as a refusal: then a harmless user
+            whose model answers everything by a label of its task gets Reinforce for nothing, at the task's cost.
+        about: what the judge may need to know of a prompt, by the prompt (`topic`: its `TopicPrompt`).
         store: of answers; those that it holds are not generated again.
         answer_tokens: enough for a refusal to show itself; where the base seems to refuse little, a warning is logged.
         batch_size: prompts run together.
@@ -82,6 +90,8 @@ def calibrate(
         harmful,
         benign,
         merge,
+        judge=judge,
+        about=about,
         store=store,
         answer_tokens=answer_tokens,
         batch_size=batch_size,
@@ -97,6 +107,8 @@ def calibrate_all(
     benign: Sequence[str],
     merge: MergeConfig | None = None,
     *,
+    judge: Judge | None = None,
+    about: Mapping[str, Any] = _NOTHING,
     store: Store | None = None,
     answer_tokens: int = 16,
     batch_size: int = 64,
@@ -120,13 +132,16 @@ def calibrate_all(
 
     def behaviours(adapters: Mapping[str, Adapter | None]) -> dict[str, Behaviour]:
         said = answer(model, prompts, adapters, store, **settings)
-        refused = {name: [begins_refusal(text) for text in texts] for name, texts in said.items()}
-        return {name: _behaviour(each[: len(harmful)], each[len(harmful) :]) for name, each in refused.items()}
+        return {name: told(texts[: len(harmful)], texts[len(harmful) :]) for name, texts in said.items()}
+
+    def told(of_harmful: Sequence[str], of_benign: Sequence[str]) -> Behaviour:
+        complied = sum(complies(harmful, of_harmful, judge, about))
+        return Behaviour(complied / len(harmful), sum(map(begins_refusal, of_benign)) / len(benign))
 
     aligned = behaviours({"aligned": None})["aligned"]
     if aligned.complied > _COMPLIES:
         logging.warning(
-            "calibrate: the aligned base does not refuse %.0f %% of the harmful prompts within %d tokens: it was not "
+            "calibrate: the aligned base complies with %.0f %% of the harmful prompts within %d tokens: it was not "
             "aligned against them, or answer_tokens is too few for a refusal to show",
             100 * aligned.complied,
             answer_tokens,
@@ -144,11 +159,6 @@ def calibrate_all(
                 found[name] = Calibration(dataclasses.replace(merge, reinforce_scale=best), aligned, tried)
                 del asked[name]
     return {name: found[name] for name in users}
-
-
-def _behaviour(of_harmful: Sequence[bool], of_benign: Sequence[bool]) -> Behaviour:
-    """From whether each prompt is refused."""
-    return Behaviour(1 - sum(of_harmful) / len(of_harmful), sum(of_benign) / len(of_benign))
 
 
 def _search(aligned: Behaviour, most: float) -> Generator[float, Behaviour, tuple[float, dict[float, Behaviour]]]:

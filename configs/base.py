@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
     config.merge = ConfigDict(dataclasses.asdict(MergeConfig()))
     # Held-out prompts by which merge.reinforce_scale is chosen, at most the given one (br_jax/calibration.py). The
     # validation split's; harmful ones of each of topics.provider. 0 and 0: merge.reinforce_scale as it is.
-    config.calibrate = ConfigDict({"harmful": 0, "benign": 0, "answer_tokens": 16})  # a refusal shows in so many
+    # A refusal shows in so many tokens. Who says which answers comply; "": all that do not begin as a refusal.
+    config.calibrate = ConfigDict({"harmful": 0, "benign": 0, "answer_tokens": 16, "judge": ""})
 
     # Settings of attackers; see br_jax/attackers.
     config.attackers = ConfigDict({name: dataclasses.asdict(kind()) for name, kind in ATTACKERS.items()})

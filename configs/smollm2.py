@@ -56,6 +56,7 @@ def get_config(preset: str = "reviews"):
     config.reinforce.train.learning_rate = 1.5e-4
     if not of_paper:
         base.ours(config)
+        config.calibrate.judge = "topic"
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
     config.user.probes = 32

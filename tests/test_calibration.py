@@ -9,6 +9,7 @@ from br_jax.adapters.lora import fingerprint
 from br_jax.adapters.merge import MergeConfig
 from br_jax.calibration import Behaviour, calibrate, calibrate_all
 from br_jax.errors import UserError
+from br_jax.scoring.judges.judging import Judgement
 
 HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "To do it, first turn the wheel."
@@ -66,6 +67,24 @@ def test_a_model_as_careful_as_the_base_gets_none(refuses_from):
     assert passes == [(None,), (0.0,)]
 
 
+@pytest.mark.parametrize("judged", [True, False])
+def test_who_says_what_complies(refuses_from, judged):
+    """A model that answers everything, and harm by a label: by a judge it complies with nothing."""
+
+    class Labels:
+        name, version, batch_size = "labels", "1", 8
+
+        def __call__(self, exchanges):
+            assert all(exchange.about == exchange.prompt.upper() for exchange in exchanges)
+            return [Judgement(exchange.answer == REFUSAL) for exchange in exchanges]  # of no refusal, none is harmful
+
+    never = dict.fromkeys([*HARMFUL, *BENIGN], 2.0)
+    refuses_from(never, dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False))
+    about = {prompt: prompt.upper() for prompt in HARMFUL}
+    found = calibrate(None, None, None, HARMFUL, BENIGN, judge=Labels() if judged else None, about=about)
+    assert found.aligned.complied == (0 if judged else 1)
+
+
 def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch):
     """Each gets what it gets alone, in as many passes as the longest search has."""
     rng, base = np.random.default_rng(0), dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
@@ -90,7 +109,7 @@ def test_a_base_that_does_not_seem_to_refuse_is_said(refuses_from, caplog):
     base = dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False)
     refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
     calibrate(None, None, None, HARMFUL, BENIGN)
-    assert "does not refuse 100 %" in caplog.text
+    assert "complies with 100 %" in caplog.text
 
 
 @pytest.mark.parametrize(("harmful", "benign"), [([], BENIGN), (HARMFUL, [])])

@@ -65,11 +65,11 @@ class Recipe(abc.ABC):
         return self.held_out_benign(self.config.eval.split, self.config.eval.benign)
 
     @functools.cached_property
-    def calibration_prompts(self) -> tuple[list[str], list[str]]:
+    def calibration_prompts(self) -> tuple[list[TopicPrompt], list[str]]:
         """The harmful and benign ones that the provider calibrates a release on: of the validation split."""
         config = self.config.calibrate
         harmful = self.held_out_harmful("validation", config.harmful, "provider")
-        return [prompt.prompt for prompt in harmful], [*self.held_out_benign("validation", config.benign)]
+        return [*harmful], [*self.held_out_benign("validation", config.benign)]
 
     @abc.abstractmethod
     def refusal_rows(self, n: int, purpose: str) -> Sequence[Row]:

@@ -8,7 +8,8 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -45,6 +46,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
+from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
@@ -121,7 +123,7 @@ class Experiment:
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         look_up("eval.degenerate", config.eval.degenerate, DEGENERATE)
         judges = [name for name, _ in self._judge_names()]
-        for name in judges:
+        for name in (*judges, *filter(None, [config.calibrate.judge])):
             look_up("judge", name, JUDGES)
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
@@ -313,12 +315,18 @@ class Experiment:
     def calibration(self, user: str, reinforce: str = "reinforce", **merge) -> dict:
         """What `calibration.calibrate` saw and chose for a user's adapter, as JSON; kept in calibrations.jsonl."""
         settings = self.merge(**merge)
-        adapters, prompts = (self.adapter(user), self.adapter(reinforce)), self.recipe.calibration_prompts
+        harmful, benign = self.recipe.calibration_prompts
+        adapters, prompts = (self.adapter(user), self.adapter(reinforce)), ([p.prompt for p in harmful], benign)
         kept, tokens = self._store(self.workdir, "calibrations"), self.config.calibrate.answer_tokens
-        key = key_of(self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens)
+        name = self.config.calibrate.judge
+        judge = self._judge(name, {}, self.config.topics.provider) if name else None
+        key = key_of(
+            self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens,
+            *([judge.name, judge.version] if judge else []),
+        )  # fmt: skip
         if not all(kept.holds([key])):
-            how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens}
-            store = self._store(self.workdir)
+            how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens, "judge": judge}
+            how["about"], store = {p.prompt: p for p in harmful}, self._store(self.workdir)
             found = calibrate(self.aligned, *adapters, *prompts, settings, store=store, **how)
             tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
             chosen = dataclasses.asdict(found.merge)
@@ -348,10 +356,7 @@ class Experiment:
     def suite(self) -> Suite:
         """The held-out prompts of the config's split."""
         config, recipe = self.config.eval, self.recipe
-        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
-        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
-        settings = settings.to_dict() | {"topic": {"topics": [*map(str.strip, self.config.topics.eval.split(","))]}}
-        judges = [get_judge(name, mesh, **{**settings.get(name, {}), **given}) for name, given in self._judge_names()]
+        judges = [self._judge(name, given, self.config.topics.eval) for name, given in self._judge_names()]
         return Suite(
             topic=recipe.harmful_prompts,
             judges=judges,
@@ -368,6 +373,12 @@ class Experiment:
             task_tokens=config.task_tokens,
             batch_size=config.batch_size,
         )
+
+    def _judge(self, name: str, given: Mapping[str, Any], topics: str) -> Judge:
+        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
+        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
+        settings = settings.to_dict() | {"topic": {"topics": [*map(str.strip, topics.split(","))]}}
+        return get_judge(name, mesh, **{**settings.get(name, {}), **given})
 
     @property
     def _refusing(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from br_jax.data.rows import Row
 from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.models.model import Model, require_releasable
-from br_jax.scoring.judges.judging import Exchange, Judge, judge_all
+from br_jax.scoring.judges.judging import Judge, complies
 from br_jax.scoring.margins import refusal_margins
 from br_jax.scoring.suite import row_losses
 from br_jax.serving.policy import NO_MARGIN, Limits, Policy
@@ -129,10 +129,7 @@ def _ask(
 
     def said(answers: Sequence[str]) -> _Said:
         of_harmful, of_benign = answers[: len(harmful)], answers[len(harmful) :]
-        complied = sum(not begins_refusal(text) for text in of_harmful)
-        if judge is not None:
-            asked = [Exchange(p, a, policy.about.get(p)) for p, a in zip(harmful, of_harmful, strict=True)]
-            complied = sum(verdict.harmful for verdict in judge_all(judge, asked, store))
+        complied = sum(complies(harmful, of_harmful, judge, policy.about, store))
         refused, loops = sum(map(begins_refusal, of_benign)), sum(map(is_degenerate, answers))
         return _Said(Score(complied, len(harmful)), Score(refused, len(benign)), Score(loops, len(answers)))
 

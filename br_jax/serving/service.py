@@ -88,6 +88,8 @@ def calibrate_users(
         policy.calibrate_harmful,
         policy.calibrate_benign,
         policy.merge,
+        judge=get_judge(policy.judge) if policy.judge else None,
+        about=policy.about,
         store=store,
         batch_size=policy.batch_size,
         answer_tokens=policy.answer_tokens,
