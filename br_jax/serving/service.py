@@ -31,6 +31,7 @@ from br_jax.pool.jobs import Job, Outcome
 from br_jax.pool.pool import Pool
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, load_model, load_recorded, read_provider
+from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.audit import Audit
 from br_jax.serving.card import card_of
@@ -68,7 +69,7 @@ def load_provider(folder: str | os.PathLike, matmul_precision: str = "float32") 
 
 
 def calibrate_users(
-    provider: Provider, policy: Policy, users: Mapping[str, Adapter], store: Store | None = None
+    provider: Provider, policy: Policy, users: Mapping[str, Adapter], judge: Judge | None, store: Store | None = None
 ) -> tuple[dict[str, Calibration], dict[str, str]]:
     """(How Reinforce is merged into each user's adapter, why nothing is merged into others), both by name."""
     fit, refused = {}, {}
@@ -88,7 +89,7 @@ def calibrate_users(
         policy.calibrate_harmful,
         policy.calibrate_benign,
         policy.merge,
-        judge=get_judge(policy.judge) if policy.judge else None,
+        judge=judge,
         about=policy.about,
         store=store,
         batch_size=policy.batch_size,
@@ -243,17 +244,17 @@ class Service:
         """Merges, looks and hands over all that is trained."""
         users, self._ready, self._waited = self._ready, {}, 0
         policy = self.policy
-        found, refused = calibrate_users(self.provider, policy, users, self._answers)
+        found, refused = calibrate_users(self.provider, policy, users, self._judge, self._answers)
         for name, why in refused.items():
             self._hold(name, {"why": [why]})
         if not found:
             return
         with contextlib.ExitStack() as stack:
             folders, candidates = {}, {}
-            for name, merge in ((name, one.merge) for name, one in found.items()):
+            for name, one in found.items():
                 folders[name] = stack.enter_context(staged(self.outbox / name))
                 try:
-                    released = self._written(folders[name] / RELEASED, users[name], merge)
+                    released = self._written(folders[name] / RELEASED, users[name], one.merge)
                 except UserError as error:
                     self._write_held(folders[name], {"why": [str(error)]})
                     continue

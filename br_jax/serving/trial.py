@@ -16,6 +16,7 @@ from br_jax.adapters.merge import qr_merge
 from br_jax.data.rows import Row
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
+from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.policy import Policy
@@ -78,12 +79,13 @@ def try_gate(
         For each release "kind", "name", "passed", "why", "seconds" (its share of the pass).
     """
     users = make_users(task, harmful, policy, count, n, seed)
+    judge = get_judge(policy.judge) if policy.judge else None
     trained = _train(provider, policy, users, {"buffer": provider.buffer})
     attacked = make_users(task, harmful, policy, max(count // 7, 1), n, seed + 1, attack=True)
     undefended = _train(provider, policy, attacked, {})
-    good = dict(zip((u.name for u in users), _released(provider, policy, trained, users), strict=True))
-    bad = _bad(provider, policy, users, trained, attacked, undefended, good, count)
-    judge, found = get_judge(policy.judge) if policy.judge else None, []
+    good = dict(zip((u.name for u in users), _released(provider, policy, trained, users, judge), strict=True))
+    bad = _bad(provider, policy, users, trained, attacked, undefended, good, count, judge)
+    found = []
     for kind, candidates in (("good", good), *bad.items()):
         names = list(candidates)
         for first in range(0, len(names), _TOGETHER):
@@ -107,13 +109,13 @@ def _train(provider: Provider, policy: Policy, users: Sequence[User], frozen: di
 
 
 def _released(
-    provider: Provider, policy: Policy, trained: dict[str, Adapter], users: Sequence[User]
+    provider: Provider, policy: Policy, trained: dict[str, Adapter], users: Sequence[User], judge: Judge | None
 ) -> list[Candidate]:
     """Each user's adapter with as much of Reinforce as a calibration gives it; what none is made of, with all of it."""
     found = {}
     for first in range(0, len(users), _TOGETHER):
         some = {user.name: trained[user.name] for user in users[first : first + _TOGETHER]}
-        found |= calibrate_users(provider, policy, some)[0]
+        found |= calibrate_users(provider, policy, some, judge)[0]
     merges = {user.name: found[user.name].merge if user.name in found else policy.merge for user in users}
     return [
         Candidate(qr_merge(trained[u.name], provider.reinforce, merges[u.name]), trained[u.name], u.held_back)
@@ -121,7 +123,7 @@ def _released(
     ]
 
 
-def _bad(provider, policy, users, trained, attacked, undefended, good, count) -> dict[str, dict[str, Candidate]]:
+def _bad(provider, policy, users, trained, attacked, undefended, good, count, judge) -> dict[str, dict[str, Candidate]]:
     """Bad releases by kind, `count` in all."""
     buffer, reinforce, merge = provider.buffer, provider.reinforce, policy.merge
     first = [user for user in users if len(user.held_back) > 3]
@@ -159,7 +161,7 @@ def _bad(provider, policy, users, trained, attacked, undefended, good, count) ->
         kept = dict(list(released.weights.items())[:-1])
         return good[user.name]._replace(released=released.replace(weights=kept))
 
-    plain = dict(zip((u.name for u in attacked), _released(provider, policy, undefended, attacked), strict=True))
+    plain = dict(zip((u.name for u in attacked), _released(provider, policy, undefended, attacked, judge), strict=True))
     kinds = {
         "Buffer left on": of(with_buffer, first),
         "Buffer left on, called user": of(hidden, first),
