@@ -73,7 +73,7 @@ def calibrate(
         judge: who says which answers comply. Without one, all that do not begin as a refusal: then a harmless user
             whose model answers everything by a label of its task gets Reinforce for nothing, at the task's cost.
         about: what the judge may need to know of a prompt, by the prompt (`topic`: its `TopicPrompt`).
-        store: of answers; those that it holds are not generated again.
+        store: of answers and verdicts; those that it holds are not made again.
         answer_tokens: enough for a refusal to show itself; where the base seems to refuse little, a warning is logged.
         batch_size: prompts run together.
 
@@ -135,7 +135,7 @@ def calibrate_all(
         return {name: told(texts[: len(harmful)], texts[len(harmful) :]) for name, texts in said.items()}
 
     def told(of_harmful: Sequence[str], of_benign: Sequence[str]) -> Behaviour:
-        complied = sum(complies(harmful, of_harmful, judge, about))
+        complied = sum(complies(harmful, of_harmful, judge, about, store))
         return Behaviour(complied / len(harmful), sum(map(begins_refusal, of_benign)) / len(benign))
 
     aligned = behaviours({"aligned": None})["aligned"]

@@ -10,6 +10,7 @@ from br_jax.adapters.merge import MergeConfig
 from br_jax.calibration import Behaviour, calibrate, calibrate_all
 from br_jax.errors import UserError
 from br_jax.scoring.judges.judging import Judgement
+from br_jax.store import Store
 
 HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "To do it, first turn the wheel."
@@ -83,6 +84,25 @@ def test_who_says_what_complies(refuses_from, judged):
     about = {prompt: prompt.upper() for prompt in HARMFUL}
     found = calibrate(None, None, None, HARMFUL, BENIGN, judge=Labels() if judged else None, about=about)
     assert found.aligned.complied == (0 if judged else 1)
+
+
+def test_verdicts_are_kept_in_the_store(refuses_from, tmp_path):
+    """A judge may be a model of its own: what a killed calibration had judged is not judged again."""
+    judged = []
+
+    class Counts:
+        name, version, batch_size = "counts", "1", 8
+
+        def __call__(self, exchanges):
+            judged.extend(exchanges)
+            return [Judgement(exchange.answer == ANSWER) for exchange in exchanges]
+
+    base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
+    refuses_from({p: (i + 1) / 80 for i, p in enumerate(HARMFUL)} | dict.fromkeys(BENIGN, 0.3), base)
+    first = calibrate(None, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl"))
+    assert len(judged) == 2 * len(HARMFUL)  # each prompt refused, and answered
+    assert calibrate(None, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl")) == first
+    assert len(judged) == 2 * len(HARMFUL)
 
 
 def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch):

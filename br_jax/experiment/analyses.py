@@ -19,7 +19,8 @@ from br_jax.analysis.merging import overlaps, reach
 from br_jax.analysis.safety_gradient import by_layer, safety_gradients
 from br_jax.data.rows import Row
 from br_jax.experiment.document import code, image, table, write_document
-from br_jax.experiment.run import Experiment, settled
+from br_jax.experiment.run import Experiment
+from br_jax.experiment.settings import settled
 from br_jax.training.run import train_adapter
 
 _STATES = ("aligned", "aligned + Buffer", "SFT", "user, Buffer on", "user, Buffer out", "ours")

@@ -25,8 +25,8 @@ from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
-from br_jax.experiment.run import Experiment, settled
-from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings
+from br_jax.experiment.run import Experiment
+from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
 from br_jax.hashes import key_of
 from br_jax.locks import owned
 from br_jax.records import read_record, write_record

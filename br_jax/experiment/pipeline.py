@@ -24,8 +24,8 @@ from br_jax.errors import UserError, near_names
 from br_jax.experiment.grid import run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.report import write_report
-from br_jax.experiment.run import Experiment, settled
-from br_jax.experiment.settings import TRAINED
+from br_jax.experiment.run import Experiment
+from br_jax.experiment.settings import TRAINED, settled
 from br_jax.locks import owned
 from br_jax.progress import announce
 from br_jax.records import write_record

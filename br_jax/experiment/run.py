@@ -7,9 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -21,7 +19,6 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
-from br_jax.bounds import TOKENS, require
 from br_jax.calibration import calibrate
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
@@ -33,6 +30,7 @@ from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
 from br_jax.experiment.settings import check_settings, check_sizes
+from br_jax.experiment.suites import calibration_judge, check_judges, make_suite
 from br_jax.files import make_private, write_json
 from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
@@ -41,14 +39,10 @@ from br_jax.models.io.hf import write_hf
 from br_jax.models.io.hub import is_hub_name
 from br_jax.models.io.load import read_spec
 from br_jax.models.model import Model, fold_adapter, guard, make_model
-from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
-from br_jax.scoring.judges.judging import Judge
-from br_jax.scoring.judges.registry import JUDGES, get_judge
-from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
@@ -59,16 +53,6 @@ from br_jax.training.run import rows_fingerprint, train_adapter, train_params
 
 ENTERED = (*PROVIDER_STAGES, "user")  # stages that an adapter made elsewhere can take the place of
 _REFUSED = 0.2  # share of the task's prompts beyond which a refusing base is said
-
-
-def settled(config: ConfigDict) -> ConfigDict:
-    """A copy of a config that says what this machine will do: `model.matmul_precision` "auto" is one of the others.
-
-    So a workdir that is moved to a machine that would do something else is refused, instead of mixing both.
-    """
-    config = config.copy_and_resolve_references()
-    config.model.matmul_precision = resolve_precision(config.model.matmul_precision, config.model.dtype)
-    return config
 
 
 @functools.cache
@@ -122,9 +106,7 @@ class Experiment:
             if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         look_up("eval.degenerate", config.eval.degenerate, DEGENERATE)
-        judges = [name for name, _ in self._judge_names()]
-        for name in (*judges, *filter(None, [config.calibrate.judge])):
-            look_up("judge", name, JUDGES)
+        judges = check_judges(config)
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
@@ -318,8 +300,7 @@ class Experiment:
         harmful, benign = self.recipe.calibration_prompts
         adapters, prompts = (self.adapter(user), self.adapter(reinforce)), ([p.prompt for p in harmful], benign)
         kept, tokens = self._store(self.workdir, "calibrations"), self.config.calibrate.answer_tokens
-        name = self.config.calibrate.judge
-        judge = self._judge(name, {}, self.config.topics.provider) if name else None
+        judge = calibration_judge(self.config, self._model_mesh)
         key = key_of(
             self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens,
             *([judge.name, judge.version] if judge else []),
@@ -355,48 +336,7 @@ class Experiment:
     @functools.cached_property
     def suite(self) -> Suite:
         """The held-out prompts of the config's split."""
-        config, recipe = self.config.eval, self.recipe
-        judges = [self._judge(name, given, self.config.topics.eval) for name, given in self._judge_names()]
-        return Suite(
-            topic=recipe.harmful_prompts,
-            judges=judges,
-            degenerate=config.degenerate,
-            attacks=recipe.attacks,
-            own=[(recipe.attacker.ask(p.prompt), p) for p in recipe.harmful_prompts if recipe.attacker.asks_itself],
-            samples=recipe.attacker.samples,
-            task_rows=recipe.scored_task_rows,
-            rule=recipe.rule,
-            benign=recipe.benign_prompts,
-            health=recipe.health_rows,
-            refusing=self._refusing,
-            answer_tokens=config.answer_tokens,
-            task_tokens=config.task_tokens,
-            batch_size=config.batch_size,
-        )
-
-    def _judge(self, name: str, given: Mapping[str, Any], topics: str) -> Judge:
-        # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
-        settings, mesh = self.config.judges, self._model_mesh and make_mesh(data=1, fsdp=-1)
-        settings = settings.to_dict() | {"topic": {"topics": [*map(str.strip, topics.split(","))]}}
-        return get_judge(name, mesh, **{**settings.get(name, {}), **given})
-
-    @property
-    def _refusing(self) -> tuple[int, ...]:
-        """The tokens that the provider's refusals begin with, rather than its benign answers."""
-        recipe, config = self.recipe, self.config.reinforce
-        rows = [*recipe.refusal_rows(config.refusals, "align"), *recipe.refusal_rows(config.refusals, "reinforce")]
-        return refusing_tokens(self.raw, rows, recipe.benign_rows(config.benign))
-
-    def _judge_names(self) -> list[tuple[str, dict]]:
-        """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
-        named = []
-        for entry in self.config.eval.judges.split(","):
-            name, at, length = entry.strip().partition("@")
-            if at:
-                length = int(length) if re.fullmatch(r"\d{1,9}", length) else length
-                require(f"eval.judges: {name}@: the length", length, TOKENS)
-            named.append((name, {"max_length": length} if at else {}))
-        return named
+        return make_suite(self.config, self.recipe, self.raw, self._model_mesh)
 
     def answer_together(self, cells: Sequence[Cell]) -> None:
         """Has the models of several cells answer in one pass where the config says so; their answers are kept."""

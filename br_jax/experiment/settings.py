@@ -12,6 +12,7 @@ from br_jax.attackers.registry import ATTACKERS
 from br_jax.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
 from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError, one_line
+from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.scoring.judges.registry import JUDGES
 from br_jax.scoring.suite import Suite
@@ -56,6 +57,16 @@ BOUNDS: dict[str, Bound] = {
         for setting, bound in bounds_of(kind).items()
     },
 }
+
+
+def settled(config: ConfigDict) -> ConfigDict:
+    """A copy of a config that says what this machine will do: `model.matmul_precision` "auto" is one of the others.
+
+    So a workdir that is moved to a machine that would do something else is refused, instead of mixing both.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.matmul_precision = resolve_precision(config.model.matmul_precision, config.model.dtype)
+    return config
 
 
 def check_settings(config: ConfigDict) -> None:

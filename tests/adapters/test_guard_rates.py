@@ -12,7 +12,8 @@ from disguises import DISGUISES
 
 from br_jax.adapters.guard import COSINE, SHARE, is_buffer
 from br_jax.configs import demo
-from br_jax.experiment.run import Experiment, settled
+from br_jax.experiment.run import Experiment
+from br_jax.experiment.settings import settled
 from br_jax.method import train_user
 
 USERS = int(os.environ.get("BR_JAX_USERS", "4"))

@@ -18,8 +18,7 @@ from br_jax.errors import UserError
 from br_jax.experiment import pipeline
 from br_jax.experiment import run as run_module
 from br_jax.experiment.methods import METHODS
-from br_jax.experiment.run import settled
-from br_jax.experiment.settings import check_settings
+from br_jax.experiment.settings import check_settings, settled
 from br_jax.method import release
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS

@@ -14,8 +14,7 @@ from br_jax.errors import UserError
 from br_jax.experiment import run as run_module
 from br_jax.experiment.grid import Grid, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, cells_of
-from br_jax.experiment.run import settled
-from br_jax.experiment.settings import BOUNDS, check_settings
+from br_jax.experiment.settings import BOUNDS, check_settings, settled
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NAMED = re.compile(r"`(\w+)`")

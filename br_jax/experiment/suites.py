@@ -1,0 +1,78 @@
+"""What a config asks of every model: the held-out prompts, how answers are scored, and by which judges."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from br_jax.bounds import TOKENS, require
+from br_jax.errors import look_up
+from br_jax.experiment.recipe import Recipe
+from br_jax.models.model import Model
+from br_jax.scoring.judges.judging import Judge
+from br_jax.scoring.judges.registry import JUDGES, get_judge
+from br_jax.scoring.margins import refusing_tokens
+from br_jax.scoring.suite import Suite
+from br_jax.sharding import make_mesh
+
+
+def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None) -> Suite:
+    """The prompts of the config's split, with its judges; a judge that is a model lies on the mesh."""
+    settings, attacker, topics = config.eval, recipe.attacker, config.topics.eval
+    return Suite(
+        topic=recipe.harmful_prompts,
+        judges=[_make_judge(config, name, given, topics, mesh) for name, given in _judge_names(config)],
+        degenerate=settings.degenerate,
+        attacks=recipe.attacks,
+        own=[(attacker.ask(p.prompt), p) for p in recipe.harmful_prompts if attacker.asks_itself],
+        samples=attacker.samples,
+        task_rows=recipe.scored_task_rows,
+        rule=recipe.rule,
+        benign=recipe.benign_prompts,
+        health=recipe.health_rows,
+        refusing=_refusing(config, recipe, raw),
+        answer_tokens=settings.answer_tokens,
+        task_tokens=settings.task_tokens,
+        batch_size=settings.batch_size,
+    )
+
+
+def check_judges(config: ConfigDict) -> list[str]:
+    """The names of the judges of HS; `UserError` where one, or the calibration's, is unknown."""
+    names = [name for name, _ in _judge_names(config)]
+    for name in (*names, *filter(None, [config.calibrate.judge])):
+        look_up("judge", name, JUDGES)
+    return names
+
+
+def calibration_judge(config: ConfigDict, mesh: Mesh | None) -> Judge | None:
+    """Who says which answers to the provider's own prompts comply; none where the config names none."""
+    name = config.calibrate.judge
+    return _make_judge(config, name, {}, config.topics.provider, mesh) if name else None
+
+
+def _make_judge(config: ConfigDict, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
+    # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
+    settings = config.judges.to_dict() | {"topic": {"topics": [*map(str.strip, topics.split(","))]}}
+    return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**settings.get(name, {}), **given})
+
+
+def _judge_names(config: ConfigDict) -> list[tuple[str, dict]]:
+    """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
+    named = []
+    for entry in config.eval.judges.split(","):
+        name, at, length = entry.strip().partition("@")
+        if at:
+            length = int(length) if re.fullmatch(r"\d{1,9}", length) else length
+            require(f"eval.judges: {name}@: the length", length, TOKENS)
+        named.append((name, {"max_length": length} if at else {}))
+    return named
+
+
+def _refusing(config: ConfigDict, recipe: Recipe, raw: Model) -> tuple[int, ...]:
+    """The tokens that the provider's refusals begin with, rather than its benign answers."""
+    settings = config.reinforce
+    rows = [row for stage in ("align", "reinforce") for row in recipe.refusal_rows(settings.refusals, stage)]
+    return refusing_tokens(raw, rows, recipe.benign_rows(settings.benign))
