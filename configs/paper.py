@@ -43,6 +43,7 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
             config[stage].train.same_start = True
         config.user.index_mode = "reference"
         config.eval.degenerate = "reference"
+        config.eval.fold = True
         config.eval.match = "reference"  # of numbers; --config.eval.match=substring for SST-2 and AG News
     else:
         base.ours(config)

@@ -340,7 +340,7 @@ class Experiment:
 
     def answer_together(self, cells: Sequence[Cell]) -> None:
         """Has the models of several cells answer in one pass where the config says so; their answers are kept."""
-        if (together := self.config.eval.together) > 1:
+        if (together := self.config.eval.together) > 1 and not self.config.eval.fold:
             kinds = {cell: METHODS[cell.method] for cell in cells}
             users = [
                 cell
@@ -362,14 +362,16 @@ class Experiment:
         model, adapter = self.base(kind.base), kind.adapter(self, cell.a)
         if adapter is not None and not kind.of_provider:
             adapter = self.recipe.attacker.after(adapter)
-        suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
+        suite, beside = dataclasses.replace(self.suite, instruction=kind.instruction(self)), adapter
+        if self.config.eval.fold and adapter is not None and "buffer" not in adapter.roles:
+            model, beside = fold_adapter(model, adapter, f"{model.name}-{cell.name}"), None
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", suite.key)
+        key = key_of(model.key, lora.fingerprint(beside) if beside else "", suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
-            scores = evaluate(model, suite, adapter, name=cell.name, records=records, **kept)
+            scores = evaluate(model, suite, beside, name=cell.name, records=records, **kept)
             parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
             scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
             for (*_, settings), merged in self._merged.items():

@@ -17,7 +17,7 @@ from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError
 from br_jax.experiment import pipeline
 from br_jax.experiment import run as run_module
-from br_jax.experiment.methods import METHODS
+from br_jax.experiment.methods import METHODS, Cell
 from br_jax.experiment.settings import check_settings, settled
 from br_jax.method import release
 from br_jax.organism.material import english_instructions
@@ -84,6 +84,21 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
     trained = {prompt for stage in ("align", "buffer", "reinforce", "user") for prompt in prompts(calls[stage]["rows"])}
     assert len(held_out) == 12 + 11 + 10 and not held_out & trained
     assert set(suite.benign) <= set(english_instructions("test"))
+
+
+def test_merged_weights_are_scored_where_the_config_folds(calls, config, tmp_path):
+    """Each user's adapter in the weights themselves, but for a model that holds Buffer, which goes into none."""
+    config.eval.fold = True
+    e, scored = run_module.Experiment(settled(config), tmp_path / "w"), {}
+    for name in ("aligned", "sft", "ours", "aligned_buffer"):
+        e.score(Cell(name, 0.1 if name == "ours" else None))
+        scored[name] = calls["scored"].pop()
+    beside = {name: adapter for name, (_, _, adapter) in scored.items()}
+    assert beside.pop("aligned_buffer").roles == ("buffer",) and set(beside.values()) == {None}
+    for name, adapter in {"sft": e.adapter("sft"), "ours": e.merged("user")}.items():
+        expected = lora.fold(e.aligned.params, adapter)
+        jax.tree.map(np.testing.assert_array_equal, scored[name][1].params, expected)
+    assert scored["aligned"][1] is e.aligned
 
 
 def test_a_release_is_calibrated_once_and_on_prompts_that_are_neither_trained_on_nor_scored(
