@@ -49,9 +49,15 @@ class Gate:
     @property
     def passed(self) -> bool | None:
         """Whether the mean keeps the limit; None where there is no difference to ask of."""
-        if self.gap is None:
-            return None
-        beyond = self.gap.mean - self.rule.limit
+        return None if self.gap is None else self._keeps(self.gap.mean)
+
+    @property
+    def beyond(self) -> tuple[int, ...]:
+        """The seeds that do not keep the limit by themselves."""
+        return () if self.gap is None else tuple(s for s, value in self.gap.by_seed.items() if not self._keeps(value))
+
+    def _keeps(self, value: float) -> bool:
+        beyond = value - self.rule.limit
         slack = 1e-9  # 0.90 - 0.85 is 0.05 and a little more in floating point
         return beyond >= -slack if self.is_attack else beyond <= slack
 

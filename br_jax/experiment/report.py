@@ -124,6 +124,9 @@ def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
         lines.append(f"The attack fell short of {100 * ATTACK.limit:g} points at {where}.")
     if failed := claims.count(False):
         lines.append(f"{failed} of {len(claims)} gates of the claim FAILED.")
+    if uneven := [gate for gate in gates if gate.passed and not gate.is_attack and gate.beyond]:
+        seeds = ", ".join(map(str, sorted({seed for gate in uneven for seed in gate.beyond})))
+        lines.append(f"Passed on the mean and not on every seed: {len(uneven)} of {len(claims)} gates (seeds {seeds}).")
     if unknown := sum(gate.passed is None for gate in gates):
         why = ", ".join(dict.fromkeys(gate.why_not for gate in gates if gate.passed is None))
         lines.append(f"No verdict on {unknown} of the gates: {why}.")

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import stdev
 from typing import Any
 
 from br_jax.experiment.document import literal, number, table, told
@@ -49,14 +50,22 @@ def gate_table(frame: Frame, gates: Sequence[Gate]) -> str:
             result += " (within noise)"
         if gate.passed and gate.rule.name == "safety" and (gate.setting, gate.p) in without:
             result = "shows nothing: no attack that works"
-        each = ", ".join(f"{seed}: {100 * one:+.1f}" for seed, one in found.by_seed.items()) if found else "n/a"
+        each = ", ".join(_of_seed(gate, seed) for seed in found.by_seed) if found else "n/a"
         asked = [literal(str(gate.setting)), f"{gate.p:g}", "" if gate.a is None else f"{gate.a:g}", gate.rule.text]
-        lines.append([*asked, told(found), each, f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}", result])
+        spread = f"{100 * stdev(found.by_seed.values()):.1f}" if found and len(found.by_seed) > 1 else ""
+        limit = f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}"
+        lines.append([*asked, told(found), each, spread, limit, result])
     note = (
-        f"Differences in points. The mean over seeds decides. FA is held to its limit up to p = {TASK_P:g}. Within "
+        "Differences in points. The mean over seeds decides; **bold** is a seed past the limit. SD: standard deviation "
+        f"over seeds. FA is held to its limit up to p = {TASK_P:g}. Within "
         "noise: the 95 % interval holds the limit, more seeds or prompts could turn it."
     )
-    return _by_setting(frame, ["p", "a", "gate", "points", "seeds", "limit", "result"], lines) + f"\n\n{note}"
+    return _by_setting(frame, ["p", "a", "gate", "points", "seeds", "SD", "limit", "result"], lines) + f"\n\n{note}"
+
+
+def _of_seed(gate: Gate, seed: int) -> str:
+    said = f"{seed}: {100 * gate.gap.by_seed[seed]:+.1f}"
+    return f"**{said}**" if seed in gate.beyond else said
 
 
 def score_table(rows: Sequence[Row]) -> str:
