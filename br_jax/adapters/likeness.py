@@ -17,11 +17,14 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from br_jax.adapters import lora
 from br_jax.adapters.compress import best_rank
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.adapters.lora import Adapter
+from br_jax.errors import UserError
 
 _NOISE = 1e-6  # of the largest singular value: below it f32 knows no direction
+_CANCELLED = 1e-8  # of the squares of an adapter's columns: a delta that is less is their rounding
 
 
 class Likeness(NamedTuple):
@@ -46,25 +49,38 @@ class Reference:
         return cls(best_rank(adapter, rank)[0])
 
     def likeness(self, other: Adapter) -> Likeness:
-        """How like it another adapter of the same base is; matrices that only the other has do not count."""
+        """How like it another adapter of the same base is; matrices that only the other has do not count.
+
+        Raises:
+            UserError: numbers that are not finite, or columns that cancel each other, so that nothing can be told.
+        """
         mine = self.components.weights
         shared = {path: other.weights[path] for path in sorted(mine.keys() & other.weights.keys())}
-        other = other.replace(weights=shared)
-        cores = {path: _core_of_adapter(mine[path], pair, other.scale) for path, pair in shared.items()}
-        return self._likeness(cores, float(inner_product(other, other)))
+        lora.require_finite(other)
+        other, size, columns = _unit(other.replace(weights=shared))
+        cores = {path: _core_of_adapter(mine[path], pair, other.scale) for path, pair in other.weights.items()}
+        square = float(inner_product(other, other))
+        if square < _CANCELLED * columns:
+            raise UserError("refused: the adapter's columns cancel each other, so nobody can tell what is in it")
+        return self._likeness(cores, square, size)
 
     def likeness_of_change(self, params: Mapping[str, Any], base: Mapping[str, Any]) -> Likeness:
         """How like it the difference between two trees of params is."""
         now, before = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (params, base))
+        kernels = {path: (now[f"{path}/kernel"], before[f"{path}/kernel"]) for path in self.components.weights}
+        size = max((float(_largest(*pair)) for pair in kernels.values()), default=0.0)
+        if not math.isfinite(size):
+            raise UserError("refused: the model's weights are not finite")
+        if size == 0:
+            return Likeness(0.0, 0.0)
         cores, square = {}, 0.0
         for path, pair in self.components.weights.items():
-            kernels = now[f"{path}/kernel"], before[f"{path}/kernel"]
-            cores[path], squares = _core_of_change(pair, *kernels)
+            cores[path], squares = _core_of_change(pair, *kernels[path], np.float32(size))
             square += float(squares)
-        return self._likeness(cores, square)
+        return self._likeness(cores, square, size)
 
-    def _likeness(self, cores: Mapping[str, Array], square: float) -> Likeness:
-        """Of what the other delta has of all pairs of directions, and of its squared norm."""
+    def _likeness(self, cores: Mapping[str, Array], square: float, size: float) -> Likeness:
+        """Of what the other delta has of all pairs of directions, and its squared norm, both once divided by `size`."""
         sigmas, parts, inner = [np.zeros(0)], [np.zeros(0)], 0.0
         for path, pair in self.components.weights.items():
             # each side of a component holds the root of its singular value
@@ -76,7 +92,9 @@ class Reference:
                 continue
             roots = np.sqrt(sigma)
             scales = roots[:, :, None] * roots[:, None, :]
-            core = np.divide(np.asarray(cores[path], np.float64), scales, where=scales > 0, out=np.zeros(scales.shape))
+            core = np.divide(
+                np.asarray(cores[path], np.float64) * size, scales, where=scales > 0, out=np.zeros(scales.shape)
+            )
             own = np.diagonal(core, axis1=1, axis2=2)  # u_k^T D v_k of each pair
             others = (np.square(core).sum(axis=1) + np.square(core).sum(axis=2)) / 2 - own**2
             pairs = np.maximum((sigma > 0).sum(axis=1, keepdims=True) - 1, 1)
@@ -84,12 +102,48 @@ class Reference:
             parts.append(np.divide(own - others, sigma, where=sigma > 0, out=np.zeros(sigma.shape)).ravel())
             inner += (own * sigma).sum()
         sigma, part = map(np.concatenate, (sigmas, parts))
-        length = math.sqrt(np.square(sigma).sum() * square)
+        length = math.sqrt(np.square(sigma).sum() * square) * size
         if not length > 0:
             return Likeness(0.0, 0.0)
         order = np.argsort(-part)
         at_least = np.cumsum(sigma[order]) / sigma.sum()
         return Likeness(float(inner / length), float(np.max(np.clip(part[order], 0, 1) * at_least)))
+
+
+def _unit(adapter: Adapter) -> tuple[Adapter, float, float]:
+    """The same delta over `size`, in factors whose products f32 can hold whatever those of the adapter are.
+
+    Each column of `a` and row of `b` gets length 1, and b's times how large their product is beside the largest one,
+    `size`. In numpy's float64, which takes no small number for 0.
+
+    Returns:
+        The adapter, `size`, and the sum of squares of what b's rows were multiplied by.
+    """
+    sides = jax.device_get(adapter.weights)
+    norms = {path: [_norms(pair["a"], 1), _norms(pair["b"], 2)] for path, pair in sides.items()}
+    scale = np.float64(adapter.scale)
+    lengths = {path: abs(scale) * a.squeeze(1) * b.squeeze(2) for path, (a, b) in norms.items()}
+    size = max((float(each.max(initial=0)) for each in lengths.values()), default=0.0)
+    if size == 0:
+        return adapter.replace(weights={}), 0.0, 0.0
+    weights, square = {}, 0.0
+    for path, pair in sides.items():
+        a, b = (
+            side / np.where(norm > 0, norm, 1) for side, norm in zip((pair["a"], pair["b"]), norms[path], strict=True)
+        )
+        part = lengths[path] / size
+        weights[path] = {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b * part[:, :, None], jnp.float32)}
+        square += float(np.square(part).sum())
+    return adapter.replace(weights=weights, scale=jnp.float32(np.sign(scale))), size, square
+
+
+def _norms(side: np.ndarray, axis: int) -> np.ndarray:
+    return np.sqrt(np.square(side, dtype=np.float64).sum(axis, keepdims=True))
+
+
+@jax.jit
+def _largest(now: Float[Array, "L I O"], before: Float[Array, "L I O"]) -> Float[Array, ""]:
+    return jnp.max(jnp.abs(now.astype(jnp.float32) - before.astype(jnp.float32)))
 
 
 @jax.jit
@@ -104,13 +158,16 @@ def _core_of_adapter(
 
 @jax.jit
 def _core_of_change(
-    component: dict[str, Float[Array, "L ..."]], now: Float[Array, "L I O"], before: Float[Array, "L I O"]
+    component: dict[str, Float[Array, "L ..."]],
+    now: Float[Array, "L I O"],
+    before: Float[Array, "L I O"],
+    size: Float[Array, ""],
 ) -> tuple[Float[Array, "L K K"], Float[Array, ""]]:
-    """a_j^T (now - before) b_k of the components' sides, and the squared norm of the change; a layer at a time."""
+    """a_j^T D b_k of the components' sides, and D's squared norm, D = (now - before) / size; a layer at a time."""
 
     def of_layer(layer):
         a, b, now, before = layer
-        change = now.astype(jnp.float32) - before.astype(jnp.float32)
+        change = (now.astype(jnp.float32) - before.astype(jnp.float32)) / size
         inputs = jnp.matmul(a.T, change, precision="highest")
         return jnp.matmul(inputs, b.T, precision="highest"), jnp.sum(change**2)
 

@@ -8,6 +8,7 @@ from oracles import delta
 
 from br_jax.adapters import lora
 from br_jax.adapters.likeness import Likeness, Reference
+from br_jax.errors import UserError
 
 
 def dense(buffer, change):
@@ -68,6 +69,45 @@ def test_factors_do_not_count(adapters):
     other = lora.pad_rank(buffer.replace(weights=weights, scale=buffer.scale / 4), 9)
     np.testing.assert_allclose(Reference.of(buffer).likeness(other), (1, 1), atol=1e-5)
     np.testing.assert_allclose(Reference.of(other).likeness(buffer), (1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "scale"),
+    [
+        (1e18, 1e-18, 1),
+        (1e-37, 1e37, 1),
+        (1e30, 1, 1),
+        (1, 1e-20, 1e20),
+        (1e-20, 1, 1),
+        (1e20, 1e20, 1e-38),
+        (1e-38, 1, 1),
+    ],
+)
+def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
+    """Products of such factors are 0, infinite or NaN in f32. In numpy, as files are read: jax takes 1e-39 for 0."""
+    buffer = adapters["itself"]
+    sides = jax.device_get(buffer.weights)
+    weights = {p: {"a": w["a"] * np.float32(a), "b": w["b"] * np.float32(b)} for p, w in sides.items()}
+    other = buffer.replace(weights=weights, scale=np.asarray(buffer.scale) * np.float32(scale))
+    np.testing.assert_allclose(Reference.of(buffer).likeness(other), (1, min(a * b * scale, 1)), atol=1e-4)
+
+
+def test_columns_that_cancel_hide_nothing(adapters, make_adapter):
+    buffer, large = adapters["itself"], make_adapter("user", seed=1)
+    for size in (1e6, 1e12, 1e20):
+        pair = [lora.scaled(large, size), lora.scaled(large, -size)]
+        with pytest.raises(UserError, match="cancel each other"):
+            Reference.of(buffer).likeness(lora.stack([*pair, buffer]))
+
+
+def test_what_is_not_finite_is_refused(adapters, tiny):
+    buffer = adapters["itself"]
+    weights = jax.tree.map(lambda leaf: leaf.at[0, 0, 0].set(jnp.nan), buffer.weights)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        Reference.of(buffer).likeness(buffer.replace(weights=weights))
+    params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.inf), tiny.params)
+    with pytest.raises(UserError, match="not finite"):
+        Reference.of(buffer).likeness_of_change(params, tiny.params)
 
 
 def test_nothing_is_like_nothing(adapters):
