@@ -38,7 +38,7 @@ def owned(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         if is_main():  # the others of a run on several hosts come with process 0, hours later if need be
             with writing(folder, "choose another workdir"):
                 folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(folder / LOCK_FILE, "a+", encoding="utf-8"))
+                file = stack.enter_context(open(folder / LOCK_FILE, "a+", encoding="utf-8", opener=_no_link))
             try:
                 lock(file, wait=False)
             except BlockingIOError as error:
@@ -55,14 +55,35 @@ def owned(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def lock(file: IO, wait: bool = True) -> None:
-    """Locks an open file until it is closed; a `BlockingIOError` where another process holds it and `wait` is off."""
+@contextlib.contextmanager
+def reserved(folder: str | os.PathLike) -> Iterator[None]:
+    """As `owned`, for a folder that strangers write in: the folder itself is locked, and nothing is written there."""
+    with contextlib.ExitStack() as stack:
+        if is_main():
+            with writing(folder, "choose another folder"):
+                place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                stack.callback(os.close, place)
+            try:
+                lock(place, wait=False)
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another process works there: wait until it has ended") from error
+        barrier("reserved")
+        yield
+
+
+def lock(file: IO | int, wait: bool = True) -> None:
+    """Locks an open file or folder until it is closed; a `BlockingIOError` where another process holds it and `wait` is off."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError as error:  # a file system without locks
-        logging.warning("%s: cannot be locked (%s): run nothing else there", file.name, error.strerror)
+        name = getattr(file, "name", "a folder")
+        logging.warning("%s: cannot be locked (%s): run nothing else there", name, error.strerror)
+
+
+def _no_link(name: str, how: int) -> int:
+    return os.open(name, how | os.O_NOFOLLOW, 0o666)
 
 
 def _sign(file: IO) -> None:

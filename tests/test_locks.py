@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from br_jax.errors import UserError
-from br_jax.locks import LOCK_FILE, owned
+from br_jax.locks import LOCK_FILE, owned, reserved
 
 HOLD = (
     "import sys; from br_jax.locks import owned\nwith owned(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"
@@ -71,6 +71,24 @@ def test_whatever_the_file_says_is_survived(tmp_path, holder, left):
     (tmp_path / "w" / LOCK_FILE).write_text(left)
     with pytest.raises(UserError, match="w: another process works there"), owned(tmp_path / "w"):
         pytest.fail("two at once")
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "kept").write_text("mine")
+    (tmp_path / "w" / LOCK_FILE).symlink_to(tmp_path / "kept")
+    with pytest.raises(UserError, match="w: cannot be written"), owned(tmp_path / "w"):
+        pass
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_a_reserved_folder_stays_as_it_is(tmp_path):
+    with reserved(tmp_path):
+        with pytest.raises(UserError, match="another process works there"), reserved(tmp_path):
+            pytest.fail("two at once")
+        assert not [*tmp_path.iterdir()]
+    with reserved(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -24,7 +24,7 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
 from br_jax.files import make_private, read_json, staged, write_json, write_text
 from br_jax.hashes import key_of
-from br_jax.locks import owned
+from br_jax.locks import owned, reserved
 from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Job, Outcome
@@ -147,7 +147,7 @@ class Service:
         with contextlib.ExitStack() as stack:
             make_private(self._own)
             stack.enter_context(owned(self._own))
-            stack.enter_context(owned(self._inbox_folder))
+            stack.enter_context(reserved(self._inbox_folder))
             self._open()
             stack.callback(self._audit.close)
             frozen = {"buffer": self.provider.buffer}

@@ -16,7 +16,7 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.data.rows import read_rows
 from br_jax.errors import UserError
-from br_jax.locks import owned
+from br_jax.locks import LOCK_FILE, owned, reserved
 from br_jax.models.model import guard
 from br_jax.serving import service as module
 from br_jax.serving.audit import Audit
@@ -215,12 +215,24 @@ def test_an_adapter_that_looks_like_buffer_is_held_and_stops_nobody(provider, po
 
 def test_one_service_at_a_time(provider, policy, tmp_path):
     put(tmp_path / "in", "a", rows_of(4), epochs=1)
-    for place in (tmp_path / "in", tmp_path / "out/.service"):
-        with owned(place), pytest.raises(UserError, match="works there"):
+    for taken in (reserved(tmp_path / "in"), owned(tmp_path / "out/.service")):
+        with taken, pytest.raises(UserError, match="works there"):
             serve(provider, tmp_path, policy)
     assert ends(tmp_path) == {}
     with pytest.raises(UserError, match="no such folder: make the inbox first"):
         serve(provider, tmp_path / "other", policy)
+
+
+def test_nothing_in_the_inbox_is_written(provider, policy, tmp_path):
+    """Also not by way of a link that a user has left there under a name that the service might use."""
+    put(tmp_path / "in", "a", rows_of(4), epochs=1)
+    secret = tmp_path / "provider.json"
+    secret.write_text("the provider's")
+    (tmp_path / "in" / LOCK_FILE).symlink_to(secret)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    serve(provider, tmp_path, policy)
+    assert secret.read_text() == "the provider's"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
 class Killed(BaseException):
