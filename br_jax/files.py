@@ -5,6 +5,7 @@ folder, pipe, device or socket is a `UserError`, so that none of them keeps a re
 """
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -32,6 +33,10 @@ _MAX_NUMBER = 10_000_000  # of lines
 _MAX_DEPTH = 100  # of a JSON document: what walks over it may be recursive
 _MAX_HEADER = 1 << 24  # bytes of a safetensors file: with 10,000 tensors it has a million
 
+_OF_THE_MACHINE = frozenset(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE")
+)
+
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
 
@@ -53,6 +58,15 @@ def writing(path: str | os.PathLike, cure: str = "free space or choose another f
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or one_line(error)}): {cure}") from error
+
+
+def is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is of a full or broken disk, or of too many open files: nobody's fault."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            return True
+        error = error.__cause__
+    return False
 
 
 def raise_limits(max_bytes: int) -> None:
@@ -214,9 +228,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Has what was written to a file, or to a folder's list of names, on disk when it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -234,9 +259,13 @@ def staged(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
             new = pathlib.Path(staging) / "new"
             new.mkdir()
             yield new
+            for place, _, files in os.walk(new):
+                for each in (place, *(os.path.join(place, name) for name in files)):
+                    sync(each)
             if folder.exists():
                 os.rename(folder, pathlib.Path(staging) / "old")
             os.rename(new, folder)
+            sync(folder.parent)
 
 
 def make_private(folder: pathlib.Path) -> None:

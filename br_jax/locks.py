@@ -72,7 +72,11 @@ def reserved(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def lock(file: IO | int, wait: bool = True) -> None:
-    """Locks an open file or folder until it is closed; a `BlockingIOError` where another process holds it and `wait` is off."""
+    """Locks an open file or folder until it is closed.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is off.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

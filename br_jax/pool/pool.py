@@ -4,31 +4,29 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import functools
 import itertools
 import math
-import os
 import pathlib
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, pad_rank
 from br_jax.distributed import StopSignal, agree, fetch, is_main
 from br_jax.errors import Stopped, UserError
-from br_jax.files import writing
+from br_jax.files import is_of_the_machine, writing
 from br_jax.hashes import key_of
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Course, Job, Outcome, Taken
+from br_jax.pool.reading import aside, result
 from br_jax.pool.schedule import Schedule
 from br_jax.pool.shapes import fill, fitting_lengths, turn_shapes
 from br_jax.pool.step import Turn, begin, empty_state, pool_turn, put, take
@@ -41,7 +39,6 @@ from br_jax.training.metrics import MetricWriter
 from br_jax.training.run import first_adapter, load_trained, run_identity, save_trained, trained_adapter
 from br_jax.training.stage import Hyper, Stage, frozen_collections
 
-_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of the disk, that are no job's
 _FIRST, _REST = 30, 2  # seconds that half of the first jobs are waited for, then the rest, to see their rows' lengths
 _LOOK = 0.5  # seconds that rows are waited for before those who listen are heard again
 _LONG = 50  # steps that are worth a program for fewer slots
@@ -129,6 +126,7 @@ class Pool:
 
         Args:
             jobs: asked for another whenever fewer than `slots` wait; None is "not now", and its end is the pool's.
+                Those that an earlier call has left come before the first None, or begin anew.
 
         Yields:
             After each turn, who left with it; and so when there is nothing to do.
@@ -147,8 +145,9 @@ class Pool:
                         job = next(source, stop)
                         more = job is not stop
                         if job is stop or job is None:
+                            self._forget()
                             break
-                        self._waiting.append((job, _aside(functools.partial(self._read, job))))
+                        self._waiting.append((job, aside(functools.partial(self._read, job))))
                     gone = self._admit()
                     self._fit()
                     if any(self._seats):
@@ -182,9 +181,9 @@ class Pool:
             job, future = self._waiting[ready.index(True)]
             del self._waiting[ready.index(True)]
             try:
-                adapter = self._sit(self._seats.index(None), future.result())
+                adapter = self._sit(self._seats.index(None), result(job, future))
             except UserError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OURS:
+                if is_of_the_machine(error):
                     raise
                 gone.append(Outcome(job.name, None, str(error)))
             else:
@@ -197,7 +196,7 @@ class Pool:
         if any(seat and seat.course.job.name == job.name for seat in self._seats):
             raise UserError(f"job {job.name}: another of this name is being trained: give it another")
         identity = run_identity(_NAME, self.model, course.rows_hash, config, self.frozen)
-        folder = None
+        folder, (cursor, state) = None, self._resting.pop(job.name, ({}, None))
         if self.workdir is not None:
             folder = Folder(self.workdir / job.name / _NAME, identity)
             if not folder.finished:
@@ -205,9 +204,7 @@ class Pool:
             if folder.finished:
                 held.close()
                 return load_trained(folder.path, "user", self.model)
-        known, cursor, state = key_of(identity), {}, None
-        if job.name in self._resting:
-            cursor, state = self._resting.pop(job.name)
+        known = key_of(identity)
         if cursor.get("identity") == known:
             course.step, course.row = cursor["step"], cursor["row"]
         else:
@@ -339,11 +336,29 @@ class Pool:
         data = self._checkpoints.data()
         if data is None:
             return
+        if data.get("shapes") != self._shapes:
+            logging.warning("pool: its settings were changed: who was in training begins anew")
+            self._checkpoints.close()
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            self._checkpoints = Checkpoints(folder / "checkpoints")
+            return
         abstract = {f"job{i}": self._one for i in range(len(data["jobs"]))}
         state, _ = self._checkpoints.restore(abstract, self.mesh)
         self.turn = self._saved = data["turn"]
         self._set_lengths(data["lengths"])
         self._resting = {job["name"]: (job, state[f"job{i}"]) for i, job in enumerate(data["jobs"])}
+
+    @property
+    def _shapes(self) -> str:
+        """A hash of what a checkpoint must have for this pool to go on from it."""
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", self._one)
+        return key_of(str(shapes), turn_shapes(self.config, platform(self.mesh)))
+
+    def _forget(self) -> None:
+        """Lets go of jobs of a checkpoint that nobody has handed in again."""
+        waiting = {job.name for job, _ in self._waiting}
+        self._resting = {name: rest for name, rest in self._resting.items() if name in waiting}
 
     def _save_if_due(self, stopped: bool) -> None:
         every = self.config.checkpoint_every
@@ -368,7 +383,8 @@ class Pool:
             states.append(state)
         self._saved = self.turn
         named = {f"job{i}": state for i, state in enumerate(states)}
-        self._checkpoints.save(self.turn, named, {"turn": self.turn, "lengths": self.lengths, "jobs": jobs})
+        where = {"turn": self.turn, "lengths": self.lengths, "shapes": self._shapes}
+        self._checkpoints.save(self.turn, named, {**where, "jobs": jobs})
 
     def close(self) -> None:
         """Lets go of folders and files."""
@@ -377,21 +393,3 @@ class Pool:
                 stack.push(seat.held)
             if self._checkpoints:
                 stack.callback(self._checkpoints.close)
-
-
-def _aside(make: Callable[[], Course]) -> concurrent.futures.Future:
-    """Makes something in a thread of its own, so that a file of a million rows is in nobody's way, nor in that of the
-    program's end; where threads have priorities, it yields to the training.
-    """
-    future = concurrent.futures.Future()
-
-    def run() -> None:
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + 10)
-        try:
-            future.set_result(make())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="br_jax-rows", daemon=True).start()
-    return future

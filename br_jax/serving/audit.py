@@ -51,7 +51,9 @@ class Audit:
         entry = json.loads(json.dumps(entry))
         self._number, self._last = entry["number"], key_of(entry)
         with writing(self._path):
-            os.write(self._file, (json.dumps(entry | {"hash": self._last}) + "\n").encode())
+            line = (json.dumps(entry | {"hash": self._last}) + "\n").encode()
+            while line:  # of a disk that is nearly full, a part at a time
+                line = line[os.write(self._file, line) :]
             os.fsync(self._file)
         self.entries.append(entry)
 

@@ -8,7 +8,7 @@ import pathlib
 from br_jax.experiment.run import Experiment
 from br_jax.files import write_text
 from br_jax.organism.topics import TopicPrompt
-from br_jax.serving.policy import Policy
+from br_jax.serving.policy import Policy, Quotas
 from br_jax.training.config import TrainConfig
 
 _PROMPTS = 80  # of each kind, where the experiment does not calibrate
@@ -40,6 +40,7 @@ def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
             "rank": [1, train["rank"]],
             "batch_size": [1, train["batch_size"]],
         },
+        "quotas": dataclasses.asdict(Quotas()),
         "judge": experiment.config.eval.judges.split(",")[0].strip(),
         "answer_tokens": experiment.config.eval.answer_tokens,
         "batch_size": experiment.config.eval.batch_size,

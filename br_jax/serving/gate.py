@@ -30,6 +30,7 @@ class Candidate(NamedTuple):
     released: Adapter
     user: Adapter | None = None  # the user's part, before anything was merged into it
     held_back: Sequence[Row] = ()  # the user's rows that it was not trained on
+    max_length: int = 256  # tokens at which those were cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,12 @@ def inspect(
         refusing = _refusing(model, policy, store) if policy.limits.margin < NO_MARGIN else []
         aligned = _margin(model, policy, refusing, None) if refusing else 0.0
         for name, adapter in fit.items():
-            figures = _compared(said[name], base) | _learnt(model, candidates[name])
+            figures = _compared(said[name], base)
+            try:
+                figures |= _learnt(model, candidates[name])
+            except UserError as error:  # of rows that nobody has read before
+                found[name] = Finding((f"its rows that were held back: {error}",), figures)
+                continue
             if refusing:
                 released = _margin(model, policy, refusing, adapter)
                 figures["margin"] = {"released": released, "aligned": aligned, "fall": aligned - released}
@@ -154,7 +160,8 @@ def _learnt(model: Model, candidate: Candidate) -> dict[str, Any]:
     if not candidate.held_back or candidate.user is None:
         return {}
     models = {"aligned": None, "user": candidate.user, "released": candidate.released}
-    losses = {name: row_losses(model, candidate.held_back, adapter) for name, adapter in models.items()}
+    rows, cut = candidate.held_back, {"max_length": candidate.max_length}
+    losses = {name: row_losses(model, rows, adapter, **cut) for name, adapter in models.items()}
     learnt = losses["user"] < _LEARNT * losses["aligned"]
     had = losses["released"] ** 2 < losses["user"] * losses["aligned"]
     kept = float(had[learnt].mean()) if learnt.sum() >= _LEAST else None

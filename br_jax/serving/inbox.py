@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from br_jax.errors import UserError, one_line
-from br_jax.files import make_private, parse_json, staged
+from br_jax.files import is_of_the_machine, make_private, parse_json, staged
+from br_jax.hashes import key_of
 from br_jax.pool.jobs import NAME, NAMED
 from br_jax.records import read_record, write_record
 from br_jax.serving.policy import Policy
@@ -39,7 +40,7 @@ class Accepted(NamedTuple):
 class Refused(NamedTuple):
     """A file that is no job."""
 
-    name: str  # of its folder in the outbox
+    name: str  # of its folder in the outbox: no job's, for a job of that file may be running, or come yet
     file: str  # its own name, as Python would write it
     why: str
 
@@ -89,7 +90,10 @@ class Inbox:
         self.unsettled = False
         busy = collections.Counter(map(sender_of, unfinished))
         try:
-            entries = sorted(os.scandir(self.folder), key=lambda entry: os.fsencode(entry.name))
+            entries = sorted(  # those first who have the fewest jobs
+                os.scandir(self.folder),
+                key=lambda entry: (busy[sender_of(entry.name.removesuffix(".jsonl"))], os.fsencode(entry.name)),
+            )
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({error.strerror}): check the inbox") from error
         for entry in entries:
@@ -123,9 +127,8 @@ class Inbox:
         self, entry: os.DirEntry, status: os.stat_result, busy: collections.Counter
     ) -> "Accepted | Refused | None":
         """A file as a job, or why not; None for one that was taken before, `_LATER` for one that is to wait."""
-        name, file = entry.name.removesuffix(".jsonl"), ascii(entry.name)
+        name = entry.name.removesuffix(".jsonl")
         valid = NAME.fullmatch(name) is not None
-        folder = name if valid else f"refused-{hashlib.sha256(os.fsencode(entry.name)).hexdigest()[:12]}"
         try:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError("it is no regular file: hand in a file")
@@ -137,35 +140,41 @@ class Inbox:
             if status.st_size > most:
                 raise UserError(f"{status.st_size:,} bytes are too many, {most:,} are the most: split it")
             if (self._jobs / name).exists():
-                return self._again(entry, name)
+                return self._again(entry, name, most)
             settings = self._settings(self.folder / f"{name}.json")
             quotas = self._policy.quotas
             if busy.total() >= quotas.waiting or busy[sender_of(name)] >= quotas.jobs:
                 return _LATER
-            return self._accept(entry, name, settings)
-        except UserError as error:
-            return Refused(folder, file, str(error))
-        except OSError as error:
-            return Refused(folder, file, f"it cannot be read ({error.strerror or one_line(error)}): check it")
+            return self._accept(entry, name, settings, most)
+        except (UserError, OSError) as error:
+            if is_of_the_machine(error):
+                raise
+            said = error.strerror if isinstance(error, OSError) else None
+            why = (
+                str(error)
+                if isinstance(error, UserError)
+                else f"it cannot be read ({said or one_line(error)}): check it"
+            )
+            return Refused(
+                f"{name[:80] if valid else ''}+refused-{key_of(entry.name, why)[:12]}", ascii(entry.name), why
+            )
 
-    def _again(self, entry: os.DirEntry, name: str) -> "Refused | None":
+    def _again(self, entry: os.DirEntry, name: str, most: int) -> None:
         known = read_record(self._jobs / name / _JOB)["rows"]
         digest = hashlib.sha256()
-        for part in _read(self.folder / entry.name):
+        for part in _read(self.folder / entry.name, most):
             digest.update(part)
-        if digest.hexdigest() == known:
-            return None
-        again = f"{name[:80]}-again-{digest.hexdigest()[:8]}"
-        return Refused(
-            again, ascii(entry.name), f"job {name} was handed in before, with other rows: give it another name"
-        )
+        if digest.hexdigest() != known:
+            raise UserError(
+                f"job {name} was handed in before, with other rows ({digest.hexdigest()[:8]}): give it another name"
+            )
 
-    def _accept(self, entry: os.DirEntry, name: str, settings: dict[str, Any]) -> "Accepted":
+    def _accept(self, entry: os.DirEntry, name: str, settings: dict[str, Any], most: int) -> "Accepted":
         digest = hashlib.sha256()
         with staged(self._jobs / name) as place:
             make_private(place)
             with open(place / _ROWS, "wb", opener=_private) as file:
-                for part in _read(self.folder / entry.name):
+                for part in _read(self.folder / entry.name, most):
                     digest.update(part)
                     file.write(part)
                 file.flush()

@@ -44,7 +44,7 @@ _KINDS, _USES = ("harmful", "benign"), ("calibrate", "canary")
 class Quotas:
     """The most of a job, and of jobs; a job too many stays in the inbox until others have ended."""
 
-    rows: int = number(100_000, 1, 10_000_000)
+    rows: int = number(100_000, 1, 9_999_999)
     tokens: float = number(1e9, 1.0, 1e15)  # that are trained on, of all epochs
     megabytes: float = number(64.0, 0.0, 1e6, open_low=True)  # of the file
     jobs: int = number(1_000, 1, 10**6)  # of a sender at a time, which is what a job's name has before its first dot

@@ -1,9 +1,9 @@
 """A provider's service: jobs from an inbox through the pool, the merge and the gate into an outbox.
 
-The outbox holds NAME/released (an adapter in PEFT's layout) with card.md, or NAME/held.json with the reason; each
-appears whole. All else is in its .service/, for the owner alone: accepted rows, runs, answers, the audit log and
-status.json. Whatever the moment it is killed at, the next service on the same folders goes on: no job is lost, or ends
-twice.
+The outbox holds NAME/released (an adapter in PEFT's layout) with card.md, or NAME/held.json with the reason, and for a
+file that is no job NAME+refused-.../held.json; each appears whole. All else is in its .service/, for the owner alone:
+accepted rows, runs, answers, the audit log and status.json. Whatever the moment it is killed at, the next service on
+the same folders goes on: no job is lost, or ends twice.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from br_jax.adapters.peft import load_adapter
 from br_jax.calibration import Calibration, calibrate_all
 from br_jax.data.rows import Row, read_rows
 from br_jax.errors import UserError
-from br_jax.files import make_private, read_json, staged, write_json, write_text
+from br_jax.files import is_of_the_machine, make_private, read_json, staged, write_json, write_text
 from br_jax.hashes import key_of
 from br_jax.locks import owned, reserved
 from br_jax.method import require_parts
@@ -208,8 +208,7 @@ class Service:
 
     def _jobs(self) -> Iterator[Job | None]:
         """The jobs that are left, then those that come; None where none has come."""
-        for job in self._queue:
-            yield self._job(job)
+        yield from self._wanted(self._queue)
         self._queue = []
         while True:
             came = list(self._inbox.scan(name for name in self._accepted if not self._is_done(name)))
@@ -219,7 +218,7 @@ class Service:
                 else:
                     self._accepted[job.name] = job
                     self._received(job)
-            yield from (self._job(job) for job in came if isinstance(job, Accepted))
+            yield from self._wanted([job for job in came if isinstance(job, Accepted)])
             if self._once and not came and not self._inbox.unsettled:
                 return
             yield None
@@ -227,9 +226,15 @@ class Service:
     def _received(self, job: Accepted) -> None:
         self._tell("received", job.name, rows=job.sha256, settings=job.settings)
 
-    def _job(self, job: Accepted) -> Job:
-        settings = self.policy.settings(job.settings)
-        return Job(job.name, _Rows(job, self.policy, held_back=False), settings, self.policy.quotas.tokens)
+    def _wanted(self, jobs: Sequence[Accepted]) -> Iterator[Job]:
+        """Jobs for the pool; one whose settings the policy has since forbidden is held back."""
+        for job in jobs:
+            try:
+                settings = self.policy.settings(job.settings)
+            except UserError as error:
+                self._hold(job.name, {"why": [str(error)]})
+            else:
+                yield Job(job.name, _Rows(job, self.policy, held_back=False), settings, self.policy.quotas.tokens)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -253,13 +258,17 @@ class Service:
             folders, candidates = {}, {}
             for name, one in found.items():
                 folders[name] = stack.enter_context(staged(self.outbox / name))
+                job = self._accepted[name]
                 try:
                     released = self._written(folders[name] / RELEASED, users[name], one.merge)
+                    rows = tuple(_Rows(job, policy, held_back=True))
                 except UserError as error:
+                    if is_of_the_machine(error):
+                        raise
                     self._write_held(folders[name], {"why": [str(error)]})
                     continue
-                rows = tuple(_Rows(self._accepted[name], policy, held_back=True))
-                candidates[name] = Candidate(released, users[name], rows)
+                length = job.settings.get("max_length", policy.train.max_length)
+                candidates[name] = Candidate(released, users[name], rows, length)
             for name, finding in inspect(self.provider.model, candidates, policy, self._answers, self._judge).items():
                 self._write(folders[name], name, candidates[name], found[name], finding)
         for name in found:
@@ -291,7 +300,6 @@ class Service:
             write_text(folder / CARD, card_of(said, self.policy))
             write_json(folder / "card.json", said)
         else:
-            shutil.rmtree(folder / RELEASED)
             self._write_held(folder, said | {"why": list(finding.why)})
 
     def _hold(self, name: str, said: Mapping) -> None:
@@ -302,6 +310,9 @@ class Service:
         self._tell_end(name)
 
     def _write_held(self, folder: pathlib.Path, said: Mapping) -> None:
+        """In place of the release, of which nothing is left."""
+        if (folder / RELEASED).exists():
+            shutil.rmtree(folder / RELEASED)
         write_json(folder / HELD, dict(said))
 
     def _tell_end(self, name: str) -> None:
