@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import threading
 
 import jax
@@ -309,6 +310,56 @@ def test_a_pool_that_was_cut_off_goes_on(tiny, rows, config, buffer, tmp_path, s
         records = read_jsonl(tmp_path / f"job{i}/user/metrics.jsonl")
         assert [r["step"] for r in records] == list(range(1, 8 + 3 * i))
     assert steps[0] == 7 and steps[1] >= 8
+
+
+def test_settings_that_were_changed_begin_anew(tiny, rows, config, buffer, tmp_path, caplog):
+    """A checkpoint of other shapes is of no use, and in nobody's way."""
+    config = dataclasses.replace(config, steps=9, checkpoint_every=2, packing=0)
+    pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=2, workdir=tmp_path, mesh=ONE())
+    turns = pool.turns([Job("a", rows), Job("b", rows[1:])])
+    for _ in range(5):
+        next(turns)
+    turns.close()
+    for change in ({"rank": config.rank + 2, "alpha": 1.0}, {"max_length": config.max_length * 2}):
+        other = dataclasses.replace(config, **change)
+        train = functools.partial(method.train_users, tiny, [Job("c", rows)], other, buffer=buffer, mesh=ONE())
+        (found,), (straight,) = train(workdir=tmp_path), train()
+        assert lora.fingerprint(found.adapter) == lora.fingerprint(straight.adapter)
+        shutil.rmtree(tmp_path / "c")
+    assert "begins anew" in caplog.text
+
+
+def test_jobs_that_nobody_hands_in_again_are_forgotten(tiny, rows, config, buffer, tmp_path):
+    """They would stay on the device, and in every later checkpoint."""
+    config = dataclasses.replace(config, steps=9, checkpoint_every=2, packing=0)
+
+    def pool():
+        return Pool(tiny, config, frozen={"buffer": buffer}, slots=2, workdir=tmp_path, mesh=ONE())
+
+    turns = pool().turns([Job("a", rows), Job("b", rows[1:])])
+    for _ in range(5):
+        next(turns)
+    turns.close()
+    again = pool()
+    turns = again.turns(iter([Job("a", rows), None, None, None, None, None, None]))
+    next(turns)
+    assert again._resting.keys() <= {"a"}
+    for _ in range(4):
+        next(turns)
+    again._checkpoints.wait()
+    assert [job["name"] for job in again._checkpoints.data()["jobs"]] == ["a"]
+    turns.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a parser's"), MemoryError()])
+def test_whatever_goes_wrong_in_reading_rows_is_the_jobs(tiny, rows, config, buffer, error):
+    class Rows(list):
+        def __iter__(self):
+            raise error
+
+    jobs = [Job("bad", Rows(rows)), Job("good", rows, {"steps": 1})]
+    out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, mesh=ONE())}
+    assert out["good"].adapter is not None and type(error).__name__ in out["bad"].error
 
 
 def test_stopped_before_another_turn(tiny, rows, config, buffer, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import socket
 
 import pytest
 
+from br_jax.errors import UserError
+from br_jax.pool.jobs import NAME
 from br_jax.serving import inbox as module
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy, Quotas
@@ -71,9 +73,8 @@ def test_a_file_that_changes_is_waited_for(tmp_path, policy, monkeypatch):
     assert settled_at(inbox, now) == []
     file.write_text(ROWS)
     (refused,) = settled_at(inbox, now)
-    assert (
-        isinstance(refused, Refused) and refused.name.startswith("a-again-") and "give it another name" in refused.why
-    )
+    assert refused.name.startswith("a+refused-") and "give it another name" in refused.why
+    assert [job.name for job in inbox.accepted()] == ["a"]
 
 
 def settled_at(inbox, now):
@@ -106,7 +107,7 @@ def test_a_file_that_changes_while_it_is_copied_is_no_job(inbox, tmp_path, monke
     ("quotas", "names", "first", "then"),
     [
         ({"waiting": 3}, "abc", "ab", "c"),
-        ({"jobs": 2}, ("anna", "anna.1", "anna.2", "anna2", "ben.1"), ("anna.1", "anna2", "ben.1"), ("anna.2", "anna")),
+        ({"jobs": 2}, ("anna", "anna.1", "anna.2", "anna2", "ben.1"), ("anna2", "ben.1", "anna.1"), ("anna.2", "anna")),
     ],
 )
 def test_no_more_are_taken_than_there_is_room_for(tmp_path, policy, quotas, names, first, then):
@@ -117,6 +118,44 @@ def test_no_more_are_taken_than_there_is_room_for(tmp_path, policy, quotas, name
         (tmp_path / f"in/{name}.jsonl").write_text(ROWS)
     assert [job.name for job in settled(inbox, ["anna.0"])] == list(first) and inbox.unsettled
     assert [job.name for job in inbox.scan([])] == list(then) and not inbox.unsettled
+
+
+def test_who_has_the_fewest_jobs_comes_first(tmp_path, policy):
+    """A sender whose names sort first, and who always has more, keeps nobody out."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "jobs").mkdir()
+    inbox = Inbox(tmp_path / "in", tmp_path / "jobs", dataclasses.replace(policy, quotas=Quotas(waiting=3)), settle=0.0)
+    for name in ("aaa.1", "aaa.2", "aaa.3", "zoe"):
+        (tmp_path / f"in/{name}.jsonl").write_text(ROWS)
+    assert [job.name for job in settled(inbox, ["aaa.0"])] == ["zoe", "aaa.1"]
+
+
+def test_a_disk_that_is_full_is_not_the_files_fault(inbox, tmp_path, monkeypatch):
+    (tmp_path / "in/a.jsonl").write_text(ROWS)
+    list(inbox.scan())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left"):
+            list(inbox.scan())
+    (job,) = inbox.scan()
+    assert isinstance(job, Accepted)
+
+
+def test_a_file_that_grows_when_it_is_opened_is_refused(inbox, tmp_path, monkeypatch):
+    """What is looked at and what is opened may be two files."""
+    file = tmp_path / "in/a.jsonl"
+    file.write_text(ROWS)
+    list(inbox.scan())
+    settings = inbox._settings
+
+    def swapped(path):
+        with open(file, "wb") as large:
+            large.truncate(1 << 30)
+        return settings(path)
+
+    monkeypatch.setattr(inbox, "_settings", swapped)
+    (refused,) = inbox.scan()
+    assert "1,000 are the most" in refused.why and not [*(tmp_path / "jobs").iterdir()]
 
 
 def test_unfinished_files_are_not_looked_at(inbox, tmp_path):
@@ -185,7 +224,7 @@ def test_hostile_files_are_a_line_each(inbox, tmp_path):
         refused = said[ascii(name)]
         assert words in refused.why and "\n" not in refused.why and refused.why.isprintable(), refused
         assert "/" not in refused.name and not refused.name.startswith(".") and len(refused.name) < 120
-        assert "root:x" not in refused.why
+        assert "root:x" not in refused.why and NAME.fullmatch(refused.name) is None, "a job may have that name"
     assert len({refused.name for refused in said.values()}) == len(files)
     assert settled(inbox) == []
     assert json.loads((tmp_path / "jobs/good/job.json").read_text())["number"] == 1

@@ -15,9 +15,12 @@ from br_jax.adapters import lora
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.data.rows import read_rows
-from br_jax.errors import UserError
+from br_jax.distributed import StopSignal
+from br_jax.errors import Stopped, UserError
+from br_jax.files import writing
 from br_jax.locks import LOCK_FILE, owned, reserved
 from br_jax.models.model import guard
+from br_jax.pool.pool import Pool
 from br_jax.serving import service as module
 from br_jax.serving.audit import Audit
 from br_jax.serving.policy import Limits, Policy, Quotas
@@ -177,14 +180,97 @@ def test_wrong_files_are_held_with_a_line_and_touch_nobody(provider, policy, tmp
     put(tmp_path / "in", "asks", rows_of(4), epochs=9)
     os.mkfifo(tmp_path / "in/pipe.jsonl")
     status = serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {"good": "released"} | dict.fromkeys((*WRONG, "asks", "pipe"), "held")
+    ended = {name.partition("+refused-")[0]: (name, how) for name, how in ends(tmp_path).items()}
+    assert {name: how for name, (_, how) in ended.items()} == {"good": "released"} | dict.fromkeys(
+        (*WRONG, "asks", "pipe"), "held"
+    )
     for name, (_, said) in WRONG.items():
-        (why,) = json.loads((tmp_path / "out" / name / "held.json").read_text())["why"]
+        (why,) = json.loads((tmp_path / "out" / ended[name][0] / "held.json").read_text())["why"]
         assert said in why and "\n" not in why and ".service" not in why, (name, why)
     assert status["held"] == len(WRONG) + 2
     for events in told(tmp_path).values():
         assert (events.count("held") + events.count("released")) == 1
     assert serve(provider, tmp_path, policy)["held"] == len(WRONG) + 2
+
+
+def test_a_refused_file_that_is_corrected_is_a_job_and_a_job_stays_one_whatever_comes_under_its_name(
+    provider, policy, tmp_path, monkeypatch
+):
+    put(tmp_path / "in", "a", rows_of(4), epochs=9)
+    serve(provider, tmp_path, policy)
+    put(tmp_path / "in", "a", rows_of(8), epochs=1)
+    put(tmp_path / "in", "b", rows_of(8), epochs=2)
+    (tmp_path / "in/b").write_text("no job, but of the same name")
+    turns, waits = Pool.turns, []
+
+    def replaced(pool, jobs):
+        for gone in turns(pool, jobs):
+            if "b" in pool.users and not waits:
+                waits.append(True)
+                os.remove(tmp_path / "in/b.jsonl")
+                os.mkfifo(tmp_path / "in/b.jsonl")
+            yield gone
+
+    monkeypatch.setattr(Pool, "turns", replaced)
+    status = serve(provider, tmp_path, policy)
+    assert waits and status["released"] == 2
+    found = ends(tmp_path)
+    assert found.pop("a") == found.pop("b") == "released" and set(found.values()) == {"held"}
+    assert sorted(name.partition("+")[0] for name in found) == ["a", "b", "b"]
+    for name, events in told(tmp_path).items():
+        assert events == (["held"] if "+" in name else ["received", "trained", "released"])
+
+
+def test_rows_that_were_held_back_and_are_wrong_stop_nobody(provider, policy, tmp_path, monkeypatch):
+    """Nobody has read them before the gate."""
+    monkeypatch.setattr(module, "_held_back", lambda rows, count: [*range(len(rows) - count, len(rows))])
+    put(tmp_path / "in", "good", rows_of(10), epochs=1)
+    put(tmp_path / "in", "long", rows_of(8) + [{"prompt": "x" * 600, "response": "y"}] * 2, epochs=1)
+    serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {"good": "released", "long": "held"}
+    assert "held back: no row is left" in json.loads((tmp_path / "out/long/held.json").read_text())["why"][0]
+    assert serve(provider, tmp_path, policy)["held"] == 1
+
+
+def test_a_release_that_cannot_be_read_back_is_not_in_the_outbox(provider, policy, tmp_path, monkeypatch):
+    put(tmp_path / "in", "a", rows_of(8), epochs=1)
+
+    def cut(*args, **kwargs):
+        raise UserError("adapter_model.safetensors: not a whole safetensors file")
+
+    monkeypatch.setattr(module, "load_adapter", cut)
+    assert serve(provider, tmp_path, policy)["held"] == 1
+    assert sorted(os.listdir(tmp_path / "out/a")) == ["held.json"]
+
+
+def test_a_disk_that_is_full_when_a_release_is_written_ends_no_job(provider, policy, tmp_path, monkeypatch):
+    put(tmp_path / "in", "a", rows_of(8), epochs=1)
+
+    def full(*args, **kwargs):
+        with writing(tmp_path / "out/a"):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "export_adapter", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {}
+    assert serve(provider, tmp_path, policy)["released"] == 1
+
+
+def test_a_policy_that_is_narrowed_holds_the_jobs_that_it_forbids(provider, policy, tmp_path, monkeypatch):
+    put(tmp_path / "in", "a", rows_of(8), epochs=4)
+    put(tmp_path / "in", "b", rows_of(8), epochs=1)
+    with monkeypatch.context() as patch:
+        asked = iter([False] * 2)
+        patch.setattr(StopSignal, "asked", lambda signal: next(asked, True))
+        with pytest.raises(Stopped):
+            serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {} and told(tmp_path) == {"a": ["received"], "b": ["received"]}
+    narrow = dataclasses.replace(policy, users_may_set={"epochs": (1, 2)})
+    serve(provider, tmp_path, narrow)
+    assert ends(tmp_path) == {"a": "held", "b": "released"}
+    assert "from 1 to 2" in json.loads((tmp_path / "out/a/held.json").read_text())["why"][0]
 
 
 def test_what_the_gate_holds_back_does_not_leave(provider, policy, tmp_path, monkeypatch):
