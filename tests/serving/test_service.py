@@ -266,7 +266,7 @@ def test_a_policy_that_is_narrowed_holds_the_jobs_that_it_forbids(provider, poli
         patch.setattr(StopSignal, "asked", lambda signal: next(asked, True))
         with pytest.raises(Stopped):
             serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {} and told(tmp_path) == {"a": ["received"], "b": ["received"]}
+    assert ends(tmp_path) == {} and told(tmp_path)["a"] == ["received"]
     narrow = dataclasses.replace(policy, users_may_set={"epochs": (1, 2)})
     serve(provider, tmp_path, narrow)
     assert ends(tmp_path) == {"a": "held", "b": "released"}
