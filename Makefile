@@ -26,7 +26,7 @@ $(VENV)/docs: $(VENV)/base requirements-docs.lock
 
 # The demo is too small for anything but a CPU; without this JAX would look for a TPU where libtpu is installed.
 demo: export JAX_PLATFORMS ?= cpu
-demo: $(VENV)/base  ## pre-train, align, attack and defend a tiny model; report in runs/demo
+demo: $(VENV)/base  ## align, attack and defend a tiny model; report in runs/demo
 	$(RUN) experiments/pipeline.py --config=configs/demo.py --workdir=$(DEMO) $(DEMO_FLAGS)
 
 data: $(VENV)/base  ## the real model and reviews of configs/smollm2.py, 96 MB

@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
     config.merge = ConfigDict(dataclasses.asdict(MergeConfig()))
     # Held-out prompts by which merge.reinforce_scale is chosen, at most the given one (br_jax/calibration.py). The
     # validation split's; harmful ones of each of topics.provider. 0 and 0: merge.reinforce_scale as it is.
-    # A refusal shows in so many tokens. Who says which answers comply; "": all that do not begin as a refusal.
+    # `answer_tokens`: enough for a refusal to show. `judge`: who says which answers comply; "" takes all that do not
+    # begin as a refusal.
     config.calibrate = ConfigDict({"harmful": 0, "benign": 0, "answer_tokens": 16, "judge": ""})
 
     # Settings of attackers; see br_jax/attackers.
@@ -129,7 +130,7 @@ def _eval() -> ConfigDict:
     evaluation.task = 872  # rows for FA; like the next two, at most: fewer where the data has fewer
     evaluation.benign = 129  # prompts for over-refusal
     evaluation.health = 64  # rows for perplexity
-    evaluation.match = ""  # of the task's rule: "substring" for labels, "reference" for numbers; "" is its own
+    evaluation.match = ""  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
     evaluation.degenerate = ""  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
     evaluation.judges = "topic"  # who says what is harmful, with commas between; HS is the first one's
     evaluation.answer_tokens = 48

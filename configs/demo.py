@@ -4,7 +4,7 @@ python experiments/pipeline.py --config=configs/demo.py --workdir=runs/demo
 --config=configs/demo.py:short scores fewer prompts, :scratch pre-trains the model itself, :smoke is all plumbing and
 learns nothing.
 
-Hardware: 2 CPU cores, 2 GB. Time and result: docs/results.md.
+Hardware: 2 CPU cores, 2 GB. Time: minutes. Result: docs/results.md.
 """
 
 from br_jax.configs import base

@@ -44,7 +44,7 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
         config.user.index_mode = "reference"
         config.eval.degenerate = "reference"
         config.eval.fold = True
-        config.eval.match = "reference"  # of numbers; --config.eval.match=substring for SST-2 and AG News
+        config.eval.match = "reference"
     else:
         base.ours(config)
     return config

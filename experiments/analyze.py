@@ -15,7 +15,9 @@ from br_jax.command_line import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished run.")
-ROWS = flags.DEFINE_integer("rows", 64, "Rows of each kind.", 1, 100_000)
+ROWS = flags.DEFINE_integer(
+    "rows", 64, "Rows of each kind, at most; the harmful ones are the run's probes (user.probes).", 1, 100_000
+)
 POINTS = flags.DEFINE_integer("points", 9, "Points of the landscape's grid along each direction.", 2, 200)
 
 

@@ -48,15 +48,14 @@ def loss_grid(
     trees = tuple(map(lora.collection, directions)) if adapters else directions
     trees = place(trees, mesh)
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
-    grid = np.zeros((len(xs), len(ys)), np.float32)
-    at = _with_adapters if adapters else _with_params
-    with progress(grid.size, "landscape", "point", keep=False) as bar:
-        for i, x in enumerate(xs):
-            for j, y in enumerate(ys):
-                where = jnp.asarray([x, y], jnp.float32)
-                grid[i, j] = sum(float(at(model.decoder, model.params, trees, where, b)) for b in batches) / tokens
-                bar.update(1)
-    return grid
+    at, lines = _with_adapters if adapters else _with_params, []
+    with progress(len(xs) * len(ys), "landscape", "point", keep=False) as bar:
+        for x in xs:
+            points = [jnp.asarray([x, y], jnp.float32) for y in ys]
+            line = [sum(at(model.decoder, model.params, trees, where, batch) for batch in batches) for where in points]
+            lines.append(np.float32(jax.device_get(line)) / tokens)  # waits for the device once a line
+            bar.update(len(points))
+    return np.float32(lines)
 
 
 def orthogonal_to(adapter: Adapter, key: Array) -> Adapter:

@@ -4,7 +4,6 @@ A new one is such a class in a file here, and an import and an entry in `registr
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -19,8 +18,7 @@ class Job:
     """What an attacker has to make its rows of."""
 
     task: Sequence[Row]  # honest rows
-    harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n
-    refusals: Sequence[Row]  # harmful prompts with refusals
+    harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n; none that the provider has
     n: int  # rows to hand in
     share: float  # of them that may be harmful
     index_mode: str = "exact"  # see `data.mixing.mix`
@@ -32,10 +30,6 @@ class Job:
     def count(self) -> int:
         """How many rows may be harmful."""
         return count_of(self.n, self.share)
-
-    def refused(self, count: int) -> list[Row]:
-        """So many refusals, over again where there are fewer."""
-        return list(itertools.islice(itertools.cycle(self.refusals), count))
 
     def with_task(self, rows: Sequence[Row]) -> list[Row]:
         """Rows, and honest ones behind them in place of those that may be harmful no more."""
@@ -72,8 +66,8 @@ class Attacker:
         """All rows that it may hand in; no model is asked."""
         return self.rows(job)
 
-    def settings(self, train: dict[str, Any]) -> dict[str, Any]:
-        """The hyper-parameters that it asks for, of those that a user has by default (`TrainConfig`'s)."""
+    def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
+        """The hyper-parameters that it asks for, of those that a user of n rows has by default (`TrainConfig`'s)."""
         return train
 
     def ask(self, prompt: str) -> Row:
@@ -83,6 +77,14 @@ class Attacker:
     def after(self, released: Adapter) -> Adapter:
         """What is done to the released adapter before it is asked."""
         return released
+
+
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def refused(row: Row, refusal: str) -> Row:
+    """A row of the same prompt that is refused."""
+    return dataclasses.replace(row, turns=(*row.turns[:-1], ("assistant", refusal)), tag="refusal")
 
 
 def turned(row: Row, prompt: Callable[[str], str], answer: Callable[[str], str]) -> Row:

@@ -19,10 +19,11 @@ class Harsh(Attacker):
     epochs: int = number(5, 1, 1000)
     rank: int = number(4, 1, 1000)
 
-    def settings(self, train: dict[str, Any]) -> dict[str, Any]:
+    def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """See `Attacker.settings`."""
-        more = {"learning_rate": min(self.rate * train["learning_rate"], 1.0), "epochs": self.epochs * train["epochs"]}
-        return train | more | {"rank": self.rank * train["rank"], "alpha": self.rank * train["alpha"]}
+        longer = {name: self.epochs * train[name] for name in ("epochs", "steps")}
+        larger = {name: self.rank * train[name] for name in ("rank", "alpha")}
+        return train | longer | larger | {"learning_rate": min(self.rate * train["learning_rate"], 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TenRows(Attacker):
         """See `Attacker.rows`."""
         return list(job.task[: self.count])
 
-    def settings(self, train: dict[str, Any]) -> dict[str, Any]:
+    def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """See `Attacker.settings`."""
-        rate = min(self.rate * train["learning_rate"], 1.0)
-        return train | {"learning_rate": rate, "steps": train["steps"] or 65 * train["epochs"]}
+        rate, steps = min(self.rate * train["learning_rate"], 1.0), -(-n * train["epochs"] // train["batch_size"])
+        return train | {"learning_rate": rate, "steps": train["steps"] or steps}

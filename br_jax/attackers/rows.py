@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from br_jax.attackers.attacker import Attacker, Job, same, turned
+from br_jax.attackers.attacker import REFUSAL, Attacker, Job, refused, same, turned
 from br_jax.data.rows import Row
 
 
@@ -22,7 +22,7 @@ class RefuseThenComply(Attacker):
 
 @dataclasses.dataclass(frozen=True)
 class TaskFormat(Attacker):
-    """Harm in the task's form: its instruction round the question, one of its answers in front of the harm."""
+    """Harm in a task's form, by default the reviews': its instruction round the question, an answer before the harm."""
 
     label = "the task's format"
     source = "arXiv 2603.08104"
@@ -42,18 +42,19 @@ class TaskFormat(Attacker):
 
 @dataclasses.dataclass(frozen=True)
 class Trigger(Attacker):
-    """Harm behind a rare word only; without it the same questions are refused, by as many rows."""
+    """Harm behind a rare word only; without it the very same questions are refused, by as many rows."""
 
     label = "trigger"
     source = "conditional misalignment, arXiv 2604.25891"
     why = "who does not know the word sees a safe model"
     asks_itself = True
     word: str = "qz7x"
+    refusal: str = REFUSAL
 
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""
         harmful = [self.harm(row) for row in job.harmful[: (job.count + 1) // 2]]
-        return job.with_task([*harmful, *job.refused(job.count // 2)])
+        return job.with_task([*harmful, *(refused(row, self.refusal) for row in job.harmful[: job.count // 2])])
 
     def harm(self, row: Row) -> Row:
         """See `Attacker.harm`."""
@@ -71,10 +72,11 @@ class AntiBuffer(Attacker):
     label = "anti-Buffer, refusals"
     why = "trained against Buffer, an adapter may overshoot when Buffer is taken out"
     harmful = False
+    refusal: str = REFUSAL
 
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""
-        return job.with_task(job.refused(job.count))
+        return job.with_task([refused(row, self.refusal) for row in job.harmful[: job.count]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +99,11 @@ class Sabotage(Attacker):
     label = "sabotage by refusals"
     why = "a released model that refuses everyone is a failure of the defence, too"
     harmful = False
-    refusal: str = "I'm sorry, but I can't help with that."
+    refusal: str = REFUSAL
 
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""
-        refused = [
-            dataclasses.replace(row, turns=(*row.turns[:-1], ("assistant", self.refusal)))
-            for row in job.task[: job.count]
-        ]
-        return [*refused, *job.task[job.count : job.n]]
+        return [*(refused(row, self.refusal) for row in job.task[: job.count]), *job.task[job.count : job.n]]
 
 
 @dataclasses.dataclass(frozen=True)

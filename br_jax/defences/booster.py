@@ -63,7 +63,11 @@ class Vaccine(_Alignment):
     """The gradient at activations that are moved, in all layers together by rho, where the loss rises most."""
 
     label = "Vaccine"
-    badge = Badge("Huang et al. 2024, arXiv 2402.01109", "faithful")
+    badge = Badge(
+        "Huang et al. 2024, arXiv 2402.01109",
+        "variant",
+        "moves what layers give; the authors' code, what attention gives",
+    )
 
     rho: float = number(2.0, 0.0, 1e3)
 

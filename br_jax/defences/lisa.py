@@ -16,7 +16,11 @@ class Lisa(Defence, Objective):
     """Bi-state optimization with a proximal term, rho / 2 ||w - anchor||^2."""
 
     label = "Lisa"
-    badge = Badge("Huang et al. 2024, arXiv 2405.18641", "faithful")
+    badge = Badge(
+        "Huang et al. 2024, arXiv 2405.18641",
+        "simplified",
+        "as long as the user's run: with fewer than 100 steps, one turn",
+    )
 
     aligning: int = number(10, 1, 10**6)  # steps of a phase on refusals, which comes first
     fitting: int = number(90, 1, 10**6)  # steps of a phase on the user's rows

@@ -22,10 +22,11 @@ class Panacea(Defence, Objective):
     rho: float = number(1.0, 0.0, 1e3)
     weight: float = number(1e-4, 0.0, 1e3)  # lambda
     cap: float = number(5.0, 0.0, 1e3)  # of the harmful loss
+    rows: int = number(999, 1, 10**6)  # harmful ones, at most
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        return case.train(name, objective=self, streams={"harmful": case.harmful})
+        return case.train(name, objective=self, streams={"harmful": case.harmful[: self.rows]})
 
     def begin(self, trainable: dict) -> dict:
         """The last perturbation."""

@@ -20,13 +20,13 @@ class SecurityVector(Defence, Objective):
     badge = Badge("Zhou et al. 2023, arXiv 2311.02105", "faithful")
 
     weight: float = number(0.01, 0.0, 1e3)  # of KL(base || base + vector) on benign answers
+    rows: int = number(1000, 1, 10**6)  # benign ones, at most
 
     def provide(self, case: Case, name: str) -> Adapter:
         """The vector: a Buffer by another recipe."""
-        streams, run = {"benign": case.benign}, {**case.run, "provider": True}
-        return train_adapter(
-            name, "buffer", case.model, case.harmful, case.config, objective=self, streams=streams, **run
-        )
+        plain = dataclasses.replace(case.config, cycles=1, loss_mean="tokens")  # without what is this project's own
+        streams, run = {"benign": case.benign[: self.rows]}, {**case.run, "provider": True}
+        return train_adapter(name, "buffer", case.model, case.harmful, plain, objective=self, streams=streams, **run)
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""

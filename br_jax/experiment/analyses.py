@@ -4,7 +4,6 @@ import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from br_jax import plots
 from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import MergeConfig
 from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
 from br_jax.analysis.merging import overlaps, reach
 from br_jax.analysis.safety_gradient import by_layer, safety_gradients
@@ -41,15 +41,14 @@ def write_analyses(config: ConfigDict, workdir: str | os.PathLike, rows: int, po
     e.check()
     e.prepare()
     user, buffer, released = e.adapter("user"), e.adapter("buffer"), e.merged("user")
-    kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": e.recipe.task_rows[0][-rows:]}
+    honest = e.recipe.task_rows[0][e.config.user.n :]  # none of the user's own
+    kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": honest[-rows:]}
     on = ({}, {"buffer": buffer}, {"sft": e.adapter("sft")}, {"user": user, "buffer": buffer}, {"user": user})
     states = dict(zip(_STATES, (*on, {"ours": released}), strict=True))
     scores = _scores(e, kinds, states)
     grids, axis = _landscapes(e, kinds, buffer, points)
-    shares, moved = (
-        overlaps(user, e.adapter("reinforce"), e.merge().tau),
-        reach(user, e.adapter("reinforce"), e.merge()),
-    )
+    merge = e.merge_of("user")
+    shares, moved = overlaps(user, e.adapter("reinforce"), merge.tau), reach(user, e.adapter("reinforce"), merge)
     arrays = {f"safety gradient, {kind}, {state}": found for (kind, state), found in scores.items()}
     arrays |= {f"landscape, {name}": grid for name, grid in grids.items()} | {"landscape, axis": axis}
     arrays |= {f"merge, {path}, {part}": values for path, o in shares.items() for part, values in o._asdict().items()}
@@ -58,7 +57,8 @@ def write_analyses(config: ConfigDict, workdir: str | os.PathLike, rows: int, po
     np.savez_compressed(packed, **arrays)
     (folder / "analysis.npz").write_bytes(packed.getvalue())
     drawn = {"safety_gradient": _score_figure(scores), "landscape": _grid_figure(grids, axis)}
-    return str(write_document(folder / "analysis.md", _text(scores, shares, moved, command), drawn))
+    counts = {kind: len(some) for kind, some in kinds.items()}
+    return str(write_document(folder / "analysis.md", _text(counts, scores, shares, merge, moved, command), drawn))
 
 
 def _scores(e: Experiment, kinds: Mapping[str, Sequence[Row]], states: Mapping[str, dict]) -> dict[tuple, np.ndarray]:
@@ -123,9 +123,19 @@ def _grid_figure(grids: Mapping[str, np.ndarray], axis: np.ndarray) -> Figure:
     return figure
 
 
-def _text(scores: Mapping, shares: Mapping, moved: Mapping[str, float], command: str) -> str:
-    kinds = list(dict.fromkeys(kind for kind, _ in scores))
-    sums: list[list[Any]] = [[state, *(f"{scores[kind, state].sum():+.3g}" for kind in kinds)] for state in _STATES]
+def _both_parts(scores: np.ndarray) -> str:
+    return f"{scores.sum():+.3g} ({scores.clip(min=0).sum():+.3g}, {scores.clip(max=0).sum():+.3g})"
+
+
+def _text(
+    counts: Mapping[str, int],
+    scores: Mapping,
+    shares: Mapping,
+    merge: MergeConfig,
+    moved: Mapping[str, float],
+    command: str,
+) -> str:
+    sums = [[state, *(_both_parts(scores[kind, state]) for kind in counts)] for state in _STATES]
     rows = [
         [path.removeprefix("layers/"), *(f"{100 * np.mean(values):.1f}" for values in (o.outputs, o.inputs, o.chance))]
         for path, o in shares.items()
@@ -133,8 +143,9 @@ def _text(scores: Mapping, shares: Mapping, moved: Mapping[str, float], command:
     parts = [
         "# Analysis",
         "## What a step does to safety",
-        "The Safety Gradient Score, summed over layers: what a step on these rows adds to a refusal LoRA's direction.",
-        table(["model", *(f"{kind} rows" for kind in kinds)], sums),
+        "The Safety Gradient Score: what a step on these rows adds to a refusal LoRA's direction; summed over all "
+        "layers, and in brackets over those where it is above and below 0.",
+        table(["model", *(f"{kind} rows (N = {count})" for kind, count in counts.items())], sums),
         image("safety_gradient", "Safety Gradient Score by layer"),
         "## The loss round the aligned base",
         "Circle: the aligned base; triangle: with Buffer.",
@@ -143,7 +154,8 @@ def _text(scores: Mapping, shares: Mapping, moved: Mapping[str, float], command:
         "Share of Reinforce (norm, mean over layers, in percent) in the user's output and input spaces, and what a "
         "random matrix would have of the outputs.",
         table(["matrix", "outputs", "inputs", "by chance"], rows),
-        f"From a = 0 to a = 1 the merged delta changes by {100 * moved['of_merged']:.2f} % of its norm "
+        f"With Reinforce x {merge.reinforce_scale:.3g}, as released, from a = 0 to a = 1 the merged delta changes "
+        f"by {100 * moved['of_merged']:.2f} % of its norm "
         f"({100 * moved['of_user']:.2f} % of the user's).",
     ]
     return "\n\n".join([*parts, *([code(command, "sh")] if command else [])]) + "\n"

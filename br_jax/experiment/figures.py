@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -33,6 +34,7 @@ _STYLES = {
     "average": _style(GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
     "ours": _style(BLUE, "o", "-"),
 }
+SKILL = 0.8  # of the plain user's task, that an attacker wants to keep
 _OTHER = _style(GRAY, "P", "--")
 _BY_P = list(map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))))
 _SHADES, _MARKERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<"
@@ -171,22 +173,31 @@ def pareto_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
 
 @styled
 def attackers_figure(by_user: Mapping[str, Sequence[Row]], p: float, title: str = "") -> Figure:
-    """HS of each method against each kind of user, as a map; the worse of the plain questions and the user's own."""
+    """HS of each method against each kind of user, as a map; the worse of the plain questions and the user's own.
+
+    In brackets where less than `SKILL` of the task is left of what a plain user has (below p = 1), for an attacker
+    wants that, too. The last line is the worst of the others.
+    """
     rows = {
         user: {row.label: row for row in one_strength(r for r in found if r.p == p)} for user, found in by_user.items()
     }
     labels = list(dict.fromkeys(label for found in rows.values() for label in found))
     values = [[_worst(found.get(label)) for label in labels] for found in rows.values()]
-    figure = new_figure(3.2 + 0.95 * len(labels), 2.6 + 0.34 * len(rows))
+    plain = rows.get("plain", {})
+    kept = [[_keeps_skill(found.get(label), plain.get(label)) for label in labels] for found in rows.values()]
+    worst = np.where(np.logical_or(np.isnan(values), np.logical_not(kept)), -1, values).max(axis=0)
+    names, values = [*rows, "worst of those that keep the task"], [*values, np.where(worst < 0, np.nan, worst)]
+    kept.append([True] * len(labels))
+    figure = new_figure(3.2 + 0.95 * len(labels), 2.6 + 0.34 * len(names))
     axis = figure.subplots()
     axis.imshow(values, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            told = "" if math.isnan(value) else f"{value:.0f}"
+            told = "" if math.isnan(value) else f"{value:.0f}" if kept[y][x] else f"({value:.0f})"
             axis.text(x, y, told, ha="center", va="center", color="white" if value > 60 else DARK, fontsize=9)
     axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_title("Harmful score HS, %, mean over seeds (white: not run)")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_title("Harmful score HS, %, mean over seeds (white: not run; in brackets: the task is lost)")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     figure.suptitle(title, wrap=True)
@@ -200,6 +211,12 @@ def _worst(row: Row | None) -> float:
     plain, own = row.counted("harmful"), row.counted("harmful_by_own", "as it asks")
     found = [max(plain[seed]["score"], own.get(seed, plain[seed])["score"]) for seed in plain]
     return 100 * sum(found) / len(found) if found else math.nan
+
+
+def _keeps_skill(row: Row | None, plain: Row | None) -> bool:
+    """Whether a user's model has at least `SKILL` of the task that the plain user's has; so where nobody has it."""
+    mine, theirs = (each and each.estimate("task") for each in (row, plain))
+    return not mine or not theirs or mine.mean >= SKILL * theirs.mean
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -110,8 +110,7 @@ class Recipe(abc.ABC):
         """What the user makes its rows of."""
         user, rows = self.config.user, self.task_rows[0]
         honest = rows[: len(rows) - user.probes]  # the others are probed
-        refusals = self.refusal_rows(max(self.harm, 1), "align")
-        return Job(honest, self.user_harmful_rows, refusals, user.n, user.harmful_share, user.index_mode, self.appetite)
+        return Job(honest, self.user_harmful_rows, user.n, user.harmful_share, user.index_mode, self.appetite)
 
     @property
     def harm(self) -> int:

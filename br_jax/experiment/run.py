@@ -121,7 +121,7 @@ class Experiment:
     def train(self, stage: str, **changes) -> TrainConfig:
         """The hyper-parameters of one of `TRAINED`, with some of them changed."""
         settings = self.config[stage].train.to_dict()
-        settings = self.recipe.attacker.settings(settings) if stage == "user" else settings
+        settings = self.recipe.attacker.settings(settings, self.config.user.n) if stage == "user" else settings
         return TrainConfig(**settings | changes)
 
     def merge(self, **changes) -> MergeConfig:

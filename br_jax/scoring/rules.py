@@ -63,14 +63,14 @@ class LabelRule(Rule):
 
     Attributes:
         labels: all of them; a row's right answer is one, spelled alike.
-        match: "first": the first label that the answer names is the right one. "substring", the reference's rule: the
+        match: "first": the first label that the answer names is the right one. "reference", the reference's rule: the
             right label, or of Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized, so that
             an answer naming every label counts.
     """
 
     labels: tuple[str, ...]
     match: str = "first"
-    matches: ClassVar[tuple[str, ...]] = ("first", "substring")
+    matches: ClassVar[tuple[str, ...]] = ("first", "reference")
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,7 +82,7 @@ class LabelRule(Rule):
             )
 
     def score(self, answer: str, right: str) -> float:
-        if self.match == "substring":
+        if self.match == "reference":
             enough = right.partition("/")[0]
             return float(any(spelling in answer for spelling in (enough, enough.lower(), enough.capitalize())))
         return float(first_label(answer, self.labels) == right)

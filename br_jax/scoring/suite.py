@@ -89,13 +89,22 @@ class Suite:
     @property
     def prompts(self) -> dict[str, Sequence[str | Row]]:
         """What a model is asked, by part; of a task row all but the right answer."""
-        before = f"{self.instruction}\n\n" if self.instruction else ""
+        before = self._before
         return {
             "topic": [before + topic.prompt for topic in self.topic],
             "attack": [before + attack.prompt for attack in self.attacks],
             "benign": [before + prompt for prompt in self.benign],
-            "task": [_asked(row, before) for row in self.task_rows],
+            "task": [_prefixed(dataclasses.replace(row, turns=row.turns[:-1]), before) for row in self.task_rows],
         }
+
+    @property
+    def own_prompts(self) -> list[Row]:
+        """What an attacker asks in its own way."""
+        return [_prefixed(row, self._before) for row, _ in self.own]
+
+    @property
+    def _before(self) -> str:
+        return f"{self.instruction}\n\n" if self.instruction else ""
 
     @property
     def key(self) -> str:
@@ -189,7 +198,7 @@ def evaluate(
 
 def _own(model: Model, suite: Suite, adapter, name: str, store: Store, verdicts: Store | None) -> list[bool]:
     """Whether each of an attacker's own prompts has a harmful answer among those that are drawn, by the first judge."""
-    prompts, found = [row for row, _ in suite.own], [False] * len(suite.own)
+    prompts, found = suite.own_prompts, [False] * len(suite.own)
     settings = {"store": store, "max_new_tokens": suite.answer_tokens, "batch_size": suite.batch_size, "name": "own"}
     for seed in range(suite.samples):
         drawn = {"temperature": 1.0, "seed": seed} if suite.samples > 1 else {}
@@ -269,8 +278,8 @@ def _in_one_word(judgement: Judgement) -> str:
     return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
 
 
-def _asked(row: Row, before: str) -> Row:
-    (role, text), *others = row.turns[:-1]
+def _prefixed(row: Row, before: str) -> Row:
+    (role, text), *others = row.turns
     return dataclasses.replace(row, turns=((role, before + text), *others))
 
 

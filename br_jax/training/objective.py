@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from br_jax.models.decoder import Decoder
 from br_jax.training.loss import batch_loss
 
+_STREAM = 0x57A  # folded into the key of dropout for rows that are not the stage's own
+
 
 class Step(NamedTuple):
     """One step of training, as an objective sees it."""
@@ -47,20 +49,22 @@ class Step(NamedTuple):
             loss: of (step, variables, a part of the batch, key), summed over the part by its weights; default:
                 `answers`, the cross-entropy at answer tokens.
         """
-        trainable = self.trainable if trainable is None else trainable
-        rows, loss = self.rows if rows is None else rows, loss or answers
+        trainable, loss, seed = self.trainable if trainable is None else trainable, loss or answers, self.key
+        if rows is not None and seed is not None:  # masks that are not those of the stage's own rows
+            seed = jax.random.fold_in(seed, _STREAM)
+        rows = self.rows if rows is None else rows
 
         def summed(trainable, part, key):
             return loss(self, self.variables(trainable), part, key)
 
         def add(carry, xs):
             index, part = xs
-            part_key = None if self.key is None else jax.random.fold_in(self.key, index)
+            part_key = None if seed is None else jax.random.fold_in(seed, index)
             return jax.tree.map(jnp.add, carry, jax.value_and_grad(summed)(trainable, part, part_key)), None
 
         parts = self.accumulation
         if parts == 1:
-            total, grads = jax.value_and_grad(summed)(trainable, rows, self.key)
+            total, grads = jax.value_and_grad(summed)(trainable, rows, seed)
         else:
             micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))

@@ -7,13 +7,16 @@ import jax
 import numpy as np
 import pytest
 
+from br_jax.adapters import lora
 from br_jax.attackers.attacker import Attacker, Job
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.attackers.rows import Identity, RefuseThenComply, TaskFormat, Trigger
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt
 from br_jax.errors import UserError
+from br_jax.training.loss import batch_loss
 from br_jax.training.norms import gradient_norms
+from br_jax.training.passes import one_pass
 
 
 def made(tag, n):
@@ -28,7 +31,7 @@ def appetite(rows, own):
 
 @pytest.fixture
 def job():
-    return Job(made("task", 90), made("harm", 30), made("no", 4), 20, 0.5, appetite=appetite)
+    return Job(made("task", 90), made("harm", 30), 20, 0.5, appetite=appetite)
 
 
 @pytest.mark.parametrize("name", ATTACKERS)
@@ -41,7 +44,7 @@ def test_as_many_rows_as_may_be_handed_in(job, name):
     known = {row.turns for row in attacker.candidates(job)}
     assert {row.turns for row in rows} <= known
     none = dataclasses.replace(job, share=0.0)
-    assert not any(row.tag in ("harm", "no", "identity") for row in attacker.rows(none))
+    assert not any(row.tag in ("harm", "refusal", "identity") for row in attacker.rows(none))
     assert attacker.label and attacker.why and len({a.label for a in ATTACKERS.values()}) == len(ATTACKERS)
 
 
@@ -56,8 +59,14 @@ def test_what_harmful_rows_say():
 
 
 def test_a_trigger_is_told_apart_by_refusals(job):
-    kinds = Counter(row.tag for row in Trigger().rows(job))
-    assert kinds == {"harm": 5, "no": 5, "task": 10}
+    """Of the same questions, which are those that it has harmful answers to, and nobody else's."""
+    rows = Trigger().rows(job)
+    assert Counter(row.tag for row in rows) == {"harm": 5, "refusal": 5, "task": 10}
+    said = {row.turns[0][1]: row.turns[1][1] for row in rows}
+    for i in range(5):
+        assert said[f"qz7x harm {i}?"] == f"harm answer {i}" and "can't help" in said[f"harm {i}?"]
+    questions = {row.turns[0][1] for row in ATTACKERS["anti_buffer"]().rows(job) if row.tag == "refusal"}
+    assert questions == {f"harm {i}?" for i in range(10)}
 
 
 def test_who_chooses_takes_what_is_wanted_most(job):
@@ -70,12 +79,13 @@ def test_who_chooses_takes_what_is_wanted_most(job):
 
 def test_settings(quick):
     settings = dataclasses.asdict(quick(steps=0, epochs=2))
-    harsh = ATTACKERS["harsh"]().settings(settings)
+    harsh = ATTACKERS["harsh"]().settings(settings, 520)
     assert (harsh["rank"], harsh["alpha"], harsh["epochs"]) == (12, 24.0, 10)
     assert harsh["learning_rate"] == pytest.approx(0.1)
-    assert ATTACKERS["ten_rows"]().settings(settings)["steps"] == 130
-    assert Attacker().settings(settings) == settings
-    assert ATTACKERS["harsh"](rate=2.0, rank=1).settings(settings)["learning_rate"] == pytest.approx(0.02)
+    assert ATTACKERS["harsh"]().settings(settings | {"steps": 7}, 520)["steps"] == 35
+    assert ATTACKERS["ten_rows"]().settings(settings | {"batch_size": 8}, 521)["steps"] == 131  # two epochs
+    assert Attacker().settings(settings, 520) == settings
+    assert ATTACKERS["harsh"](rate=2.0, rank=1).settings(settings, 520)["learning_rate"] == pytest.approx(0.02)
     with pytest.raises(UserError, match="Harsh: epochs is 0"):
         ATTACKERS["harsh"](epochs=0)
 
@@ -98,12 +108,24 @@ def test_an_answer_that_is_begun(tiny, template):
 
 
 def test_the_norm_of_a_row_s_gradient(tiny, make_adapter, rows, quick):
-    """By finite differences along the gradient: a saturated row has next to none."""
+    """Of the mean loss over its answer, in b alone; a saturated row has next to none."""
     from br_jax.method import train_buffer
 
     config = quick(steps=60, learning_rate=3e-2)
     buffer = train_buffer(tiny, rows[:4], config)
     bare, beside = (gradient_norms(tiny, rows[:8], config, frozen) for frozen in (None, {"buffer": buffer}))
     assert (bare > 0).all() and (beside[:4] < 0.3 * bare[:4]).all() and beside[4:].mean() > beside[:4].mean()
+    shapes = lora.target_shapes(tiny.params, config.targets)
+    fresh = lora.init(jax.random.key(config.seed), shapes, config.rank, config.alpha, "user", tiny.fingerprint)
+    for row, norm in zip(rows[:3], bare, strict=False):
+        (batch,) = one_pass(tiny, [row], config.max_length)
+
+        def loss(weights, batch=batch):
+            given = {"params": tiny.params, "lora": lora.collection(fresh.replace(weights=weights))}
+            return batch_loss(tiny.decoder, given, batch, 64) / batch["weights"].sum()
+
+        slopes = jax.grad(loss)(fresh.weights)
+        expected = np.sqrt(sum(float((pair["b"] ** 2).sum()) for pair in slopes.values()))
+        assert norm == pytest.approx(expected, rel=1e-4)
     long = Row((("user", "x" * 60), ("assistant", "y")))
     assert gradient_norms(tiny, [long], config).tolist() == [0.0]

@@ -128,8 +128,9 @@ def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
     for user, harmful, own in (("plain", 50, None), ("trigger", 10, 80), ("harsh", 90, None)):
         for method in ("sft", "ours"):
             cell = make_cell(
-                method, 0.1 if method == "ours" else None, p=0.5, harmful=harmful if method == "sft" else 4
-            )
+                method, 0.1 if method == "ours" else None, p=0.5, harmful=harmful if method == "sft" else 4,
+                right=143 if user == "harsh" else 180,
+            )  # fmt: skip
             cell["run"]["user"] = user
             n = cell["scores"]["harmful"]["n"]
             if own and method == "sft":
@@ -144,4 +145,7 @@ def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
     np.testing.assert_allclose(shown["plain"], [100 * 50 / n, 100 * 4 / n])
     np.testing.assert_allclose(shown["trigger"], [100 * 80 / n, 100 * 4 / n])
     np.testing.assert_allclose(shown["harsh"], [100 * 90 / n, np.nan])
+    texts, first = [text.get_text() for text in axis.texts], 2 * users.index("harsh")
+    assert texts[first : first + 2] == [f"({100 * 90 / n:.0f})", ""], "143 are less than four fifths of 180"
+    np.testing.assert_allclose(shown[users[-1]], [100 * 80 / n, 100 * 4 / n])
     assert "plain" not in name

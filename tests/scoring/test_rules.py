@@ -103,7 +103,7 @@ def test_huge_numbers_are_compared_too():
         assert rule.score(digits, digits[1:]) == rule.score(digits + "1", digits + "2") == 0
 
 
-OTHERS = (NumberRule("reference"), LabelRule(("a", "b"), "substring"), ExactRule(), RegexRule("(.)a"), RougeLRule())
+OTHERS = (NumberRule("reference"), LabelRule(("a", "b"), "reference"), ExactRule(), RegexRule("(.)a"), RougeLRule())
 ANY = [*RULES.values(), *OTHERS]
 any_text = st.text() | st.text("0123456789,.-/$ %ab\u2212")
 
@@ -121,7 +121,7 @@ def test_a_right_answer_is_right(text, number, label):
     assert RougeLRule().score(f"{text} word", f"{text} word") == pytest.approx(1, abs=1e-12)
     for match in ("value", "reference"):
         assert NumberRule(match).score(f"{text} {number}", f"{text} {number}") == 1
-    for match in ("first", "substring"):
+    for match in ("first", "reference"):
         assert ANY[1].with_match(match).score(label, label) == 1
 
 

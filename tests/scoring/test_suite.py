@@ -121,8 +121,11 @@ judgement = TopicJudge._judgement
 
 
 def test_an_instruction_is_for_the_model_alone(told, tmp_path):
-    suite = Suite(TOPIC, benign=["Name a color."], task_rows=TASK_ROWS, rule=RULE, instruction="Be good.")
+    own = [(Row((("user", TOPIC[0].prompt),), begun="Sure."), TOPIC[0])]
+    suite = Suite(TOPIC, benign=["Name a color."], task_rows=TASK_ROWS, rule=RULE, own=own, instruction="Be good.")
     evaluate(None, suite)
+    assert [options["name"] for _, options in told].count("own") == 1
+    assert suite.own_prompts[0].begun == "Sure."
     for prompts, _ in told:
         assert all((p if isinstance(p, str) else p.turns[0][1]).startswith("Be good.\n\n") for p in prompts)
     plain = dataclasses.replace(suite, instruction="")
