@@ -8,6 +8,7 @@ the same folders goes on: no job is lost, or ends twice.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -211,7 +212,8 @@ class Service:
         yield from self._wanted(self._queue)
         self._queue = []
         while True:
-            came = list(self._inbox.scan(name for name in self._accepted if not self._is_done(name)))
+            busy = (name for name in self._accepted if not self._is_done(name))
+            came = list(itertools.islice(self._inbox.scan(busy), self._slots))  # a few, so that training goes on
             for job in came:
                 if isinstance(job, Refused):
                     self._hold(job.name, {"why": [job.why], "file": job.file})
