@@ -236,10 +236,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Has what was written to a file, or to a folder's list of names, on disk when it returns."""
+    """Has what was written to a file, or to a folder's list of names, on disk when it returns, if that can be had."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # of a file system without it
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,7 @@
-"""Reading: what is no file, files too large, and text that is none. How readers use it: fuzz/test_readers."""
+"""What is no file, files too large, text that is none; and writing. How readers use it: fuzz/test_readers."""
 
+import contextlib
+import errno
 import io
 import os
 import socket
@@ -9,7 +11,19 @@ import pytest
 from br_jax import files
 from br_jax.data.rows import read_rows
 from br_jax.errors import UserError
-from br_jax.files import json_lines, open_file, parse_json, read_bytes, read_json, read_jsonl, read_text, text_lines
+from br_jax.files import (
+    is_of_the_machine,
+    json_lines,
+    open_file,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    read_text,
+    staged,
+    text_lines,
+    write_text,
+)  # fmt: skip
 
 pytestmark = pytest.mark.timeout(60)  # a pipe would be waited for, a device read, for ever
 
@@ -120,3 +134,47 @@ def test_the_header_of_a_safetensors_file_is_no_larger(tmp_path):
     path.write_bytes((20_000_000).to_bytes(8, "little") + b" " * 20_000_000)
     with pytest.raises(UserError, match=r"not a whole safetensors file \(a header of 20,000,000 bytes\)"):
         files.safetensors_header(path)
+
+
+@pytest.mark.parametrize("write", ["text", "folder"])
+def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch, write):
+    """Or a power failure leaves an empty file under it; and the name is on disk when the writer returns."""
+    events = []
+
+    def note(name, function):
+        def call(*args):
+            events.append((name, os.readlink(f"/proc/self/fd/{args[0]}") if name == "sync" else ""))
+            return function(*args)
+
+        return call
+
+    for name, attribute in (("sync", "fsync"), ("name", "replace"), ("name", "rename")):
+        monkeypatch.setattr(os, attribute, note(name, getattr(os, attribute)))
+    if write == "text":
+        write_text(tmp_path / "a", "b")
+    else:
+        with staged(tmp_path / "a") as new:
+            (new / "inner").mkdir()
+            (new / "inner" / "b").write_text("c")
+    named = events.index(("name", ""))
+    before, after = [path for _, path in events[:named]], [path for _, path in events[named + 1 :]]
+    assert after == [str(tmp_path)]
+    assert [os.path.basename(path) for path in before] == ([".a.tmp"] if write == "text" else ["new", "inner", "b"])
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.ENOSPC, True)])
+def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch, number, raised):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(number, "no")))
+    with pytest.raises(UserError, match="cannot be written") if raised else contextlib.nullcontext():
+        write_text(tmp_path / "a", "b")
+    assert (tmp_path / "a").exists() != raised
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(errno.ENOSPC, ""), True), (OSError(errno.EACCES, ""), False), (ValueError(), False), (None, False)],
+)
+def test_whose_fault_an_error_is(error, said):
+    outer, between = UserError("x"), UserError("y")
+    outer.__cause__, between.__cause__ = between, error
+    assert is_of_the_machine(outer) == said

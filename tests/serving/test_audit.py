@@ -54,3 +54,16 @@ def test_what_was_changed_is_noticed(log, how):
     log.write_text("".join(changed[how]))
     with pytest.raises(UserError, match=r"was changed, or one before it is gone|no entry of an audit log"):
         Audit(log)
+
+
+def test_a_line_that_the_disk_takes_in_parts_is_whole(tmp_path, monkeypatch):
+    """As it does when it is nearly full."""
+    log, write = Audit(tmp_path / "audit.jsonl"), os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:7]))
+    log.write("received", "a", rows="1" * 64)
+    log.write("trained", "a")
+    log.close()
+    monkeypatch.undo()
+    again = Audit(tmp_path / "audit.jsonl")
+    again.close()
+    assert [entry["event"] for entry in again.entries] == ["received", "trained"]
