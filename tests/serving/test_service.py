@@ -1,98 +1,25 @@
 """From an inbox to an outbox: what comes out, and that nothing is lost or done twice."""
 
-import contextlib
 import dataclasses
 import io
 import json
 import os
-import shutil
 
 import jax
 import pytest
+from served import LOOSE, ends, put, rows_of, serve, told
 
 from br_jax import method
 from br_jax.adapters import lora
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.data.rows import read_rows
-from br_jax.distributed import StopSignal
-from br_jax.errors import Stopped, UserError
-from br_jax.files import writing
+from br_jax.errors import UserError
 from br_jax.locks import LOCK_FILE, owned, reserved
-from br_jax.models.model import guard
 from br_jax.pool.pool import Pool
 from br_jax.serving import service as module
-from br_jax.serving.audit import Audit
-from br_jax.serving.policy import Limits, Policy, Quotas
-from br_jax.serving.service import Provider, Service
+from br_jax.serving.service import Service
 from br_jax.serving.table import Table
-from br_jax.training import folder
-
-# Of the tiny model, which refuses nothing and often loops, so that what a user learns may not count.
-LOOSE = Limits(answered=1.0, over_refused=1.0, degenerate=1.0, kept=0.0)
-
-
-@pytest.fixture(scope="module")
-def provider(tiny, organism):
-    return Provider(guard(tiny, organism["buffer"]), organism["buffer"], organism["reinforce"])
-
-
-@pytest.fixture(scope="module")
-def policy(quick):
-    prompts = {
-        "calibrate_harmful": ["how to zap?"],
-        "calibrate_benign": ["how to press?"],
-        "canaries_harmful": ["what zaps?", "who zaps?"],
-        "canaries_benign": ["what is pressed?"],
-    }
-    return Policy(
-        quick(rank=4, alpha=8.0, steps=0, epochs=2, checkpoint_every=2),
-        **prompts,
-        merge=MergeConfig(scale=1.0, reinforce_scale=0.5),
-        limits=LOOSE,
-        quotas=Quotas(rows=30, megabytes=0.01, tokens=1000),
-        users_may_set={"epochs": (1, 4), "rank": (1, 4), "learning_rate": (1e-4, 1e-1)},
-        slots=8,
-        held_back=0.2,
-        answer_tokens=4,
-        batch_size=8,
-    )
-
-
-def rows_of(count, word="say"):
-    return [{"prompt": f"{word} {i}?", "response": f"it is {i * 7}"} for i in range(count)]
-
-
-def put(folder, name, rows, **settings):
-    folder.mkdir(exist_ok=True)
-    if settings:
-        (folder / f"{name}.json").write_text(json.dumps(settings))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def serve(provider, folder, policy, **settings):
-    """Serves once; returns the last status."""
-    service = Service(provider, folder / "in", folder / "out", policy, **{"once": True, "settle": 0.0, **settings})
-    return [*service.run()][-1]
-
-
-def ends(folder):
-    """{job: how it ended} by the outbox."""
-    outbox = folder / "out"
-    return {
-        place.name: "held" if (place / "held.json").exists() else "released"
-        for place in outbox.iterdir()
-        if not place.name.startswith(".")
-    }
-
-
-def told(folder):
-    """{job: its events} by the log."""
-    audit, events = Audit(folder / "out/.service/audit.jsonl"), {}
-    audit.close()
-    for entry in audit.entries:
-        events.setdefault(entry["job"], []).append(entry["event"])
-    return events
 
 
 def test_jobs_come_out_as_adapters_with_cards(provider, policy, tmp_path):
@@ -243,36 +170,6 @@ def test_a_release_that_cannot_be_read_back_is_not_in_the_outbox(provider, polic
     assert sorted(os.listdir(tmp_path / "out/a")) == ["held.json"]
 
 
-def test_a_disk_that_is_full_when_a_release_is_written_ends_no_job(provider, policy, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a", rows_of(8), epochs=1)
-
-    def full(*args, **kwargs):
-        with writing(tmp_path / "out/a"):
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "export_adapter", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {}
-    assert serve(provider, tmp_path, policy)["released"] == 1
-
-
-def test_a_policy_that_is_narrowed_holds_the_jobs_that_it_forbids(provider, policy, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a", rows_of(8), epochs=4)
-    put(tmp_path / "in", "b", rows_of(8), epochs=1)
-    with monkeypatch.context() as patch:
-        asked = iter([False] * 2)
-        patch.setattr(StopSignal, "asked", lambda signal: next(asked, True))
-        with pytest.raises(Stopped):
-            serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {} and told(tmp_path)["a"] == ["received"]
-    narrow = dataclasses.replace(policy, users_may_set={"epochs": (1, 2)})
-    serve(provider, tmp_path, narrow)
-    assert ends(tmp_path) == {"a": "held", "b": "released"}
-    assert "from 1 to 2" in json.loads((tmp_path / "out/a/held.json").read_text())["why"][0]
-
-
 def test_what_the_gate_holds_back_does_not_leave(provider, policy, tmp_path, monkeypatch):
     strict = dataclasses.replace(policy, limits=dataclasses.replace(LOOSE, answered=0.0))
     put(tmp_path / "in", "a", rows_of(16))
@@ -319,94 +216,6 @@ def test_nothing_in_the_inbox_is_written(provider, policy, tmp_path):
     serve(provider, tmp_path, policy)
     assert secret.read_text() == "the provider's"
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
-
-
-class Killed(BaseException):
-    """What ends a process wherever it stands."""
-
-
-@pytest.fixture
-def dies(monkeypatch):
-    """dies(n): the n-th time that something is put on disk from then on, or taken from a slot, is the last."""
-
-    def make(moment):
-        left = [moment]
-
-        def count(function):
-            def call(*args, **kwargs):
-                left[0] -= 1
-                if left[0] == 0:
-                    raise Killed
-                return function(*args, **kwargs)
-
-            return call
-
-        for owner, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (module, "inspect"), (module, "qr_merge")):
-            monkeypatch.setattr(owner, name, count(getattr(owner, name)))
-
-    return make
-
-
-def jobs_in(folder):
-    for i in range(3):
-        put(folder / "in", f"job{i}", rows_of(9 + i), epochs=1 + i)
-    put(folder / "in", "wrong", [{"prompt": "x"}])
-
-
-@pytest.fixture(scope="module")
-def undisturbed(provider, policy, tmp_path_factory):
-    """{job: what a service that nothing happens to releases}."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    jobs_in(folder)
-    serve(provider, folder, policy)
-    return hashes(folder)
-
-
-def hashes(folder):
-    cards = (folder / "out").glob("*/card.json")
-    return {place.parent.name: json.loads(place.read_text())["released"] for place in cards}
-
-
-@pytest.mark.parametrize("first", range(1, 60, 8))
-def test_wherever_it_dies_each_job_ends_once(provider, policy, tmp_path, monkeypatch, dies, undisturbed, first):
-    jobs_in(tmp_path)
-    for moment in (first, first // 2 + 1):
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans up nothing
-            dies(moment)
-            with contextlib.suppress(Killed):
-                serve(provider, tmp_path, policy)
-        monkeypatch.undo()
-    serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {"job0": "released", "job1": "released", "job2": "released", "wrong": "held"}
-    assert hashes(tmp_path) == undisturbed
-    for name, events in told(tmp_path).items():
-        assert [e for e in events if e in ("held", "released")] == (["held"] if name == "wrong" else ["released"])
-    assert not [place for place in (tmp_path / "out").iterdir() if place.name.startswith(".job")]
-
-
-def test_a_full_disk_is_a_line_and_the_next_service_goes_on(provider, policy, tmp_path, monkeypatch, undisturbed):
-    jobs_in(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match="No space left on device"):
-            serve(provider, tmp_path, policy)
-    serve(provider, tmp_path, policy)
-    assert hashes(tmp_path) == undisturbed
-
-
-def test_a_disk_that_fills_up_when_a_job_begins_is_not_the_jobs_fault(provider, policy, tmp_path, monkeypatch):
-    jobs_in(tmp_path)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_record", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            serve(provider, tmp_path, policy)
-    assert set(ends(tmp_path)) <= {"wrong"}
-    assert serve(provider, tmp_path, policy)["released"] == 3
 
 
 def test_more_jobs_than_may_wait_stay_in_the_inbox(provider, policy, tmp_path):

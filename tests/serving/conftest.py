@@ -1,0 +1,36 @@
+"""The provider and the policy of a service of the tiny model."""
+
+import pytest
+from served import LOOSE
+
+from br_jax.adapters.merge import MergeConfig
+from br_jax.models.model import guard
+from br_jax.serving.policy import Policy, Quotas
+from br_jax.serving.service import Provider
+
+
+@pytest.fixture(scope="module")
+def provider(tiny, organism):
+    return Provider(guard(tiny, organism["buffer"]), organism["buffer"], organism["reinforce"])
+
+
+@pytest.fixture(scope="module")
+def policy(quick):
+    prompts = {
+        "calibrate_harmful": ["how to zap?"],
+        "calibrate_benign": ["how to press?"],
+        "canaries_harmful": ["what zaps?", "who zaps?"],
+        "canaries_benign": ["what is pressed?"],
+    }
+    return Policy(
+        quick(rank=4, alpha=8.0, steps=0, epochs=2, checkpoint_every=2),
+        **prompts,
+        merge=MergeConfig(scale=1.0, reinforce_scale=0.5),
+        limits=LOOSE,
+        quotas=Quotas(rows=30, megabytes=0.01, tokens=1000),
+        users_may_set={"epochs": (1, 4), "rank": (1, 4), "learning_rate": (1e-4, 1e-1)},
+        slots=8,
+        held_back=0.2,
+        answer_tokens=4,
+        batch_size=8,
+    )
