@@ -13,12 +13,21 @@ from br_jax.defences.lisa import Lisa
 from br_jax.defences.panacea import Panacea
 from br_jax.defences.safe_grad import SafeGrad, across
 from br_jax.defences.security_vector import SecurityVector
+from br_jax.models.decoder import Decoder
 from br_jax.training.objective import Objective
 
 torch = pytest.importorskip("torch", reason="the oracle")
 
 # peft asks transformers by a name that it has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def test_dropout_of_other_rows_is_drawn_apart(pair):
+    """The same mask for the user's rows and for refusals would make gradients alike that are held to each other."""
+    key = jax.random.key(0)
+    step = pair.step(decoder=Decoder(pair.model.spec, dropout=0.5), key=key)
+    losses = [float(step.gradient(**given)[0]) for given in ({}, {}, {"rows": step.rows}, {"rows": step.rows})]
+    assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
 
 
 def test_plain_training_is_the_answer_loss(pair):

@@ -28,14 +28,15 @@ def assert_same(found, expected, atol=0.0):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), found.weights, expected.weights)
 
 
+@pytest.mark.parametrize("steps", [3, 6])  # after the last one Panacea's perturbation is still to be added
 @pytest.mark.parametrize("objective", [LISA, Panacea(rho=0.1, weight=1.0)], ids=lambda o: o.label)
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, tiny, rows, quick, monkeypatch, objective):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, tiny, rows, quick, monkeypatch, objective, steps):
     config = quick(steps=6)
     whole = train(tiny, rows, config, objective)
     with monkeypatch.context() as patch:
-        asked = iter([False, False, True])
+        asked = iter([False] * (steps - 1) + [True])
         patch.setattr(StopSignal, "asked", lambda self: next(asked))
-        with pytest.raises(Stopped, match="at step 3"):
+        with pytest.raises(Stopped, match=f"at step {steps}"):
             train(tiny, rows, config, objective, tmp_path)
     assert_same(train(tiny, rows, config, objective, tmp_path), whole)
     assert [record["step"] for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
