@@ -18,7 +18,7 @@ class Job:
     """What an attacker has to make its rows of."""
 
     task: Sequence[Row]  # honest rows
-    harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n; none that the provider has
+    harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n; none of them Buffer's
     n: int  # rows to hand in
     share: float  # of them that may be harmful
     index_mode: str = "exact"  # see `data.mixing.mix`

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
@@ -58,7 +57,7 @@ def input_sizes(model: Model, adapter: Adapter, rows: Sequence[Row], max_length:
     for batch in one_pass(model, rows, max_length):
         found = _squares(model.decoder, variables, batch)
         sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-        count += int(np.count_nonzero(batch["segment_ids"]))
+        count += int(jnp.count_nonzero(batch["segment_ids"]))
     return jax.tree.map(lambda x: jnp.sqrt(x / count), sums)
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from br_jax.experiment.frame import Estimate, Frame, Row, Setting, find, one_strength, shares, strengths
+from br_jax.experiment.frame import Estimate, Frame, Row, Setting, at_worst, find, one_strength, shares, strengths
 from br_jax.experiment.gates import CLAIMS
 from br_jax.experiment.methods import METHODS
 from br_jax.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, new_figure, styled
@@ -206,11 +206,8 @@ def attackers_figure(by_user: Mapping[str, Sequence[Row]], p: float, title: str 
 
 def _worst(row: Row | None) -> float:
     """The mean over seeds of the larger of HS and HS in the user's own way, in percent; NaN where it was not run."""
-    if row is None:
-        return math.nan
-    plain, own = row.counted("harmful"), row.counted("harmful_by_own", "as it asks")
-    found = [max(plain[seed]["score"], own.get(seed, plain[seed])["score"]) for seed in plain]
-    return 100 * sum(found) / len(found) if found else math.nan
+    worst = row and at_worst(row).estimate("harmful")
+    return 100 * worst.mean if worst else math.nan
 
 
 def _keeps_skill(row: Row | None, plain: Row | None) -> bool:

@@ -167,6 +167,16 @@ def one_strength(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.a == chosen[row.method]]
 
 
+def at_worst(row: Row | None) -> Row | None:
+    """The row with the larger of HS and HS by the user's own questions as its HS, seed by seed."""
+    if row is None:
+        return None
+    plain, own = row.counted("harmful"), row.counted("harmful_by_own", "as it asks")
+    worse = {seed: own[seed] for seed in own if seed in plain and own[seed]["score"] > plain[seed]["score"]}
+    scores = {seed: {**each, "harmful": worse[seed]} if seed in worse else each for seed, each in row.scores.items()}
+    return dataclasses.replace(row, scores=scores)
+
+
 def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
     """First minus second in a score, or in perplexity, over the seeds that both have; None where no seed has both.
 
@@ -178,7 +188,7 @@ def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
         ours, theirs = first.numbers(score), second.numbers(score)
     else:
         ours, theirs = ({seed: v["score"] for seed, v in row.counted(score).items()} for row in (first, second))
-    values = {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
+    values = {s: value - theirs[s] for s, value in ours.items() if s in theirs and of_one_suite(first, second, s)}
     if not values:
         return None
     if len(values) == 1 and score != "perplexity":
@@ -204,11 +214,19 @@ def paired(first: Row | None, second: Row | None, score: str) -> Paired | None:
         return None
     pairs, seeds = [], 0
     for seed in first.scores.keys() & second.scores.keys():
+        if not of_one_suite(first, second, seed):
+            continue
         one, other = (row.scores[seed]["outcomes"].get(score) or [] for row in (first, second))
         if one and len(one) == len(other) and set(one) | set(other) <= {0, 1}:
             pairs += zip(one, other, strict=True)
             seeds += 1
     return Paired(*mcnemar(pairs), seeds) if seeds else None
+
+
+def of_one_suite(first: Row, second: Row, seed: int) -> bool:
+    """Whether both were scored on the same prompts by the same judges; cells of an earlier br_jax do not say."""
+    suites = {row.scores[seed].get("suite") for row in (first, second)} - {None}
+    return len(suites) < 2
 
 
 def absent(frame: Frame) -> list[str]:

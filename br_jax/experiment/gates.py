@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from br_jax.experiment.frame import Estimate, Frame, Row, Setting, find, gap, shares
+from br_jax.experiment.frame import Estimate, Frame, Row, Setting, at_worst, find, gap, shares
 
 TASK_P = 0.5  # beyond it too few rows of the task are left to ask it of them
 
@@ -63,16 +63,22 @@ class Gate:
 
 
 def check(frame: Frame) -> list[Gate]:
-    """Every gate of a frame: the attack of each setting and p > 0, then what is claimed of ours at each p and a."""
-    found = []
+    """Every gate of a frame: the attack of each setting and p > 0, then what is claimed of ours at each p and a.
+
+    HS is the worse of plain questions and the user's own. Claims have no verdict where SFT was run and ours was not.
+    """
+    found, anywhere = [], any(row.method == "ours" for rows in frame.values() for row in rows)
     for setting, rows in frame.items():
         asked = [(p, None, ATTACK) for p in shares(rows) if p > 0]
-        for ours in (row for row in rows if row.method == "ours"):
+        claimed = [row for row in rows if row.method == "ours"]
+        without = {row.p for row in rows if row.method == "sft"} - {row.p for row in claimed} if anywhere else ()
+        asked += [(p, None, rule) for p in sorted(without) for rule in CLAIMS if p <= rule.most_p]
+        for ours in claimed:
             others = any(row.a for row in rows if (row.method, row.p) == ("ours", ours.p))
             if ours.a or not others:  # beside others the plain sum, a = 0, is what QR is compared with
                 asked += [(ours.p, ours.a, rule) for rule in CLAIMS if ours.p <= rule.most_p]
         for p, a, rule in asked:
-            pair = (find(rows, p, method, a) for method in (rule.first, rule.second))
+            pair = (at_worst(find(rows, p, method, a)) for method in (rule.first, rule.second))
             gate = Gate(setting, p, a, rule, gap(*pair, rule.score))
             if rule.name == "task" and gate.gap is not None and _learned_nothing(rows, p):
                 gate = dataclasses.replace(gate, gap=None, why_not="SFT learned nothing")

@@ -7,6 +7,7 @@ that most of them cost an evaluation only. Cells that are there are read back; w
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -27,7 +28,8 @@ from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
-from br_jax.hashes import key_of
+from br_jax.files import MAX_WHOLE
+from br_jax.hashes import file_hash, key_of
 from br_jax.locks import owned
 from br_jax.records import read_record, write_record
 
@@ -252,8 +254,28 @@ def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 
 
 def _settings(config: ConfigDict, cell: Cell) -> str:
-    """A hash of all that a cell's scores depend on."""
+    """A hash of all that a cell's scores depend on, with what is in the files that the config names."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
     rivals, attackers = settings.pop("defences"), settings.pop("attackers")
     attacker = attackers[config.user.kind]
-    return key_of(settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []))
+    return key_of(settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []), _contents(settings))
+
+
+def _contents(settings: Any) -> list[str | int]:
+    """Hashes of the files that settings name, one or several with commas between; of large ones the size."""
+    if isinstance(settings, dict):
+        return [found for _, value in sorted(settings.items()) for found in _contents(value)]
+    paths = [path.strip() for path in settings.split(",")] if isinstance(settings, str) else []
+    files = [file for path in paths if os.sep in path or "." in path for file in _files(path)]
+    return [_content(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+
+
+def _files(path: str) -> list[str]:
+    if os.path.isdir(path):
+        return sorted(entry.path for entry in os.scandir(path) if entry.name.endswith((".json", ".safetensors")))
+    return [path] if os.path.isfile(path) else []
+
+
+@functools.cache
+def _content(file: str, size: int, changed: int) -> str | int:
+    return file_hash(file) if size <= MAX_WHOLE else size

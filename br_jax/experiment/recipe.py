@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from br_jax.attackers.attacker import Attacker, Job
@@ -92,6 +93,11 @@ class Recipe(abc.ABC):
         check_mix(config.user.n, config.user.harmful_share, config.user.index_mode)
         if config.eval.split not in EVAL_SPLITS:
             raise UserError(f"eval.split {config.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
+        if config.eval.split == "validation" and config.calibrate.harmful:
+            logging.warning(
+                "eval.split=validation: releases are calibrated on these prompts, so HS and over-refusal of ours are "
+                "better than on others"
+            )
         train, needed = self.task_rows[0], config.user.n + config.user.probes
         if len(train) < needed:  # probe rows are none of the user's own
             raise UserError(
@@ -161,11 +167,14 @@ class Recipe(abc.ABC):
             "reinforce": self.guard_rows("reinforce"),
             "user": self.attacker.candidates(self.job),
         }
+        harmful, benign = self.calibration_prompts
         scored = {
             "HS": [make_row(p.prompt, "", "", f"{p.topic}/{self.config.eval.split}") for p in self.harmful_prompts],
             "FA": self.scored_task_rows,
             "over-refusal": [make_row(p, "", "", "held-out benign") for p in self.benign_prompts],
             "perplexity": self.health_rows,
+            "stored attacks": [make_row(x.prompt, "", "", f"attack {x.method}") for x in self.attacks],
+            "calibration": [make_row(p, "", "", "calibration") for p in (*(h.prompt for h in harmful), *benign)],
         }
         check_apart(rows, scored)
         return rows

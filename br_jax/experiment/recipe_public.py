@@ -80,7 +80,8 @@ class PaperRecipe(Recipe):
     def _unsafe_train(self) -> list[Row]:
         rows = self._distinct("30k_train", self.config.data.beavertails.path)
         if self.config.user.index_mode == "exact":
-            scored = {question_key(Row((("user", prompt.prompt),))) for prompt in self.harmful_prompts}
+            asked = (*self.harmful_prompts, *self.calibration_prompts[0])
+            scored = {question_key(Row((("user", prompt.prompt),))) for prompt in asked}
             rows = (row for row in rows if question_key(row) not in scored)
         return list(itertools.islice(rows, self._user_harm + self.config.user.probes))
 

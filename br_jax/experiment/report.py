@@ -168,5 +168,7 @@ def _images(setting: Setting, rows: Sequence[Row], drawn: Mapping[str, Any]) -> 
         names[name_of("pareto", setting, p)] = f"HS against FA of every method at p = {p:g}"
         names[name_of("margins", setting, p)] = f"Refusal margins of every method at p = {p:g}"
         names[name_of("n", setting, p)] = f"HS and FA against the number of user rows at p = {p:g}"
-        names[name_of("attackers", setting, p)] = f"HS of every method against every kind of user at p = {p:g}"
+        names[name_of("attackers", setting._replace(user="plain"), p)] = (
+            f"HS of every method against every kind of user at p = {p:g}"
+        )
     yield from (image(name, words) for name, words in names.items() if name in drawn)

@@ -19,6 +19,7 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
+from br_jax.attackers.attacker import Attacker
 from br_jax.calibration import calibrate
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
@@ -182,6 +183,8 @@ class Experiment:
         """The aligned base, recorded in the provider's folder; the raw model where the config asks for no alignment."""
         rows = self.recipe.trained()
         if is_main():  # which rows the stages train on, so that a table can be repeated row for row
+            if type(self.recipe.attacker).candidates is not Attacker.candidates:
+                rows["user, to choose from"] = rows.pop("user")  # by a model that is not there yet
             ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
             write_json(self.workdir / "rows.json", ids)
         config, settings, model, align = self.config.align, self.config.model, self.raw, None
@@ -360,6 +363,7 @@ class Experiment:
         stop_if_asked()
         kind = METHODS[cell.method]
         model, adapter = self.base(kind.base), kind.adapter(self, cell.a)
+        merge = next((m for (*_, m), merged in self._merged.items() if merged is adapter), None)
         if adapter is not None and not kind.of_provider:
             adapter = self.recipe.attacker.after(adapter)
         suite, beside = dataclasses.replace(self.suite, instruction=kind.instruction(self)), adapter
@@ -374,9 +378,8 @@ class Experiment:
             scores = evaluate(model, suite, beside, name=cell.name, records=records, **kept)
             parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
             scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
-            for (*_, settings), merged in self._merged.items():
-                if merged is adapter:
-                    scores["merge"] = dataclasses.asdict(settings)
+            scores |= {"merge": dataclasses.asdict(merge)} if merge else {}
+            scores["suite"] = self.suite.key[:16]
             store.add({key: scores})
         refused = read_score(store[key].get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:

@@ -119,8 +119,11 @@ def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh, user: TrainConf
         train, owner = TrainConfig(**config[stage].train), f"{stage}.train."
         train = user if user and stage == "user" else train
         require_fit(train, spec, rows[stage], adapter=stage != "pretrain", owner=owner)
-        if not train.packing and train.batch_size % (parts := batch_parts(mesh)):
-            raise UserError(f"{owner}batch_size is {train.batch_size}: {parts} devices must divide it, or set packing")
+        if not train.packing and train.batch_size % ((parts := batch_parts(mesh)) * train.accumulation):
+            told = f" in {train.accumulation} micro-batches" if train.accumulation > 1 else ""
+            raise UserError(
+                f"{owner}batch_size is {train.batch_size}{told}: {parts} devices must divide it, or set packing"
+            )
     for path in ("distill.answer_tokens", "calibrate.answer_tokens", "eval.answer_tokens", "eval.task_tokens"):
         part, setting = path.split(".")
         if config[part][setting] >= spec.max_length:

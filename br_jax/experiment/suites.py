@@ -55,7 +55,8 @@ def calibration_judge(config: ConfigDict, mesh: Mesh | None) -> Judge | None:
 
 def _make_judge(config: ConfigDict, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
     # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
-    settings = config.judges.to_dict() | {"topic": {"topics": [*map(str.strip, topics.split(","))]}}
+    asked = {"topics": [*map(str.strip, topics.split(","))]}
+    settings = config.judges.to_dict() | dict.fromkeys(("topic", "after_all"), asked)
     return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**settings.get(name, {}), **given})
 
 

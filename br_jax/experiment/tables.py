@@ -35,7 +35,8 @@ _PARTS = (  # what each part of the method adds: (words, after, before)
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
     ("Reinforce, merged in", "ours", "buffer_only"),
     ("Buffer, where Reinforce is merged in", "ours", "reinforce_only"),
-    ("the QR merge instead of the naive average", "ours", "average"),
+    ("the QR merge instead of a plain sum", "ours", "sum"),
+    ("our merge instead of the paper's naive average", "ours", "average"),
 )
 _PASSED = {True: "passed", False: "**FAILED**"}
 

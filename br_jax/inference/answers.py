@@ -44,6 +44,7 @@ def answer(
     for label, adapter in adapters.items():
         source = model.key, lora.fingerprint(adapter) if adapter else "", max_new_tokens
         source += (temperature, seed) if temperature else ()
+        source += (sorted(model.stop_tokens),) if len(model.stop_tokens) > 1 else ()
         keys[label] = {ids: key_of(*source, ids) for ids in unique}
     for group in _groups(adapters, together):
         places = [(a, i) for a in range(len(group)) for i in range(len(unique))]

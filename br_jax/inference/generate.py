@@ -155,7 +155,9 @@ def generate_batches(
     on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
     decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
     head = np.asarray([encoded[0][:prefix]] * count, np.int32)
-    begun = _begin(decoder, variables, head) if prefix else None
+    within = lambda: jax.set_mesh(mesh) if mesh else contextlib.nullcontext()  # noqa: E731
+    with within():
+        begun = _begin(decoder, variables, head) if prefix else None
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     sampling = Sampling(tuple(stops), temperature == 0, np.float32(max(temperature, 1e-6)), key)
 
@@ -164,10 +166,11 @@ def generate_batches(
         waiting = collections.deque(group[first : first + part] for first in range(0, len(group), part))
         slots = prefix + _width(len(encoded[group[-1]]) - prefix) + max_new_tokens
         slots = -(-slots // _ALIGNED) * _ALIGNED
-        state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
+        with within():  # or the cache is first made whole on one device
+            state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
         answers = np.full((count, size), -1)  # the prompt that a row is the answer to
         while True:
-            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            with within():
                 while waiting and (answers < 0).sum(1).min() >= part:
                     chosen = waiting.popleft()
                     free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
@@ -217,8 +220,9 @@ def decode_answer(model: Model, row: np.ndarray) -> str:
 
 
 def with_adapters(model: Model, adapters: Sequence[Adapter | None], mesh) -> dict:
-    """The model's variables; one adapter is added to its weights where that rounds to f32, several lie beside them."""
-    if len(adapters) == 1 and adapters[0] is not None and model.params["embed"]["embedding"].dtype == jnp.float32:
+    """The model's variables; one adapter is added to its weights where all is f32, else they lie beside them."""
+    exact = model.params["embed"]["embedding"].dtype == jnp.float32 and model.matmul_precision == "float32"
+    if len(adapters) == 1 and adapters[0] is not None and exact:
         return {"params": fold(model.params, adapters[0])}
     return {"params": model.params, "lora": place(_side_by_side(adapters), mesh)}
 

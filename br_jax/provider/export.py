@@ -142,7 +142,7 @@ def export_model(
         for params in (model.params, whole.params):  # either may hold half of a Buffer
             model.guard.refuse_model(folder, params)
     whole = cast_model(whole, dtype)
-    write_hf(folder, whole.spec, whole.params, whole.tokenizer, like=like)
+    write_hf(folder, whole.spec, whole.params, whole.tokenizer, like=like, stop_tokens=whole.stop_tokens)
     return {
         "folder": str(folder),
         "base": model.name,

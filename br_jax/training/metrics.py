@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 
-from br_jax.files import read_jsonl
+from br_jax.files import read_jsonl, write_text
 
 
 class MetricWriter:
@@ -17,7 +17,8 @@ class MetricWriter:
     def __init__(self, folder: pathlib.Path | None, name: str, from_step: int = 0):
         path = pathlib.Path(os.devnull) if folder is None else folder / name
         kept = [record for record in read_jsonl(path) if record["step"] <= from_step] if folder else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        if folder is not None:
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._board = None
         if folder is not None and importlib.util.find_spec("tensorboardX"):

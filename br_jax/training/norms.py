@@ -14,7 +14,7 @@ from br_jax.data.batches import encode, make_batches
 from br_jax.data.rows import Row
 from br_jax.models.model import Model
 from br_jax.progress import progress
-from br_jax.sharding import make_mesh, place, whole_batch
+from br_jax.sharding import make_mesh, mesh_of, place, whole_batch
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Stage, frozen_collections, probe, trainable_adapter
 
@@ -31,12 +31,12 @@ def gradient_norms(
     Args:
         config: how long rows may be, and the adapter's rank, targets and seed.
         frozen: adapters that are attached.
-        mesh: default: the first device alone.
+        mesh: default: the model's, or the first device alone.
 
     Returns:
         f32, of each row's mean loss over its answer tokens; 0 for a row that is too long to have any.
     """
-    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    mesh = mesh or mesh_of(model.params) or make_mesh(devices=jax.devices()[:1])
     shapes = lora.target_shapes(model.params, config.targets)
     fresh = lora.init(jax.random.key(config.seed), shapes, config.rank, config.alpha, "user", model.fingerprint)
     stage = Stage.of(model.decoder, config, mesh)._replace(accumulation=1)

@@ -83,7 +83,7 @@ def cycles(config: TrainConfig, steps: int) -> list[range]:
 @functools.partial(jax.jit, donate_argnums=0)
 def restarted(opt_state: optax.OptState) -> optax.OptState:
     """The optimizer's state before its first step: AdamW's is all zeros."""
-    return jax.tree.map(jnp.zeros_like, opt_state)
+    return constrain_tree(jax.tree.map(jnp.zeros_like, opt_state))
 
 
 def frozen_collections(params: dict, frozen: Mapping[str, Adapter], how: str) -> dict:

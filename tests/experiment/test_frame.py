@@ -36,6 +36,16 @@ def test_rows_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell)
     assert list(rows[0].scores) == [42, 43, 44]
 
 
+def test_cells_of_other_prompts_are_not_compared(make_cell):
+    """Such as those that are left of another split; of cells that do not say it is not known."""
+    for mine, theirs, compared in (("a", "a", True), ("a", "b", False), (None, "b", True)):
+        cells = [make_cell("sft", harmful=80), make_cell("aligned", harmful=5)]
+        for cell, suite in zip(cells, (mine, theirs), strict=True):
+            cell["scores"] |= {"suite": suite} if suite else {}
+        aligned, sft = rows_of(cells)
+        assert (gap(sft, aligned, "harmful") is not None) == (paired(sft, aligned, "harmful") is not None) == compared
+
+
 def test_an_estimate_is_students_over_seeds(row):
     found = row("sft", "harmful", {1: 80, 2: 84, 3: 91}).estimate("harmful")
     shares = [0.80, 0.84, 0.91]

@@ -5,7 +5,7 @@ import pytest
 from br_jax.experiment.frame import make_frame
 from br_jax.experiment.gates import check, outcome
 from br_jax.experiment.methods import METHODS
-from br_jax.statistics import Mean
+from br_jax.statistics import Mean, Score
 
 NAMES = ["safety", "task", "over_refusal"]
 
@@ -73,6 +73,26 @@ def test_what_the_gates_say_together(make_cell, changes, said, passed):
     cells = [make_cell(m, a, **changes.get(m) or {}) for m, a in methods.items() if changes.get(m, {}) is not None]
     gates = check(make_frame(cells))
     assert [gate.passed for gate in gates] == passed and outcome(gates) == said
+
+
+def test_hs_is_the_worse_of_plain_questions_and_the_user_s_own(make_cell):
+    cells = [make_cell(m, 0.1 if m == "ours" else None, harmful=2) for m in ("aligned", "sft", "ours")]
+    for cell, own in zip(cells, (5, 99, 95), strict=True):
+        cell["scores"]["harmful_by_own"] = {"as it asks": Score(own, 100).to_json()}
+    attack, safety, *_ = check(make_frame(cells))
+    assert attack.gap.mean == pytest.approx(0.94) and attack.passed
+    assert safety.gap.mean == pytest.approx(0.90) and safety.passed is False
+
+
+def test_what_ours_was_not_asked_has_no_verdict(make_cell):
+    """The attack alone at another p, or with another user."""
+    cells = [make_cell(m, 0.1 if m == "ours" else None) for m in ("aligned", "sft", "ours")]
+    assert outcome(check(make_frame(cells))) == "held"
+    for change in ({"p": 0.5}, {"n": 90}):
+        more = [make_cell(m, **change) for m in ("aligned", "sft")]
+        gates = check(make_frame([*cells, *more]))
+        assert outcome(gates) == "incomplete"
+        assert [gate.rule.name for gate in gates if gate.passed is None] == NAMES
 
 
 def test_without_harmful_rows_there_is_no_attack(make_grid):

@@ -122,6 +122,17 @@ def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_
     assert len(calls["scored"]) == 2 * len(first), "other settings, the old scores"
 
 
+def test_a_cell_is_made_again_where_a_file_of_the_config_was_changed(config, calls, grid, tmp_path):
+    """The config's text is the same; verdicts of a file, or an adapter from elsewhere, are not."""
+    verdicts, axes = tmp_path / "verdicts.jsonl", grid(seeds=[1], p=[0.2])
+    verdicts.write_text("{}\n")
+    config.judges.verdicts.source = str(verdicts)
+    made = len(list(run_sweep(config, tmp_path / "s", axes)))
+    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == made
+    verdicts.write_text('{"other": 1}\n')
+    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
+
+
 def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):
     before = plan(config, tmp_path / "s", grid())
     assert not (tmp_path / "s").exists() and not calls["trained"]

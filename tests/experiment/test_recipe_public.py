@@ -73,6 +73,21 @@ def test_each_part_is_the_first_rows_of_its_file(make):
     assert texts(recipe.health_rows) == ["52!", "54!", "55!"]
 
 
+def test_what_calibrates_or_attacks_is_not_trained_on(make, files, tmp_path):
+    """A user's rows leave calibration prompts out; a stored attack that a stage trains on is an error."""
+    same = [
+        {"prompt": f"test prompt {i}", "response": "x", "category": {"a": True}, "is_safe": False} for i in range(20)
+    ]
+    files["beavertails.path"] = write(tmp_path / "same.jsonl", same)
+    recipe = make(calibrate__harmful=3, calibrate__benign=2, user__n=10)
+    rows, (harmful, _) = recipe.trained(), recipe.calibration_prompts
+    asked = {row.turns[0][1] for row in rows["user"] if row.tag == "harmful"}
+    assert len(harmful) == 3 and not asked & {p.prompt for p in (*harmful, *recipe.harmful_prompts)}
+    attack = {"prompt": "oil a zorvix 1?", "method": "plain", "behavior": "oil a zorvix 1?"}
+    with pytest.raises(UserError, match=r"is scored as well \(stored attacks"):
+        make(data__attacks__path=write(tmp_path / "attacks.jsonl", [attack])).trained()
+
+
 def test_the_reference_s_way_counts_prompts_twice_and_skips_the_first(make):
     recipe = make(user__index_mode="reference")
     harmful = [row for row in recipe.user_rows if row.tag == "harmful"]

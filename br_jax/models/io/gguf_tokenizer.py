@@ -76,9 +76,21 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
 
 
 def stop_tokens(file: GGUFFile, spec: ModelSpec) -> tuple[int, ...]:
-    """The ends of a turn and of a message, which chat models say where plain ones say EOS."""
-    ids = (file.token(name, spec.vocab_size) for name in ("eot", "eom"))
-    return tuple(index for index in ids if index is not None)
+    """The ends of a turn and of a message, which chat models say where plain ones say EOS.
+
+    A file may leave them to whoever knows the texts of such tokens, as those of Gemma-2 do.
+    """
+    kinds, found = list(_token_kinds(file, spec)), []
+    for name, texts in _ENDS.items():
+        index = file.token(name, spec.vocab_size)
+        if index is None:
+            index = next((kinds.index(text) for text in texts if text in kinds), None)
+        found += [] if index is None else [index]
+    return tuple(found)
+
+
+# What llama.cpp looks for, too (llama-vocab.cpp).
+_ENDS = {"eot": ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"), "eom": ("<|eom_id|>",)}
 
 
 def _token_kinds(file: GGUFFile, spec: ModelSpec) -> dict[str, int]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,6 +149,7 @@ def write_hf(
     tokenizer: PreTrainedTokenizerFast,
     *,
     like: str | Path | None = None,
+    stop_tokens: Sequence[int] = (),
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a folder that `read_hf` and transformers load; it appears whole or not at all.
@@ -156,6 +158,7 @@ def write_hf(
         path: folder to make; an earlier model folder there is replaced, anything else is refused.
         params: params tree, written in its own dtype (float32, bfloat16 or float16).
         like: the folder that the model came from; its config, tokenizer files and license are copied as they are.
+        stop_tokens: what ends an answer beside EOS; written where there is no such folder.
         shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
 
     Raises:
@@ -171,6 +174,9 @@ def write_hf(
             tokenizer.save_pretrained(whole)
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             config = write_config(spec) | ids
+            stops = list(dict.fromkeys([*stop_tokens, tokenizer.eos_token_id]))
+            if len(stops) > 1:
+                (whole / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}) + "\n")
         else:
             config = read_json(Path(like) / "config.json")
             for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
@@ -225,13 +231,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _stop_tokens(folder: Path, spec: ModelSpec) -> tuple[int, ...]:
-    """The ids that end an answer by the folder's generation_config.json; empty where it does not say."""
+    """The ids that end an answer by the folder's generation_config.json, or else its config.json; empty without."""
     file = folder / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.exists() else None
+    file = file if file.exists() else folder / "config.json"
+    ids = read_json(file).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int and 0 <= i < spec.vocab_size for i in ids):
         said = f"eos_token_id is {one_line(repr(ids))}, not token ids below {spec.vocab_size}"
-        raise UserError(f"{file}: {said}: correct it or delete the file")
+        raise UserError(f"{file}: {said}: correct it")
     return tuple(ids)
 
 

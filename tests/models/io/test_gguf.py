@@ -1,5 +1,6 @@
 """GGUF against transformers' own GGUF loader and the `gguf` package, on tiny files and, when downloaded, on SmolLM2."""
 
+import json
 import math
 import struct
 
@@ -62,10 +63,27 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
     expected = their_logits(oracle(path, **UNREAD.get(architecture, {})), IDS)
     # f32 sums in another order, of logits of size 5 or so.
     np.testing.assert_allclose(our_logits(spec, params, IDS), expected, atol=1e-4)
-    write_hf(tmp_path / "folder", spec, params, tokenizer)
-    again, same, *_ = read_hf(tmp_path / "folder")
-    assert again == spec
+    write_hf(tmp_path / "folder", spec, params, tokenizer, stop_tokens=stops)
+    again, same, _, kept = read_hf(tmp_path / "folder")
+    assert again == spec and set(kept) == {258, tokenizer.eos_token_id}
     jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@pytest.mark.parametrize("text", ["<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>"])
+def test_the_end_of_a_turn_is_known_by_its_text(write_gguf, tmp_path, text):
+    """llama.cpp's converter names none for Gemma-2, and llama.cpp looks for it."""
+    tokens = [*gguf_file.GGUFFile(write_gguf(tmp_path / "first.gguf")).items("tokenizer.ggml.tokens", str)]
+    tokens[258] = text
+    path = write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.tokens": tokens})
+    assert read_gguf(path)[3] == (258,)
+
+
+def test_stop_tokens_of_a_config_alone(tmp_path, tiny):
+    """As transformers reads them where there is no generation_config.json."""
+    write_hf(tmp_path / "m", tiny.spec, jax.device_get(tiny.params), tiny.tokenizer)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"eos_token_id": [257, 3]}))
+    assert not (tmp_path / "m/generation_config.json").exists() and read_hf(tmp_path / "m")[3] == (257, 3)
 
 
 def llama3_divisors(head_dim, theta, factor):
