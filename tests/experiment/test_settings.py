@@ -109,7 +109,10 @@ def test_settings_that_contradict_each_other(config, changes, message):
         ({"buffer.harmful": 0}, "buffer.rows: there are none to train on"),
         ({"user.train.epochs": 10**6, "user.n": 81}, "user.train.epochs is 1000000: on 81 rows that is more than"),
         ({"reinforce.train.batch_size": 12}, "reinforce.train.batch_size is 12: 8 devices must divide it"),
-        ({"user.train.batch_size": 8, "user.train.accumulation": 2}, "user.train.batch_size is 8 in 2 micro-batches: 8"),
+        (
+            {"user.train.batch_size": 8, "user.train.accumulation": 2},
+            "user.train.batch_size is 8 in 2 micro-batches: 8",
+        ),
         ({"eval.answer_tokens": 128}, "eval.answer_tokens is 128: the model's context is 128 tokens"),
         ({"distill.answer_tokens": 10**6}, "distill.answer_tokens is 1000000: the model's context is 128"),
         (

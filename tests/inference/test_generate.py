@@ -188,6 +188,16 @@ def test_samples_follow_the_softmax(speaker):
         assert abs(said.count(chr(token)) / n - share) < 4.5 * np.sqrt(share * (1 - share) / n)
 
 
+def test_a_mesh_holds_a_cache_in_parts_from_the_first(speaker, compiles, monkeypatch):
+    """Made whole it would lie on one device, and be laid out by a program of its own."""
+    mesh, made = make_mesh(2, 2, 2), []
+    empty = module._empty
+    monkeypatch.setattr(module, "_empty", lambda *args, **sizes: made.append(empty(*args, **sizes)) or made[-1])
+    spread = dataclasses.replace(speaker, params=place(speaker.params, mesh))
+    generate(spread, ["xxx", "xxxx"], max_new_tokens=5, batch_size=8)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(made[0]["cache"])} == {8}
+
+
 def test_each_bucket_compiles_once(speaker, compiles):
     prompts = ["x" * n for n in (3, 5, 9, 20, 21, 22)]  # with <sep>: two of the buckets of 16
     for letter in "xxy":

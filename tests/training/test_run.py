@@ -182,6 +182,12 @@ def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick):
     assert all(one == counts[0] for one in counts)
 
 
+def test_a_new_cycle_compiles_nothing_on_a_mesh(tmp_path, tiny, rows, quick, compiles):
+    """Moments of 0 lie where the others lay; whole on each device they would be another program's."""
+    train(tiny, rows[:8], quick(steps=4, cycles=2, batch_size=8), tmp_path, mesh=make_mesh(1, 4, 2))
+    assert compiles.count("jit(train_step)") == stage_of(tmp_path)["compiles"] == 1
+
+
 def test_every_param_of_a_small_model_can_be_trained(tmp_path, tiny, rows, quick):
     saved, start = [], jax.tree.map(np.array, tiny.params)
     for _ in range(2):
