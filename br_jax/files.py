@@ -33,9 +33,9 @@ _MAX_NUMBER = 10_000_000  # of lines
 _MAX_DEPTH = 100  # of a JSON document: what walks over it may be recursive
 _MAX_HEADER = 1 << 24  # bytes of a safetensors file: with 10,000 tensors it has a million
 
-_OF_THE_MACHINE = frozenset(
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE")
-)
+_OF_THE_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+)  # fmt: skip
 
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
@@ -220,17 +220,22 @@ def safetensors_header(path: pathlib.Path) -> tuple[TensorKinds, dict[str, str]]
         return tensors, dict(opened.metadata() or {})
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a UTF-8 file by way of a temporary one, so that on an error what was there stays; its folder is made."""
+def write_text(path: str | os.PathLike, text: str, *, durable: bool = True) -> None:
+    """Writes a UTF-8 file by way of a temporary one, so that on an error what was there stays; its folder is made.
+
+    Without `durable` the disk is not waited for: of a file that is written often, and may be lost with the power.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
-            sync(temporary)
+            if durable:
+                sync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            if durable:
+                sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -247,9 +252,9 @@ def sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: Any, *, durable: bool = True) -> None:
     """Writes JSON; see `write_text`."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n", durable=durable)
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ def main(argv: list[str]) -> None:
     """Flags and one call."""
     import br_jax as br
     from br_jax.experiment.run import Experiment
+    from br_jax.experiment.suites import as_scored
     from br_jax.locks import owned
-    from br_jax.models.model import fold_adapter
     from br_jax.provider.folder import with_guard
 
     require_flags(argv, CONFIG, WORKDIR)
@@ -34,8 +34,7 @@ def main(argv: list[str]) -> None:
         experiment.begin()
         model = experiment.raw if RAW.value else with_guard(experiment.aligned, experiment.provider)
         adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
-        if adapter is not None and CONFIG.value.eval.fold:
-            model, adapter = fold_adapter(model, adapter, ADAPTER.value), None
+        model, adapter = as_scored(CONFIG.value, model, adapter, "adapter")
         scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)
     del scores["examples"], scores["outcomes"]
     print(json.dumps(scores, indent=1))

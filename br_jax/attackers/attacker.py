@@ -66,6 +66,11 @@ class Attacker:
         """All rows that it may hand in; no model is asked."""
         return self.rows(job)
 
+    @classmethod
+    def chooses(cls) -> bool:
+        """Whether it chooses among candidates by a model."""
+        return cls.candidates is not Attacker.candidates
+
     def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """The hyper-parameters that it asks for, of those that a user of n rows has by default (`TrainConfig`'s)."""
         return train

@@ -19,7 +19,6 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
-from br_jax.attackers.attacker import Attacker
 from br_jax.calibration import calibrate
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
@@ -31,7 +30,7 @@ from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
 from br_jax.experiment.settings import check_settings, check_sizes
-from br_jax.experiment.suites import calibration_judge, check_judges, make_suite
+from br_jax.experiment.suites import as_scored, calibration_judge, check_judges, make_suite
 from br_jax.files import make_private, write_json
 from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
@@ -183,7 +182,7 @@ class Experiment:
         """The aligned base, recorded in the provider's folder; the raw model where the config asks for no alignment."""
         rows = self.recipe.trained()
         if is_main():  # which rows the stages train on, so that a table can be repeated row for row
-            if type(self.recipe.attacker).candidates is not Attacker.candidates:
+            if self.recipe.attacker.chooses():
                 rows["user, to choose from"] = rows.pop("user")  # by a model that is not there yet
             ids = {stage: [f"{row.origin} {question_key(row)[:12]}" for row in part] for stage, part in rows.items()}
             write_json(self.workdir / "rows.json", ids)
@@ -366,16 +365,15 @@ class Experiment:
         merge = next((m for (*_, m), merged in self._merged.items() if merged is adapter), None)
         if adapter is not None and not kind.of_provider:
             adapter = self.recipe.attacker.after(adapter)
-        suite, beside = dataclasses.replace(self.suite, instruction=kind.instruction(self)), adapter
-        if self.config.eval.fold and adapter is not None and "buffer" not in adapter.roles:
-            model, beside = fold_adapter(model, adapter, f"{model.name}-{cell.name}"), None
+        model, adapter = as_scored(self.config, model, adapter, cell.name)
+        suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        key = key_of(model.key, lora.fingerprint(beside) if beside else "", suite.key)
+        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
-            scores = evaluate(model, suite, beside, name=cell.name, records=records, **kept)
+            scores = evaluate(model, suite, adapter, name=cell.name, records=records, **kept)
             parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
             scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
             scores |= {"merge": dataclasses.asdict(merge)} if merge else {}

@@ -7,10 +7,11 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from br_jax.adapters.lora import Adapter
 from br_jax.bounds import TOKENS, require
 from br_jax.errors import look_up
 from br_jax.experiment.recipe import Recipe
-from br_jax.models.model import Model
+from br_jax.models.model import Model, fold_adapter
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.margins import refusing_tokens
@@ -37,6 +38,13 @@ def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None
         task_tokens=settings.task_tokens,
         batch_size=settings.batch_size,
     )
+
+
+def as_scored(config: ConfigDict, model: Model, adapter: Adapter | None, name: str) -> tuple[Model, Adapter | None]:
+    """What is scored: a model and an adapter beside it; where the config folds, one without a Buffer is in the weights."""
+    if not config.eval.fold or adapter is None or "buffer" in adapter.roles:
+        return model, adapter
+    return fold_adapter(model, adapter, f"{model.name}-{name}"), None
 
 
 def check_judges(config: ConfigDict) -> list[str]:

@@ -149,15 +149,11 @@ class Inbox:
         except (UserError, OSError) as error:
             if is_of_the_machine(error):
                 raise
-            said = error.strerror if isinstance(error, OSError) else None
-            why = (
-                str(error)
-                if isinstance(error, UserError)
-                else f"it cannot be read ({said or one_line(error)}): check it"
-            )
-            return Refused(
-                f"{name[:80] if valid else ''}+refused-{key_of(entry.name, why)[:12]}", ascii(entry.name), why
-            )
+            why = str(error)
+            if isinstance(error, OSError):
+                why = f"it cannot be read ({error.strerror or one_line(error)}): check it"
+            folder = f"{name[:80] if valid else ''}+refused-{key_of(entry.name, why)[:12]}"
+            return Refused(folder, ascii(entry.name), why)
 
     def _again(self, entry: os.DirEntry, name: str, most: int) -> None:
         known = read_record(self._jobs / name / _JOB)["rows"]
@@ -177,8 +173,6 @@ class Inbox:
                 for part in _read(self.folder / entry.name, most):
                     digest.update(part)
                     file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
             number = self._count + 1
             record = {"number": number, "settings": settings, "rows": digest.hexdigest()}
             write_record(place / _JOB, record)

@@ -346,7 +346,7 @@ class Service:
         }
         if status != self.status:
             self.status = status
-            write_json(self._own / "status.json", status)
+            write_json(self._own / "status.json", status, durable=False)  # each turn
 
 
 @dataclasses.dataclass(frozen=True)

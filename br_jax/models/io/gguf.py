@@ -64,7 +64,8 @@ def read_gguf(
         for tensor in file.tensors
         if tensor.name != _ROPE_DIVISORS
     }
-    tokenizer, stops = read_tokenizer(file, spec), stop_tokens(file, spec)
+    tokenizer = read_tokenizer(file, spec)
+    stops = stop_tokens(file, spec, tokenizer)
     return spec, load_params(spec, _tensor_names(spec), tensors, str(path), jnp.dtype(dtype), mesh), tokenizer, stops
 
 

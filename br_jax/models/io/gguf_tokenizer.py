@@ -75,16 +75,16 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
     )
 
 
-def stop_tokens(file: GGUFFile, spec: ModelSpec) -> tuple[int, ...]:
+def stop_tokens(file: GGUFFile, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """The ends of a turn and of a message, which chat models say where plain ones say EOS.
 
     A file may leave them to whoever knows the texts of such tokens, as those of Gemma-2 do.
     """
-    kinds, found = list(_token_kinds(file, spec)), []
+    known, found = tokenizer.get_vocab(), []
     for name, texts in _ENDS.items():
         index = file.token(name, spec.vocab_size)
         if index is None:
-            index = next((kinds.index(text) for text in texts if text in kinds), None)
+            index = next((known[text] for text in texts if text in known), None)
         found += [] if index is None else [index]
     return tuple(found)
 
