@@ -41,7 +41,7 @@ def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None
 
 
 def as_scored(config: ConfigDict, model: Model, adapter: Adapter | None, name: str) -> tuple[Model, Adapter | None]:
-    """What is scored: a model and an adapter beside it; where the config folds, one without a Buffer is in the weights."""
+    """What is scored, a model and an adapter beside it: where the config folds, none but a Buffer stays beside."""
     if not config.eval.fold or adapter is None or "buffer" in adapter.roles:
         return model, adapter
     return fold_adapter(model, adapter, f"{model.name}-{name}"), None
