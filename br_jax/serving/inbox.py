@@ -9,6 +9,7 @@ import collections
 import hashlib
 import os
 import pathlib
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -80,6 +81,14 @@ class Inbox:
             rows = place.parent / _ROWS
             found.append(Accepted(place.parent.name, record["number"], record["settings"], rows, record["rows"]))
         return sorted(found, key=lambda job: job.number)
+
+    def forget(self, name: str) -> None:
+        """Deletes what a released job was made of: our copy of its rows, and the adapter that was trained on them.
+
+        What it was stays, so that the same file is not taken again.
+        """
+        (self._jobs / name / _ROWS).unlink(missing_ok=True)
+        shutil.rmtree(self._jobs / name / "user", ignore_errors=True)
 
     def scan(self, unfinished: Iterable[str] = ()) -> Iterator[Accepted | Refused]:
         """Looks for new files, and takes as many as the quotas leave room for; nothing is said of the same file twice.

@@ -327,6 +327,7 @@ class Service:
             said = read_json(card)
             figures = {kind: said["gate"][kind]["score"] for kind in ("answered", "over_refused", "degenerate")}
             self._tell(RELEASED, name, adapter=said["released"], merge=said["merge"], **figures)
+            self._inbox.forget(name)
         else:
             raise UserError(f"{self.outbox / name}: neither {HELD} nor a card is in it: take it away")
 

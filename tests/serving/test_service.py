@@ -18,6 +18,7 @@ from br_jax.errors import UserError
 from br_jax.locks import LOCK_FILE, owned, reserved
 from br_jax.pool.pool import Pool
 from br_jax.serving import service as module
+from br_jax.serving.inbox import Inbox
 from br_jax.serving.service import Service
 from br_jax.serving.table import Table
 
@@ -177,6 +178,24 @@ def test_what_the_gate_holds_back_does_not_leave(provider, policy, tmp_path, mon
     held = json.loads((tmp_path / "out/a/held.json").read_text())
     assert "harmful prompts are answered" in held["why"][0] and held["gate"]["answered"]["n"] == 2
     assert sorted(os.listdir(tmp_path / "out/a")) == ["held.json"]
+
+
+def test_a_released_job_leaves_no_rows_here_and_a_held_one_what_there_is_to_look_at(
+    provider, policy, tmp_path, monkeypatch
+):
+    put(tmp_path / "in", "a", rows_of(8), epochs=1)
+    put(tmp_path / "in", "long", [{"prompt": "x" * 600, "response": "y"}] * 2, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Inbox, "forget", lambda inbox, name: 1 / 0)  # killed between the log and this
+        with pytest.raises(ZeroDivisionError):
+            serve(provider, tmp_path, policy)
+    jobs = tmp_path / "out/.service/jobs"
+    assert (jobs / "a/rows.jsonl").exists() and (jobs / "a/user").exists()
+    status = serve(provider, tmp_path, policy)
+    assert (status["released"], status["held"]) == (1, 1)
+    assert os.listdir(jobs / "a") == ["job.json"] and (jobs / "long/rows.jsonl").exists()
+    assert serve(provider, tmp_path, policy)["released"] == 1  # the same file is no other job
+    assert told(tmp_path)["a"] == ["received", "trained", "released"]
 
 
 def test_an_adapter_that_looks_like_buffer_is_held_and_stops_nobody(provider, policy, tmp_path, monkeypatch):
