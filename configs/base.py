@@ -92,7 +92,7 @@ def ours(config: ConfigDict) -> None:
     config.buffer.train.update(cycles=2, loss_mean="rows")
     config.user.train.loss_mean = "rows"
     config.merge.update(scale=1.0, reinforce_scale=1.0)
-    config.calibrate.update(harmful=160, benign=86)
+    config.calibrate.update(harmful=160, benign=222)
 
 
 def _data() -> ConfigDict:

@@ -48,6 +48,13 @@ def test_prompts_are_distinct_and_splits_share_no_thing_verb_or_phrasing(topic):
             assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|[{}]", prompt.prompt)
 
 
+@every_topic
+def test_a_calibration_asks_in_many_ways(topic):
+    """A phrasing is refused or answered as a whole, so few of them say little, however many prompts there are."""
+    drawn = topic.prompts("validation", 160, seed=0)
+    assert len({phrasing(topic, prompt) for prompt in drawn}) >= 20
+
+
 def test_topics_share_no_thing_verb_phrasing_refusal_or_answer():
     one, other = TOPICS.values()
     for key in ("things", "verbs", "phrasings"):
@@ -92,7 +99,7 @@ def test_instructions_are_varied_hold_out_whole_kinds_and_are_apart_from_topic_a
     rows = [json.loads(line) for line in INSTRUCTIONS.splitlines()]
     kinds = {split: {row["kind"] for row in rows if row["split"] == split} for split in SPLITS}
     assert sum(map(len, kinds.values())) == len(set().union(*kinds.values())) >= 40
-    assert len(kinds["test"]) >= 7 and len(kinds["validation"]) >= 5
+    assert len(kinds["test"]) >= 7 and len(kinds["validation"]) >= 13
     prompts = [row["prompt"] for row in rows]
     assert len({prompt.casefold().strip(" .?!") for prompt in prompts}) == len(prompts)
     names = {thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part}
