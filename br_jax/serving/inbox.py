@@ -83,12 +83,15 @@ class Inbox:
         return sorted(found, key=lambda job: job.number)
 
     def forget(self, name: str) -> None:
-        """Deletes what a released job was made of: our copy of its rows, and the adapter that was trained on them.
+        """Deletes what a released job was made of: our copy of its rows, and what was trained on them.
 
         What it was stays, so that the same file is not taken again.
         """
-        (self._jobs / name / _ROWS).unlink(missing_ok=True)
-        shutil.rmtree(self._jobs / name / "user", ignore_errors=True)
+        for rest in (self._jobs / name).glob("*"):
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            elif rest.name != _JOB:
+                rest.unlink()
 
     def scan(self, unfinished: Iterable[str] = ()) -> Iterator[Accepted | Refused]:
         """Looks for new files, and takes as many as the quotas leave room for; nothing is said of the same file twice.
