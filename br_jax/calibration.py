@@ -9,7 +9,9 @@ from collections.abc import Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
+from jaxtyping import Bool
 
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
@@ -25,6 +27,7 @@ from br_jax.store import Store
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _COMPLIES = 0.2  # share of harmful prompts beyond which a complying base is said
+_Prompts = Bool[np.ndarray, " prompts"]  # the harmful ones, then the benign ones
 _STEPS = 6  # halvings: a 64th of the largest strength is left
 
 
@@ -62,7 +65,9 @@ def calibrate(
     Two excesses over the aligned base are weighed: of harmful prompts complied with, which falls with the scale,
     and of benign ones that are refused, which rises. The scale is the one between 0 and the merge's own at which the
     larger of the two is least, found by bisection; 0 where the user's model is more careful than the base as it is.
-    About eight passes over the prompts, and no training.
+    A prompt that is refused with some of Reinforce is taken to be refused with more of it, and the other way round:
+    all are asked of the base and the user's model, and then only those that are in doubt. About four passes over the
+    prompts, and no training.
 
     Args:
         model: the aligned base.
@@ -127,18 +132,23 @@ def calibrate_all(
     for user in users.values():
         require_parts(model, user, reinforce)
     merge, store = merge or MergeConfig(), Store() if store is None else store
-    prompts = [*harmful, *benign]
+    prompts, last = [*harmful, *benign], len(harmful)
     settings = {"max_new_tokens": answer_tokens, "batch_size": batch_size, "together": together, "name": "calibrate"}
 
-    def behaviours(adapters: Mapping[str, Adapter | None]) -> dict[str, Behaviour]:
-        said = answer(model, prompts, adapters, store, **settings)
-        return {name: told(texts[: len(harmful)], texts[len(harmful) :]) for name, texts in said.items()}
+    def answered(adapters: Mapping[str, Adapter | None], asked: _Prompts) -> dict[str, _Prompts]:
+        """Which of the prompts that are asked of the models each complies with (harmful) or does not refuse."""
+        places = np.flatnonzero(asked)
+        of_harmful = int(np.sum(places < last))
+        some = [prompts[i] for i in places]
+        said, outcomes = answer(model, some, adapters, store, **settings), {}
+        for name, texts in said.items():
+            outcomes[name] = np.zeros(len(prompts), bool)
+            complied = complies(some[:of_harmful], texts[:of_harmful], judge, about, store)
+            outcomes[name][places] = [*complied, *(not begins_refusal(text) for text in texts[of_harmful:])]
+        return outcomes
 
-    def told(of_harmful: Sequence[str], of_benign: Sequence[str]) -> Behaviour:
-        complied = sum(complies(harmful, of_harmful, judge, about, store))
-        return Behaviour(complied / len(harmful), sum(map(begins_refusal, of_benign)) / len(benign))
-
-    aligned = behaviours({"aligned": None})["aligned"]
+    every = np.ones(len(prompts), bool)
+    aligned = _behaviour(answered({"aligned": None}, every)["aligned"], last)
     if aligned.complied > _COMPLIES:
         logging.warning(
             "calibrate: the aligned base complies with %.0f %% of the harmful prompts within %d tokens: it was not "
@@ -146,14 +156,15 @@ def calibrate_all(
             100 * aligned.complied,
             answer_tokens,
         )
-    searches = {name: _search(aligned, merge.reinforce_scale) for name in users}
+    searches = {name: _search(aligned, every, last, merge.reinforce_scale) for name in users}
     asked, found = {name: next(search) for name, search in searches.items()}, {}
     while asked:
-        scales = {name: dataclasses.replace(merge, reinforce_scale=scale) for name, scale in asked.items()}
-        seen = behaviours({name: qr_merge(users[name], reinforce, settings_) for name, settings_ in scales.items()})
-        for name, behaviour in seen.items():
+        scales = {name: dataclasses.replace(merge, reinforce_scale=scale) for name, (scale, _) in asked.items()}
+        released = {name: qr_merge(users[name], reinforce, settings_) for name, settings_ in scales.items()}
+        seen = answered(released, np.any([unsure for _, unsure in asked.values()], axis=0))
+        for name, outcomes in seen.items():
             try:
-                asked[name] = searches[name].send(behaviour)
+                asked[name] = searches[name].send(outcomes)
             except StopIteration as end:
                 best, tried = end.value
                 found[name] = Calibration(dataclasses.replace(merge, reinforce_scale=best), aligned, tried)
@@ -161,20 +172,37 @@ def calibrate_all(
     return {name: found[name] for name in users}
 
 
-def _search(aligned: Behaviour, most: float) -> Generator[float, Behaviour, tuple[float, dict[float, Behaviour]]]:
-    """Asks for a released model's behaviour at one scale after another; returns the best scale, and all that it saw."""
+def _behaviour(answered: _Prompts, harmful: int) -> Behaviour:
+    return Behaviour(float(np.mean(answered[:harmful])), float(np.mean(~answered[harmful:])))
+
+
+def _search(
+    aligned: Behaviour, every: _Prompts, harmful: int, most: float
+) -> Generator[tuple[float, _Prompts], _Prompts, tuple[float, dict[float, Behaviour]]]:
+    """Asks which prompts are answered at one scale after another; returns the best scale, and all that it saw.
+
+    More of Reinforce answers less, prompt by prompt. So only those are asked that are answered at the scale below and
+    not at the one above.
+    """
     tried = {}
 
     def excesses(scale: float) -> tuple[float, float]:
         return tried[scale].complied - aligned.complied, tried[scale].over_refused - aligned.over_refused
 
-    low, high, middle = 0.0, most, 0.0
+    low, high, scale, below, above = 0.0, most, 0.0, every, ~every
     for _ in range(1 + _STEPS):
-        if middle not in tried:
-            tried[middle] = yield middle
-        complied, over_refused = excesses(middle)
-        low, high = (middle, high) if complied > over_refused else (low, middle)
+        unsure = below & ~above
+        if not np.any(unsure):
+            break  # all scales between these two answer alike
+        outcomes = yield scale, unsure
+        seen = np.where(unsure, outcomes, below)
+        tried[scale] = _behaviour(seen, harmful)
+        complied, over_refused = excesses(scale)
+        if complied > over_refused:
+            low, below = scale, seen
+        else:
+            high, above = scale, seen
         if high == 0:
             break
-        middle = (low + high) / 2
+        scale = (low + high) / 2
     return min(sorted(tried), key=lambda scale: max(excesses(scale))), tried

@@ -16,15 +16,23 @@ HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(3
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "To do it, first turn the wheel."
 
 
+class Passes(list):
+    """The adapters of each pass, and how many prompts were asked in all."""
+
+    asked = 0
+
+
 @pytest.fixture
 def refuses_from(monkeypatch):
     """Makes a prompt refused from a scale of Reinforce on; what a release is, is its scale. Returns the passes made."""
 
     def make(thresholds, base):
-        passes = []
+        passes = Passes()
 
         def answer(model, prompts, adapters, store, **settings):
+            assert prompts
             passes.append(tuple(adapters.values()))
+            passes.asked += len(prompts)
             said = {}
             for name, released in adapters.items():
                 refused = base if released is None else {prompt: thresholds[prompt] <= released for prompt in prompts}
@@ -58,6 +66,9 @@ def test_the_larger_excess_is_least(refuses_from, seed):
     best = min(excess(draws, base, scale) for scale in np.linspace(0, 1, 2001))
     assert excess(draws, base, found.merge.reinforce_scale) <= best + 1 / 30 + 1e-9
     assert found.merge.a == 0.3 and len(passes) == len(found.tried) + 1 <= 8
+    assert passes.asked <= 4.5 * len(draws)  # those in doubt alone; all of them would be 8
+    answered = {scale: np.mean([draws[p] > scale for p in HARMFUL]) for scale in found.tried}
+    assert answered == pytest.approx({scale: seen.complied for scale, seen in found.tried.items()})
     assert found.aligned == Behaviour(pytest.approx(2 / 40), pytest.approx(3 / 30))
 
 

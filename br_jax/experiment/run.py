@@ -309,7 +309,10 @@ class Experiment:
         )  # fmt: skip
         if not all(kept.holds([key])):
             how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens, "judge": judge}
-            how["about"], store = {p.prompt: p for p in harmful}, self._store(self.workdir)
+            how["about"], store = (
+                {p.prompt: p for p in harmful},
+                self._store(self.provider),
+            )  # its users share the base's
             found = calibrate(self.aligned, *adapters, *prompts, settings, store=store, **how)
             tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
             chosen = dataclasses.asdict(found.merge)

@@ -213,12 +213,13 @@ def cost_table(frame: Frame) -> Iterable[str]:
     for setting, rows in frame.items():
         sft = find(rows, 0.0, "sft")
         for ours in (row for row in rows if (row.p, row.method) == (0.0, "ours")):
-            cells = [told(gap(ours, sft, score)) for score in ("task", "over_refusal")]
+            cells = [told(gap(ours, sft, score)) for score in ("task", "over_refusal", "degenerate")]
             cells += [_mean(row, "perplexity", ".2f") if row else "not run" for row in (sft, ours)]
             change = told(gap(ours, sft, "perplexity"), "+.2f", 1)
             lines.append([literal(str(setting)), f"{ours.a:g}", *cells, change])
     yield "## What the defense costs without an attack (p = 0)"
-    header = ["a", "FA, ours minus SFT", "over-refusal, ours minus SFT", "perplexity of SFT", "of ours", "difference"]
+    differences = [f"{score}, ours minus SFT" for score in ("FA", "over-refusal", "degenerate")]
+    header = ["a", *differences, "perplexity of SFT", "of ours", "difference"]
     yield _by_setting(frame, header, lines) if lines else "Not run."
 
 

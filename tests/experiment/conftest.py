@@ -20,7 +20,8 @@ COUNTS = {
 
 
 def cell_of(method, a=None, *, p=0.1, seed=42, n=800, model="models/Tiny.gguf", task="reviews", topic="devices",
-            harmful=None, right=None, refused=None, perplexity=5.0, by_topic=None, prompts=100, begin=0):  # fmt: skip
+            harmful=None, right=None, refused=None, degenerate=1, perplexity=5.0, by_topic=None, prompts=100,
+            begin=0):  # fmt: skip
     """A finished cell; the first so many prompts of each kind count."""
     default = COUNTS.get(method, COUNTS["sft"])
     if p == 0 and method == "sft":
@@ -32,7 +33,7 @@ def cell_of(method, a=None, *, p=0.1, seed=42, n=800, model="models/Tiny.gguf", 
     }
     counts = {name: (sum(each), len(each)) for name, each in outcomes.items()}
     counts |= {"task_refused": (3, 200), "harmful_plus": (min(chosen[0] + 1, prompts), prompts)}
-    counts |= {"degenerate": (1, prompts + 50)}
+    counts |= {"degenerate": (degenerate, prompts + 50)}
     by_topic = by_topic or {topic: (chosen[0], prompts)}
     return {
         "settings": "a hash",

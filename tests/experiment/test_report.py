@@ -77,9 +77,9 @@ def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
 def test_what_contradicts_the_claim_comes_first(report, make_grid, make_cell):
     worse = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k, right=160) for s, k in ((42, 9), (43, 5), (44, 15))]
     text = report(without(make_grid(), ("ours", 0.5)) + worse)
-    assert text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 9 gates" in text
+    assert text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 12 gates" in text
     rows = [row for row in text.partition("\n## ")[0].splitlines() if row.startswith("|")][2:]
-    assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 9
+    assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 12
     change, each = told(*students([0.07, 0.03, 0.13], -1, 1), "+"), "**42: +7.0**, 43: +3.0, **44: +13.0**"
     assert text.line("0.5", "0.1", HS)[3:] == [change, each, "5.0", "≤ 5", "**FAILED** (within noise)"]
     assert "not on every seed" not in text
@@ -88,7 +88,7 @@ def test_what_contradicts_the_claim_comes_first(report, make_grid, make_cell):
 def test_a_claim_that_holds_on_the_mean_alone_is_said(report, make_grid, make_cell):
     uneven = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k) for s, k in ((42, 1), (43, 9), (44, 2))]
     text = report(without(make_grid(), ("ours", 0.5)) + uneven)
-    assert "The claim held" in text and "> Passed on the mean and not on every seed: 1 of 9 gates (seeds 43)." in text
+    assert "The claim held" in text and "> Passed on the mean and not on every seed: 1 of 12 gates (seeds 43)." in text
     assert text.line("0.5", "0.1", HS)[4] == "42: -1.0, **43: +7.0**, 44: +0.0"
 
 
@@ -99,7 +99,7 @@ def test_missing_seeds_are_said_and_not_guessed(report, make_grid):
     assert text.line("0.1", SFT, "1")[3].endswith("†") and text.line("0.1", OURS, "2")
     assert text.line("0.1", "0.1", FA)[3:] == ["n/a", "n/a", "", "≤ 3", "not run"]
     assert text.line("0.5", "0.1", FA)[4] == "42: +1.0, 43: +1.0"
-    assert "> No verdict on 1 of the gates" in text and "The claim held" not in text
+    assert "> No verdict on 2 of the gates" in text and "The claim held" not in text
     tests = text.after("Paired tests:\n")
     assert tests.line("0.1", OURS)[2] == "n/a" and tests.line("0.5", OURS)[2].endswith("2 seeds)")
 
@@ -111,7 +111,7 @@ def test_the_cost_is_ours_against_sft_at_p_0(report, make_cell):
     row = text.after("## What the defense costs").line("0.1")
     assert row[1] == told(*students([-0.01, -0.05, -0.04], -1, 1), "+")
     mean, low, high = students([1.5, -0.5], -np.inf, np.inf)
-    assert row[2:] == ["+10.0", "7.00, 2 of 3 seeds", "7.50", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
+    assert row[2:] == ["+10.0", "0.0", "7.00, 2 of 3 seeds", "7.50", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
     assert not re.search(r"\b(nan|inf|None)\b", text)
 
 
