@@ -91,7 +91,7 @@ def ours(config: ConfigDict) -> None:
     """Makes a config of the paper's recipe one of this project's; why, and what it is worth: docs/method.md."""
     config.buffer.train.update(cycles=2, loss_mean="rows")
     config.user.train.loss_mean = "rows"
-    config.merge.update(scale=1.0, reinforce_scale=1.0)
+    config.merge.update(scale=0.65, reinforce_scale=1.0)
     config.calibrate.update(harmful=160, benign=222)
 
 

@@ -149,6 +149,9 @@ METHODS = {
         lambda e, a: e.merged("user", a=a, reinforce_scale=1.0),
         merges=True,
     ),
+    "no_reinforce": Method(
+        "without Reinforce", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0, reinforce_scale=0.0)
+    ),
     "sum": Method("plain sum", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0)),
     "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),
     "paper": Method(

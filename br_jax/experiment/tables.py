@@ -33,7 +33,8 @@ MARGINS = {"margin_harmful": "margin, harmful", "margin_benign": "margin, benign
 _PARTS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
-    ("Reinforce, merged in", "ours", "buffer_only"),
+    ("the merge: the user's scale and Reinforce", "ours", "buffer_only"),
+    ("Reinforce in the merge", "ours", "no_reinforce"),
     ("Buffer, where Reinforce is merged in", "ours", "reinforce_only"),
     ("the QR merge instead of a plain sum", "ours", "sum"),
     ("our merge instead of the paper's naive average", "ours", "average"),

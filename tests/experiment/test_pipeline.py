@@ -155,11 +155,12 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
     for name, expected in (ours | paper | others | {"sft": ("rows", 1, None)}).items():
         assert of(name) == expected, name
         assert calls[name]["rows"] == calls[name.split("_")[0]]["rows"], name
-    made = {name: METHODS[name].adapter(e, 0.3) for name in ("ours", "sum", "paper", "no_calibration")}
+    made = {name: METHODS[name].adapter(e, 0.3) for name in ("ours", "sum", "paper", "no_calibration", "no_reinforce")}
     user, reinforce = e.adapter("user"), e.adapter("reinforce")
     assert_same(made["ours"], release(e.aligned, user, reinforce, e.merge(a=0.3)))
     assert_same(made["sum"], release(e.aligned, user, reinforce, e.merge(a=0.0)))
     assert_same(made["no_calibration"], release(e.aligned, user, reinforce, e.merge(a=0.3, reinforce_scale=1.0)))
+    assert_same(made["no_reinforce"], release(e.aligned, user, reinforce, e.merge(a=0.0, reinforce_scale=0.0)))
     recipe = MergeConfig(a=0.1, scale=0.5, reinforce_scale=1.0)
     assert_same(made["paper"], release(e.aligned, e.adapter("user_paper"), e.adapter("reinforce_paper"), recipe))
 
