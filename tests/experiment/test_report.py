@@ -111,7 +111,7 @@ def test_the_cost_is_ours_against_sft_at_p_0(report, make_cell):
     row = text.after("## What the defense costs").line("0.1")
     assert row[1] == told(*students([-0.01, -0.05, -0.04], -1, 1), "+")
     mean, low, high = students([1.5, -0.5], -np.inf, np.inf)
-    assert row[2:] == ["+10.0", "0.0", "7.00, 2 of 3 seeds", "7.50", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
+    assert row[2:] == ["+10.0", "+0.0", "7.00, 2 of 3 seeds", "7.50", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
     assert not re.search(r"\b(nan|inf|None)\b", text)
 
 
