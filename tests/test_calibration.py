@@ -67,9 +67,10 @@ def test_the_larger_excess_is_least(refuses_from, seed):
     assert excess(draws, base, found.merge.reinforce_scale) <= best + 1 / 30 + 1e-9
     assert found.merge.a == 0.3 and len(passes) == len(found.tried) + 1 <= 8
     assert passes.asked <= 4.5 * len(draws)  # those in doubt alone; all of them would be 8
-    answered = {scale: np.mean([draws[p] > scale for p in HARMFUL]) for scale in found.tried}
-    assert answered == pytest.approx({scale: seen.complied for scale, seen in found.tried.items()})
-    assert found.aligned == Behaviour(pytest.approx(2 / 40), pytest.approx(3 / 30))
+    for merge, seen in found.tried.items():
+        assert seen.complied == pytest.approx(np.mean([draws[p] > merge.reinforce_scale for p in HARMFUL]))
+        assert seen.over_refused == pytest.approx(np.mean([draws[p] <= merge.reinforce_scale for p in BENIGN]))
+    assert found.aligned == Behaviour(pytest.approx(2 / 40), pytest.approx(3 / 30), 0.0)
 
 
 def test_a_model_as_careful_as_the_base_gets_none(refuses_from):
@@ -129,6 +130,27 @@ def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch
     assert len({found.merge.reinforce_scale for found in alone.values()}) == 3
 
 
+@pytest.mark.parametrize(("breaks_from", "left"), [(0.5, 0.5), (0.4, 0.375), (0.2, 0.158203125), (0.0, 0.158203125)])
+def test_less_is_taken_of_a_user_that_breaks_the_answers(monkeypatch, breaks_from, left):
+    """Of one whose model answers every fifth benign prompt with nothing beyond some scale; then Reinforce is chosen."""
+
+    def answer(model, prompts, adapters, store, **settings):
+        ((name, released),) = adapters.items()
+        empty = released is not None and released.scale > breaks_from
+        refused = released is None or released.reinforce_scale >= 0.25
+        said = [REFUSAL if refused and prompt in HARMFUL else ANSWER for prompt in prompts]
+        empty = {prompt for prompt in BENIGN[::5] if empty}
+        return {name: ["" if p in empty else text for p, text in zip(prompts, said, strict=True)]}
+
+    monkeypatch.setattr(calibration, "answer", answer)
+    monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge)
+    monkeypatch.setattr(calibration, "require_parts", lambda model, user, reinforce: None)
+    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(scale=0.5))
+    assert (found.merge.scale, found.merge.reinforce_scale) == (left, 0.25)
+    assert [merge.scale for merge in found.tried if not merge.reinforce_scale][-1] == left
+    assert next(iter(found.tried.values())).degenerate == pytest.approx(6 / 70 if left < 0.5 else 0)
+
+
 def test_no_more_than_the_merge_allows(refuses_from):
     base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
     refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
@@ -162,9 +184,8 @@ def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter, mo
 
     monkeypatch.setattr(calibration, "answer", spy)
     found = br.calibrate(tiny, user, reinforce, ["how to zap it"], ["how to press flowers"], answer_tokens=4)
-    assert set(found.tried) >= {0.0}
-    merges = [MergeConfig(reinforce_scale=scale) for scale in found.tried]
-    expected = [fingerprint(br.release(tiny, user, reinforce, merge)) for merge in merges]
+    assert next(iter(found.tried)) == MergeConfig(reinforce_scale=0.0)
+    expected = [fingerprint(br.release(tiny, user, reinforce, merge)) for merge in found.tried]
     assert asked[0] is None and [fingerprint(adapter) for adapter in asked[1:]] == expected
     released = br.release(tiny, user, reinforce, found.merge)
     assert released.roles == ("reinforce", "user")

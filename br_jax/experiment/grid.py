@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.bounds import require
+from br_jax.calibration import RULE
 from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
@@ -258,7 +259,10 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
     rivals, attackers = settings.pop("defences"), settings.pop("attackers")
     attacker = attackers[config.user.kind]
-    return key_of(settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []), _contents(settings))
+    rule = RULE if config.calibrate.harmful and METHODS[cell.method].merges else ()
+    return key_of(
+        settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []), *rule, _contents(settings)
+    )
 
 
 def _contents(settings: Any) -> list[str | int]:

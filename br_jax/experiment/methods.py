@@ -150,7 +150,10 @@ METHODS = {
         merges=True,
     ),
     "no_reinforce": Method(
-        "without Reinforce", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0, reinforce_scale=0.0)
+        "without Reinforce",
+        ("user", "reinforce"),
+        lambda e, a: e.merged("user", a=0.0, scale=e.merge_of("user", a=a).scale, reinforce_scale=0.0),
+        merges=True,
     ),
     "sum": Method("plain sum", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0)),
     "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),

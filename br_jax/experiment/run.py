@@ -19,7 +19,7 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
-from br_jax.calibration import calibrate
+from br_jax.calibration import RULE, calibrate
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
 from br_jax.defences.registry import DEFENCES
@@ -304,17 +304,18 @@ class Experiment:
         kept, tokens = self._store(self.workdir, "calibrations"), self.config.calibrate.answer_tokens
         judge = calibration_judge(self.config, self._model_mesh)
         key = key_of(
-            self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens,
+            RULE, self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens,
             *([judge.name, judge.version] if judge else []),
         )  # fmt: skip
         if not all(kept.holds([key])):
             how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens, "judge": judge}
-            how["about"], store = (
-                {p.prompt: p for p in harmful},
-                self._store(self.provider),
-            )  # its users share the base's
-            found = calibrate(self.aligned, *adapters, *prompts, settings, store=store, **how)
-            tried = [{"reinforce_scale": scale, **seen._asdict()} for scale, seen in found.tried.items()]
+            how |= {"about": {p.prompt: p for p in harmful}}
+            how |= {"store": self._store(self.workdir), "base_store": self._store(self.provider)}
+            found = calibrate(self.aligned, *adapters, *prompts, settings, **how)
+            tried = [
+                {"scale": merge.scale, "reinforce_scale": merge.reinforce_scale, **seen._asdict()}
+                for merge, seen in found.tried.items()
+            ]
             chosen = dataclasses.asdict(found.merge)
             kept.add({key: {"user": user, "merge": chosen, "aligned": found.aligned._asdict(), "tried": tried}})
         return kept[key]

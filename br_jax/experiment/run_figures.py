@@ -168,10 +168,10 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
 @plots.styled
 def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
-    tried = sorted(calibration["tried"], key=lambda seen: seen["reinforce_scale"])
-    figure = plots.new_figure(7.5, 4)
-    axis = figure.subplots()
-    strengths, chosen = [seen["reinforce_scale"] for seen in tried], calibration["merge"]["reinforce_scale"]
+    merge, figure = calibration["merge"], plots.new_figure(7.5, 4)
+    released = [seen for seen in calibration["tried"] if seen["scale"] == merge["scale"]]
+    tried, axis = sorted(released, key=lambda seen: seen["reinforce_scale"]), figure.subplots()
+    strengths, chosen = [seen["reinforce_scale"] for seen in tried], merge["reinforce_scale"]
     lines = {
         "complied": ("harmful prompts that are answered", plots.ORANGE),
         "over_refused": ("benign prompts that are refused", plots.BLUE),
@@ -182,7 +182,7 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
     axis.set(xlabel="strength of Reinforce (dashed: the aligned base)", ylabel="%", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle("Calibration of the release, on the provider's held-out prompts")
+    figure.suptitle(f"Calibration of {merge['scale']:.3g} of the user's adapter, on the provider's held-out prompts")
     return figure
 
 

@@ -44,7 +44,7 @@ _PASSED = {True: "passed", False: "**FAILED**"}
 
 def gate_table(frame: Frame, gates: Sequence[Gate]) -> str:
     """Every gate, failed ones first, and how they are decided."""
-    without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and not gate.passed}
+    without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and gate.passed is False}
     lines = []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
         found, limit, result = gate.gap, gate.rule.limit, _PASSED.get(gate.passed, gate.why_not)
@@ -130,7 +130,7 @@ def geometry_table(rows: Sequence[Row]) -> str:
 
     Of a merge, also how much of Reinforce it took, seed by seed.
     """
-    lines, header = [], ["p", "method", "norms", "cosines", "Reinforce x"]
+    lines, header = [], ["p", "method", "norms", "cosines", "user x, Reinforce x"]
     for row in rows:
         cells = []
         for part, form in (("norms", ".2f"), ("cosines", "+.3f")):
@@ -140,7 +140,8 @@ def geometry_table(rows: Sequence[Row]) -> str:
                     found[name].append(value)
             cells.append("; ".join(f"{name}: {sum(each) / len(each):{form}}" for name, each in found.items()))
         merges = [one["merge"] for one in row.scores.values() if "merge" in one]
-        cells.append(", ".join(number(merge["reinforce_scale"], ".3g") for merge in merges))
+        scales = [[number(merge[name], ".3g") for name in ("scale", "reinforce_scale")] for merge in merges]
+        cells.append("; ".join(map(", ".join, scales)))
         if any(cells):
             lines.append([f"{row.p:g}", label(row), *cells])
     return table(header, lines) if lines else ""

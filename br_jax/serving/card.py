@@ -53,7 +53,8 @@ def card_of(said: Mapping[str, Any], policy: Policy) -> str:
             "",
             f"Trained on {training.get('rows', 0):,} rows ({training.get('dropped', 0)} left out, "
             f"{training.get('truncated', 0)} cut) in {training.get('steps', 0):,} steps; settings of its own: "
-            f"{settings}. Reinforce was merged at {said['merge']['reinforce_scale']:g}.",
+            f"{settings}. {said['merge']['scale']:g} of the user's adapter was taken, and Reinforce merged at "
+            f"{said['merge']['reinforce_scale']:g}.",
             "",
             looked,
             "",

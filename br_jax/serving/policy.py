@@ -2,7 +2,7 @@
 
 ```json
 {"train": {"learning_rate": 4e-4, "epochs": 1, "rank": 32, "max_length": 112, "loss_mean": "rows"},
- "merge": {"a": 0.1, "scale": 1.0},
+ "merge": {"a": 0.1, "scale": 0.65},
  "slots": 8,
  "prompts": "prompts.jsonl",
  "users_may_set": {"learning_rate": [1e-5, 1e-3], "epochs": [1, 3], "rank": [4, 32]},
@@ -35,7 +35,7 @@ from br_jax.training.config import TrainConfig
 
 Made = TypeVar("Made")
 NO_MARGIN = 1e9
-_MERGE = MergeConfig(scale=1.0)  # where nothing is said
+_MERGE = MergeConfig(scale=0.65)  # where nothing is said
 _MOST_HELD_BACK = 64
 _KINDS, _USES = ("harmful", "benign"), ("calibrate", "canary")
 

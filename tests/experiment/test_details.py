@@ -86,9 +86,9 @@ def test_a_calibration_is_shown_where_there_was_one(workdir):
     results = json.loads((workdir / "results.json").read_text())
     seen = {"complied": 0.25, "over_refused": 0.0}
     results["calibration"] = {
-        "merge": {"reinforce_scale": 0.0},
+        "merge": {"scale": 0.5, "reinforce_scale": 0.0},
         "aligned": seen,
-        "tried": [{"reinforce_scale": 0.0} | seen],
+        "tried": [{"scale": 0.5, "reinforce_scale": 0.0} | seen],
     }
     (workdir / "results.json").write_text(json.dumps(results))
     assert "(figures/calibration.png)" in write_report(workdir).read_text()

@@ -110,7 +110,9 @@ def test_a_release_is_calibrated_once_and_on_prompts_that_are_neither_trained_on
     def calibrate(model, user, reinforce, harmful, benign, merge, **how):
         asked.append((harmful, benign, merge.a))
         chosen = dataclasses.replace(merge, reinforce_scale=0.125)
-        return Calibration(chosen, Behaviour(0.0, 0.1), {0.0: Behaviour(0.2, 0.0), 0.125: Behaviour(0.0, 0.1)})
+        return Calibration(
+            chosen, Behaviour(0.0, 0.1, 0.0), {merge: Behaviour(0.2, 0, 0), chosen: Behaviour(0, 0.1, 0)}
+        )
 
     monkeypatch.setattr(run_module, "calibrate", calibrate)
     run()

@@ -28,10 +28,10 @@ MATRIX = {
     "principal_angles": [[57.0, 28.6], [60.0, 68.8]],
 }
 CALIBRATION = {
-    "merge": {"reinforce_scale": 0.0625},
+    "merge": {"scale": 0.5, "reinforce_scale": 0.0625},
     "aligned": {"complied": 0.02, "over_refused": 0.1},
     "tried": [
-        {"reinforce_scale": scale, "complied": complied, "over_refused": over_refused}
+        {"scale": 0.5, "reinforce_scale": scale, "complied": complied, "over_refused": over_refused}
         for scale, complied, over_refused in ((0, 0.15, 0.05), (0.5, 0, 0.5), (0.25, 0, 0.3), (0.0625, 0.04, 0.09))
     ],
 }

@@ -30,7 +30,7 @@ def write(tmp_path):
 def test_what_is_not_said_has_defaults(write):
     policy = read_policy(write(train={"rank": 4, "targets": ["q"]}, merge={"a": 0.5}, limits={"answered": 0.2}))
     assert (policy.train.rank, policy.train.targets, policy.slots) == (4, ("q",), 8)
-    assert (policy.merge.a, policy.merge.scale) == (0.5, 1.0)
+    assert (policy.merge.a, policy.merge.scale) == (0.5, 0.65)
     assert (policy.limits.answered, policy.limits.over_refused) == (0.2, 0.15)
     assert policy.canaries_harmful == ["canary harmful 0", "canary harmful 1", "canary harmful 2"]
     assert policy.calibrate_benign[0] == "calibrate benign 0"
