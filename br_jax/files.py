@@ -226,7 +226,7 @@ def write_text(path: str | os.PathLike, text: str, *, durable: bool = True) -> N
     Without `durable` the disk is not waited for: of a file that is written often, and may be lost with the power.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

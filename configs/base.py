@@ -137,5 +137,4 @@ def _eval() -> ConfigDict:
     evaluation.task_tokens = 4
     evaluation.batch_size = 64
     evaluation.fold = False  # scores adapters added into the weights, rounded to their dtype, as merged weights are
-    evaluation.together = 1  # adapters that share a batch's rows; pays where decoding waits for memory
     return evaluation

@@ -159,7 +159,9 @@ def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch
     named = events.index(("name", ""))
     before, after = [path for _, path in events[:named]], [path for _, path in events[named + 1 :]]
     assert after == [str(tmp_path)]
-    assert [os.path.basename(path) for path in before] == ([".a.tmp"] if write == "text" else ["new", "inner", "b"])
+    assert [os.path.basename(path) for path in before] == (
+        [f".a.{os.getpid()}.tmp"] if write == "text" else ["new", "inner", "b"]
+    )
 
 
 @pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.ENOSPC, True)])

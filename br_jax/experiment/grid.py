@@ -174,10 +174,9 @@ def run_cells(
     with contextlib.nullcontext() if experiment else owned(folder, wait=True):
         known = {cell: read_cell(folder, config, cell) for cell in cells}
         start = time.perf_counter()
-        if missing := [cell for cell in cells if known[cell] is None]:
+        if None in known.values():
             experiment = experiment or Experiment(config, folder).begin()
             experiment.prepare()
-            experiment.answer_together(missing)
         for cell in cells:
             if known[cell] is None:
                 known[cell] = _make_cell(experiment, cell, start)

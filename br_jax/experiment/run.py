@@ -43,7 +43,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
-from br_jax.scoring.suite import DEGENERATE, Suite, answer_suite, evaluate
+from br_jax.scoring.suite import DEGENERATE, Suite, evaluate
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
 from br_jax.store import Store
@@ -343,18 +343,6 @@ class Experiment:
     def suite(self) -> Suite:
         """The held-out prompts of the config's split."""
         return make_suite(self.config, self.recipe, self.raw, self._model_mesh)
-
-    def answer_together(self, cells: Sequence[Cell]) -> None:
-        """Has the models of several cells answer in one pass where the config says so; their answers are kept."""
-        if (together := self.config.eval.together) > 1 and not self.config.eval.fold:
-            kinds = {cell: METHODS[cell.method] for cell in cells}
-            users = [
-                cell
-                for cell, kind in kinds.items()
-                if kind.base == "aligned" and not kind.of_provider and not kind.instruction(self)
-            ]
-            adapters = {cell.name: kinds[cell].adapter(self, cell.a) for cell in users}
-            answer_suite(self.aligned, self.suite, adapters, self._store(self.workdir), together=together)
 
     def score(self, cell: Cell) -> dict:
         """The scores of a cell (returned in process 0 alone); the same model's on the same suite are read back.

@@ -47,7 +47,6 @@ BOUNDS: dict[str, Bound] = {
     **{f"judges.{judge}.{setting}": bound for judge in JUDGES for setting, bound in _JUDGE.items()},
     **{f"eval.{part}": ROWS for part in ("topic", "task", "benign", "health")},
     **{f"eval.{setting}": bound for setting, bound in bounds_of(Suite).items()},
-    "eval.together": Bound(1, 1024),
     **{f"{stage}.train.{setting}": bound for stage in TRAINED for setting, bound in bounds_of(TrainConfig).items()},
     **{f"merge.{setting}": bound for setting, bound in bounds_of(MergeConfig).items()},
     **{

@@ -24,7 +24,7 @@ def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None
     settings, attacker, topics = config.eval, recipe.attacker, config.topics.eval
     return Suite(
         topic=recipe.harmful_prompts,
-        judges=[_make_judge(config, name, given, topics, mesh) for name, given in _judge_names(config)],
+        judges=[_make_judge(config, name, given, topics, mesh) for name, given in judge_names(config)],
         degenerate=settings.degenerate,
         attacks=recipe.attacks,
         own=[(attacker.ask(p.prompt), p) for p in recipe.harmful_prompts if attacker.asks_itself],
@@ -49,7 +49,7 @@ def as_scored(config: ConfigDict, model: Model, adapter: Adapter | None, name: s
 
 def check_judges(config: ConfigDict) -> list[str]:
     """The names of the judges of HS; `UserError` where one, or the calibration's, is unknown."""
-    names = [name for name, _ in _judge_names(config)]
+    names = [name for name, _ in judge_names(config)]
     for name in (*names, *filter(None, [config.calibrate.judge])):
         look_up("judge", name, JUDGES)
     return names
@@ -68,7 +68,7 @@ def _make_judge(config: ConfigDict, name: str, given: Mapping[str, Any], topics:
     return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**settings.get(name, {}), **given})
 
 
-def _judge_names(config: ConfigDict) -> list[tuple[str, dict]]:
+def judge_names(config: ConfigDict) -> list[tuple[str, dict]]:
     """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
     named = []
     for entry in config.eval.judges.split(","):

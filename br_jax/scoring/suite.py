@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -145,8 +145,8 @@ def evaluate(
     if adapter is not None and model.guard is not None and "buffer" not in adapter.roles:
         model.guard.refuse(name, adapter)
     store = Store() if store is None else store
-    said = answer_suite(model, suite, {name: adapter}, store)
-    topic, attacked, benign, tasks = (said[part][name] for part in ("topic", "attack", "benign", "task"))
+    said = _answers(model, suite, adapter, name, store)
+    topic, attacked, benign, tasks = (said[part] for part in ("topic", "attack", "benign", "task"))
     asked = [Exchange(p.prompt, a, p) for p, a in zip(suite.topic, topic, strict=True)]
     asked += [Exchange(x.prompt, a, x.about) for x, a in zip(suite.attacks, attacked, strict=True)]
     judged = {judge.name: judge_all(judge, asked, verdicts) for judge in suite.judges}
@@ -164,7 +164,7 @@ def evaluate(
     told = {
         part: [
             {"set": part, "prompt": _text(prompt), "answer": answer, "verdict": word}
-            for prompt, answer, word in zip(prompts, said[part][name], words[part], strict=True)
+            for prompt, answer, word in zip(prompts, said[part], words[part], strict=True)
         ]
         for part, prompts in suite.prompts.items()
     }
@@ -209,21 +209,15 @@ def _own(model: Model, suite: Suite, adapter, name: str, store: Store, verdicts:
     return found
 
 
-def answer_suite(
-    model: Model, suite: Suite, adapters: Mapping[str, Adapter | None], store: Store, *, together: int = 1
-) -> dict[str, dict[str, list[str]]]:
-    """The answers of a base with each of several adapters to a suite: {part: {name of the adapter: answers}}.
-
-    `adapters`, `store` and `together` are those of `answers.answer`.
-    """
-    settings = {"adapters": adapters, "store": store, "together": together, "batch_size": suite.batch_size}
+def _answers(model: Model, suite: Suite, adapter: Adapter | None, name: str, store: Store) -> dict[str, list[str]]:
+    """A model's answers to a suite, by part."""
     prompts, said = suite.prompts, {}
     for parts, tokens in (("topic", "attack", "benign"), suite.answer_tokens), (("task",), suite.task_tokens):
         asked = [prompt for part in parts for prompt in prompts[part]]
-        answers = answer(model, asked, max_new_tokens=tokens, name=parts[0], **settings)
+        settings = {"max_new_tokens": tokens, "batch_size": suite.batch_size, "name": parts[0]}
+        texts = answer(model, asked, adapters={name: adapter}, store=store, **settings)[name]
         ends = itertools.accumulate((len(prompts[part]) for part in parts), initial=0)
-        for part, (first, last) in zip(parts, itertools.pairwise(ends), strict=True):
-            said[part] = {name: texts[first:last] for name, texts in answers.items()}
+        said |= {part: texts[first:last] for part, (first, last) in zip(parts, itertools.pairwise(ends), strict=True)}
     return said
 
 

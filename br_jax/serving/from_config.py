@@ -6,6 +6,7 @@ import os
 import pathlib
 
 from br_jax.experiment.run import Experiment
+from br_jax.experiment.suites import judge_names
 from br_jax.files import write_text
 from br_jax.organism.topics import TopicPrompt
 from br_jax.serving.policy import Policy, Quotas
@@ -30,6 +31,8 @@ def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
     prompts += [(kind, "canary", p) for kind, some in canaries.items() for p in dict.fromkeys(some) if p not in known]
     train, usual = dataclasses.asdict(experiment.train("user")), dataclasses.asdict(TrainConfig())
     own = {name: value for name, value in train.items() if value != usual[name] and not name.endswith("_every")}
+    judge, given = judge_names(experiment.config)[0]
+    settings = {**experiment.config.judges.get(judge, {}), **given}
     policy = {
         "train": own,
         "merge": dataclasses.asdict(experiment.merge()),
@@ -41,7 +44,7 @@ def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
             "batch_size": [1, train["batch_size"]],
         },
         "quotas": dataclasses.asdict(Quotas()),
-        "judge": experiment.config.eval.judges.split(",")[0].strip(),
+        "judge": {"name": judge, **settings} if settings else judge,
         "answer_tokens": experiment.config.eval.answer_tokens,
         "batch_size": experiment.config.eval.batch_size,
     }

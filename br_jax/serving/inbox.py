@@ -50,6 +50,7 @@ class _Seen(NamedTuple):
     inode: int
     size: int
     changed: int  # ns
+    settings: tuple[int, int]  # size and ns of the settings beside it; (-1, 0) where there are none
 
 
 def sender_of(name: str) -> str:
@@ -115,7 +116,8 @@ class Inbox:
                 status = entry.stat(follow_symlinks=False)
             except OSError:  # gone meanwhile
                 continue
-            seen = _Seen(status.st_ino, status.st_size, status.st_mtime_ns)
+            beside = self.folder / f"{entry.name.removesuffix('.jsonl')}.json"
+            seen = _Seen(status.st_ino, status.st_size, status.st_mtime_ns, _stamp(beside))
             if self._known.get(entry.name) == seen:
                 continue
             before, since = self._since.get(entry.name, (None, 0.0))
@@ -203,6 +205,14 @@ class Inbox:
 
 
 _LATER = object()
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    try:
+        status = path.lstat()
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _read(path: pathlib.Path, most: int | None = None) -> Iterator[bytes]:

@@ -70,7 +70,11 @@ def load_provider(folder: str | os.PathLike, matmul_precision: str = "float32") 
 
 
 def calibrate_users(
-    provider: Provider, policy: Policy, users: Mapping[str, Adapter], judge: Judge | None, store: Store | None = None
+    provider: Provider,
+    policy: Policy,
+    users: Mapping[str, Adapter],
+    judge: Judge | None,
+    base_store: Store | None = None,
 ) -> tuple[dict[str, Calibration], dict[str, str]]:
     """(How Reinforce is merged into each user's adapter, why nothing is merged into others), both by name."""
     fit, refused = {}, {}
@@ -92,7 +96,7 @@ def calibrate_users(
         policy.merge,
         judge=judge,
         about=policy.about,
-        store=store,
+        base_store=base_store,
         batch_size=policy.batch_size,
         answer_tokens=policy.answer_tokens,
         together=len(fit),
@@ -126,7 +130,7 @@ class Service:
         self._own = self.outbox / ".service"
         self._inbox_folder, self._settle, self._slots = pathlib.Path(inbox), settle, slots or policy.slots
         self._judge = get_judge(policy.judge) if policy.judge else None
-        self._accepted: dict[str, Accepted] = {}
+        self._accepted: dict[str, Accepted] = {}  # those that have not ended
         self._ready: dict[str, Adapter] = {}  # trained, and to be looked at
         self._waited = 0
         self._told: set[tuple[str, str]] = set()  # (event, job) in the log
@@ -185,10 +189,11 @@ class Service:
         for folder in self.outbox.iterdir():
             if not folder.name.startswith("."):
                 self._tell_end(folder.name)
-        self._accepted = {job.name: job for job in self._inbox.accepted()}
-        for job in self._accepted.values():
+        for job in self._inbox.accepted():
             self._received(job)
-        self._queue = [job for job in self._accepted.values() if not self._is_done(job.name)]
+            if not self._is_done(job.name):
+                self._accepted[job.name] = job
+        self._queue = list(self._accepted.values())
 
     def _tell(self, event: str, job: str, **figures: Any) -> None:
         """Adds to the log what is not there yet."""
@@ -212,8 +217,9 @@ class Service:
         yield from self._wanted(self._queue)
         self._queue = []
         while True:
-            busy = (name for name in self._accepted if not self._is_done(name))
-            came = list(itertools.islice(self._inbox.scan(busy), self._slots))  # a few, so that training goes on
+            came = list(
+                itertools.islice(self._inbox.scan(self._accepted), self._slots)
+            )  # a few, so that training goes on
             for job in came:
                 if isinstance(job, Refused):
                     self._hold(job.name, {"why": [job.why], "file": job.file})
@@ -319,6 +325,7 @@ class Service:
 
     def _tell_end(self, name: str) -> None:
         """Writes to the log what the outbox says of a job, once."""
+        self._accepted.pop(name, None)
         held, card = self.outbox / name / HELD, self.outbox / name / "card.json"
         if held.exists():
             why = read_json(held)["why"]
@@ -335,8 +342,7 @@ class Service:
 
     def _say(self, pool: Pool) -> None:
         users = {name: {"step": step, "of": total, "loss": loss} for name, (step, total, loss) in pool.users.items()}
-        waiting = [name for name in self._accepted if name not in users and not self._is_done(name)]
-        waiting = [name for name in waiting if name not in self._ready]
+        waiting = [name for name in self._accepted if name not in users and name not in self._ready]
         status = {
             "turn": pool.turn,
             "tokens_per_second": pool.rate,

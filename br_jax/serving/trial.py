@@ -14,6 +14,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
 from br_jax.data.rows import Row
+from br_jax.errors import UserError
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
 from br_jax.scoring.judges.judging import Judge
@@ -105,7 +106,10 @@ def _record(kind: str, name: str, finding: Finding, seconds: float) -> dict[str,
 def _train(provider: Provider, policy: Policy, users: Sequence[User], frozen: dict) -> dict[str, Adapter]:
     pool = Pool(provider.model, policy.train, frozen=frozen, slots=policy.slots)
     jobs = [Job(user.name, user.rows, user.settings) for user in users]
-    return {outcome.name: outcome.adapter for gone in pool.turns(jobs) for outcome in gone if outcome.adapter}
+    outcomes = [outcome for gone in pool.turns(jobs) for outcome in gone]
+    if failed := next((outcome for outcome in outcomes if outcome.adapter is None), None):
+        raise UserError(f"{failed.name}: {failed.error}")
+    return {outcome.name: outcome.adapter for outcome in outcomes}
 
 
 def _released(
@@ -116,9 +120,10 @@ def _released(
     for first in range(0, len(users), _TOGETHER):
         some = {user.name: trained[user.name] for user in users[first : first + _TOGETHER]}
         found |= calibrate_users(provider, policy, some, judge)[0]
+    length = policy.train.max_length
     merges = {user.name: found[user.name].merge if user.name in found else policy.merge for user in users}
     return [
-        Candidate(qr_merge(trained[u.name], provider.reinforce, merges[u.name]), trained[u.name], u.held_back)
+        Candidate(qr_merge(trained[u.name], provider.reinforce, merges[u.name]), trained[u.name], u.held_back, length)
         for u in users
     ]
 

@@ -22,7 +22,7 @@ from br_jax.locks import owned
 from br_jax.records import file_hashes, read_record, require_unchanged, write_record
 
 _BEGUN, _FINISHED, _CHECKPOINTS = "run.json", "stage.json", "checkpoints"
-_NO_RESULT = (_FINISHED, _CHECKPOINTS, "tensorboard")
+_NO_RESULT = (_FINISHED, _CHECKPOINTS)
 
 
 class Folder:

@@ -1,6 +1,5 @@
-"""Where a run's numbers go: JSON lines always, TensorBoard when `tensorboardX` is installed."""
+"""Where a run's numbers go: JSON lines."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -20,19 +19,10 @@ class MetricWriter:
         if folder is not None:
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
-        self._board = None
-        if folder is not None and importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, record: dict) -> None:
-        """Writes one record; its numbers go to TensorBoard under their own names."""
+        """Writes one record."""
         self._file.write(json.dumps(record) + "\n")
-        if self._board:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(name, value, record["step"])
 
     def flush(self) -> None:
         """Hands what was written to the operating system."""
@@ -41,5 +31,3 @@ class MetricWriter:
     def close(self) -> None:
         """Flushes and closes."""
         self._file.close()
-        if self._board:
-            self._board.close()

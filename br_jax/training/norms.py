@@ -1,11 +1,11 @@
 """How much a model would still learn of each row: the norm of its gradient."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from br_jax.adapters import lora
@@ -24,25 +24,23 @@ def gradient_norms(
     rows: Sequence[Row],
     config: TrainConfig,
     frozen: Mapping[str, Adapter] | None = None,
-    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, " n"]:
     """The norm of each row's gradient, in an adapter that is not trained yet (so of its b alone).
 
     Args:
         config: how long rows may be, and the adapter's rank, targets and seed.
         frozen: adapters that are attached.
-        mesh: default: the model's, or the first device alone.
 
     Returns:
         f32, of each row's mean loss over its answer tokens; 0 for a row that is too long to have any.
     """
-    mesh = mesh or mesh_of(model.params) or make_mesh(devices=jax.devices()[:1])
+    mesh = mesh_of(model.params) or make_mesh(devices=jax.devices()[:1])
     shapes = lora.target_shapes(model.params, config.targets)
     fresh = lora.init(jax.random.key(config.seed), shapes, config.rank, config.alpha, "user", model.fingerprint)
     stage = Stage.of(model.decoder, config, mesh)._replace(accumulation=1)
     trainable = place(trainable_adapter(fresh), mesh)
     base = place(frozen_collections(model.params, frozen or {}, config.frozen), mesh)
-    found = np.zeros(len(rows), np.float32)
+    found: list[Any] = [0.0] * len(rows)  # on devices until all are there
     size = whole_batch(1, mesh)  # the others of a batch are empty
     with jax.set_mesh(mesh), progress(len(rows), "gradients", "row", keep=False) as bar:
         for i, row in enumerate(rows):
@@ -51,6 +49,6 @@ def gradient_norms(
             if example["answer"][1:].any():
                 batch = make_batches([example], batch_size=size, seed=0, buckets=(config.max_length,))[0]
                 batch = place(jax.tree.map(jnp.asarray, batch), mesh)
-                found[i] = float(probe(stage, trainable, base, batch, fresh.scale)[1])
+                found[i] = probe(stage, trainable, base, batch, fresh.scale)[1]
             bar.update(1)
-    return found
+    return np.array(jax.device_get(found), np.float32)

@@ -124,13 +124,3 @@ def test_what_a_user_has_learnt_must_be_left(safe, tiny, rows, quick, policy, sa
     (why,) = found["ruined"].why
     assert "is left of what the user's adapter had learnt, 40% is the least" in why
     assert found["without"].passed and "held_back" not in found["without"].figures
-
-
-def test_the_margin_is_asked_where_a_limit_is_set(safe, released, policy, says):
-    says(good=(5, 2, 0))
-    strict = dataclasses.replace(policy, limits=Limits(margin=0.0))
-    found = inspect(safe, {"good": Candidate(released)}, strict)["good"]
-    margin = found.figures["margin"]
-    assert margin["fall"] == pytest.approx(margin["aligned"] - margin["released"])
-    assert found.passed == (margin["fall"] <= 0)
-    assert "margin" not in inspect(safe, {"good": Candidate(released)}, policy)["good"].figures

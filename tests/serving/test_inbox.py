@@ -130,6 +130,17 @@ def test_who_has_the_fewest_jobs_comes_first(tmp_path, policy):
     assert [job.name for job in settled(inbox, ["aaa.0"])] == ["zoe", "aaa.1"]
 
 
+def test_settings_that_are_corrected_alone_are_seen(inbox, tmp_path):
+    (tmp_path / "in/a.jsonl").write_text(ROWS)
+    (tmp_path / "in/a.json").write_text("{")
+    assert not list(inbox.scan())
+    (refused,) = inbox.scan()
+    assert isinstance(refused, Refused) and not list(inbox.scan())
+    (tmp_path / "in/a.json").write_text("{}")
+    (job,) = settled(inbox)
+    assert isinstance(job, Accepted) and not job.settings
+
+
 def test_a_disk_that_is_full_is_not_the_files_fault(inbox, tmp_path, monkeypatch):
     (tmp_path / "in/a.jsonl").write_text(ROWS)
     list(inbox.scan())
