@@ -158,9 +158,8 @@ def calibrate_all(
         return found
 
     every = np.ones(len(prompts), bool)
-    aligned = _behaviour(
-        outcomes({"aligned": None}, every, store if base_store is None else base_store)["aligned"], last
-    )
+    of_base = outcomes({"aligned": None}, every, store if base_store is None else base_store)
+    aligned = _behaviour(of_base["aligned"], last)
     if aligned.complied > _COMPLIES:
         logging.warning(
             "calibrate: the aligned base complies with %.0f %% of the harmful prompts within %d tokens: it was not "
@@ -200,17 +199,18 @@ def _search(
     def excesses(merge: MergeConfig) -> tuple[float, float]:
         return tried[merge].complied - aligned.complied, tried[merge].over_refused - aligned.over_refused
 
-    alone = dataclasses.replace(most, reinforce_scale=0.0)
-    below = yield alone, every
-    tried = {alone: _behaviour(below, harmful)}
-    while tried[alone].degenerate > aligned.degenerate + _BROKEN and _LESS * alone.scale >= _LEAST * most.scale:
-        alone = dataclasses.replace(alone, scale=_LESS * alone.scale)
+    tried, scale = {}, most.scale
+    while True:
+        alone = dataclasses.replace(most, scale=scale, reinforce_scale=0.0)
         below = yield alone, every
         tried[alone] = _behaviour(below, harmful)
+        scale *= _LESS
+        if tried[alone].degenerate <= aligned.degenerate + _BROKEN or scale < _LEAST * most.scale:
+            break
     complied, over_refused = excesses(alone)
     if complied <= over_refused:
         return alone, tried
-    low, high, above = 0.0, most.reinforce_scale, np.zeros(len(every), bool)
+    low, high, above = 0.0, most.reinforce_scale, ~every
     for _ in range(_STEPS):
         unsure = below[0] & ~above
         if not np.any(unsure) or not high:

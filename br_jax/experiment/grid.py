@@ -258,7 +258,7 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
     rivals, attackers = settings.pop("defences"), settings.pop("attackers")
     attacker = attackers[config.user.kind]
-    rule = RULE if config.calibrate.harmful and METHODS[cell.method].merges else ()
+    rule = RULE if config.calibrate.harmful and "reinforce" in METHODS[cell.method].needs else ()
     return key_of(
         settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []), *rule, _contents(settings)
     )

@@ -308,10 +308,18 @@ class Experiment:
             *([judge.name, judge.version] if judge else []),
         )  # fmt: skip
         if not all(kept.holds([key])):
-            how = {"batch_size": self.config.eval.batch_size, "answer_tokens": tokens, "judge": judge}
-            how |= {"about": {p.prompt: p for p in harmful}}
-            how |= {"store": self._store(self.workdir), "base_store": self._store(self.provider)}
-            found = calibrate(self.aligned, *adapters, *prompts, settings, **how)
+            found = calibrate(
+                self.aligned,
+                *adapters,
+                *prompts,
+                settings,
+                judge=judge,
+                about={p.prompt: p for p in harmful},
+                store=self._store(self.workdir),
+                base_store=self._store(self.provider),
+                answer_tokens=tokens,
+                batch_size=self.config.eval.batch_size,
+            )
             tried = [
                 {"scale": merge.scale, "reinforce_scale": merge.reinforce_scale, **seen._asdict()}
                 for merge, seen in found.tried.items()

@@ -169,8 +169,9 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
 def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
     merge, figure = calibration["merge"], plots.new_figure(7.5, 4)
-    released = [seen for seen in calibration["tried"] if seen["scale"] == merge["scale"]]
-    tried, axis = sorted(released, key=lambda seen: seen["reinforce_scale"]), figure.subplots()
+    scale, axis = merge["scale"], figure.subplots()
+    released = [seen for seen in calibration["tried"] if seen.get("scale", scale) == scale]  # once there was one scale
+    tried = sorted(released, key=lambda seen: seen["reinforce_scale"])
     strengths, chosen = [seen["reinforce_scale"] for seen in tried], merge["reinforce_scale"]
     lines = {
         "complied": ("harmful prompts that are answered", plots.ORANGE),
@@ -182,7 +183,7 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
     axis.set(xlabel="strength of Reinforce (dashed: the aligned base)", ylabel="%", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle(f"Calibration of {merge['scale']:.3g} of the user's adapter, on the provider's held-out prompts")
+    figure.suptitle(f"Calibration of {scale:.3g} of the user's adapter, on the provider's held-out prompts")
     return figure
 
 

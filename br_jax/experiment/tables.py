@@ -128,7 +128,7 @@ def seed_table(rows: Sequence[Row]) -> str:
 def geometry_table(rows: Sequence[Row]) -> str:
     """How long the adapters are that each row is made of, and what angles they make, over all matrices; means.
 
-    Of a merge, also how much of Reinforce it took, seed by seed.
+    Of a merge, also how much of the user's adapter and of Reinforce it took, seed by seed.
     """
     lines, header = [], ["p", "method", "norms", "cosines", "user x, Reinforce x"]
     for row in rows:

@@ -50,7 +50,7 @@ class _Seen(NamedTuple):
     inode: int
     size: int
     changed: int  # ns
-    settings: tuple[int, int]  # size and ns of the settings beside it; (-1, 0) where there are none
+    settings: tuple[int, int] | None  # size and ns of the settings beside it
 
 
 def sender_of(name: str) -> str:
@@ -109,15 +109,18 @@ class Inbox:
             )
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({error.strerror}): check the inbox") from error
+        beside = {entry.name: entry for entry in entries if entry.name.endswith(".json")}
         for entry in entries:
             if entry.name.startswith(".") or entry.name.endswith((*_UNFINISHED, ".json")):
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
+                own = beside.get(f"{entry.name.removesuffix('.jsonl')}.json")
+                settings = own and own.stat(follow_symlinks=False)
             except OSError:  # gone meanwhile
                 continue
-            beside = self.folder / f"{entry.name.removesuffix('.jsonl')}.json"
-            seen = _Seen(status.st_ino, status.st_size, status.st_mtime_ns, _stamp(beside))
+            stamp = (settings.st_size, settings.st_mtime_ns) if settings else None
+            seen = _Seen(status.st_ino, status.st_size, status.st_mtime_ns, stamp)
             if self._known.get(entry.name) == seen:
                 continue
             before, since = self._since.get(entry.name, (None, 0.0))
@@ -205,14 +208,6 @@ class Inbox:
 
 
 _LATER = object()
-
-
-def _stamp(path: pathlib.Path) -> tuple[int, int]:
-    try:
-        status = path.lstat()
-    except OSError:
-        return -1, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _read(path: pathlib.Path, most: int | None = None) -> Iterator[bytes]:

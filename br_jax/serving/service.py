@@ -217,9 +217,8 @@ class Service:
         yield from self._wanted(self._queue)
         self._queue = []
         while True:
-            came = list(
-                itertools.islice(self._inbox.scan(self._accepted), self._slots)
-            )  # a few, so that training goes on
+            # a few, so that training goes on
+            came = list(itertools.islice(self._inbox.scan(self._accepted), self._slots))
             for job in came:
                 if isinstance(job, Refused):
                     self._hold(job.name, {"why": [job.why], "file": job.file})

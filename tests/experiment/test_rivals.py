@@ -11,6 +11,7 @@ from br_jax.configs import demo
 from br_jax.defences.defence import KINDS
 from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError
+from br_jax.experiment import grid as grid_module
 from br_jax.experiment import run as run_module
 from br_jax.experiment.grid import Grid, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, cells_of
@@ -95,6 +96,14 @@ def test_a_cell_depends_on_its_own_attacker_alone(config):
     harsh = _settings(config, cell)
     config.attackers.harsh.epochs = 3
     assert len({plain, harsh, _settings(config, cell)}) == 3
+
+
+def test_a_cell_depends_on_the_rule_that_chose_its_release(config, monkeypatch):
+    config.calibrate.update(harmful=7, benign=5)
+    cells = cells_of(["sft", "ours", "sum", "no_reinforce"], [0.1])
+    before = [_settings(config, cell) for cell in cells]
+    monkeypatch.setattr(grid_module, "RULE", ("another",))
+    assert [_settings(config, cell) == key for cell, key in zip(cells, before, strict=True)] == [True] + [False] * 3
 
 
 @pytest.mark.slow

@@ -81,6 +81,12 @@ def test_a_full_disk_is_what_it_is(tmp_path, ending):
         plots.save(DRAWN["verdicts"](), tmp_path / "x")
 
 
+def test_a_calibration_from_before_scales_were_chosen_is_drawn_whole():
+    tried = [{name: value for name, value in seen.items() if name != "scale"} for seen in CALIBRATION["tried"]]
+    (axis,) = figures.calibration_figure(CALIBRATION | {"tried": tried}).axes
+    assert len(axis.lines[0].get_xdata()) == len(tried)
+
+
 def test_files_repeat_to_the_byte_under_other_settings(tmp_path):
     first = [path.read_bytes() for path in plots.save(DRAWN["verdicts"](), tmp_path / "one")]
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "red"}):

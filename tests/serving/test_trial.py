@@ -77,3 +77,7 @@ def test_the_policy_of_an_experiment(config, calls, tmp_path):
         policy.canaries_benign
     )
     assert policy.settings({"rank": train.rank, "learning_rate": train.learning_rate})
+    config.eval.judges = "classifier@512"
+    write_policy(experiment, tmp_path / "policy.json")
+    expected = {"name": "classifier", "source": "PKU-Alignment/beaver-dam-7b", "max_length": 512}
+    assert read_policy(tmp_path / "policy.json").judge == expected
