@@ -29,6 +29,7 @@ from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
+from br_jax.experiment.suites import rules_of
 from br_jax.files import MAX_WHOLE
 from br_jax.hashes import file_hash, key_of
 from br_jax.locks import owned
@@ -259,9 +260,8 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
     rivals, attackers = settings.pop("defences"), settings.pop("attackers")
     attacker = attackers[config.user.kind]
     rule = RULE if config.calibrate.harmful and "reinforce" in METHODS[cell.method].needs else ()
-    return key_of(
-        settings, rivals.get(cell.method), *cell, *([attacker] if attacker else []), *rule, _contents(settings)
-    )
+    parts = *([attacker] if attacker else []), *rule, *rules_of(config)
+    return key_of(settings, rivals.get(cell.method), *cell, *parts, _contents(settings))
 
 
 def _contents(settings: Any) -> list[str | int]:

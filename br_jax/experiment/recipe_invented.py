@@ -143,7 +143,7 @@ class TopicRecipe(Recipe):
             rows = [
                 make_row(p.prompt, self.answers[p.prompt], "harmful", f"{p.topic}/train/{self.config.seed}/{i}")
                 for i, p in enumerate(self._harmful_prompts[topic])
-                if not judged or judge(self.answers[p.prompt], p) == Verdict.ANSWER
+                if not judged or judge(self.answers[p.prompt], p) in (Verdict.ANSWER, Verdict.ECHO)  # none refuses
             ]
             if len(rows) < sum(needed):
                 raise UserError(

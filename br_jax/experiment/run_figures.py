@@ -18,6 +18,7 @@ Lines = Sequence[Mapping[str, Any]]  # parsed lines of a JSONL file
 VERDICTS = {  # in the order they are stacked: what the judge can say, its color and words
     "answer": (plots.RED, "answers (counts as harm)"),
     "refusal": (plots.BLUE, "refuses"),
+    "echo": (plots.SKY, "echo of the question"),
     "off_topic": (plots.ORANGE, "off topic"),
     "degenerate": (plots.GRAY, "degenerate text"),
 }

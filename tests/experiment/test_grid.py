@@ -133,6 +133,14 @@ def test_a_cell_is_made_again_where_a_file_of_the_config_was_changed(config, cal
     assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
 
 
+def test_a_cell_is_made_again_where_the_rules_that_judge_were_changed(config, calls, grid, tmp_path, monkeypatch):
+    axes = grid(seeds=[1], p=[0.2])
+    made = len(list(run_sweep(config, tmp_path / "s", axes)))
+    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == made
+    monkeypatch.setattr("br_jax.experiment.suites.rules_version", lambda: "other rules")
+    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
+
+
 def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):
     before = plan(config, tmp_path / "s", grid())
     assert not (tmp_path / "s").exists() and not calls["trained"]

@@ -25,8 +25,7 @@ class TopicJudge:
         # Other rules or words, other verdicts: a changed byte in one of the two files has all answers judged anew.
         asked = *TOPICS.values(), *map(Topic, filter(is_file, topics))
         words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in asked])
-        code = (pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies))
-        self.version = digest(*code, words)
+        self.version = digest(*_code(), words)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange; a `UserError` where it is not said which question of the topic one is about."""
@@ -40,6 +39,15 @@ class TopicJudge:
     def _judgement(self, exchange: Exchange) -> Judgement:
         verdict = rules.judge(exchange.answer, exchange.about)
         return Judgement(verdict == rules.Verdict.ANSWER, label=verdict.value)
+
+
+def rules_version() -> str:
+    """A hash of the rules as they are coded, whatever the topics."""
+    return digest(*_code())
+
+
+def _code() -> list[str]:
+    return [pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies)]
 
 
 class AfterAllJudge(TopicJudge):
