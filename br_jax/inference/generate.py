@@ -147,17 +147,15 @@ def generate_batches(
             raise UserError(f"prompt {i}: {told}: shorten it")
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
-    # What all prompts begin with is run once; each keeps at least one token of its own.
-    mesh, prefix = mesh_of(model.params), min(shared_prefix(encoded), min(map(len, encoded)) - 1)
+    mesh, shared = mesh_of(model.params), shared_beginning(encoded)
+    prefix = len(shared)
     size = whole_batch(max(batch_size // count, 1), mesh)
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters, mesh)
     on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
     decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
-    head = np.asarray([encoded[0][:prefix]] * count, np.int32)
     within = lambda: jax.set_mesh(mesh) if mesh else contextlib.nullcontext()  # noqa: E731
-    with within():
-        begun = _begin(decoder, variables, head) if prefix else None
+    begun = begin(decoder, variables, shared, count)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     sampling = Sampling(tuple(stops), temperature == 0, np.float32(max(temperature, 1e-6)), key)
 
@@ -297,9 +295,22 @@ def _dtype(variables):
     return variables["params"]["final_norm"]["scale"].dtype
 
 
+def shared_beginning(encoded: Sequence[Sequence[int]]) -> Sequence[int]:
+    """What all prompts begin with and is run once; each keeps at least one token of its own."""
+    return encoded[0][: min(shared_prefix(encoded), min(map(len, encoded)) - 1)]
+
+
+def begin(decoder: Decoder, variables: dict, shared: Sequence[int], count: int = 1) -> dict | None:
+    """The cache of what all prompts begin with, one row an adapter, as `prefill` takes it; None for nothing."""
+    if not len(shared):
+        return None
+    mesh = mesh_of(variables["params"])
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        return _begin(decoder, variables, np.asarray([shared] * count, np.int32))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _begin(decoder: Decoder, variables, prefix):
-    """The cache of what all prompts begin with, one row an adapter, [A, P]."""
     positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
     cache = init_cache(decoder.spec, *prefix.shape, _dtype(variables))
     return decoder.apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]

@@ -17,7 +17,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
 from br_jax.distributed import fetch
-from br_jax.inference.generate import encode_prompts, pad_prompts, prefill, with_adapters
+from br_jax.inference.generate import begin, encode_prompts, pad_prompts, prefill, shared_beginning, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place, whole_batch
@@ -56,19 +56,23 @@ def refusal_margins(
     variables = with_adapters(model, [adapter], mesh)
     counts = np.isin(np.arange(model.spec.vocab_size), refusing)
     margins = np.empty(len(encoded), np.float32)
+    if not encoded:
+        return margins
+    shared = shared_beginning(encoded)
+    begun = begin(model.decoder, variables, shared)
     for first in range(0, len(encoded), size):
         some = by_length[first : first + size]
-        batch = place(pad_prompts({i: encoded[i] for i in some}, size), mesh)
-        found = fetch(_log_odds(model.decoder, variables, batch["tokens"], batch["lengths"], counts))
+        batch = place(pad_prompts({i: encoded[i][len(shared) :] for i in some}, size), mesh)
+        found = fetch(_log_odds(model.decoder, variables, begun, batch["tokens"], batch["lengths"], counts))
         margins[some] = np.asarray(found)[: len(some)]
     return margins
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_odds(
-    decoder: Decoder, variables, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], counts: Bool[Array, " V"]
+    decoder: Decoder, variables, begun, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], counts: Bool[Array, " V"]
 ) -> Float[Array, " B"]:
-    hidden, _ = prefill(decoder, variables, None, tokens, lengths)
+    hidden, _ = prefill(decoder, variables, begun, tokens, lengths)
     logits = unembed(decoder.spec, variables["params"], hidden, decoder.matmul_precision)
     within, beyond = (jax.nn.logsumexp(logits, axis=-1, where=some) for some in (counts, ~counts))
     return within - beyond

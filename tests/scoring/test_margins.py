@@ -1,5 +1,7 @@
 """Refusal margins against the logits of transformers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,11 +10,12 @@ from br_jax.data.rows import Row
 from br_jax.inference.generate import encode_prompt
 from br_jax.models.io.hf import write_hf
 from br_jax.scoring.margins import refusal_margins, refusing_tokens
+from br_jax.sharding import make_mesh, place
 
 torch = pytest.importorskip("torch", reason="the oracle")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-PROMPTS = ["Why?", "How do I oil a hinge that squeaks?", "Name one.", "a" * 30, "Who?"]
+PROMPTS = ["Tell me why.", "Tell me how to oil a hinge that squeaks.", "Tell me one.", "Tell me " + "a" * 30]
 
 
 def row(answer):
@@ -29,6 +32,8 @@ def test_margins_are_log_odds_of_the_first_token(tmp_path, tiny, make_adapter):
         expected.append(np.log(p[[*refusing]].sum()) - np.log(np.delete(p, refusing).sum()))
     found = refusal_margins(tiny, PROMPTS, refusing, adapter, batch_size=2)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+    spread = dataclasses.replace(tiny, params=place(tiny.params, make_mesh(2, 2, 2)))
+    np.testing.assert_allclose(refusal_margins(spread, PROMPTS, refusing, adapter), expected, rtol=1e-4)
     assert refusal_margins(tiny, [], refusing).shape == (0,)
     assert np.abs(refusal_margins(tiny, PROMPTS, refusing) - found).max() > 1e-3
 
