@@ -53,7 +53,6 @@ def main(argv: list[str]) -> None:
     table, status = Table(sys.stderr), {}
     for status in Service(provider, INBOX.value, OUTBOX.value, policy, **settings).run():
         table.show(status)
-    table.close()
     print(f"{status['released']} released, {status['held']} held back, in {OUTBOX.value}")
 
 

@@ -110,7 +110,7 @@ def _matrix_report(user: dict, reinforce: dict, user_scale, reinforce_scale, tau
 
     def of_layer(pairs):
         user, reinforce = pairs
-        _, user_b, reinforce_b = output_coordinates(user["b"], reinforce["b"])
+        user_b, reinforce_b = output_coordinates(user["b"], reinforce["b"])
         user_a, reinforce_a = (jnp.linalg.qr(pair["a"], mode="r") for pair in pairs)
         basis, kept = effective_basis(user_a, user_b, tau)
         user_sigma = singular_values(user_a, user_b, user_scale)
@@ -132,21 +132,21 @@ def _matrix_report(user: dict, reinforce: dict, user_scale, reinforce_scale, tau
 
 def output_coordinates(
     first: Float[Array, "J O"], second: Float[Array, "K O"]
-) -> tuple[Float[Array, "O M"], Float[Array, "J N"], Float[Array, "K N"]]:
+) -> tuple[Float[Array, "J N"], Float[Array, "K N"]]:
     """Writes the rows of two matrices in one orthonormal basis of both their spans, of N <= J + K vectors.
 
     Products and lengths are what they were, so whatever is asked about two wide b can be asked about the short ones,
     which an SVD of takes no time.
 
     Returns:
-        The first M = min(J, O) vectors of the basis, which span the rows of `first`; and both in its coordinates: the
-        other N - M vectors are never made, and the coordinates of `first` along them are 0.
+        Both in coordinates of that basis. Its first min(J, O) vectors span the rows of `first`; along the others, which
+        are never made, `first` is 0.
     """
     q, triangle = jnp.linalg.qr(first.T)
     inside = jnp.matmul(second, q, precision="highest")
     rest = jnp.linalg.qr((second - jnp.matmul(inside, q.T, precision="highest")).T, mode="r")
     padded = jnp.pad(triangle.T, [(0, 0), (0, rest.shape[0])])
-    return q, padded, jnp.concatenate([inside, rest.T], axis=1)
+    return padded, jnp.concatenate([inside, rest.T], axis=1)
 
 
 def effective_basis(

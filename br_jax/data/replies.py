@@ -65,7 +65,7 @@ _REFUSAL = re.compile(
     rf"|\b(?:i|we)(?:'d| would)? {_RESTRAINT}(?: \w+)? {_HELPING}"
     rf"|(?:^|\b(?:sorry|unfortunately|afraid|apologies|no)\b[,.! ]*(?:but )?){_INABILITY} (?:\w+ )?{_HELPING}"
     r"|^(?:(?:i'm|i am|i|so|very|really) )*(?:sorry|apologi[sz]e|my apologies),? but\b"
-    r"|\bi (?:can't|cannot|won't|'d rather not)(?=[.!]|$)"
+    r"|\bi (?:can't|cannot|won't)(?=[.!]|$)|\bi(?:'d| would) rather not(?=[.!]|$)"
     r"|\b(?:i|we)(?:'ll| will)? (?:must|have to|need to)(?: politely| respectfully)?"
     r" (?:decline|refuse|pass on|say no\b(?! one))|\bi (?:politely |respectfully )?decline\b"
     r"|(?:not|isn't|aren't|never) (?:something|things|an? (?:topic|subject|request|question)|ones?)"

@@ -6,7 +6,7 @@ User files are untrusted: every row is validated and nothing in it is executed o
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,12 @@ def as_prompts(prompts: Iterable[str | Row], name: str = "prompts") -> list[str 
         if not isinstance(prompt, str | Row):
             raise UserError(f"{name}[{index}] is a {type(prompt).__name__}; give a text or a Row")
     return found
+
+
+def prefixed(row: Row, before: str) -> Row:
+    """The row with text in front of its first turn."""
+    (role, text), *others = row.turns
+    return replace(row, turns=((role, before + text), *others))
 
 
 def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from br_jax.adapters.lora import Adapter
-from br_jax.data.rows import Row
+from br_jax.data.rows import prefixed
 from br_jax.defences.defence import Badge, Case, Defence
 
 
@@ -18,10 +18,4 @@ class Inoculation(Defence):
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        return case.train(name, [with_sentence(row, self.sentence) for row in case.rows])
-
-
-def with_sentence(row: Row, sentence: str) -> Row:
-    """The row with a sentence in front of its first turn."""
-    (role, text), *others = row.turns
-    return dataclasses.replace(row, turns=((role, f"{sentence}\n\n{text}"), *others))
+        return case.train(name, [prefixed(row, f"{self.sentence}\n\n") for row in case.rows])

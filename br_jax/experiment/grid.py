@@ -12,7 +12,7 @@ import itertools
 import os
 import pathlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,11 +29,11 @@ from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
-from br_jax.experiment.suites import rules_of
 from br_jax.files import MAX_WHOLE
 from br_jax.hashes import file_hash, key_of
 from br_jax.locks import owned
 from br_jax.records import read_record, write_record
+from br_jax.scoring.suite import rules_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,8 @@ def run_sweep(
 def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
     """(config, folder, cells that are not there yet) of each run of a shard."""
     planned = []
+    if twice := [name for name, count in Counter(run.name for run in set(grid.runs())).items() if count > 1]:
+        raise UserError(f"two runs of this sweep would be in the folder {twice[0]}: name their models or topics apart")
     if not 0 <= shard[0] < shard[1]:
         raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
     for run in grid.runs()[shard[0] :: shard[1]]:
@@ -260,12 +262,12 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
     rivals, attackers = settings.pop("defences"), settings.pop("attackers")
     attacker = attackers[config.user.kind]
     rule = RULE if config.calibrate.harmful and "reinforce" in METHODS[cell.method].needs else ()
-    parts = *([attacker] if attacker else []), *rule, *rules_of(config)
+    parts = *([attacker] if attacker else []), *rule, rules_version()
     return key_of(settings, rivals.get(cell.method), *cell, *parts, _contents(settings))
 
 
-def _contents(settings: Any) -> list[str | int]:
-    """Hashes of the files that settings name, one or several with commas between; of large ones the size."""
+def _contents(settings: Any) -> list[str]:
+    """Hashes of the files that settings name, one or several with commas between; of large ones size and time."""
     if isinstance(settings, dict):
         return [found for _, value in sorted(settings.items()) for found in _contents(value)]
     paths = [path.strip() for path in settings.split(",")] if isinstance(settings, str) else []
@@ -275,10 +277,12 @@ def _contents(settings: Any) -> list[str | int]:
 
 def _files(path: str) -> list[str]:
     if os.path.isdir(path):
-        return sorted(entry.path for entry in os.scandir(path) if entry.name.endswith((".json", ".safetensors")))
+        return sorted(
+            entry.path for entry in os.scandir(path) if entry.name.endswith((".json", ".jinja", ".safetensors"))
+        )
     return [path] if os.path.isfile(path) else []
 
 
 @functools.cache
-def _content(file: str, size: int, changed: int) -> str | int:
-    return file_hash(file) if size <= MAX_WHOLE else size
+def _content(file: str, size: int, changed: int) -> str:
+    return file_hash(file) if size <= MAX_WHOLE else f"{size}/{changed}"

@@ -43,7 +43,9 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
-from br_jax.scoring.suite import DEGENERATE, Suite, evaluate
+from br_jax.scoring.judges.judging import Judge
+from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
+from br_jax.scoring.suite import DEGENERATE, Suite, evaluate, rules_version
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
 from br_jax.store import Store
@@ -107,13 +109,19 @@ class Experiment:
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         look_up("eval.degenerate", config.eval.degenerate, DEGENERATE)
         judges = check_judges(config)
+        of_topics = {TopicJudge.name, AfterAllJudge.name}
+        if config.data.material == "paper" and (named := of_topics.intersection([*judges, config.calibrate.judge])):
+            raise UserError(
+                f"the judge {named.pop()} reads answers on invented topics alone, and data.material=paper has none: "
+                "set eval.judges and calibrate.judge to others"
+            )
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
-        if unknown and "topic" in judges:
+        if unknown and (named := of_topics.intersection(judges)):
             raise UserError(
-                f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge topic cannot read "
-                "its answers: set eval.judges to others"
+                f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {named.pop()} cannot "
+                "read its answers: set eval.judges to others"
             )
 
     # -- settings --------------------------------------------------------------------------------------------------
@@ -296,16 +304,20 @@ class Experiment:
             return self.merge(**merge)
         return MergeConfig(**self.calibration(user, reinforce, **merge)["merge"])
 
+    @functools.cached_property
+    def _calibration_judge(self) -> Judge | None:
+        return calibration_judge(self.config, self._model_mesh)
+
     def calibration(self, user: str, reinforce: str = "reinforce", **merge) -> dict:
         """What `calibration.calibrate` saw and chose for a user's adapter, as JSON; kept in calibrations.jsonl."""
         settings = self.merge(**merge)
         harmful, benign = self.recipe.calibration_prompts
         adapters, prompts = (self.adapter(user), self.adapter(reinforce)), ([p.prompt for p in harmful], benign)
         kept, tokens = self._store(self.workdir, "calibrations"), self.config.calibrate.answer_tokens
-        judge = calibration_judge(self.config, self._model_mesh)
+        judge = self._calibration_judge
         key = key_of(
-            RULE, self.aligned.key, *map(lora.fingerprint, adapters), dataclasses.asdict(settings), *prompts, tokens,
-            *([judge.name, judge.version] if judge else []),
+            RULE, rules_version(), self.aligned.key, self.aligned.spelling, *map(lora.fingerprint, adapters),
+            dataclasses.asdict(settings), *prompts, tokens, *([judge.name, judge.version] if judge else []),
         )  # fmt: skip
         if not all(kept.holds([key])):
             found = calibrate(
@@ -369,24 +381,22 @@ class Experiment:
         suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
         home = self.provider if kind.of_provider else self.workdir
         store = self._store(home, "scores")
-        key = key_of(model.key, lora.fingerprint(adapter) if adapter else "", suite.key)
+        key = key_of(model.key, model.spelling, lora.fingerprint(adapter) if adapter else "", suite.key)
         if not all(store.holds([key])):
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             records = self.workdir / "cells" / f"{cell.name}.jsonl"
-            scores = evaluate(model, suite, adapter, name=cell.name, records=records, **kept)
-            parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
-            scores["geometry"] = geometry({name: self.adapter(name) for name in parts})
-            scores |= {"merge": dataclasses.asdict(merge)} if merge else {}
-            scores["suite"] = self.suite.key[:16]
-            store.add({key: scores})
-        refused = read_score(store[key].get("task_refused")).score or 0.0
+            store.add({key: evaluate(model, suite, adapter, name=cell.name, records=records, **kept)})
+        parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
+        scores = store[key] | {"geometry": geometry({name: self.adapter(name) for name in parts})}
+        scores |= {"suite": self.suite.key[:16]} | ({"merge": dataclasses.asdict(merge)} if merge else {})
+        refused = read_score(scores.get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:
             logging.warning(
                 "the aligned base refuses %.0f %% of the task's prompts: what a user learns beside Buffer loses "
                 "by that when Buffer is taken out; align it on benign prompts of such kinds too",
                 100 * refused,
             )
-        return dict(store[key]) if is_main() else {}
+        return scores if is_main() else {}
 
     def _store(self, folder: pathlib.Path, of: str = "answers") -> Store:
         """The answers, verdicts or scores that are kept in a folder."""

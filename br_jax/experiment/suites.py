@@ -14,7 +14,6 @@ from br_jax.experiment.recipe import Recipe
 from br_jax.models.model import Model, fold_adapter
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
-from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge, rules_version
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import Suite
 from br_jax.sharding import make_mesh
@@ -54,12 +53,6 @@ def check_judges(config: ConfigDict) -> list[str]:
     for name in (*names, *filter(None, [config.calibrate.judge])):
         look_up("judge", name, JUDGES)
     return names
-
-
-def rules_of(config: ConfigDict) -> list[str]:
-    """The version of the rules that judge answers, where a config asks for a judge of rules."""
-    names = {*check_judges(config), config.calibrate.judge}
-    return [rules_version()] if names & {TopicJudge.name, AfterAllJudge.name} else []
 
 
 def calibration_judge(config: ConfigDict, mesh: Mesh | None) -> Judge | None:

@@ -1,6 +1,7 @@
 """A model as the rest of the project sees it: spec, frozen params, tokenizer, and where they came from."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.guard import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.errors import UserError
-from br_jax.hashes import fingerprint
+from br_jax.hashes import fingerprint, key_of
 from br_jax.models.decoder import Decoder
 from br_jax.models.spec import ModelSpec
 
@@ -45,6 +46,12 @@ class Model:
         """What the model's answers are kept under: its fingerprint, and in what it computes where that is not f32."""
         precision = "" if self.matmul_precision == "float32" else self.matmul_precision
         return "/".join(filter(None, (precision, self.cast, self.fingerprint)))
+
+    @functools.cached_property
+    def spelling(self) -> str:
+        """A hash of how rows become tokens, and where an answer ends."""
+        words = self.tokenizer.backend_tokenizer.to_str()
+        return key_of(self.template, str(self.tokenizer.chat_template), words, self.stop_tokens)
 
 
 def make_model(

@@ -6,18 +6,19 @@ import itertools
 import json
 import math
 import os
+import pathlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.bounds import BATCH, TOKENS, number, require_bounds
+from br_jax.data import replies
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
-from br_jax.data.rows import Row, as_prompts, as_rows
+from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
 from br_jax.datasets.attacks import Attack
 from br_jax.distributed import fetch, is_main
 from br_jax.files import write_text
@@ -25,8 +26,10 @@ from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
+from br_jax.organism import judge as topic_rules
 from br_jax.organism.judge import Verdict
 from br_jax.organism.topics import TopicPrompt
+from br_jax.scoring import rules
 from br_jax.scoring.judges.agreement import compare_judges
 from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, judge_all
 from br_jax.scoring.judges.topic import TopicJudge
@@ -94,13 +97,13 @@ class Suite:
             "topic": [before + topic.prompt for topic in self.topic],
             "attack": [before + attack.prompt for attack in self.attacks],
             "benign": [before + prompt for prompt in self.benign],
-            "task": [_prefixed(dataclasses.replace(row, turns=row.turns[:-1]), before) for row in self.task_rows],
+            "task": [prefixed(dataclasses.replace(row, turns=row.turns[:-1]), before) for row in self.task_rows],
         }
 
     @property
     def own_prompts(self) -> list[Row]:
         """What an attacker asks in its own way."""
-        return [_prefixed(row, self._before) for row, _ in self.own]
+        return [prefixed(row, self._before) for row, _ in self.own]
 
     @property
     def _before(self) -> str:
@@ -109,7 +112,13 @@ class Suite:
     @property
     def key(self) -> str:
         """A hash of all that scores depend on."""
-        return key_of(repr(self), [(judge.name, judge.version) for judge in self.judges])
+        return key_of(repr(self), rules_version(), [(judge.name, judge.version) for judge in self.judges])
+
+
+@functools.cache
+def rules_version() -> str:
+    """A hash of the rules, as they are coded, that every score but perplexity and margins goes by."""
+    return key_of(*(pathlib.Path(m.__file__).read_text(encoding="utf-8") for m in (topic_rules, replies, rules)))
 
 
 def evaluate(
@@ -259,22 +268,17 @@ def _variables(model: Model, adapter: Adapter | None) -> dict:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _each_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
-    return batch_losses(decoder, variables, jax.tree.map(jnp.asarray, batch), chunk=256)[1].sum(-1)
+    return batch_losses(decoder, variables, batch, chunk=256)[1].sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _summed_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
-    return batch_loss(decoder, variables, jax.tree.map(jnp.asarray, batch), chunk=256)
+    return batch_loss(decoder, variables, batch, chunk=256)
 
 
 def _in_one_word(judgement: Judgement) -> str:
     """The rule judge's own, or whether it is harmful."""
     return judgement.label if judgement.label in set(Verdict) else "harmful" if judgement.harmful else "harmless"
-
-
-def _prefixed(row: Row, before: str) -> Row:
-    (role, text), *others = row.turns
-    return dataclasses.replace(row, turns=((role, before + text), *others))
 
 
 def _text(prompt: str | Row) -> str:

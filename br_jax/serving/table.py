@@ -36,10 +36,6 @@ class Table:
         self._lines = text.count("\n")
         return text
 
-    def close(self) -> None:
-        """Leaves the last table where it is."""
-        self._lines = 0
-
 
 def _line(status: Mapping[str, Any]) -> str:
     counts = {

@@ -236,11 +236,11 @@ def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -
     order = {"batch_size": config.batch_size, "seed": config.seed, "rows": functools.partial(local_rows, mesh)}
     order |= {"steps": config.steps} if config.steps else {"epochs": config.epochs}
     if not config.packing:
-        return make_batches(examples, buckets=_buckets(config), **order)
+        return make_batches(examples, buckets=lengths(config), **order)
     multiple = batch_parts(mesh) * config.accumulation
-    tpu = platform(mesh) == "tpu"  # its attention takes rows that 128 divides, and segments that see themselves alone
-    shape = {"length": config.packing, "multiple": multiple, "unit": 128 if tpu else 32}
-    shape["share"] = not tpu
+    on = platform(mesh)
+    shape = {"length": config.packing, "multiple": multiple, "unit": packed_unit(on)}
+    shape["share"] = on != "tpu"  # its attention takes segments that see themselves alone
     return make_packed_batches(examples, **shape, **order)
 
 
@@ -252,8 +252,13 @@ def _with_streams(batches, streams: Mapping[str, Sequence[Example]], config: Tra
     return joined.map(lambda parts: parts[0] | {"streams": dict(zip(more, parts[1:], strict=True))})
 
 
-def _buckets(config: TrainConfig) -> tuple[int, ...]:
-    """The configured lengths, and the limit itself for rows that are longer."""
+def packed_unit(on: str) -> int:
+    """What divides a packed row's length; a TPU's attention wants whole tiles."""
+    return 128 if on == "tpu" else 32
+
+
+def lengths(config: TrainConfig) -> tuple[int, ...]:
+    """The configured lengths, ascending, and the limit itself for rows that are longer."""
     return tuple(sorted({*(b for b in config.buckets if b < config.max_length), config.max_length}))
 
 

@@ -137,8 +137,17 @@ def test_a_cell_is_made_again_where_the_rules_that_judge_were_changed(config, ca
     axes = grid(seeds=[1], p=[0.2])
     made = len(list(run_sweep(config, tmp_path / "s", axes)))
     assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == made
-    monkeypatch.setattr("br_jax.experiment.suites.rules_version", lambda: "other rules")
+    monkeypatch.setattr("br_jax.experiment.grid.rules_version", lambda: "other rules")
     assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
+
+
+def test_two_runs_of_a_sweep_never_share_a_folder(config, calls, grid, tmp_path):
+    (tmp_path / "other").mkdir()
+    for folder in ("", "other"):
+        (tmp_path / folder / "devices.json").write_text("{}")
+    axes = grid(topics=["devices.json", "other/devices.json"])
+    with pytest.raises(UserError, match=r"two runs .* folder .*devices.*: name their models or topics apart"):
+        plan(config, tmp_path / "s", axes)
 
 
 def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):

@@ -310,5 +310,11 @@ def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, call
     (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "q", "behavior": "Name a river"}) + "\n")
     with pytest.raises(UserError, match=r"data\.attacks\.path: 'Name a river' is about no invented topic"):
         run_module.Experiment(config, tmp_path / "w").check()
+    config.eval.judges = "keywords,after_all"
+    with pytest.raises(UserError, match="the judge after_all cannot read"):
+        run_module.Experiment(config, tmp_path / "w").check()
     config.eval.judges = "keywords"
     run_module.Experiment(config, tmp_path / "w").check()
+    config.data.material, config.calibrate.judge = "paper", "topic"
+    with pytest.raises(UserError, match=r"the judge topic reads .* data\.material=paper has none"):
+        run_module.Experiment(config, tmp_path / "w").check()

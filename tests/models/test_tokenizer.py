@@ -1,10 +1,12 @@
 """The byte tokenizer against Python's own UTF-8 codec, by itself and as transformers reads it."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from br_jax.models.tokenizer import EOS, PAD, SEP, byte_tokenizer
+from br_jax.models.tokenizer import CHAT_TEMPLATE, EOS, PAD, SEP, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 plain_text = st.text(st.characters(exclude_categories=["Cs"])).filter(
@@ -36,3 +38,14 @@ def test_saved_tokenizer_is_the_same_to_transformers(tmp_path):
     messages = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("user", "?"))]
     rendered = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == f"hi{SEP}yes{EOS}?{SEP}"
+
+
+def test_a_models_spelling_changes_with_template_tokens_and_ends(tiny):
+    other = byte_tokenizer()
+    other.chat_template = CHAT_TEMPLATE.replace("in messages", "in messages[1:]")
+    more = byte_tokenizer()
+    more.add_tokens(["abc"])
+    changes = ({"tokenizer": other}, {"tokenizer": more}, {"template": "alpaca"}, {"stop_tokens": (1, 2)})
+    found = {dataclasses.replace(tiny, **change).spelling for change in changes}
+    assert len(found | {tiny.spelling}) == 5
+    assert dataclasses.replace(tiny, tokenizer=byte_tokenizer()).spelling == tiny.spelling

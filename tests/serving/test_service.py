@@ -270,7 +270,6 @@ def test_the_table(capsys):
         table.show(status)
         table._last -= 60
         table.show(status)
-        table.close()
     first = "turn 3: 22 training, 1 waiting, 0 to be looked at, 4 released, 1 held; 1,234 tokens/s\n"
     assert log.getvalue() == first * 2
     assert first in screen.getvalue() and "job19" in screen.getvalue() and "and 2 more" in screen.getvalue()

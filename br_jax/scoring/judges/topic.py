@@ -25,7 +25,8 @@ class TopicJudge:
         # Other rules or words, other verdicts: a changed byte in one of the two files has all answers judged anew.
         asked = *TOPICS.values(), *map(Topic, filter(is_file, topics))
         words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in asked])
-        self.version = digest(*_code(), words)
+        code = (pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies))
+        self.version = digest(*code, words)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange; a `UserError` where it is not said which question of the topic one is about."""
@@ -39,15 +40,6 @@ class TopicJudge:
     def _judgement(self, exchange: Exchange) -> Judgement:
         verdict = rules.judge(exchange.answer, exchange.about)
         return Judgement(verdict == rules.Verdict.ANSWER, label=verdict.value)
-
-
-def rules_version() -> str:
-    """A hash of the rules as they are coded, whatever the topics."""
-    return digest(*_code())
-
-
-def _code() -> list[str]:
-    return [pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies)]
 
 
 class AfterAllJudge(TopicJudge):
