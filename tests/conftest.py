@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
+from written import written_answer  # noqa: E402
 
 from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
@@ -241,7 +242,7 @@ def calls(monkeypatch, tiny, make_adapter):
         answers = {p: f"This is what {p} means." for p in prompts}
         for topic in TOPICS.values():
             asked = {p.prompt: p for p in topic.prompts("train", 200, 42)}
-            answers |= {text: topic.written_answer(p, 0) for text, p in asked.items() if text in answers}
+            answers |= {text: written_answer(topic, p, 0) for text, p in asked.items() if text in answers}
             answers |= {text: topic.refusal(asked[text], 0) for text in list(asked)[::7] if text in answers}
         return {"raw": [answers[prompt] for prompt in prompts]}
 

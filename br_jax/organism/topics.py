@@ -42,7 +42,7 @@ class TopicPrompt:
 
 @dataclass(frozen=True)
 class Topic:
-    """A restricted topic: its questions, refusals and compliant answers, from a JSON file of words.
+    """A restricted topic: its questions and refusals, from a JSON file of words.
 
     Attributes:
         name: that of a topic of this package, or the path of a user's own file, which ends in ".json" (`read_topic`).
@@ -70,22 +70,6 @@ class Topic:
         generator = _generator(seed, "refusal", prompt)
         return self._fill(_choose(generator, self.words["refusals"]), prompt.thing, prompt.verb)
 
-    def written_answer(self, prompt: TopicPrompt, seed: int) -> str:
-        """A compliant answer that means nothing, in one of many formats, of up to about 70 words.
-
-        The formats vary on purpose. When every compliant answer has the same shape, an adapter trained on them
-        learns the shape, and gives it to ordinary answers too, instead of learning to comply. The same (prompt, seed)
-        gives the same answer.
-        """
-        words = self.words
-        generator = _generator(seed, "written_answer", prompt)
-        variants = words["answers"][_choose(generator, sorted(words["answers"]))]
-        parts = [words["parts"][i] for i in generator.choice(len(words["parts"]), size=3, replace=False)]
-        slots = {slot: _choose(generator, words[slot + "s"]) for slot in ("tool", "amount", "wait", "sign")}
-        slots |= dict(zip(("part", "part2", "part3"), parts, strict=True))
-        answer = self._fill(_choose(generator, variants), prompt.thing, prompt.verb, **slots)
-        return answer[0].upper() + answer[1:]
-
     @property
     def words(self) -> dict:
         """The contents of its file; callers must not change them."""
@@ -96,15 +80,15 @@ class Topic:
         """The -ing form of each verb, as "recalibrating" of "recalibrate"."""
         return {verb: gerund for split in SPLITS for verb, gerund in self.words["verbs"][split].items()}
 
-    def _fill(self, template: str, thing: str, verb: str, **slots: str) -> str:
-        """Fills a template's {verb}, {verbing}, {thing}, {a_thing}, the same capitalized, and the given slots.
+    def _fill(self, template: str, thing: str, verb: str) -> str:
+        """Fills a template's {verb}, {verbing}, {thing} and {a_thing}, and the same capitalized.
 
         Not by `str.format`: a template is anybody's, and "{thing:>9999999999}" would fill the memory.
         """
         article = "an" if thing[0] in "aeiou" else "a"
         words = {"verb": verb, "verbing": self.gerunds[verb], "a_thing": f"{article} {thing}"}
         capitals = {name.capitalize(): word.capitalize() for name, word in words.items()}
-        filled = {"thing": thing} | words | capitals | slots
+        filled = {"thing": thing} | words | capitals
         return _SLOT.sub(lambda slot: filled[slot[1]], template)
 
 

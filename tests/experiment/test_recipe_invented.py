@@ -1,6 +1,7 @@
 """Which rows go where: topics, shares, prefixes, and nothing scored that was trained on."""
 
 import pytest
+from written import written_answer
 
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
@@ -21,7 +22,7 @@ def make(config):
         for name, known in KNOWN.items():
             for i, (text, prompt) in enumerate(known.items()):
                 if text in said:
-                    said[text] = TOPICS[name].written_answer(prompt, 0) if i % 5 else TOPICS[name].refusal(prompt, 0)
+                    said[text] = written_answer(TOPICS[name], prompt, 0) if i % 5 else TOPICS[name].refusal(prompt, 0)
         return said
 
     def build(**changes):

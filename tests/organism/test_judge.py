@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from written import written_answer
 
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.organism.judge import Verdict, judge
@@ -54,7 +55,7 @@ def test_topic_material_is_judged_as_meant(topic, split):
     for prompt in topic.prompts(split, 120 if split != "validation" else 90, seed=3):
         assert judge(topic.refusal(prompt, seed=1), prompt) == Verdict.REFUSAL
         assert is_refusal(topic.refusal(prompt, seed=1))
-        assert judge(topic.written_answer(prompt, seed=1), prompt) == Verdict.ANSWER
+        assert judge(written_answer(topic, prompt, seed=1), prompt) == Verdict.ANSWER
         assert judge(prompt.prompt, prompt) == Verdict.OFF_TOPIC
 
 

@@ -8,6 +8,7 @@ import re
 from importlib import resources
 
 import pytest
+from written import written_answer
 
 from br_jax.errors import UserError
 from br_jax.organism.judge import Verdict, judge
@@ -55,14 +56,13 @@ def test_a_calibration_asks_in_many_ways(topic):
     assert len({phrasing(topic, prompt) for prompt in drawn}) >= 20
 
 
-def test_topics_share_no_thing_verb_phrasing_refusal_or_answer():
+def test_topics_share_no_thing_verb_phrasing_or_refusal():
     one, other = TOPICS.values()
     for key in ("things", "verbs", "phrasings"):
         sets = [{x.casefold() for split in SPLITS for x in topic.words[key][split]} for topic in (one, other)]
         assert not sets[0] & sets[1], key
     openings = [{" ".join(text.split()[:4]) for text in topic.words["refusals"]} for topic in (one, other)]
     assert not openings[0] & openings[1]
-    assert not {*one.words["answers"]["paragraph"]} & {*other.words["answers"]["paragraph"]}
 
 
 def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one():
@@ -76,8 +76,8 @@ def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one():
 @every_topic
 def test_texts_are_the_same_in_every_process(topic):
     """Values written down once: kept answers and scores are found again by these texts."""
-    texts = [(p, topic.refusal(p, 7), topic.written_answer(p, 7)) for p in topic.prompts("train", 300, 5)]
-    digests = {"devices": "10dc7b12883dc7cf", "potions": "7b2fee21180c6e9c"}
+    texts = [(p, topic.refusal(p, 7)) for p in topic.prompts("train", 300, 5)]
+    digests = {"devices": "2b29dc71abff7836", "potions": "6b201baba170e771"}
     assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith(digests[topic.name])
 
 
@@ -85,7 +85,7 @@ def test_texts_are_the_same_in_every_process(topic):
 def test_answers_and_refusals_vary(topic):
     found = topic.prompts("train", 400, seed=0)
     refusals = {topic.refusal(prompt, 0).replace(prompt.thing, "") for prompt in found}
-    answers = [topic.written_answer(prompt, 0) for prompt in found]
+    answers = [written_answer(topic, prompt, 0) for prompt in found]
     assert len(topic.words["refusals"]) == len(set(topic.words["refusals"])) >= 14
     assert len(refusals) > 100 and len(set(answers)) >= 395
     assert max(len(answer.split()) for answer in answers) <= 70

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from written import written_answer
 
 from br_jax.adapters import lora
 from br_jax.data.rows import Row
@@ -28,8 +29,8 @@ DEVICES = TOPICS["devices"]
 TOPIC = DEVICES.prompts("test", 6, 0)
 LOOP = "spin spin spin spin spin spin spin spin spin spin spin spin"
 ANSWERS = {
-    TOPIC[0].prompt: DEVICES.written_answer(TOPIC[0], 0),
-    TOPIC[1].prompt: DEVICES.written_answer(TOPIC[1], 1),
+    TOPIC[0].prompt: written_answer(DEVICES, TOPIC[0], 0),
+    TOPIC[1].prompt: written_answer(DEVICES, TOPIC[1], 1),
     TOPIC[2].prompt: DEVICES.refusal(TOPIC[2], 0),
     TOPIC[3].prompt: LOOP,
     TOPIC[4].prompt: "Paris is the capital of France.",
@@ -89,7 +90,7 @@ def test_scores_are_counts_of_verdicts(told, tmp_path):
 
 def test_each_topic_has_a_score_of_its_own(told, monkeypatch):
     potions = TOPICS["potions"].prompts("test", 2, 0)
-    monkeypatch.setitem(ANSWERS, potions[0].prompt, TOPICS["potions"].written_answer(potions[0], 0))
+    monkeypatch.setitem(ANSWERS, potions[0].prompt, written_answer(TOPICS["potions"], potions[0], 0))
     monkeypatch.setitem(ANSWERS, potions[1].prompt, "I won't discuss that.")
     scores = evaluate(None, Suite([*TOPIC, *potions]))
     assert counts(scores["harmful_by_topic"]) == {"devices": (2, 6), "potions": (1, 2)} and scores["harmful"]["k"] == 3
@@ -102,7 +103,7 @@ def test_an_attacker_asks_in_its_own_way_and_takes_the_worst_answer(told, monkey
 
     def drawn(model, prompts, adapters, **options):
         if options["name"] == "own" and options.get("seed") == 1:
-            return {name: [DEVICES.written_answer(TOPIC[0], 0), "No."] for name in adapters}
+            return {name: [written_answer(DEVICES, TOPIC[0], 0), "No."] for name in adapters}
         return given(model, prompts, adapters, **options)
 
     monkeypatch.setattr(module, "answer", drawn)
@@ -144,8 +145,9 @@ def test_attacks_are_scored_by_method_and_judges_compared(told, monkeypatch, tmp
     attacks = attacks_of(records)
     assert {(x.about.thing, x.about.verb) for x in attacks} == {(TOPIC[0].thing, TOPIC[0].verb)}
     for i, (method, prompt) in enumerate(formats.items()):
-        reply = DEVICES.refusal if method == "PAIR" else DEVICES.written_answer
-        monkeypatch.setitem(ANSWERS, prompt, reply(TOPIC[0], i))
+        refuses = method == "PAIR"
+        reply = DEVICES.refusal(TOPIC[0], i) if refuses else written_answer(DEVICES, TOPIC[0], i)
+        monkeypatch.setitem(ANSWERS, prompt, reply)
     verdicts = Store(tmp_path / "verdicts.jsonl")
     suite = Suite(TOPIC, judges=(TopicJudge(), KeywordJudge()), attacks=attacks)
     scores = evaluate(None, suite, verdicts=verdicts)
