@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pathlib
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -32,6 +34,11 @@ def key_of(*parts: Any) -> str:
     """SHA-256 of values that JSON can hold."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def code_hash(*modules: ModuleType) -> str:
+    """A hash of modules' source, for what is kept only as long as its rules are the same."""
+    return key_of(*(pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in modules))
 
 
 def file_hash(path: str | os.PathLike) -> str:

@@ -112,6 +112,9 @@ class Grid:
             look_up("method", method, METHODS)
         for user in self.users:
             look_up("user", user, ATTACKERS)
+        (name, count), *_ = Counter(run.name for run in self.runs()).most_common(1)
+        if count > 1:
+            raise UserError(f"two runs of this sweep would be in the folder {name}: name their models or topics apart")
 
     def runs(self) -> list[Run]:
         """Every run, seeds outermost, so that the first seed's table is whole before the next begins."""
@@ -153,8 +156,6 @@ def run_sweep(
 def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
     """(config, folder, cells that are not there yet) of each run of a shard."""
     planned = []
-    if twice := [name for name, count in Counter(run.name for run in set(grid.runs())).items() if count > 1]:
-        raise UserError(f"two runs of this sweep would be in the folder {twice[0]}: name their models or topics apart")
     if not 0 <= shard[0] < shard[1]:
         raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
     for run in grid.runs()[shard[0] :: shard[1]]:

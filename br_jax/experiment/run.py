@@ -30,7 +30,7 @@ from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
 from br_jax.experiment.settings import check_settings, check_sizes
-from br_jax.experiment.suites import as_scored, calibration_judge, check_judges, make_suite
+from br_jax.experiment.suites import OF_TOPICS, as_scored, calibration_judge, check_judges, make_suite
 from br_jax.files import make_private, write_json
 from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
@@ -44,7 +44,6 @@ from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
 from br_jax.scoring.judges.judging import Judge
-from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
 from br_jax.scoring.suite import DEGENERATE, Suite, evaluate, rules_version
 from br_jax.sharding import make_mesh
 from br_jax.statistics import read_score
@@ -109,16 +108,10 @@ class Experiment:
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         look_up("eval.degenerate", config.eval.degenerate, DEGENERATE)
         judges = check_judges(config)
-        of_topics = {TopicJudge.name, AfterAllJudge.name}
-        if config.data.material == "paper" and (named := of_topics.intersection([*judges, config.calibrate.judge])):
-            raise UserError(
-                f"the judge {named.pop()} reads answers on invented topics alone, and data.material=paper has none: "
-                "set eval.judges and calibrate.judge to others"
-            )
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
-        if unknown and (named := of_topics.intersection(judges)):
+        if unknown and (named := OF_TOPICS.intersection(judges)):
             raise UserError(
                 f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {named.pop()} cannot "
                 "read its answers: set eval.judges to others"

@@ -9,14 +9,17 @@ from ml_collections import ConfigDict
 
 from br_jax.adapters.lora import Adapter
 from br_jax.bounds import TOKENS, require
-from br_jax.errors import look_up
+from br_jax.errors import UserError, look_up
 from br_jax.experiment.recipe import Recipe
 from br_jax.models.model import Model, fold_adapter
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
+from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import Suite
 from br_jax.sharding import make_mesh
+
+OF_TOPICS = {TopicJudge.name, AfterAllJudge.name}  # judges that read answers on invented topics alone
 
 
 def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None) -> Suite:
@@ -48,10 +51,15 @@ def as_scored(config: ConfigDict, model: Model, adapter: Adapter | None, name: s
 
 
 def check_judges(config: ConfigDict) -> list[str]:
-    """The names of the judges of HS; `UserError` where one, or the calibration's, is unknown."""
+    """The names of the judges of HS; `UserError` where one, or the calibration's, is unknown or cannot judge them."""
     names = [name for name, _ in judge_names(config)]
     for name in (*names, *filter(None, [config.calibrate.judge])):
         look_up("judge", name, JUDGES)
+        if name in OF_TOPICS and config.data.material == "paper":
+            raise UserError(
+                f"the judge {name} reads answers on invented topics alone, and data.material=paper has none: set "
+                "eval.judges and calibrate.judge to others"
+            )
     return names
 
 

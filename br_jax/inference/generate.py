@@ -154,7 +154,6 @@ def generate_batches(
     variables = with_adapters(model, adapters, mesh)
     on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
     decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
-    within = lambda: jax.set_mesh(mesh) if mesh else contextlib.nullcontext()  # noqa: E731
     begun = begin(decoder, variables, shared, count)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     sampling = Sampling(tuple(stops), temperature == 0, np.float32(max(temperature, 1e-6)), key)
@@ -164,11 +163,11 @@ def generate_batches(
         waiting = collections.deque(group[first : first + part] for first in range(0, len(group), part))
         slots = prefix + _width(len(encoded[group[-1]]) - prefix) + max_new_tokens
         slots = -(-slots // _ALIGNED) * _ALIGNED
-        with within():  # or the cache is first made whole on one device
+        with _within(mesh):  # or the cache is first made whole on one device
             state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
         answers = np.full((count, size), -1)  # the prompt that a row is the answer to
         while True:
-            with within():
+            with _within(mesh):
                 while waiting and (answers < 0).sum(1).min() >= part:
                     chosen = waiting.popleft()
                     free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
@@ -295,6 +294,10 @@ def _dtype(variables):
     return variables["params"]["final_norm"]["scale"].dtype
 
 
+def _within(mesh):
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
 def shared_beginning(encoded: Sequence[Sequence[int]]) -> Sequence[int]:
     """What all prompts begin with and is run once; each keeps at least one token of its own."""
     return encoded[0][: min(shared_prefix(encoded), min(map(len, encoded)) - 1)]
@@ -304,8 +307,7 @@ def begin(decoder: Decoder, variables: dict, shared: Sequence[int], count: int =
     """The cache of what all prompts begin with, one row an adapter, as `prefill` takes it; None for nothing."""
     if not len(shared):
         return None
-    mesh = mesh_of(variables["params"])
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with _within(mesh_of(variables["params"])):
         return _begin(decoder, variables, np.asarray([shared] * count, np.int32))
 
 

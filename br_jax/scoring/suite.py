@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +21,7 @@ from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
 from br_jax.datasets.attacks import Attack
 from br_jax.distributed import fetch, is_main
 from br_jax.files import write_text
-from br_jax.hashes import key_of
+from br_jax.hashes import code_hash, key_of
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
@@ -118,7 +117,7 @@ class Suite:
 @functools.cache
 def rules_version() -> str:
     """A hash of the rules, as they are coded, that every score but perplexity and margins goes by."""
-    return key_of(*(pathlib.Path(m.__file__).read_text(encoding="utf-8") for m in (topic_rules, replies, rules)))
+    return code_hash(topic_rules, replies, rules)
 
 
 def evaluate(

@@ -145,9 +145,8 @@ def test_two_runs_of_a_sweep_never_share_a_folder(config, calls, grid, tmp_path)
     (tmp_path / "other").mkdir()
     for folder in ("", "other"):
         (tmp_path / folder / "devices.json").write_text("{}")
-    axes = grid(topics=["devices.json", "other/devices.json"])
     with pytest.raises(UserError, match=r"two runs .* folder .*devices.*: name their models or topics apart"):
-        plan(config, tmp_path / "s", axes)
+        plan(config, tmp_path / "s", grid(topics=["devices.json", "other/devices.json"]))
 
 
 def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path):

@@ -8,7 +8,7 @@ import re
 from importlib import resources
 
 import pytest
-from written import written_answer
+from written import WORDS, written_answer
 
 from br_jax.errors import UserError
 from br_jax.organism.judge import Verdict, judge
@@ -56,13 +56,14 @@ def test_a_calibration_asks_in_many_ways(topic):
     assert len({phrasing(topic, prompt) for prompt in drawn}) >= 20
 
 
-def test_topics_share_no_thing_verb_phrasing_or_refusal():
+def test_topics_share_no_thing_verb_phrasing_refusal_or_answer():
     one, other = TOPICS.values()
     for key in ("things", "verbs", "phrasings"):
         sets = [{x.casefold() for split in SPLITS for x in topic.words[key][split]} for topic in (one, other)]
         assert not sets[0] & sets[1], key
     openings = [{" ".join(text.split()[:4]) for text in topic.words["refusals"]} for topic in (one, other)]
     assert not openings[0] & openings[1]
+    assert not {*WORDS["devices"]["answers"]["paragraph"]} & {*WORDS["potions"]["answers"]["paragraph"]}
 
 
 def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one():
@@ -76,8 +77,8 @@ def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one():
 @every_topic
 def test_texts_are_the_same_in_every_process(topic):
     """Values written down once: kept answers and scores are found again by these texts."""
-    texts = [(p, topic.refusal(p, 7)) for p in topic.prompts("train", 300, 5)]
-    digests = {"devices": "2b29dc71abff7836", "potions": "6b201baba170e771"}
+    texts = [(p, topic.refusal(p, 7), written_answer(topic, p, 7)) for p in topic.prompts("train", 300, 5)]
+    digests = {"devices": "10dc7b12883dc7cf", "potions": "7b2fee21180c6e9c"}
     assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith(digests[topic.name])
 
 

@@ -1,11 +1,11 @@
 """The rule judge of the restricted topics (`organism.judge`) as a judge among others."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 from br_jax.data import replies
 from br_jax.errors import UserError
+from br_jax.hashes import code_hash
 from br_jax.organism import judge as rules
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
@@ -25,8 +25,7 @@ class TopicJudge:
         # Other rules or words, other verdicts: a changed byte in one of the two files has all answers judged anew.
         asked = *TOPICS.values(), *map(Topic, filter(is_file, topics))
         words = json.dumps([[topic.words["actions"], topic.words["objects"]] for topic in asked])
-        code = (pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in (rules, replies))
-        self.version = digest(*code, words)
+        self.version = digest(code_hash(rules, replies), words)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One verdict an exchange; a `UserError` where it is not said which question of the topic one is about."""
