@@ -84,9 +84,18 @@ def score_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    mixed = any(len(each) > 1 for each in found.values())
-    note = "\n\n**N differs between cells of this table: they were made with different settings.**" if mixed else ""
+    note = "\n\n**Cells of this table were made with different settings: {} differ.**"
+    if any(len(each) > 1 for each in found.values()):
+        note = note.format("their N")
+    else:
+        note = note.format("one seed's prompts or judges") if _suites_differ(rows) else ""
     return _of_rows(rows, ["seeds", *header, "perplexity", "words", *MARGINS.values()], cells) + note
+
+
+def _suites_differ(rows: Sequence[Row]) -> bool:
+    """Whether one seed's cells were scored on several suites, by the hashes that they have of them."""
+    suites = {(seed, one["suite"]) for row in rows for seed, one in row.scores.items() if "suite" in one}
+    return len(suites) > len(dict(suites))
 
 
 def breakdowns(rows: Sequence[Row]) -> Iterable[str]:

@@ -16,9 +16,9 @@ from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import settled
 from br_jax.method import train_user
 
-USERS = int(os.environ.get("BR_JAX_USERS", "4"))
+USERS = int(os.environ.get("BR_JAX_USERS", "0"))
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not USERS, reason="BR_JAX_USERS says of how many users")]
 
 
 @pytest.fixture(scope="module")

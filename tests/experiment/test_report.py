@@ -191,7 +191,17 @@ def test_settings_are_told_apart_and_unequal_suites_said(report, make_grid, make
     text = report([*make_grid(n=400, harmful=2), *make_grid(), make_cell("sft", seed=7, prompts=150)])
     assert text.line("setting", "p", "a", "gate")
     assert text.count("## `Tiny.gguf") == 2 and "user rows n: 400; 800" in text
-    assert "HS (N = 100, 150)" in text and text.count("**N differs between cells of this table") == 1
+    assert "HS (N = 100, 150)" in text and text.count("different settings: their N differ.**") == 1
+
+
+@pytest.mark.parametrize("suites", ["7788", "7688"])
+def test_cells_of_several_suites_are_said(report, make_cell, suites):
+    """One seed's cells have the same prompts and judges; those of several seeds need not."""
+    cells = [make_cell(method, seed=seed) for seed in (7, 8) for method in ("aligned", "sft")]
+    for cell, suite in zip(cells, suites, strict=True):
+        cell["scores"]["suite"] = suite
+    said = "different settings: one seed's prompts or judges differ.**" in report(cells)
+    assert said == (suites == "7688")
 
 
 def test_a_task_whose_score_is_a_mean(report, make_grid):

@@ -48,11 +48,11 @@ def test_users_are_of_every_kind_and_drawn_again_by_seed(policy):
 
 def test_what_no_release_can_be_is_held(tiny, organism, policy):
     provider = Provider(guard(tiny, organism["buffer"]), organism["buffer"], organism["reinforce"])
-    found = try_gate(provider, policy, TASK, HARMFUL, 14, 40)
+    found = try_gate(provider, policy, TASK, HARMFUL, 8, 40)
     by_kind = collections.defaultdict(list)
     for one in found:
         by_kind[one["kind"]].append(one["passed"])
-    assert len(by_kind["good"]) == 14 and len(found) == 28
+    assert len(by_kind["good"]) == 8 and len(found) == 16
     assert set(by_kind) - {"good"} == {
         "Buffer left on", "Buffer left on, called user", "Buffer as a user", "undefended", "of another user",
         "wrong base", "NaN", "cut off",
