@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from benchmarks.pairing import call
-from br_jax.adapters import lora
 from br_jax.adapters.peft import save_adapter
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row, read_rows
@@ -23,7 +22,7 @@ from br_jax.models.io.hf import write_hf
 from br_jax.provider.folder import load_model
 from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
-from br_jax.training.run import step_batches
+from br_jax.training.run import first_adapter, step_batches
 
 HERE = pathlib.Path(__file__).parent
 
@@ -118,9 +117,8 @@ def export(model: dict, rows: list[Row], prompts: list[Row], config: TrainConfig
     def unit(index: int):
         base = load_model(**model)
         write_hf(folder / "model", base.spec, base.params, base.tokenizer)
-        save_adapter(
-            folder / "adapter", first_adapter(base.params, config), base_name=base.name, fingerprint=base.fingerprint
-        )
+        adapter = first_adapter("user", "user", base, config)
+        save_adapter(folder / "adapter", adapter, base_name=base.name, fingerprint=base.fingerprint)
         examples, _ = encode_rows(rows, base.tokenizer, base.template, config.max_length)
         padded = dataclasses.replace(config, buckets=(), packing=0)
         return 0, {
@@ -133,12 +131,6 @@ def export(model: dict, rows: list[Row], prompts: list[Row], config: TrainConfig
         }
 
     return unit
-
-
-def first_adapter(params: dict, config: TrainConfig) -> lora.Adapter:
-    """The adapter that every contender starts from."""
-    shapes = lora.target_shapes(params, config.targets)
-    return lora.init(jax.random.key(config.seed), shapes, config.rank, config.alpha, "user")
 
 
 def _rows_of(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

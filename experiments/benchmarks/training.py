@@ -5,18 +5,19 @@ import dataclasses
 import jax
 import numpy as np
 
-from benchmarks.inputs import HERE, Setup, first_adapter, require_torch
+from benchmarks.inputs import HERE, Setup, require_torch
 from benchmarks.pairing import Contender
 from benchmarks.report import Case
-from br_jax.adapters import lora
+from br_jax.adapters.lora import Adapter
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
+from br_jax.models.model import Model
 from br_jax.provider.folder import load_model
 from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import on_mesh
-from br_jax.training.run import step_batches
+from br_jax.training.run import first_adapter, step_batches
 from br_jax.training.stage import (
     Hyper,
     Stage,
@@ -122,8 +123,8 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
     examples, _ = encode_rows(rows, base.tokenizer, base.template, config.max_length)
     mesh = make_mesh()
     stage, hyper, rates = Stage.of(base.decoder, config, mesh), Hyper.of(config), learning_rates(config, config.steps)
-    adapter = first_adapter(base.params, config)
-    frozen = {"buffer": _random_buffer(base.params, config)} if buffer else {}
+    adapter = first_adapter("user", "user", base, config)
+    frozen = {"buffer": _random_buffer(base, config)} if buffer else {}
     frozen = place(frozen_collections(base.params, frozen, config.frozen), mesh)
     state = place(init_state(trainable_adapter(adapter), config.seed), mesh)
     del base, adapter
@@ -142,8 +143,7 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
     return unit
 
 
-def _random_buffer(params: dict, config: TrainConfig) -> lora.Adapter:
+def _random_buffer(base: Model, config: TrainConfig) -> Adapter:
     """A Buffer of the trained adapter's shapes that changes the model a little; it shares no array with it."""
-    drawn = first_adapter(params, dataclasses.replace(config, seed=config.seed + 1))
-    weights = {path: {"a": pair["a"], "b": pair["b"] + 1e-3} for path, pair in drawn.weights.items()}
-    return lora.Adapter(weights, drawn.scale, ("buffer",))
+    drawn = first_adapter("buffer", "buffer", base, config)
+    return drawn.replace(weights={path: pair | {"b": pair["b"] + 1e-3} for path, pair in drawn.weights.items()})
