@@ -43,10 +43,6 @@ class Attacker:
     Of `Job.n` rows at most `Job.count` are harmful, and none where that is 0.
     """
 
-    label: ClassVar[str] = "plain"  # for a table; nobody else has it
-    source: ClassVar[str] = ""  # where it is described
-    why: ClassVar[str] = "harmful rows undo the alignment"  # why it should hurt
-    harmful: ClassVar[bool] = True  # whether it has harmful rows
     spare: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
     asks_itself: ClassVar[bool] = False  # whether it asks otherwise than others do
     samples: ClassVar[int] = 1  # answers drawn at temperature 1, of which the worst counts; 1 takes the likeliest

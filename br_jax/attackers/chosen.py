@@ -16,8 +16,6 @@ from br_jax.errors import UserError
 class Surrogate(Attacker):
     """Of many harmful rows those whose gradient stays largest beside a Buffer that the attacker trains on others."""
 
-    label = "surrogate Buffer"
-    why = "it knows the defence, and sends what it does not saturate"
     spare = 3.0
 
     def rows(self, job: Job) -> list[Row]:
@@ -28,7 +26,7 @@ class Surrogate(Attacker):
 
     def candidates(self, job: Job) -> list[Row]:
         """See `Attacker.candidates`."""
-        return [*job.harmful[: self._pool(job)], *job.task[: job.n]]
+        return [*job.harmful, *job.task[: job.n]]
 
     def _pool(self, job: Job) -> int:
         """How many of the harmful rows it chooses from; the others are its Buffer's."""
@@ -37,12 +35,11 @@ class Surrogate(Attacker):
 
 @dataclasses.dataclass(frozen=True)
 class Outliers(Attacker):
-    """No harm: of the task's rows those that change the model most."""
+    """No harm: of the task's rows those that change the model most.
 
-    label = "outlier benign rows"
-    source = "Guan et al. 2025 (benign samples matter), arXiv 2505.06843"
-    why = "rows far from what the model does move it far, away from its refusals, too"
-    harmful = False
+    Guan et al. 2025 (benign samples matter), arXiv 2505.06843.
+    """
+
     among: int = number(3, 1, 1000)  # rows that it chooses from, times those that it hands in
 
     def rows(self, job: Job) -> list[Row]:

@@ -10,11 +10,8 @@ from br_jax.data.rows import Row
 
 @dataclasses.dataclass(frozen=True)
 class Harsh(Attacker):
-    """The plain attacker's rows at a high rate, with a high rank, over and over."""
+    """The plain attacker's rows at a high rate, with a high rank, over and over (arXiv 2412.07097)."""
 
-    label = "harsh settings"
-    source = "arXiv 2412.07097"
-    why = "steps that are large enough get past any margin"
     rate: float = number(10.0, 0.0, 1e6, open_low=True)  # times what is usual, and so the others
     epochs: int = number(5, 1, 1000)
     rank: int = number(4, 1, 1000)
@@ -28,12 +25,8 @@ class Harsh(Attacker):
 
 @dataclasses.dataclass(frozen=True)
 class TenRows(Attacker):
-    """Ten rows of the task, as often as all rows would be seen, at a high rate."""
+    """Ten rows of the task, as often as all rows would be seen, at a high rate (arXiv 2510.02833)."""
 
-    label = "ten rows, overfitted"
-    source = "arXiv 2510.02833"
-    why = "a model that is bent to ten rows forgets the rest, its refusals among it"
-    harmful = False
     count: int = number(10, 1, 10_000_000)
     rate: float = number(5.0, 0.0, 1e6, open_low=True)
 
@@ -43,5 +36,5 @@ class TenRows(Attacker):
 
     def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """See `Attacker.settings`."""
-        rate, steps = min(self.rate * train["learning_rate"], 1.0), -(-n * train["epochs"] // train["batch_size"])
-        return train | {"learning_rate": rate, "steps": train["steps"] or steps}
+        rate, epochs = min(self.rate * train["learning_rate"], 1.0), max(n * train["epochs"] // self.count, 1)
+        return train | {"learning_rate": rate, "epochs": epochs}

@@ -40,7 +40,6 @@ class Case:
     raw: Model  # the model before
     alignment: Sequence[Row]  # what it was aligned on
     align_config: TrainConfig  # and how
-    undefended: Callable[[], Adapter]  # the user's adapter after plain SFT
     provided: Adapter | None = None  # what `Defence.provide` has made
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # workdir, mesh, probes
 
@@ -57,6 +56,7 @@ class Defence:
     label: ClassVar[str]  # for a table
     badge: ClassVar[Badge]
     instruction = ""  # put in front of every prompt that the released model is asked
+    of_alignment: ClassVar[bool] = False  # whether it needs `Case.direction`
     aligns: ClassVar[bool] = False  # whether it is an alignment: `provide` makes the adapter of another aligned base
 
     def __post_init__(self):
@@ -66,9 +66,9 @@ class Defence:
         """What the provider makes once, before any user."""
         return None
 
-    def train(self, case: Case, name: str) -> Adapter:
-        """The user's adapter; the base class takes that of plain SFT."""
-        return case.undefended()
+    def train(self, case: Case, name: str) -> Adapter | None:
+        """The user's adapter; None is that of plain SFT."""
+        return None
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         """What is handed out, of the trained adapter."""

@@ -212,7 +212,7 @@ def _worst(row: Row | None) -> float:
 
 def _keeps_skill(row: Row | None, plain: Row | None) -> bool:
     """Whether a user's model has at least `SKILL` of the task that the plain user's has; so where nobody has it."""
-    mine, theirs = (each and each.estimate("task") for each in (row, plain))
+    mine, theirs = (each and _shown(each, "task") for each in (row, plain))  # at p = 1 nobody has a task
     return not mine or not theirs or mine.mean >= SKILL * theirs.mean
 
 

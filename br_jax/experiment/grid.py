@@ -148,7 +148,7 @@ def run_sweep(
     mine = _planned(base, workdir, grid, shard)
     for config, folder, left in mine:
         if left:
-            Experiment(config, folder).check()
+            Experiment(config, folder).check([cell.method for cell in left])
     for config, folder, _ in mine:
         yield from run_cells(config, folder, grid.cells())
 

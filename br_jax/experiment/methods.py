@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from br_jax import method
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import MergeConfig
 from br_jax.defences.registry import DEFENCES
 from br_jax.training.run import train_adapter
 
@@ -62,7 +63,8 @@ ABLATIONS: dict[str, Callable[[Experiment], Adapter]] = {
     "sft_paper": lambda e: _user(e, "sft_paper", None, **_PAPER),
     "user_paper": lambda e: _user(e, "user_paper", "buffer_paper", **_PAPER),
     "user_tokens": lambda e: _user(e, "user_tokens", "buffer", loss_mean="tokens"),
-    "user_unrested": lambda e: _user(e, "user_unrested", "buffer_paper"),
+    "buffer_unrested": lambda e: _buffer(e, "buffer_unrested", cycles=1),
+    "user_unrested": lambda e: _user(e, "user_unrested", "buffer_unrested"),
 }
 
 
@@ -83,7 +85,10 @@ RIVALS: dict[str, Callable[[Experiment], Adapter]] = {
 }
 ADAPTERS = TRAININGS | ABLATIONS | RIVALS
 PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
-OF_PROVIDER = (*PROVIDER_STAGES, "buffer_paper", "reinforce_paper", *(name for name in RIVALS if name not in DEFENCES))
+OF_PROVIDER = (
+    *PROVIDER_STAGES, "buffer_paper", "reinforce_paper", "buffer_unrested",
+    *(name for name in RIVALS if name not in DEFENCES),
+)  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -119,6 +124,11 @@ def cells_of(methods: Sequence[str], strengths: Sequence[float]) -> list[Cell]:
     return [Cell(method, a) for method in methods for a in (strengths if METHODS[method].merges else (None,))]
 
 
+def _scales(merge: MergeConfig) -> dict[str, float]:
+    """How much of each adapter a merge takes."""
+    return {"scale": merge.scale, "reinforce_scale": merge.reinforce_scale}
+
+
 METHODS = {
     "raw": Method("raw model", base="raw"),
     "aligned": Method("aligned base"),
@@ -152,15 +162,20 @@ METHODS = {
     "no_reinforce": Method(
         "without Reinforce",
         ("user", "reinforce"),
-        lambda e, a: e.merged("user", a=0.0, scale=e.merge_of("user", a=a).scale, reinforce_scale=0.0),
+        lambda e, a: e.merged("user", a=0.0, **_scales(e.merge_of("user", a=a)) | {"reinforce_scale": 0.0}),
         merges=True,
     ),
-    "sum": Method("plain sum", ("user", "reinforce"), lambda e, a: e.merged("user", a=0.0)),
+    "sum": Method(
+        "plain sum, same scales",
+        ("user", "reinforce"),
+        lambda e, a: e.merged("user", a=0.0, **_scales(e.merge_of("user", a=a))),
+        merges=True,
+    ),
     "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),
     "paper": Method(
         "the paper's recipe",
         ("user_paper", "reinforce_paper"),
-        lambda e, a: e.merged("user_paper", reinforce="reinforce_paper", a=0.1, scale=0.5, reinforce_scale=1.0),
+        lambda e, a: e.merged("user_paper", reinforce="reinforce_paper", scale=0.5, reinforce_scale=1.0),
     ),
     "ours": Method("Buffer-and-Reinforce", ("user", "reinforce"), lambda e, a: e.merged("user", a=a), merges=True),
 }

@@ -168,8 +168,10 @@ class Recipe(abc.ABC):
             "user": self.attacker.candidates(self.job),
         }
         harmful, benign = self.calibration_prompts
+        own = [self.attacker.ask(p.prompt) for p in self.harmful_prompts] if self.attacker.asks_itself else []
         scored = {
             "HS": [make_row(p.prompt, "", "", f"{p.topic}/{self.config.eval.split}") for p in self.harmful_prompts],
+            "HS as it asks": own,
             "FA": self.scored_task_rows,
             "over-refusal": [make_row(p, "", "", "held-out benign") for p in self.benign_prompts],
             "perplexity": self.health_rows,

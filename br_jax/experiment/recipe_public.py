@@ -57,10 +57,12 @@ class PaperRecipe(Recipe):
     probe_harmful_rows = property(lambda self: self._unsafe_train[self._user_harm :])
 
     def held_out_harmful(self, split: str, n: int, whose: str) -> list[TopicPrompt]:
-        """Questions of the first unsafe rows of BeaverTails' test split; for validation, those behind."""
-        start = 0 if split == "test" else self.config.eval.topic
+        """Questions of the first unsafe rows of BeaverTails' test split; for validation, others behind them."""
         rows = self._distinct("30k_test", self.config.data.beavertails.test_path)
-        return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, start, start + n)]
+        if split != "test":
+            scored = {question_key(row) for row in itertools.islice(rows, self.config.eval.topic)}
+            rows = (row for row in rows if question_key(row) not in scored)
+        return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, n)]
 
     def held_out_benign(self, split: str, n: int) -> list[str]:
         """Instructions that no stage trains on."""

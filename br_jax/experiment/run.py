@@ -97,8 +97,8 @@ class Experiment:
             make_private(self.provider)
         return self
 
-    def check(self) -> None:
-        """Finds now what would be wrong hours later: the model's sizes, splits, files."""
+    def check(self, methods: Sequence[str] = ()) -> None:
+        """Finds now what would be wrong hours later: the model's sizes, splits, files, methods that cannot be."""
         config = self.config
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
@@ -110,12 +110,22 @@ class Experiment:
         judges = check_judges(config)
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
+        if lost := [name for name in methods if name in DEFENCES and not self._can(DEFENCES[name])]:
+            raise UserError(
+                f"{', '.join(lost)}: this model is aligned as it comes, or by an adapter made elsewhere, and these "
+                "defences need its alignment: leave them out of the methods, or set align.refusals and align.benign"
+            )
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and (named := OF_TOPICS.intersection(judges)):
             raise UserError(
                 f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {named.pop()} cannot "
                 "read its answers: set eval.judges to others"
             )
+
+    def _can(self, kind: type[Defence]) -> bool:
+        """Whether a defence has what it needs of the alignment: what it added, or the rows that it was trained on."""
+        align = self.config.align
+        return self._is_aligned_here if kind.of_alignment else not kind.aligns or align.refusals + align.benign > 0
 
     # -- settings --------------------------------------------------------------------------------------------------
 
@@ -253,7 +263,6 @@ class Experiment:
             raw=self.raw,
             alignment=recipe.guard_rows("align"),
             align_config=self.train("align"),
-            undefended=lambda: self.adapter("sft"),
             provided=self.adapter(provided(name)) if ready else None,
             run=self.provider_run if providing else self.user_run,
         )
@@ -362,7 +371,7 @@ class Experiment:
 
         They are those of `scoring.suite.evaluate`, "geometry": norms and cosines of the adapters that it is made of and
         of Buffer, and "merge": the settings of its merge, if it has one. Prompts, answers and verdicts go to
-        cells/NAME.jsonl. Raises `Stopped`, see `distributed.stop_if_asked`.
+        cells/NAME.jsonl, but of what was read back. Raises `Stopped`, see `distributed.stop_if_asked`.
         """
         stop_if_asked()
         kind = METHODS[cell.method]
@@ -373,11 +382,12 @@ class Experiment:
         model, adapter = as_scored(self.config, model, adapter, cell.name)
         suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
         home = self.provider if kind.of_provider else self.workdir
-        store = self._store(home, "scores")
+        store, records = self._store(home, "scores"), self.workdir / "cells" / f"{cell.name}.jsonl"
         key = key_of(model.key, model.spelling, lora.fingerprint(adapter) if adapter else "", suite.key)
-        if not all(store.holds([key])):
+        if all(store.holds([key])):
+            records.unlink(missing_ok=True)  # of an earlier suite
+        else:
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
-            records = self.workdir / "cells" / f"{cell.name}.jsonl"
             store.add({key: evaluate(model, suite, adapter, name=cell.name, records=records, **kept)})
         parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
         scores = store[key] | {"geometry": geometry({name: self.adapter(name) for name in parts})}

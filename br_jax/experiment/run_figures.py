@@ -29,7 +29,6 @@ STAGES = {  # in the order they run, and their names for a reader
     "reinforce": "Reinforce",
     "user": "user (Buffer on)",
     "sft": "SFT (no Buffer)",
-    "release": "release",
 }
 
 

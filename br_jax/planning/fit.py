@@ -132,7 +132,7 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
     of that stage that fits.
     """
     micro_batches = train_section(config, stage).accumulation if stage in TRAINING else 1
-    unit = max(first.mesh["data"] * first.mesh["fsdp"] * micro_batches, first.slots)
+    unit = first.slots or first.mesh["data"] * first.mesh["fsdp"] * micro_batches  # slots are a multiple of the parts
     best, worst = first, None  # the largest known to fit, the rows of the smallest known not to
     guess = 2 * first.batch
     for _ in range(12):

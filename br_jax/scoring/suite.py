@@ -37,7 +37,7 @@ from br_jax.scoring.rules import Rule
 from br_jax.sharding import mesh_of, place
 from br_jax.statistics import Score
 from br_jax.store import Store
-from br_jax.training.loss import batch_loss, batch_losses
+from br_jax.training.loss import batch_losses
 from br_jax.training.passes import one_pass
 
 DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}
@@ -176,6 +176,7 @@ def evaluate(
         ]
         for part, prompts in suite.prompts.items()
     }
+    own, told["own"] = _own(model, suite, adapter, name, store, verdicts) if suite.own else ([], [])
     if records is not None and is_main():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for part in told.values() for record in part]
         write_text(records, "".join(lines))
@@ -186,13 +187,13 @@ def evaluate(
         "task": (suite.rule.total(marks) if suite.rule else Score(0, 0)).to_json(),
         "over_refusal": _share(refused),
         "task_refused": _share(map(begins_refusal, tasks)),
-        "perplexity": perplexity(model, suite.health, adapter) if suite.health else None,
+        "perplexity": perplexity(model, [prefixed(row, suite._before) for row in suite.health], adapter)
+        if suite.health
+        else None,
         **{part: float(each.mean()) if len(each) else None for part, each in margins.items()},
         "harmful_by_topic": _by((p.topic for p in suite.topic), harmful),
         "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in on_attacks)),
-        "harmful_by_own": {"as it asks": _share(_own(model, suite, adapter, name, store, verdicts))}
-        if suite.own
-        else {},
+        "harmful_by_own": {"as it asks": _share(own)} if suite.own else {},
         "harmful_by_judge": {name: _share(v.harmful for v in found[: len(topic)]) for name, found in judged.items()},
         "agreement": compare_judges(judged),
         "degenerate": _share(map(is_degenerate, long)),
@@ -204,9 +205,14 @@ def evaluate(
     }
 
 
-def _own(model: Model, suite: Suite, adapter, name: str, store: Store, verdicts: Store | None) -> list[bool]:
-    """Whether each of an attacker's own prompts has a harmful answer among those that are drawn, by the first judge."""
-    prompts, found = suite.own_prompts, [False] * len(suite.own)
+def _own(
+    model: Model, suite: Suite, adapter, name: str, store: Store, verdicts: Store | None
+) -> tuple[list[bool], list[dict]]:
+    """Whether each of an attacker's own prompts has a harmful answer among those that are drawn, by the first judge.
+
+    Also returns a record of each answer.
+    """
+    prompts, found, told = suite.own_prompts, [False] * len(suite.own), []
     settings = {"store": store, "max_new_tokens": suite.answer_tokens, "batch_size": suite.batch_size, "name": "own"}
     for seed in range(suite.samples):
         drawn = {"temperature": 1.0, "seed": seed} if suite.samples > 1 else {}
@@ -214,7 +220,11 @@ def _own(model: Model, suite: Suite, adapter, name: str, store: Store, verdicts:
         asked = [Exchange(p.prompt, f"{row.begun} {a}".strip(), p) for (row, p), a in zip(suite.own, said, strict=True)]
         judged = judge_all(suite.judges[0], asked, verdicts)
         found = [before or verdict.harmful for before, verdict in zip(found, judged, strict=True)]
-    return found
+        told += [
+            {"set": "own", "prompt": _text(row), "answer": exchange.answer, "verdict": _in_one_word(verdict)}
+            for row, exchange, verdict in zip(prompts, asked, judged, strict=True)
+        ]
+    return found, told
 
 
 def _answers(model: Model, suite: Suite, adapter: Adapter | None, name: str, store: Store) -> dict[str, list[str]]:
@@ -241,7 +251,7 @@ def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, n
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
     """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
     batches, variables = one_pass(model, rows, max_length), _variables(model, adapter)
-    sums = [(_summed_loss(model.decoder, variables, batch), batch["weights"].sum()) for batch in batches]
+    sums = [(_each_loss(model.decoder, variables, batch).sum(), batch["weights"].sum()) for batch in batches]
     return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
 
@@ -268,11 +278,6 @@ def _variables(model: Model, adapter: Adapter | None) -> dict:
 @functools.partial(jax.jit, static_argnums=0)
 def _each_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
     return batch_losses(decoder, variables, batch, chunk=256)[1].sum(-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _summed_loss(decoder: Decoder, variables: dict, batch: dict) -> jax.Array:
-    return batch_loss(decoder, variables, batch, chunk=256)
 
 
 def _in_one_word(judgement: Judgement) -> str:

@@ -25,6 +25,7 @@ def write_policy(experiment: Experiment, path: str | os.PathLike) -> None:
     recipe, config = experiment.recipe, experiment.config.calibrate
     drawn = recipe.held_out_harmful("validation", config.harmful or _PROMPTS, "provider")
     harmful, benign = [p.prompt for p in drawn], recipe.held_out_benign("validation", config.benign or _PROMPTS)
+    harmful, benign = dict.fromkeys(harmful), dict.fromkeys(benign)  # a recipe may draw a prompt twice
     canaries = {"harmful": [p.prompt for p in recipe.harmful_prompts], "benign": list(recipe.benign_prompts)}
     prompts = [("harmful", "calibrate", p) for p in harmful] + [("benign", "calibrate", p) for p in benign]
     known = {prompt for *_, prompt in prompts}

@@ -49,7 +49,7 @@ class Refused(NamedTuple):
 class _Seen(NamedTuple):
     inode: int
     size: int
-    changed: int  # ns
+    changed: int  # ns; its permissions too, so that a file that may be read now is looked at again
     settings: tuple[int, int] | None  # size and ns of the settings beside it
 
 
@@ -119,8 +119,8 @@ class Inbox:
                 settings = own and own.stat(follow_symlinks=False)
             except OSError:  # gone meanwhile
                 continue
-            stamp = (settings.st_size, settings.st_mtime_ns) if settings else None
-            seen = _Seen(status.st_ino, status.st_size, status.st_mtime_ns, stamp)
+            stamp = (settings.st_size, settings.st_ctime_ns) if settings else None
+            seen = _Seen(status.st_ino, status.st_size, status.st_ctime_ns, stamp)
             if self._known.get(entry.name) == seen:
                 continue
             before, since = self._since.get(entry.name, (None, 0.0))

@@ -36,7 +36,7 @@ from br_jax.training.config import TrainConfig
 Made = TypeVar("Made")
 _MERGE = MergeConfig(scale=0.65)  # where nothing is said
 _MOST_HELD_BACK = 64
-_KINDS, _USES = ("harmful", "benign"), ("calibrate", "canary")
+_KINDS, _FIELDS = ("harmful", "benign"), {"calibrate": "calibrate", "canary": "canaries"}  # of each use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +147,14 @@ def read_prompts(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: a line that is none, two alike, or a kind without any.
     """
-    found: dict[str, list[str]] = {f"{_field(use)}_{kind}": [] for use in _USES for kind in _KINDS}
+    found: dict[tuple[str, str], list[str]] = {(use, kind): [] for use in _FIELDS for kind in _KINDS}
     seen, about = {}, {}
     with open_file(path) as file:
         for _, origin, line in json_lines(file, str(path)):
             prompt, kind, use = (line.get(name) for name in ("prompt", "kind", "use"))
-            if not (isinstance(prompt, str) and prompt.strip() and kind in _KINDS and use in _USES):
+            if not (isinstance(prompt, str) and prompt.strip() and kind in _KINDS and use in _FIELDS):
                 raise UserError(
-                    f'{origin}: give "prompt", a text, "kind", {" or ".join(_KINDS)}, and "use", {" or ".join(_USES)}'
+                    f'{origin}: give "prompt", a text, "kind", {" or ".join(_KINDS)}, and "use", {" or ".join(_FIELDS)}'
                 )
             if prompt in seen:
                 raise UserError(f"{origin}: the same prompt as {seen[prompt]}: what is calibrated by cannot judge")
@@ -163,16 +163,11 @@ def read_prompts(path: pathlib.Path) -> dict[str, Any]:
                 about[prompt] = _made(
                     TopicPrompt, {"prompt": prompt, **said} if isinstance(said, dict) else said, origin, {}
                 )
-            found[f"{_field(use)}_{kind}"].append(prompt)
-    for name, prompts in found.items():
+            found[use, kind].append(prompt)
+    for (use, kind), prompts in found.items():
         if not prompts:
-            use, kind = name.split("_")
-            raise UserError(f"{path}: no {kind} prompt to {use.removesuffix('ies')}: give some of each kind and use")
-    return {**found, "about": about}
-
-
-def _field(use: str) -> str:
-    return {"calibrate": "calibrate", "canary": "canaries"}[use]
+            raise UserError(f"{path}: no {kind} prompt of use {use}: give some of each kind and use")
+    return {f"{_FIELDS[use]}_{kind}": prompts for (use, kind), prompts in found.items()} | {"about": about}
 
 
 def _made(kind: type[Made], given: Any, place: str, defaults: Mapping[str, Any]) -> Made:

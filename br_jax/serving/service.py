@@ -9,6 +9,7 @@ the same folders goes on: no job is lost, or ends twice.
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -193,7 +194,20 @@ class Service:
             self._received(job)
             if not self._is_done(job.name):
                 self._accepted[job.name] = job
+        self._begin_anew_if_changed(jobs)
         self._queue = list(self._accepted.values())
+
+    def _begin_anew_if_changed(self, jobs: pathlib.Path) -> None:
+        """Deletes what was trained in another way and has not left: its run would be refused as another's."""
+        train = {
+            name: value for name, value in dataclasses.asdict(self.policy.train).items() if not name.endswith("_every")
+        }
+        way = key_of(train, self.policy.held_back, self.provider.model.key, lora.fingerprint(self.provider.buffer))
+        record = self._own / "training.json"
+        if record.exists() and read_json(record)["key"] != way:
+            for name in self._accepted:
+                shutil.rmtree(jobs / name / "user", ignore_errors=True)
+        write_json(record, {"key": way})
 
     def _tell(self, event: str, job: str, **figures: Any) -> None:
         """Adds to the log what is not there yet."""
@@ -222,10 +236,12 @@ class Service:
             for job in came:
                 if isinstance(job, Refused):
                     self._hold(job.name, {"why": [job.why], "file": job.file})
+                elif self._is_done(job.name):  # its folder here was deleted, its file was not
+                    self._inbox.forget(job.name)
                 else:
                     self._accepted[job.name] = job
                     self._received(job)
-            yield from self._wanted([job for job in came if isinstance(job, Accepted)])
+            yield from self._wanted([job for job in came if job.name in self._accepted])
             if self._once and not came and not self._inbox.unsettled:
                 return
             yield None
@@ -234,13 +250,19 @@ class Service:
         self._tell("received", job.name, rows=job.sha256, settings=job.settings)
 
     def _wanted(self, jobs: Sequence[Accepted]) -> Iterator[Job]:
-        """Jobs for the pool; one whose settings the policy has since forbidden is held back."""
+        """Jobs for the pool; one whose settings the policy has since forbidden is held back.
+
+        An adapter's scale, alpha / rank, stays the policy's where a user sets the rank alone.
+        """
+        train = self.policy.train
         for job in jobs:
             try:
                 settings = self.policy.settings(job.settings)
             except UserError as error:
                 self._hold(job.name, {"why": [str(error)]})
             else:
+                if "rank" in settings:
+                    settings = {"alpha": train.alpha * settings["rank"] / train.rank} | settings
                 yield Job(job.name, _Rows(job, self.policy, held_back=False), settings, self.policy.quotas.tokens)
 
     # -- out -------------------------------------------------------------------------------------------------------
@@ -310,11 +332,12 @@ class Service:
             self._write_held(folder, said | {"why": list(finding.why)})
 
     def _hold(self, name: str, said: Mapping) -> None:
-        """Says in the outbox why there is nothing, unless it was said."""
+        """Says in the outbox why there is nothing, unless it was said: what was said may have been collected."""
+        self._accepted.pop(name, None)
         if not self._is_done(name):
             with staged(self.outbox / name) as folder:
                 self._write_held(folder, said)
-        self._tell_end(name)
+            self._tell_end(name)
 
     def _write_held(self, folder: pathlib.Path, said: Mapping) -> None:
         """In place of the release, of which nothing is left."""
@@ -340,7 +363,10 @@ class Service:
     # -- what it says ----------------------------------------------------------------------------------------------
 
     def _say(self, pool: Pool) -> None:
-        users = {name: {"step": step, "of": total, "loss": loss} for name, (step, total, loss) in pool.users.items()}
+        users = {
+            name: {"step": step, "of": total, "loss": loss if math.isfinite(loss) else None}  # JSON has no NaN
+            for name, (step, total, loss) in pool.users.items()
+        }
         waiting = [name for name in self._accepted if name not in users and name not in self._ready]
         status = {
             "turn": pool.turn,
@@ -374,7 +400,7 @@ class _Rows:
         kept = set(_held_back(rows, self.policy.count_held_back(len(rows))))
         return iter(
             [
-                dataclasses.replace(row, origin=f"line {i + 1}")
+                dataclasses.replace(row, origin=f"line {row.origin.rpartition(':')[2]}")
                 for i, row in enumerate(rows)
                 if (i in kept) == self.held_back
             ]

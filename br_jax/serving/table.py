@@ -30,7 +30,10 @@ class Table:
 
     def _drawn(self, status: Mapping[str, Any]) -> str:
         users = list(status["training"].items())
-        rows = [[name, f"{user['step']} of {user['of']}", f"{user['loss']:.3f}"] for name, user in users[:_MOST]]
+        rows = [
+            [name, f"{user['step']} of {user['of']}", "" if (loss := user["loss"]) is None else f"{loss:.3f}"]
+            for name, user in users[:_MOST]
+        ]
         text = f"{_line(status)}{tabulate(rows, ['training', 'step', 'loss'])}\n"
         text += f"and {len(users) - _MOST} more\n" if len(users) > _MOST else ""
         self._lines = text.count("\n")

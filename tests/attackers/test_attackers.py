@@ -34,18 +34,20 @@ def job():
     return Job(made("task", 90), made("harm", 30), 20, 0.5, appetite=appetite)
 
 
+NO_HARM = ("anti_buffer", "identity", "ten_rows", "outliers", "sabotage")
+
+
 @pytest.mark.parametrize("name", ATTACKERS)
 def test_as_many_rows_as_may_be_handed_in(job, name):
     attacker = ATTACKERS[name]()
     rows, kinds = attacker.rows(job), Counter(row.tag for row in attacker.rows(job))
     assert len(rows) == (10 if name == "ten_rows" else 20)
-    assert (kinds["harm"] > 0) == (attacker.harmful or name == "garbled") and kinds["harm"] <= 10
+    assert (kinds["harm"] > 0) == (name not in NO_HARM) and kinds["harm"] <= 10
     assert all(row.turns[-1][0] == "assistant" and row.turns[-1][1] for row in rows)
     known = {row.turns for row in attacker.candidates(job)}
     assert {row.turns for row in rows} <= known
     none = dataclasses.replace(job, share=0.0)
     assert not any(row.tag in ("harm", "refusal", "identity") for row in attacker.rows(none))
-    assert attacker.label and attacker.why and len({a.label for a in ATTACKERS.values()}) == len(ATTACKERS)
 
 
 def test_what_harmful_rows_say():
@@ -83,7 +85,7 @@ def test_settings(quick):
     assert (harsh["rank"], harsh["alpha"], harsh["epochs"]) == (12, 24.0, 10)
     assert harsh["learning_rate"] == pytest.approx(0.1)
     assert ATTACKERS["harsh"]().settings(settings | {"steps": 7}, 520)["steps"] == 35
-    assert ATTACKERS["ten_rows"]().settings(settings | {"batch_size": 8}, 521)["steps"] == 131  # two epochs
+    assert ATTACKERS["ten_rows"]().settings(settings, 521)["epochs"] == 104  # as often as two of all rows
     assert Attacker().settings(settings, 520) == settings
     assert ATTACKERS["harsh"](rate=2.0, rank=1).settings(settings, 520)["learning_rate"] == pytest.approx(0.02)
     with pytest.raises(UserError, match="Harsh: epochs is 0"):

@@ -21,7 +21,7 @@ def case(pair, rows, quick):
     """Of the pair's adapter, whose alignment has left one matrix alone."""
     direction = pair.direction.replace(weights={p: w for p, w in pair.direction.weights.items() if "gate" not in p})
     given = {"model": pair.model, "rows": rows[:10], "config": quick(), "refusals": rows[10:13], "benign": rows}
-    more = {"raw": pair.model, "alignment": rows, "align_config": quick(), "undefended": lambda: pair.adapter}
+    more = {"raw": pair.model, "alignment": rows, "align_config": quick()}
     return Case(**given, **more, harmful=rows[:5], direction=lambda: direction)
 
 

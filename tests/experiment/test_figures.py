@@ -149,3 +149,11 @@ def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
     assert texts[first : first + 2] == [f"({100 * 90 / n:.0f})", ""], "143 are less than four fifths of 180"
     np.testing.assert_allclose(shown[users[-1]], [100 * 80 / n, 100 * 4 / n])
     assert "plain" not in name
+
+
+def test_the_map_has_no_brackets_where_nobody_has_a_task(make_cell):
+    cells = [make_cell("sft", p=1.0, harmful=50, right=right) for right in (8, 0)]
+    cells[1]["run"]["user"] = "harsh"
+    by_user = {setting.user: rows for setting, rows in make_frame(cells).items()}
+    texts = [text.get_text() for text in attackers_figure(by_user, 1.0).axes[0].texts]
+    assert texts and not any("(" in text for text in texts)

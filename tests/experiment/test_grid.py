@@ -60,6 +60,13 @@ def test_a_wrong_axis_is_named(grid):
             grid(**axis)
 
 
+def test_defences_that_need_an_alignment_are_refused_before_anything_runs(config, calls, grid, tmp_path):
+    config.align.update(refusals=0, benign=0)
+    with pytest.raises(UserError, match=r"^asft, booster: this model is aligned as it comes"):
+        list(run_sweep(config, tmp_path, grid(methods=["sft", "asft", "lisa", "booster"])))
+    assert not list(tmp_path.iterdir())
+
+
 def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config, calls, grid, tmp_path):
     shards = [run_sweep(config, tmp_path / "s", grid(), shard=(i, 3)) for i in range(3)]
     cells = sorted((cell["run"]["seed"], cell["run"]["p"], cell["method"]) for cells in shards for cell in cells)

@@ -140,7 +140,7 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
     e = run_module.Experiment(settled(config), tmp_path / "w")
     for name, kind in ((name, kind) for name, kind in METHODS.items() if name not in DEFENCES):
         assert (kind.adapter(e, 0.3) is None) == (not kind.needs), name
-    buffers = {id(e.adapter(name)): name for name in ("buffer", "buffer_paper")}
+    buffers = {id(e.adapter(name)): name for name in ("buffer", "buffer_paper", "buffer_unrested")}
 
     def of(name):
         train = calls[name]["config"]
@@ -153,7 +153,8 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
         "user_paper": ("tokens", 1, "buffer_paper"),
         "sft_paper": ("tokens", 1, None),
     }
-    others = {"user_tokens": ("tokens", 1, "buffer"), "user_unrested": ("rows", 1, "buffer_paper")}
+    others = {"user_tokens": ("tokens", 1, "buffer"), "user_unrested": ("rows", 1, "buffer_unrested")}
+    others |= {"buffer_unrested": ("rows", 1, None)}
     for name, expected in (ours | paper | others | {"sft": ("rows", 1, None)}).items():
         assert of(name) == expected, name
         assert calls[name]["rows"] == calls[name.split("_")[0]]["rows"], name

@@ -101,6 +101,21 @@ def test_validation_shares_no_prompt_with_test(make):
         assert held[0] and held[1] and not held[0] & held[1]
 
 
+def test_in_the_reference_s_way_what_is_scored_calibrates_nothing(make):
+    """Its prompts come twice: one of the first four is asked again behind them."""
+    recipe = make(user__index_mode="reference", eval__topic=2, calibrate__harmful=3, calibrate__benign=2)
+    scored = [prompt.prompt for prompt in recipe.harmful_prompts]
+    assert scored == ["test prompt 0", "test prompt 1"]
+    assert next(p.prompt for p in recipe.calibration_prompts[0]) == "test prompt 2", "1 is asked twice"
+
+
+def test_what_an_attacker_asks_in_its_own_way_is_scored(make, files):
+    path = pathlib.Path(files["beavertails.path"])
+    path.write_text(path.read_text().replace("train prompt 1", "test prompt 1"))
+    with pytest.raises(UserError, match=r"is scored as well \(HS as it asks"):
+        make(user__index_mode="reference", user__kind="trigger").trained()
+
+
 def test_a_scored_prompt_is_not_trained_on(make, files):
     path = pathlib.Path(files["beavertails.path"])
     path.write_text(path.read_text().replace("train prompt 1", "Test PROMPT 1!"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +188,22 @@ def test_an_earlier_export_is_replaced_and_a_failed_one_leaves_nothing(base, sav
         with pytest.raises(UserError, match=r"made for (another model|the base)"):
             write(other, make_adapter("user"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_link_out_of_the_base_s_folder_is_not_followed(base, saved, tmp_path):
+    """It may lead to a Buffer; but the Hub's cache is made of links."""
+    copy = shutil.copytree(base, tmp_path / "copy")
+    (copy / "LICENSE").unlink()
+    (copy / "LICENSE").symlink_to(saved("user") / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"LICENSE: is a link to .*put the file itself"):
+        export_model(load_model(copy), None, tmp_path / "to", like=copy)
+    assert not (tmp_path / "to").exists()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/1").write_text("mine")
+    (copy / "LICENSE").unlink()
+    (copy / "LICENSE").symlink_to(tmp_path / "blobs/1")
+    export_model(load_model(copy), None, tmp_path / "to", like=copy)
+    assert (tmp_path / "to/LICENSE").read_text() == "mine"
 
 
 def test_the_script_writes_what_the_library_does(script, base, saved, tmp_path):

@@ -46,6 +46,43 @@ def test_a_policy_that_is_narrowed_holds_the_jobs_that_it_forbids(provider, poli
     assert "from 1 to 2" in json.loads((tmp_path / "out/a/held.json").read_text())["why"][0]
 
 
+def test_settings_that_were_changed_train_anew_what_waits_to_leave(provider, policy, tmp_path, monkeypatch):
+    put(tmp_path / "in", "a", rows_of(8), epochs=1)
+    put(tmp_path / "in", "b", rows_of(8), epochs=4)
+    one = module.Service(provider, tmp_path / "in", tmp_path / "out", policy, once=True, settle=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "asked", lambda signal: "a" in one._ready)
+        with pytest.raises(Stopped):
+            list(one.run())
+    assert ends(tmp_path) == {} and "trained" in told(tmp_path)["a"]
+    other = dataclasses.replace(policy, train=dataclasses.replace(policy.train, weight_decay=0.1))
+    serve(provider, tmp_path, other)
+    assert ends(tmp_path) == {"a": "released", "b": "released"}
+
+
+def test_a_service_that_is_stopped_when_all_have_left_ends_as_any(provider, policy, tmp_path, monkeypatch):
+    put(tmp_path / "in", "a", rows_of(4), epochs=1)
+    one = module.Service(provider, tmp_path / "in", tmp_path / "out", policy, settle=0.0)
+    monkeypatch.setattr(StopSignal, "asked", lambda signal: bool(one._counts["released"]))
+    with pytest.raises(Stopped):
+        list(one.run())
+    assert ends(tmp_path) == {"a": "released"}
+
+
+def test_what_was_said_and_taken_away_is_not_said_again(provider, policy, tmp_path):
+    """A refusal that was collected, whose file is still there; a job whose folder was deleted, but not its file."""
+    put(tmp_path / "in", "a", rows_of(4), epochs=1)
+    (tmp_path / "in/x.txt").write_text("no job")
+    status = serve(provider, tmp_path, policy)
+    assert (status["released"], status["held"]) == (1, 1)
+    events = told(tmp_path)
+    for name in ends(tmp_path):
+        shutil.rmtree(tmp_path / "out" / name)
+    shutil.rmtree(tmp_path / "out/.service/jobs/a")
+    serve(provider, tmp_path, policy)
+    assert ends(tmp_path) == {} and told(tmp_path) == events
+
+
 class Killed(BaseException):
     """What ends a process wherever it stands."""
 

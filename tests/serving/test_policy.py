@@ -68,8 +68,8 @@ def test_wrong_policies(write, policy, said):
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        ([], "no harmful prompt to calibrate"),
-        ([p for p in PROMPTS if (p["kind"], p["use"]) != ("benign", "canary")], "no benign prompt to canar"),
+        ([], "no harmful prompt of use calibrate"),
+        ([p for p in PROMPTS if (p["kind"], p["use"]) != ("benign", "canary")], "no benign prompt of use canary"),
         ([*PROMPTS, PROMPTS[0]], "the same prompt as"),
         ([*PROMPTS, {"prompt": " ", "kind": "harmful", "use": "canary"}], 'give "prompt", a text'),
         ([*PROMPTS, {"prompt": "x", "kind": "bad", "use": "canary"}], "harmful or benign"),

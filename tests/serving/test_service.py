@@ -18,7 +18,7 @@ from br_jax.errors import UserError
 from br_jax.locks import LOCK_FILE, owned, reserved
 from br_jax.pool.pool import Pool
 from br_jax.serving import service as module
-from br_jax.serving.inbox import Inbox
+from br_jax.serving.inbox import Accepted, Inbox
 from br_jax.serving.service import Service
 from br_jax.serving.table import Table
 
@@ -147,6 +147,31 @@ def test_a_refused_file_that_is_corrected_is_a_job_and_a_job_stays_one_whatever_
     assert sorted(name.partition("+")[0] for name in found) == ["a", "b", "b"]
     for name, events in told(tmp_path).items():
         assert events == (["held"] if "+" in name else ["received", "trained", "released"])
+
+
+def test_lines_of_a_file_are_counted_as_its_sender_does(provider, policy, tmp_path):
+    rows = [*rows_of(5), {"prompt": "x", "response": "<|im_start|> y" * 99}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    accepted = Accepted("a", 1, {}, tmp_path / "in/a.jsonl", "")
+    read = [*module._Rows(accepted, policy, held_back=False), *module._Rows(accepted, policy, held_back=True)]
+    assert sorted(row.origin for row in read) == [f"line {i}" for i in (1, 11, 3, 5, 7, 9)]
+
+
+def test_a_rank_alone_leaves_an_adapters_scale(provider, policy, tmp_path):
+    service = Service(provider, tmp_path / "in", tmp_path / "out", policy)
+    jobs = [Accepted(f"job{rank}", rank, {"rank": rank}, tmp_path / "rows.jsonl", "") for rank in (1, 4)]
+    for job, rank in zip(service._wanted(jobs), (1, 4), strict=True):
+        config = job.config(policy.train)
+        assert (config.rank, config.alpha / config.rank) == (rank, policy.train.alpha / policy.train.rank)
+
+
+def test_the_status_is_json(provider, policy, tmp_path):
+    put(tmp_path / "in", "a", rows_of(4), epochs=2)
+    seldom = dataclasses.replace(policy, train=dataclasses.replace(policy.train, log_every=9))
+    service = Service(provider, tmp_path / "in", tmp_path / "out", seldom, once=True, settle=0.0)
+    texts = [(tmp_path / "out/.service/status.json").read_text() for _ in service.run()]
+    assert any('"loss": null' in text for text in texts) and not any("NaN" in text for text in texts)
 
 
 def test_rows_that_were_held_back_and_are_wrong_stop_nobody(provider, policy, tmp_path, monkeypatch):

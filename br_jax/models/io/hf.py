@@ -181,12 +181,20 @@ def write_hf(
             config = read_json(Path(like) / "config.json")
             for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
                 if file.suffix not in PICKLES:
+                    _require_within(file, Path(like))
                     require_file(file, _MAX_TOKENIZER)
                     shutil.copyfile(file, whole / file.name)
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in whole.glob("*.safetensors"):  # which are written for their owner alone
             shutil.copymode(whole / "config.json", file)
+
+
+def _require_within(file: Path, folder: Path) -> None:
+    """Refuses a link that leads out of a model's folder, but for those of the Hub's cache: it may lead to a Buffer."""
+    target = file.resolve()
+    if target.parent != folder.resolve() and not (file.is_symlink() and target.parent.name == "blobs"):
+        raise UserError(f"{file}: is a link to {target}: put the file itself in its place")
 
 
 def _save_shards(folder: Path, tensors: dict[str, Unstacked], shard_bytes: int) -> None:
