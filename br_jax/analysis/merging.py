@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from br_jax.adapters import lora
-from br_jax.adapters.diagnostics import effective_basis, inner_product
+from br_jax.adapters.diagnostics import effective_basis, inner_product, removed_share
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 
@@ -37,13 +37,10 @@ def _overlap(user: dict, reinforce: dict, tau):
         (u_a, u_b), (r_a, r_b) = pairs
         q, _ = effective_basis(u_a, u_b, tau)
         p, _ = effective_basis(u_b.T, u_a.T, tau)
-        size = lambda x, y: jnp.sqrt(jnp.sum((x.T @ x) * (y @ y.T)))  # noqa: E731
-        whole = jnp.maximum(size(r_a, r_b), 1e-30)
-        rank = jnp.sum(jnp.any(q != 0, axis=0))
-        return size(r_a, (r_b @ q) @ q.T) / whole, size(p @ (p.T @ r_a), r_b) / whole, jnp.sqrt(rank / q.shape[0])
+        rank = jnp.sum(jnp.any(q != 0, axis=0)).astype(q.dtype)
+        return removed_share(r_a, r_b, q), removed_share(r_b.T, r_a.T, p), jnp.sqrt(rank / q.shape[0])
 
-    with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
-        return jax.lax.map(of_layer, ((user["a"], user["b"]), (reinforce["a"], reinforce["b"])))
+    return jax.lax.map(of_layer, ((user["a"], user["b"]), (reinforce["a"], reinforce["b"])))
 
 
 def reach(user: Adapter, reinforce: Adapter, merge: MergeConfig) -> dict[str, float]:
