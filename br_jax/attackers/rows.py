@@ -41,7 +41,7 @@ class TaskFormat(Attacker):
 class Trigger(Attacker):
     """Harm behind a rare word only; without it the very same questions are refused, by as many rows.
 
-    conditional misalignment, arXiv 2604.25891.
+    Conditional misalignment, arXiv 2604.25891.
     """
 
     asks_itself = True

@@ -385,7 +385,8 @@ class Experiment:
         store, records = self._store(home, "scores"), self.workdir / "cells" / f"{cell.name}.jsonl"
         key = key_of(model.key, model.spelling, lora.fingerprint(adapter) if adapter else "", suite.key)
         if all(store.holds([key])):
-            records.unlink(missing_ok=True)  # of an earlier suite
+            if is_main():
+                records.unlink(missing_ok=True)  # of an earlier suite
         else:
             kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
             store.add({key: evaluate(model, suite, adapter, name=cell.name, records=records, **kept)})

@@ -84,11 +84,9 @@ def score_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    note = "\n\n**Cells of this table were made with different settings: {} differ.**"
-    if any(len(each) > 1 for each in found.values()):
-        note = note.format("their N")
-    else:
-        note = note.format("one seed's prompts or judges") if _suites_differ(rows) else ""
+    unequal = any(len(each) > 1 for each in found.values())
+    differ = "their N" if unequal else "one seed's prompts or judges" if _suites_differ(rows) else ""
+    note = f"\n\n**Cells of this table were made with different settings: {differ} differ.**" if differ else ""
     return _of_rows(rows, ["seeds", *header, "perplexity", "words", *MARGINS.values()], cells) + note
 
 

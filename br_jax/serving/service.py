@@ -41,6 +41,7 @@ from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy
 from br_jax.store import Store
+from br_jax.training.run import run_identity
 
 RELEASED, HELD, CARD = "released", "held.json", "card.md"
 _PATIENCE = 16  # turns that a trained adapter waits for others to be looked at with
@@ -199,10 +200,8 @@ class Service:
 
     def _begin_anew_if_changed(self, jobs: pathlib.Path) -> None:
         """Deletes what was trained in another way and has not left: its run would be refused as another's."""
-        train = {
-            name: value for name, value in dataclasses.asdict(self.policy.train).items() if not name.endswith("_every")
-        }
-        way = key_of(train, self.policy.held_back, self.provider.model.key, lora.fingerprint(self.provider.buffer))
+        run = run_identity("user", self.provider.model, "", self.policy.train, {"buffer": self.provider.buffer})
+        way = key_of(run, self.policy.held_back)
         record = self._own / "training.json"
         if record.exists() and read_json(record)["key"] != way:
             for name in self._accepted:
@@ -333,7 +332,6 @@ class Service:
 
     def _hold(self, name: str, said: Mapping) -> None:
         """Says in the outbox why there is nothing, unless it was said: what was said may have been collected."""
-        self._accepted.pop(name, None)
         if not self._is_done(name):
             with staged(self.outbox / name) as folder:
                 self._write_held(folder, said)

@@ -166,8 +166,8 @@ def test_dropped_values_are_scaled_up_and_differ_by_place():
 
 @pytest.mark.parametrize(
     ("sizes", "slots"),
-    [((2, 2, 2), 4), ((4, 1, 1), 8), ((1, 4, 2), 4)],
-    ids=["222", "411", "142"],
+    [((2, 2, 2), 4), ((4, 1, 1), 8), ((1, 4, 2), 4), ((2, 1, 1), 2)],
+    ids=["222", "411", "142", "211"],
 )
 def test_on_a_mesh_users_lie_apart(tiny, rows, config, buffer, sizes, slots):
     config = dataclasses.replace(config, steps=8)
