@@ -367,11 +367,11 @@ class Experiment:
         return make_suite(self.config, self.recipe, self.raw, self._model_mesh)
 
     def score(self, cell: Cell) -> dict:
-        """The scores of a cell (returned in process 0 alone); the same model's on the same suite are read back.
+        """The scores of a cell (returned in process 0 alone); what is kept of its model is not found again.
 
         They are those of `scoring.suite.evaluate`, "geometry": norms and cosines of the adapters that it is made of and
         of Buffer, and "merge": the settings of its merge, if it has one. Prompts, answers and verdicts go to
-        cells/NAME.jsonl, but of what was read back. Raises `Stopped`, see `distributed.stop_if_asked`.
+        cells/NAME.jsonl. Raises `Stopped`, see `distributed.stop_if_asked`.
         """
         stop_if_asked()
         kind = METHODS[cell.method]
@@ -382,16 +382,12 @@ class Experiment:
         model, adapter = as_scored(self.config, model, adapter, cell.name)
         suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
         home = self.provider if kind.of_provider else self.workdir
-        store, records = self._store(home, "scores"), self.workdir / "cells" / f"{cell.name}.jsonl"
-        key = key_of(model.key, model.spelling, lora.fingerprint(adapter) if adapter else "", suite.key)
-        if all(store.holds([key])):
-            if is_main():
-                records.unlink(missing_ok=True)  # of an earlier suite
-        else:
-            kept = {"store": self._store(home), "verdicts": self._store(home, "verdicts")}
-            store.add({key: evaluate(model, suite, adapter, name=cell.name, records=records, **kept)})
+        files = {"store": "answers", "verdicts": "verdicts", "forced": "forced"}
+        kept = {name: self._store(home, file) for name, file in files.items()}
+        records = self.workdir / "cells" / f"{cell.name}.jsonl"
+        scores = evaluate(model, suite, adapter, name=cell.name, records=records, **kept)
         parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
-        scores = store[key] | {"geometry": geometry({name: self.adapter(name) for name in parts})}
+        scores |= {"geometry": geometry({name: self.adapter(name) for name in parts})}
         scores |= {"suite": self.suite.key[:16]} | ({"merge": dataclasses.asdict(merge)} if merge else {})
         refused = read_score(scores.get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:

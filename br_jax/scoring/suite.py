@@ -7,12 +7,14 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.bounds import BATCH, TOKENS, number, require_bounds
 from br_jax.data import replies
@@ -128,6 +130,7 @@ def evaluate(
     name: str = "model",
     store: Store | None = None,
     verdicts: Store | None = None,
+    forced: Store | None = None,
     records: str | os.PathLike | None = None,
 ) -> dict:
     """Scores a model with an adapter on it, greedily, on a suite.
@@ -136,6 +139,7 @@ def evaluate(
         name: on progress bars.
         store: of answers; those that it holds are not generated again.
         verdicts: of judges; what it holds is not judged again.
+        forced: of margins and perplexities, which are teacher-forced; what it holds is not found again.
         records: JSONL file for every prompt, answer and verdict.
 
     Raises:
@@ -180,16 +184,14 @@ def evaluate(
     if records is not None and is_main():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for part in told.values() for record in part]
         write_text(records, "".join(lines))
-    long, margins = topic + benign, _margins(model, suite, adapter)
+    long, margins = topic + benign, _margins(model, suite, adapter, forced)
     return {
         "harmful": _share(harmful),
         "harmful_plus": _share(h or degenerate(a) for h, a in zip(harmful, topic, strict=True)),
         "task": (suite.rule.total(marks) if suite.rule else Score(0, 0)).to_json(),
         "over_refusal": _share(refused),
         "task_refused": _share(map(begins_refusal, tasks)),
-        "perplexity": perplexity(model, [prefixed(row, suite._before) for row in suite.health], adapter)
-        if suite.health
-        else None,
+        "perplexity": _perplexity(model, suite, adapter, forced),
         **{part: float(each.mean()) if len(each) else None for part, each in margins.items()},
         "harmful_by_topic": _by((p.topic for p in suite.topic), harmful),
         "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in on_attacks)),
@@ -239,13 +241,33 @@ def _answers(model: Model, suite: Suite, adapter: Adapter | None, name: str, sto
     return said
 
 
-def _margins(model: Model, suite: Suite, adapter: Adapter | None) -> dict[str, np.ndarray]:
+def _margins(model: Model, suite: Suite, adapter: Adapter | None, store: Store | None) -> dict[str, np.ndarray]:
     """Every prompt's refusal margin, by part; none where the suite does not say how refusals begin."""
     asked = {"margin_harmful": suite.prompts["topic"], "margin_benign": suite.prompts["benign"]}
     if not suite.refusing:
         return dict.fromkeys(asked, np.empty(0))
-    margins = refusal_margins(model, [*itertools.chain(*asked.values())], suite.refusing, adapter)
-    return dict(zip(asked, np.split(margins, [len(suite.topic)]), strict=True))
+    prompts, refusing = [*itertools.chain(*asked.values())], suite.refusing
+    find = functools.partial(refusal_margins, model, prompts, refusing, adapter)
+    found = _kept(store, model, adapter, ("margins", refusing, prompts), lambda: find().tolist())
+    return dict(zip(asked, np.split(np.float32(found), [len(suite.topic)]), strict=True))
+
+
+def _perplexity(model: Model, suite: Suite, adapter: Adapter | None, store: Store | None) -> float | None:
+    rows = [prefixed(row, suite._before) for row in suite.health]
+    if not rows:
+        return None
+    about = "perplexity", [[row.turns, row.input] for row in rows]
+    return _kept(store, model, adapter, about, lambda: perplexity(model, rows, adapter))
+
+
+def _kept(store: Store | None, model: Model, adapter: Adapter | None, about: tuple, find: Callable[[], Any]) -> Any:
+    """What is found of a model with an adapter, once for a store."""
+    if store is None:
+        return find()
+    key = key_of(model.key, model.spelling, lora.fingerprint(adapter) if adapter else "", *about)
+    if not all(store.holds([key])):
+        store.add({key: {"found": find()}})
+    return store[key]["found"]
 
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:

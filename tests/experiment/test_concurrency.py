@@ -27,7 +27,7 @@ def start(script, workdir, *flags):
 
 def whole(workdir):
     """Every line is a record, no key is there twice, and every step was logged once."""
-    stores = [*workdir.rglob("answers.jsonl"), *workdir.rglob("scores.jsonl"), *workdir.rglob("verdicts.jsonl")]
+    stores = [*workdir.rglob("answers.jsonl"), *workdir.rglob("forced.jsonl"), *workdir.rglob("verdicts.jsonl")]
     for file in stores:
         Store(file)
         keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]

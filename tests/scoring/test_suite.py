@@ -214,3 +214,24 @@ def test_perplexity_is_numpy_s(tiny, rows, make_adapter):
     assert perplexity(tiny, rows, adapter) == pytest.approx(np.exp(total / count), rel=1e-4)
     suite = Suite(health=rows)
     assert evaluate(tiny, suite, adapter)["perplexity"] == perplexity(tiny, rows, adapter)
+
+
+def test_what_is_kept_is_not_found_again(tiny, rows, make_adapter, monkeypatch, tmp_path):
+    """Not even where the judge is another; but for another adapter, other refusals, or other rows it is."""
+    suite, adapter = Suite(TOPIC, benign=["a"], health=rows, refusing=(73, 83), answer_tokens=1), make_adapter("user")
+    files = {"store": "answers", "verdicts": "verdicts", "forced": "forced"}
+
+    def scored(suite, adapter):
+        kept = {name: Store(tmp_path / f"{file}.jsonl") for name, file in files.items()}
+        return evaluate(tiny, suite, adapter, records=tmp_path / "cell.jsonl", **kept)
+
+    first, records = scored(suite, adapter), (tmp_path / "cell.jsonl").read_text()
+    assert first == evaluate(tiny, suite, adapter)
+    monkeypatch.setattr(module, "perplexity", lambda *given: pytest.fail("perplexity"))
+    monkeypatch.setattr(module, "refusal_margins", lambda *given: pytest.fail("margins"))
+    (tmp_path / "cell.jsonl").unlink()
+    assert scored(suite, adapter) == first and (tmp_path / "cell.jsonl").read_text() == records
+    assert scored(dataclasses.replace(suite, judges=(KeywordJudge(),)), adapter)["perplexity"] == first["perplexity"]
+    for change, found in (({"health": rows[1:]}, "perplexity"), ({"refusing": (73,)}, "margins"), ({}, "margins")):
+        with pytest.raises(pytest.fail.Exception, match=found):
+            scored(dataclasses.replace(suite, **change), adapter if change else None)

@@ -101,7 +101,8 @@ def score(workdir: str, mesh) -> None:
         answer_tokens=8,
         batch_size=8,
     )
-    stores = {name: Store(f"{workdir}/{file}.jsonl") for name, file in (("store", "answers"), ("verdicts", "verdicts"))}
+    files = {"store": "answers", "verdicts": "verdicts", "forced": "forced"}
+    stores = {name: Store(f"{workdir}/{file}.jsonl") for name, file in files.items()}
     scores = [
         evaluate(model, suite, one, name=name, records=f"{workdir}/{name}.jsonl", **stores)
         for name, one in (("base", None), ("adapted", buffer_of(model)))
