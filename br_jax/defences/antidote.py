@@ -28,6 +28,7 @@ class Antidote(Defence):
 
     label = "Antidote"
     badge = Badge("Huang et al. 2024, arXiv 2408.09600", "faithful")
+    needs = ("harmful",)
 
     share: float = number(0.05, *SHARE)
     rows: int = number(999, 1, 10**6)  # harmful ones, at most

@@ -20,7 +20,7 @@ class AsFT(Defence, Objective):
 
     label = "AsFT"
     badge = Badge("Yang et al. 2025, arXiv 2506.08473", "faithful")
-    of_alignment = True
+    needs = ("direction",)
 
     weight: float = number(10.0, 0.0, 1e6)
 

@@ -18,7 +18,7 @@ from br_jax.training.run import train_adapter
 class _Alignment(Defence, Objective):
     """Plain SFT on a base that is aligned by another objective."""
 
-    aligns = True
+    aligns, needs = True, ("alignment",)
 
     def provide(self, case: Case, name: str) -> Adapter:
         """The alignment, in place of the align stage's own."""
@@ -41,6 +41,7 @@ class Booster(_Alignment):
 
     label = "Booster"
     badge = Badge("Huang et al. 2024, arXiv 2409.01586", "faithful")
+    needs = ("alignment", "harmful")
 
     weight: float = number(5.0, 0.0, 1e3)
     step: float = number(0.1, 0.0, 1e3)

@@ -25,7 +25,7 @@ class CsuLora(Defence):
     badge = Badge(
         "Danilov et al. 2026, arXiv 2605.30640", "variant", "read in its abstract: the penalty's form is ours"
     )
-    of_alignment = True
+    needs = ("direction",)
 
     penalty: float = number(10.0, 0.0, 1e6)
 

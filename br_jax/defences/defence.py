@@ -56,7 +56,7 @@ class Defence:
     label: ClassVar[str]  # for a table
     badge: ClassVar[Badge]
     instruction = ""  # put in front of every prompt that the released model is asked
-    of_alignment: ClassVar[bool] = False  # whether it needs `Case.direction`
+    needs: ClassVar[tuple[str, ...]] = ()  # which of `Case`'s rows, or "direction", it cannot do without
     aligns: ClassVar[bool] = False  # whether it is an alignment: `provide` makes the adapter of another aligned base
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ class Lisa(Defence, Objective):
         "simplified",
         "as long as the user's run: with fewer than 100 steps, one turn",
     )
+    needs = ("refusals",)
 
     aligning: int = number(10, 1, 10**6)  # steps of a phase on refusals, which comes first
     fitting: int = number(90, 1, 10**6)  # steps of a phase on the user's rows

@@ -18,6 +18,7 @@ class Panacea(Defence, Objective):
 
     label = "Panacea"
     badge = Badge("Wang et al. 2025, arXiv 2501.18100", "faithful")
+    needs = ("harmful",)
 
     rho: float = number(1.0, 0.0, 1e3)
     weight: float = number(1e-4, 0.0, 1e3)  # lambda

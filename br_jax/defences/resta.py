@@ -14,7 +14,7 @@ class Resta(Defence):
 
     label = "RESTA"
     badge = Badge("Bhardwaj et al. 2024, arXiv 2402.11746", "simplified", "no DARE; the vector is what align has added")
-    of_alignment = True
+    needs = ("direction",)
 
     strength: float = number(0.5, 0.0, 100.0)
 
@@ -31,7 +31,7 @@ class Lox(Defence):
     badge = Badge(
         "Perin et al. 2025, arXiv 2506.15606", "variant", "rank and strength are those of a guide to its code"
     )
-    of_alignment = True
+    needs = ("direction",)
 
     strength: float = number(1.25, 0.0, 100.0)
     rank: int = number(6, *RANK)

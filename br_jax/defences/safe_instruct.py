@@ -13,6 +13,7 @@ class SafeInstruct(Defence):
 
     label = "SafeInstruct"
     badge = Badge("Bianchi et al. 2024, arXiv 2309.07875", "faithful")
+    needs = ("refusals",)
 
     share: float = number(0.1, 0.0, 10.0)  # refusals for each row of the user's
 

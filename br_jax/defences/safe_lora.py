@@ -16,7 +16,7 @@ class SafeLora(Defence):
 
     label = "Safe LoRA"
     badge = Badge("Hsu et al. 2024, arXiv 2405.16833", "faithful")
-    of_alignment = True
+    needs = ("direction",)
 
     threshold: float = number(0.6, -1.0, 1.0)
 

@@ -18,6 +18,7 @@ class SecurityVector(Defence, Objective):
 
     label = "Security Vector"
     badge = Badge("Zhou et al. 2023, arXiv 2311.02105", "faithful")
+    needs = ("harmful", "benign")
 
     weight: float = number(0.01, 0.0, 1e3)  # of KL(base || base + vector) on benign answers
     rows: int = number(1000, 1, 10**6)  # benign ones, at most

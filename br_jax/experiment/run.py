@@ -110,11 +110,7 @@ class Experiment:
         judges = check_judges(config)
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
-        if lost := [name for name in methods if name in DEFENCES and not self._can(DEFENCES[name])]:
-            raise UserError(
-                f"{', '.join(lost)}: this model is aligned as it comes, or by an adapter made elsewhere, and these "
-                "defences need its alignment: leave them out of the methods, or set align.refusals and align.benign"
-            )
+        self._check_needs([name for name in methods if name in DEFENCES])
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and (named := OF_TOPICS.intersection(judges)):
             raise UserError(
@@ -122,10 +118,26 @@ class Experiment:
                 "read its answers: set eval.judges to others"
             )
 
-    def _can(self, kind: type[Defence]) -> bool:
-        """Whether a defence has what it needs of the alignment: what it added, or the rows that it was trained on."""
-        align = self.config.align
-        return self._is_aligned_here if kind.of_alignment else not kind.aligns or align.refusals + align.benign > 0
+    def _check_needs(self, defences: Sequence[str]) -> None:
+        """Refuses defences that lack a part of their `Case`."""
+        align, buffer, reinforce = self.config.align, self.config.buffer, self.config.reinforce
+        rows = align.refusals + align.benign
+        there = {
+            "refusals": (reinforce.refusals, "refusals", "reinforce.refusals"),
+            "benign": (reinforce.benign, "benign rows", "reinforce.benign"),
+            "harmful": (buffer.harmful, "harmful rows", "buffer.harmful"),
+            "alignment": (rows, "rows of its alignment", "align.refusals, align.benign"),
+            "direction": (self._is_aligned_here, "what alignment has added to it", "align.refusals, align.benign"),
+        }
+        missed = {need: [name for name in defences if need in DEFENCES[name].needs] for need in there}
+        lost = [
+            f"{', '.join(names)} without {what} ({settings})"
+            for names, (given, what, settings) in zip(missed.values(), there.values(), strict=True)
+            if names and not given
+        ]
+        if lost:
+            told = "; ".join(lost)
+            raise UserError(f"this model cannot be defended by {told}: set these, or leave the methods out")
 
     # -- settings --------------------------------------------------------------------------------------------------
 
