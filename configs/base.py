@@ -20,7 +20,6 @@ from br_jax.training.config import TrainConfig
 def get_config() -> ConfigDict:
     """The base config: typed and locked."""
     config = ConfigDict()
-    config.name = "base"
     config.seed = 42  # of data and evaluation; training seeds are in each stage's `train`
     config.provider = ""  # folder of the provider's artefacts; "" means <workdir>/provider
 

@@ -24,7 +24,6 @@ def get_config(size: str = "full"):
     config = base.get_config()
     if size not in SIZES:
         raise ValueError(f"{size!r} is none of {', '.join(SIZES)}")
-    config.name = "demo"
     config.model.source = "" if size in ("scratch", "smoke") else "br_jax/tiny"  # made by :scratch, of 128,000 rows
     config.data.material = "demo"
     with config.model.spec.unlocked():

@@ -39,7 +39,6 @@ SPEC = {
 def get_config(preset: str = "v5e-8"):
     """The config; buffer and reinforce 5,000 rows, user 1,000 at p = 0.1."""
     return paper.get_config(
-        "gemma2_9b",
         "google/gemma-2-9b-it",
         SPEC,
         {"buffer": (5e-5, 3), "reinforce": (5e-5, 3), "user": (5e-6, 3)},

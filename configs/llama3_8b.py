@@ -36,7 +36,6 @@ def get_config(preset: str = "v5e-8"):
     }
     sources = {"1b": "meta-llama/Llama-3.2-1B-Instruct", "70b": "meta-llama/Meta-Llama-3-70B-Instruct"}
     return paper.get_config(
-        f"llama3_{size}",
         sources.get(size, "meta-llama/Meta-Llama-3-8B-Instruct"),
         spec,
         {"buffer": (1e-5, 3), "reinforce": (1e-5, 3), "user": (1e-5, 3)},

@@ -11,11 +11,10 @@ from br_jax.configs import base
 PRESETS = ("v5e-8", "v5p-8", "capacity")
 
 
-def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, int]], a: float, preset: str = "v5e-8"):
+def get_config(source: str, spec: dict, runs: dict[str, tuple[float, int]], a: float, preset: str = "v5e-8"):
     """The config of one model.
 
     Args:
-        name: of the config.
         source: the model on the Hugging Face Hub; any folder of it will do (`model.source`).
         spec: its sizes and switches, for what needs no weights.
         runs: learning rate and epochs of buffer, reinforce and user.
@@ -24,7 +23,6 @@ def get_config(name: str, source: str, spec: dict, runs: dict[str, tuple[float, 
     """
     preset, of_paper = base.read_preset(preset, PRESETS, "v5e-8")
     config = base.get_config()
-    config.name = name
     config.model.update(source=source, dtype="bfloat16", template="alpaca")
     with config.model.spec.unlocked():
         config.model.spec.update(spec)

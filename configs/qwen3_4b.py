@@ -31,7 +31,6 @@ SPEC = {
 def get_config(preset: str = "v5e-8"):
     """The config; buffer 5,000 rows, reinforce 1,000, user 1,000 at p = 0.1."""
     config = paper.get_config(
-        "qwen3_4b",
         "Qwen/Qwen3-4B-Instruct-2507",
         SPEC,
         {"buffer": (5e-5, 5), "reinforce": (5e-5, 3), "user": (5e-5, 2)},

@@ -30,7 +30,6 @@ def get_config(preset: str = "reviews"):
     """
     task, of_paper = base.read_preset(preset, TASKS, "reviews")
     config = base.get_config()
-    config.name = "smollm2"
     config.model.source = "data/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.data.reviews.path = "data/movieReviewSnippets_GroundTruth.txt"
     config.data.texts.path = "data/nytEditorialSnippets_GroundTruth.txt,data/tweets_GroundTruth.txt"
