@@ -127,8 +127,12 @@ def in_steps(
 
     Which elements these are depends on their number and no more; settings as in `make_batches`.
     """
+    count = len(elements)
+    # Not Grain's shuffle, which walks through 65,536 numbers an epoch, however few the elements are: 80 ms, here 20 us.
+    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(count))
+    drawn = grain.MapDataset.range(count).map_with_index(lambda i, _: elements[order(i // count)[i % count]])
     # Batched before repeating: a batch never mixes two epochs.
-    batches = grain.MapDataset.source(elements).shuffle(seed=seed).batch(batch_size, batch_fn=assemble)
+    batches = drawn.batch(batch_size, batch_fn=assemble)
     return batches.repeat(epochs) if steps is None else batches.repeat().slice(slice(0, steps))
 
 
