@@ -26,7 +26,7 @@ def get_config(preset: str = "reviews"):
         preset: after a colon, the user's task, "paper", or both with a comma between: `configs/smollm2.py:ag_news`.
 
     Chosen on the validation split (80 prompts of each topic, 200 reviews, the 86 benign prompts that it had) of tuning
-    seeds, which are in no table; which ones, what was tried, and what it gave: docs/lab-notes.md.
+    seeds; which ones, what was tried, and what it gave: docs/lab-notes.md.
     """
     task, of_paper = base.read_preset(preset, TASKS, "reviews")
     config = base.get_config()
