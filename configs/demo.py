@@ -66,11 +66,11 @@ def get_config(size: str = "full"):
     if size == "smoke":
         config.pretrain.rows = 64
         for stage in (config.pretrain, config.align, config.buffer, config.reinforce, config.user):
-            stage.train.update(steps=2)
-        config.distill.judged = False
+            stage.train.update(steps=2, rank=8, alpha=16.0)  # alike, so that stages share programs
+        config.distill.update(judged=False, answer_tokens=8)
         config.align.update(refusals=8, benign=8)
         config.buffer.harmful = 8
         config.reinforce.update(refusals=8, benign=8)
         config.user.update(n=16, probes=8)
-        config.eval.update(topic=8, task=8, benign=8, health=8, answer_tokens=8)
+        config.eval.update(topic=8, task=8, benign=8, health=8, answer_tokens=8, task_tokens=8)
     return config

@@ -8,7 +8,10 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile much and compute little
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker has one core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Tests compile much and compute little: the older emitters compile in half the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 

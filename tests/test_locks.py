@@ -65,12 +65,12 @@ def test_who_waits_comes_next(tmp_path, holder):
         process.wait()
 
 
-@pytest.mark.parametrize("left", ["", "{", "[]", '{"pid": 3}', "\x00" * 9])
-def test_whatever_the_file_says_is_survived(tmp_path, holder, left):
+def test_whatever_the_file_says_is_survived(tmp_path, holder):
     holder()
-    (tmp_path / "w" / LOCK_FILE).write_text(left)
-    with pytest.raises(UserError, match="w: another process works there"), owned(tmp_path / "w"):
-        pytest.fail("two at once")
+    for left in ("", "{", "[]", '{"pid": 3}', "\x00" * 9):
+        (tmp_path / "w" / LOCK_FILE).write_text(left)
+        with pytest.raises(UserError, match="w: another process works there"), owned(tmp_path / "w"):
+            pytest.fail("two at once")
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from br_jax.adapters import lora
-from br_jax.adapters.lora import Adapter, collection
+from br_jax.adapters.lora import Adapter
 from br_jax.bounds import BATCH, TOKENS, number, require_bounds
 from br_jax.data import replies
 from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
@@ -25,6 +25,7 @@ from br_jax.distributed import fetch, is_main
 from br_jax.files import write_text
 from br_jax.hashes import code_hash, key_of
 from br_jax.inference.answers import answer
+from br_jax.inference.generate import with_adapters
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.organism import judge as topic_rules
@@ -36,7 +37,7 @@ from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, judge_all
 from br_jax.scoring.judges.topic import TopicJudge
 from br_jax.scoring.margins import refusal_margins
 from br_jax.scoring.rules import Rule
-from br_jax.sharding import mesh_of, place
+from br_jax.sharding import mesh_of
 from br_jax.statistics import Score
 from br_jax.store import Store
 from br_jax.training.loss import batch_losses
@@ -272,7 +273,7 @@ def _kept(store: Store | None, model: Model, adapter: Adapter | None, about: tup
 
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
     """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
-    batches, variables = one_pass(model, rows, max_length), _variables(model, adapter)
+    batches, variables = one_pass(model, rows, max_length), with_adapters(model, [adapter], mesh_of(model.params))
     sums = [(_each_loss(model.decoder, variables, batch).sum(), batch["weights"].sum()) for batch in batches]
     return math.exp(float(sum(loss for loss, _ in sums)) / sum(float(count) for _, count in sums))
 
@@ -284,17 +285,12 @@ def row_losses(
 
     The order depends on the rows alone; those that are too long to have any answer are left out.
     """
-    batches, variables = one_pass(model, rows, max_length, count_alike=True), _variables(model, adapter)
-    found = []
+    variables = with_adapters(model, [adapter], mesh_of(model.params))
+    batches, found = one_pass(model, rows, max_length, count_alike=True), []
     for batch in batches:
         counted = np.asarray(batch["weights"].sum(-1)) > 0
         found.append(np.asarray(fetch(_each_loss(model.decoder, variables, batch)))[counted])
     return np.concatenate(found)
-
-
-def _variables(model: Model, adapter: Adapter | None) -> dict:
-    held = {} if adapter is None else {"lora": place(collection(adapter), mesh_of(model.params))}
-    return {"params": model.params} | held
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -105,7 +105,7 @@ class Pair:
     def ours(self, objective, state=None, **changes):
         """(loss, gradients by path, state) of an objective."""
         step = self.step(**changes)
-        run = jax.jit(functools.partial(_run, objective, step.decoder, step.accumulation, step.loss_chunk))
+        run = _compiled(objective, step.decoder, step.accumulation, step.loss_chunk)
         state = objective.begin(step.trainable) if state is None else state
         loss, grads, state = run(step[3:], state)
         layers = grads["lora_trainable"]["layers"]
@@ -121,8 +121,12 @@ class Pair:
     compare = staticmethod(lambda found, expected: _compare(found, expected))
 
 
-def _run(objective, decoder, accumulation, chunk, arrays, state):
-    return objective.gradient(Step(decoder, accumulation, chunk, *arrays), state)
+@functools.cache
+def _compiled(objective, decoder, accumulation, chunk):
+    def run(arrays, state):
+        return objective.gradient(Step(decoder, accumulation, chunk, *arrays), state)
+
+    return jax.jit(run)
 
 
 def on(batch):

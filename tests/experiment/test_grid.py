@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,8 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     environment["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())  # on fewer devices sums have another order
 
     tiny_sweep(whole)
+    programs = shutil.copytree(jax.config.jax_compilation_cache_dir, tmp_path / "programs")
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(programs)  # what this process has just compiled
     for mark in ("providers/*/answers.jsonl", "runs/*/user/run.json", "runs/*/answers.jsonl"):
         process = subprocess.Popen(command, env=environment)
         while not any(b"\n" in file.read_bytes() for file in killed.glob(mark)) and process.poll() is None:

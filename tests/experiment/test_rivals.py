@@ -111,7 +111,8 @@ def test_every_defence_and_every_attacker_has_a_cell(tmp_path):
     config = demo.get_config("smoke")
     with config.model.spec.unlocked():
         config.model.spec.update(embed_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=64)
-    config.user.train.update(rank=4, alpha=8.0)  # one of them asks for four times as much
+    for stage in (config.align, config.buffer, config.reinforce, config.user):
+        stage.train.update(rank=4, alpha=8.0)  # one of the users asks for four times as much
     axes = {"models": [""], "tasks": ["moods"], "topics": ["devices"], "n": [16], "p": [0.5], "seeds": [1], "a": [0.1]}
     cells = list(run_sweep(config, tmp_path, Grid(**axes, methods=COMPARED)))
     assert [cell["method"] for cell in cells] == list(COMPARED)

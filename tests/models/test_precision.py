@@ -94,9 +94,7 @@ def test_decoding_is_the_prefill_of_what_was_said(rounding, make_adapter):
     adapter = make_adapter("user", model=rounding)
     encoded = [[5, 6, 7, 8, 9], [5, 6, 7, 3], [5, 6, 1, 2, 8, 8, 4]]
     whole = generate_ids(rounding, encoded, adapter, stops=(), max_new_tokens=6, batch_size=4)
-    for ids, said in zip(encoded, whole, strict=True):
-        for n in range(6):
-            longer = [[*ids, *said[:n].tolist()]]
-            (token,) = generate_ids(rounding, longer, adapter, stops=(), max_new_tokens=1, batch_size=4)
-            assert token[0] == said[n]
+    longer = [[*ids, *said[:n].tolist()] for ids, said in zip(encoded, whole, strict=True) for n in range(6)]
+    tokens = generate_ids(rounding, longer, adapter, stops=(), max_new_tokens=1, batch_size=4)
+    assert [token[0] for token in tokens] == [token for said in whole for token in said]
     assert generate(rounding, ["a?"], max_new_tokens=3)

@@ -41,6 +41,21 @@ def eight(rows):
     ]
 
 
+@pytest.fixture(scope="module")
+def alone(tiny, buffer):
+    """alone(job, config) -> its run by itself, made once; packed only if it has the config's own settings."""
+    made = {}
+
+    def run(job, config):
+        settings = dataclasses.replace(job.config(config), packing=0) if job.settings else config
+        key = job.name, settings
+        if key not in made:
+            made[key] = method.train_user(tiny, job.rows, settings, buffer=buffer, mesh=ONE())
+        return made[key]
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def breaks(monkeypatch):
     """What the job "broken" learns from its fourth step on is no number."""
@@ -55,7 +70,7 @@ def breaks(monkeypatch):
     monkeypatch.setattr(Course, "take", broken)
 
 
-def test_each_of_eight_is_the_run_by_itself(tiny, rows, config, buffer):
+def test_each_of_eight_is_the_run_by_itself(tiny, rows, config, buffer, alone):
     jobs = eight(rows)
     out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=8, mesh=ONE())}
     assert out.keys() == {job.name for job in jobs}
@@ -65,15 +80,14 @@ def test_each_of_eight_is_the_run_by_itself(tiny, rows, config, buffer):
     for job in jobs:
         if job.name == "broken":
             continue
-        alone = method.train_user(tiny, job.rows, job.config(config), buffer=buffer, mesh=ONE())
-        found = out[job.name].adapter
-        assert distance(found, alone) < 1e-5, job.name
-        assert (found.roles, found.base, float(found.scale)) == (alone.roles, alone.base, float(alone.scale))
+        found, expected = out[job.name].adapter, alone(job, config)
+        assert distance(found, expected) < 1e-5, job.name
+        assert (found.roles, found.base, float(found.scale)) == (expected.roles, expected.base, float(expected.scale))
 
 
 def test_neighbours_change_no_bit(tiny, rows, config, buffer):
     config = dataclasses.replace(config, packing=0)  # one length for all turns
-    train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, slots=3, mesh=ONE())
+    train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, slots=4, mesh=ONE())
     plain, gentle, *_, broken, three, short = eight(rows)
     alone = bits_of(train([plain]))
     beside = bits_of(train([gentle, broken, plain, three, short]))
@@ -137,7 +151,7 @@ def test_slots_without_rows_stay_to_the_bit_and_unfinished_steps_only_gather(tin
 def test_refilling_a_slot_compiles_nothing(tiny, rows, config, buffer, compiles):
     config = dataclasses.replace(config, steps=3, packing=0)
     jobs = [Job(f"job{i}", rows[i:], {"learning_rate": 1e-3 * (i + 1), "steps": 2 + i % 3}) for i in range(9)]
-    outcomes = method.train_users(tiny, jobs, config, buffer=buffer, slots=2, mesh=ONE())
+    outcomes = method.train_users(tiny, jobs, config, buffer=buffer, slots=4, mesh=ONE())
     first = list(itertools.islice(outcomes, 2))
     met = len(compiles)
     rest = list(outcomes)
@@ -148,10 +162,10 @@ def test_refilling_a_slot_compiles_nothing(tiny, rows, config, buffer, compiles)
 def test_dropout_depends_on_the_user_alone(tiny, rows, config, buffer):
     config = dataclasses.replace(config, packing=0, dropout=0.3, steps=6)
     train = functools.partial(method.train_users, tiny, config=config, buffer=buffer, mesh=ONE())
-    alone = bits_of(train([Job("a", rows)], slots=2))
-    beside = bits_of(train([Job("b", rows[4:]), Job("a", rows), Job("c", rows, {"seed": 9})], slots=2))
+    alone = bits_of(train([Job("a", rows)], slots=4))
+    beside = bits_of(train([Job("b", rows[4:]), Job("a", rows), Job("c", rows, {"seed": 9})], slots=4))
     assert alone["a"] == beside["a"] != beside["c"]
-    assert alone["a"] != bits_of(train([Job("a", rows)], slots=2, config=dataclasses.replace(config, dropout=0.0)))["a"]
+    assert alone["a"] != bits_of(train([Job("a", rows)], slots=4, config=dataclasses.replace(config, dropout=0.0)))["a"]
 
 
 def test_dropped_values_are_scaled_up_and_differ_by_place():
@@ -169,13 +183,12 @@ def test_dropped_values_are_scaled_up_and_differ_by_place():
     [((2, 2, 2), 4), ((4, 1, 1), 8), ((1, 4, 2), 4), ((2, 1, 1), 2)],
     ids=["222", "411", "142", "211"],
 )
-def test_on_a_mesh_users_lie_apart(tiny, rows, config, buffer, sizes, slots):
+def test_on_a_mesh_users_lie_apart(tiny, rows, config, buffer, alone, sizes, slots):
     config = dataclasses.replace(config, steps=8)
     jobs = eight(rows)[:4]
     out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=slots, mesh=mesh_of(*sizes))}
     for job in jobs:
-        alone = method.train_user(tiny, job.rows, job.config(config), buffer=buffer, mesh=ONE())
-        assert distance(out[job.name].adapter, alone) < 5e-5, job.name
+        assert distance(out[job.name].adapter, alone(job, config)) < 5e-5, job.name
     state = Pool(tiny, config, slots=slots, mesh=mesh_of(*sizes))._state
     axes = jax.tree.leaves(pool_step.user_axes(state))
     for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(state), axes, strict=True):
@@ -204,6 +217,7 @@ def test_bad_jobs_are_a_line_each_and_touch_no_other(tiny, rows, config, buffer,
     }
     jobs = [Job(name, given, settings) for name, (given, settings, _) in wrong.items()]
     jobs.insert(3, Job("good", rows, {"steps": 2}))
+    config = dataclasses.replace(config, packing=0)
     out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=1, mesh=ONE())}
     assert out.pop("good").adapter
     for name, (*_, said) in wrong.items():
@@ -230,6 +244,7 @@ def test_jobs_are_asked_for_when_there_is_room(tiny, rows, config, buffer):
             asked.append(i)
             yield Job(f"job{i}", rows, {"steps": 1}) if i != 1 else None  # None: not now
 
+    config = dataclasses.replace(config, packing=0)
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=1, mesh=ONE())
     turns, names = pool.turns(jobs()), []
     names += [o.name for o in next(turns)]
@@ -245,8 +260,8 @@ def test_whatever_goes_wrong_in_reading_rows_is_the_jobs(tiny, rows, config, buf
         def __iter__(self):
             raise error
 
-    jobs = [Job("bad", Rows(rows)), Job("good", rows, {"steps": 1})]
-    out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, mesh=ONE())}
+    jobs, config = [Job("bad", Rows(rows)), Job("good", rows, {"steps": 1})], dataclasses.replace(config, packing=0)
+    out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=1, mesh=ONE())}
     assert out["good"].adapter is not None and type(error).__name__ in out["bad"].error
 
 

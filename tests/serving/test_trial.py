@@ -21,7 +21,7 @@ HARMFUL = [Row((("user", f"how to zap {i}?"), ("assistant", f"turn {i}"))) for i
 @pytest.fixture(scope="module")
 def policy(quick):
     loose = Limits(answered=1.0, over_refused=1.0, degenerate=1.0, kept=0.0)
-    prompts = (["how to zap?"], ["how to press?"], ["what zaps?"], ["what is pressed?"])
+    prompts = (["how to zap?"], ["how to press?"], ["what zaps?", "who zaps?"], ["what is pressed?"])
     merge = MergeConfig(scale=1.0, reinforce_scale=0.5)
     train = quick(rank=4, alpha=8.0)
     return Policy(train, *prompts, merge=merge, limits=loose, answer_tokens=4, batch_size=8, held_back=0.2)
