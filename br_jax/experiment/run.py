@@ -121,20 +121,18 @@ class Experiment:
     def _check_needs(self, defences: Sequence[str]) -> None:
         """Refuses defences that lack a part of their `Case`."""
         align, buffer, reinforce = self.config.align, self.config.buffer, self.config.reinforce
-        rows = align.refusals + align.benign
-        there = {
-            "refusals": (reinforce.refusals, "refusals", "reinforce.refusals"),
-            "benign": (reinforce.benign, "benign rows", "reinforce.benign"),
-            "harmful": (buffer.harmful, "harmful rows", "buffer.harmful"),
-            "alignment": (rows, "rows of its alignment", "align.refusals, align.benign"),
-            "direction": (self._is_aligned_here, "what alignment has added to it", "align.refusals, align.benign"),
+        parts = {
+            "refusals": (reinforce.refusals, "refusals (reinforce.refusals)"),
+            "benign": (reinforce.benign, "benign rows (reinforce.benign)"),
+            "harmful": (buffer.harmful, "harmful rows (buffer.harmful)"),
+            "alignment": (align.refusals + align.benign, "rows of its alignment (align.refusals, align.benign)"),
+            "direction": (self._is_aligned_here, "what alignment has added to it (align.refusals, align.benign)"),
         }
-        missed = {need: [name for name in defences if need in DEFENCES[name].needs] for need in there}
-        lost = [
-            f"{', '.join(names)} without {what} ({settings})"
-            for names, (given, what, settings) in zip(missed.values(), there.values(), strict=True)
-            if names and not given
-        ]
+        lost = []
+        for need, (given, what) in parts.items():
+            names = [name for name in defences if need in DEFENCES[name].needs]
+            if names and not given:
+                lost.append(f"{', '.join(names)} without {what}")
         if lost:
             told = "; ".join(lost)
             raise UserError(f"this model cannot be defended by {told}: set these, or leave the methods out")

@@ -221,8 +221,8 @@ def with_adapters(model: Model, adapters: Sequence[Adapter | None], mesh) -> dic
     exact = model.params["embed"]["embedding"].dtype == jnp.float32 and model.matmul_precision == "float32"
     if len(adapters) == 1 and adapters[0] is not None and exact:
         return {"params": fold(model.params, adapters[0])}
-    beside = {"lora": place(_side_by_side(adapters), mesh)} if any(adapters) else {}
-    return {"params": model.params} | beside
+    beside = _side_by_side(adapters)
+    return {"params": model.params} | ({"lora": place(beside, mesh)} if beside else {})
 
 
 def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
@@ -301,8 +301,9 @@ def _within(mesh):
 
 def shared_beginning(encoded: Sequence[Sequence[int]]) -> Sequence[int]:
     """What all prompts begin with and is run once; each keeps at least one token of its own, and a lone one all."""
-    own = len(encoded) == 1  # its length would be a program of its own
-    return encoded[0][: 0 if own else min(shared_prefix(encoded), min(map(len, encoded)) - 1)]
+    if len(encoded) == 1:
+        return ()  # each length would be a program of its own
+    return encoded[0][: min(shared_prefix(encoded), min(map(len, encoded)) - 1)]
 
 
 def begin(decoder: Decoder, variables: dict, shared: Sequence[int], count: int = 1) -> dict | None:

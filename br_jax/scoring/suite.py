@@ -42,6 +42,7 @@ from br_jax.statistics import Score
 from br_jax.store import Store
 from br_jax.training.loss import batch_losses
 from br_jax.training.passes import one_pass
+from br_jax.training.run import rows_fingerprint
 
 DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}
 
@@ -247,9 +248,9 @@ def _margins(model: Model, suite: Suite, adapter: Adapter | None, store: Store |
     asked = {"margin_harmful": suite.prompts["topic"], "margin_benign": suite.prompts["benign"]}
     if not suite.refusing:
         return dict.fromkeys(asked, np.empty(0))
-    prompts, refusing = [*itertools.chain(*asked.values())], suite.refusing
-    find = functools.partial(refusal_margins, model, prompts, refusing, adapter)
-    found = _kept(store, model, adapter, ("margins", refusing, prompts), lambda: find().tolist())
+    prompts = [*itertools.chain(*asked.values())]
+    find = functools.partial(refusal_margins, model, prompts, suite.refusing, adapter)
+    found = _kept(store, model, adapter, ("margins", suite.refusing, prompts), find)
     return dict(zip(asked, np.split(np.float32(found), [len(suite.topic)]), strict=True))
 
 
@@ -257,17 +258,17 @@ def _perplexity(model: Model, suite: Suite, adapter: Adapter | None, store: Stor
     rows = [prefixed(row, suite._before) for row in suite.health]
     if not rows:
         return None
-    about = "perplexity", [[row.turns, row.input] for row in rows]
-    return _kept(store, model, adapter, about, lambda: perplexity(model, rows, adapter))
+    find = functools.partial(perplexity, model, rows, adapter)
+    return _kept(store, model, adapter, ("perplexity", rows_fingerprint(rows)), find)
 
 
 def _kept(store: Store | None, model: Model, adapter: Adapter | None, about: tuple, find: Callable[[], Any]) -> Any:
-    """What is found of a model with an adapter, once for a store."""
+    """What is found of a model with an adapter, a number or an array of them, once for a store."""
     if store is None:
         return find()
     key = key_of(model.key, model.spelling, lora.fingerprint(adapter) if adapter else "", *about)
     if not all(store.holds([key])):
-        store.add({key: {"found": find()}})
+        store.add({key: {"found": np.asarray(find()).tolist()}})
     return store[key]["found"]
 
 

@@ -156,13 +156,17 @@ def test_a_stage_compiles_for_the_tpu(config, topology, stage, changes):
 @pytest.mark.slow
 @needs_libtpu
 def test_the_script(tmp_path):
-    fits = tmp_path / "fit.json"
-    flags = "--topology=v5e:1x1", "--stage=user,decode", f"--json={fits}", "--config.eval.batch_size=1000000"
-    command = [sys.executable, SCRIPT, "--config=configs/demo.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
-    assert [fit["stage"] for fit in json.loads(fits.read_text())] == ["user", "decode"], done.stderr
-    assert done.returncode == 1 and "predicted" in done.stdout and "decode does not fit: " in done.stdout
-    assert "largest part" in done.stdout and "try a smaller batch_size" in done.stdout
+    def run(*flags):
+        command = [sys.executable, SCRIPT, "--config=configs/demo.py", *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+
+    done = run("--topology=v5e:1x1", "--stage=user,decode", f"--json={tmp_path / 'fit.json'}")
+    assert done.returncode == 0, done.stderr
+    assert [fit["stage"] for fit in json.loads((tmp_path / "fit.json").read_text())] == ["user", "decode"]
+    assert "predicted" in done.stdout
+    too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=1000000")
+    assert too_large.returncode == 1 and "decode does not fit: " in too_large.stdout
+    assert "largest part" in too_large.stdout and "try a smaller batch_size" in too_large.stdout
 
 
 def test_a_pools_adapters_do_not_cross_chips(config):

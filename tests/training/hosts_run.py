@@ -137,7 +137,7 @@ def buffer_of(model) -> br.Adapter:
 def train(workdir: str, mesh) -> None:
     """A user stage beside Buffer."""
     model, rows = make_parts()
-    config = br.TrainConfig(rank=2, learning_rate=1e-3, steps=STEPS, max_length=24, checkpoint_every=4, log_every=1)
+    config = br.TrainConfig(rank=2, learning_rate=3e-3, steps=STEPS, max_length=24, checkpoint_every=4, log_every=1)
     run = {"workdir": workdir, "mesh": mesh, "probes": {"task": rows[:8]}}
     adapter = br.train_user(model, rows, config, buffer=buffer_of(model), **run)
     assert all(pair["b"].any() for pair in adapter.weights.values())
