@@ -2,10 +2,11 @@
 
 S_l = <-grad_W L, v_l> / ||v_l||, with v_l what a refusal LoRA adds to layer l: above 0 a step adds to safety, below 0
 it takes some away. Every layer comes of one backward pass: with W + t_l v_l at t = 0, dL/dt_l = <grad_W L, v_l>.
+Beside the gradient's own length the score says whether something shrinks the gradient or turns it away from v.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,7 @@ def safety_gradients(
     Returns:
         path of the matrix -> f32[L]. Divide by `lengths` for the score.
     """
-    held = lora.collection(lora.stack(attached)) if attached else {}
-    held, along = place((held, lora.collection(safety)), mesh_of(model.params))
+    held, along = _placed(model, attached), place(lora.collection(safety), mesh_of(model.params))
     gates = {path: jnp.zeros(pair["a"].shape[0], jnp.float32) for path, pair in safety.weights.items()}
     sums, total = None, 0.0
     for batch in one_pass(model, rows, max_length, batch_size, count_alike=True):
@@ -53,6 +53,34 @@ def safety_gradients(
         sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
         total += float(batch["weights"].sum())
     return {path: -np.asarray(slope) / total for path, slope in sums.items()}
+
+
+def gradient_norms(
+    model: Model,
+    paths: Collection[str],
+    rows: Sequence[Row],
+    attached: Mapping[str, Adapter] | None = None,
+    *,
+    max_length: int = 512,
+    batch_size: int = 16,
+) -> dict[str, Float[np.ndarray, " L"]]:
+    """||grad_W L|| of some matrices, layer by layer; the gradient is as large as they are.
+
+    Args:
+        model, rows, attached, max_length: as in `safety_gradients`.
+        paths: of the matrices, as an adapter names them.
+
+    Returns:
+        path of the matrix -> f32[L].
+    """
+    held, total = _placed(model, attached), 0.0
+    flat = traverse_util.flatten_dict(model.params, sep="/")
+    kernels = {f"{path}/kernel": flat.pop(f"{path}/kernel") for path in paths}
+    sums = jax.tree.map(lambda kernel: jnp.zeros_like(kernel, jnp.float32), kernels)
+    for batch in one_pass(model, rows, max_length, batch_size, count_alike=True):
+        sums = _with_gradient(model.decoder, sums, kernels, flat, held, batch)
+        total += float(batch["weights"].sum())
+    return {path: np.asarray(jnp.linalg.norm(sums[f"{path}/kernel"], axis=(1, 2))) / total for path in paths}
 
 
 def lengths(safety: Adapter) -> dict[str, Float[np.ndarray, " L"]]:
@@ -65,6 +93,19 @@ def by_layer(products: Mapping[str, Float[np.ndarray, " L"]], safety: Adapter) -
     """The score S_l: all matrices of a layer together, over the length of v there."""
     norm = np.sqrt(sum(length**2 for length in lengths(safety).values()))
     return sum(products.values()) / (norm + 1e-8)
+
+
+def _placed(model: Model, attached: Mapping[str, Adapter] | None) -> dict:
+    return place(lora.collection(lora.stack(attached)), mesh_of(model.params)) if attached else {}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _with_gradient(decoder: Decoder, sums: dict, kernels: dict, others: dict, held: dict, batch: dict) -> dict:
+    def loss(kernels):
+        params = traverse_util.unflatten_dict(others | kernels, sep="/")
+        return batch_loss(decoder, {"params": params, "lora": held}, batch, 256)
+
+    return jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), sums, jax.grad(loss)(kernels))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,7 +6,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import grain
 import jax
@@ -68,6 +68,7 @@ class Loop:
     mesh: Mesh  # where batches go
     folder: pathlib.Path | None = None  # gets metrics.jsonl, probes.jsonl and checkpoints/
     probe_batches: Mapping[str, dict] = dataclasses.field(default_factory=dict)  # as `batches`; probed at both ends too
+    watch: Callable[[int, dict], None] | None = None  # called where it probes, with the trainable collections
 
     def fit(self) -> tuple[dict, Summary]:
         """Trains.
@@ -118,7 +119,7 @@ class Loop:
         config = self.config
         self.mark = time.perf_counter()
         while self.done < self.total:
-            if self.probe_batches and self.done % config.probe_every == 0:
+            if config.probe_every and self.done % config.probe_every == 0:
                 self._probe()
             if self.done in self.restarts:
                 self.state = {**self.state, "opt_state": restarted(self.state["opt_state"])}
@@ -179,13 +180,15 @@ class Loop:
         self.mark = time.perf_counter()
 
     def _probe(self) -> None:
-        if not self.probe_batches:
+        if not self.probe_batches and self.watch is None:
             return
         self._log()
         for rows, batch in self.probe_batches.items():
             loss, norm = self._call(probe, self.state["trainable"], self.frozen, batch, self.hyper.scale)
             self.probes.write({"step": self.done, "rows": rows, "loss": float(loss), "grad_norm": float(norm)})
         self.probes.flush()
+        if self.watch is not None:
+            self.watch(self.done, self.state["trainable"])
         self.mark = time.perf_counter()
 
     def _save(self) -> None:

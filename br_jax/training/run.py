@@ -62,6 +62,7 @@ def train_adapter(
     objective: Objective | None = None,
     streams: Mapping[str, Rows] | None = None,
     aside: Mapping[str, Adapter] | None = None,
+    watch: Callable[[int, Adapter], None] | None = None,
 ) -> Adapter:
     """Trains one LoRA on rows, over a frozen base and any number of frozen adapters.
 
@@ -79,6 +80,8 @@ def train_adapter(
         streams: more rows that the objective asks for, by its names; as long as the run is, each is shuffled and
             repeated, `config.batch_size` of them a step.
         aside: adapters that it looks at, and no part of the model.
+        watch: called with the step and the adapter at each `config.probe_every`-th step and at the end. What it is
+            given is gone with the next step, and a finished run calls it no more.
 
     Returns:
         The trained adapter.
@@ -107,7 +110,8 @@ def train_adapter(
         return save_trained(folder.path, model, trained_adapter(adapter, trained), frozen, provider)
 
     halves = trainable_adapter(adapter), frozen_collections(model.params, frozen, config.frozen)
-    trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save, descent)
+    seen = watch and (lambda step, trainable: watch(step, trained_adapter(adapter, trainable)))
+    trained = _train(name, model, rows, config, *halves, folder, mesh, probes, save, descent, seen)
     return load_trained(folder.path, role, model) if trained is None else trained_adapter(adapter, trained)
 
 
@@ -178,7 +182,9 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     return key_of(*([row.turns, row.input] for row in rows))
 
 
-def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, save, descent: Descent) -> dict | None:
+def _train(
+    name, model, rows, config, trainable, frozen, folder, mesh, probes, save, descent: Descent, watch=None
+) -> dict | None:
     """Encodes and fits, then saves where there is a folder.
 
     Returns:
@@ -204,7 +210,7 @@ def _train(name, model, rows, config, trainable, frozen, folder, mesh, probes, s
     frozen = place(frozen, mesh)
 
     def fit(path: pathlib.Path | None) -> tuple[dict, Summary]:
-        end, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches).fit()
+        end, summary = Loop(name, stage, state, frozen, batches, config, mesh, path, probe_batches, watch).fit()
         return fetch(stage.objective.end(end["trainable"], end["objective"])), summary
 
     if folder is None:

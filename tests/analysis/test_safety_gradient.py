@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
-from br_jax.analysis.safety_gradient import by_layer, lengths, safety_gradients
+from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, safety_gradients
 from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.training.loss import batch_loss
 
@@ -30,10 +30,13 @@ def test_each_matrix_and_layer_is_the_direct_product(tiny, adapters, rows, attac
     batch = jax.tree.map(jnp.asarray, batch)
     params = lora.fold(tiny.params, buffer) if attached else tiny.params
     grads = jax.grad(lambda p: batch_loss(tiny.decoder, {"params": p}, batch, 64) / batch["weights"].sum())(params)
+    norms = gradient_norms(tiny, safety.weights, rows, held, max_length=40, batch_size=5)
+    assert norms.keys() == safety.weights.keys()
     for path, pair in safety.weights.items():
         _, part, name = path.split("/")
         kernel = np.asarray(grads["layers"][part][name]["kernel"], np.float64)
         delta = float(safety.scale) * np.float64(pair["a"]) @ np.float64(pair["b"])
+        np.testing.assert_allclose(norms[path], np.linalg.norm(kernel, axis=(1, 2)), rtol=1e-5)
         expected = -(kernel * delta).sum((1, 2))
         np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(lengths(safety)[path], np.sqrt((delta**2).sum((1, 2))), rtol=1e-5)

@@ -153,6 +153,16 @@ def test_probes_look_at_both_ends_and_do_not_train(tmp_path, tiny, rows, quick):
     records = read_jsonl(tmp_path / "sft" / "probes.jsonl")
     assert [(r["step"], r["rows"]) for r in records] == [(s, kind) for s in (0, 3, 4) for kind in probes]
     assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
+    seen = []
+
+    def watch(step, adapter):
+        seen.append((step, jax.device_get(adapter.weights)))
+
+    watched = train(tiny, rows, config, watch=watch)
+    assert [step for step, _ in seen] == [0, 3, 4]
+    assert all(not pair["b"].any() for pair in seen[0][1].values()), "the first has not begun"
+    jax.tree.map(np.testing.assert_array_equal, seen[-1][1], watched.weights)
+    jax.tree.map(np.testing.assert_array_equal, probed, watched)
     jax.tree.map(np.testing.assert_array_equal, probed, train(tiny, rows, config))
 
 
