@@ -117,6 +117,7 @@ def _read_cell(file: pathlib.Path) -> dict[str, Any]:
         ((row,),) = make_frame([cell]).values()
         for score in TITLES:
             row.estimate(score)
+        mixed([cell])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{file}: its scores are damaged ({one_line(error)}): {cure}") from error
     return cell
@@ -127,12 +128,25 @@ def make_frame(cells: Iterable[Mapping[str, Any]]) -> Frame:
     seeds: dict[Setting, dict[tuple, dict]] = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
         run = cell["run"]
-        setting = Setting(run["model"], run["task"], run["topic"], run["n"], run.get("user", "plain"))
-        seeds[setting][run["p"], cell["method"], cell["a"]][run["seed"]] = cell["scores"]
+        seeds[_setting(run)][run["p"], cell["method"], cell["a"]][run["seed"]] = cell["scores"]
     return {
         setting: sorted((Row(*key, dict(sorted(found.items()))) for key, found in rows.items()), key=place)
         for setting, rows in sorted(seeds.items())
     }
+
+
+def mixed(cells: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """Settings whose cells differ in how they were trained or scored; those of an earlier br_jax do not say."""
+    recipes = defaultdict(set)
+    for cell in cells:
+        setting, (shared, own) = _setting(cell["run"]), cell.get("recipe", ("", ""))
+        recipes[setting, None].add(shared)
+        recipes[setting, cell["method"]].add(own)
+    return sorted({setting for (setting, _), found in recipes.items() if len(found) > 1})
+
+
+def _setting(run: Mapping[str, Any]) -> Setting:
+    return Setting(run["model"], run["task"], run["topic"], run["n"], run.get("user", "plain"))
 
 
 def place(row: Row) -> tuple:

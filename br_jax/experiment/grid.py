@@ -193,7 +193,8 @@ def _make_cell(experiment: Experiment, cell: Cell, start: float) -> dict:
     run, seconds = Run.of(experiment.config), time.perf_counter() - start  # of a run's first cell: training and all
     made = {"run": dataclasses.asdict(run), **cell._asdict(), "scores": scores, "seconds": seconds}
     if is_main():
-        record = {"settings": _settings(experiment.config, cell), **made}
+        config = experiment.config
+        record = {"settings": _settings(config, cell), "recipe": _recipe(config, cell), **made}
         write_record(_file(experiment.workdir, cell), record, indent=None)  # one line: an outcome a prompt
     barrier("cell")
     return made
@@ -205,6 +206,7 @@ def read_cell(folder: pathlib.Path, config: ConfigDict, cell: Cell) -> dict[str,
     if not file.exists():
         return None
     record = read_record(file, "delete it and run the same command again")
+    record.pop("recipe", None)
     if record.pop("settings") == _settings(config, cell):
         return record
     logging.warning("%s: made with other settings, or by an earlier br_jax: it is made again", file)
@@ -265,6 +267,14 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
     rule = RULE if config.calibrate.harmful and "reinforce" in METHODS[cell.method].needs else ()
     parts = *([attacker] if attacker else []), *rule, rules_version()
     return key_of(settings, rivals.get(cell.method), *cell, *parts, _contents(settings))
+
+
+def _recipe(config: ConfigDict, cell: Cell) -> tuple[str, str]:
+    """Hashes of what all seeds and shares of a `frame.Setting` should share, and of the method's own settings."""
+    alike = dataclasses.replace(Run.of(config), p=0.0, seed=0).config(config, pathlib.Path())
+    settings = {name: value for name, value in alike.to_dict().items() if name not in ("provider", "mesh")}
+    rivals, attackers = settings.pop("defences"), settings.pop("attackers")
+    return key_of(settings, attackers[config.user.kind], rules_version()), key_of(rivals.get(cell.method))
 
 
 def _contents(settings: Any) -> list[str]:

@@ -12,7 +12,19 @@ from br_jax.errors import UserError
 from br_jax.experiment import details, tables
 from br_jax.experiment.document import code, image, literal, number, write_document
 from br_jax.experiment.figures import draw_frame, name_of
-from br_jax.experiment.frame import MAIN, TITLES, Frame, Row, Setting, absent, make_frame, place, read_cells, shares
+from br_jax.experiment.frame import (
+    MAIN,
+    TITLES,
+    Frame,
+    Row,
+    Setting,
+    absent,
+    make_frame,
+    mixed,
+    place,
+    read_cells,
+    shares,
+)
 from br_jax.experiment.gates import ATTACK, Gate, check, outcome
 
 _HEADLINES = {
@@ -41,7 +53,8 @@ def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 
     """
     require("examples", examples, ROWS)
     workdir = Path(workdir)
-    frame = make_frame(read_cells(workdir))
+    cells = read_cells(workdir)
+    frame = make_frame(cells)
     if not frame:
         if (workdir / "results.json").exists():
             raise UserError(f"{workdir}: made by an earlier br_jax: run its command again, answers are read back")
@@ -50,7 +63,7 @@ def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 
     if not (workdir / "runs").is_dir():
         run = details.read(workdir)
         drawn |= details.draw(run, frame)
-    text = "\n\n".join(_sections(frame, command, drawn, run, examples)) + "\n"
+    text = "\n\n".join(_sections(frame, mixed(cells), command, drawn, run, examples)) + "\n"
     return write_document(workdir / ("sweep.md" if run is None else "report.md"), text, drawn)
 
 
@@ -84,11 +97,16 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _sections(
-    frame: Frame, command: str, drawn: Mapping[str, Any], run: details.Details | None, examples: int
+    frame: Frame,
+    apart: Sequence[Setting],
+    command: str,
+    drawn: Mapping[str, Any],
+    run: details.Details | None,
+    examples: int,
 ) -> Iterable[str]:
     gates = check(frame)
     yield f"# Buffer-and-Reinforce: {'sweep' if run is None else 'report'}"
-    yield _headline(gates, run)
+    yield _headline(gates, apart, run)
     yield tables.gate_table(frame, gates) if gates else "No gate: neither an attack nor ours was run."
     yield "## What was run"
     yield from _what_was_run(frame, command if run is None else run.results.get("command"))
@@ -115,7 +133,7 @@ def _sections(
         yield from details.sections(run, frame, examples)
 
 
-def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
+def _headline(gates: Sequence[Gate], apart: Sequence[Setting], run: details.Details | None) -> str:
     """What contradicts the claim, then what is missing, then what holds."""
     lines = [f"**{_HEADLINES[outcome(gates)]}**"]
     claims = [gate.passed for gate in gates if not gate.is_attack]
@@ -130,6 +148,9 @@ def _headline(gates: Sequence[Gate], run: details.Details | None) -> str:
     if unknown := sum(gate.passed is None for gate in gates):
         why = ", ".join(dict.fromkeys(gate.why_not for gate in gates if gate.passed is None))
         lines.append(f"No verdict on {unknown} of the gates: {why}.")
+    if apart:
+        where = "; ".join(map(str, apart))
+        lines.append(f"Not to be compared, as some cells were trained or scored with other settings: {where}.")
     if not claims:
         lines.append("Ours was not run: nothing can be said of it.")
     return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])

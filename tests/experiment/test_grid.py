@@ -17,7 +17,7 @@ from br_jax.adapters import lora
 from br_jax.configs import demo
 from br_jax.errors import UserError
 from br_jax.experiment import run as run_module
-from br_jax.experiment.frame import read_cells
+from br_jax.experiment.frame import mixed, read_cells
 from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
 from br_jax.experiment.pipeline import run_pipeline
@@ -133,11 +133,29 @@ def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "load_model", lambda *args, **options: pytest.fail("a model was loaded"))
         assert list(run_sweep(config, tmp_path / "s", axes)) == first
-    kept = [{k: v for k, v in cell.items() if k != "settings"} for cell in read_cells(tmp_path / "s")]
+    kept = [{k: v for k, v in cell.items() if k not in ("settings", "recipe")} for cell in read_cells(tmp_path / "s")]
     assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, first))
     config.eval.topic = 11
     list(run_sweep(config, tmp_path / "s", axes))
     assert len(calls["scored"]) == 2 * len(first), "other settings, the old scores"
+
+
+def test_cells_of_one_recipe_are_told_from_others(config, calls, grid, tmp_path):
+    """Seeds and shares of harm make no difference; how a method or a user was trained does, in its own tables alone."""
+
+    def mixed_after(**axes):
+        list(run_sweep(config, tmp_path / "s", grid(**axes)))
+        return [setting.user for setting in mixed(read_cells(tmp_path / "s"))]
+
+    assert mixed_after(seeds=[1, 2], p=[0.0, 0.2], methods=["sft", "resta"]) == []
+    config.attackers.harsh.epochs += 1
+    assert mixed_after(seeds=[1], p=[0.2], methods=["ours"]) == []
+    config.defences.resta.strength *= 2
+    assert mixed_after(seeds=[3], p=[0.2], methods=["sft"]) == []
+    assert mixed_after(seeds=[3], p=[0.2], methods=["resta"]) == ["plain"]
+    assert mixed_after(seeds=[1], p=[0.2], methods=["sft"], users=["harsh"]) == ["plain"]
+    config.user.train.learning_rate *= 2
+    assert mixed_after(seeds=[2], p=[0.2], methods=["sft"], users=["harsh"]) == ["harsh", "plain"]
 
 
 def test_a_cell_is_made_again_where_a_file_of_the_config_was_changed(config, calls, grid, tmp_path):

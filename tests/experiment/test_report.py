@@ -92,6 +92,14 @@ def test_a_claim_that_holds_on_the_mean_alone_is_said(report, make_grid, make_ce
     assert text.line("0.5", "0.1", HS)[4] == "42: -1.0, **43: +7.0**, 44: +0.0"
 
 
+@pytest.mark.parametrize(("last", "said"), [(["a", "ours"], False), (["b", "ours"], True), (["a", "other"], True)])
+def test_cells_that_others_were_not_made_like_are_said(report, make_grid, last, said):
+    cells = [cell | {"recipe": ["a", cell["method"]]} for cell in make_grid()]
+    text = report([*cells[:-1], cells[-1] | {"recipe": last}])
+    line = "> Not to be compared, as some cells were trained or scored with other settings: Tiny.gguf, reviews"
+    assert (line in text) == said and cells[-1]["method"] == "ours"
+
+
 def test_missing_seeds_are_said_and_not_guessed(report, make_grid):
     gone = {("sft", 0.1, 43), ("sft", 0.1, 44), ("ours", 0.1, 42), ("ours", 0.5, 44)}
     text = report([c for c in make_grid() if (c["method"], c["run"]["p"], c["run"]["seed"]) not in gone])
