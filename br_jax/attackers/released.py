@@ -51,6 +51,17 @@ class Quantized(Attacker):
         return released.replace(weights=jax.tree.map(_in_eight_bits, released.weights))
 
 
+@dataclasses.dataclass(frozen=True)
+class Amplified(Attacker):
+    """The released adapter is made longer: a release takes a part of what was trained, and its owner wants it back."""
+
+    factor: float = number(1.5, 0.0, 100.0, open_low=True)
+
+    def after(self, released: Adapter) -> Adapter:
+        """See `Attacker.after`."""
+        return released.replace(scale=self.factor * released.scale)
+
+
 def _in_eight_bits(x: jax.Array) -> jax.Array:
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127
     return jnp.round(x / scale) * scale

@@ -92,7 +92,7 @@ def test_settings(quick):
         ATTACKERS["harsh"](epochs=0)
 
 
-def test_a_release_is_rounded(make_adapter):
+def test_what_is_done_to_a_release(make_adapter):
     adapter = make_adapter("user")
     b = adapter.weights["layers/attn/q"]["b"]
     for name, least, most in (("bf16", 1e-5, 2**-8), ("int8", 1e-4, 1 / 127)):
@@ -100,6 +100,9 @@ def test_a_release_is_rounded(make_adapter):
         off = np.abs(np.asarray(found - b)).max() / np.abs(np.asarray(b)).max()
         assert least < off <= most
     jax.tree.map(np.testing.assert_array_equal, ATTACKERS["prefill"]().after(adapter), adapter)
+    longer = lora.collection(ATTACKERS["amplified"](factor=2.0).after(adapter))["layers"]["attn"]["q"]
+    plain = lora.collection(adapter)["layers"]["attn"]["q"]
+    np.testing.assert_allclose(longer["a"] @ longer["b"], 2 * (plain["a"] @ plain["b"]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
