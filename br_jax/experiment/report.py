@@ -150,7 +150,7 @@ def _headline(gates: Sequence[Gate], apart: Sequence[Setting], run: details.Deta
         lines.append(f"No verdict on {unknown} of the gates: {why}.")
     if apart:
         where = "; ".join(map(str, apart))
-        lines.append(f"Not to be compared, as some cells were trained or scored with other settings: {where}.")
+        lines.append(f"Not to be compared, as some cells have other settings, or an earlier br_jax made them: {where}.")
     if not claims:
         lines.append("Ours was not run: nothing can be said of it.")
     return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])
