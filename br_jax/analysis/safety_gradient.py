@@ -6,7 +6,7 @@ Beside the gradient's own length the score says whether something shrinks the gr
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place
 from br_jax.training.loss import batch_loss
-from br_jax.training.passes import one_pass
+from br_jax.training.passes import one_pass, summed
 
 
 def safety_gradients(
@@ -45,13 +45,10 @@ def safety_gradients(
     Returns:
         path of the matrix -> f32[L]. Divide by `lengths` for the score.
     """
-    held, along = _placed(model, attached), place(lora.collection(safety), mesh_of(model.params))
+    along = place(lora.collection(safety), mesh_of(model.params))
     gates = {path: jnp.zeros(pair["a"].shape[0], jnp.float32) for path, pair in safety.weights.items()}
-    sums, total = None, 0.0
-    for batch in one_pass(model, rows, max_length, batch_size, count_alike=True):
-        found = _slopes(model.decoder, gates, model.params, held, along, batch)
-        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-        total += float(batch["weights"].sum())
+    of = functools.partial(_slopes, model.decoder, gates, model.params, along)
+    sums, total = _sums(model, rows, attached, max_length, batch_size, of)
     return {path: -np.asarray(slope) / total for path, slope in sums.items()}
 
 
@@ -73,13 +70,10 @@ def gradient_norms(
     Returns:
         path of the matrix -> f32[L].
     """
-    held, total = _placed(model, attached), 0.0
     flat = traverse_util.flatten_dict(model.params, sep="/")
     kernels = {f"{path}/kernel": flat.pop(f"{path}/kernel") for path in paths}
-    sums = jax.tree.map(lambda kernel: jnp.zeros_like(kernel, jnp.float32), kernels)
-    for batch in one_pass(model, rows, max_length, batch_size, count_alike=True):
-        sums = _with_gradient(model.decoder, sums, kernels, flat, held, batch)
-        total += float(batch["weights"].sum())
+    of = functools.partial(_gradients, model.decoder, kernels, flat)
+    sums, total = _sums(model, rows, attached, max_length, batch_size, of)
     return {path: np.asarray(jnp.linalg.norm(sums[f"{path}/kernel"], axis=(1, 2))) / total for path in paths}
 
 
@@ -95,21 +89,24 @@ def by_layer(products: Mapping[str, Float[np.ndarray, " L"]], safety: Adapter) -
     return sum(products.values()) / (norm + 1e-8)
 
 
-def _placed(model: Model, attached: Mapping[str, Adapter] | None) -> dict:
-    return place(lora.collection(lora.stack(attached)), mesh_of(model.params)) if attached else {}
+def _sums(model: Model, rows, attached, max_length: int, batch_size: int, of: Callable) -> tuple[dict, float]:
+    """The sum over batches of `of(collection of what is attached, batch)`, and of the rows' weights, all alike."""
+    held = place(lora.collection(lora.stack(attached)), mesh_of(model.params)) if attached else {}
+    batches = one_pass(model, rows, max_length, batch_size, count_alike=True)
+    return summed(batches, functools.partial(of, held)), sum(float(batch["weights"].sum()) for batch in batches)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _with_gradient(decoder: Decoder, sums: dict, kernels: dict, others: dict, held: dict, batch: dict) -> dict:
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(decoder: Decoder, kernels: dict, others: dict, held: dict, batch: dict) -> dict:
     def loss(kernels):
         params = traverse_util.unflatten_dict(others | kernels, sep="/")
         return batch_loss(decoder, {"params": params, "lora": held}, batch, 256)
 
-    return jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), sums, jax.grad(loss)(kernels))
+    return jax.tree.map(lambda grad: grad.astype(jnp.float32), jax.grad(loss)(kernels))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slopes(decoder: Decoder, gates: dict[str, Array], params: dict, held: dict, along: dict, batch: dict) -> dict:
+def _slopes(decoder: Decoder, gates: dict[str, Array], params: dict, along: dict, held: dict, batch: dict) -> dict:
     held, along = (traverse_util.flatten_dict(tree, sep="/") for tree in (held, along))
 
     def loss(gates):

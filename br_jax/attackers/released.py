@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from br_jax.adapters.lora import Adapter
+from br_jax.adapters.lora import Adapter, scaled
 from br_jax.attackers.attacker import Attacker
 from br_jax.bounds import number
 from br_jax.data.rows import Row
@@ -59,7 +59,7 @@ class Amplified(Attacker):
 
     def after(self, released: Adapter) -> Adapter:
         """See `Attacker.after`."""
-        return released.replace(scale=self.factor * released.scale)
+        return scaled(released, self.factor)
 
 
 def _in_eight_bits(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.sharding import mesh_of, place
-from br_jax.training.passes import one_pass
+from br_jax.training.passes import one_pass, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +54,9 @@ def _pruned(w: Float[Array, "L J K"], sizes: Float[Array, "L J"], share: float) 
 def input_sizes(model: Model, adapter: Adapter, rows: Sequence[Row], max_length: int) -> dict[str, dict[str, Array]]:
     """path -> {"a": r.m.s. of each input of the matrix [L, I], "b": of each entry of x A [L, R]}, over all tokens."""
     variables = {"params": model.params, "lora": place(collection(adapter), mesh_of(model.params))}
-    sums, count = None, 0
-    for batch in one_pass(model, rows, max_length):
-        found = _squares(model.decoder, variables, batch)
-        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-        count += int(jnp.count_nonzero(batch["segment_ids"]))
+    batches = one_pass(model, rows, max_length)
+    sums = summed(batches, lambda batch: _squares(model.decoder, variables, batch))
+    count = sum(int(jnp.count_nonzero(batch["segment_ids"])) for batch in batches)
     return jax.tree.map(lambda x: jnp.sqrt(x / count), sums)
 
 

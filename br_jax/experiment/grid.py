@@ -261,20 +261,24 @@ def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 
 def _settings(config: ConfigDict, cell: Cell) -> str:
     """A hash of all that a cell's scores depend on, with what is in the files that the config names."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
-    rivals, attackers = settings.pop("defences"), settings.pop("attackers")
-    attacker = attackers[config.user.kind]
+    settings, own, attacker = _apart(config, cell)
     rule = RULE if config.calibrate.harmful and "reinforce" in METHODS[cell.method].needs else ()
     parts = *([attacker] if attacker else []), *rule, rules_version()
-    return key_of(settings, rivals.get(cell.method), *cell, *parts, _contents(settings))
+    return key_of(settings, own, *cell, *parts, _contents(settings))
 
 
 def _recipe(config: ConfigDict, cell: Cell) -> tuple[str, str]:
     """Hashes of what all seeds and shares of a `frame.Setting` should share, and of the method's own settings."""
     alike = dataclasses.replace(Run.of(config), p=0.0, seed=0).config(config, pathlib.Path())
-    settings = {name: value for name, value in alike.to_dict().items() if name not in ("provider", "mesh")}
+    settings, own, attacker = _apart(alike, cell)
+    return key_of(settings, attacker, rules_version()), key_of(own)
+
+
+def _apart(config: ConfigDict, cell: Cell) -> tuple[dict, dict | None, dict]:
+    """What scores depend on: the settings of all, the method's own where it has some, and the user's."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
     rivals, attackers = settings.pop("defences"), settings.pop("attackers")
-    return key_of(settings, attackers[config.user.kind], rules_version()), key_of(rivals.get(cell.method))
+    return settings, rivals.get(cell.method), attackers[config.user.kind]
 
 
 def _contents(settings: Any) -> list[str]:

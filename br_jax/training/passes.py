@@ -1,6 +1,11 @@
 """Rows in batches for one pass over them, in no order and no steps: losses, gradients, sizes of what is held out."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.data.rows import Row
@@ -24,3 +29,13 @@ def one_pass(
     examples = alike(examples) if count_alike else examples
     order = {"batch_size": whole_batch(batch_size, mesh), "seed": 0, "buckets": (-(-longest // 16) * 16,)}
     return [place(batch, mesh) for batch in make_batches(examples, **order)]
+
+
+def summed(batches: Iterable[dict], of: Callable[[dict], Any]) -> Any:
+    """The sum over batches of what a function gives of each: a tree of arrays, of which two are held at a time."""
+    return functools.reduce(_add, map(of, batches))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Any, found: Any) -> Any:
+    return jax.tree.map(jnp.add, total, found)
