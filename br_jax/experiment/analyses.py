@@ -100,7 +100,7 @@ def _safety(e: Experiment) -> Adapter:
 
 
 def _look(e: Experiment, safety: Adapter, rows: Sequence[Row], attached: dict) -> _Kind:
-    settings = {"max_length": e.train("reinforce").max_length}
+    settings = {"max_length": e.train("user").max_length}
     products = safety_gradients(e.aligned, safety, rows, attached, **settings)
     norm = _whole(gradient_norms(e.aligned, list(safety.weights), rows, attached, **settings))
     along = sum(float(product.sum()) for product in products.values())
