@@ -35,9 +35,8 @@ _STYLES = {
     "ours": _style(BLUE, "o", "-"),
 }
 SKILL = 0.8  # of the plain user's task, that an attacker wants to keep
-_OTHER = _style(GRAY, "P", "--")
 _BY_P = list(map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))))
-_SHADES, _MARKERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<"
+_OTHERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<", ("--", "-.", ":", (0, (9, 2)), (0, (3, 1)))
 _WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
 _RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
          "clip_on": False}  # fmt: skip
@@ -227,8 +226,7 @@ def _points(axis: Axes, points: Iterable[tuple[Row, list[tuple[float, float]]]])
     for index, (row, both) in enumerate(points):
         if not both:
             continue
-        marker = _STYLES.get(row.method, _style(_SHADES[index % len(_SHADES)], _MARKERS[index % len(_MARKERS)], "-"))
-        style = {name: marker[name] for name in ("color", "marker")} | {"linestyle": "none", "markersize": 7}
+        style = _style_of(row.method, index) | {"linestyle": "none", "markersize": 7}
         axis.plot(*zip(*both, strict=True), **_RING | {"markeredgecolor": style["color"]})
         axis.plot(*(sum(values) / len(values) for values in zip(*both, strict=True)), **style, zorder=3)
         keys.append(Line2D([], [], **style, label=row.label))
@@ -306,10 +304,17 @@ def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
 
 
 def _by_method(points: Iterable[tuple[float, Row]]) -> Lines:
-    """The lines of (x, row), in the order of `_STYLES`."""
+    """The lines of (x, row), in the order of `_STYLES`; of methods that are at one x alone only where all are."""
     lines = defaultdict(dict)
     for x, row in points:
         lines[row.method, row.label][x] = row
     order = [*_STYLES, *(method for method, _ in lines)]
+    most = max(map(len, lines.values()), default=0)
     named = sorted(lines.items(), key=lambda line: order.index(line[0][0]))
-    return {label: (_STYLES.get(method, _OTHER), found) for (method, label), found in named}
+    named = [line for line in named if most == 1 or len(line[1]) > 1]
+    return {label: (_style_of(method, index), found) for index, ((method, label), found) in enumerate(named)}
+
+
+def _style_of(method: str, index: int) -> dict[str, Any]:
+    """A method's own style, or that of an index where it has none: of 42 in a row no two are alike."""
+    return _STYLES.get(method) or _style(*(each[index % len(each)] for each in _OTHERS))
