@@ -45,6 +45,12 @@ from br_jax.statistics import Score  # noqa: E402
 from br_jax.training.config import TrainConfig  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin first: one that began last would leave the other workers idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache():
     """A program is compiled once a machine, for all workers and sessions with the same JAX.
