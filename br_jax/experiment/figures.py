@@ -304,14 +304,12 @@ def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
 
 
 def _by_method(points: Iterable[tuple[float, Row]]) -> Lines:
-    """The lines of (x, row), in the order of `_STYLES`; of methods that are at one x alone only where all are."""
+    """The lines of (x, row), in the order of `_STYLES`."""
     lines = defaultdict(dict)
     for x, row in points:
         lines[row.method, row.label][x] = row
     order = [*_STYLES, *(method for method, _ in lines)]
-    most = max(map(len, lines.values()), default=0)
     named = sorted(lines.items(), key=lambda line: order.index(line[0][0]))
-    named = [line for line in named if most == 1 or len(line[1]) > 1]
     return {label: (_style_of(method, index), found) for index, ((method, label), found) in enumerate(named)}
 
 
