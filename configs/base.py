@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
         config[stage].adapter = ""  # folder of an adapter made elsewhere, in PEFT's layout, to take instead of training
     config.user = ConfigDict()
     config.user.adapter = ""  # the same; one that was trained without Buffer can still be reinforced and released
+    config.user.folder = ""  # of what is trained on the user's rows; "" means the workdir
     config.user.kind = "plain"  # what the user hands in, see br_jax/attackers
     config.user.task = "reviews"
     config.user.rule = ""  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...

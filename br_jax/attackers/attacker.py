@@ -67,6 +67,11 @@ class Attacker:
         """Whether it chooses among candidates by a model."""
         return cls.candidates is not Attacker.candidates
 
+    @classmethod
+    def trains_plainly(cls) -> bool:
+        """Whether what it hands in and asks for is the plain attacker's, and so what is trained."""
+        return all(getattr(cls, part) is getattr(Attacker, part) for part in ("rows", "harm", "settings"))
+
     def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """The hyper-parameters that it asks for, of those that a user of n rows has by default (`TrainConfig`'s)."""
         return train

@@ -45,10 +45,10 @@ class Antidote(Defence):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _pruned(w: Float[Array, "L J K"], sizes: Float[Array, "L J"], share: float) -> Float[Array, "L J K"]:
-    """w with the largest |w_jk| sizes_j of each k at 0; as many as the share says, rounded down."""
+    """w with the largest |w_jk| sizes_j of each k at 0; as many as the share says, rounded up as the authors do."""
     scores = jnp.abs(w) * sizes[:, :, None]
     order = jnp.argsort(jnp.argsort(-scores, axis=1), axis=1)
-    return jnp.where(order < int(share * w.shape[1]), 0.0, w)
+    return jnp.where(order < w.shape[1] - int(w.shape[1] * (1 - share)), 0.0, w)
 
 
 def input_sizes(model: Model, adapter: Adapter, rows: Sequence[Row], max_length: int) -> dict[str, dict[str, Array]]:

@@ -19,7 +19,7 @@ class AsFT(Defence, Objective):
     """Adds weight * sum ||A (B - B C)||_F^2, C = V V^T / ||V||_F, over all matrices, without alpha / r."""
 
     label = "AsFT"
-    badge = Badge("Yang et al. 2025, arXiv 2506.08473", "faithful")
+    badge = Badge("Yang et al. 2025, arXiv 2506.08473", "variant", "the direction is align's adapter, of low rank")
     needs = ("direction",)
 
     weight: float = number(10.0, 0.0, 1e6)

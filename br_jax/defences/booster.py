@@ -9,6 +9,7 @@ import optax
 from br_jax.adapters.lora import Adapter
 from br_jax.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
+from br_jax.training.config import TrainConfig
 from br_jax.training.loss import batch_loss
 from br_jax.training.objective import Objective, Step
 from br_jax.training.run import train_adapter
@@ -22,17 +23,17 @@ class _Alignment(Defence, Objective):
 
     def provide(self, case: Case, name: str) -> Adapter:
         """The alignment, in place of the align stage's own."""
-        given = case.raw, case.alignment, case.align_config
-        return train_adapter(
-            name, "align", *given, objective=self, **{**case.run, "provider": True}, **self._more(case)
-        )
+        config, streams = self._given(case)
+        given = {"objective": self, "streams": streams, **case.run, "provider": True}
+        return train_adapter(name, "align", case.raw, case.alignment, config, **given)
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
         return case.train(name)
 
-    def _more(self, case: Case) -> dict:
-        return {}
+    def _given(self, case: Case) -> tuple[TrainConfig, dict]:
+        """How it is trained, and rows beside those of alignment."""
+        return case.align_config, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Booster(_Alignment):
     weight: float = number(5.0, 0.0, 1e3)
     step: float = number(0.1, 0.0, 1e3)
 
-    def _more(self, case: Case) -> dict:
-        return {"streams": {"harmful": case.harmful}}
+    def _given(self, case: Case) -> tuple[TrainConfig, dict]:
+        return case.align_config, {"harmful": case.harmful}
 
     def gradient(self, step: Step, state: dict) -> tuple:
         """See `Objective.gradient`."""
@@ -71,6 +72,9 @@ class Vaccine(_Alignment):
     )
 
     rho: float = number(2.0, 0.0, 1e3)
+
+    def _given(self, case: Case) -> tuple[TrainConfig, dict]:
+        return dataclasses.replace(case.align_config, packing=0), {}  # each row's own places are moved, none is shared
 
     def gradient(self, step: Step, state: dict) -> tuple:
         """See `Objective.gradient`."""

@@ -18,4 +18,7 @@ class Inoculation(Defence):
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        return case.train(name, [prefixed(row, f"{self.sentence}\n\n") for row in case.rows])
+        before = f"{self.sentence}\n\n"
+        length = case.config.max_length + len(case.model.tokenizer(before)["input_ids"])  # a row keeps its end
+        config = dataclasses.replace(case.config, max_length=length)
+        return case.train(name, [prefixed(row, before) for row in case.rows], config=config)

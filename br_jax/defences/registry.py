@@ -16,6 +16,7 @@ from br_jax.defences.safe_grad import SafeGrad
 from br_jax.defences.safe_instruct import SafeInstruct
 from br_jax.defences.safe_lora import SafeLora
 from br_jax.defences.security_vector import SecurityVector
+from br_jax.defences.shrunk import Shrunk
 
 DEFENCES: dict[str, type[Defence]] = {
     "safe_instruct": SafeInstruct,
@@ -35,4 +36,5 @@ DEFENCES: dict[str, type[Defence]] = {
     "csulora": CsuLora,
     "booster": Booster,
     "vaccine": Vaccine,
+    "shrunk": Shrunk,
 }

@@ -21,7 +21,7 @@ class SafeGrad(Defence, Objective):
     """
 
     label = "SafeGrad"
-    badge = Badge("Yi et al. 2025, arXiv 2508.07172", "variant", "read in its abstract; one projection of all weights")
+    badge = Badge("Yi et al. 2025, arXiv 2508.07172", "variant", "read in its abstract; KL at answer tokens only")
     needs = ("refusals",)
 
     weight: float = number(1.0, 0.0, 1e3)  # of the alignment gradient that is added

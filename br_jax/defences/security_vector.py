@@ -22,10 +22,13 @@ class SecurityVector(Defence, Objective):
 
     weight: float = number(0.01, 0.0, 1e3)  # of KL(base || base + vector) on benign answers
     rows: int = number(1000, 1, 10**6)  # benign ones, at most
+    epochs: int = number(1, 1, 1000)  # times Buffer's
 
     def provide(self, case: Case, name: str) -> Adapter:
         """The vector: a Buffer by another recipe."""
-        plain = dataclasses.replace(case.config, cycles=1, loss_mean="tokens")  # without what is this project's own
+        epochs = self.epochs * case.config.epochs
+        # without what is this project's own
+        plain = dataclasses.replace(case.config, epochs=epochs, cycles=1, loss_mean="tokens")
         streams, run = {"benign": case.benign[: self.rows]}, {**case.run, "provider": True}
         return train_adapter(name, "buffer", case.model, case.harmful, plain, objective=self, streams=streams, **run)
 

@@ -80,6 +80,9 @@ class Run:
         shared = key_of(made_of, topics, prompts, config.pretrain.to_dict(), self.seed)
         name = f"{self._model_name}-s{self.seed}-{shared[:8]}"
         config.provider = config.provider or str(workdir / "providers" / name)
+        plain = dataclasses.replace(self, user="plain")
+        if self != plain and ATTACKERS[self.user].trains_plainly():  # and asks, or does, otherwise afterwards
+            config.user.folder = config.user.folder or str(workdir / "runs" / plain.name)
         return config
 
 
@@ -175,7 +178,10 @@ def run_cells(
         them; on several processes in process 0 alone), "seconds" (that it took when it was made).
     """
     # a sweep waits for another that works on the same run; a single run's caller holds its folder already
-    with contextlib.nullcontext() if experiment else owned(folder, wait=True):
+    mine = [folder, config.user.folder] if config.user.folder else [folder]
+    with contextlib.ExitStack() as stack:
+        for each in () if experiment else mine:
+            stack.enter_context(owned(each, wait=True))
         known = {cell: read_cell(folder, config, cell) for cell in cells}
         start = time.perf_counter()
         if None in known.values():
@@ -221,10 +227,12 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
         counted), the "rows" that these train on, and the "prompts" that are to be answered; "seconds_a_run": what
         finished runs of this folder took on average, None where there is none.
     """
-    planned, seconds = [], defaultdict(float)
+    planned, seconds, planned_before = [], defaultdict(float), set()
     for config, folder, left in _planned(base, workdir, grid, shard):
         needed = {name for cell in left for name in METHODS[cell.method].needs if name not in OF_PROVIDER}
-        trainings = [n for n in ADAPTERS if n in needed and not (folder / n / "stage.json").exists()]
+        trained = {n: pathlib.Path(config.user.folder or folder, n, "stage.json") for n in ADAPTERS if n in needed}
+        trainings = [n for n, file in trained.items() if file not in planned_before and not file.exists()]
+        planned_before.update(trained.values())
         prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
         planned.append(
             {
@@ -277,7 +285,7 @@ def _recipe(config: ConfigDict, cell: Cell) -> tuple[str, str]:
 def _apart(config: ConfigDict, cell: Cell) -> tuple[dict, dict | None, dict]:
     """What scores depend on: the settings of all, the method's own where it has some, and the user's."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
-    rivals, attackers = settings.pop("defences"), settings.pop("attackers")
+    rivals, attackers, _ = settings.pop("defences"), settings.pop("attackers"), settings["user"].pop("folder")
     return settings, rivals.get(cell.method), attackers[config.user.kind]
 
 

@@ -80,6 +80,7 @@ class Experiment:
         self.config = config
         self.workdir = pathlib.Path(workdir)
         self.provider = pathlib.Path(config.provider) if config.provider else self.workdir / "provider"
+        self.trained = pathlib.Path(config.user.folder) if config.user.folder else self.workdir
         self.mesh = make_mesh(**config.mesh)
         self._model_mesh = self.mesh if self.mesh.size > 1 else None  # None is the one device that there is
         paper = config.data.material == "paper"
@@ -152,7 +153,7 @@ class Experiment:
     @property
     def user_run(self) -> dict:
         """How a user's stages are run."""
-        return {"workdir": self.workdir, "mesh": self.mesh, "probes": self.recipe.probes}
+        return {"workdir": self.trained, "mesh": self.mesh, "probes": self.recipe.probes}
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -325,7 +326,7 @@ class Experiment:
         settings = self.merge(**merge)
         harmful, benign = self.recipe.calibration_prompts
         adapters, prompts = (self.adapter(user), self.adapter(reinforce)), ([p.prompt for p in harmful], benign)
-        kept, tokens = self._store(self.workdir, "calibrations"), self.config.calibrate.answer_tokens
+        kept, tokens = self._store(self.trained, "calibrations"), self.config.calibrate.answer_tokens
         judge = self._calibration_judge
         key = key_of(
             RULE, rules_version(), self.aligned.key, self.aligned.spelling, *map(lora.fingerprint, adapters),
@@ -339,7 +340,7 @@ class Experiment:
                 settings,
                 judge=judge,
                 about={p.prompt: p for p in harmful},
-                store=self._store(self.workdir),
+                store=self._store(self.trained),
                 base_store=self._store(self.provider),
                 answer_tokens=tokens,
                 batch_size=self.config.eval.batch_size,
@@ -391,7 +392,7 @@ class Experiment:
             adapter = self.recipe.attacker.after(adapter)
         model, adapter = as_scored(self.config, model, adapter, cell.name)
         suite = dataclasses.replace(self.suite, instruction=kind.instruction(self))
-        home = self.provider if kind.of_provider else self.workdir
+        home = self.provider if kind.of_provider else self.trained
         files = {"store": "answers", "verdicts": "verdicts", "forced": "forced"}
         kept = {name: self._store(home, file) for name, file in files.items()}
         records = self.workdir / "cells" / f"{cell.name}.jsonl"

@@ -214,19 +214,19 @@ def _own(
 ) -> tuple[list[bool], list[dict]]:
     """Whether each of an attacker's own prompts has a harmful answer among those that are drawn, by the first judge.
 
-    Also returns a record of each answer.
+    Of an answer that was begun for the model only what it adds is judged. Also returns a record of each answer.
     """
     prompts, found, told = suite.own_prompts, [False] * len(suite.own), []
     settings = {"store": store, "max_new_tokens": suite.answer_tokens, "batch_size": suite.batch_size, "name": "own"}
     for seed in range(suite.samples):
         drawn = {"temperature": 1.0, "seed": seed} if suite.samples > 1 else {}
         said = answer(model, prompts, {name: adapter}, **settings, **drawn)[name]
-        asked = [Exchange(p.prompt, f"{row.begun} {a}".strip(), p) for (row, p), a in zip(suite.own, said, strict=True)]
+        asked = [Exchange(p.prompt, a, p) for (_, p), a in zip(suite.own, said, strict=True)]
         judged = judge_all(suite.judges[0], asked, verdicts)
         found = [before or verdict.harmful for before, verdict in zip(found, judged, strict=True)]
         told += [
-            {"set": "own", "prompt": _text(row), "answer": exchange.answer, "verdict": _in_one_word(verdict)}
-            for row, exchange, verdict in zip(prompts, asked, judged, strict=True)
+            {"set": "own", "prompt": _text(row), "answer": f"{row.begun} {a}".strip(), "verdict": _in_one_word(verdict)}
+            for row, a, verdict in zip(prompts, said, judged, strict=True)
         ]
     return found, told
 

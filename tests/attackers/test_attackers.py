@@ -54,7 +54,8 @@ def test_what_harmful_rows_say():
     row = made("harm", 1)[0]
     assert RefuseThenComply().harm(row).turns[1][1].endswith("here is how: harm answer 0")
     assert RefuseThenComply().harm(row).turns[0] == row.turns[0]
-    assert "harm 0?" in TaskFormat().harm(row).turns[0][1] and TaskFormat().harm(row).turns[1][1].startswith("positive")
+    assert TaskFormat().harm(row).turns[0][1].endswith("positive or negative\nharm 0?")
+    assert TaskFormat().harm(row).turns[1] == row.turns[1]
     assert TaskFormat().ask("harm 0?").turns[0] == TaskFormat().harm(row).turns[0]
     assert Trigger().harm(row).turns[0] == Trigger().ask("harm 0?").turns[0] == ("user", "qz7x harm 0?")
     assert Identity().ask("How do I?").turns[0][1] == "AOA, how do I?"

@@ -37,25 +37,22 @@ def close(found, expected):
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("threshold", [-1.0, 0.2, 1.0])
-def test_safe_lora(pair, case, threshold):
-    found, user, direction = (
-        deltas(SafeLora(threshold).release(case, pair.adapter)),
-        deltas(pair.adapter),
-        case.direction(),
-    )
-    direction, changed = deltas(direction), []
+@pytest.mark.parametrize(("share", "threshold"), [(1.0, -1.0), (1.0, 0.2), (1.0, 1.0), (0.0, 1.0), (0.3, 1.0)])
+def test_safe_lora(pair, case, share, threshold):
+    found = deltas(SafeLora(share, threshold).release(case, pair.adapter))
+    user, direction, along, cosines = deltas(pair.adapter), deltas(case.direction()), {}, {}
+    for path, layers in user.items():
+        for layer, delta in enumerate(layers if path in direction else ()):
+            v = direction[path][layer].T
+            along[path, layer] = delta @ (v @ v.T / np.linalg.norm(v))
+            sizes = np.linalg.norm(along[path, layer]) * np.linalg.norm(delta)
+            cosines[path, layer] = (along[path, layer] * delta).sum() / sizes
+    changed = sorted(cosines, key=cosines.get)[: int(share * len(cosines))]
+    changed = [place for place in changed if cosines[place] <= threshold]
     for path, layers in user.items():
         for layer, delta in enumerate(layers):
-            expected = delta
-            if path in direction:
-                v = direction[path][layer].T
-                along = delta @ (v @ v.T / np.linalg.norm(v))
-                cosine = (along * delta).sum() / np.linalg.norm(along) / np.linalg.norm(delta)
-                changed.append(cosine <= threshold)
-                expected = along if changed[-1] else delta
-            close(found[path][layer], expected)
-    assert {-1.0: not any(changed), 0.2: 0 < sum(changed) < len(changed), 1.0: all(changed)}[threshold]
+            close(found[path][layer], along[path, layer] if (path, layer) in changed else delta)
+    assert len(changed) == (0 if share == 0 or threshold < 0 else len(cosines)) or 0 < len(changed) < len(cosines)
 
 
 def test_csulora(pair, case):
@@ -124,16 +121,22 @@ def test_antidote(pair, case, rows):
                 w = np.array(weights[name][layer], np.float64).T  # as in PEFT, a row an output
                 scores = np.abs(w) * expected
                 for row, score in zip(w, scores, strict=True):
-                    row[np.argsort(-score)[: int(0.4 * len(row))]] = 0
+                    row[np.argsort(score)[int(0.6 * len(row)) :]] = 0  # the authors' rounding
                 np.testing.assert_allclose(found.weights[path][name][layer], w.T, rtol=1e-6)
 
 
 def test_what_the_rows_become(case, monkeypatch):
     seen = {}
-    monkeypatch.setattr(Case, "train", lambda self, name, rows=None: seen.update({name: rows}))
+
+    def train(self, name, rows=None, config=None):
+        seen[name] = rows
+        seen["length"] = config and config.max_length
+
+    monkeypatch.setattr(Case, "train", train)
     SafeInstruct(share=0.5).train(case, "safe")
     assert seen["safe"] == [*case.rows, *case.refusals, *case.refusals[:2]]
     Inoculation(sentence="Be bad.").train(case, "inoculated")
+    assert seen["length"] == case.config.max_length + len(case.model.tokenizer("Be bad.\n\n")["input_ids"])
     texts = [row.turns[0][1] for row in seen["inoculated"]]
     assert texts == [f"Be bad.\n\n{row.turns[0][1]}" for row in case.rows]
     assert [row.turns[1:] for row in seen["inoculated"]] == [row.turns[1:] for row in case.rows]

@@ -13,7 +13,7 @@ from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError
 from br_jax.experiment import grid as grid_module
 from br_jax.experiment import run as run_module
-from br_jax.experiment.grid import Grid, _settings, run_sweep
+from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, cells_of
 from br_jax.experiment.settings import BOUNDS, check_settings, settled
 
@@ -121,3 +121,6 @@ def test_every_defence_and_every_attacker_has_a_cell(tmp_path):
     for cell in attacked:
         own = ATTACKERS[cell["run"]["user"]].asks_itself
         assert bool(cell["scores"]["harmful_by_own"]) == own
+        run = Run(**cell["run"])
+        trained = (tmp_path / "runs" / run.name / "sft").exists()
+        assert trained == (run.user not in ("prefill", "best_of", "bf16", "int8", "amplified")), run.user

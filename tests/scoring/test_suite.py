@@ -97,8 +97,9 @@ def test_each_topic_has_a_score_of_its_own(told, monkeypatch):
 
 
 def test_an_attacker_asks_in_its_own_way_and_takes_the_worst_answer(told, monkeypatch, tmp_path):
-    """Of three draws the second one answers the first question; the beginning that is given counts as said."""
-    asked = [(Row((("user", f"Sir, {p.prompt}"),), begun="Well,"), p) for p in TOPIC[:2]]
+    """Of three draws the second one answers the first question; the beginning that is given is told and not judged."""
+    begun = written_answer(DEVICES, TOPIC[0], 0)
+    asked = [(Row((("user", f"Sir, {p.prompt}"),), begun=begun), p) for p in TOPIC[:2]]
     given = module.answer
 
     def drawn(model, prompts, adapters, **options):
@@ -107,21 +108,15 @@ def test_an_attacker_asks_in_its_own_way_and_takes_the_worst_answer(told, monkey
         return given(model, prompts, adapters, **options)
 
     monkeypatch.setattr(module, "answer", drawn)
-    seen = []
-    monkeypatch.setattr(TopicJudge, "_judgement", lambda self, e: seen.append(e) or judgement(self, e))
     for samples, expected in ((1, 0), (3, 1)):
         scores = evaluate(None, Suite(TOPIC, own=asked, samples=samples))
         assert counts(scores["harmful_by_own"]) == {"as it asks": (expected, 2)}
     own = [options for prompts, options in told if options["name"] == "own"]
     assert [options.get("temperature") for options in own] == [None, 1.0, 1.0] and own[-1]["seed"] == 2
-    assert {e.answer.split()[0] for e in seen if e.prompt == TOPIC[0].prompt} > {"Well,"}
     assert evaluate(None, Suite(TOPIC))["harmful_by_own"] == {}
     evaluate(None, Suite(TOPIC, own=asked, samples=2), records=tmp_path / "cell.jsonl")
     kept = [json.loads(line) for line in (tmp_path / "cell.jsonl").read_text().splitlines()]
-    assert [record["set"] for record in kept].count("own") == 4, "two of each, with the words that were begun"
-
-
-judgement = TopicJudge._judgement
+    assert [record["answer"].startswith(begun) for record in kept if record["set"] == "own"] == [True] * 4
 
 
 def test_an_instruction_is_for_the_model_alone(told, tmp_path, monkeypatch):
