@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from br_jax.command_line import require_flags, run_with_flags
 from br_jax.errors import UserError
 
-CASES = ("limits", "training", "generation", "merge", "loading", "stages", "switches", "pool")
+CASES = ("limits", "training", "generation", "merge", "loading", "stages", "switches", "pool", "defences")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with a model.source, e.g. configs/smollm2.py.")
 WANTED = flags.DEFINE_list("cases", list(CASES), "Cases to run.")
 ROWS = flags.DEFINE_string("rows", None, "JSONL file of rows, GSM8K's question/answer or one of the project's layouts.")

@@ -8,15 +8,17 @@ import numpy as np
 from benchmarks.inputs import HERE, Setup, require_torch
 from benchmarks.pairing import Contender
 from benchmarks.report import Case
-from br_jax.adapters.lora import Adapter
+from br_jax.adapters.lora import Adapter, collection
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row
+from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError
 from br_jax.models.model import Model
 from br_jax.provider.folder import load_model
 from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import on_mesh
+from br_jax.training.objective import Objective
 from br_jax.training.run import first_adapter, step_batches
 from br_jax.training.stage import (
     Hyper,
@@ -78,13 +80,14 @@ def describe(setup: Setup) -> str:
     )
 
 
-def ours(name: str, setup: Setup, buffer: bool = False, **changes) -> Contender:
-    """A contender that trains with the protocol and some changes of it."""
+def ours(name: str, setup: Setup, buffer: bool = False, rival: str = "", **changes) -> Contender:
+    """A contender that trains with the protocol and some changes of it; see `train`."""
     arguments = {
         "model": setup.model,
         "rows": setup.train_rows,
         "config": dataclasses.replace(setup.steps, **changes),
         "buffer": buffer,
+        "rival": rival,
     }
     return Contender(name, HERE / "training.py", "train", arguments)
 
@@ -110,7 +113,7 @@ def same_losses(outcomes: dict[str, list[float]], tolerance: float) -> list[str]
     return [f"loss of the first batch: {told}", f"losses differ by at most {spread.max():.1e} in {len(spread)} steps"]
 
 
-def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
+def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool, rival: str = ""):
     """A contender's work: step i on batch i, its outcome the loss.
 
     Args:
@@ -118,17 +121,27 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
         rows: as many as `config.steps` steps take.
         config: all there is to say of how to train.
         buffer: whether a (random, small) Buffer is attached, as `config.frozen` says.
+        rival: in `DEFENCES`, whose objective takes the place of the rows' loss; its streams are the same rows.
     """
     base = load_model(**model)
     examples, _ = encode_rows(rows, base.tokenizer, base.template, config.max_length)
     mesh = make_mesh()
-    stage, hyper, rates = Stage.of(base.decoder, config, mesh), Hyper.of(config), learning_rates(config, config.steps)
+    objective = DEFENCES[rival]() if rival else Objective()
+    stage, hyper = Stage.of(base.decoder, config, mesh, objective), Hyper.of(config)
+    rates = learning_rates(config, config.steps)
     adapter = first_adapter("user", "user", base, config)
-    frozen = {"buffer": _random_buffer(base, config)} if buffer else {}
-    frozen = place(frozen_collections(base.params, frozen, config.frozen), mesh)
-    state = place(init_state(trainable_adapter(adapter), config.seed), mesh)
+    frozen = {"buffer": _random_adapter(base, config)} if buffer else {}
+    frozen = frozen_collections(base.params, frozen, config.frozen)
+    if rival and "direction" in objective.needs:
+        frozen["aside"] = {"direction": collection(_random_adapter(base, config))}
+    frozen = place(frozen, mesh)
+    state = place(init_state(trainable_adapter(adapter), config.seed, objective), mesh)
     del base, adapter
-    batches = [on_mesh(batch, mesh) for batch in step_batches(examples, config, mesh)]
+    batches = list(step_batches(examples, config, mesh))
+    if rival:
+        streams = [kind for kind in ("refusals", "harmful", "benign") if kind in objective.needs]
+        batches = [batch | {"streams": {kind: batch for kind in streams}} for batch in batches]
+    batches = [on_mesh(batch, mesh) for batch in batches]
     order = dataclasses.replace(config, packing=0, buckets=())  # tokens of a step's rows, whatever is shared of them
     tokens = [int((batch["segment_ids"] > 0).sum()) for batch in step_batches(examples, order, mesh)]
     jax.set_mesh(mesh)
@@ -143,7 +156,7 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool):
     return unit
 
 
-def _random_buffer(base: Model, config: TrainConfig) -> Adapter:
-    """A Buffer of the trained adapter's shapes that changes the model a little; it shares no array with it."""
+def _random_adapter(base: Model, config: TrainConfig) -> Adapter:
+    """One of the trained adapter's shapes that changes the model a little; it shares no array with it."""
     drawn = first_adapter("buffer", "buffer", base, config)
     return drawn.replace(weights={path: pair | {"b": pair["b"] + 1e-3} for path, pair in drawn.weights.items()})

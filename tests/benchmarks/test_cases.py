@@ -4,15 +4,17 @@ import dataclasses
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
-from benchmarks import generation, inputs, limits, merge, stages, switches, training
+from benchmarks import defences, generation, inputs, limits, merge, stages, switches, training
 from benchmarks.inputs import Setup, read_questions
 from benchmarks.report import run_case
 
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
+from br_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,19 @@ def test_the_machine_is_measured(setup, tiny, monkeypatch):
     _, rates = work(0)
     lines = limits.table(rates)
     assert lines[0].startswith("copy: ") and len(lines) == 2 + 4 * len(limits.ROWS)
+
+
+@pytest.mark.slow
+def test_every_rival_with_an_objective_takes_a_step(setup, tiny, monkeypatch):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(training, "make_mesh", lambda: mesh)
+    write_hf(setup.model["source"], tiny.spec, tiny.params, tiny.tokenizer)
+    raced = [contender for case in defences.cases(setup) for contender in case.contenders]
+    assert {"SFT", "lisa", "security_vector", "vaccine"} < {contender.name for contender in raced}
+    for contender in raced[1:]:
+        with jax.set_mesh(mesh):  # and the one before comes back, whatever is set
+            tokens, loss = training.train(**contender.arguments)(0)
+        assert tokens > 0 and np.isfinite(loss), contender.name
 
 
 def test_a_switch_changes_its_own_fields_of_the_best(setup):
