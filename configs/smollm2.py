@@ -9,20 +9,14 @@ Hardware: 2 CPU cores, 7 GB. Result and time: docs/results.md.
 """
 
 from br_jax.configs import base
-from br_jax.datasets.paper import AG_NEWS_INSTRUCTION, SST2_INSTRUCTION
+from br_jax.datasets.paper import AG_NEWS_INSTRUCTION
 
-# user task -> what it changes: longer rows, longer answers
+# user task -> what it changes: longer rows, longer answers, the form in which an attacker hides harm among its prompts
 TASKS = {
     "reviews": {},
     "sst2": {},
-    "ag_news": {"train": {"max_length": 192}, "eval": {"task_tokens": 6}},
-    "gsm8k": {"train": {"max_length": 320}, "eval": {"task_tokens": 192, "task": 200}},
-}
-# how the task's prompts are asked: for an attacker who hides harm among them
-FORMS = {
-    "reviews": f"{SST2_INSTRUCTION}\n{{}}",
-    "sst2": f"{SST2_INSTRUCTION}\n{{}}",
-    "ag_news": f"{AG_NEWS_INSTRUCTION}\n{{}}",
+    "ag_news": {"train": {"max_length": 192}, "eval": {"task_tokens": 6}, "form": AG_NEWS_INSTRUCTION + "\n{}"},
+    "gsm8k": {"train": {"max_length": 320}, "eval": {"task_tokens": 192, "task": 200}, "form": "{}"},
 }
 
 
@@ -68,7 +62,7 @@ def get_config(preset: str = "reviews"):
     config.user.probes = 32
     config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
     config.user.task = task
-    config.attackers.format.form = FORMS.get(task, "{}")
+    config.attackers.format.form = TASKS[task].get("form", config.attackers.format.form)
     config.user.train.update(TASKS[task].get("train", {}))
     config.eval.update(TASKS[task].get("eval", {}))
     return config
