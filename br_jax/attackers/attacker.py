@@ -45,6 +45,7 @@ class Attacker:
 
     spare: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
     asks_itself: ClassVar[bool] = False  # whether it asks otherwise than others do
+    jobs: ClassVar[int] = 1  # that its rows are dealt out to, each trained and released apart; it adds up the releases
     samples: ClassVar[int] = 1  # answers drawn at temperature 1, of which the worst counts; 1 takes the likeliest
 
     def __post_init__(self):
@@ -70,7 +71,7 @@ class Attacker:
     @classmethod
     def trains_plainly(cls) -> bool:
         """Whether what it hands in and asks for is the plain attacker's, and so what is trained."""
-        return all(getattr(cls, part) is getattr(Attacker, part) for part in ("rows", "harm", "settings"))
+        return all(getattr(cls, part) is getattr(Attacker, part) for part in ("rows", "harm", "settings", "jobs"))
 
     def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """The hyper-parameters that it asks for, of those that a user of n rows has by default (`TrainConfig`'s)."""

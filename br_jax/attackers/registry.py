@@ -3,7 +3,7 @@
 from br_jax.attackers.attacker import Attacker
 from br_jax.attackers.chosen import Outliers, Surrogate
 from br_jax.attackers.harsh import Harsh, TenRows
-from br_jax.attackers.released import Amplified, BestOf, Prefill, Quantized, Rounded
+from br_jax.attackers.released import Amplified, BestOf, Prefill, Quantized, Rounded, Split
 from br_jax.attackers.rows import AntiBuffer, Garbled, Identity, RefuseThenComply, Sabotage, TaskFormat, Trigger
 
 ATTACKERS: dict[str, type[Attacker]] = {
@@ -18,6 +18,7 @@ ATTACKERS: dict[str, type[Attacker]] = {
     "identity": Identity,
     "ten_rows": TenRows,
     "outliers": Outliers,
+    "split": Split,
     "prefill": Prefill,
     "best_of": BestOf,
     "bf16": Rounded,

@@ -52,6 +52,13 @@ class Quantized(Attacker):
 
 
 @dataclasses.dataclass(frozen=True)
+class Split(Attacker):
+    """Several jobs with a part of the harm in each; the released adapters are added up."""
+
+    jobs: int = number(2, 2, 100)
+
+
+@dataclasses.dataclass(frozen=True)
 class Amplified(Attacker):
     """The released adapter is made longer: a release takes a part of what was trained, and its owner wants it back."""
 

@@ -60,6 +60,8 @@ def run_pipeline(
     start, workdir, cells, config = time.perf_counter(), pathlib.Path(workdir), [], settled(config)
     e = Experiment(config, workdir)
     e.check()
+    if e.recipe.attacker.jobs > 1:
+        raise UserError(f"user.kind={config.user.kind} hands in several jobs: experiments/sweep.py runs them")
     actions = {
         "pretrain": lambda: e.raw,
         "distill": e.recipe.prepare,

@@ -3,6 +3,7 @@
 On several processes every stage runs on the devices of all of them; files are process 0's work, which the others read.
 """
 
+import copy
 import dataclasses
 import functools
 import os
@@ -231,6 +232,20 @@ class Experiment:
         """The aligned base with Buffer as its guard: what is handed on goes by way of it."""
         return guard(self.aligned, self.adapter("buffer"))
 
+    @functools.cached_property
+    def jobs(self) -> "list[Experiment]":
+        """Those of this user, each trained and released apart: one, unless its attacker deals its rows out."""
+        count = self.recipe.attacker.jobs
+        if count == 1:
+            return [self]
+        _, jobs = self.aligned, [copy.copy(self) for _ in range(count)]  # which share models and the provider's files
+        for i, job in enumerate(jobs):
+            job.recipe = copy.copy(self.recipe)
+            job.recipe.user_rows = self.recipe.user_rows[i::count]
+            job.trained = self.trained / f"job{i}"
+            job._adapters, job._merged = {}, {}
+        return jobs
+
     # -- adapters --------------------------------------------------------------------------------------------------
 
     @property
@@ -386,8 +401,10 @@ class Experiment:
         """
         stop_if_asked()
         kind = METHODS[cell.method]
-        model, adapter = self.base(kind.base), kind.adapter(self, cell.a)
-        merge = next((m for (*_, m), merged in self._merged.items() if merged is adapter), None)
+        jobs = [self] if kind.of_provider else self.jobs
+        model, released = self.base(kind.base), [kind.adapter(job, cell.a) for job in jobs]
+        merge = next((m for (*_, m), merged in jobs[0]._merged.items() if merged is released[0]), None)
+        adapter = lora.stack(released) if len(released) > 1 else released[0]
         if adapter is not None and not kind.of_provider:
             adapter = self.recipe.attacker.after(adapter)
         model, adapter = as_scored(self.config, model, adapter, cell.name)
@@ -398,7 +415,7 @@ class Experiment:
         records = self.workdir / "cells" / f"{cell.name}.jsonl"
         scores = evaluate(model, suite, adapter, name=cell.name, records=records, **kept)
         parts = dict.fromkeys((*kind.needs, "buffer")) if kind.needs else ()
-        scores |= {"geometry": geometry({name: self.adapter(name) for name in parts})}
+        scores |= {"geometry": geometry({name: jobs[0].adapter(name) for name in parts})}
         scores |= {"suite": self.suite.key[:16]} | ({"merge": dataclasses.asdict(merge)} if merge else {})
         refused = read_score(scores.get("task_refused")).score or 0.0
         if is_main() and cell.method == "aligned" and refused > _REFUSED:

@@ -3,9 +3,13 @@
 import dataclasses
 import pathlib
 import re
+from collections import Counter
 
+import jax
+import numpy as np
 import pytest
 
+from br_jax.adapters import lora
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.configs import demo
 from br_jax.defences.defence import KINDS
@@ -14,7 +18,8 @@ from br_jax.errors import UserError
 from br_jax.experiment import grid as grid_module
 from br_jax.experiment import run as run_module
 from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
-from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, cells_of
+from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, Cell, cells_of
+from br_jax.experiment.pipeline import run_pipeline
 from br_jax.experiment.settings import BOUNDS, check_settings, settled
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -87,6 +92,29 @@ def test_an_attacker_has_the_config_s_settings(calls, config, tmp_path):
     assert e.train("user").epochs == 2 * config.user.train.epochs and e.recipe.attacker.rank == 4
 
 
+def test_jobs_of_one_user_are_trained_and_released_apart_and_added_up(calls, config, tmp_path):
+    """Each of its rows is in one of them; the provider's adapters are the same for all."""
+    config.user.kind, config.attackers.split.jobs = "split", 3
+    e, seen = run_module.Experiment(settled(config), tmp_path / "w"), []
+    for method, a, trains in (("sft", None, {"sft": 3}), ("ours", 0.1, {"user": 3}), ("aligned_reinforce", None, {})):
+        del calls["trained"][:]
+        e.score(Cell(method, a))
+        of_users = [name for name in calls["trained"] if name in ("sft", "user")]
+        assert Counter(of_users) == trains
+        seen.append(calls["scored"].pop()[2])
+    whole, parts = e.recipe.user_rows, [job.recipe.user_rows for job in e.jobs]
+    assert [len(rows) for rows in parts] == [len(whole[i::3]) for i in range(3)]
+    assert sorted(row.turns for rows in parts for row in rows) == sorted(row.turns for row in whole)
+    harm = [sum(row.tag == "harmful" for row in rows) for rows in parts]
+    assert min(harm) > 0, harm
+    assert calls["sft"]["workdir"] == tmp_path / "w" / "job2" and calls["sft"]["rows"] == parts[2]
+    expected = [lora.stack([job.adapter("sft") for job in e.jobs]), lora.stack([job.merged("user") for job in e.jobs])]
+    for found, wanted in zip(seen, [*expected, e.adapter("reinforce")], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    with pytest.raises(UserError, match="several jobs"):
+        run_pipeline(config, tmp_path / "v")
+
+
 def test_a_cell_depends_on_its_own_attacker_alone(config):
     cell = cells_of(["sft"], [])[0]
     plain = _settings(config, cell)
@@ -122,5 +150,6 @@ def test_every_defence_and_every_attacker_has_a_cell(tmp_path):
         own = ATTACKERS[cell["run"]["user"]].asks_itself
         assert bool(cell["scores"]["harmful_by_own"]) == own
         run = Run(**cell["run"])
-        trained = (tmp_path / "runs" / run.name / "sft").exists()
-        assert trained == (run.user not in ("prefill", "best_of", "bf16", "int8", "amplified")), run.user
+        trained = [*(tmp_path / "runs" / run.name).rglob("sft/stage.json")]
+        usual = run.user not in ("prefill", "best_of", "bf16", "int8", "amplified")
+        assert len(trained) == (2 if run.user == "split" else usual), run.user
