@@ -115,6 +115,17 @@ def test_jobs_of_one_user_are_trained_and_released_apart_and_added_up(calls, con
         run_pipeline(config, tmp_path / "v")
 
 
+def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, config, tmp_path):
+    def folder():
+        return run_module.Experiment(settled(config), tmp_path / "w").case("booster", providing=True).run["workdir"]
+
+    first = folder()
+    config.defences.lisa.rho = 3.0
+    assert folder() == first and first.parent == tmp_path / "w" / "provider"
+    config.defences.booster.step = 0.3
+    assert folder() != first
+
+
 def test_a_cell_depends_on_its_own_attacker_alone(config):
     cell = cells_of(["sft"], [])[0]
     plain = _settings(config, cell)
