@@ -286,7 +286,7 @@ def _apart(config: ConfigDict, cell: Cell) -> tuple[dict, dict | None, dict]:
     """What scores depend on: the settings of all, the method's own where it has some, and the user's."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("provider", "mesh")}
     rivals, attackers, _ = settings.pop("defences"), settings.pop("attackers"), settings["user"].pop("folder")
-    return settings, rivals.get(cell.method), attackers[config.user.kind]
+    return settings, rivals.get(METHODS[cell.method].defence), attackers[config.user.kind]
 
 
 def _contents(settings: Any) -> list[str]:

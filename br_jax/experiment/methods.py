@@ -100,6 +100,7 @@ class Method(NamedTuple):
     merges: bool = False  # whether the QR merge's strength a plays a part
     base: str = "aligned"  # what it stands on, see `Experiment.base`
     instruction: Callable[[Experiment], str] = lambda e: ""  # put in front of every prompt that it is asked
+    defence: str = ""  # one of `DEFENCES`, on whose settings it depends
 
     @property
     def of_provider(self) -> bool:
@@ -171,6 +172,12 @@ METHODS = {
         lambda e, a: e.merged("user", a=0.0, **_scales(e.merge_of("user", a=a))),
         merges=True,
     ),
+    "buffer_resta": Method(
+        "Buffer, then RESTA",
+        ("user",),
+        lambda e, a: e.defence("resta").release(e.case("resta"), e.adapter("user")),
+        defence="resta",
+    ),
     "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),
     "paper": Method(
         "the paper's recipe",
@@ -190,6 +197,7 @@ def _rival(name: str) -> Method:
         lambda e, a: e.defence(name).release(e.case(name), e.adapter(trained)),
         base=name if kind.aligns else "aligned",
         instruction=lambda e: e.defence(name).instruction,
+        defence=name,
     )
 
 

@@ -112,7 +112,7 @@ class Experiment:
         judges = check_judges(config)
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
-        self._check_needs([name for name in methods if name in DEFENCES])
+        self._check_needs([METHODS[name].defence for name in methods if METHODS[name].defence])
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and (named := OF_TOPICS.intersection(judges)):
             raise UserError(

@@ -126,6 +126,18 @@ def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, con
     assert folder() != first
 
 
+def test_another_s_release_of_a_user_beside_buffer(calls, config, tmp_path):
+    """It is the user's adapter and the alignment's, by the other's settings, on which its cell depends."""
+    cell = Cell("buffer_resta", None)
+    before = _settings(config, cell)
+    config.defences.resta.strength = 2.0
+    assert _settings(config, cell) != before
+    e = run_module.Experiment(settled(config), tmp_path / "w")
+    e.score(cell)
+    parts = [e.adapter("user"), lora.scaled(e.case("resta").direction(), 2.0)]
+    jax.tree.map(np.testing.assert_allclose, calls["scored"].pop()[2].weights, lora.stack(parts).weights)
+
+
 def test_a_cell_depends_on_its_own_attacker_alone(config):
     cell = cells_of(["sft"], [])[0]
     plain = _settings(config, cell)
