@@ -278,7 +278,10 @@ class Experiment:
         """What one of `registry.DEFENCES` is given: when its provider's part is made, or when a user comes."""
         kind, recipe, config = DEFENCES[name], self.recipe, self.config
         ready = kind.provides() and not providing
-        own = self.provider / f"{name}-{key_of(config.defences[name].to_dict())[:8]}"  # each of its settings
+        run = self.user_run
+        if providing:  # apart by its settings
+            key = key_of(config.defences[name].to_dict())[:8]
+            run = self.provider_run | {"workdir": self.provider / f"{name}-{key}"}
         return Case(
             model=self.base(name if kind.aligns and ready else "aligned"),
             rows=recipe.user_rows,
@@ -291,7 +294,7 @@ class Experiment:
             alignment=recipe.guard_rows("align"),
             align_config=self.train("align"),
             provided=self.adapter(provided(name)) if ready else None,
-            run=self.provider_run | {"workdir": own} if providing else self.user_run,
+            run=run,
         )
 
     def _appetite(self, rows: Sequence[Row], own: Sequence[Row]) -> Sequence[float]:
