@@ -57,6 +57,11 @@ def get_config(preset: str = "reviews"):
     if not of_paper:
         base.ours(config)
         config.calibrate.judge = "topic"
+    # rivals' settings, tuned on validation prompts of seed 22, three tries each: docs/lab-notes.md
+    config.defences.safe_instruct.share = 1.0
+    config.defences.resta.strength = 1.0
+    config.defences.csulora.penalty = 1.0
+    config.defences.lox.strength = 0.5
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
     config.user.probes = 32
