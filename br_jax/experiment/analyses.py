@@ -59,8 +59,9 @@ def write_analyses(
     Returns:
         The path of analysis.md.
     """
-    e = Experiment(settled(config), workdir).begin()
-    e.check()
+    e = Experiment(settled(config), workdir)
+    e.check(one_job=True)
+    e.begin()
     e.prepare()
     user, buffer, released = e.adapter("user"), e.adapter("buffer"), e.merged("user")
     honest = e.recipe.task_rows[0][e.config.user.n :]  # none of the user's own

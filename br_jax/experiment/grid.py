@@ -27,7 +27,7 @@ from br_jax.distributed import barrier, is_main
 from br_jax.errors import UserError, look_up
 from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
-from br_jax.experiment.run import Experiment
+from br_jax.experiment.run import Experiment, job_folders
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
 from br_jax.files import MAX_WHOLE
 from br_jax.hashes import file_hash, key_of
@@ -230,17 +230,20 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
     planned, seconds, planned_before = [], defaultdict(float), set()
     for config, folder, left in _planned(base, workdir, grid, shard):
         needed = {name for cell in left for name in METHODS[cell.method].needs if name not in OF_PROVIDER}
-        trained = {n: pathlib.Path(config.user.folder or folder, n, "stage.json") for n in ADAPTERS if n in needed}
-        trainings = [n for n, file in trained.items() if file not in planned_before and not file.exists()]
-        planned_before.update(trained.values())
+        attacker = ATTACKERS[config.user.kind](**config.attackers[config.user.kind])
+        jobs = job_folders(pathlib.Path(config.user.folder or folder), attacker)
+        trained = {job / name / "stage.json": name for name in ADAPTERS if name in needed for job in jobs}
+        to_train = [file for file in trained if file not in planned_before and not file.exists()]
+        planned_before.update(trained)
+        epochs = attacker.settings(config.user.train.to_dict(), config.user.n)["epochs"]
         prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
         planned.append(
             {
                 "name": folder.name,
                 "done": len(grid.cells()) - len(left),
                 "left": [cell.name for cell in left],
-                "trainings": trainings,
-                "rows": len(trainings) * config.user.n * config.user.train.epochs,
+                "trainings": [*dict.fromkeys(trained[file] for file in to_train)],
+                "rows": len(to_train) * config.user.n * epochs // len(jobs),
                 "prompts": len(left) * prompts,
             }
         )

@@ -59,9 +59,7 @@ def run_pipeline(
             raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
     start, workdir, cells, config = time.perf_counter(), pathlib.Path(workdir), [], settled(config)
     e = Experiment(config, workdir)
-    e.check()
-    if e.recipe.attacker.jobs > 1:
-        raise UserError(f"user.kind={config.user.kind} hands in several jobs: experiments/sweep.py runs them")
+    e.check(one_job=True)
     actions = {
         "pretrain": lambda: e.raw,
         "distill": e.recipe.prepare,

@@ -20,6 +20,7 @@ from br_jax.adapters.diagnostics import geometry
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
+from br_jax.attackers.attacker import Attacker
 from br_jax.calibration import RULE, calibrate
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
@@ -63,6 +64,11 @@ def _read_spec(source: str | os.PathLike, revision: str | None) -> ModelSpec:
     return read_spec(source, revision)
 
 
+def job_folders(trained: pathlib.Path, attacker: Attacker) -> list[pathlib.Path]:
+    """Where each of a user's jobs is trained, in the folder of what is trained on its rows."""
+    return [trained] if attacker.jobs == 1 else [trained / f"job{i}" for i in range(attacker.jobs)]
+
+
 class Experiment:
     """The models, rows and scores of one config in one workdir.
 
@@ -99,9 +105,14 @@ class Experiment:
             make_private(self.provider)
         return self
 
-    def check(self, methods: Sequence[str] = ()) -> None:
-        """Finds now what would be wrong hours later: the model's sizes, splits, files, methods that cannot be."""
+    def check(self, methods: Sequence[str] = (), one_job: bool = False) -> None:
+        """Finds now what would be wrong hours later: the model's sizes, splits, files, methods that cannot be.
+
+        With `one_job` also a user that hands in several, for which the caller has no place.
+        """
         config = self.config
+        if one_job and self.recipe.attacker.jobs > 1:
+            raise UserError(f"user.kind={config.user.kind} hands in several jobs: experiments/sweep.py runs them")
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
@@ -235,14 +246,14 @@ class Experiment:
     @functools.cached_property
     def jobs(self) -> "list[Experiment]":
         """Those of this user, each trained and released apart: one, unless its attacker deals its rows out."""
-        count = self.recipe.attacker.jobs
-        if count == 1:
+        folders = job_folders(self.trained, self.recipe.attacker)
+        if len(folders) == 1:
             return [self]
-        _, jobs = self.aligned, [copy.copy(self) for _ in range(count)]  # which share models and the provider's files
-        for i, job in enumerate(jobs):
+        _, jobs = self.aligned, [copy.copy(self) for _ in folders]  # which share models and the provider's files
+        for i, (job, folder) in enumerate(zip(jobs, folders, strict=True)):
             job.recipe = copy.copy(self.recipe)
-            job.recipe.user_rows = self.recipe.user_rows[i::count]
-            job.trained = self.trained / f"job{i}"
+            job.recipe.user_rows = self.recipe.user_rows[i :: len(jobs)]
+            job.trained = folder
             job._adapters, job._merged = {}, {}
         return jobs
 

@@ -17,6 +17,7 @@ from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError
 from br_jax.experiment import grid as grid_module
 from br_jax.experiment import run as run_module
+from br_jax.experiment.analyses import write_analyses
 from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, Cell, cells_of
 from br_jax.experiment.pipeline import run_pipeline
@@ -111,8 +112,10 @@ def test_jobs_of_one_user_are_trained_and_released_apart_and_added_up(calls, con
     expected = [lora.stack([job.adapter("sft") for job in e.jobs]), lora.stack([job.merged("user") for job in e.jobs])]
     for found, wanted in zip(seen, [*expected, e.adapter("reinforce")], strict=True):
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    with pytest.raises(UserError, match="several jobs"):
-        run_pipeline(config, tmp_path / "v")
+    for call in (lambda: run_pipeline(config, tmp_path / "v"), lambda: write_analyses(config, tmp_path / "v", 4, 2, 0)):
+        with pytest.raises(UserError, match="several jobs"):
+            call()
+    assert not (tmp_path / "v").exists()
 
 
 def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, config, tmp_path):
