@@ -41,6 +41,7 @@ def make_packed_batches(
     multiple: int = 1,
     unit: int = 128,
     share: bool = True,
+    shapes: int = 3,
     epochs: int = 1,
     steps: int | None = None,
     rows: Rows | None = None,
@@ -48,7 +49,7 @@ def make_packed_batches(
     """The batches of `make_batches`, packed; element i is the batch of step i, always the same one.
 
     All steps are packed once beforehand, by their lengths alone: the largest says how many packed rows every batch
-    has, and three lengths of them serve the whole run (see `row_lengths`), so that each process knows the shapes.
+    has, and a few lengths of them serve the whole run (see `row_lengths`), so that each process knows the shapes.
 
     Args:
         examples, batch_size, seed, epochs, steps: as in `make_batches`.
@@ -57,6 +58,7 @@ def make_packed_batches(
         multiple: what a batch's row count is a multiple of, so that a mesh and micro-batches can split it.
         unit: what a packed row's length is a multiple of, unless it is `length`.
         share: whether what all examples begin with is run once for all of a row; "splash" cannot.
+        shapes: how many lengths serve the run.
         rows: which (packed) rows of every batch to give; None gives all.
 
     Returns:
@@ -80,7 +82,7 @@ def make_packed_batches(
 
     count = -(-max(over_all_steps(lambda some: len(_pack(some, length)))) // multiple) * multiple
     tightly = functools.partial(_pack_tightly, count=count, length=length, unit=unit, head=len(head))
-    lengths = row_lengths(over_all_steps(lambda some: tightly(some)[0]))
+    lengths = row_lengths(over_all_steps(lambda some: tightly(some)[0]), shapes)
     part = slice(None) if rows is None else rows(count)
     assemble = functools.partial(_collate, pack=tightly, count=count, lengths=lengths, head=head, part=part)
     return order(examples, assemble)
@@ -124,11 +126,11 @@ def _behind(head: np.ndarray, example: Example) -> dict[str, np.ndarray]:
     return {name: values[len(head) :] for name, values in with_targets(example).items()}
 
 
-def row_lengths(needed: Iterable[int]) -> tuple[int, ...]:
-    """The three lengths that leave the fewest tokens empty, ascending, where each step takes the next that it needs."""
+def row_lengths(needed: Iterable[int], shapes: int) -> tuple[int, ...]:
+    """So many lengths that leave the fewest tokens empty, ascending, where each step takes the next that it needs."""
     times = Counter(needed)
     *others, longest = sorted(times)
-    choices = [(*some, longest) for some in itertools.combinations(others, min(2, len(others)))]
+    choices = [(*some, longest) for some in itertools.combinations(others, min(shapes - 1, len(others)))]
 
     def tokens(lengths: tuple[int, ...]) -> int:
         return sum(count * next(length for length in lengths if length >= n) for n, count in times.items())

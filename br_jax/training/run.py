@@ -237,23 +237,29 @@ def encode_for(
     return alike(examples) if config.loss_mean == "rows" else examples, dropped
 
 
-def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh) -> grain.MapDataset:
-    """This process' rows of each of a run's batches, as its config orders, pads or packs them; see `data.batches`."""
+def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh, shapes: int = 3) -> grain.MapDataset:
+    """This process' rows of each of a run's batches, as its config orders, pads or packs them; see `data.batches`.
+
+    Packed ones have at most so many shapes.
+    """
     order = {"batch_size": config.batch_size, "seed": config.seed, "rows": functools.partial(local_rows, mesh)}
     order |= {"steps": config.steps} if config.steps else {"epochs": config.epochs}
     if not config.packing:
         return make_batches(examples, buckets=lengths(config), **order)
     multiple = batch_parts(mesh) * config.accumulation
     on = platform(mesh)
-    shape = {"length": config.packing, "multiple": multiple, "unit": packed_unit(on)}
+    shape = {"length": config.packing, "multiple": multiple, "unit": packed_unit(on), "shapes": shapes}
     shape["share"] = on != "tpu"  # its attention takes segments that see themselves alone
     return make_packed_batches(examples, **shape, **order)
 
 
 def _with_streams(batches, streams: Mapping[str, Sequence[Example]], config: TrainConfig, mesh: Mesh):
-    """The batches of a run, each with one of every stream's."""
+    """The batches of a run, each with one of every stream's; packed, those of a stream have one shape.
+
+    A step is compiled for each pair of shapes.
+    """
     whole = dataclasses.replace(config, steps=len(batches))
-    more = {kind: step_batches(examples, whole, mesh) for kind, examples in streams.items()}
+    more = {kind: step_batches(examples, whole, mesh, shapes=1) for kind, examples in streams.items()}
     joined = grain.experimental.ZipMapDataset([batches, *more.values()])
     return joined.map(lambda parts: parts[0] | {"streams": dict(zip(more, parts[1:], strict=True))})
 

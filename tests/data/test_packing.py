@@ -1,6 +1,7 @@
 """Packed batches against the examples themselves, the padded batches and plain loops."""
 
 import functools
+import itertools
 
 import numpy as np
 from hypothesis import example, given, settings
@@ -112,23 +113,23 @@ def test_every_example_of_the_padded_step_is_there_once_and_whole(lengths, batch
             assert cut["targets"][shared:] == [*tokens[shared + 1 :], 0]
             assert cut["weights"] == [*map(float, answer[1:]), 0.0]
             assert cut["positions"] == [*range(len(tokens))]
-        shape = (count, next(n for n in row_lengths(needed) if n >= needed[step]))
+        shape = (count, next(n for n in row_lengths(needed, 3) if n >= needed[step]))
         assert {name: (values.shape, values.dtype) for name, values in packed[step].items()} == {
             name: (shape, np.float32 if name == "weights" else np.int32)
             for name in ("tokens", "targets", "weights", "positions", "segment_ids")
         }
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
-def test_no_other_three_lengths_leave_fewer_tokens(needed):
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 4))
+def test_no_other_lengths_as_few_leave_fewer_tokens(needed, shapes):
     def total(lengths):
         return sum(min(length for length in lengths if length >= n) for n in needed)
 
-    lengths = row_lengths(needed)
-    triples = [{one, other, max(needed)} for one in needed for other in needed]
+    lengths = row_lengths(needed, shapes)
+    others = [{*some, max(needed)} for some in itertools.combinations_with_replacement(needed, shapes - 1)]
     assert lengths == tuple(sorted(set(lengths))) and lengths[-1] == max(needed)
-    assert total(lengths) == min(map(total, triples))
-    assert len(lengths) <= 3
+    assert total(lengths) == min(map(total, others))
+    assert len(lengths) <= shapes
 
 
 def test_processes_share_a_batch_and_its_shape():

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from br_jax.attackers.attacker import same, turned
 from br_jax.defences.booster import Vaccine
 from br_jax.defences.constrained import ConstrainedSft
 from br_jax.defences.ldifs import Ldifs
@@ -13,7 +14,7 @@ from br_jax.distributed import StopSignal
 from br_jax.errors import Stopped, UserError
 from br_jax.sharding import make_mesh
 from br_jax.training.metrics import read_jsonl
-from br_jax.training.run import train_adapter
+from br_jax.training.run import _with_streams, encode_for, step_batches, train_adapter
 
 LISA = Lisa(aligning=2, fitting=2, rho=0.5, free=0.0)
 
@@ -62,6 +63,16 @@ def test_a_mesh_changes_nothing(tiny, rows, quick, objective):
     one = train(tiny, rows, config, objective)
     split = train(tiny, rows, config, objective, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     assert_same(split, one, atol=0.2 * config.learning_rate)
+
+
+def test_a_packed_stream_has_one_shape(tiny, rows, quick):
+    """Each pair of shapes is a program of its own to compile."""
+    config, mesh = quick(packing=256, batch_size=2, epochs=4), make_mesh(devices=jax.devices()[:1])
+    longer = [turned(row, same, lambda answer, i=i: answer + " more" * i) for i, row in enumerate(rows)]
+    examples, _ = encode_for("run", tiny, longer, config)
+    batches = _with_streams(step_batches(examples, config, mesh), {"refusals": examples}, config, mesh)
+    shapes = {(batch["tokens"].shape, batch["streams"]["refusals"]["tokens"].shape) for batch in batches}
+    assert len({own for own, _ in shapes}) > 1 and len({stream for _, stream in shapes}) == 1
 
 
 def test_packed_rows_are_the_same_run(tiny, rows, quick):
