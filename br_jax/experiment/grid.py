@@ -273,7 +273,8 @@ def _file(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 def _settings(config: ConfigDict, cell: Cell) -> str:
     """A hash of all that a cell's scores depend on, with what is in the files that the config names."""
     settings, own, attacker = _apart(config, cell)
-    rule = RULE if config.calibrate.harmful and "reinforce" in METHODS[cell.method].needs else ()
+    calibrates = config.calibrate.harmful and {"reinforce", "direction"} & {*METHODS[cell.method].needs}
+    rule = RULE if calibrates else ()
     parts = *([attacker] if attacker else []), *rule, rules_version()
     return key_of(settings, own, *cell, *parts, _contents(settings))
 

@@ -65,6 +65,7 @@ ABLATIONS: dict[str, Callable[[Experiment], Adapter]] = {
     "user_tokens": lambda e: _user(e, "user_tokens", "buffer", loss_mean="tokens"),
     "buffer_unrested": lambda e: _buffer(e, "buffer_unrested", cycles=1),
     "user_unrested": lambda e: _user(e, "user_unrested", "buffer_unrested"),
+    "direction": lambda e: e.direction().replace(roles=("reinforce",)),  # which is no training
 }
 
 
@@ -86,7 +87,7 @@ RIVALS: dict[str, Callable[[Experiment], Adapter]] = {
 ADAPTERS = TRAININGS | ABLATIONS | RIVALS
 PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
 OF_PROVIDER = (
-    *PROVIDER_STAGES, "buffer_paper", "reinforce_paper", "buffer_unrested",
+    *PROVIDER_STAGES, "buffer_paper", "reinforce_paper", "buffer_unrested", "direction",
     *(name for name in RIVALS if name not in DEFENCES),
 )  # fmt: skip
 
@@ -101,6 +102,11 @@ class Method(NamedTuple):
     base: str = "aligned"  # what it stands on, see `Experiment.base`
     instruction: Callable[[Experiment], str] = lambda e: ""  # put in front of every prompt that it is asked
     defence: str = ""  # one of `DEFENCES`, on whose settings it depends
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The adapters and the parts of a `Case` that it cannot do without."""
+        return self.needs + (DEFENCES[self.defence].needs if self.defence else ())
 
     @property
     def of_provider(self) -> bool:
@@ -172,11 +178,18 @@ METHODS = {
         lambda e, a: e.merged("user", a=0.0, **_scales(e.merge_of("user", a=a))),
         merges=True,
     ),
-    "buffer_resta": Method(
-        "Buffer, then RESTA",
-        ("user",),
-        lambda e, a: e.defence("resta").release(e.case("resta"), e.adapter("user")),
-        defence="resta",
+    # What Reinforce's training is worth: what alignment has added once, calibrated and merged in its place.
+    "direction": Method(
+        "ours, alignment for Reinforce",
+        ("user", "direction"),
+        lambda e, a: e.merged("user", "direction", a=a),
+        merges=True,
+    ),
+    "direction_only": Method(
+        "SFT, alignment for Reinforce",
+        ("sft", "direction"),
+        lambda e, a: e.merged("sft", "direction", a=a),
+        merges=True,
     ),
     "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),
     "paper": Method(

@@ -123,7 +123,7 @@ class Experiment:
         judges = check_judges(config)
         check_sizes(config, self._spec, self.mesh, self.train("user"))
         self.recipe.check()
-        self._check_needs([METHODS[name].defence for name in methods if METHODS[name].defence])
+        self._check_needs(methods)
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
         if unknown and (named := OF_TOPICS.intersection(judges)):
             raise UserError(
@@ -131,8 +131,8 @@ class Experiment:
                 "read its answers: set eval.judges to others"
             )
 
-    def _check_needs(self, defences: Sequence[str]) -> None:
-        """Refuses defences that lack a part of their `Case`."""
+    def _check_needs(self, methods: Sequence[str]) -> None:
+        """Refuses methods that lack a part of their `Case`."""
         align, buffer, reinforce = self.config.align, self.config.buffer, self.config.reinforce
         parts = {
             "refusals": (reinforce.refusals, "refusals (reinforce.refusals)"),
@@ -143,7 +143,7 @@ class Experiment:
         }
         lost = []
         for need, (given, what) in parts.items():
-            names = [name for name in defences if need in DEFENCES[name].needs]
+            names = [name for name in methods if need in METHODS[name].asks]
             if names and not given:
                 lost.append(f"{', '.join(names)} without {what}")
         if lost:
@@ -300,7 +300,7 @@ class Experiment:
             refusals=recipe.refusal_rows(config.reinforce.refusals, "reinforce"),
             benign=recipe.benign_rows(config.reinforce.benign),
             harmful=recipe.buffer_rows,
-            direction=self._direction,
+            direction=self.direction,
             raw=self.raw,
             alignment=recipe.guard_rows("align"),
             align_config=self.train("align"),
@@ -317,7 +317,7 @@ class Experiment:
             beside["buffer"] = train_adapter(name, "buffer", self.aligned, own, self.train("buffer"), **run)
         return gradient_norms(self.aligned, rows, self.train("user"), beside)
 
-    def _direction(self) -> Adapter:
+    def direction(self) -> Adapter:
         """What alignment has added to the raw model, as an adapter of the aligned base."""
         if not self._is_aligned_here:
             raise UserError("the model is aligned as it comes: this defence needs what alignment has added to it")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
+from br_jax.adapters.merge import qr_merge
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.configs import demo
 from br_jax.defences.defence import KINDS
@@ -129,16 +130,19 @@ def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, con
     assert folder() != first
 
 
-def test_another_s_release_of_a_user_beside_buffer(calls, config, tmp_path):
-    """It is the user's adapter and the alignment's, by the other's settings, on which its cell depends."""
-    cell = Cell("buffer_resta", None)
-    before = _settings(config, cell)
-    config.defences.resta.strength = 2.0
-    assert _settings(config, cell) != before
+@pytest.mark.parametrize(("method", "user"), [("direction", "user"), ("direction_only", "sft")])
+def test_what_alignment_has_added_in_reinforces_place(calls, config, tmp_path, method, user):
+    """It is merged as Reinforce would be, which is not asked for; a base without alignment is refused."""
     e = run_module.Experiment(settled(config), tmp_path / "w")
-    e.score(cell)
-    parts = [e.adapter("user"), lora.scaled(e.case("resta").direction(), 2.0)]
-    jax.tree.map(np.testing.assert_allclose, calls["scored"].pop()[2].weights, lora.stack(parts).weights)
+    e.check([method])
+    e.score(Cell(method, 0.3))
+    added = e.adapter("align").replace(base=e.aligned.fingerprint, roles=("reinforce",))
+    expected = qr_merge(e.adapter(user), added, e.merge(a=0.3))
+    jax.tree.map(np.testing.assert_array_equal, calls["scored"].pop()[2], expected)
+    assert "reinforce" not in calls["trained"]
+    config.align.update(refusals=0, benign=0)
+    with pytest.raises(UserError, match=f"{method} without what alignment has added"):
+        run_module.Experiment(settled(config), tmp_path / "v").check([method])
 
 
 def test_a_cell_depends_on_its_own_attacker_alone(config):
@@ -154,10 +158,10 @@ def test_a_cell_depends_on_its_own_attacker_alone(config):
 
 def test_a_cell_depends_on_the_rule_that_chose_its_release(config, monkeypatch):
     config.calibrate.update(harmful=7, benign=5)
-    cells = cells_of(["sft", "ours", "sum", "no_reinforce"], [0.1])
+    cells = cells_of(["sft", "ours", "sum", "no_reinforce", "direction"], [0.1])
     before = [_settings(config, cell) for cell in cells]
     monkeypatch.setattr(grid_module, "RULE", ("another",))
-    assert [_settings(config, cell) == key for cell, key in zip(cells, before, strict=True)] == [True] + [False] * 3
+    assert [_settings(config, cell) == key for cell, key in zip(cells, before, strict=True)] == [True] + [False] * 4
 
 
 @pytest.mark.slow
