@@ -178,17 +178,17 @@ METHODS = {
         lambda e, a: e.merged("user", a=0.0, **_scales(e.merge_of("user", a=a))),
         merges=True,
     ),
-    # What Reinforce's training is worth: what alignment has added once, calibrated and merged in its place.
+    # What Reinforce's training is worth: in its place, as much of what alignment has added as calibration asks for.
     "direction": Method(
-        "ours, alignment for Reinforce",
+        "Buffer, then more alignment",
         ("user", "direction"),
-        lambda e, a: e.merged("user", "direction", a=a),
+        lambda e, a: e.merged("user", "direction", a=a, scale=1.0),
         merges=True,
     ),
     "direction_only": Method(
-        "SFT, alignment for Reinforce",
+        "SFT, then more alignment",
         ("sft", "direction"),
-        lambda e, a: e.merged("sft", "direction", a=a),
+        lambda e, a: e.merged("sft", "direction", a=a, scale=1.0),
         merges=True,
     ),
     "sft_paper": Method("SFT, token-mean loss", ("sft_paper",), lambda e, a: e.adapter("sft_paper")),

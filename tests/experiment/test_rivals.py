@@ -132,12 +132,12 @@ def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, con
 
 @pytest.mark.parametrize(("method", "user"), [("direction", "user"), ("direction_only", "sft")])
 def test_what_alignment_has_added_in_reinforces_place(calls, config, tmp_path, method, user):
-    """It is merged as Reinforce would be, which is not asked for; a base without alignment is refused."""
+    """It is merged with a whole adapter; Reinforce is not asked for; a base without alignment is refused."""
     e = run_module.Experiment(settled(config), tmp_path / "w")
     e.check([method])
     e.score(Cell(method, 0.3))
     added = e.adapter("align").replace(base=e.aligned.fingerprint, roles=("reinforce",))
-    expected = qr_merge(e.adapter(user), added, e.merge(a=0.3))
+    expected = qr_merge(e.adapter(user), added, e.merge(a=0.3, scale=1.0))
     jax.tree.map(np.testing.assert_array_equal, calls["scored"].pop()[2], expected)
     assert "reinforce" not in calls["trained"]
     config.align.update(refusals=0, benign=0)
