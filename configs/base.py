@@ -51,7 +51,9 @@ def get_config() -> ConfigDict:
     config.buffer = ConfigDict({"harmful": 5000, "train": ConfigDict(train)})
     config.reinforce = ConfigDict({"refusals": 2500, "benign": 2500, "train": ConfigDict(train)})
     for stage in ("align", "buffer", "reinforce"):
-        config[stage].adapter = ""  # folder of an adapter made elsewhere, in PEFT's layout, to take instead of training
+        # Folder of an adapter made elsewhere, in PEFT's layout, to take instead of training. Of reinforce also
+        # "alignment": as much as calibration asks for of what alignment has added to the model; set merge.scale to 1.
+        config[stage].adapter = ""
     config.user = ConfigDict()
     config.user.adapter = ""  # the same; one that was trained without Buffer can still be reinforced and released
     config.user.folder = ""  # of what is trained on the user's rows; "" means the workdir

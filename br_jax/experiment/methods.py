@@ -14,7 +14,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
 from br_jax.defences.registry import DEFENCES
-from br_jax.training.run import train_adapter
+from br_jax.training.run import keep_adapter, train_adapter
 
 if TYPE_CHECKING:
     from br_jax.experiment.run import Experiment
@@ -33,6 +33,8 @@ def _buffer(e: Experiment, name: str = "buffer", **changes) -> Adapter:
 
 def _reinforce(e: Experiment, name: str = "reinforce", buffer: str = "buffer", **changes) -> Adapter:
     config = e.config.reinforce
+    if name == "reinforce" and config.adapter == OF_ALIGNMENT:
+        return keep_adapter(name, "reinforce", e.aligned, e.adapter("direction"), e.provider)
     refusals, benign = e.recipe.refusal_rows(config.refusals, "reinforce"), e.recipe.benign_rows(config.benign)
     given = e.aligned, e.adapter(buffer), refusals, benign, e.train("reinforce", **changes)
     return method.train_reinforce(*given, name=name, **e.provider_run)
@@ -45,6 +47,7 @@ def _user(e: Experiment, name: str, buffer: str | None, **changes) -> Adapter:
     )
 
 
+OF_ALIGNMENT = "alignment"  # in place of a folder in `reinforce.adapter`: what alignment has added
 _PAPER = {"loss_mean": "tokens", "cycles": 1}  # what the paper's recipe changes in every stage
 
 

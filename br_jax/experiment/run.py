@@ -27,7 +27,7 @@ from br_jax.defences.defence import Case, Defence
 from br_jax.defences.registry import DEFENCES
 from br_jax.distributed import is_main, stop_if_asked
 from br_jax.errors import UserError, look_up
-from br_jax.experiment.methods import ADAPTERS, METHODS, PROVIDER_STAGES, Cell, provided
+from br_jax.experiment.methods import ADAPTERS, METHODS, OF_ALIGNMENT, PROVIDER_STAGES, Cell, provided
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
@@ -116,6 +116,11 @@ class Experiment:
         source = config.model.source
         if source and not os.path.exists(source) and not is_hub_name(source):
             raise UserError(f"{source}: no such model: run experiments/fetch.py, or set model.source")
+        if config.reinforce.adapter == OF_ALIGNMENT and not self._is_aligned_here:
+            raise UserError(
+                f"reinforce.adapter={OF_ALIGNMENT}: the model is aligned as it comes, and nothing says what alignment "
+                "has added: set align.adapter, or train Reinforce"
+            )
         for stage, folder in self._given.items():
             if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
@@ -262,7 +267,8 @@ class Experiment:
     @property
     def _given(self) -> dict[str, str]:
         """Folders of adapters made elsewhere, by the stage that each stands for."""
-        return {stage: folder for stage in ENTERED if (folder := self.config[stage].adapter)}
+        given = {stage: folder for stage in ENTERED if (folder := self.config[stage].adapter)}
+        return {s: folder for s, folder in given.items() if (s, folder) != ("reinforce", OF_ALIGNMENT)}
 
     def adapter(self, name: str) -> Adapter:
         """One of `methods.ADAPTERS`: trained, read back, or the one that the config gives for it."""

@@ -115,6 +115,17 @@ def train_adapter(
     return load_trained(folder.path, role, model) if trained is None else trained_adapter(adapter, trained)
 
 
+def keep_adapter(name: str, role: str, model: Model, adapter: Adapter, workdir: str | pathlib.Path) -> Adapter:
+    """Keeps an adapter that no training made where a provider's run of this name would be, as `train_adapter` does."""
+    inputs = {"base": model.key, "adapter": lora.fingerprint(adapter)}
+    folder = Folder(pathlib.Path(workdir) / name, {"name": name, "config": {}, "inputs": inputs}, private=True)
+    if not folder.finished:
+        with folder.begin():
+            if not folder.finished:
+                folder.finish({"output": save_trained(folder.path, model, adapter, {}, provider=True)})
+    return load_trained(folder.path, role, model)
+
+
 def first_adapter(name: str, role: str, model: Model, config: TrainConfig) -> Adapter:
     """The adapter that a run of this name begins with."""
     key = jax.random.fold_in(jax.random.key(config.seed), 0 if config.same_start else zlib.crc32(name.encode()))

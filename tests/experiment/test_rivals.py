@@ -23,6 +23,8 @@ from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, Cell, cells_of
 from br_jax.experiment.pipeline import run_pipeline
 from br_jax.experiment.settings import BOUNDS, check_settings, settled
+from br_jax.provider.folder import load_recorded, read_provider
+from br_jax.training.run import keep_adapter
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NAMED = re.compile(r"`(\w+)`")
@@ -143,6 +145,25 @@ def test_what_alignment_has_added_in_reinforces_place(calls, config, tmp_path, m
     config.align.update(refusals=0, benign=0)
     with pytest.raises(UserError, match=f"{method} without what alignment has added"):
         run_module.Experiment(settled(config), tmp_path / "v").check([method])
+
+
+def test_reinforce_can_be_what_alignment_has_added(calls, config, tmp_path):
+    """It lies where a trained one would, for those who serve; another kind of Reinforce is refused there."""
+    config.reinforce.adapter = "alignment"
+    e = run_module.Experiment(settled(config), tmp_path / "w").begin()
+    e.check()
+    made, added = e.adapter("reinforce"), e.adapter("align")
+    assert made.roles == ("reinforce",) and made.base == e.aligned.fingerprint and "reinforce" not in calls["trained"]
+    jax.tree.map(np.testing.assert_array_equal, made.weights, added.weights)
+    said = read_provider(tmp_path / "w" / "provider")["reinforce"]
+    again = load_recorded(tmp_path / "w" / "provider", "reinforce", said, e.aligned)
+    jax.tree.map(np.testing.assert_array_equal, again, made)
+    run_module.Experiment(settled(config), tmp_path / "w").begin().adapter("reinforce")  # is read back
+    config.align.update(refusals=0, benign=0)
+    with pytest.raises(UserError, match=r"^reinforce\.adapter=alignment: the model is aligned as it comes"):
+        run_module.Experiment(settled(config), tmp_path / "v").check()
+    with pytest.raises(UserError, match="holds a run with another inputs: adapter was"):
+        keep_adapter("reinforce", "reinforce", e.aligned, lora.scaled(made, 2.0), tmp_path / "w" / "provider")
 
 
 def test_a_cell_depends_on_its_own_attacker_alone(config):
