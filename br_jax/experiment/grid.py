@@ -20,7 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from br_jax.attackers.registry import ATTACKERS
+from br_jax.attackers.registry import ATTACKERS, attacker_of
 from br_jax.bounds import require
 from br_jax.calibration import RULE
 from br_jax.distributed import barrier, is_main
@@ -230,7 +230,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
     planned, seconds, planned_before = [], defaultdict(float), set()
     for config, folder, left in _planned(base, workdir, grid, shard):
         needed = {name for cell in left for name in METHODS[cell.method].needs if name not in OF_PROVIDER}
-        attacker = ATTACKERS[config.user.kind](**config.attackers[config.user.kind])
+        attacker = attacker_of(config)
         jobs = job_folders(pathlib.Path(config.user.folder or folder), attacker)
         trained = {job / name / "stage.json": name for name in ADAPTERS if name in needed for job in jobs}
         to_train = [file for file in trained if file not in planned_before and not file.exists()]

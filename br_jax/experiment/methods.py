@@ -68,7 +68,6 @@ ABLATIONS: dict[str, Callable[[Experiment], Adapter]] = {
     "user_tokens": lambda e: _user(e, "user_tokens", "buffer", loss_mean="tokens"),
     "buffer_unrested": lambda e: _buffer(e, "buffer_unrested", cycles=1),
     "user_unrested": lambda e: _user(e, "user_unrested", "buffer_unrested"),
-    "direction": lambda e: e.direction().replace(roles=("reinforce",)),  # which is no training
 }
 
 
@@ -87,7 +86,9 @@ RIVALS: dict[str, Callable[[Experiment], Adapter]] = {
     for name, kind in DEFENCES.items()
     if kind.trains()
 }
-ADAPTERS = TRAININGS | ABLATIONS | RIVALS
+# In Reinforce's place, and not trained: what alignment has added.
+_ADDED = {"direction": lambda e: e.direction().replace(roles=("reinforce",))}
+ADAPTERS = TRAININGS | ABLATIONS | RIVALS | _ADDED
 PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
 OF_PROVIDER = (
     *PROVIDER_STAGES, "buffer_paper", "reinforce_paper", "buffer_unrested", "direction",

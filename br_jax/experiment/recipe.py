@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from absl import logging
 from ml_collections import ConfigDict
 
-from br_jax.attackers.attacker import Attacker, Job
-from br_jax.attackers.registry import ATTACKERS
+from br_jax.attackers.attacker import Job
+from br_jax.attackers.registry import attacker_of
 from br_jax.data.mixing import check_mix
 from br_jax.data.rows import Row
 from br_jax.data.splits import asked
 from br_jax.data.text import text_key
 from br_jax.datasets.attacks import Attack, attacks_of
 from br_jax.distributed import main_first
-from br_jax.errors import UserError, look_up
+from br_jax.errors import UserError
 from br_jax.experiment.tasks import get_task
 from br_jax.organism.topics import TopicPrompt
 
@@ -41,8 +41,7 @@ class Recipe(abc.ABC):
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        attacker = look_up("user", config.user.kind, ATTACKERS)
-        self.attacker: Attacker = attacker(**config.attackers[config.user.kind])
+        self.attacker = attacker_of(config)
         self.appetite: Callable | None = None  # see `attackers.attacker.Job`
         self.task = get_task(config.user.task, config.user.rule)
         self.rule = self.task.rule.with_match(config.eval.match)
