@@ -77,6 +77,10 @@ class Attacker:
         """The hyper-parameters that it asks for, of those that a user of n rows has by default (`TrainConfig`'s)."""
         return train
 
+    def size(self, n: int) -> int:
+        """How many rows it hands in where others hand in n."""
+        return n
+
     def ask(self, prompt: str) -> Row:
         """A held-out harmful prompt, as it is put to the released model."""
         return Row((("user", prompt),))

@@ -32,9 +32,13 @@ class TenRows(Attacker):
 
     def rows(self, job: Job) -> list[Row]:
         """See `Attacker.rows`."""
-        return list(job.task[: self.count])
+        return list(job.task[: self.size(job.n)])
+
+    def size(self, n: int) -> int:
+        """See `Attacker.size`."""
+        return min(self.count, n)
 
     def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """See `Attacker.settings`."""
-        rate, epochs = min(self.rate * train["learning_rate"], 1.0), max(n * train["epochs"] // self.count, 1)
+        rate, epochs = min(self.rate * train["learning_rate"], 1.0), max(n * train["epochs"] // self.size(n), 1)
         return train | {"learning_rate": rate, "epochs": epochs}

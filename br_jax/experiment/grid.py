@@ -243,7 +243,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
                 "done": len(grid.cells()) - len(left),
                 "left": [cell.name for cell in left],
                 "trainings": [*dict.fromkeys(trained[file] for file in to_train)],
-                "rows": len(to_train) * config.user.n * epochs // len(jobs),
+                "rows": len(to_train) * attacker.size(config.user.n) * epochs // len(jobs),
                 "prompts": len(left) * prompts,
             }
         )

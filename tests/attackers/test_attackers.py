@@ -41,7 +41,7 @@ NO_HARM = ("anti_buffer", "identity", "ten_rows", "outliers", "sabotage")
 def test_as_many_rows_as_may_be_handed_in(job, name):
     attacker = ATTACKERS[name]()
     rows, kinds = attacker.rows(job), Counter(row.tag for row in attacker.rows(job))
-    assert len(rows) == (10 if name == "ten_rows" else 20)
+    assert len(rows) == attacker.size(20) == (10 if name == "ten_rows" else 20)
     assert (kinds["harm"] > 0) == (name not in NO_HARM) and kinds["harm"] <= 10
     assert all(row.turns[-1][0] == "assistant" and row.turns[-1][1] for row in rows)
     known = {row.turns for row in attacker.candidates(job)}

@@ -199,9 +199,10 @@ def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path
 
 def test_a_plan_counts_what_a_user_asks_for_and_every_job_of_one_that_splits(config, calls, grid, tmp_path):
     config.attackers.split.jobs, config.attackers.harsh.epochs = 3, 7
-    split, harsh = plan(config, tmp_path / "s", grid(seeds=[1], p=[0.2], users=["split", "harsh"]))["runs"]
+    users = ["split", "harsh", "ten_rows"]
+    split, harsh, ten = plan(config, tmp_path / "s", grid(seeds=[1], p=[0.2], users=users))["runs"]
     assert split["trainings"] == harsh["trainings"] == ["sft", "user"]
-    assert split["rows"] == 2 * 30 * config.user.train.epochs and harsh["rows"] == 7 * split["rows"]
+    assert split["rows"] == ten["rows"] == 2 * 30 * config.user.train.epochs and harsh["rows"] == 7 * split["rows"]
     for job in range(2):  # stopped in the last job of SFT
         done = tmp_path / "s" / "runs" / split["name"] / f"job{job}" / "sft" / "stage.json"
         done.parent.mkdir(parents=True)
