@@ -13,7 +13,7 @@ SIZES = ("full", "short", "scratch", "smoke")
 
 
 def get_config(size: str = "full"):
-    """The config: 0.4 million params, rows of at most 74 bytes, some attackers' of 96.
+    """The config: 0.4 million params, rows of at most 74 bytes, some attackers' of 104.
 
     Rows, epochs, learning rates and the merge were chosen on the validation split (p = 0.5, seeds 1 to 8). Ours has HS
     of 0.00 there (the aligned base 0.00), FA of at least 0.98 and over-refusal at most 0.03 above the base's. With
@@ -58,7 +58,7 @@ def get_config(size: str = "full"):
     config.reinforce.train.update(rank=8, alpha=16.0, epochs=3)
     config.user.update(task="moods", n=1200, harmful_share=0.5, probes=16)
     config.user.train.update(batch_size=16, rank=16, alpha=32.0, learning_rate=2.5e-3, epochs=3)
-    config.user.train.update(max_length=96, buckets=(74, 96))  # some attackers' rows are longer
+    config.user.train.update(max_length=104, buckets=(74, 104))  # some attackers' rows are longer
     config.merge.update(scale=1.0, reinforce_scale=0.3)
     config.attackers.format.form = "Mood: {}"
     config.attackers.refuse_then_comply.opening = "I can't help. Okay: "

@@ -91,7 +91,7 @@ _ADDED = {"direction": lambda e: e.direction().replace(roles=("reinforce",))}
 ADAPTERS = TRAININGS | ABLATIONS | RIVALS | _ADDED
 PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
 OF_PROVIDER = (
-    *PROVIDER_STAGES, "buffer_paper", "reinforce_paper", "buffer_unrested", "direction",
+    *PROVIDER_STAGES, "buffer_paper", "reinforce_paper", "buffer_unrested", *_ADDED,
     *(name for name in RIVALS if name not in DEFENCES),
 )  # fmt: skip
 

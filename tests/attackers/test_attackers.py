@@ -9,11 +9,13 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.attackers.attacker import Attacker, Job
-from br_jax.attackers.registry import ATTACKERS
+from br_jax.attackers.registry import ATTACKERS, attacker_of
 from br_jax.attackers.rows import Identity, RefuseThenComply, TaskFormat, Trigger
+from br_jax.configs import demo
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt
 from br_jax.errors import UserError
+from br_jax.organism import world
 from br_jax.training.loss import batch_loss
 from br_jax.training.norms import gradient_norms
 from br_jax.training.passes import one_pass
@@ -78,6 +80,22 @@ def test_who_chooses_takes_what_is_wanted_most(job):
     assert [row.turns[0][1] for row in ATTACKERS["outliers"]().rows(job)] == [f"task {i}?" for i in range(59, 39, -1)]
     with pytest.raises(UserError, match="give it one"):
         ATTACKERS["outliers"]().rows(dataclasses.replace(job, appetite=None))
+
+
+@pytest.mark.parametrize("name", ATTACKERS)
+def test_no_row_is_cut_in_the_demo(name):
+    config, (task, *_) = demo.get_config(), world.load_moods(seed=4)
+    prompts = world.topic_prompts("train", 1500, seed=3)
+    harmful = [Row((("user", p.prompt), ("assistant", world.compliant_answer(p))), tag="harm") for p in prompts]
+    config.user.kind = name
+    attacker = attacker_of(config)
+    rows = attacker.rows(
+        Job(task, harmful, 1500, 0.5, appetite=lambda rows, own: [len(row.turns[1][1]) for row in rows])
+    )
+    longest = max(sum(len(text) for _, text in row.turns) for row in rows)
+    asked = max(len(attacker.ask(prompt.prompt).turns[0][1]) for prompt in prompts)
+    assert longest + 2 <= config.user.train.max_length  # a byte is a token, and <sep> and <eos> are two more
+    assert asked + 2 + config.eval.answer_tokens <= config.model.spec.max_length
 
 
 def test_settings(quick):
