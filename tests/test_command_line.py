@@ -1,6 +1,8 @@
 """Scripts: what is the user's to mend is one line on stderr and exit status 2."""
 
+import ctypes
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -147,3 +149,27 @@ def test_where_compiled_programs_are_kept(monkeypatch, before, flag, after):
         assert jax.config.jax_compilation_cache_dir == (after and str(pathlib.Path(after).expanduser()))
     finally:
         jax.config.update("jax_compilation_cache_dir", kept)
+
+
+AGAIN_AND_AGAIN = """
+import resource
+from br_jax import command_line
+command_line._keep_memory()
+bytearray(2**26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    bytearray(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_freed_is_kept():
+    """64 MB are asked for eight times more, and no page of them is new."""
+    done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100, done.stdout
+
+
+def test_another_libc_than_glibc_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    command_line._keep_memory()
