@@ -26,6 +26,7 @@ $(VENV)/docs: $(VENV)/base requirements-docs.lock
 
 # The demo is too small for anything but a CPU; without this JAX would look for a TPU where libtpu is installed.
 demo: export JAX_PLATFORMS ?= cpu
+demo: export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1  # that PyTorch is not there is no news
 demo: $(VENV)/base  ## align, attack and defend a tiny model; report in runs/demo
 	$(RUN) experiments/pipeline.py --config=configs/demo.py --workdir=$(DEMO) $(DEMO_FLAGS)
 
