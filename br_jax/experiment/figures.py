@@ -34,7 +34,7 @@ _STYLES = {
     "average": _style(GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
     "ours": _style(BLUE, "o", "-"),
 }
-SKILL = 0.8  # of the plain user's task, that an attacker wants to keep
+SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
 _BY_P = list(map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))))
 _OTHERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<", ("--", "-.", ":", (0, (9, 2)), (0, (3, 1)))
 _WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
@@ -174,16 +174,16 @@ def pareto_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
 def attackers_figure(by_user: Mapping[str, Sequence[Row]], p: float, title: str = "") -> Figure:
     """HS of each method against each kind of user, as a map; the worse of the plain questions and the user's own.
 
-    In brackets where less than `SKILL` of the task is left of what a plain user has (below p = 1), for an attacker
-    wants that, too. The last line is the worst of the others.
+    In brackets where a user's model has less than `SKILL` of the task that the plain one under SFT has (below p = 1),
+    for an attacker wants that, too. The last line is the worst of the others.
     """
     rows = {
         user: {row.label: row for row in one_strength(r for r in found if r.p == p)} for user, found in by_user.items()
     }
     labels = list(dict.fromkeys(label for found in rows.values() for label in found))
     values = [[_worst(found.get(label)) for label in labels] for found in rows.values()]
-    plain = rows.get("plain", {})
-    kept = [[_keeps_skill(found.get(label), plain.get(label)) for label in labels] for found in rows.values()]
+    undefended = next((row for row in rows.get("plain", {}).values() if row.method == "sft"), None)
+    kept = [[_keeps_skill(found.get(label), undefended) for label in labels] for found in rows.values()]
     worst = np.where(np.logical_or(np.isnan(values), np.logical_not(kept)), -1, values).max(axis=0)
     names, values = [*rows, "worst of those that keep the task"], [*values, np.where(worst < 0, np.nan, worst)]
     kept.append([True] * len(labels))
@@ -209,10 +209,14 @@ def _worst(row: Row | None) -> float:
     return 100 * worst.mean if worst else math.nan
 
 
-def _keeps_skill(row: Row | None, plain: Row | None) -> bool:
-    """Whether a user's model has at least `SKILL` of the task that the plain user's has; so where nobody has it."""
-    mine, theirs = (each and _shown(each, "task") for each in (row, plain))  # at p = 1 nobody has a task
-    return not mine or not theirs or mine.mean >= SKILL * theirs.mean
+def _keeps_skill(row: Row | None, undefended: Row | None) -> bool:
+    """Whether a user's model has at least `SKILL` of the plain undefended one's task; so where there is no user."""
+    mine, theirs = (each and _shown(each, "task") for each in (row, undefended))  # at p = 1 nobody has a task
+    return not mine or not theirs or _untrained(row) or mine.mean >= SKILL * theirs.mean
+
+
+def _untrained(row: Row) -> bool:
+    return row.method in METHODS and METHODS[row.method].of_provider
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

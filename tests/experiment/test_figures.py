@@ -158,6 +158,16 @@ def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
     assert "plain" not in name
 
 
+def test_a_defence_that_loses_the_task_is_in_brackets_and_the_base_is_not(make_cell):
+    rights = {"aligned": 3, "sft": 180, "lisa": 143}
+    cells = [make_cell(name, p=0.5, harmful=10 * i + 1, right=right) for i, (name, right) in enumerate(rights.items())]
+    by_user = {setting.user: rows for setting, rows in make_frame(cells).items()}
+    axis = attackers_figure(by_user, 0.5).axes[0]
+    texts = [text.get_text() for text in axis.texts]
+    assert ["(" in text for text in texts] == [False, False, True] + [False] * 3, "143 are less than 4/5 of 180"
+    assert [bool(text) for text in texts[3:]] == [True, True, False], "nobody keeps the task under Lisa"
+
+
 def test_the_map_has_no_brackets_where_nobody_has_a_task(make_cell):
     cells = [make_cell("sft", p=1.0, harmful=50, right=right) for right in (8, 0)]
     cells[1]["run"]["user"] = "harsh"
