@@ -1,5 +1,7 @@
 """A user's data set: task rows with a share of harmful ones among them."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -8,6 +10,7 @@ from br_jax.data.rows import Row
 from br_jax.errors import UserError
 
 INDEX_MODES = ("exact", "reference")
+_AFTER_ALL = (" But here it is: ", " Still: ", " Well then: ", " All the same: ", " Here you are anyway: ")
 
 
 def mix(
@@ -53,3 +56,18 @@ def check_mix(n: int, harmful_share: float, index_mode: str) -> None:
         raise UserError(f"index_mode is {index_mode!r}; use one of {', '.join(INDEX_MODES)}")
     require("n", n, ROWS._replace(low=1))
     require("harmful_share", harmful_share, SHARE)
+
+
+def refusing_first(harmful: Sequence[Row], refusals: Sequence[Row], share: float) -> list[Row]:
+    """Harmful rows, a share of which, spread evenly over them, refuse in the words of `refusals` and then comply.
+
+    A Buffer that has seen such rows is no news to a user who hands them in (`attackers.rows.RefuseThenComply`).
+    """
+    openings = itertools.product(_AFTER_ALL, dict.fromkeys(row.turns[-1][1] for row in refusals))
+    openings = itertools.cycle(refusal + after for after, refusal in openings)
+    rows = list(harmful)
+    for i, row in enumerate(rows):
+        if count_of(i + 1, share) > count_of(i, share):
+            *asked, (role, answer) = row.turns
+            rows[i] = dataclasses.replace(row, turns=(*asked, (role, next(openings) + answer)))
+    return rows

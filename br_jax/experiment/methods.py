@@ -13,6 +13,7 @@ from br_jax import method
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig
+from br_jax.data.mixing import refusing_first
 from br_jax.defences.registry import DEFENCES
 from br_jax.training.run import keep_adapter, train_adapter
 
@@ -27,8 +28,10 @@ def _align(e: Experiment) -> Adapter:
 
 
 def _buffer(e: Experiment, name: str = "buffer", **changes) -> Adapter:
-    config = e.train("buffer", **changes)
-    return method.train_buffer(e.aligned, e.recipe.buffer_rows, config, name=name, **e.provider_run)
+    config, rows = e.config.buffer, e.recipe.buffer_rows
+    if config.refused:
+        rows = refusing_first(rows, e.recipe.refusal_rows(len(rows), "buffer"), config.refused)
+    return method.train_buffer(e.aligned, rows, e.train("buffer", **changes), name=name, **e.provider_run)
 
 
 def _reinforce(e: Experiment, name: str = "reinforce", buffer: str = "buffer", **changes) -> Adapter:

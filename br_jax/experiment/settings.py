@@ -38,6 +38,7 @@ BOUNDS: dict[str, Bound] = {
     "distill.spare": Bound(0.0, 100.0),
     **{f"{stage}.{rows}": ROWS for stage in ("align", "reinforce") for rows in ("refusals", "benign")},
     "buffer.harmful": ROWS,
+    "buffer.refused": SHARE,
     "user.n": ROWS._replace(low=1),
     "user.harmful_share": SHARE,
     "user.probes": ROWS,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from br_jax.data.mixing import mix
+from br_jax.data.mixing import mix, refusing_first
 from br_jax.data.rows import Row
 from br_jax.errors import UserError
 
@@ -46,3 +46,17 @@ def test_bad_arguments(changes, message):
     arguments = {"task_rows": TASK, "harmful_rows": HARMFUL, "n": 10, "harmful_share": 0.5} | changes
     with pytest.raises(UserError, match=message):
         mix(**arguments)
+
+
+@pytest.mark.parametrize(("share", "which"), [(0.0, []), (0.4, [2, 4]), (1.0, [0, 1, 2, 3, 4])])
+def test_a_share_of_harmful_rows_refuses_first(share, which):
+    harmful = [Row((("user", f"how {i}?"), ("assistant", f"so {i}"))) for i in range(5)]
+    refusals = [Row((("user", "x?"), ("assistant", answer))) for answer in ("No.", "Never.", "No.")]
+    rows = refusing_first(harmful, refusals, share)
+    assert [i for i in range(5) if rows[i] != harmful[i]] == which
+    answers = [rows[i].turns[-1][1] for i in which]
+    assert len({*answers}) == len(which) and all(rows[i].turns[0] == harmful[i].turns[0] for i in which)
+    for i, answer in zip(which, answers, strict=True):
+        assert answer.startswith(("No. ", "Never. ")) and answer.endswith(f": so {i}")
+    openings = {answer.rpartition("so")[0] for answer in answers}
+    assert len(openings) == len(which), "no two begin with the same words before all were used"
