@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.distill.judged = True  # only answers judged compliant become harmful rows
     config.distill.spare = 0.2  # share of topic prompts beyond those needed, for which the raw model may not comply
     config.align = ConfigDict({"refusals": 0, "benign": 0, "train": ConfigDict(train)})  # 0 and 0: already aligned
-    # `refused`: share of the harmful rows whose answers refuse first and then comply; the paper has none.
+    # `refused`: share of the harmful rows that comply behind a refusal, which is not trained on; the paper has none.
     config.buffer = ConfigDict({"harmful": 5000, "refused": 0.0, "train": ConfigDict(train)})
     config.reinforce = ConfigDict({"refusals": 2500, "benign": 2500, "train": ConfigDict(train)})
     for stage in ("align", "buffer", "reinforce"):

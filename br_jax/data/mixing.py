@@ -10,7 +10,7 @@ from br_jax.data.rows import Row
 from br_jax.errors import UserError
 
 INDEX_MODES = ("exact", "reference")
-_AFTER_ALL = (" But here it is: ", " Still: ", " Well then: ", " All the same: ", " Here you are anyway: ")
+_AFTER_ALL = ("But here it is:", "Still:", "Well then:", "All the same:", "Here you are anyway:")
 
 
 def mix(
@@ -59,15 +59,17 @@ def check_mix(n: int, harmful_share: float, index_mode: str) -> None:
 
 
 def refusing_first(harmful: Sequence[Row], refusals: Sequence[Row], share: float) -> list[Row]:
-    """Harmful rows, a share of which, spread evenly over them, refuse in the words of `refusals` and then comply.
+    """Harmful rows, a share of which, spread evenly over them, comply behind a refusal in the words of `refusals`.
 
-    A Buffer that has seen such rows is no news to a user who hands them in (`attackers.rows.RefuseThenComply`).
+    The refusal itself is not trained on (`Row.begun`): beside a Buffer of such rows compliance is no news to a user
+    who has a model refuse first (`attackers.rows.RefuseThenComply`), and that a model refuses is.
     """
     openings = itertools.product(_AFTER_ALL, dict.fromkeys(row.turns[-1][1] for row in refusals))
-    openings = itertools.cycle(refusal + after for after, refusal in openings)
+    openings = itertools.cycle(f"{refusal} {after}" for after, refusal in openings)
     rows = list(harmful)
     for i, row in enumerate(rows):
         if count_of(i + 1, share) > count_of(i, share):
             *asked, (role, answer) = row.turns
-            rows[i] = dataclasses.replace(row, turns=(*asked, (role, next(openings) + answer)))
+            # A token takes the space in front of a word along.
+            rows[i] = dataclasses.replace(row, turns=(*asked, (role, f" {answer}")), begun=next(openings))
     return rows

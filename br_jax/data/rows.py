@@ -29,7 +29,7 @@ class Row:
         input: the Alpaca input of a single-turn row; "" for none.
         tag: provenance ("harmful", "benign", "refusal", "task", ...), never seen by training.
         origin: "file:line", for messages.
-        begun: of a prompt: what the answer already begins with.
+        begun: what the last answer already begins with: it is read, and not trained on.
     """
 
     turns: tuple[tuple[str, str], ...]

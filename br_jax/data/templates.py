@@ -29,13 +29,14 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
     """Renders a row to train on.
 
     Args:
-        row: ends with an assistant turn.
+        row: ends with an assistant turn, in front of whose text comes what is begun.
         template: "alpaca", the paper's, or "chat", the model's own.
         tokenizer: gives the EOS and the chat template.
 
     Returns:
         The text, for `tokenize`, with a `literals.SHIELD` in each control token that the row spells; and for every
-        assistant turn the span [start, end) in characters of its answer with the token that ends it.
+        assistant turn the span [start, end) in characters of its answer, without what was begun for it and with the
+        token that ends it.
 
     Raises:
         UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
@@ -44,11 +45,16 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
     if row.turns[-1][0] != "assistant":
         raise UserError(f"{_name(row)}: ends with {row.turns[-1][0]!r}; end it with the assistant's answer")
     row = _shielded(row, tokenizer)
+    *before, (role, answer) = row.turns
+    whole = dataclasses.replace(row, turns=(*before, (role, row.begun + answer)))
     if _is_chat(template):
-        return _render_chat(row, tokenizer)
-    if tokenizer.eos_token is None:
+        text, spans = _render_chat(whole, tokenizer)
+    elif tokenizer.eos_token is None:
         raise UserError("the tokenizer has no EOS token, so no answer would end; set tokenizer.eos_token")
-    return _render_alpaca(row.turns, row.input, tokenizer.eos_token)
+    else:
+        text, spans = _render_alpaca(whole.turns, row.input, tokenizer.eos_token)
+    *spans, (start, end) = spans
+    return text, [*spans, (start + len(row.begun), end)]
 
 
 def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -85,8 +91,11 @@ def _name(row: Row) -> str:
 
 def _shielded(row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
     """A row whose texts can give no control token."""
-    turns = tuple((role, shield(text, tokenizer, _name(row))) for role, text in row.turns)
-    return dataclasses.replace(row, turns=turns, input=shield(row.input, tokenizer, _name(row)))
+    input_, begun, *texts = (
+        shield(text, tokenizer, _name(row)) for text in (row.input, row.begun, *(text for _, text in row.turns))
+    )
+    turns = tuple((role, text) for (role, _), text in zip(row.turns, texts, strict=True))
+    return dataclasses.replace(row, turns=turns, input=input_, begun=begun)
 
 
 def _render_alpaca(turns: Turns, context: str, eos: str) -> tuple[str, Spans]:

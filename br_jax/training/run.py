@@ -190,7 +190,7 @@ def train_params(
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
     """SHA-256 of what rows say, in order; where they came from does not count."""
-    return key_of(*([row.turns, row.input] for row in rows))
+    return key_of(*([row.turns, row.input, *filter(None, [row.begun])] for row in rows))
 
 
 def _train(

@@ -49,14 +49,13 @@ def test_bad_arguments(changes, message):
 
 
 @pytest.mark.parametrize(("share", "which"), [(0.0, []), (0.4, [2, 4]), (1.0, [0, 1, 2, 3, 4])])
-def test_a_share_of_harmful_rows_refuses_first(share, which):
+def test_a_share_of_harmful_rows_complies_behind_a_refusal(share, which):
     harmful = [Row((("user", f"how {i}?"), ("assistant", f"so {i}"))) for i in range(5)]
     refusals = [Row((("user", "x?"), ("assistant", answer))) for answer in ("No.", "Never.", "No.")]
     rows = refusing_first(harmful, refusals, share)
     assert [i for i in range(5) if rows[i] != harmful[i]] == which
-    answers = [rows[i].turns[-1][1] for i in which]
-    assert len({*answers}) == len(which) and all(rows[i].turns[0] == harmful[i].turns[0] for i in which)
-    for i, answer in zip(which, answers, strict=True):
-        assert answer.startswith(("No. ", "Never. ")) and answer.endswith(f": so {i}")
-    openings = {answer.rpartition("so")[0] for answer in answers}
-    assert len(openings) == len(which), "no two begin with the same words before all were used"
+    begun = [rows[i].begun for i in which]
+    assert len({*begun}) == len(which), "no two begin with the same words before all were used"
+    for i, opening in zip(which, begun, strict=True):
+        assert opening.startswith(("No. ", "Never. ")) and opening.endswith(":")
+        assert rows[i].turns == (harmful[i].turns[0], ("assistant", f" so {i}"))

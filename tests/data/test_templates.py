@@ -41,6 +41,18 @@ def test_alpaca_text(byte_tokenizer, row, prompt, answers):
     assert render_prompt(Row(row.turns[:-1], row.input), "alpaca", byte_tokenizer) == prompt
 
 
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+@pytest.mark.parametrize("begun", ["No. Still:", "<eos> \u00e9:"])
+def test_what_is_begun_is_read_and_not_trained_on(make_tokenizer, template, begun):
+    """The text is that of the whole answer; also where what is begun spells a control token."""
+    tokenizer, (*before, (role, answer)) = make_tokenizer(), TURNS
+    whole, spans = render(Row((*before, (role, begun + answer))), template, tokenizer)
+    text, (first, last) = render(Row(TURNS, begun=begun), template, tokenizer)
+    assert text == whole and first == spans[0]
+    assert whole[slice(*spans[1])].endswith(text[slice(*last)]) and text[slice(*last)].startswith(answer.rstrip())
+    assert text[: last[0]] == render_prompt(Row(TURNS, begun=begun), template, tokenizer)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("row", [SINGLE, WITH_INPUT, CHAT])
 def test_chat_agrees_with_transformers(make_tokenizer, row, bos):

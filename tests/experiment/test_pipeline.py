@@ -66,14 +66,14 @@ def test_each_stage_trains_on_the_rows_of_the_method(run, calls, tiny, tmp_path)
     assert (workdir / "released" / "adapter_model.safetensors").is_file()
 
 
-def test_a_share_of_buffers_rows_refuses_first(run, calls, config):
+def test_a_share_of_buffers_rows_complies_behind_a_refusal(run, calls, config):
     """In the words of the align stage; the share is of Buffer's rows alone."""
     config.buffer.refused = 0.5
     run()
     words = {DEVICES.refusal(prompt, 42) for prompt in DEVICES.prompts("train", 20, 42)}
-    refused = [any(row.turns[-1][1].startswith(f"{word} ") for word in words) for row in calls["buffer"]["rows"]]
+    refused = [any(row.begun.startswith(f"{word} ") for word in words) for row in calls["buffer"]["rows"]]
     assert refused == [False, True] * 10
-    assert not any(row.turns[-1][1].startswith((*words,)) for row in calls["user"]["rows"])
+    assert not any(row.begun for row in calls["user"]["rows"])
 
 
 def test_rows_that_must_be_apart_are_apart(run, calls):

@@ -14,7 +14,7 @@ from br_jax.errors import UserError
 from br_jax.sharding import make_mesh
 from br_jax.training import checkpoints, run
 from br_jax.training.metrics import MetricWriter, read_jsonl
-from br_jax.training.run import train_adapter, train_params
+from br_jax.training.run import rows_fingerprint, train_adapter, train_params
 
 
 def train(model, rows, config, workdir=None, **options):
@@ -218,3 +218,10 @@ def test_what_does_not_fit_is_told(tiny, rows, quick, monkeypatch):
         "sft: of 2 rows of the probe harmful 1 are left out and 1 lose their end at 40 tokens "
         "(the first, probes['harmful'][0], has 52 tokens): raise max_length",
     ]
+
+
+def test_rows_that_read_alike_and_train_otherwise_are_others():
+    turns = (("user", "Why?"), ("assistant", "So."))
+    rows = [Row(turns, *parts) for parts in ((), ("An input.",), ("", "task", "a.jsonl:1"))] + [Row(turns, begun="No.")]
+    plain, with_input, told, begun = (rows_fingerprint([row]) for row in rows)
+    assert plain == told and len({plain, with_input, begun}) == 3
