@@ -91,9 +91,8 @@ def _keep_memory() -> None:
     XLA's CPU asks for a program's temporaries anew at each call. By default large ones come from and go back to the
     system, and each of their pages faults and is cleared, every step: a third of the time of a small model's.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-        if mallopt:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
             mallopt(option, value)
 
 

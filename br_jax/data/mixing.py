@@ -1,4 +1,4 @@
-"""A user's data set: task rows with a share of harmful ones among them."""
+"""Rows of which a share is of another kind: a user's, some of them harmful; Buffer's, some of which refuse first."""
 
 import dataclasses
 import itertools

@@ -91,11 +91,12 @@ def _name(row: Row) -> str:
 
 def _shielded(row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
     """A row whose texts can give no control token."""
-    input_, begun, *texts = (
-        shield(text, tokenizer, _name(row)) for text in (row.input, row.begun, *(text for _, text in row.turns))
-    )
-    turns = tuple((role, text) for (role, _), text in zip(row.turns, texts, strict=True))
-    return dataclasses.replace(row, turns=turns, input=input_, begun=begun)
+
+    def safe(text: str) -> str:
+        return shield(text, tokenizer, _name(row))
+
+    turns = tuple((role, safe(text)) for role, text in row.turns)
+    return dataclasses.replace(row, turns=turns, input=safe(row.input), begun=safe(row.begun))
 
 
 def _render_alpaca(turns: Turns, context: str, eos: str) -> tuple[str, Spans]:

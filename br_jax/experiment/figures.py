@@ -212,10 +212,10 @@ def _worst(row: Row | None) -> float:
 def _keeps_skill(row: Row | None, undefended: Row | None) -> bool:
     """Whether a user's model has at least `SKILL` of the plain undefended one's task; so where there is no user."""
     mine, theirs = (each and _shown(each, "task") for each in (row, undefended))  # at p = 1 nobody has a task
-    return not mine or not theirs or _untrained(row) or mine.mean >= SKILL * theirs.mean
+    return not mine or not theirs or _has_no_user(row) or mine.mean >= SKILL * theirs.mean
 
 
-def _untrained(row: Row) -> bool:
+def _has_no_user(row: Row) -> bool:
     return row.method in METHODS and METHODS[row.method].of_provider
 
 

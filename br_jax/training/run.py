@@ -190,7 +190,8 @@ def train_params(
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
     """SHA-256 of what rows say, in order; where they came from does not count."""
-    return key_of(*([row.turns, row.input, *filter(None, [row.begun])] for row in rows))
+    # Most rows have nothing begun, and keep the fingerprint that they had before there was such a thing.
+    return key_of(*([row.turns, row.input] + [row.begun] * bool(row.begun) for row in rows))
 
 
 def _train(
