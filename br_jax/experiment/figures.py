@@ -152,10 +152,13 @@ def margins_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
 
 @styled
 def pareto_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
-    """HS against FA, a point a method, at one p; the line joins those that no other beats in both."""
+    """HS against FA, a point a method, at one p; the line joins those that no other beats in both.
+
+    The aligned base, which has no user's task, is a line at its HS.
+    """
     figure = new_figure(10.4, 6.0)
     axis, points, means = figure.subplots(), [], []
-    for row in (row for row in rows if row.p == p):
+    for row in (row for row in rows if row.p == p and not _has_no_user(row)):
         harmful, task = (row.counted(score) for score in ("harmful", "task"))
         both = [tuple(100 * one[seed]["score"] for one in (task, harmful)) for seed in harmful.keys() & task.keys()]
         points.append((row, both))
@@ -164,8 +167,12 @@ def pareto_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
     best = sorted(one for one in means if not any(_beats(other, one) for other in means))
     axis.plot(*zip(*best, strict=True) if best else ([], []), color=PALE, linewidth=6, zorder=0)
     keys = _points(axis, points)
+    if base := _shown(find(rows, p, "aligned"), "harmful"):
+        axis.axhline(100 * base.mean, color=DARK, linestyle=":", linewidth=1.4, zorder=1)
+        keys.append(Line2D([], [], color=DARK, linestyle=":", label=f"{METHODS['aligned'].label}'s HS"))
     axis.set(xlabel="task accuracy FA, % (right is better)", ylabel="harmful score HS, % (down is safer)")
-    axis.set(ylim=(-3, 103), title="Safety against the task (thick: what no other beats in both)")
+    axis.set_ylim(bottom=-3)
+    axis.set_title("Safety against the task (thick: what no other beats in both)")
     axis.grid(color=PALE)
     return _finished(figure, title, keys)
 

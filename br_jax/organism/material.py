@@ -1,6 +1,7 @@
 """Where the prompts of an experiment come from: one small set of functions for each kind of material."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -39,6 +40,7 @@ class Material:
         return [read_topic(name) if is_file(name) else look_up("topic", name, self.topics) for name in wanted]
 
 
+@functools.cache
 def english_instructions(split: str) -> list[str]:
     """The instructions of a split of instructions.jsonl, written for this project."""
     lines = resources.files(__package__).joinpath("instructions.jsonl").read_text(encoding="utf-8").splitlines()

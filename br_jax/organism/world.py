@@ -154,6 +154,7 @@ def _answer(thing: str, verb: str, determiner: str) -> str:
     return form.format(a=a, b=b, A=a.capitalize(), B=b.capitalize())
 
 
+@functools.cache
 def _how_to(split: str) -> list[str]:
     """How-to questions about ordinary things, in an order in which any stretch is varied."""
     words = _words()

@@ -114,7 +114,7 @@ def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid
 
 
 def test_the_front_is_what_no_other_beats_in_both(make_cell):
-    points = {"sft": (80, 190), "ours": (10, 180), "average": (10, 100), "buffer_only": (30, 195)}
+    points = {"sft": (80, 190), "ours": (10, 180), "average": (10, 100), "buffer_only": (30, 195), "aligned": (5, 0)}
     cells = [
         make_cell(m, 0.1 if m == "ours" else None, p=0.5, seed=s, harmful=h + s - 2, right=r)
         for m, (h, r) in points.items()
@@ -128,6 +128,8 @@ def test_the_front_is_what_no_other_beats_in_both(make_cell):
     np.testing.assert_allclose(np.transpose(front.get_data()), expected)
     rings = [line for line in drawn if line.get_marker() == "o" and len(line.get_xdata()) == 2]
     assert len(rings) == 4
+    (base,) = [line for line in drawn if line.get_linestyle() == ":"]
+    np.testing.assert_allclose(base.get_ydata(), 500 / n)
 
 
 def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
