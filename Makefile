@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --no-compile
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
 
@@ -12,16 +13,16 @@ DEMO_FLAGS ?=
 $(VENV)/base: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]}: br_jax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --no-compile --requirement requirements.lock
-	$(RUN) -m pip install --quiet --no-compile --no-deps --editable .
+	$(INSTALL) --requirement requirements.lock
+	$(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(VENV)/test: $(VENV)/base requirements-test.lock
-	$(RUN) -m pip install --quiet --no-compile --requirement requirements-test.lock
+	$(INSTALL) --requirement requirements-test.lock
 	@touch $@
 
 $(VENV)/docs: $(VENV)/base requirements-docs.lock
-	$(RUN) -m pip install --quiet --no-compile --requirement requirements-docs.lock
+	$(INSTALL) --requirement requirements-docs.lock
 	@touch $@
 
 # The demo is too small for anything but a CPU; without this JAX would look for a TPU where libtpu is installed.

@@ -168,8 +168,8 @@ def pareto_figure(rows: Sequence[Row], p: float, title: str = "") -> Figure:
     axis.plot(*zip(*best, strict=True) if best else ([], []), color=PALE, linewidth=6, zorder=0)
     keys = _points(axis, points)
     if base := _shown(find(rows, p, "aligned"), "harmful"):
-        axis.axhline(100 * base.mean, color=DARK, linestyle=":", linewidth=1.4, zorder=1)
-        keys.append(Line2D([], [], color=DARK, linestyle=":", label=f"{METHODS['aligned'].label}'s HS"))
+        style = _STYLES["aligned"] | {"marker": "", "linewidth": 1.4, "label": f"{METHODS['aligned'].label}'s HS"}
+        keys.append(axis.axhline(100 * base.mean, **style, zorder=1))
     axis.set(xlabel="task accuracy FA, % (right is better)", ylabel="harmful score HS, % (down is safer)")
     axis.set_ylim(bottom=-3)
     axis.set_title("Safety against the task (thick: what no other beats in both)")
