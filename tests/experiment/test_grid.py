@@ -11,6 +11,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from br_jax.adapters import lora
@@ -195,6 +196,27 @@ def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path
     after = plan(config, tmp_path / "s", grid())
     assert [run["done"] for run in after["runs"]] == [3, 3, 0, 0] and after["seconds_a_run"] > 0
     assert "time: 0.0 h, at 0 min a run" in render_plan(after)
+
+
+@pytest.mark.parametrize("largest", [1 << 26, 1000], ids=["hashed whole", "sampled"])
+def test_a_model_copied_anew_is_the_same_and_one_of_other_bytes_is_not(
+    largest, config, calls, grid, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("br_jax.experiment.grid.MAX_WHOLE", largest)
+    content, file = np.random.default_rng(0).bytes(1_000_000), tmp_path / "model.gguf"
+    config.model.source = str(file)
+    file.write_bytes(content)
+    one = grid(models=[str(file)], seeds=[1], p=[0.2])
+    list(run_sweep(config, tmp_path / "s", one))
+
+    def done(content, changed):
+        file.write_bytes(content)
+        os.utime(file, ns=(changed, changed))
+        return plan(config, tmp_path / "s", one)["runs"][0]["done"]
+
+    assert done(content, 1) == 3
+    others = content[:-1], content[:-1] + bytes([content[-1] ^ 1]), bytes([content[0] ^ 1]) + content[1:]
+    assert [done(other, 2 + i) for i, other in enumerate(others)] == [0, 0, 0]
 
 
 def test_a_plan_counts_what_a_user_asks_for_and_every_job_of_one_that_splits(config, calls, grid, tmp_path):
