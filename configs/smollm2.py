@@ -66,6 +66,7 @@ def get_config(preset: str = "reviews"):
     config.defences.ldifs.update(rho=0.1, limit=1e6)
     config.defences.lisa.update(aligning=2, fitting=18, rho=0.05)
     config.defences.safe_grad.weight = 16.0
+    config.defences.panacea.weight = 1e-3
     config.defences.security_vector.update(epochs=3, weight=0.1)
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
