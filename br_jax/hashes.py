@@ -45,14 +45,3 @@ def file_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sampled_hash(path: str | os.PathLike, pieces: int = 64, piece: int = 1 << 16) -> str:
-    """SHA-256 of a large file's size and of pieces of it, its ends among them: other weights differ in all of them."""
-    size = os.stat(path).st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open_file(path) as file:
-        for i in range(pieces):
-            file.seek(max(size - piece, 0) * i // (pieces - 1))
-            digest.update(file.read(piece))
-    return digest.hexdigest()

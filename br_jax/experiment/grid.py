@@ -29,8 +29,7 @@ from br_jax.experiment.frame import read_cells
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment, job_folders
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
-from br_jax.files import MAX_WHOLE
-from br_jax.hashes import file_hash, key_of, sampled_hash
+from br_jax.hashes import file_hash, key_of
 from br_jax.locks import owned
 from br_jax.records import read_record, write_record
 from br_jax.scoring.suite import rules_version
@@ -294,7 +293,7 @@ def _apart(config: ConfigDict, cell: Cell) -> tuple[dict, dict | None, dict]:
 
 
 def _contents(settings: Any) -> list[str]:
-    """Hashes of the files that settings name, one or several with commas between; of large ones, of a sample."""
+    """Hashes of the files that settings name, one or several with commas between."""
     if isinstance(settings, dict):
         return [found for _, value in sorted(settings.items()) for found in _contents(value)]
     paths = [path.strip() for path in settings.split(",")] if isinstance(settings, str) else []
@@ -312,4 +311,4 @@ def _files(path: str) -> list[str]:
 
 @functools.cache
 def _content(file: str, size: int, changed: int) -> str:  # once for each time of change, which is no part of it
-    return file_hash(file) if size <= MAX_WHOLE else sampled_hash(file)
+    return file_hash(file)
