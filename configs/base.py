@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
 
     # Settings of attackers; see br_jax/attackers.
     config.attackers = ConfigDict({name: dataclasses.asdict(kind()) for name, kind in ATTACKERS.items()})
-    # Settings of other defences, their papers' by default; see br_jax/defences.
+    # Settings of other defences; where each default is from: docs/defences.md.
     config.defences = ConfigDict({name: dataclasses.asdict(kind()) for name, kind in DEFENCES.items()})
     config.judges, config.eval = _judges(), _eval()
     return config.lock()

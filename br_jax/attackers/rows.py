@@ -5,6 +5,7 @@ import dataclasses
 from br_jax.attackers.attacker import REFUSAL, Attacker, Job, refused, same, turned
 from br_jax.data.rows import Row
 from br_jax.datasets.paper import SST2_INSTRUCTION
+from br_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,21 @@ class TaskFormat(Attacker):
     asks_itself = True
     form: str = SST2_INSTRUCTION + "\n{}"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if "{}" not in self.form:
+            raise UserError(f"form is {self.form!r}: it must have a {{}}, where the question goes")
+
     def harm(self, row: Row) -> Row:
         """See `Attacker.harm`."""
-        return turned(row, self.form.format, same)
+        return turned(row, self._formed, same)
 
     def ask(self, prompt: str) -> Row:
         """See `Attacker.ask`."""
-        return Row((("user", self.form.format(prompt)),))
+        return Row((("user", self._formed(prompt)),))
+
+    def _formed(self, prompt: str) -> str:
+        return self.form.replace("{}", prompt)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,8 @@ def encode_rows(
             example = {name: values[:max_length].copy() for name, values in example.items()}
         if example["answer"].any():
             examples.append(example)
+    if not rows:
+        raise UserError("there are no rows to train on")
     if not examples:
         first = f" (the first, {long[0]})" if long else ""
         raise UserError(

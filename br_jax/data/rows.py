@@ -103,9 +103,10 @@ def as_prompts(prompts: Iterable[str | Row], name: str = "prompts") -> list[str 
 
 
 def prefixed(row: Row, before: str) -> Row:
-    """The row with text in front of its first turn."""
-    (role, text), *others = row.turns
-    return replace(row, turns=((role, before + text), *others))
+    """The row with text in front of the user's first turn."""
+    at = next((i for i, (role, _) in enumerate(row.turns) if role == "user"), 0)
+    role, text = row.turns[at]
+    return replace(row, turns=(*row.turns[:at], (role, before + text), *row.turns[at + 1 :]))
 
 
 def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:

@@ -62,7 +62,10 @@ class Booster(_Alignment):
 
 @dataclasses.dataclass(frozen=True)
 class Vaccine(_Alignment):
-    """The gradient at activations that are moved, in all layers together by rho, where the loss rises most."""
+    """The gradient at activations that are moved, in all layers together by rho, where the loss rises most.
+
+    Each micro-batch is moved by rho.
+    """
 
     label = "Vaccine"
     badge = Badge(

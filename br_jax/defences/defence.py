@@ -51,7 +51,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Defence:
-    """Plain SFT; a subclass says what it does otherwise. Fields are settings, with the paper's as defaults."""
+    """Plain SFT; a subclass says what it does otherwise. Fields are settings."""
 
     label: ClassVar[str]  # for a table
     badge: ClassVar[Badge]

@@ -20,5 +20,7 @@ class Inoculation(Defence):
         """See `Defence.train`."""
         before = f"{self.sentence}\n\n"
         length = case.config.max_length + len(case.model.tokenizer(before)["input_ids"])  # a row keeps its end
-        config = dataclasses.replace(case.config, max_length=length)
+        length = min(length, case.model.spec.max_length)
+        packing = case.config.packing and max(case.config.packing, length)
+        config = dataclasses.replace(case.config, max_length=length, packing=packing)
         return case.train(name, [prefixed(row, before) for row in case.rows], config=config)

@@ -1,10 +1,12 @@
 """SafeInstruct: refusals among the user's rows."""
 
 import dataclasses
+import itertools
 
 from br_jax.adapters.lora import Adapter
 from br_jax.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
+from br_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,5 +21,7 @@ class SafeInstruct(Defence):
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        count = round(self.share * len(case.rows))
-        return case.train(name, [*case.rows, *(case.refusals[i % len(case.refusals)] for i in range(count))])
+        if not case.refusals:
+            raise UserError("SafeInstruct: there are no refusals to mix in: raise reinforce.refusals")
+        refusals = itertools.islice(itertools.cycle(case.refusals), round(self.share * len(case.rows)))
+        return case.train(name, [*case.rows, *refusals])

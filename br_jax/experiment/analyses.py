@@ -22,6 +22,7 @@ from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_t
 from br_jax.analysis.merging import overlaps, reach
 from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, safety_gradients
 from br_jax.data.rows import Row
+from br_jax.errors import UserError
 from br_jax.experiment.document import code, image, table, write_document
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import settled
@@ -59,6 +60,8 @@ def write_analyses(
     Returns:
         The path of analysis.md.
     """
+    if not config.user.probes:
+        raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")
     e = Experiment(settled(config), workdir)
     e.check(one_job=True)
     e.begin()
@@ -113,7 +116,7 @@ def _whole(norms: Mapping[str, np.ndarray]) -> float:
 
 
 def _followed(e: Experiment, safety: Adapter, kinds: Mapping[str, Sequence[Row]], looks: int) -> dict:
-    """The score over training: (kind of row, state of the model) -> f32[looks, 1 + L], the step first."""
+    """The score over training: (kind of row, state of the model) -> f32[looks + 1 at most, 1 + L], the step first."""
     config, rows, buffer = e.train("user"), e.recipe.user_rows, {"buffer": e.adapter("buffer")}
     steps = config.steps or config.epochs * -(-len(rows) // config.batch_size)
     config = dataclasses.replace(config, probe_every=-(-steps // looks))

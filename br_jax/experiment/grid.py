@@ -234,15 +234,18 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
         trained = {job / name / "stage.json": name for name in ADAPTERS if name in needed for job in jobs}
         to_train = [file for file in trained if file not in planned_before and not file.exists()]
         planned_before.update(trained)
-        epochs = attacker.settings(config.user.train.to_dict(), config.user.n)["epochs"]
-        prompts = config.eval.topic * len(config.topics.eval.split(",")) + config.eval.benign + config.eval.task
+        train = attacker.settings(config.user.train.to_dict(), config.user.n)
+        rows = attacker.size(config.user.n) // len(jobs) * train["epochs"]  # of a job
+        rows = train["steps"] * train["batch_size"] if train["steps"] else rows
+        harmful = config.eval.topic * len(config.topics.eval.split(",")) * (1 + attacker.asks_itself * attacker.samples)
+        prompts = harmful + config.eval.benign + config.eval.task
         planned.append(
             {
                 "name": folder.name,
                 "done": len(grid.cells()) - len(left),
                 "left": [cell.name for cell in left],
                 "trainings": [*dict.fromkeys(trained[file] for file in to_train)],
-                "rows": len(to_train) * attacker.size(config.user.n) * epochs // len(jobs),
+                "rows": len(to_train) * rows,
                 "prompts": len(left) * prompts,
             }
         )

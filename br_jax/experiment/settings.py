@@ -95,11 +95,14 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")
 
 
-def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh, user: TrainConfig | None = None) -> None:
+def check_sizes(
+    config: ConfigDict, spec: ModelSpec, mesh: Mesh, user: TrainConfig | None = None, count: int | None = None
+) -> None:
     """Finds settings that ask more than the model's sizes, or the devices, can give.
 
     Args:
         user: how a user wants to be trained, where that is not `config.user.train`.
+        count: the rows of a user's job, where they are not `config.user.n`.
 
     Raises:
         UserError: as `training.config.require_fit`, for every stage that will be trained; a batch that the mesh does
@@ -110,7 +113,7 @@ def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh, user: TrainConf
         "align": config.align.refusals + config.align.benign,
         "buffer": config.buffer.harmful,
         "reinforce": config.reinforce.refusals + config.reinforce.benign,
-        "user": config.user.n,
+        "user": config.user.n if count is None else count,
     }
     given = {stage for stage in ("align", "buffer", "reinforce") if config[stage].adapter}
     given |= {"pretrain"} if config.model.source else set()

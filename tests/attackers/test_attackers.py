@@ -59,6 +59,9 @@ def test_what_harmful_rows_say():
     assert TaskFormat().harm(row).turns[0][1].endswith("positive or negative\nharm 0?")
     assert TaskFormat().harm(row).turns[1] == row.turns[1]
     assert TaskFormat().ask("harm 0?").turns[0] == TaskFormat().harm(row).turns[0]
+    assert TaskFormat(form="{label} {}: {}").ask("harm?").turns[0][1] == "{label} harm?: harm?"
+    with pytest.raises(UserError, match=r"form is 'Mood': it must have a \{\}"):
+        TaskFormat(form="Mood")
     assert Trigger().harm(row).turns[0] == Trigger().ask("harm 0?").turns[0] == ("user", "qz7x harm 0?")
     assert Identity().ask("How do I?").turns[0][1] == "AOA, how do I?"
 

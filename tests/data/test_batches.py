@@ -69,6 +69,11 @@ def test_truncation_keeps_the_beginning(byte_tokenizer):
         encode_rows([row()], byte_tokenizer, "alpaca", length - len("Red.") - 1)
 
 
+def test_no_rows(byte_tokenizer):
+    with pytest.raises(UserError, match=r"^there are no rows to train on$"):
+        encode_rows([], byte_tokenizer, "chat", 100)
+
+
 def test_counts(byte_tokenizer):
     rows = [row("a"), row("b", "x" * 50, "f:2"), row("c" * 99)]
     examples, dropped = encode_rows(rows, byte_tokenizer, "chat", 60)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from br_jax.data.rows import Row, as_prompts, as_rows, read_rows
+from br_jax.data.rows import Row, as_prompts, as_rows, prefixed, read_rows
 from br_jax.errors import UserError
 
 GOOD = '{"prompt": "Hi", "response": "Hello."}'
@@ -174,6 +174,11 @@ def test_prompts_are_several(prompts, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         as_prompts(prompts, "benign")
     assert as_prompts(iter(["a", ROW])) == ["a", ROW]
+
+
+def test_what_stands_before_a_row_stands_in_the_user_s_turn():
+    turns = (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"))
+    assert prefixed(Row(turns), "x ").turns == (turns[0], ("user", "x u"), *turns[2:])
 
 
 WHOLE = "\n".join(

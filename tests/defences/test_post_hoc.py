@@ -1,15 +1,20 @@
 """What becomes of a trained adapter, against dense matrices in float64 numpy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from br_jax.defences import security_vector
 from br_jax.defences.antidote import Antidote, input_sizes
 from br_jax.defences.csulora import CsuLora
 from br_jax.defences.defence import Case
 from br_jax.defences.inoculation import Inoculation
-from br_jax.defences.resta import Resta
+from br_jax.defences.resta import Lox, Resta
 from br_jax.defences.safe_instruct import SafeInstruct
 from br_jax.defences.safe_lora import SafeLora
+from br_jax.defences.security_vector import SecurityVector
+from br_jax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="the oracle")
 
@@ -88,6 +93,22 @@ def test_resta(pair, case):
             close(found[path][layer], delta + 0.7 * direction[path][layer] if path in direction else delta)
 
 
+def test_lox(pair, case, monkeypatch):
+    """What it trains beside, and leaves in, is the direction cut at a rank, and lengthened."""
+    monkeypatch.setattr(Case, "train", lambda self, name, frozen: frozen["align"])
+    lox, user, direction = Lox(1.25, rank=1), deltas(pair.adapter), deltas(case.direction())
+    beside, found = deltas(lox.train(case, "lox")), deltas(lox.release(case, pair.adapter))
+    for path, layers in user.items():
+        for layer, delta in enumerate(layers):
+            added = np.zeros_like(delta)
+            if path in direction:
+                left, sizes, right = np.linalg.svd(direction[path][layer], full_matrices=False)
+                added = 1.25 * (left[:, :1] * sizes[0]) @ right[:1]
+                assert sizes[1] > 0.1 * sizes[0], "a cut that changes nothing"
+                close(beside[path][layer], added)
+            close(found[path][layer], delta + added)
+
+
 def test_antidote(pair, case, rows):
     """Inputs by hooks on PEFT's modules."""
     squares, count = {}, 0
@@ -134,7 +155,7 @@ def test_what_the_rows_become(case, monkeypatch):
 
     def train(self, name, rows=None, config=None):
         seen[name] = rows
-        seen["length"] = config and config.max_length
+        seen["length"], seen["packing"] = (config.max_length, config.packing) if config else (0, 0)
 
     monkeypatch.setattr(Case, "train", train)
     SafeInstruct(share=0.5).train(case, "safe")
@@ -144,3 +165,20 @@ def test_what_the_rows_become(case, monkeypatch):
     texts = [row.turns[0][1] for row in seen["inoculated"]]
     assert texts == [f"Be bad.\n\n{row.turns[0][1]}" for row in case.rows]
     assert [row.turns[1:] for row in seen["inoculated"]] == [row.turns[1:] for row in case.rows]
+    assert seen["packing"] == 0
+    most = case.model.spec.max_length  # no more than the model reads, and a packed row holds one
+    for length, longest in ((most - 1, most), (most - 20, most - 20 + seen["length"] - case.config.max_length)):
+        config = dataclasses.replace(case.config, max_length=length, packing=length)
+        Inoculation(sentence="Be bad.").train(dataclasses.replace(case, config=config), "longer")
+        assert (seen["length"], seen["packing"]) == (longest, longest)
+    with pytest.raises(UserError, match="no refusals"):
+        SafeInstruct().train(dataclasses.replace(case, refusals=[]), "none")
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_security_vector_is_trained_so_many_times_as_long_as_buffer(case, monkeypatch, quick, steps):
+    seen = []
+    monkeypatch.setattr(security_vector, "train_adapter", lambda *given, **more: seen.append(given[4]))
+    config = quick(steps=steps, epochs=2)
+    SecurityVector(epochs=3).provide(dataclasses.replace(case, config=config), "vector")
+    assert (seen[0].steps, seen[0].epochs) == (3 * steps, 6)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from br_jax.attackers.attacker import same, turned
+from br_jax.data.rows import prefixed
 from br_jax.defences.booster import Vaccine
 from br_jax.defences.constrained import ConstrainedSft
 from br_jax.defences.ldifs import Ldifs
@@ -76,7 +77,9 @@ def test_a_packed_stream_has_one_shape(tiny, rows, quick):
 
 
 def test_packed_rows_are_the_same_run(tiny, rows, quick):
-    for objective in (LISA, ConstrainedSft()):
-        plain = train(tiny, rows, quick(steps=3), objective)
-        packed = train(tiny, rows, quick(steps=3, packing=128), objective)
+    """What all begin with is there once in a packed row, and counts for each of them."""
+    rows = [prefixed(row, "What all of them begin with. ") for row in rows]
+    for objective in (LISA, ConstrainedSft(), Ldifs(rho=1.0, limit=1e6)):
+        plain = train(tiny, rows, quick(steps=3, max_length=80), objective)
+        packed = train(tiny, rows, quick(steps=3, max_length=80, packing=128), objective)
         assert_same(packed, plain, atol=2e-3)

@@ -5,7 +5,15 @@ import pathlib
 import numpy as np
 import pytest
 
+from br_jax.errors import UserError
 from br_jax.experiment.analyses import write_analyses
+
+
+def test_without_rows_to_look_at(config, tmp_path):
+    config.user.probes = 0
+    with pytest.raises(UserError, match=r"user\.probes is 0"):
+        write_analyses(config, tmp_path / "w", 3, 2, looks=2)
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.slow

@@ -229,6 +229,12 @@ def test_a_plan_counts_what_a_user_asks_for_and_every_job_of_one_that_splits(con
         plan(config, tmp_path / "s", grid(seeds=[1], p=[0.2], users=["split"]))["runs"][0]["rows"]
         == 4 * 10 * config.user.train.epochs
     )
+    config.user.train.steps = 5
+    plain, drawn, harsh = plan(config, tmp_path / "t", grid(seeds=[1], p=[0.2], users=["plain", "best_of", "harsh"]))[
+        "runs"
+    ]
+    assert plain["rows"] == 2 * 5 * config.user.train.batch_size and harsh["rows"] == 7 * plain["rows"]
+    assert drawn["prompts"] - plain["prompts"] == 3 * 4 * config.eval.topic  # of three cells, four answers each
 
 
 def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, tmp_path):

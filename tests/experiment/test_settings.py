@@ -149,6 +149,13 @@ def test_what_the_model_and_the_devices_can_give(config, tiny, changes):
     check_sizes(config, tiny.spec, make_mesh())
 
 
+def test_a_user_s_rows_are_those_of_a_job(config, tiny):
+    config.user.n = 0
+    check_sizes(config, tiny.spec, make_mesh(), count=8)
+    config.user.n = 8
+    assert said(lambda *given: check_sizes(*given, count=0), config, tiny.spec, make_mesh()).startswith("user.rows:")
+
+
 @pytest.fixture
 def nothing_done(calls, monkeypatch):
     """That no model may be loaded, and no row made of one's answers."""
