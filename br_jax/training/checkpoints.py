@@ -24,6 +24,11 @@ class _Manager(ocp.CheckpointManager):
         """
         return False
 
+    def close(self) -> None:
+        """Also waits for the thread that clears leftovers: it prints a page where the folder goes under it."""
+        self._maybe_await_cleanup_tmp_directory()
+        super().close()
+
 
 class Checkpoints:
     """The checkpoints of one stage in one folder; the newest two are kept.

@@ -1,5 +1,6 @@
 """A run that is stopped and started again is the run that was not stopped."""
 
+import asyncio
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import stopped_run
 
 from br_jax.sharding import leaf_name, make_mesh
+from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.metrics import MetricWriter, read_jsonl
 from br_jax.training.run import train_adapter
 
@@ -107,3 +109,16 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path):
     writer.write({"step": 2, "loss": 2.5})
     writer.close()
     assert read_jsonl(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_closing_waits_for_what_clears_leftovers(tmp_path, monkeypatch):
+    """The folder may be gone next."""
+    cleared = []
+
+    async def slow(*_, **__):
+        await asyncio.sleep(0.3)
+        cleared.append(tmp_path)
+
+    monkeypatch.setattr("orbax.checkpoint._src.path.temporary_paths.cleanup_temporary_paths", slow)
+    Checkpoints(tmp_path / "checkpoints").close()
+    assert cleared
