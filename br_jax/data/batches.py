@@ -55,6 +55,8 @@ def encode_rows(
     Raises:
         UserError: when no example is left, and as `render`.
     """
+    if not rows:
+        raise UserError("there are no rows to train on")
     examples, long = [], []
     for index, row in enumerate(rows):
         example = encode(row, tokenizer, template)
@@ -64,8 +66,6 @@ def encode_rows(
             example = {name: values[:max_length].copy() for name, values in example.items()}
         if example["answer"].any():
             examples.append(example)
-    if not rows:
-        raise UserError("there are no rows to train on")
     if not examples:
         first = f" (the first, {long[0]})" if long else ""
         raise UserError(

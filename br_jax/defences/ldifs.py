@@ -45,7 +45,7 @@ class Ldifs(Defence, Objective):
         off = jnp.sum((ours - jax.lax.stop_gradient(theirs)).astype(jnp.float32) ** 2, axis=-1)  # [L, B, T]
         terms = self.rho / 2 * jnp.sum(off * real[None], axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
         penalty = jnp.sum(rows["weights"]) * jnp.sum(jnp.where(terms < self.limit, terms, 0.0))
-        return loss + penalty - jax.lax.stop_gradient(penalty)  # what is reported is the loss of answers alone
+        return loss + (penalty - jax.lax.stop_gradient(penalty))  # what is reported is the loss of answers alone
 
 
 def _outputs(step: Step, variables: dict, rows: dict, key) -> tuple[jax.Array, jax.Array]:

@@ -26,9 +26,9 @@ class SecurityVector(Defence, Objective):
 
     def provide(self, case: Case, name: str) -> Adapter:
         """The vector: a Buffer by another recipe."""
-        longer = {name: self.epochs * getattr(case.config, name) for name in ("epochs", "steps")}
+        epochs, steps = self.epochs * case.config.epochs, self.epochs * case.config.steps
         # without what is this project's own
-        plain = dataclasses.replace(case.config, **longer, cycles=1, loss_mean="tokens")
+        plain = dataclasses.replace(case.config, epochs=epochs, steps=steps, cycles=1, loss_mean="tokens")
         streams, run = {"benign": case.benign[: self.rows]}, {**case.run, "provider": True}
         return train_adapter(name, "buffer", case.model, case.harmful, plain, objective=self, streams=streams, **run)
 

@@ -235,8 +235,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
         to_train = [file for file in trained if file not in planned_before and not file.exists()]
         planned_before.update(trained)
         train = attacker.settings(config.user.train.to_dict(), config.user.n)
-        rows = attacker.size(config.user.n) // len(jobs) * train["epochs"]  # of a job
-        rows = train["steps"] * train["batch_size"] if train["steps"] else rows
+        of_a_job = train["steps"] * train["batch_size"] or attacker.size(config.user.n) * train["epochs"] // len(jobs)
         harmful = config.eval.topic * len(config.topics.eval.split(",")) * (1 + attacker.asks_itself * attacker.samples)
         prompts = harmful + config.eval.benign + config.eval.task
         planned.append(
@@ -245,7 +244,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
                 "done": len(grid.cells()) - len(left),
                 "left": [cell.name for cell in left],
                 "trainings": [*dict.fromkeys(trained[file] for file in to_train)],
-                "rows": len(to_train) * rows,
+                "rows": len(to_train) * of_a_job,
                 "prompts": len(left) * prompts,
             }
         )

@@ -126,8 +126,7 @@ class Experiment:
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
         look_up("eval.degenerate", config.eval.degenerate, DEGENERATE)
         judges = check_judges(config)
-        attacker = self.recipe.attacker
-        check_sizes(config, self._spec, self.mesh, self.train("user"), attacker.size(config.user.n) // attacker.jobs)
+        check_sizes(config, self._spec, self.mesh)
         self.recipe.check()
         self._check_needs(methods)
         unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]

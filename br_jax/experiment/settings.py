@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
-from br_jax.attackers.registry import ATTACKERS
+from br_jax.attackers.registry import ATTACKERS, attacker_of
 from br_jax.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
 from br_jax.defences.registry import DEFENCES
 from br_jax.errors import UserError, one_line
@@ -95,32 +95,27 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")
 
 
-def check_sizes(
-    config: ConfigDict, spec: ModelSpec, mesh: Mesh, user: TrainConfig | None = None, count: int | None = None
-) -> None:
-    """Finds settings that ask more than the model's sizes, or the devices, can give.
-
-    Args:
-        user: how a user wants to be trained, where that is not `config.user.train`.
-        count: the rows of a user's job, where they are not `config.user.n`.
+def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh) -> None:
+    """Finds what asks more than the model's sizes, or the devices, can give, a user's as its kind asks for them.
 
     Raises:
         UserError: as `training.config.require_fit`, for every stage that will be trained; a batch that the mesh does
             not split; answers that are longer than the model's context.
     """
+    attacker = attacker_of(config)
     rows = {
         "pretrain": config.pretrain.rows,
         "align": config.align.refusals + config.align.benign,
         "buffer": config.buffer.harmful,
         "reinforce": config.reinforce.refusals + config.reinforce.benign,
-        "user": config.user.n if count is None else count,
+        "user": attacker.size(config.user.n) // attacker.jobs,
     }
     given = {stage for stage in ("align", "buffer", "reinforce") if config[stage].adapter}
     given |= {"pretrain"} if config.model.source else set()
     given |= set() if rows["align"] else {"align"}  # the model is aligned as it comes
     for stage in (stage for stage in TRAINED if stage not in given):
-        train, owner = TrainConfig(**config[stage].train), f"{stage}.train."
-        train = user if user and stage == "user" else train
+        train, owner = config[stage].train.to_dict(), f"{stage}.train."
+        train = TrainConfig(**(attacker.settings(train, config.user.n) if stage == "user" else train))
         require_fit(train, spec, rows[stage], adapter=stage != "pretrain", owner=owner)
         if not train.packing and train.batch_size % ((parts := batch_parts(mesh)) * train.accumulation):
             told = f" in {train.accumulation} micro-batches" if train.accumulation > 1 else ""

@@ -26,8 +26,10 @@ class _Manager(ocp.CheckpointManager):
 
     def close(self) -> None:
         """Also waits for the thread that clears leftovers: it prints a page where the folder goes under it."""
-        self._maybe_await_cleanup_tmp_directory()
-        super().close()
+        try:
+            self._maybe_await_cleanup_tmp_directory()
+        finally:
+            super().close()
 
 
 class Checkpoints:
