@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     from br_jax.experiment.frame import read_cells
     from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
     from br_jax.experiment.methods import COMPARED
-    from br_jax.experiment.report import print_summary, write_report
+    from br_jax.experiment.report import print_cell, print_summary, write_report
 
     config = CONFIG.value
     grid = Grid(
@@ -63,12 +63,14 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(render_plan(plan(config, WORKDIR.value, grid, shard)))
         return 0
-    status = 0
-    for _ in run_sweep(config, WORKDIR.value, grid, shard):
+    total = len(grid.runs()[shard[0] :: shard[1]]) * len(grid.cells())
+    for done, cell in enumerate(run_sweep(config, WORKDIR.value, grid, shard), 1):
         if is_main():
-            status = print_summary(read_cells(WORKDIR.value))
-    if is_main():
-        print(write_report(WORKDIR.value, command=" ".join(sys.argv)))
+            print_cell(cell, f"{done}/{total}")
+    if not is_main():
+        return 0
+    status = print_summary(read_cells(WORKDIR.value))
+    print(write_report(WORKDIR.value, command=" ".join(sys.argv)))
     return status
 
 

@@ -67,6 +67,13 @@ def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 
     return write_document(workdir / ("sweep.md" if run is None else "report.md"), text, drawn)
 
 
+def print_cell(cell: Mapping[str, Any], place: str) -> None:
+    """Prints one line for a terminal: the place of a cell in its sweep, as "3/9", what it is of, and its scores."""
+    ((setting, (row,)),) = make_frame([cell]).items()
+    scores = ", ".join(f"{TITLES[score]} {_percent(row, score)}" for score in MAIN)
+    print(f"{place}  {setting}, p = {row.p:g}, seed {cell['run']['seed']}, {row.label}: {scores}", flush=True)
+
+
 def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     """Prints scores, gates and the verdict of cells for a terminal.
 
@@ -77,8 +84,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     for setting, rows in frame.items():
         lines = []
         for row in rows:
-            means = [number(one and one.mean, ".1f", scale=100) for one in map(row.estimate, MAIN)]
-            lines.append([f"{row.p:g}", row.label, *means, len(row.scores)])
+            lines.append([f"{row.p:g}", row.label, *(_percent(row, score) for score in MAIN), len(row.scores)])
         print(f"\n{setting}")
         header = ["p", "method", *(TITLES[score] for score in MAIN), "seeds"]
         align = ["left", "left", *["right"] * (len(header) - 2)]
@@ -94,6 +100,11 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     said = outcome(gates)
     print(f"\n{_HEADLINES[said]}", flush=True)
     return int(said == "attack_failed")
+
+
+def _percent(row: Row, score: str) -> str:
+    found = row.estimate(score)
+    return number(found and found.mean, ".1f", scale=100)
 
 
 def _sections(

@@ -10,7 +10,7 @@ from scipy.stats import binomtest, sem, t
 
 from br_jax.errors import UserError
 from br_jax.experiment import report as report_module
-from br_jax.experiment.report import print_summary, write_report
+from br_jax.experiment.report import print_cell, print_summary, write_report
 from br_jax.statistics import Mean, Score
 
 OURS, SFT = "**Buffer-and-Reinforce, a = 0.1**", "SFT (undefended)"
@@ -250,6 +250,15 @@ def test_nothing_finished_is_one_line(tmp_path):
     (tmp_path / "results.json").write_text('{"models": {}}')
     with pytest.raises(UserError, match="made by an earlier br_jax: run its command again"):
         write_report(tmp_path)
+
+
+def test_a_cell_for_a_terminal(make_cell, capsys):
+    print_cell(make_cell("ours", 0.1, seed=7, harmful=80), "3/9")
+    (line,) = capsys.readouterr().out.splitlines()
+    said = "p = 0.1, seed 7, Buffer-and-Reinforce, a = 0.1: HS 80.0, FA 89.0, over-refusal 12.0"
+    assert line.startswith("3/9  ") and line.endswith(said)
+    print_cell(make_cell("aligned", harmful=0, prompts=0), "1/1")
+    assert "HS n/a, FA" in capsys.readouterr().out
 
 
 def test_the_summary_for_a_terminal(make_cell, capsys):
