@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(render_plan(plan(config, WORKDIR.value, grid, shard)))
         return 0
-    total = len(grid.runs()[shard[0] :: shard[1]]) * len(grid.cells())
+    total = len(grid.runs(shard)) * len(grid.cells())
     for done, cell in enumerate(run_sweep(config, WORKDIR.value, grid, shard), 1):
         if is_main():
             print_cell(cell, f"{done}/{total}")

@@ -112,6 +112,7 @@ NUMBERS = [
     ("sweep.py", "--n=1000000000000000", "axis n: a value is 1000000000000000"),
     ("sweep.py", "--n=0.5", "--n=0.5: invalid literal"),
     ("sweep.py", "--shard=2/2", "shard 2/2"),
+    ("sweep.py", "--shard=0/0", "shard 0/0"),
     ("evaluate.py", "--config.user.train.clip_norm=0", r"user\.train\.clip_norm is 0\.0: it must be a number above 0"),
 ]
 

@@ -118,13 +118,15 @@ class Grid:
         if count > 1:
             raise UserError(f"two runs of this sweep would be in the folder {name}: name their models or topics apart")
 
-    def runs(self) -> list[Run]:
-        """Every run, seeds outermost, so that the first seed's table is whole before the next begins."""
+    def runs(self, shard: tuple[int, int] = (0, 1)) -> list[Run]:
+        """Every run of a shard, seeds outermost, so that the first seed's table is whole before the next begins."""
+        if not 0 <= shard[0] < shard[1]:
+            raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
         axes = self.seeds, self.models, self.tasks, self.users, self.topics, self.n, self.p
         return [
             Run(model, task, topic, n, p, seed, user)
             for seed, model, task, user, topic, n, p in itertools.product(*axes)
-        ]
+        ][shard[0] :: shard[1]]
 
     def cells(self) -> list[Cell]:
         """Those of every run."""
@@ -158,9 +160,7 @@ def run_sweep(
 def _planned(base: ConfigDict, workdir, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
     """(config, folder, cells that are not there yet) of each run of a shard."""
     planned = []
-    if not 0 <= shard[0] < shard[1]:
-        raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
-    for run in grid.runs()[shard[0] :: shard[1]]:
+    for run in grid.runs(shard):
         config, folder = run.config(base, pathlib.Path(workdir)), pathlib.Path(workdir) / "runs" / run.name
         check_settings(config)
         planned.append((config, folder, [cell for cell in grid.cells() if read_cell(folder, config, cell) is None]))

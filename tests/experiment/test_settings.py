@@ -150,11 +150,10 @@ def test_what_the_model_and_the_devices_can_give(config, tiny, changes):
 
 
 def test_a_user_s_rows_are_those_of_a_job(config, tiny):
+    # ten rows take part 12,000 times: were it all rows, no run may have so many steps
     for kind, n, epochs in (("split", 16, 1), ("ten_rows", 40_000, 3)):
         config.user.update(kind=kind, n=n)
-        config.user.train.epochs = (
-            epochs  # ten rows take part 12,000 times: were it all rows, no run may have so many steps
-        )
+        config.user.train.epochs = epochs
         check_sizes(config, tiny.spec, make_mesh())
     config.user.update(kind="split", n=1)
     assert said(check_sizes, config, tiny.spec, make_mesh()).startswith("user.rows:")
