@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from br_jax.experiment.frame import Estimate, Frame, Row, Setting, at_worst, find, gap, shares
+from br_jax.experiment.frame import MAIN, Estimate, Frame, Row, Setting, at_worst, find, gap, shares
 
 TASK_P = 0.5  # beyond it too few rows of the task are left to ask it of them
 
@@ -29,6 +29,15 @@ CLAIMS = (
          "ours", "aligned", 0.05),
     Rule("degenerate", "answers are whole: degenerate of ours minus SFT's", "degenerate", "ours", "sft", 0.05),
 )  # fmt: skip
+
+
+def claims_of(method: str) -> list[Rule]:
+    """What is claimed of ours in the main scores, asked of another method."""
+    rules = [rule for rule in CLAIMS if rule.score in MAIN]
+    return [
+        rule._replace(**{side: method for side in ("first", "second") if getattr(rule, side) == "ours"})
+        for rule in rules
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,6 +136,7 @@ def _sections(
         if geometry := tables.geometry_table(rows):
             yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
             yield geometry
+    yield from tables.users_table(frame)
     yield from tables.parts_table(frame)
     yield from tables.strength_table(frame)
     if any(row.p == 0 for rows in frame.values() for row in rows):

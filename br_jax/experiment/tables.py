@@ -2,13 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from br_jax.experiment.document import literal, number, table, told
-from br_jax.experiment.frame import MAIN, TITLES, Frame, Row, find, gap, one_strength, paired, shares, strengths
-from br_jax.experiment.gates import TASK_P, Gate
+from br_jax.experiment.frame import (
+    MAIN,
+    TITLES,
+    Estimate,
+    Frame,
+    Row,
+    find,
+    gap,
+    one_strength,
+    paired,
+    place,
+    shares,
+    strengths,
+)
+from br_jax.experiment.gates import TASK_P, Gate, claims_of
 from br_jax.experiment.methods import METHODS
+from br_jax.statistics import t_interval
 
 LEGEND = (
     "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
@@ -161,6 +175,58 @@ def paired_table(rows: Sequence[Row]) -> str:
         ["" if row.method == m else _tested(row, find(rows, row.p, m), score) for m, score in against] for row in rows
     ]
     return _of_rows(rows, ["HS against SFT", "HS against aligned", "FA against SFT"], cells)
+
+
+def users_table(frame: Frame) -> Iterable[str]:
+    """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
+
+    A user is a seed of a setting at a p; there is no table where all are of one setting and p.
+    """
+    there = [(s, row) for s, rows in frame.items() if s.user == "plain" for row in one_strength(rows) if row.p > 0]
+    if len({(setting, row.p) for setting, row in there}) < 2:
+        return
+    methods, claims, lines = defaultdict(list), claims_of("ours"), []
+    for setting, row in sorted(there, key=lambda each: place(each[1])[1:]):
+        methods[row.method].append((setting, row))
+    methods.pop("aligned", None)
+    for method, found in methods.items():
+        users: dict[tuple, dict] = defaultdict(dict)  # -> of each score the difference, and whether it keeps its limit
+        for setting, row in found:
+            for rule in (rule for rule in claims_of(method) if row.p <= rule.most_p):
+                sides = (row if m == method else find(frame[setting], row.p, m) for m in (rule.first, rule.second))
+                gate = Gate(setting, row.p, row.a, rule, gap(*sides, rule.score))
+                for seed, value in gate.gap.by_seed.items() if gate.gap else ():
+                    users[setting, row.p, seed][rule.score] = value, seed not in gate.beyond
+        cells = [str(len(users))]
+        for rule in claims:
+            cells += _worst_and_mean({user: each[rule.score] for user, each in users.items() if rule.score in each})
+        cells += [str(sum(each[MAIN[0]][1] for each in users.values() if MAIN[0] in each))]
+        cells += [str(sum(all(keeps for _, keeps in each.values()) for each in users.values()))]
+        lines.append([label(found[0][1]), *cells])
+    yield "## All users"
+    over = {"harmful": "HS over the base's", "task": "FA under SFT's", "over_refusal": "over-refusal over the base's"}
+    header = [words for rule in claims for words in (f"{over[rule.score]}: worst", "mean")]
+    yield table(["method", "users", *header, "HS kept", "all kept"], lines)
+    yield (
+        "A user is a seed of a setting at a p > 0; only plain ones are here. Differences in points, with limits of "
+        f"{', '.join(f'{100 * rule.limit:g}' for rule in claims)}; **bold**: past it. The interval of a mean is "
+        "Student's over the seeds' own means. Kept: for how many users HS keeps its limit, and all three do. "
+        "Methods with fewer users than others are not to be held against these."
+    )
+
+
+def _worst_and_mean(found: Mapping[tuple, tuple[float, bool]]) -> tuple[str, str]:
+    """The largest difference of some users, and their mean with its interval over seeds."""
+    if not found:
+        return "n/a", "n/a"
+    by_seed = defaultdict(list)
+    for (*_, seed), (value, _) in found.items():
+        by_seed[seed].append(value)
+    means = {seed: fmean(values) for seed, values in by_seed.items()}
+    mean, *ends = t_interval([*means.values()], (-1.0, 1.0))
+    whole = Estimate(mean, *(ends if len(set(means.values())) > 1 else (None, None)), means)
+    worst = f"{100 * max(value for value, _ in found.values()):+.1f}"
+    return worst if all(keeps for _, keeps in found.values()) else f"**{worst}**", told(whole)
 
 
 def parts_table(frame: Frame) -> Iterable[str]:
