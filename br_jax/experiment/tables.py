@@ -201,7 +201,8 @@ def users_table(frame: Frame) -> Iterable[str]:
         for rule in claims:
             cells += _worst_and_mean({user: each[rule.score] for user, each in users.items() if rule.score in each})
         cells += [str(sum(each[MAIN[0]][1] for each in users.values() if MAIN[0] in each))]
-        cells += [str(sum(all(keeps for _, keeps in each.values()) for each in users.values()))]
+        whole = [each for (_, p, _), each in users.items() if len(each) == sum(p <= rule.most_p for rule in claims)]
+        cells += [str(sum(all(keeps for _, keeps in each.values()) for each in whole))]
         lines.append([label(found[0][1]), *cells])
     yield "## All users"
     over = {"harmful": "HS over the base's", "task": "FA under SFT's", "over_refusal": "over-refusal over the base's"}

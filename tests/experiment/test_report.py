@@ -82,6 +82,8 @@ def test_all_users_at_their_worst_and_on_the_mean(report, make_grid, make_cell):
     names = "harmful", "right", "refused"
     ours = [make_cell("ours", 0.1, p=p, seed=s, **dict(zip(names, k, strict=True))) for (p, s), k in counts.items()]
     grid = make_grid(methods=("aligned", "sft"), ps=(0.0, 0.1, 0.5, 1.0), seeds=(1, 2))
+    grid.append(make_cell("average", p=0.1, seed=3, right=180))  # without the base
+    grid.append(make_cell("sft", p=0.1, seed=3))
     harsh = make_cell("sft", seed=1)
     harsh["run"]["user"] = "harsh"  # is left out, as one without harm is
     text = report([*grid, harsh, make_cell("ours", 0.1, p=0.0, seed=1, harmful=99), *ours])
@@ -90,8 +92,11 @@ def test_all_users_at_their_worst_and_on_the_mean(report, make_grid, make_cell):
     assert row[1] == "5" and row[2::2][:3] == ["**+6.0**", "**+3.5**", "**+6.0**"]
     assert row[3:8:2] == [told(*students(each, -1.0), "+") for each in means]
     assert row[8:] == ["4", "3"], "7 and 174 keep all limits by a hair, as do 2 and 180"
+    average = text.after("## All users").line("naive average")
+    assert average[4:6] == ["+0.0", "+0.0"] and average[2:4] == average[6:8] == ["n/a", "n/a"]
+    assert average[-1] == "0", "what was not compared is not kept"
     sft = text.after("## All users").line(SFT)
-    assert sft[1] == "6" and sft[4:6] == ["+0.0", "+0.0"] and sft[8:] == ["0", "0"], "equal means have no interval"
+    assert sft[1] == "7" and sft[4:6] == ["+0.0", "+0.0"] and sft[8:] == ["0", "0"], "equal means have no interval"
 
 
 def test_what_contradicts_the_claim_comes_first(report, make_grid, make_cell):
