@@ -209,8 +209,13 @@ def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
         (seed,) = values
         ends = difference(*(read_score(row.counted(score)[seed]) for row in (first, second)))[1:]
         return Estimate(values[seed], *ends, values, own=True)
-    mean, *ends = t_interval(list(values.values()), (-math.inf, math.inf) if score == "perplexity" else (-1.0, 1.0))
-    return Estimate(mean, *(ends if len(set(values.values())) > 1 else (None, None)), values)
+    return over_seeds(values, (-math.inf, math.inf) if score == "perplexity" else (-1.0, 1.0))
+
+
+def over_seeds(differences: dict[int, float], bounds: tuple[float, float] = (-1.0, 1.0)) -> Estimate:
+    """The mean of differences by seed, with Student's interval where they differ."""
+    mean, *ends = t_interval(list(differences.values()), bounds)
+    return Estimate(mean, *(ends if len(set(differences.values())) > 1 else (None, None)), differences)
 
 
 class Paired(NamedTuple):

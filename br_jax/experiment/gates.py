@@ -31,9 +31,9 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def claims_of(method: str) -> list[Rule]:
-    """What is claimed of ours in the main scores, asked of another method."""
-    rules = [rule for rule in CLAIMS if rule.score in MAIN]
+def claims_of(method: str, p: float = 0.0) -> list[Rule]:
+    """What is claimed of ours in the main scores at a share of harmful rows, asked of another method."""
+    rules = [rule for rule in CLAIMS if rule.score in MAIN and p <= rule.most_p]
     return [
         rule._replace(**{side: method for side in ("first", "second") if getattr(rule, side) == "ours"})
         for rule in rules

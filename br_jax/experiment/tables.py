@@ -9,12 +9,12 @@ from br_jax.experiment.document import literal, number, table, told
 from br_jax.experiment.frame import (
     MAIN,
     TITLES,
-    Estimate,
     Frame,
     Row,
     find,
     gap,
     one_strength,
+    over_seeds,
     paired,
     place,
     shares,
@@ -22,7 +22,6 @@ from br_jax.experiment.frame import (
 )
 from br_jax.experiment.gates import TASK_P, Gate, claims_of
 from br_jax.experiment.methods import METHODS
-from br_jax.statistics import t_interval
 
 LEGEND = (
     "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
@@ -192,7 +191,7 @@ def users_table(frame: Frame) -> Iterable[str]:
     for method, found in methods.items():
         users: dict[tuple, dict] = defaultdict(dict)  # -> of each score the difference, and whether it keeps its limit
         for setting, row in found:
-            for rule in (rule for rule in claims_of(method) if row.p <= rule.most_p):
+            for rule in claims_of(method, row.p):
                 sides = (row if m == method else find(frame[setting], row.p, m) for m in (rule.first, rule.second))
                 gate = Gate(setting, row.p, row.a, rule, gap(*sides, rule.score))
                 for seed, value in gate.gap.by_seed.items() if gate.gap else ():
@@ -201,7 +200,7 @@ def users_table(frame: Frame) -> Iterable[str]:
         for rule in claims:
             cells += _worst_and_mean({user: each[rule.score] for user, each in users.items() if rule.score in each})
         cells += [str(sum(each[MAIN[0]][1] for each in users.values() if MAIN[0] in each))]
-        whole = [each for (_, p, _), each in users.items() if len(each) == sum(p <= rule.most_p for rule in claims)]
+        whole = [each for (_, p, _), each in users.items() if len(each) == len(claims_of(method, p))]
         cells += [str(sum(all(keeps for _, keeps in each.values()) for each in whole))]
         lines.append([label(found[0][1]), *cells])
     yield "## All users"
@@ -224,10 +223,8 @@ def _worst_and_mean(found: Mapping[tuple, tuple[float, bool]]) -> tuple[str, str
     for (*_, seed), (value, _) in found.items():
         by_seed[seed].append(value)
     means = {seed: fmean(values) for seed, values in by_seed.items()}
-    mean, *ends = t_interval([*means.values()], (-1.0, 1.0))
-    whole = Estimate(mean, *(ends if len(set(means.values())) > 1 else (None, None)), means)
     worst = f"{100 * max(value for value, _ in found.values()):+.1f}"
-    return worst if all(keeps for _, keeps in found.values()) else f"**{worst}**", told(whole)
+    return worst if all(keeps for _, keeps in found.values()) else f"**{worst}**", told(over_seeds(means))
 
 
 def parts_table(frame: Frame) -> Iterable[str]:
