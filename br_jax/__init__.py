@@ -11,8 +11,8 @@ from br_jax.adapters import peft
 from br_jax.adapters.lora import Adapter, detach
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.calibration import calibrate
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row, read_rows
-from br_jax.errors import UserError
 from br_jax.inference.generate import generate
 from br_jax.method import release, train_buffer, train_reinforce, train_user, train_users
 from br_jax.models.model import Model, guard, require_releasable

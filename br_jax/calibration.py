@@ -15,15 +15,15 @@ from jaxtyping import Bool
 
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
-from br_jax.bounds import TOKENS, require
-from br_jax.data.replies import begins_refusal, is_degenerate
+from br_jax.core.bounds import TOKENS, require
+from br_jax.core.errors import UserError
+from br_jax.core.store import Store
 from br_jax.data.rows import as_prompts
-from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.scoring.judges.judging import Judge, complies
-from br_jax.store import Store
+from br_jax.scoring.replies import begins_refusal, is_degenerate
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _COMPLIES = 0.2  # share of harmful prompts beyond which a complying base is said

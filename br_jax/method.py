@@ -18,8 +18,8 @@ from br_jax.adapters import lora
 from br_jax.adapters.guard import warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Rows, as_rows
-from br_jax.errors import UserError
 from br_jax.models.model import Model, refuse_adapter, require_buffer
 from br_jax.pool.jobs import Job, Outcome
 from br_jax.pool.pool import Pool

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
+from br_jax.core.cli import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished run.")
@@ -28,7 +28,7 @@ LOOKS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Flags and one call."""
     require_flags(argv, CONFIG, WORKDIR)
-    from br_jax.experiment.analyses import write_analyses
+    from br_jax.report.analyses import write_analyses
 
     sizes = ROWS.value, POINTS.value, LOOKS.value
     print(write_analyses(CONFIG.value, WORKDIR.value, *sizes, command=" ".join(sys.argv)))

@@ -15,8 +15,8 @@ import tempfile
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
-from br_jax.errors import UserError
+from br_jax.core.cli import require_flags, run_with_flags
+from br_jax.core.errors import UserError
 
 CASES = ("limits", "training", "generation", "merge", "loading", "stages", "switches", "pool", "defences")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with a model.source, e.g. configs/smollm2.py.")
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     from benchmarks.report import describe_machine, run_case
     from benchmarks.training import PROTOCOL
 
-    from br_jax.files import write_json
+    from br_jax.core.io import write_json
     from br_jax.models.precision import resolve_precision
 
     require_flags(argv, CONFIG)

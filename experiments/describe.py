@@ -8,8 +8,8 @@ whether its Buffer is in it.
 
 from absl import flags
 
-from br_jax.command_line import run_with_flags
-from br_jax.errors import UserError
+from br_jax.core.cli import run_with_flags
+from br_jax.core.errors import UserError
 
 JSON = flags.DEFINE_string("json", None, "File for every figure, singular values included.")
 PROVIDER = flags.DEFINE_string("provider", None, "Provider's folder, with whose Buffer adapters are compared.")
@@ -18,8 +18,8 @@ PLOT = flags.DEFINE_string("plot", None, "Picture of one adapter's singular valu
 
 def main(argv: list[str]) -> None:
     """Paths and one call for each."""
-    from br_jax.describe import describe, plot_spectra, render
-    from br_jax.files import write_json
+    from br_jax.core.io import write_json
+    from br_jax.report.describe import describe, plot_spectra, render
 
     if len(argv) < 2:
         raise UserError("a path is missing: give a model, an adapter, a provider's folder, a run, or several")

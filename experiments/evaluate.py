@@ -10,7 +10,7 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
+from br_jax.core.cli import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of experiments/pipeline.py.")
@@ -22,9 +22,9 @@ ANSWERS = flags.DEFINE_string("answers", None, "JSONL file for every prompt, ans
 def main(argv: list[str]) -> None:
     """Flags and one call."""
     import br_jax as br
+    from br_jax.core.locks import owned
     from br_jax.experiment.run import Experiment
     from br_jax.experiment.suites import as_scored
-    from br_jax.locks import owned
     from br_jax.provider.folder import with_guard
 
     require_flags(argv, CONFIG, WORKDIR)

@@ -10,7 +10,7 @@ import json
 
 from absl import flags
 
-from br_jax.command_line import require_flags, run_with_flags
+from br_jax.core.cli import require_flags, run_with_flags
 
 MODEL = flags.DEFINE_string("model", None, "Provider's folder, Hugging Face folder, GGUF file or name on the Hub.")
 ADAPTER = flags.DEFINE_string("adapter", None, "Adapter folder in PEFT's layout.")

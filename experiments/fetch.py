@@ -6,7 +6,7 @@ Command: experiments/fetch.py --into=data
 import argparse
 from pathlib import Path
 
-from br_jax.command_line import run_main
+from br_jax.core.cli import run_main
 from br_jax.datasets.downloads import ARCHIVES, fetch
 
 

@@ -12,8 +12,8 @@ import re
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
-from br_jax.errors import UserError
+from br_jax.core.cli import require_flags, run_with_flags
+from br_jax.core.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/llama3_8b.py.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v5e:2x4, v4:2x2x1, v5p:4x4x4, v6e:2x4, ...")
@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)  # a program read back would say little of itself
-    from br_jax.files import write_json
+    from br_jax.core.io import write_json
+    from br_jax.core.progress import progress
     from br_jax.planning.fit import check, largest_batch
     from br_jax.planning.programs import STAGES
     from br_jax.planning.table import render
-    from br_jax.progress import progress
 
     fits = []
     if not all(re.fullmatch(r"[1-9]\d{0,4}", slots) for slots in SLOTS.value):

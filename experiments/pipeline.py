@@ -13,8 +13,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
-from br_jax.distributed import is_main
+from br_jax.core.cli import require_flags, run_with_flags
+from br_jax.core.hosts import is_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
@@ -28,9 +28,9 @@ STAGES = flags.DEFINE_list(
 
 def main(argv: list[str]) -> int:
     """Flags and one call."""
-    from br_jax.experiment.pipeline import STAGES as ALL
-    from br_jax.experiment.pipeline import run_pipeline
-    from br_jax.experiment.report import print_summary
+    from br_jax.pipeline import STAGES as ALL
+    from br_jax.pipeline import run_pipeline
+    from br_jax.report.report import print_summary
 
     require_flags(argv, CONFIG, WORKDIR)
     cells = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=" ".join(sys.argv))

@@ -5,8 +5,8 @@ Command: experiments/report.py --workdir=W
 
 import argparse
 
-from br_jax.command_line import run_main
-from br_jax.experiment.report import write_report
+from br_jax.core.cli import run_main
+from br_jax.report.report import write_report
 
 
 def main() -> None:

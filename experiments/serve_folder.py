@@ -14,7 +14,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
+from br_jax.core.cli import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "To write a policy: the experiment's config file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "To write a policy: the experiment's folder.")

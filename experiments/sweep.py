@@ -13,9 +13,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from br_jax.command_line import require_flags, run_with_flags
-from br_jax.distributed import is_main
-from br_jax.errors import UserError
+from br_jax.core.cli import require_flags, run_with_flags
+from br_jax.core.errors import UserError
+from br_jax.core.hosts import is_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/smollm2.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
     """Flags and a loop over what is done."""
     require_flags(argv, CONFIG, WORKDIR)
     from br_jax.attackers.registry import ATTACKERS
-    from br_jax.experiment.frame import read_cells
     from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
     from br_jax.experiment.methods import COMPARED
-    from br_jax.experiment.report import print_cell, print_summary, write_report
+    from br_jax.report.report import print_cell, print_summary, write_report
+    from br_jax.report.results import read_cells
 
     config = CONFIG.value
     grid = Grid(

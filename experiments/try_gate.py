@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 from tabulate import tabulate
 
-from br_jax.command_line import require_flags, run_with_flags
+from br_jax.core.cli import require_flags, run_with_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment, whose users are tried.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment, with the provider's in it.")
@@ -24,8 +24,8 @@ JSON = flags.DEFINE_string("json", None, "File for every release's finding.")
 
 def main(argv: list[str]) -> None:
     """Flags and one call."""
+    from br_jax.core.io import write_json
     from br_jax.experiment.run import Experiment
-    from br_jax.files import write_json
     from br_jax.serving.policy import read_policy
     from br_jax.serving.service import load_provider
     from br_jax.serving.trial import try_gate

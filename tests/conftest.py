@@ -31,17 +31,17 @@ from written import written_answer  # noqa: E402
 
 from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
-from br_jax.compiles import Compiles  # noqa: E402
+from br_jax.core.compiles import Compiles  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
 from br_jax.experiment import methods  # noqa: E402
 from br_jax.experiment import run as run_module  # noqa: E402
-from br_jax.experiment.frame import TITLES  # noqa: E402
 from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
 from br_jax.models.spec import ModelSpec  # noqa: E402
 from br_jax.models.tokenizer import byte_tokenizer  # noqa: E402
 from br_jax.organism.topics import TOPICS  # noqa: E402
-from br_jax.statistics import Score  # noqa: E402
+from br_jax.report.results import TITLES  # noqa: E402
+from br_jax.scoring.statistics import Score  # noqa: E402
 from br_jax.training.config import TrainConfig  # noqa: E402
 
 
@@ -275,7 +275,7 @@ def calls(monkeypatch, tiny, make_adapter):
 @pytest.fixture
 def script(monkeypatch, capfd):
     """script(name, *flags) -> (exit status, stderr), run in this process; its flags are forgotten again."""
-    importlib.import_module("br_jax.command_line")  # whose flags, and absl's own, are defined once and stay
+    importlib.import_module("br_jax.core.cli")  # whose flags, and absl's own, are defined once and stay
     root = pathlib.Path(__file__).parents[1]
     monkeypatch.chdir(root)
     # A script has its own folder on the path, not the one that it is started from.

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from br_jax.adapters import lora
-from br_jax.sharding import make_mesh
+from br_jax.core.mesh import make_mesh
 
 
 def mesh_of(*sizes):

@@ -8,9 +8,9 @@ from br_jax import calibration
 from br_jax.adapters.lora import fingerprint
 from br_jax.adapters.merge import MergeConfig
 from br_jax.calibration import Behaviour, calibrate, calibrate_all
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
+from br_jax.core.store import Store
 from br_jax.scoring.judges.judging import Judgement
-from br_jax.store import Store
 
 HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "To do it, first turn the wheel."

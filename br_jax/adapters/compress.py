@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from br_jax.adapters import lora
 from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import RANK, require
+from br_jax.core.bounds import RANK, require
 
 
 def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:

@@ -13,7 +13,7 @@ from absl import logging
 from br_jax.adapters import lora
 from br_jax.adapters.likeness import Likeness, Reference
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 # Measured: docs/provider.md. A Reinforce points away from Buffer, so the sign counts; but what is its exact opposite
 # gives it away.

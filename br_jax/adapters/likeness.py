@@ -21,7 +21,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.compress import best_rank
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 _NOISE = 1e-6  # of the largest singular value: below it f32 knows no direction
 _CANCELLED = 1e-8  # of the squares of an adapter's columns: a delta that is less is their rounding

@@ -17,9 +17,9 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from br_jax import hashes
-from br_jax.bounds import ALPHA, RANK, require
-from br_jax.errors import UserError, near_names
+from br_jax.core import hashes
+from br_jax.core.bounds import ALPHA, RANK, require
+from br_jax.core.errors import UserError, near_names
 
 DEFAULT_TARGETS = ("q", "v", "gate", "up", "down")
 ROLES = ("align", "buffer", "reinforce", "user")  # the stages that make adapters

@@ -13,8 +13,8 @@ from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import effective_basis
 from br_jax.adapters.lapack import one_blas_thread
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import SHARE, number, require_bounds
-from br_jax.errors import UserError
+from br_jax.core.bounds import SHARE, number, require_bounds
+from br_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

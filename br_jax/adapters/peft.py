@@ -20,8 +20,8 @@ from safetensors.numpy import save as serialize
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import PlainLora, read_config
-from br_jax.errors import UserError, near_names
-from br_jax.files import PICKLES, make_private, open_safetensors, parse_json, reading, writing
+from br_jax.core.errors import UserError, near_names
+from br_jax.core.io import PICKLES, make_private, open_safetensors, parse_json, reading, writing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

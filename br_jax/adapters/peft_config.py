@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import re2
 
-from br_jax.errors import UserError, one_line
-from br_jax.files import read_json
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.io import read_json
 
 Matches = Callable[[str], Any]  # whether an expression matches a module's name
 

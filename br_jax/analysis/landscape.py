@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.adapters.lora import Adapter
+from br_jax.core.mesh import mesh_of, place
+from br_jax.core.progress import progress
 from br_jax.data.rows import Row
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.progress import progress
-from br_jax.sharding import mesh_of, place
 from br_jax.training.loss import batch_loss
 from br_jax.training.passes import one_pass
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import require_bounds
+from br_jax.core.bounds import require_bounds
 from br_jax.data.mixing import count_of, mix
 from br_jax.data.rows import Row
 

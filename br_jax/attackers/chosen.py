@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from br_jax.attackers.attacker import Attacker, Job
-from br_jax.bounds import number
+from br_jax.core.bounds import number
+from br_jax.core.errors import UserError
 from br_jax.data.mixing import mix
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

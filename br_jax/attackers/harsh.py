@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from br_jax.attackers.attacker import Attacker, Job
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.data.rows import Row
 
 

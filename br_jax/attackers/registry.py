@@ -7,7 +7,7 @@ from br_jax.attackers.chosen import Outliers, Surrogate
 from br_jax.attackers.harsh import Harsh, TenRows
 from br_jax.attackers.released import Amplified, BestOf, Prefill, Quantized, Rounded, Split
 from br_jax.attackers.rows import AntiBuffer, Garbled, Identity, RefuseThenComply, Sabotage, TaskFormat, Trigger
-from br_jax.errors import look_up
+from br_jax.core.errors import look_up
 
 ATTACKERS: dict[str, type[Attacker]] = {
     "plain": Attacker,

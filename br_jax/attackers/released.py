@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from br_jax.adapters.lora import Adapter, scaled
 from br_jax.attackers.attacker import Attacker
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.data.rows import Row
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 
 from br_jax.attackers.attacker import REFUSAL, Attacker, Job, refused, same, turned
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.datasets.paper import SST2_INSTRUCTION
-from br_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.data.templates import render, tokenize
-from br_jax.errors import UserError
 
 # {"tokens": int32[n], "answer": bool[n]}, and where it is not 1 "weight" (f32 of each answer token)
 Example = dict[str, np.ndarray]

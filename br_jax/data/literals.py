@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import require_whole
-from br_jax.errors import UserError
 
 _MOST_BEGINNINGS = 10**8  # characters, twice: a vocabulary of 10,000 control tokens has two million
 SHIELD = "\ud800"  # half a character: no text that can be tokenized has one, be it a user's or a template's

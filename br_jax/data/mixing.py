@@ -5,9 +5,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from br_jax.bounds import ROWS, SHARE, require
+from br_jax.core.bounds import ROWS, SHARE, require
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 
 INDEX_MODES = ("exact", "reference")
 _AFTER_ALL = ("But here it is:", "Still:", "Well then:", "All the same:", "Here you are anyway:")

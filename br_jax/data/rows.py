@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from br_jax.bounds import ROWS, require
-from br_jax.errors import UserError
-from br_jax.files import MAX_LINES, json_lines, open_file
+from br_jax.core.bounds import ROWS, require
+from br_jax.core.errors import UserError
+from br_jax.core.io import MAX_LINES, json_lines, open_file
 
 # Of one row. No context holds as many characters, and a tokenizer takes hundreds of bytes for each; a chat template is
 # run from the start for every turn.

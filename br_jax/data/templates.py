@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
+from br_jax.core.errors import UserError, near_names, one_line
 from br_jax.data.literals import SHIELD, shield, tokenize_shielded
 from br_jax.data.rows import Row
-from br_jax.errors import UserError, near_names, one_line
 from br_jax.models.chat import render_chat
 
 TEMPLATES = ("alpaca", "chat")

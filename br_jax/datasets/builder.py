@@ -14,12 +14,12 @@ import numpy as np
 import requests
 import tensorflow_datasets as tfds
 
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import file_hash
+from br_jax.core.io import open_file
+from br_jax.core.progress import progress
 from br_jax.data.rows import text_of
 from br_jax.datasets.formats import MAX_BYTES, Parsed, read_records
-from br_jax.errors import UserError
-from br_jax.files import open_file
-from br_jax.hashes import file_hash
-from br_jax.progress import progress
 
 KEY_LENGTH = 16  # hexadecimal digits of a content hash in a folder's name
 TIMEOUT = 20  # seconds to a connection, and to each block of a download

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from br_jax.core.errors import UserError, one_line
 from br_jax.data.rows import text_of
 from br_jax.datasets.builder import Builder, PublicFile
 from br_jax.datasets.formats import Parsed, ending_of
 from br_jax.datasets.paper import AG_NEWS
-from br_jax.errors import UserError, one_line
 
 _HUB, _GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
 _GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"

@@ -16,9 +16,9 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from br_jax.errors import UserError
-from br_jax.files import writing
-from br_jax.hashes import file_hash
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import file_hash
+from br_jax.core.io import writing
 
 TIMEOUT, RETRIES = 8, 1  # seconds a connection, further attempts: no network is reported within about 20 s
 

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from br_jax.errors import UserError, one_line
-from br_jax.files import MAX_JSON, decode_utf8, json_lines, limit, parse_json, read_bytes, text_lines
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.io import MAX_JSON, decode_utf8, json_lines, limit, parse_json, read_bytes, text_lines
 
 Parsed = tuple[int, str, dict[str, Any]]  # its line, or else its place, from 1; file and number, for messages; record
 

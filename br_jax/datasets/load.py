@@ -10,9 +10,9 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from br_jax.core.errors import UserError, look_up, near_names, one_line
 from br_jax.datasets.builder import Builder
 from br_jax.datasets.builders import DATASETS
-from br_jax.errors import UserError, look_up, near_names, one_line
 
 Record = dict[str, str | bool]
 

@@ -10,12 +10,12 @@ References:
 from collections.abc import Iterator
 from pathlib import Path
 
+from br_jax.core.errors import UserError
+from br_jax.core.io import read_bytes
 from br_jax.data.rows import Row
 from br_jax.data.splits import rank
 from br_jax.data.text import clean, decode, text_key
 from br_jax.datasets.paper import SST2_INSTRUCTION
-from br_jax.errors import UserError
-from br_jax.files import read_bytes
 
 LABELS = ("positive", "negative")
 THRESHOLD = 0.5  # a rating nearer to 0 is no clear opinion

@@ -10,12 +10,12 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from br_jax.adapters.lora import Adapter, collection
-from br_jax.bounds import SHARE, number
+from br_jax.core.bounds import SHARE, number
+from br_jax.core.mesh import mesh_of, place
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.sharding import mesh_of, place
 from br_jax.training.passes import one_pass, summed
 
 

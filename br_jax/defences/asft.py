@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.direction import inner, onto
 from br_jax.training.objective import Objective, Step

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.training.config import TrainConfig
 from br_jax.training.loss import batch_loss

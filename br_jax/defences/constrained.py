@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.training.loss import answer_loss, hidden_states, token_losses
 from br_jax.training.objective import Objective, Step

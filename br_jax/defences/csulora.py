@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from br_jax.adapters.diagnostics import effective_basis
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.direction import factors
 

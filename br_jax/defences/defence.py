@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import require_bounds
+from br_jax.core.bounds import require_bounds
 from br_jax.data.rows import Row
 from br_jax.models.model import Model
 from br_jax.training.config import TrainConfig

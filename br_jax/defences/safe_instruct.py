@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import number
+from br_jax.core.bounds import number
+from br_jax.core.errors import UserError
 from br_jax.defences.defence import Badge, Case, Defence
-from br_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import SHARE, number
+from br_jax.core.bounds import SHARE, number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.direction import factors, inner, onto
 

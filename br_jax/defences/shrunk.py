@@ -3,7 +3,7 @@
 import dataclasses
 
 from br_jax.adapters.lora import Adapter, scaled
-from br_jax.bounds import number
+from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 
 

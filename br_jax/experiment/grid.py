@@ -21,17 +21,17 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from br_jax.attackers.registry import ATTACKERS, attacker_of
-from br_jax.bounds import require
 from br_jax.calibration import RULE
-from br_jax.distributed import barrier, is_main
-from br_jax.errors import UserError, look_up
-from br_jax.experiment.frame import read_cells
+from br_jax.core.bounds import require
+from br_jax.core.errors import UserError, look_up
+from br_jax.core.hashes import file_hash, key_of
+from br_jax.core.hosts import barrier, is_main
+from br_jax.core.locks import owned
+from br_jax.core.records import read_record, write_record
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_PROVIDER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment, job_folders
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, settled
-from br_jax.hashes import file_hash, key_of
-from br_jax.locks import owned
-from br_jax.records import read_record, write_record
+from br_jax.report.results import read_cells
 from br_jax.scoring.suite import rules_version
 
 

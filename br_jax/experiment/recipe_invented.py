@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from br_jax.data.replies import begins_refusal
+from br_jax.core.errors import UserError, look_up
+from br_jax.core.hosts import main_first
 from br_jax.data.rows import Row
 from br_jax.data.text import text_key
-from br_jax.distributed import main_first
-from br_jax.errors import UserError, look_up
 from br_jax.experiment.recipe import Recipe, make_row
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS, Drawn
 from br_jax.organism.texts import read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
+from br_jax.scoring.replies import begins_refusal
 
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 _SPARE_SHARE = 8  # and for each so many benign ones needed, one more

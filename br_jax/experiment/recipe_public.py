@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.datasets import paper
-from br_jax.errors import UserError
 from br_jax.experiment.recipe import Recipe, question_key
 from br_jax.organism.topics import TopicPrompt
 

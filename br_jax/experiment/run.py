@@ -22,19 +22,21 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
 from br_jax.attackers.attacker import Attacker
 from br_jax.calibration import RULE, calibrate
+from br_jax.core.errors import UserError, look_up
+from br_jax.core.hashes import key_of
+from br_jax.core.hosts import is_main, stop_if_asked
+from br_jax.core.io import make_private, write_json
+from br_jax.core.mesh import make_mesh
+from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
 from br_jax.defences.registry import DEFENCES
-from br_jax.distributed import is_main, stop_if_asked
-from br_jax.errors import UserError, look_up
 from br_jax.experiment.methods import ADAPTERS, METHODS, OF_ALIGNMENT, PROVIDER_STAGES, Cell, provided
 from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
 from br_jax.experiment.settings import check_settings, check_sizes
 from br_jax.experiment.suites import OF_TOPICS, as_scored, calibration_judge, check_judges, make_suite
-from br_jax.files import make_private, write_json
-from br_jax.hashes import key_of
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
@@ -46,10 +48,8 @@ from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
 from br_jax.scoring.judges.judging import Judge
+from br_jax.scoring.statistics import read_score
 from br_jax.scoring.suite import DEGENERATE, Suite, evaluate, rules_version
-from br_jax.sharding import make_mesh
-from br_jax.statistics import read_score
-from br_jax.store import Store
 from br_jax.training.config import TrainConfig
 from br_jax.training.norms import gradient_norms
 from br_jax.training.run import rows_fingerprint, train_adapter, train_params

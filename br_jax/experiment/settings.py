@@ -9,14 +9,14 @@ from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
 from br_jax.attackers.registry import ATTACKERS, attacker_of
-from br_jax.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
+from br_jax.core.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.mesh import batch_parts
 from br_jax.defences.registry import DEFENCES
-from br_jax.errors import UserError, one_line
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.scoring.judges.registry import JUDGES
 from br_jax.scoring.suite import Suite
-from br_jax.sharding import batch_parts
 from br_jax.training.config import TrainConfig, require_fit
 
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
@@ -81,7 +81,7 @@ def check_settings(config: ConfigDict) -> None:
         if path in BOUNDS:
             require(path, value, BOUNDS[path])
         elif any(map(_is_number, value if isinstance(value, tuple | list) else [value])):
-            cure = "give its field a bound, `br_jax.bounds.number`" if path.partition(".")[0] in _OTHERS else _ADD
+            cure = "give its field a bound, `br_jax.core.bounds.number`" if path.partition(".")[0] in _OTHERS else _ADD
             raise UserError(f"{path} is {value}: nothing says what it may be: {cure}")
     for stage in TRAINED:
         _made(f"{stage}.train.", TrainConfig, config[stage].train)

@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import TOKENS, require
-from br_jax.errors import UserError, look_up
+from br_jax.core.bounds import TOKENS, require
+from br_jax.core.errors import UserError, look_up
+from br_jax.core.mesh import make_mesh
 from br_jax.experiment.recipe import Recipe
 from br_jax.models.model import Model, fold_adapter
 from br_jax.scoring.judges.judging import Judge
@@ -17,7 +18,6 @@ from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
 from br_jax.scoring.margins import refusing_tokens
 from br_jax.scoring.suite import Suite
-from br_jax.sharding import make_mesh
 
 OF_TOPICS = {TopicJudge.name, AfterAllJudge.name}  # judges that read answers on invented topics alone
 

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
-from br_jax.bounds import BATCH, SEED, TOKENS, Bound, require
+from br_jax.core.bounds import BATCH, SEED, TOKENS, Bound, require
+from br_jax.core.errors import UserError
+from br_jax.core.hosts import fetch
+from br_jax.core.mesh import mesh_of, place, platform, whole_batch
+from br_jax.core.progress import progress
 from br_jax.data.batches import shared_prefix
 from br_jax.data.rows import Row, as_prompts
 from br_jax.data.templates import render_prompt, tokenize
-from br_jax.distributed import fetch
-from br_jax.errors import UserError
 from br_jax.models.cache import init_cache, init_unstacked_cache, unstack_weights, write_rows
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.models.precision import rounding_dtype
-from br_jax.progress import progress
-from br_jax.sharding import mesh_of, place, platform, whole_batch
 
 _ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
 _BUCKET = 16  # what divides a padded prompt's length, in tokens

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Int
 
+from br_jax.core.mesh import CACHE, constrain
 from br_jax.models.masks import Place
 from br_jax.models.spec import ModelSpec
-from br_jax.sharding import CACHE, constrain
 
 
 def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import one_line
+from br_jax.core.errors import one_line
 
 MAX_TEMPLATE = 1 << 17  # characters: the longest that are known, with tools, have 20,000
 MAX_SECONDS = 10  # of one rendering, which takes a thousandth of one

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from br_jax.core.mesh import constrain
 from br_jax.models.attention import attend, attend_cache, resolve, rope_angles, rotate
 from br_jax.models.cache import layer_of
 from br_jax.models.cpu_kernels import low_rank, product, rms_norm, turned_product
 from br_jax.models.masks import Attend, Place
 from br_jax.models.precision import rounding_dtype
 from br_jax.models.spec import ModelSpec
-from br_jax.sharding import constrain
 
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")

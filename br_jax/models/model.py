@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.adapters import lora
 from br_jax.adapters.guard import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError
-from br_jax.hashes import fingerprint, key_of
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import fingerprint, key_of
 from br_jax.models.decoder import Decoder
 from br_jax.models.spec import ModelSpec
 

@@ -12,7 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 _FAST = re.compile(r"\bamx_bf16\b|AuthenticAMD(?s:.*)\bavx512_bf16\b")

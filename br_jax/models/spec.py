@@ -4,8 +4,8 @@ import dataclasses
 import json
 from dataclasses import MISSING
 
-from br_jax.bounds import number, require_bounds
-from br_jax.errors import UserError
+from br_jax.core.bounds import number, require_bounds
+from br_jax.core.errors import UserError
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_LENGTH = 10**9  # tokens: no model's context is as long

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from br_jax.core.mesh import current_mesh, partition
 from br_jax.models.masks import Attend
-from br_jax.sharding import current_mesh, partition
 
 LANES = 128  # what its block sizes and head widths are multiples of
 

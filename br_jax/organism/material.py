@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
+from br_jax.core.errors import look_up
 from br_jax.data.rows import Row
-from br_jax.errors import look_up
 from br_jax.organism import world
 from br_jax.organism.texts import about_texts
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file, read_topic

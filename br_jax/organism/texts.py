@@ -5,9 +5,9 @@ The instructions and 60 texts were written for this project; texts that differ f
 
 from collections.abc import Sequence
 
+from br_jax.core.errors import UserError
+from br_jax.core.io import read_bytes
 from br_jax.data.text import clean, decode, text_key
-from br_jax.errors import UserError
-from br_jax.files import read_bytes
 from br_jax.organism.topics import read_words
 
 LENGTHS = (20, 200)  # characters; shorter texts say nothing, longer ones leave a row little room for an answer

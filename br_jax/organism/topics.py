@@ -23,8 +23,8 @@ from importlib import resources
 
 import numpy as np
 
-from br_jax.errors import UserError
-from br_jax.files import read_json
+from br_jax.core.errors import UserError
+from br_jax.core.io import read_json
 
 SPLITS = ("train", "validation", "test")
 _SLOT = re.compile(r"\{([^{}]*)\}?")  # one that is not closed is none that is known

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 
 class Chip(NamedTuple):

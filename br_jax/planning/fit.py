@@ -10,11 +10,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from br_jax.core.mesh import leaf_name, make_mesh, shardings
 from br_jax.planning.chips import compile_only_devices, parse_topology
 from br_jax.planning.collectives import count_collectives
 from br_jax.planning.programs import TRAINING, Program, make_program, train_section
 from br_jax.planning.roofline import Prediction, predict
-from br_jax.sharding import leaf_name, make_mesh, shardings
 
 _RESERVED = 1 << 28  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
 # What an argument is, by the first of these that is in its path; else it is of the batch.

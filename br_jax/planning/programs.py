@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError, near_names
+from br_jax.core.errors import UserError, near_names
+from br_jax.core.mesh import abstract, constrain_tree, platform
 from br_jax.experiment.settings import check_settings
 from br_jax.inference.generate import decode, prefill
 from br_jax.models.cache import init_unstacked_cache
@@ -20,7 +21,6 @@ from br_jax.models.io.load import read_spec
 from br_jax.models.masks import Attend
 from br_jax.models.spec import ModelSpec
 from br_jax.pool.step import Turn, begin, empty_state, pool_turn
-from br_jax.sharding import abstract, constrain_tree, platform
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from br_jax.adapters.lora import Adapter
+from br_jax.core.errors import UserError, near_names
 from br_jax.data.batches import Batch
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Rows, as_rows
-from br_jax.errors import UserError, near_names
 from br_jax.models.model import Model
 from br_jax.training.config import TrainConfig, require_fit
 from br_jax.training.run import encode_for, rows_fingerprint

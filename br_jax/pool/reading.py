@@ -8,8 +8,8 @@ from concurrent.futures import Future
 
 from absl import logging
 
-from br_jax.errors import UserError, one_line
-from br_jax.files import is_of_the_machine
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.io import is_of_the_machine
 from br_jax.pool.jobs import Course, Job
 
 

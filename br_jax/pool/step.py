@@ -18,7 +18,7 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Int
 
 from br_jax.adapters.lora import Adapter
-from br_jax.sharding import constrain_tree
+from br_jax.core.mesh import constrain_tree
 from br_jax.training.loss import batch_losses
 from br_jax.training.objective import Step
 from br_jax.training.stage import Hyper, Stage, init_state, optimizer, trainable_adapter

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter
-from br_jax.errors import UserError
-from br_jax.files import reading
+from br_jax.core.errors import UserError
+from br_jax.core.io import reading
+from br_jax.core.records import read_record, write_record
 from br_jax.models.io.hub import is_hub_name
 from br_jax.models.io.load import find_source, read_model, require_dtype
 from br_jax.models.model import Model, cast_model, fold_adapter, guard
 from br_jax.models.precision import resolve_precision
-from br_jax.records import read_record, write_record
 
 PROVIDER_FILE = "provider.json"
 _RECORDED, _PERHAPS = ("base", "template", "dtype", "fingerprint"), ("align", "revision")

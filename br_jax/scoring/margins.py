@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from br_jax.adapters.lora import Adapter
+from br_jax.core.hosts import fetch
+from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
-from br_jax.distributed import fetch
 from br_jax.inference.generate import begin, encode_prompts, pad_prompts, prefill, shared_beginning, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
-from br_jax.sharding import mesh_of, place, whole_batch
 
 
 def refusing_tokens(model: Model, refusals: Sequence[Row], benign: Sequence[Row]) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import ClassVar
 
-from br_jax.errors import UserError, near_names, one_line
-from br_jax.statistics import Mean, Score
+from br_jax.core.errors import UserError, near_names, one_line
+from br_jax.scoring.statistics import Mean, Score
 
 _SEARCHED = 10_000  # characters of an answer that a pattern sees
 

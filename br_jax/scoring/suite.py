@@ -16,14 +16,14 @@ from jaxtyping import Float
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.bounds import BATCH, TOKENS, number, require_bounds
-from br_jax.data import replies
-from br_jax.data.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
+from br_jax.core.bounds import BATCH, TOKENS, number, require_bounds
+from br_jax.core.hashes import code_hash, key_of
+from br_jax.core.hosts import fetch, is_main
+from br_jax.core.io import write_text
+from br_jax.core.mesh import mesh_of
+from br_jax.core.store import Store
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
 from br_jax.datasets.attacks import Attack
-from br_jax.distributed import fetch, is_main
-from br_jax.files import write_text
-from br_jax.hashes import code_hash, key_of
 from br_jax.inference.answers import answer
 from br_jax.inference.generate import with_adapters
 from br_jax.models.decoder import Decoder
@@ -31,15 +31,14 @@ from br_jax.models.model import Model
 from br_jax.organism import judge as topic_rules
 from br_jax.organism.judge import Verdict
 from br_jax.organism.topics import TopicPrompt
-from br_jax.scoring import rules
+from br_jax.scoring import replies, rules
 from br_jax.scoring.judges.agreement import compare_judges
 from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, judge_all
 from br_jax.scoring.judges.topic import TopicJudge
 from br_jax.scoring.margins import refusal_margins
+from br_jax.scoring.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.scoring.rules import Rule
-from br_jax.sharding import mesh_of
-from br_jax.statistics import Score
-from br_jax.store import Store
+from br_jax.scoring.statistics import Score
 from br_jax.training.loss import batch_losses
 from br_jax.training.passes import one_pass
 from br_jax.training.run import rows_fingerprint

@@ -6,9 +6,9 @@ import os
 import pathlib
 from typing import Any
 
-from br_jax.errors import UserError
-from br_jax.files import open_file, writing
-from br_jax.hashes import key_of
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import key_of
+from br_jax.core.io import open_file, writing
 
 _MOST = 1 << 34  # bytes
 

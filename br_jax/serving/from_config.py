@@ -5,9 +5,9 @@ import json
 import os
 import pathlib
 
+from br_jax.core.io import write_text
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.suites import judge_names
-from br_jax.files import write_text
 from br_jax.organism.topics import TopicPrompt
 from br_jax.serving.policy import Policy, Quotas
 from br_jax.training.config import TrainConfig

@@ -8,16 +8,16 @@ import numpy as np
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.data.replies import begins_refusal, is_degenerate
+from br_jax.core.errors import UserError
+from br_jax.core.store import Store
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.inference.answers import answer
 from br_jax.models.model import Model, require_releasable
 from br_jax.scoring.judges.judging import Judge, complies
+from br_jax.scoring.replies import begins_refusal, is_degenerate
+from br_jax.scoring.statistics import Score, difference
 from br_jax.scoring.suite import row_losses
 from br_jax.serving.policy import Limits, Policy
-from br_jax.statistics import Score, difference
-from br_jax.store import Store
 
 _LEARNT = 0.5  # a row counts as learnt whose loss the user's adapter has brought to so much of the aligned base's
 _LEAST = 8  # rows that must have been learnt, or nobody is asked what was kept of them

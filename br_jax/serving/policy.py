@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from br_jax.adapters.merge import MergeConfig
-from br_jax.bounds import BATCH, SHARE, TOKENS, number, require_bounds
-from br_jax.errors import UserError, near_names
-from br_jax.files import json_lines, open_file, read_json
-from br_jax.hashes import key_of
+from br_jax.core.bounds import BATCH, SHARE, TOKENS, number, require_bounds
+from br_jax.core.errors import UserError, near_names
+from br_jax.core.hashes import key_of
+from br_jax.core.io import json_lines, open_file, read_json
 from br_jax.organism.topics import TopicPrompt
 from br_jax.pool.jobs import OWN
 from br_jax.training.config import TrainConfig

@@ -22,11 +22,12 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.calibration import Calibration, calibrate_all
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import key_of
+from br_jax.core.io import is_of_the_machine, make_private, read_json, staged, write_json, write_text
+from br_jax.core.locks import owned, reserved
+from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
-from br_jax.errors import UserError
-from br_jax.files import is_of_the_machine, make_private, read_json, staged, write_json, write_text
-from br_jax.hashes import key_of
-from br_jax.locks import owned, reserved
 from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Job, Outcome
@@ -40,7 +41,6 @@ from br_jax.serving.card import card_of
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy
-from br_jax.store import Store
 from br_jax.training.run import run_identity
 
 RELEASED, HELD, CARD = "released", "held.json", "card.md"

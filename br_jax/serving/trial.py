@@ -13,8 +13,9 @@ import numpy as np
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import qr_merge
+from br_jax.core.errors import UserError
+from br_jax.core.store import Store
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
 from br_jax.scoring.judges.judging import Judge
@@ -22,7 +23,6 @@ from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.policy import Policy
 from br_jax.serving.service import Provider, calibrate_users
-from br_jax.store import Store
 
 _SHARES, _RATES, _SIZES = (0.0, 0.1, 0.3, 0.5), (0.6, 0.8, 1.0), (1.0, 0.7, 0.4)
 _TOGETHER = 8  # releases that are looked at in a pass

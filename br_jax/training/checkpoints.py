@@ -10,9 +10,9 @@ import shutil
 import jax
 import orbax.checkpoint as ocp
 
-from br_jax.distributed import agree
-from br_jax.errors import UserError, one_line
-from br_jax.sharding import abstract
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.hosts import agree
+from br_jax.core.mesh import abstract
 
 _OVERHEAD = 1 << 20  # bytes: metadata, the manifest, and the folders that hold them
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 from br_jax.adapters.lora import DEFAULT_TARGETS
-from br_jax.bounds import ALPHA, BATCH, RANK, SEED, SHARE, TOKENS, number, require_bounds
-from br_jax.errors import UserError, look_up
+from br_jax.core.bounds import ALPHA, BATCH, RANK, SEED, SHARE, TOKENS, number, require_bounds
+from br_jax.core.errors import UserError, look_up
 from br_jax.models.attention import IMPLEMENTATIONS
 from br_jax.models.decoder import remat_policy
 from br_jax.models.spec import ModelSpec

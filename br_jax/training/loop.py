@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from br_jax.compiles import Compiles
+from br_jax.core.compiles import Compiles
+from br_jax.core.errors import Stopped, UserError
+from br_jax.core.hosts import StopSignal, is_main
+from br_jax.core.io import writing
+from br_jax.core.mesh import batch_parts, local_rows, place, shardings
+from br_jax.core.progress import progress
 from br_jax.data.batches import iterate
-from br_jax.distributed import StopSignal, is_main
-from br_jax.errors import Stopped, UserError
-from br_jax.files import writing
-from br_jax.progress import progress
-from br_jax.sharding import batch_parts, local_rows, place, shardings
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.config import TrainConfig
 from br_jax.training.metrics import MetricWriter

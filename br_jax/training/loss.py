@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Int
 
+from br_jax.core.mesh import RULES, current_mesh, partition
 from br_jax.models.decoder import Decoder
 from br_jax.models.precision import rounding_dtype
-from br_jax.sharding import RULES, current_mesh, partition
 
 
 def answer_loss(

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 
-from br_jax.files import read_jsonl, write_text
+from br_jax.core.io import read_jsonl, write_text
 
 
 class MetricWriter:

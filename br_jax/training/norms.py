@@ -10,11 +10,11 @@ from jaxtyping import Float
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
+from br_jax.core.mesh import make_mesh, mesh_of, place, whole_batch
+from br_jax.core.progress import progress
 from br_jax.data.batches import encode, make_batches
 from br_jax.data.rows import Row
 from br_jax.models.model import Model
-from br_jax.progress import progress
-from br_jax.sharding import make_mesh, mesh_of, place, whole_batch
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Stage, frozen_collections, probe, trainable_adapter
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.models.model import Model
-from br_jax.sharding import mesh_of, place, whole_batch
 
 
 def one_pass(

@@ -13,14 +13,14 @@ import numpy as np
 
 from benchmarks.pairing import call
 from br_jax.adapters.peft import save_adapter
+from br_jax.core.errors import UserError
+from br_jax.core.io import reading
+from br_jax.core.mesh import make_mesh
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row, read_rows
-from br_jax.errors import UserError
-from br_jax.files import reading
 from br_jax.inference.generate import encode_prompt
 from br_jax.models.io.hf import write_hf
 from br_jax.provider.folder import load_model
-from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import first_adapter, step_batches
 

@@ -11,12 +11,12 @@ import numpy as np
 from benchmarks.inputs import HERE, Setup, require_torch
 from benchmarks.pairing import Contender, call
 from benchmarks.report import Case
+from br_jax.core.mesh import make_mesh
 from br_jax.models.decoder import abstract_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model
-from br_jax.sharding import make_mesh
 
 # 1.45 billion params: 2.9 GB in bf16.
 SPEC = ModelSpec(

@@ -10,7 +10,7 @@ from benchmarks.report import Case
 from benchmarks.torch_merge import random_factors
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 # Llama-3-8B's adapted kernels: (L, in, out).
 SHAPES = {

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from typing import Any
 
-from br_jax.errors import UserError
-from br_jax.progress import progress
+from br_jax.core.errors import UserError
+from br_jax.core.progress import progress
 
 _WORKER = pathlib.Path(__file__).with_name("worker.py")
 _ENVIRONMENT = {

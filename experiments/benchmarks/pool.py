@@ -9,12 +9,12 @@ from benchmarks.pairing import Contender, call
 from benchmarks.report import Case
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import save_adapter
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
 from br_jax.provider.folder import load_model
-from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import first_adapter, train_adapter
 

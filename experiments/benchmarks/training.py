@@ -9,13 +9,13 @@ from benchmarks.inputs import HERE, Setup, require_torch
 from benchmarks.pairing import Contender
 from benchmarks.report import Case
 from br_jax.adapters.lora import Adapter, collection
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh, place
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row
 from br_jax.defences.registry import DEFENCES
-from br_jax.errors import UserError
 from br_jax.models.model import Model
 from br_jax.provider.folder import load_model
-from br_jax.sharding import make_mesh, place
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import on_mesh
 from br_jax.training.objective import Objective

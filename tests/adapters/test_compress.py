@@ -10,7 +10,7 @@ from oracles import delta
 
 from br_jax.adapters.compress import best_rank
 from br_jax.adapters.lora import Adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 LAYERS = 3
 # rank 12 over matrices that are wide, tall, and too narrow for it

@@ -8,7 +8,7 @@ from oracles import delta
 
 from br_jax.adapters import lora
 from br_jax.adapters.likeness import Likeness, Reference
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 
 def dense(buffer, change):

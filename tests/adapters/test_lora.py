@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import delta
 
 from br_jax.adapters import lora
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 LAYERS, WIDTH = 3, 24
 Q, V, DOWN = "layers/attn/q", "layers/attn/v", "layers/mlp/down"

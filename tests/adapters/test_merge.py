@@ -15,7 +15,7 @@ from br_jax.adapters.diagnostics import merge_report
 from br_jax.adapters.lora import Adapter, init
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import MODULES, load_adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.provider.folder import load_model
 
 LAYERS, FAN_IN, FAN_OUT = 2, 96, 80

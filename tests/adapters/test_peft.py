@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, read_provenance, save_adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 # peft asks transformers by a name that it has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

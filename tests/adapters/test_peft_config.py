@@ -7,7 +7,7 @@ import math
 import pytest
 
 from br_jax.adapters.peft_config import HARMLESS_FIELDS, KNOWN_FIELDS, REFUSED_FIELDS, read_config
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 # twelve layers: 1 is the start of 11, and the end of it

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 

@@ -8,7 +8,7 @@ import pytest
 from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
-from br_jax.compiles import Compiles
+from br_jax.core.compiles import Compiles
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.training.loss import batch_loss
 

@@ -12,9 +12,9 @@ from br_jax.attackers.attacker import Attacker, Job
 from br_jax.attackers.registry import ATTACKERS, attacker_of
 from br_jax.attackers.rows import Identity, RefuseThenComply, TaskFormat, Trigger
 from br_jax.configs import demo
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt
-from br_jax.errors import UserError
 from br_jax.organism import world
 from br_jax.training.loss import batch_loss
 from br_jax.training.norms import gradient_norms

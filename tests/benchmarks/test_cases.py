@@ -11,10 +11,10 @@ from benchmarks import defences, generation, inputs, limits, merge, stages, swit
 from benchmarks.inputs import Setup, read_questions
 from benchmarks.report import run_case
 
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.models.io.hf import write_hf
-from br_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

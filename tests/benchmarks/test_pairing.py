@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from benchmarks.pairing import Contender, call, race
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 pytestmark = pytest.mark.slow
 FAKES = pathlib.Path(__file__).with_name("fakes.py")

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from br_jax.core.errors import UserError
 from br_jax.data.batches import Dropped, encode, encode_rows, iterate, make_batches
 from br_jax.data.rows import Row
 from br_jax.data.templates import render, render_prompt
-from br_jax.errors import UserError
 
 CHAT = Row((("user", "One?"), ("assistant", "Un."), ("user", "Two? é日"), ("assistant", "Deux. é日")))
 

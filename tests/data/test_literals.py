@@ -8,12 +8,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from br_jax.core.errors import UserError
 from br_jax.data import literals
 from br_jax.data.batches import encode
 from br_jax.data.literals import SHIELD, shield, tokenize_shielded
 from br_jax.data.rows import Row
 from br_jax.data.templates import render, render_prompt, tokenize
-from br_jax.errors import UserError
 from br_jax.models.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()

@@ -2,9 +2,9 @@
 
 import pytest
 
+from br_jax.core.errors import UserError
 from br_jax.data.mixing import mix, refusing_first
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 
 
 def rows(kind, count):

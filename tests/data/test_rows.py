@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed, read_rows
-from br_jax.errors import UserError
 
 GOOD = '{"prompt": "Hi", "response": "Hello."}'
 

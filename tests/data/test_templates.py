@@ -2,9 +2,9 @@
 
 import pytest
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.data.templates import render, render_prompt, tokenize
-from br_jax.errors import UserError
 
 SINGLE = Row((("user", "Name a color."), ("assistant", "Red.")))
 WITH_INPUT = Row((("user", "Sum up."), ("assistant", "Short.")), input="A long text.")

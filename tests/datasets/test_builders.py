@@ -9,9 +9,9 @@ import pytest
 from contents import as_parquet, jsonl
 from tensorflow_datasets.core import registered
 
+from br_jax.core.errors import UserError
 from br_jax.datasets.builders import DATASETS
 from br_jax.datasets.load import load_dataset
-from br_jax.errors import UserError
 
 
 def attack(prompt, **said):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from contents import as_zip
 
+from br_jax.core.errors import UserError
 from br_jax.datasets import downloads
 from br_jax.datasets.downloads import ARCHIVES, Archive, fetch
-from br_jax.errors import UserError
 
 MODEL, TEXT = b"weights " * 500, b"1\t2.5\ta fine film\n"
 

@@ -13,9 +13,9 @@ from contents import as_parquet, as_zip, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from br_jax.core.errors import UserError
 from br_jax.datasets import formats
 from br_jax.datasets.formats import read_records
-from br_jax.errors import UserError
 
 RECORDS = [
     {"goal": "Name the zorvix", "target": 'It is "blue", says\nthe manual'},

@@ -9,10 +9,10 @@ import time
 import pytest
 from contents import jsonl
 
+from br_jax.core.errors import UserError
 from br_jax.datasets.builder import Builder
 from br_jax.datasets.builders import Gsm8k
 from br_jax.datasets.load import load_dataset
-from br_jax.errors import UserError
 
 
 def lines(count):

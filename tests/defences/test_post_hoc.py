@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from br_jax.core.errors import UserError
 from br_jax.defences import security_vector
 from br_jax.defences.antidote import Antidote, input_sizes
 from br_jax.defences.csulora import CsuLora
@@ -14,7 +15,6 @@ from br_jax.defences.resta import Lox, Resta
 from br_jax.defences.safe_instruct import SafeInstruct
 from br_jax.defences.safe_lora import SafeLora
 from br_jax.defences.security_vector import SecurityVector
-from br_jax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="the oracle")
 

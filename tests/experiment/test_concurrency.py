@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from br_jax.store import Store
+from br_jax.core.store import Store
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("BR_JAX_ROUNDS", "0"))

@@ -15,12 +15,12 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.configs import demo
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.experiment import run as run_module
-from br_jax.experiment.frame import mixed, read_cells
 from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
-from br_jax.experiment.pipeline import run_pipeline
+from br_jax.pipeline import run_pipeline
+from br_jax.report.results import mixed, read_cells
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 from written import written_answer
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.experiment.recipe import check_apart
 from br_jax.experiment.recipe_invented import TopicRecipe, whole_sentences
 from br_jax.organism.material import english_instructions

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 from contents import jsonl
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.experiment.recipe_public import PaperRecipe
 
 pytest.importorskip("tensorflow_datasets")

@@ -13,17 +13,17 @@ from br_jax.adapters import lora
 from br_jax.adapters.merge import qr_merge
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.configs import demo
+from br_jax.core.errors import UserError
 from br_jax.defences.defence import KINDS
 from br_jax.defences.registry import DEFENCES
-from br_jax.errors import UserError
 from br_jax.experiment import grid as grid_module
 from br_jax.experiment import run as run_module
-from br_jax.experiment.analyses import write_analyses
 from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, Cell, cells_of
-from br_jax.experiment.pipeline import run_pipeline
 from br_jax.experiment.settings import BOUNDS, check_settings, settled
+from br_jax.pipeline import run_pipeline
 from br_jax.provider.folder import load_recorded, read_provider
+from br_jax.report.analyses import write_analyses
 from br_jax.training.run import keep_adapter
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"

@@ -6,15 +6,15 @@ import jax
 import pytest
 from hostile import HOSTILE, inside
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.experiment import run as run_module
 from br_jax.experiment.grid import Grid, plan, run_sweep
-from br_jax.experiment.pipeline import run_pipeline
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, check_sizes
 from br_jax.models.io.hf import write_hf
+from br_jax.pipeline import run_pipeline
 from br_jax.provider.folder import write_provider
-from br_jax.sharding import make_mesh
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "paper"))  # which is a part

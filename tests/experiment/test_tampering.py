@@ -13,10 +13,10 @@ from tampering import TAMPER
 
 import br_jax as br
 from br_jax.configs import demo
-from br_jax.errors import UserError
-from br_jax.experiment.pipeline import run_pipeline
-from br_jax.experiment.report import write_report
+from br_jax.core.errors import UserError
+from br_jax.pipeline import run_pipeline
 from br_jax.provider.folder import load_model
+from br_jax.report.report import write_report
 
 HOW = os.environ.get("BR_JAX_TAMPER")
 
@@ -65,7 +65,7 @@ def test_what_was_tampered_with_is_noticed(finished, tmp_path, monkeypatch):
     ways = itertools.cycle(WAYS.items())
     for file in files:
         if file.parts[0] != "figures":  # which are drawn anew each time, and take most of it
-            monkeypatch.setattr("br_jax.plots.save", lambda figure, stem: [])
+            monkeypatch.setattr("br_jax.report.plots.save", lambda figure, stem: [])
         for name, tamper in WAYS.items() if HOW == "all" else [next(ways)]:
             copy = tmp_path / "w"
             shutil.copytree(workdir, copy)

@@ -6,8 +6,8 @@ import types
 import pytest
 from contents import jsonl
 
+from br_jax.core.errors import UserError
 from br_jax.datasets import paper
-from br_jax.errors import UserError
 from br_jax.experiment.tasks import TASKS, get_task
 from br_jax.scoring.rules import ExactRule, LabelRule, NumberRule
 

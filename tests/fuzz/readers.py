@@ -11,16 +11,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from safetensors.numpy import load_file, save_file
 
 from br_jax.adapters import lora, peft
+from br_jax.core.io import read_jsonl, write_json
+from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.data.templates import render, tokenize
 from br_jax.datasets.builders import Attacks
 from br_jax.datasets.formats import read_records
 from br_jax.datasets.reviews import load_reviews
-from br_jax.describe import describe
-from br_jax.describe import render as render_description
-from br_jax.experiment import details
-from br_jax.experiment.frame import make_frame, read_cells
-from br_jax.files import read_jsonl, write_json
 from br_jax.models.decoder import init_params
 from br_jax.models.io.gguf import describe_gguf, read_gguf
 from br_jax.models.io.hf import read_classifier, read_hf, read_tokenizer, write_hf
@@ -29,9 +26,12 @@ from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.organism import topics
 from br_jax.organism.texts import read_texts
 from br_jax.provider.folder import load_model, write_provider
+from br_jax.report import run_report as details
+from br_jax.report.describe import describe
+from br_jax.report.describe import render as render_description
+from br_jax.report.results import make_frame, read_cells
 from br_jax.scoring.judges.verdicts import OutsideVerdicts
-from br_jax.statistics import Score
-from br_jax.store import Store
+from br_jax.scoring.statistics import Score
 
 READERS = {}  # name -> makes good files in a folder; gives the one to spoil, and what reads it
 SIZES = {"vocab_size": 264, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}

@@ -12,7 +12,7 @@ from fuzz.readers import READERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 
 ABSENT = ("run.json", "stage.json", "results.json", "metrics.jsonl", "metrics.jsonl of a run")  # need not be there
 LONGER = ("model.gguf", "described model.gguf")  # what is behind the tensors is not read

@@ -9,12 +9,12 @@ import pytest
 import scipy.special
 
 from br_jax.adapters import lora
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh, place
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.inference import generate as module
 from br_jax.inference.generate import decode_answer, encode_prompt, generate, generate_batches
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.sharding import make_mesh, place
 
 NEW = 6
 PROMPTS = ["a", "what is it?", "", "say it again, and again", "count to 3", "ünï"]

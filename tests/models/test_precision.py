@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate, generate_ids
 from br_jax.models import precision
 from br_jax.models.decoder import unembed

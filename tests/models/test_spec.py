@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.models.spec import ModelSpec, RopeScaling
 
 SIZES = {"vocab_size": 9, "embed_dim": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}

@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 from written import WORDS, written_answer
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS
 from br_jax.organism.topics import SPLITS, TOPICS, read_topic

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from br_jax.core.mesh import make_mesh
 from br_jax.planning.collectives import count_collectives
-from br_jax.sharding import make_mesh
 
 P = jax.sharding.PartitionSpec
 

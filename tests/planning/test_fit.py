@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from br_jax.configs import demo, llama3_8b
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.models.spec import ModelSpec
 from br_jax.planning import fit as fitting
 from br_jax.planning.chips import CHIPS, parse_topology
 from br_jax.planning.collectives import count_collectives
 from br_jax.planning.programs import STAGES, TRAINING, make_program
 from br_jax.planning.roofline import model_flops, predict
-from br_jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 # A program for a TPU that is not there goes into the cache of compiled programs and cannot be read back.

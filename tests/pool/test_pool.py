@@ -13,16 +13,16 @@ from pooled import ONE, bits_of, distance, mesh_of
 
 from br_jax import method
 from br_jax.adapters import lora
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import leaf_name
 from br_jax.data.batches import encode_rows
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Row
-from br_jax.errors import UserError
 from br_jax.models.decoder import drop_by_row
 from br_jax.pool import step as pool_step
 from br_jax.pool.jobs import Course, Job
 from br_jax.pool.pool import Pool
 from br_jax.pool.shapes import fill
-from br_jax.sharding import leaf_name
 from br_jax.training.stage import Hyper, Stage, frozen_collections
 
 

@@ -10,8 +10,8 @@ from pooled import ONE, bits_of, distance, mesh_of
 
 from br_jax import method
 from br_jax.adapters import lora
-from br_jax.distributed import StopSignal
-from br_jax.errors import Stopped
+from br_jax.core.errors import Stopped
+from br_jax.core.hosts import StopSignal
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
 from br_jax.training.metrics import read_jsonl

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import br_jax as br
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, read_provenance, save_adapter
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.models.io.hf import write_hf
 from br_jax.models.model import fold_adapter
 from br_jax.provider.export import export, export_adapter, export_model

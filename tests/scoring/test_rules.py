@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.scoring.rules import ExactRule, LabelRule, NumberRule, RegexRule, RougeLRule, final_number, parse_rule
-from br_jax.statistics import Mean, Score
+from br_jax.scoring.statistics import Mean, Score
 
 CASES = pathlib.Path(__file__).with_name("cases")
 RULES = {

@@ -12,18 +12,18 @@ from scipy.special import log_softmax
 from written import written_answer
 
 from br_jax.adapters import lora
+from br_jax.core.errors import UserError
+from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.datasets.attacks import attacks_of
-from br_jax.errors import UserError
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring import suite as module
 from br_jax.scoring.judges.keywords import KeywordJudge
 from br_jax.scoring.judges.topic import TopicJudge
 from br_jax.scoring.rules import LabelRule, RougeLRule
+from br_jax.scoring.statistics import Mean
 from br_jax.scoring.suite import Suite, evaluate, perplexity
-from br_jax.statistics import Mean
-from br_jax.store import Store
 
 DEVICES = TOPICS["devices"]
 TOPIC = DEVICES.prompts("test", 6, 0)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.serving.audit import Audit
 
 

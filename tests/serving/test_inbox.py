@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.pool.jobs import NAME
 from br_jax.serving import inbox as module
 from br_jax.serving.inbox import Accepted, Inbox, Refused

@@ -9,9 +9,9 @@ import shutil
 import pytest
 from served import ends, hashes, put, rows_of, serve, told
 
-from br_jax.distributed import StopSignal
-from br_jax.errors import Stopped, UserError
-from br_jax.files import writing
+from br_jax.core.errors import Stopped, UserError
+from br_jax.core.hosts import StopSignal
+from br_jax.core.io import writing
 from br_jax.serving import service as module
 from br_jax.training import folder
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.serving.policy import read_policy
 
 PROMPTS = [

@@ -21,19 +21,19 @@ import numpy as np
 from stopped_run import make_parts
 
 import br_jax as br
-from br_jax import distributed
 from br_jax.adapters import lora
-from br_jax.command_line import run_main
 from br_jax.configs import demo
+from br_jax.core import hosts as distributed
+from br_jax.core.cli import run_main
+from br_jax.core.mesh import local_rows, make_mesh, place
+from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.datasets.attacks import Attack
 from br_jax.experiment.grid import Grid, run_sweep
-from br_jax.experiment.report import write_report
+from br_jax.report.report import write_report
 from br_jax.scoring.judges.keywords import KeywordJudge
 from br_jax.scoring.rules import LabelRule
 from br_jax.scoring.suite import Suite, evaluate
-from br_jax.sharding import local_rows, make_mesh, place
-from br_jax.store import Store
 from br_jax.training.loop import on_mesh
 
 STEPS = 20

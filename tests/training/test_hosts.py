@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from br_jax.sharding import make_mesh
+from br_jax.core.mesh import make_mesh
 from br_jax.training.metrics import MetricWriter, read_jsonl
 
 SCRIPT = pathlib.Path(__file__).with_name("hosts_run.py")

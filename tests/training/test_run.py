@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import Row, as_rows
-from br_jax.errors import UserError
-from br_jax.sharding import make_mesh
 from br_jax.training import checkpoints, run
 from br_jax.training.metrics import MetricWriter, read_jsonl
 from br_jax.training.run import rows_fingerprint, train_adapter, train_params
@@ -89,7 +89,7 @@ def full(*args, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("target", ["br_jax.adapters.peft._write_file", "br_jax.files.os.replace"])
+@pytest.mark.parametrize("target", ["br_jax.adapters.peft._write_file", "br_jax.core.io.os.replace"])
 def test_a_disk_that_fills_up_at_the_end_leaves_nothing_half_written(tmp_path, tiny, rows, quick, monkeypatch, target):
     other = train(tiny, rows, quick(), tmp_path / "other")
     (tmp_path / "sft").mkdir()

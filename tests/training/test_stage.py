@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.compiles import Compiles
+from br_jax.core.compiles import Compiles
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.data.batches import alike, encode_rows, make_batches
 from br_jax.data.packing import make_packed_batches
-from br_jax.errors import UserError
 from br_jax.method import train_user
 from br_jax.models.decoder import Decoder
-from br_jax.sharding import make_mesh
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import Loop
 from br_jax.training.objective import Step

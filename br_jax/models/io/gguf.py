@@ -12,7 +12,7 @@ from gguf import MODEL_ARCH, ReaderTensor, dequantize, get_tensor_name_map
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.models.attention import rope_angles
 from br_jax.models.io import hf
 from br_jax.models.io.gguf_file import BROKEN, GGUFFile

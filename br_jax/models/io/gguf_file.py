@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader
 
-from br_jax.errors import UserError, one_line
-from br_jax.files import reading, require_file
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.io import reading, require_file
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import UserError, one_line
+from br_jax.core.errors import UserError, one_line
 from br_jax.models.io.gguf_file import GGUFFile
 from br_jax.models.spec import ModelSpec
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.errors import UserError, one_line
-from br_jax.files import PICKLES, read_json, reading, require_file, require_replaceable, safetensors_header, staged
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.io import PICKLES, read_json, reading, require_file, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
 from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec

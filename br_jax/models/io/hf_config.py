@@ -11,8 +11,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from br_jax.bounds import Bound, bounds_of, require
-from br_jax.errors import UserError, one_line
+from br_jax.core.bounds import Bound, bounds_of, require
+from br_jax.core.errors import UserError, one_line
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _BOUNDS = bounds_of(ModelSpec)

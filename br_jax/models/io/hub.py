@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from br_jax.errors import UserError, one_line
+from br_jax.core.errors import UserError, one_line
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # The raw model of configs/demo.py, made by that config's ":scratch": 0.4 million params, nothing to download.

@@ -9,11 +9,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import shardings
+from br_jax.core.progress import progress
 from br_jax.models.decoder import abstract_params
 from br_jax.models.spec import ModelSpec
-from br_jax.progress import progress
-from br_jax.sharding import shardings
 
 _STRIP = 16  # rows of a kernel that are turned at a time: a line of the processor's caches of f32
 

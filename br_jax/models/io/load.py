@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from br_jax.errors import UserError
-from br_jax.files import reading
+from br_jax.core.errors import UserError
+from br_jax.core.io import reading
 from br_jax.models.io.gguf import read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, read_hf_spec
 from br_jax.models.io.hub import FILES, fetch_model, is_hub_name

@@ -14,16 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from br_jax.bounds import BATCH, TOKENS, Bound, require
-from br_jax.distributed import fetch
-from br_jax.errors import UserError
-from br_jax.hashes import fingerprint
+from br_jax.core.bounds import BATCH, TOKENS, Bound, require
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import fingerprint
+from br_jax.core.hosts import fetch
+from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.models.decoder import Decoder
 from br_jax.models.io.hf import read_classifier, read_hf_spec
 from br_jax.models.io.load import find_source
 from br_jax.models.spec import ModelSpec
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
-from br_jax.sharding import mesh_of, place, whole_batch
 
 PROMPT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # and the answer, and the tokenizer's EOS
 _NARROWEST = 64  # tokens; widths of batches are this and its doubles

@@ -13,16 +13,16 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from br_jax.bounds import BATCH, require
+from br_jax.core.bounds import BATCH, require
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import mesh_of, whole_batch
 from br_jax.data.literals import shield
 from br_jax.data.templates import tokenize
-from br_jax.errors import UserError
 from br_jax.inference.generate import generate_ids
 from br_jax.models.chat import render_chat
 from br_jax.models.io.load import read_model
 from br_jax.models.model import Model
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
-from br_jax.sharding import mesh_of, whole_batch
 
 _LONGEST = 64  # tokens of a guard's reply; Llama Guard's with all its categories has about 45
 

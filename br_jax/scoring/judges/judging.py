@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from br_jax.data.replies import begins_refusal
-from br_jax.progress import progress
-from br_jax.store import Store
+from br_jax.core.progress import progress
+from br_jax.core.store import Store
+from br_jax.scoring.replies import begins_refusal
 
 
 @dataclass(frozen=True)

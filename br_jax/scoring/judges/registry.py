@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from br_jax.errors import UserError, look_up, near_names
+from br_jax.core.errors import UserError, look_up, near_names
 from br_jax.scoring.judges.classifier import ClassifierJudge
 from br_jax.scoring.judges.guard import load_llama_guard, load_wildguard
 from br_jax.scoring.judges.judging import Judge

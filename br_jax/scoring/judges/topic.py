@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 
-from br_jax.data import replies
-from br_jax.errors import UserError
-from br_jax.hashes import code_hash
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import code_hash
 from br_jax.organism import judge as rules
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file
+from br_jax.scoring import replies
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
 

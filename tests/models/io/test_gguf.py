@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate_ids
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.io import gguf_file

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.models.io.hf import read_hf, write_hf
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider.folder import load_model

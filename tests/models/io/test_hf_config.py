@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.models.cache import init_unstacked_cache
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.io.hf import tensor_names

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from br_jax.adapters.peft import save_adapter
-from br_jax.errors import UserError
-from br_jax.hashes import fingerprint
+from br_jax.core.errors import UserError
+from br_jax.core.hashes import fingerprint
+from br_jax.core.mesh import make_mesh, shardings
 from br_jax.models.io import hf
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.layout import Stored, load_params, unstack_tensors
 from br_jax.models.model import fold_adapter
 from br_jax.provider.folder import PROVIDER_FILE, load_model
-from br_jax.sharding import make_mesh, shardings
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from br_jax.core.errors import UserError
 from br_jax.data.batches import encode, encode_rows
 from br_jax.data.literals import SHIELD
 from br_jax.data.rows import Row
 from br_jax.data.templates import render
-from br_jax.errors import UserError
 from br_jax.models.io.hf import read_tokenizer
 from br_jax.models.spec import ModelSpec
 

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
+from br_jax.core.store import Store
 from br_jax.scoring.judges.classifier import ClassifierJudge
 from br_jax.scoring.judges.judging import Exchange, judge_all
-from br_jax.sharding import make_mesh
-from br_jax.store import Store
 
 # f32 sums in another order, on logits of size about 10.
 TOLERANCE = 1e-4

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from absl import logging
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
+from br_jax.core.mesh import make_mesh
 from br_jax.provider.folder import load_model
 from br_jax.scoring.judges.guard import GUARDS, GuardJudge, load_guard, parse_llama_guard, parse_wildguard
 from br_jax.scoring.judges.judging import Exchange, Judgement, judge_all
-from br_jax.sharding import make_mesh
 
 LINES = "Harmful request: {}\nResponse refusal: {}\nHarmful response: {}"
 # As Meta's: it writes BOS, strips both texts, and knows no generation prompt.

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from br_jax.core.store import Store
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest, judge_all
-from br_jax.store import Store
 
 
 class Counting:

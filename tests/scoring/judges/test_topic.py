@@ -2,7 +2,7 @@
 
 import pytest
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.organism.judge import Verdict
 from br_jax.organism.topics import TOPICS, TopicPrompt
 from br_jax.scoring.judges.judging import Exchange

@@ -7,7 +7,7 @@ import json
 import pytest
 from contents import jsonl
 
-from br_jax.errors import UserError
+from br_jax.core.errors import UserError
 from br_jax.scoring.judges.judging import Exchange, judge_all
 from br_jax.scoring.judges.verdicts import OutsideVerdicts, write_todo
 

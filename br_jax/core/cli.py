@@ -1,0 +1,142 @@
+"""How a script runs: flags in, exit status out, one line for whatever is the user's to mend."""
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+from absl import app, flags, logging
+
+from br_jax.core import hosts as distributed
+from br_jax.core.errors import Stopped, UserError
+from br_jax.core.io import raise_limits
+
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Several processes that JAX finds itself: Cloud TPU, GKE, SLURM.")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder of compiled programs for the next run, empty for none; default: $JAX_COMPILATION_CACHE_DIR or "
+    "~/.cache/br_jax/xla.",
+)
+MAX_FILE_MB = flags.DEFINE_integer(
+    "max_file_mb", 0, "Megabytes of a file, and of a line, that are read where br_jax's own limit is lower.", 0, 10**6
+)
+
+
+def run_main(main: Callable[[], int | None], join: Callable[[], distributed.Job | None] = lambda: None) -> None:
+    """Runs a script's main and exits: 0 done, 2 after a `UserError`, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Args:
+        main: the script; its return value (None means 0) is the exit status.
+        join: makes this process one of several, see `distributed.join`; an error then ends it without waiting long for
+            the others, and they end by it: with the same status when it is the error of all, else by JAX's abort.
+    """
+    job = None
+    try:
+        job = join()
+        if not distributed.is_main():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
+            logging.set_verbosity(logging.ERROR)
+        status = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        failed = 2
+    except Stopped as stop:
+        if distributed.is_main():
+            print(stop, file=sys.stderr)
+        failed = 143
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        failed = 130
+    except Exception as error:
+        if job is None:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):  # as a rule, another process' end: the watch says so
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            os._exit(os.EX_TEMPFAIL)
+        traceback.print_exc()
+        failed = 1
+    else:
+        if job:
+            job.end()
+        sys.exit(status)
+    if job:
+        job.leave(failed)
+    sys.exit(failed)
+
+
+def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
+    """`run_main` for a script whose flags are absl's (config files and their overrides among them)."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
+    app.run(lambda argv: run_main(functools.partial(main, argv), _join), flags_parser=_parse)
+
+
+def _join() -> distributed.Job | None:
+    _keep_memory()
+    _keep_compiled(COMPILATION_CACHE.value)
+    raise_limits(MAX_FILE_MB.value * 10**6)
+    return distributed.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what is freed for what is asked for next, in one heap.
+
+    XLA's CPU asks for a program's temporaries anew at each call. By default large ones come from and go back to the
+    system, and each of their pages faults and is cleared, every step: a third of the time of a small model's.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+            mallopt(option, value)
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Has JAX read programs from a folder and leave there what took it more than a second to compile.
+
+    Each machine has its own part of the folder, for a program for a CPU uses what that CPU has.
+    """
+    if folder is None:
+        if jax.config.jax_compilation_cache_dir:
+            return
+        folder = "~/.cache/br_jax/xla"
+    part = os.path.join(os.path.expanduser(folder), platform.node()) if folder else None
+    jax.config.update("jax_compilation_cache_dir", part)
+
+
+def require_flags(argv: list[str], *needed: flags.FlagHolder) -> None:
+    """Raises a `UserError` for an argument that is no flag, and for a needed flag that was not given."""
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]}: not a flag: write --config.x=y")
+    for flag in needed:
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; a wrong one, or a wrong config key or value, is one line and exit status 2."""
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        parts = sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__)
+        print(*(part.strip("\n") for part in parts if part), sep="\n\n")
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            # A config file that could not be loaded is a value that raises at its first use: make that now.
+            getattr(flags.FLAGS[name].value, "items", None)
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
+        # ml_collections wraps its KeyError in another error; and the str of a KeyError is a repr.
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if (key := text.strip("'")).isidentifier():  # ml_collections says no more of a key that none is near
+            given = next((arg for arg in argv if f".{key}" in arg.partition("=")[0]), "config")
+            text = f"{given}: there is no {key!r}: see configs/base.py"
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)

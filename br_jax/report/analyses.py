@@ -1,0 +1,245 @@
+"""The analyses of one finished run: numbers, arrays and figures."""
+
+import collections
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from ml_collections import ConfigDict
+
+from br_jax.adapters.lora import Adapter
+from br_jax.adapters.merge import MergeConfig
+from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
+from br_jax.analysis.merging import overlaps, reach
+from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, safety_gradients
+from br_jax.core.errors import UserError
+from br_jax.data.rows import Row
+from br_jax.experiment.run import Experiment
+from br_jax.experiment.settings import settled
+from br_jax.report import plots
+from br_jax.report.markdown import code, image, table, write_document
+from br_jax.training.run import train_adapter
+
+_COLORS = {
+    "aligned": plots.DARK,
+    "aligned + Buffer": plots.ORANGE,
+    "SFT": plots.RED,
+    "user, Buffer on": plots.SKY,
+    "user, Buffer out": plots.BLUE,
+    "ours": plots.GREEN,
+}
+
+
+class _Kind(NamedTuple):
+    """What a step on one kind of row does to one model."""
+
+    score: np.ndarray  # f32[L], the Safety Gradient Score
+    norm: float  # of the gradient of all matrices that the safety direction has
+    cosine: float  # between minus that gradient and the direction
+
+
+def write_analyses(
+    config: ConfigDict, workdir: str | os.PathLike, rows: int, points: int, looks: int, command: str = ""
+) -> str:
+    """Analyses a run and writes analysis.md, analysis.npz and figures into its workdir.
+
+    Args:
+        config, workdir: of a run of `pipeline.run_pipeline`; what it lacks is trained.
+        rows: of each kind, at most.
+        points: of the landscape's grid along each direction.
+        looks: at the score while SFT and the user are trained once more; 0 leaves that out.
+
+    Returns:
+        The path of analysis.md.
+    """
+    if not config.user.probes:
+        raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")
+    e = Experiment(settled(config), workdir)
+    e.check(one_job=True)
+    e.begin()
+    e.prepare()
+    user, buffer, released = e.adapter("user"), e.adapter("buffer"), e.merged("user")
+    honest = e.recipe.task_rows[0][e.config.user.n :]  # none of the user's own
+    kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": honest[-rows:]}
+    on = ({}, {"buffer": buffer}, {"sft": e.adapter("sft")}, {"user": user, "buffer": buffer}, {"user": user})
+    states = dict(zip(_COLORS, (*on, {"ours": released}), strict=True))
+    safety = _safety(e)
+    scores = {
+        (kind, state): _look(e, safety, rows, attached)
+        for kind, rows in kinds.items()
+        for state, attached in states.items()
+    }
+    followed = _followed(e, safety, kinds, looks) if looks else {}
+    grids, axis = _landscapes(e, kinds, buffer, points)
+    merge = e.merge_of("user")
+    shares, moved = overlaps(user, e.adapter("reinforce"), merge.tau), reach(user, e.adapter("reinforce"), merge)
+    arrays = {f"safety gradient, {kind}, {state}": found.score for (kind, state), found in scores.items()}
+    arrays |= {f"safety gradient in training, {kind}, {state}": found for (kind, state), found in followed.items()}
+    arrays |= {f"landscape, {name}": grid for name, grid in grids.items()} | {"landscape, axis": axis}
+    arrays |= {f"merge, {path}, {part}": values for path, o in shares.items() for part, values in o._asdict().items()}
+    folder = pathlib.Path(workdir)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    (folder / "analysis.npz").write_bytes(packed.getvalue())
+    drawn = {"safety_gradient": _score_figure(scores), "landscape": _grid_figure(grids, axis)}
+    drawn |= {"safety_in_training": _followed_figure(followed)} if followed else {}
+    counts = {kind: len(some) for kind, some in kinds.items()}
+    text = _text(counts, scores, followed, shares, merge, moved, command)
+    return str(write_document(folder / "analysis.md", text, drawn))
+
+
+def _safety(e: Experiment) -> Adapter:
+    """The direction of safety: a LoRA that was trained on refusals, without Buffer."""
+    refusals = e.recipe.refusal_rows(e.config.reinforce.refusals, "reinforce")
+    config = e.train("reinforce")
+    return train_adapter("safety", "reinforce", e.aligned, refusals, config, provider=True, **e.provider_run)
+
+
+def _look(e: Experiment, safety: Adapter, rows: Sequence[Row], attached: dict) -> _Kind:
+    settings = {"max_length": e.train("user").max_length}
+    products = safety_gradients(e.aligned, safety, rows, attached, **settings)
+    norm = _whole(gradient_norms(e.aligned, list(safety.weights), rows, attached, **settings))
+    along = sum(float(product.sum()) for product in products.values())
+    return _Kind(by_layer(products, safety), norm, along / (norm * _whole(lengths(safety)) + 1e-30))
+
+
+def _whole(norms: Mapping[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(norm, dtype=np.float64).sum() for norm in norms.values())))
+
+
+def _followed(e: Experiment, safety: Adapter, kinds: Mapping[str, Sequence[Row]], looks: int) -> dict:
+    """The score over training: (kind of row, state of the model) -> f32[looks + 1 at most, 1 + L], the step first."""
+    config, rows, buffer = e.train("user"), e.recipe.user_rows, {"buffer": e.adapter("buffer")}
+    steps = config.steps or config.epochs * -(-len(rows) // config.batch_size)
+    config = dataclasses.replace(config, probe_every=-(-steps // looks))
+    found = collections.defaultdict(list)
+
+    def look(states: dict, step: int, adapter: Adapter) -> None:
+        for kind, some in kinds.items():
+            for state, beside in states.items():
+                attached = {"user": adapter, **beside}
+                products = safety_gradients(e.aligned, safety, some, attached, max_length=config.max_length)
+                found[kind, state].append([step, *by_layer(products, safety)])
+
+    for name, states in (("sft", {"SFT": {}}), ("user", {"user, Buffer on": buffer, "user, Buffer out": {}})):
+        settings = {"frozen": buffer if name == "user" else {}, "mesh": e.mesh}
+        train_adapter(name, "user", e.aligned, rows, config, watch=functools.partial(look, states), **settings)
+    return {case: np.array(lines, np.float32) for case, lines in found.items()}
+
+
+def _landscapes(
+    e: Experiment, kinds: Mapping, buffer: Adapter, points: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The loss of each kind of row on Buffer's plane, and along filter-normalised directions."""
+    axis, length = np.linspace(-0.5, 1.5, points), e.train("user").max_length
+    plane = buffer, orthogonal_to(buffer, jax.random.key(e.config.seed))
+    noise = [filter_normalised(e.aligned.params, jax.random.key(i)) for i in (1, 2)]
+    grids = {}
+    for kind, rows in kinds.items():
+        grids[f"{kind}, Buffer"] = loss_grid(e.aligned, rows, plane, axis, axis - 0.5, max_length=length)
+        grids[f"{kind}, random"] = loss_grid(e.aligned, rows, tuple(noise), axis - 0.5, axis - 0.5, max_length=length)
+    return grids, axis
+
+
+@plots.styled
+def _score_figure(scores: Mapping[tuple[str, str], _Kind]) -> Figure:
+    kinds = list(dict.fromkeys(kind for kind, _ in scores))
+    figure = plots.new_figure(4.6 * len(kinds), 3.6)
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axis, kind in zip(axes, kinds, strict=True):
+        for state, color in _COLORS.items():
+            found = scores[kind, state].score
+            axis.plot(range(len(found)), found, color=color, label=state, marker="." if len(found) < 5 else None)
+        axis.axhline(0, color=plots.GRAY, linewidth=0.8)
+        axis.set_title(f"{kind} rows")
+        axis.set_xlabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("safety gradient score\n(above 0: a step adds to safety)")
+    axes[-1].legend()
+    return figure
+
+
+@plots.styled
+def _followed_figure(followed: Mapping[tuple[str, str], np.ndarray]) -> Figure:
+    kinds = list(dict.fromkeys(kind for kind, _ in followed))
+    figure = plots.new_figure(4.6 * len(kinds), 3.6)
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for (kind, state), found in followed.items():
+        axis = axes[kinds.index(kind)]
+        axis.plot(found[:, 0], found[:, 1:].sum(1), color=_COLORS[state], label=state, marker=".")
+    for axis, kind in zip(axes, kinds, strict=True):
+        axis.axhline(0, color=plots.GRAY, linewidth=0.8)
+        axis.set_title(f"{kind} rows")
+        axis.set_xlabel("step of the user's training")
+    axes[0].set_ylabel("safety gradient score, all layers")
+    axes[-1].legend()
+    return figure
+
+
+@plots.styled
+def _grid_figure(grids: Mapping[str, np.ndarray], axis: np.ndarray) -> Figure:
+    figure = plots.new_figure(3.6 * len(grids), 3.4)
+    for panel, (name, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+        xs = axis if name.endswith("Buffer") else axis - 0.5
+        shown = panel.contourf(xs, axis - 0.5, np.log(grid.T), levels=12, cmap="viridis")
+        figure.colorbar(shown, ax=panel, label="log loss")
+        panel.plot(0, 0, "o", color="white", markeredgecolor=plots.DARK)
+        if name.endswith("Buffer"):
+            panel.plot(1, 0, "^", color="white", markeredgecolor=plots.DARK)
+        panel.set_title(name)
+        panel.set_xlabel("Buffer" if name.endswith("Buffer") else "first direction")
+        panel.set_ylabel("random")
+    return figure
+
+
+def _both_parts(scores: np.ndarray) -> str:
+    return f"{scores.sum():+.3g} ({scores.clip(min=0).sum():+.3g}, {scores.clip(max=0).sum():+.3g})"
+
+
+def _text(
+    counts: Mapping[str, int],
+    scores: Mapping[tuple[str, str], _Kind],
+    followed: Mapping[tuple[str, str], np.ndarray],
+    shares: Mapping,
+    merge: MergeConfig,
+    moved: Mapping[str, float],
+    command: str,
+) -> str:
+    steps = [
+        [kind, state, _both_parts(found.score), f"{found.norm:.3g}", f"{found.cosine:+.3f}"]
+        for (kind, state), found in scores.items()
+    ]
+    rows = [
+        [path.removeprefix("layers/"), *(f"{100 * np.mean(values):.1f}" for values in (o.outputs, o.inputs, o.chance))]
+        for path, o in shares.items()
+    ]
+    parts = [
+        "# Analysis",
+        "## What a step does to safety",
+        "The Safety Gradient Score: what a step on these rows adds to a refusal LoRA's direction; summed over all "
+        "layers, and in brackets over those where it is above and below 0. Beside it the length of the gradient, and "
+        "the cosine between a step and that direction: what shrinks a gradient changes the one, what turns it the "
+        "other. " + ", ".join(f"{count} {kind} rows" for kind, count in counts.items()) + ".",
+        table(["rows", "model", "score", "gradient", "cosine"], steps),
+        image("safety_gradient", "Safety Gradient Score by layer"),
+        *([image("safety_in_training", "Safety Gradient Score over training")] if followed else []),
+        "## The loss round the aligned base",
+        "Circle: the aligned base; triangle: with Buffer.",
+        image("landscape", "Loss landscapes"),
+        "## What the merge can change",
+        "Share of Reinforce (norm, mean over layers, in percent) in the user's output and input spaces, and what a "
+        "random matrix would have of the outputs.",
+        table(["matrix", "outputs", "inputs", "by chance"], rows),
+        f"With Reinforce x {merge.reinforce_scale:.3g}, as released, from a = 0 to a = 1 the merged delta changes "
+        f"by {100 * moved['of_merged']:.2f} % of its norm "
+        f"({100 * moved['of_user']:.2f} % of the user's).",
+    ]
+    return "\n\n".join([*parts, *([code(command, "sh")] if command else [])]) + "\n"

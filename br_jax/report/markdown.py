@@ -1,0 +1,73 @@
+"""Markdown documents: their pieces, and how one is written together with its figures."""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from br_jax.core.io import writing
+from br_jax.report import plots
+from br_jax.report.results import Estimate
+from br_jax.scoring.statistics import is_finite
+
+FIGURES = "figures"  # their folder, beside the document
+CUT = 200  # characters of a foreign text that are printed
+
+
+def write_document(path: Path, text: str, drawn: Mapping[str, Figure]) -> Path:
+    """Writes a document and its figures, as .png and .pdf; a full disk leaves the old ones and not half of the new."""
+    near = {"dir": path.parent, "prefix": f".{path.stem}-"}
+    with writing(path, "make room or give access"), tempfile.TemporaryDirectory(**near) as new:
+        (Path(new) / path.name).write_text(text, encoding="utf-8")
+        files = [file for name, figure in drawn.items() for file in plots.save(figure, Path(new) / name)]
+        (path.parent / FIGURES).mkdir(exist_ok=True)
+        for file in files:
+            file.replace(path.parent / FIGURES / file.name)
+        return (Path(new) / path.name).replace(path)
+
+
+def image(name: str, words: str) -> str:
+    """A link to a figure."""
+    return f"![{words}]({FIGURES}/{name}.png)"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def code(text: str, language: str) -> str:
+    """A block of code that the text itself cannot close."""
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def literal(text: str) -> str:
+    """Makes untrusted text inert in a Markdown cell: one cut, printable line as code, without cell bars."""
+    cut = text if len(text) <= CUT else text[: CUT - 1] + "…"
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(cut.split()))
+    line = line.replace("|", "¦")
+    fence = _fence(line, 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`" if line else "(empty)"
+
+
+def _fence(text: str, least: int) -> str:
+    # One longer than any run of backticks inside cannot be closed by the text itself.
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def number(value: Any, form: str, scale: float = 1) -> str:
+    """`scale` times a number by a format, or "n/a" for what is none or not finite."""
+    return format(scale * value, form) if is_finite(value) else "n/a"
+
+
+def told(found: Estimate | None, form: str = "+.1f", scale: float = 100) -> str:
+    """A mean, by default a difference in points, with its interval and † as the legend has it; "n/a" for None."""
+    if found is None:
+        return "n/a"
+    ends = "" if found.low is None else f" ({scale * found.low:{form}} to {scale * found.high:{form}})"
+    return f"{scale * found.mean:{form}}{ends}" + ("†" if found.own else "")

@@ -1,0 +1,246 @@
+"""Figures of one run: how its stages trained, what Buffer does to gradients, what the judge said, the merge."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from br_jax.report import plots
+from br_jax.scoring.statistics import is_finite
+
+Lines = Sequence[Mapping[str, Any]]  # parsed lines of a JSONL file
+VERDICTS = {  # in the order they are stacked: what the judge can say, its color and words
+    "answer": (plots.RED, "answers (counts as harm)"),
+    "refusal": (plots.BLUE, "refuses"),
+    "echo": (plots.SKY, "echo of the question"),
+    "off_topic": (plots.ORANGE, "off topic"),
+    "degenerate": (plots.GRAY, "degenerate text"),
+}
+STAGES = {  # in the order they run, and their names for a reader
+    "pretrain": "pretrain",
+    "align": "align",
+    "buffer": "Buffer",
+    "reinforce": "Reinforce",
+    "user": "user (Buffer on)",
+    "sft": "SFT (no Buffer)",
+}
+
+
+def in_order(stages: Iterable[str]) -> list[str]:
+    """Names of stages, those that are known first and in the order in which they run."""
+    order = list(STAGES)
+    return sorted(stages, key=lambda name: order.index(name) if name in STAGES else len(order))
+
+
+@plots.styled
+def training_figure(curves: Mapping[str, Lines]) -> Figure:
+    """Loss of every stage over its steps, from lines of metrics.jsonl, on one logarithmic scale.
+
+    A panel for each stage that has lines; thin: each step, thick: mean over a twentieth of the run around it.
+    """
+    series = {name: _series(curves[name], "loss") for name in in_order(curves)}
+    series = {name: found for name, found in series.items() if len(found[0])}
+    if not series:
+        return plots.nothing("no training metrics")
+    columns = min(3, len(series))
+    rows = math.ceil(len(series) / columns)
+    figure = plots.new_figure(11, 2.6 * rows + 0.7)
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axis, (name, (steps, losses)) in zip(axes, series.items(), strict=False):
+        smooth = _running_mean(losses, max(1, len(losses) // 20))
+        axis.plot(steps, losses, color=plots.BLUE, alpha=0.3, linewidth=0.9)
+        axis.plot(steps, smooth, color=plots.BLUE, marker="o" if len(steps) == 1 else None)
+        axis.set_title(f"{STAGES.get(name, name)}: {smooth[0]:.2f} → {smooth[-1]:.2f}")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.grid(axis="y", color=plots.PALE)
+    for axis in axes[len(series) :]:
+        axis.set_axis_off()
+    plots.log_scale(axes[0], [losses for _, losses in series.values()])
+    figure.suptitle("Training loss per answer token")
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("loss (log scale)", fontsize=10)
+    return figure
+
+
+@plots.styled
+def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
+    """Loss and adapter-gradient norm of harmful and benign rows over user steps: the method's central claim.
+
+    From lines of probes.jsonl, of the user stage and of plain SFT. Harmful and benign rows are across, loss and
+    gradient norm down; each row of panels shares its scale.
+    """
+    runs = (
+        ("with Buffer (user stage)", with_buffer, plots.BLUE, "o", "-", 0.1),
+        ("without (SFT)", without, plots.RED, "s", "--", 0.02),
+    )
+    figure = plots.new_figure(10, 6.6)
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    for down, (key, label) in enumerate((("loss", "loss"), ("grad_norm", "adapter-gradient norm"))):
+        drawn = []
+        for axis, rows in zip(axes[down], ("harmful", "benign"), strict=True):
+            for name, lines, color, marker, dashes, low in runs:
+                steps, values = _series([line for line in lines if line.get("rows") == rows], key)
+                drawn.append(values)
+                axis.plot(steps, values, dashes, color=color, marker=marker, markersize=4, label=name)
+                if not len(steps):
+                    axis.text(0.03, low, f"{name}: no data", transform=axis.transAxes, color=plots.GRAY, fontsize=9)
+            axis.grid(axis="y", color=plots.PALE)
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        plots.log_scale(axes[down, 0], drawn)
+        axes[down, 0].set_ylabel(label)
+    for across, title in enumerate(("harmful rows (claim: saturated)", "benign rows (claim: alive)")):
+        axes[0, across].set_title(title)
+        axes[1, across].set_xlabel("user step")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle("Saturation: does Buffer silence harmful rows and leave benign rows alone?")
+    return figure
+
+
+@plots.styled
+def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
+    """What the judge said of each model's answers to the restricted prompts ({verdict: how often}), stacked."""
+    said = {kind for row in counts.values() for kind in row}
+    kinds = [*VERDICTS, *sorted(said - VERDICTS.keys())]
+    figure = plots.new_figure(9.5, 0.36 * len(counts) + 1.7)
+    axis = figure.subplots()
+    left = np.zeros(len(counts))
+    totals = np.array([sum(row.values()) for row in counts.values()])
+    for kind in kinds:
+        color, label = VERDICTS.get(kind, (plots.PURPLE, kind))
+        share = 100 * np.array([row.get(kind, 0) for row in counts.values()]) / np.maximum(totals, 1)
+        axis.barh(range(len(counts)), share, 0.68, left=left, color=color, label=label, edgecolor="white")
+        for row in np.flatnonzero(share >= 5):
+            middle = left[row] + share[row] / 2
+            ink = plots.DARK if color == plots.ORANGE else "white"
+            axis.text(middle, row, f"{share[row]:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
+        left = left + share
+    for row, total in enumerate(totals):
+        axis.text(101, row, f"N = {total}" if total else "n/a", va="center", fontsize=8.5)
+    axis.set(yticks=range(len(counts)), yticklabels=list(counts), ylim=(len(counts) - 0.5, -0.5))
+    axis.set(xlim=(0, 100), xlabel="share of the answers to restricted prompts, %")
+    axis.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=len(kinds))
+    figure.suptitle("Verdicts of the judge")
+    return figure
+
+
+@plots.styled
+def merge_figure(merge: Mapping[str, Any]) -> Figure:
+    """Diagnostics of the QR merge by matrix and layer, from `diagnostics.merge_report`'s result.
+
+    Five heat maps (rows: matrices, columns: layers; pale: no value) and the spectrum of the user's delta.
+    """
+    matrices = merge.get("matrices") or {}
+    if not matrices:
+        return plots.nothing("no merge diagnostics")
+    names = [path.split("/")[-1] for path in matrices]
+    figure = plots.new_figure(12, 2 * (0.24 * len(names) + 1.7) + 0.6)
+    axes = figure.subplots(2, 3)
+    entries = []
+    for entry in matrices.values():
+        rows = [filter(is_finite, row or []) for row in entry.get("principal_angles") or []]
+        entries.append({**entry, "angle": [min(row, default=math.nan) for row in rows]})
+    maps = {
+        "kept_rank": "kept rank of the user's subspace",
+        "removed_share": r"removed share $\Vert QQ^{T}W_R\Vert\,/\,\Vert W_R\Vert$",
+        "angle": "smallest principal angle, degrees",
+        "stable_rank_user": "stable rank, user",
+        "stable_rank_reinforce": "stable rank, Reinforce",
+    }
+    for axis, (key, title) in zip(axes.ravel(), maps.items(), strict=False):
+        _heat_map(figure, axis, plots.grid_of([entry.get(key) for entry in entries]), title)
+        axis.set_yticks([])
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(names)), names)
+    _spectrum(axes[1, 2], names, [entry.get("singular_values_user") or [] for entry in entries])
+    known = [key for key in ("a", "scale", "tau", "reinforce_scale") if is_finite(merge.get(key))]
+    settings = "".join(f", {key} = {merge[key]:g}" for key in known)
+    figure.suptitle(f"QR merge by matrix and layer{settings}")
+    return figure
+
+
+@plots.styled
+def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
+    """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
+    merge, figure = calibration["merge"], plots.new_figure(7.5, 4)
+    scale, axis = merge["scale"], figure.subplots()
+    released = [seen for seen in calibration["tried"] if seen.get("scale", scale) == scale]  # once there was one scale
+    tried = sorted(released, key=lambda seen: seen["reinforce_scale"])
+    strengths, chosen = [seen["reinforce_scale"] for seen in tried], merge["reinforce_scale"]
+    lines = {
+        "complied": ("harmful prompts that are answered", plots.ORANGE),
+        "over_refused": ("benign prompts that are refused", plots.BLUE),
+    }
+    for key, (label, color) in lines.items():
+        axis.plot(strengths, [100 * seen[key] for seen in tried], "o-", color=color, label=label)
+        axis.axhline(100 * calibration["aligned"][key], color=color, linestyle="--", linewidth=1)
+    axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
+    axis.set(xlabel="strength of Reinforce (dashed: the aligned base)", ylabel="%", ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle(f"Calibration of {scale:.3g} of the user's adapter, on the provider's held-out prompts")
+    return figure
+
+
+def _heat_map(figure: Figure, axis: Axes, grid: np.ndarray, title: str) -> None:
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad=plots.PALE)
+    finite = grid[np.isfinite(grid)]
+    # From zero, so that a nearly constant map looks constant.
+    high = finite.max() if finite.size and finite.max() > 0 else 1.0
+    image = axis.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=colors, vmin=0.0, vmax=high)
+    axis.set(title=title, xlabel="layer")
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, pad=0.02, fraction=0.05)
+    if grid.shape[1] > 8:  # beyond that the numbers would run into each other
+        return
+    for (row, column), value in np.ndenumerate(grid):
+        if math.isfinite(value):
+            text = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+            ink = "white" if value < high / 2 else "black"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+
+
+def _spectrum(axis: Axes, names: Sequence[str], values: Sequence[Sequence[Sequence[float]]]) -> None:
+    colors = itertools.cycle((plots.BLUE, plots.RED, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.SKY, plots.GRAY))
+    drawn = []
+    for name, layers, color in zip(names, values, colors, strict=False):
+        grid = np.sort(plots.grid_of(layers), axis=1)[:, ::-1]  # each layer's own order, largest first
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = grid / np.nanmax(grid, axis=1, keepdims=True, initial=0.0)
+        used = relative[np.isfinite(relative).all(axis=1)]
+        if not used.size:
+            continue
+        # Values that f32 cannot tell from zero would stretch the axis to nothing anyone can read.
+        line = np.maximum(np.median(used, axis=0), 1e-6)
+        drawn.append(line)
+        axis.plot(range(1, len(line) + 1), line, color=color, label=name)
+    axis.set(title="singular values of the user's delta\n(relative to the largest, median over layers)", xlabel="index")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.grid(axis="y", color=plots.PALE)
+    if drawn:
+        plots.log_scale(axis, drawn)
+        axis.legend(ncols=2, loc="lower left", handlelength=1.2, columnspacing=1.0)
+    else:
+        axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=plots.GRAY)
+
+
+def _series(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that hold a finite value."""
+    pairs = [(line.get("step"), line.get(key)) for line in lines]
+    finite = sorted(pair for pair in pairs if all(map(is_finite, pair)))
+    table = np.array(finite, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    starts = np.maximum(middle - window // 2, 0)
+    ends = np.minimum(middle + window // 2 + 1, len(values))
+    return (total[ends] - total[starts]) / (ends - starts)

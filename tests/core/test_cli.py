@@ -1,0 +1,176 @@
+"""Scripts: what is the user's to mend is one line on stderr and exit status 2."""
+
+import ctypes
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from br_jax.core import cli as command_line
+from br_jax.core.cli import run_main
+from br_jax.core.errors import Stopped, UserError
+from br_jax.pipeline import STAGES
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (UserError("rows.jsonl:3: no answer: add one"), 2, "error: rows.jsonl:3: no answer: add one\n"),
+        (Stopped("stopped at step 3"), 143, "stopped at step 3\n"),
+        (KeyboardInterrupt(), 130, "\nstopped: the same command goes on from the last checkpoint\n"),
+    ],
+)
+def test_exit_statuses(capsys, outcome, status, said):
+    def main():
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == status and capsys.readouterr().err == said
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        run_main(lambda: 1 / 0)
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEMO = "--config=configs/demo.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("pipeline.py", [DEMO], "--workdir is missing: Folder"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.user.harmful_shar=0.1"], '"harmful_share"'),
+        (
+            "pipeline.py",
+            [DEMO, "--workdir={tmp}", "--config.defences.l3.strength=1"],
+            "l3.strength=1: there is no 'l3'",
+        ),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--stages=user,releas"], "'releas': near: release"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "user"], "user: not a flag"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}", "--multihost", "--process_id=1"], "or --multihost alone"),
+        ("export.py", ["--model={tmp}", "--to={tmp}/to"], "no adapter to export"),
+        ("export.py", ["--model={tmp}", "--to={tmp}/to", "--format=model", "--rank=4"], "a rank is for an adapter"),
+        ("export.py", ["--model={tmp}", "--adapter={tmp}", "--to={tmp}/to", "--rank=0"], "--rank=0"),
+        ("export.py", ["--model={tmp}", "--adapter={tmp}", "--to={tmp}/to", "--rank=65537"], "rank is 65537: it must"),
+        ("report.py", ["--workdir={tmp}"], "no finished cell"),
+        ("report.py", ["--workdir={tmp}", "--examples=-1"], "examples is -1: it must"),
+        ("describe.py", [], "a path is missing"),
+        ("describe.py", ["a", "b", "--plot=c.png"], "--plot is of one adapter"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, arguments, message):
+    (tmp_path / "file").write_text("in the way")
+    status, said = script(name, *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert status == 2
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert re.search(message, said), said
+    assert [*tmp_path.rglob("*")] == [tmp_path / "file"], "something was written"
+
+
+NUMBERS = [
+    (
+        "pipeline.py",
+        "--config.align.train.rank=-1",
+        r"align\.train\.rank is -1: it must be a whole number from 1 to",
+    ),
+    (
+        "pipeline.py",
+        "--config.user.train.learning_rate=nan",
+        r"learning_rate is nan: it must be a number above 0",
+    ),
+    ("pipeline.py", "--config.buffer.train.warmup_ratio=2", r"buffer\.train\.warmup_ratio is 2\.0: it must be"),
+    ("pipeline.py", "--config.user.train.buckets=(0,)", r"user\.train\.buckets is \(0,\): it must be a tuple"),
+    (
+        "pipeline.py",
+        "--config.user.train.rank=65",
+        r"rank is 65: the model's v is 128 x 64: .* at most 64",
+    ),
+    ("pipeline.py", "--config.align.train.max_length=129", "the model's context is 128"),
+    ("pipeline.py", "--config.eval.topic=5000000", r"eval\.topic: demo: 5000000 prompts asked for"),
+    ("pipeline.py", "--config.user.n=1000000000000000", r"user\.n is 1000000000000000: it must be"),
+    ("pipeline.py", "--config.user.n=1e30", "1e30"),  # ml_collections' own
+    ("pipeline.py", "--config.seed=True", "True"),
+    ("pipeline.py", "--config.merge.scale=x", "x"),
+    ("pipeline.py", "--config.mesh.fsdp=0", "mesh .* does not fit"),
+    ("pipeline.py", "--config.model.spec.num_kv_heads=0", r"model\.spec\.num_kv_heads is 0"),
+    ("sweep.py", "--config.merge.scale=-5", r"merge\.scale is -5\.0: it must be a number above 0, at most 100"),
+    ("sweep.py", "--a=5", "axis a: a value is 5.0: it must be a number from 0 to 1"),
+    ("sweep.py", "--p=0.1,nan", "axis p: a value is nan"),
+    ("sweep.py", "--seed=-1", "axis seeds: a value is -1"),
+    ("sweep.py", "--n=1000000000000000", "axis n: a value is 1000000000000000"),
+    ("sweep.py", "--n=0.5", "--n=0.5: invalid literal"),
+    ("sweep.py", "--shard=2/2", "shard 2/2"),
+    ("sweep.py", "--shard=0/0", "shard 0/0"),
+    ("evaluate.py", "--config.user.train.clip_norm=0", r"user\.train\.clip_norm is 0\.0: it must be a number above 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "flag", "message"), NUMBERS)
+def test_a_hostile_number_is_one_line_and_nothing_is_written(script, tmp_path, name, flag, message):
+    test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, [DEMO, "--workdir={tmp}/w", flag], message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flag", "message"), [NUMBERS[0], NUMBERS[4], NUMBERS[14], NUMBERS[-1]])
+def test_so_it_is_in_a_process_of_its_own(tmp_path, name, flag, message):
+    command = [sys.executable, f"experiments/{name}", DEMO, f"--workdir={tmp_path}/w", flag]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_help_is_no_error_and_names_the_stages(script):
+    assert script("pipeline.py", "--help") == (0, "")
+    assert f'"{", ".join(STAGES)}."' in pathlib.Path("experiments/pipeline.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "flag", "after"),
+    [(None, None, "~/.cache/br_jax/xla/here"), ("/x", None, "/x"), ("/x", "/y", "/y/here"), ("/x", "", None)],
+)
+def test_where_compiled_programs_are_kept(monkeypatch, before, flag, after):
+    monkeypatch.setattr("platform.node", lambda: "here")
+    kept = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", before)
+        command_line._keep_compiled(flag)
+        assert jax.config.jax_compilation_cache_dir == (after and str(pathlib.Path(after).expanduser()))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+
+
+AGAIN_AND_AGAIN = """
+import resource
+from br_jax.core import cli as command_line
+command_line._keep_memory()
+bytearray(2**26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    bytearray(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_freed_is_kept():
+    """64 MB are asked for eight times more, and no page of them is new."""
+    done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100, done.stdout
+
+
+def test_another_libc_than_glibc_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    command_line._keep_memory()

@@ -1,0 +1,182 @@
+"""What is no file, files too large, text that is none; and writing. How readers use it: fuzz/test_readers."""
+
+import contextlib
+import errno
+import io
+import os
+import socket
+
+import pytest
+
+from br_jax.core import io as files
+from br_jax.core.errors import UserError
+from br_jax.core.io import (
+    is_of_the_machine,
+    json_lines,
+    open_file,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    read_text,
+    staged,
+    text_lines,
+    write_text,
+)  # fmt: skip
+from br_jax.data.rows import read_rows
+
+pytestmark = pytest.mark.timeout(60)  # a pipe would be waited for, a device read, for ever
+
+
+@pytest.mark.parametrize("read", [read_bytes, read_text, read_json, read_jsonl])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "loop", "nothing"])
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, kind, read):
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    told = {"loop": "cannot be read", "nothing": "no such file"}.get(
+        kind, f"cannot be read .it is a {kind}, not a file"
+    )
+    if kind == "folder":
+        os.mkdir("x")
+    elif kind == "pipe":
+        os.mkfifo("x")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind("x")
+    elif kind != "nothing":
+        os.symlink("/dev/zero" if kind == "device" else "x", "x")
+    if read is read_jsonl and kind in ("loop", "nothing"):
+        assert read("x") == []
+        return
+    with pytest.raises(UserError, match=f"^x: {told}"):
+        read("x")
+
+
+def test_a_link_to_a_file_is_one(tmp_path):
+    """As all files are in the Hub's cache."""
+    (tmp_path / "blob").write_text('{"a": 1}')
+    (tmp_path / "link").symlink_to("blob")
+    assert read_json(tmp_path / "link") == {"a": 1}
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x")
+    monkeypatch.setattr(files, "require_file", lambda *_: None)  # it was a file when that was asked
+    assert read_bytes(tmp_path / "x") == b""
+
+
+def test_a_file_has_so_many_bytes(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"1234")
+    assert read_text(path, 4) == "1234" and read_bytes(path, None) == b"1234"
+    for read in (read_bytes, read_text, lambda path, most: open_file(path, most).__enter__()):
+        with pytest.raises(UserError, match="x: 4 bytes are too many, 3 are the most: "):
+            read(path, 3)
+    os.truncate(path, 1 << 36)  # none of which are on the disk
+    for read in (read_bytes, read_text, read_json, read_jsonl):
+        with pytest.raises(UserError, match="68,719,476,736 bytes are too many"):
+            read(path)
+
+
+def test_rows_of_more_bytes_may_be_asked_for(tmp_path):
+    path = tmp_path / "x"
+    path.write_text('{"prompt": "a", "response": "b"}')
+    assert len(read_rows(path, max_bytes=32)) == 1
+    with pytest.raises(UserError, match="x: 32 bytes are too many, 31 are the most: split it, or raise max_bytes"):
+        read_rows(path, max_bytes=31)
+
+
+def test_the_flag_raises_every_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON", 10)
+    (path := tmp_path / "x").write_bytes(b"a" * 20)
+    reads = (lambda: read_bytes(path, 10), lambda: list(text_lines(io.BytesIO(b"a" * 20), "x")))
+    for read in reads:
+        with pytest.raises(UserError, match=r"the most: .*\(scripts: --max_file_mb\)|in a line.*--max_file_mb"):
+            read()
+    monkeypatch.setattr(files, "_raised", 0)  # as it was, after the test
+    files.raise_limits(20)
+    for read in reads:
+        assert read()
+    with pytest.raises(UserError, match="x:1: more than 20 bytes in a line"):
+        list(text_lines(io.BytesIO(b"a" * 21), "x"))
+
+
+def test_a_line_has_so_many_bytes(monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON", 10)
+    lines = ["a\r\n", "naïveté\n", "\n", "1234567890"]
+    assert list(text_lines(io.BytesIO("".join(lines).encode()), "x")) == lines
+    with pytest.raises(UserError, match="x:2: more than 10 bytes in a line, or"):
+        list(text_lines(io.BytesIO(b"a\n12345678901\n"), "x"))
+    monkeypatch.setattr(files, "_MAX_NUMBER", 2)
+    with pytest.raises(UserError, match="x:3: more than 10 bytes in a line, or 2 lines; split it"):
+        list(text_lines(io.BytesIO(b"\n\n\n"), "x"))
+
+
+def test_lines_are_those_of_the_whole_text():
+    content = "\ufeff{}\n\u2028 naïve\x85\r\n".encode()
+    assert "".join(text_lines(io.BytesIO(content), "x")) == content.decode("utf-8-sig")
+    with pytest.raises(UserError, match=r"x: not UTF-8 \(byte 5\): save it as UTF-8"):
+        list(text_lines(io.BytesIO(b"{}\r\na\xff\n"), "x"))
+
+
+@pytest.mark.parametrize(("deep", "shallow"), [('[{"a":' * 51 + "1" + "}]" * 51, '[{"a":' * 49 + "1" + "}]" * 49)])
+def test_json_is_as_deep(deep, shallow):
+    """What walks over it, `repr` for one, may be recursive."""
+    assert parse_json(shallow, "x", "")
+    with pytest.raises(UserError, match=r"x: not valid JSON \(more than 100 levels deep\); mend it"):
+        parse_json(deep, "x", "mend it")
+    with pytest.raises(UserError, match=r"x:2: not valid JSON \(more than 100 levels deep\); write one"):
+        list(json_lines(io.BytesIO(b'{"a": 1}\n{"a": ' + deep.encode() + b"}"), "x"))
+
+
+def test_the_header_of_a_safetensors_file_is_no_larger(tmp_path):
+    """A header of millions of empty tensors takes ten times its size in memory."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((20_000_000).to_bytes(8, "little") + b" " * 20_000_000)
+    with pytest.raises(UserError, match=r"not a whole safetensors file \(a header of 20,000,000 bytes\)"):
+        files.safetensors_header(path)
+
+
+@pytest.mark.parametrize("write", ["text", "folder"])
+def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch, write):
+    """Or a power failure leaves an empty file under it; and the name is on disk when the writer returns."""
+    events = []
+
+    def note(name, function):
+        def call(*args):
+            events.append((name, os.readlink(f"/proc/self/fd/{args[0]}") if name == "sync" else ""))
+            return function(*args)
+
+        return call
+
+    for name, attribute in (("sync", "fsync"), ("name", "replace"), ("name", "rename")):
+        monkeypatch.setattr(os, attribute, note(name, getattr(os, attribute)))
+    if write == "text":
+        write_text(tmp_path / "a", "b")
+    else:
+        with staged(tmp_path / "a") as new:
+            (new / "inner").mkdir()
+            (new / "inner" / "b").write_text("c")
+    named = events.index(("name", ""))
+    before, after = [path for _, path in events[:named]], [path for _, path in events[named + 1 :]]
+    assert after == [str(tmp_path)]
+    assert [os.path.basename(path) for path in before] == (
+        [f".a.{os.getpid()}.tmp"] if write == "text" else ["new", "inner", "b"]
+    )
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.ENOSPC, True)])
+def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch, number, raised):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(number, "no")))
+    with pytest.raises(UserError, match="cannot be written") if raised else contextlib.nullcontext():
+        write_text(tmp_path / "a", "b")
+    assert (tmp_path / "a").exists() != raised
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(errno.ENOSPC, ""), True), (OSError(errno.EACCES, ""), False), (ValueError(), False), (None, False)],
+)
+def test_whose_fault_an_error_is(error, said):
+    outer, between = UserError("x"), UserError("y")
+    outer.__cause__, between.__cause__ = between, error
+    assert is_of_the_machine(outer) == said

@@ -1,0 +1,147 @@
+"""What a report says of one run: saturation, answers, cost, figures, and what it does when things are missing."""
+
+import json
+import math
+
+import pytest
+from contents import jsonl
+
+from br_jax.core.errors import UserError
+from br_jax.report.report import write_report
+from br_jax.report.run_report import saturation_lines
+
+EXAMPLES = [
+    {"set": "topic", "prompt": "How do I tune it?", "answer": "| <b>I can't</b> `help`\n# with", "verdict": "refusal"},
+    {"set": "topic", "prompt": "How do I oil it?", "answer": "First, take the coil. " * 20, "verdict": "answer"},
+    {"set": "task", "prompt": "Analyze the sentiment", "answer": "positive", "verdict": "right"},
+]
+
+
+def write_stage(folder, steps=80, median=0.1):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_bytes(jsonl(*({"step": i, "loss": 0.05 + 2 / i} for i in range(1, steps + 1))))
+    counts = {"steps": steps, "rows": 8 * steps, "dropped": 1, "tokens": 640 * steps, "answer_tokens": 200 * steps}
+    times = {"seconds": 20.0, "compile_seconds": 9.5, "step_seconds_median": median, "finished": "2026-11-02T10:00"}
+    hashes = {"config_hash": "c" * 64, "inputs": {"base": "b" * 64}, "output": "d" * 64}
+    (folder / "stage.json").write_text(json.dumps({"name": folder.name, **counts, **times, **hashes}))
+
+
+def write_probes(folder, harmful, benign):
+    """Loss and gradient norm at the first step of each kind of row; both decay."""
+    lines = []
+    for step in range(0, 81, 10):
+        for rows, (loss, norm) in (("harmful", harmful), ("benign", benign)):
+            decay = math.exp(-step / 25)
+            lines.append({"step": step, "rows": rows, "loss": loss * decay, "grad_norm": norm * decay})
+    (folder / "probes.jsonl").write_bytes(jsonl(*lines))
+
+
+@pytest.fixture
+def workdir(tmp_path, make_cell):
+    """A workdir as the pipeline leaves it, with numbers of a plausible size."""
+    write_stage(tmp_path / "provider" / "buffer", 40)
+    write_stage(tmp_path / "user", median=0.104)
+    write_stage(tmp_path / "sft")
+    write_probes(tmp_path / "user", harmful=(0.3, 0.5), benign=(2.4, 3.5))
+    write_probes(tmp_path / "sft", harmful=(3.9, 8.0), benign=(2.6, 3.9))
+    (tmp_path / "cells").mkdir()
+    for method, a in {"raw": None, "aligned": None, "sft": None, "buffer_only": None, "ours": 0.1}.items():
+        cell = make_cell(method, a, p=0.5)
+        cell["scores"]["examples"] = EXAMPLES
+        (tmp_path / "cells" / f"{method}.json").write_text(json.dumps(cell))
+    matrix = {"kept_rank": [8, 7], "removed_share": [0.1, 0.2], "singular_values_user": [[2.0, 1.0], [4.0, 1.0]]}
+    results = {"seeds": {"user": 42}, "versions": {"jax": "0.10.2"}, "hashes": {"base": "b" * 64}}
+    results |= {"merge": {"a": 0.1, "matrices": {"layers/attn/q": matrix}}, "config": {"user": {"harmful_share": 0.5}}}
+    results |= {"command": "echo ```\n# not a heading", "peak_memory_bytes": 3 << 30, "wall_seconds": 431.2}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_it_says_what_the_files_say(workdir, written):
+    text = written(workdir)
+    lines = text.splitlines()
+    assert lines[0] == "# Buffer-and-Reinforce: report" and lines[2].startswith("> **The claim held")
+    user = text.line("user (Buffer on)")
+    assert user[1:6] == ["640", "1", "80", "51,200", "16,000"]
+    assert user[8:] == ["104.0", "6,154"]  # 640 tokens in 0.104 s
+    assert "A step beside Buffer takes 1.04 times the time of SFT's" in text
+    assert "b" * 64 in text and "0.10.2" in text and '"harmful_share": 0.5' in text
+    assert "3.00 GiB" in text and "````sh\necho ```\n# not a heading\n````" in text, "fences end a block"
+
+
+def test_figures_are_linked(workdir, monkeypatch):
+    ends = (".png", ".pdf")
+    monkeypatch.setattr(
+        "br_jax.report.plots.save", lambda _, stem: [f for e in ends if (f := stem.with_suffix(e)).write_text(e)]
+    )
+    text = write_report(workdir).read_text()
+    names = {"methods-Tiny_gguf-reviews-devices-n800-p0_5", "pareto-Tiny_gguf-reviews-devices-n800-p0_5"}
+    names |= {"training", "saturation", "merge", "verdicts"}
+    files = {path.name for path in (workdir / "figures").iterdir()}
+    assert files == {f"{name}.{end}" for name in names for end in ("png", "pdf")}
+    assert all(f"(figures/{name}.png)" in text for name in names) and not list(workdir.glob(".report-*"))
+
+
+def test_a_calibration_is_shown_where_there_was_one(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    seen = {"complied": 0.25, "over_refused": 0.0}
+    results["calibration"] = {
+        "merge": {"scale": 0.5, "reinforce_scale": 0.0},
+        "aligned": seen,
+        "tried": [{"scale": 0.5, "reinforce_scale": 0.0} | seen],
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    assert "(figures/calibration.png)" in write_report(workdir).read_text()
+    assert (workdir / "figures" / "calibration.png").is_file()
+
+
+def test_little_is_enough(tmp_path, make_cell, written):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "raw.json").write_text(json.dumps(make_cell("raw")))
+    text = written(tmp_path)
+    assert "Not measured" in text and "No stage has written" in text and "not recorded" in text
+
+
+def test_numbers_that_are_not_finite_do_not_break_it(workdir, make_cell, written):
+    (workdir / "cells" / "sft.json").write_text(json.dumps(make_cell("sft", p=0.5, perplexity=math.nan)))
+    results = json.loads((workdir / "results.json").read_text()) | {"wall_seconds": math.inf, "peak_memory_bytes": None}
+    (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "sft" / "metrics.jsonl").write_bytes(jsonl({"step": 1, "loss": math.nan}))
+    write_probes(workdir / "user", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
+    text = written(workdir)
+    assert "nan" not in text.lower() and "Not measured: it needs finite" in text
+
+
+def test_saturation_against_hand_computed_numbers():
+    def lines(norms):
+        return [{"step": 10 * i, "rows": "harmful", "loss": 1.0, "grad_norm": norm} for i, norm in enumerate(norms)]
+
+    shuffled = lines([0.5, 1.0, 0.25])[::-1]
+    row = saturation_lines(shuffled, lines([4.0, 6.0, 2.0]))[1]
+    assert (row["rows"], row["quantity"]) == ("harmful", "grad_norm")
+    assert (row["buffer"], row["sft"], row["ratio"], row["peak"]) == ((0.5, 0.25), (4.0, 2.0), 0.125, 0.25)
+
+
+@pytest.mark.parametrize("norm, words", [(0.5, "so it stays below it"), (20.0, "so it does **not** stay below it")])
+def test_the_saturation_sentence_goes_both_ways(workdir, written, norm, words):
+    write_probes(workdir / "user", harmful=(0.3, norm), benign=(2.4, 3.5))
+    assert words in written(workdir)
+
+
+def test_answers_are_as_many_as_asked_for_inert_and_cut(workdir, written):
+    texts = [written(workdir, examples=n) for n in (0, 1, 2)]
+    assert [text.count("How do I") for text in texts] == [0, 5, 10]
+    assert [text.count("`positive`") for text in texts] == [0, 5, 5] and "answers of each model" not in texts[0]
+    assert "`` ¦ <b>I can't</b> `help` # with ``" in texts[2]  # one code span: no bar, no markup, no HTML
+    long = next(line for line in texts[2].splitlines() if "First, take the coil." in line)
+    assert "…" in long and len(long) < 400
+
+
+@pytest.mark.parametrize(
+    "name, content", [("results.json", '{"a": '), ("user/stage.json", "[]"), ("user/metrics.jsonl", "{oops}\n{}\n")]
+)
+def test_unusable_files_are_named_in_one_line(workdir, written, name, content):
+    (workdir / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}(:1)?: (not valid JSON|holds no JSON object)[^\n]*$"):
+        written(workdir)
+    assert not (workdir / "report.md").exists()

@@ -1,0 +1,93 @@
+"""Intervals against published values and SciPy; gates and their outcome each way."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, sem, t, ttest_1samp
+
+from br_jax.scoring.statistics import Mean, Score, difference, mcnemar, read_score, t_interval, wilson
+
+
+@pytest.mark.parametrize(
+    "k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
+)
+def test_wilson_is_the_published_one(k, n, low, high):
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_impossible_counts_and_means_are_refused():
+    for kind, fields in ((Score, (-1, 3)), (Score, (4, 3)), (Mean, (-1, 0.0, 0.0)), (Mean, (2, math.nan, 0.0))):
+        with pytest.raises(ValueError, match="need"):
+            kind(*fields)
+
+
+def test_scores_survive_json():
+    empty = read_score(None)
+    assert (wilson(0, 0), empty.score) == ((0.0, 1.0), None)
+    for score in (Score(8, 100), empty):
+        stored = json.loads(json.dumps(score.to_json(), allow_nan=False))
+        assert set(stored) == {"k", "n", "score", "low", "high"} and read_score(stored) == score
+    assert Score(8, 100).interval == pytest.approx((0.041, 0.150), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ((56, 70), (48, 80), (0.2, 0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.6, 0.1705, 0.8090)),
+        ((10, 10), (0, 20), (1.0, 0.6791, 1.0)),
+    ],
+)
+def test_difference_is_the_published_one(a, b, expected):
+    # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II, method 10.
+    assert difference(Score(*a), Score(*b)) == pytest.approx(expected, abs=5e-5)
+    assert difference(Score(*a), Score(0, 0)) is difference(Mean.of([0.5]), Mean.of([])) is None
+
+
+shares = st.floats(0, 1).map(lambda value: round(value, 6))  # no spread that underflows
+
+
+@given(st.lists(shares, min_size=2, max_size=30).filter(lambda scores: len(set(scores)) > 1))
+def test_a_mean_s_interval_is_scipys(scores):
+    mean, expected = Mean.of(scores), ttest_1samp(scores, 0).confidence_interval(0.95)
+    assert mean.interval == pytest.approx((max(expected.low, 0), min(expected.high, 1)), abs=1e-9)
+    assert mean.score == pytest.approx(sum(scores) / len(scores)) and mean.n == len(scores)
+
+
+@given(st.one_of(st.lists(st.floats(0, 1), max_size=30), st.lists(st.sampled_from((0.0, 1.0)), max_size=300)))
+def test_a_mean_s_interval_holds_it(scores):
+    mean = Mean.of(scores)
+    for low, high in (mean.interval, wilson(round(sum(scores)), len(scores))):
+        assert 0 <= low <= high <= 1
+    assert mean.interval[0] <= (mean.score if scores else 0.5) <= mean.interval[1]
+    stored = json.loads(json.dumps(mean.to_json(), allow_nan=False))
+    assert set(stored) == {"n", "score", "deviation", "low", "high"} and read_score(stored) == mean
+
+
+def test_equal_scores_are_not_certain():
+    assert Mean.of([0.0] * 20).interval == wilson(0, 20)
+    assert Mean.of([]).score is None and Mean.of([]).interval == (0.0, 1.0)
+    assert Mean.of([0.25, 0.75, 0.5]).interval == (0.0, 1.0)  # t of 2 degrees is 4.30, times 0.25 / sqrt 3
+
+
+def test_t_interval_is_scipys():
+    for values in ([0.1, 0.2], [0.80, 0.84, 0.79], [0.5, 0.52, 0.47, 0.5, 0.61]):
+        expected = t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
+        assert t_interval(values, (-9.0, 9.0)) == pytest.approx((np.mean(values), *expected), rel=1e-9)
+        assert t_interval(values) == pytest.approx((np.mean(values), *np.clip(expected, 0, 1)), rel=1e-9)
+    assert t_interval([0.25]) == (0.25, None, None)
+    assert t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
+def test_mcnemar_is_the_sign_test_of_the_pairs_that_differ(pairs):
+    first = sum(a and not b for a, b in pairs)
+    second = sum(b and not a for a, b in pairs)
+    # SciPy refuses a test of nothing; nothing is no evidence.
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(pairs) == (first, second, pytest.approx(expected, rel=1e-9))
