@@ -11,7 +11,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.guard import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import fingerprint, key_of
+from br_jax.core.records import fingerprint, key_of
 from br_jax.models.decoder import Decoder
 from br_jax.models.spec import ModelSpec
 

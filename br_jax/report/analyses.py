@@ -23,7 +23,6 @@ from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, s
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.experiment.run import Experiment
-from br_jax.experiment.settings import settled
 from br_jax.report import plots
 from br_jax.report.markdown import code, image, table, write_document
 from br_jax.training.run import train_adapter
@@ -62,7 +61,7 @@ def write_analyses(
     """
     if not config.user.probes:
         raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")
-    e = Experiment(settled(config), workdir)
+    e = Experiment(config, workdir)
     e.check(one_job=True)
     e.begin()
     e.prepare()

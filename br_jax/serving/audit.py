@@ -7,8 +7,8 @@ import pathlib
 from typing import Any
 
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import key_of
 from br_jax.core.io import open_file, writing
+from br_jax.core.records import key_of
 
 _MOST = 1 << 34  # bytes
 

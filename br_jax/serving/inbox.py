@@ -16,9 +16,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from br_jax.core.errors import UserError, one_line
-from br_jax.core.hashes import key_of
 from br_jax.core.io import is_of_the_machine, make_private, parse_json, staged
-from br_jax.core.records import read_record, write_record
+from br_jax.core.records import key_of, read_record, write_record
 from br_jax.pool.jobs import NAME, NAMED
 from br_jax.serving.policy import Policy
 

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 from br_jax.adapters.merge import MergeConfig
 from br_jax.core.bounds import BATCH, SHARE, TOKENS, number, require_bounds
 from br_jax.core.errors import UserError, near_names
-from br_jax.core.hashes import key_of
 from br_jax.core.io import json_lines, open_file, read_json
+from br_jax.core.records import key_of
 from br_jax.organism.topics import TopicPrompt
 from br_jax.pool.jobs import OWN
 from br_jax.training.config import TrainConfig

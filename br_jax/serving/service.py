@@ -23,9 +23,8 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.calibration import Calibration, calibrate_all
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import key_of
-from br_jax.core.io import is_of_the_machine, make_private, read_json, staged, write_json, write_text
-from br_jax.core.locks import owned, reserved
+from br_jax.core.io import is_of_the_machine, make_private, owned, read_json, reserved, staged, write_json, write_text
+from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.method import require_parts

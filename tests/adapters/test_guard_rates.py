@@ -13,7 +13,6 @@ from disguises import DISGUISES
 from br_jax.adapters.guard import COSINE, SHARE, is_buffer
 from br_jax.configs import demo
 from br_jax.experiment.run import Experiment
-from br_jax.experiment.settings import settled
 from br_jax.method import train_user
 
 USERS = int(os.environ.get("BR_JAX_USERS", "0"))
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not USERS, reason="BR_JAX_USE
 def provider(tmp_path_factory):
     config = demo.get_config("short")
     config.user.n, config.user.harmful_share = 600, 1.0
-    experiment = Experiment(settled(config), tmp_path_factory.mktemp("rates")).begin()
+    experiment = Experiment(config, tmp_path_factory.mktemp("rates")).begin()
     experiment.prepare()
     return experiment
 

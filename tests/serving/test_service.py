@@ -14,7 +14,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.core.errors import UserError
-from br_jax.core.locks import LOCK_FILE, owned, reserved
+from br_jax.core.io import LOCK_FILE, owned, reserved
 from br_jax.data.rows import read_rows
 from br_jax.pool.pool import Pool
 from br_jax.serving import service as module

@@ -11,8 +11,8 @@ import pytest
 
 from br_jax.adapters.peft import save_adapter
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import fingerprint
 from br_jax.core.mesh import make_mesh, shardings
+from br_jax.core.records import fingerprint
 from br_jax.models.io import hf
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.layout import Stored, load_params, unstack_tensors
