@@ -210,7 +210,7 @@ def test_another_preset_is_refused_as_it_was_written(preset):
 @pytest.mark.parametrize("counts", [(0, 5), (5, 0)])
 def test_a_calibration_on_one_kind_of_prompts_is_refused_at_once(run, config, counts):
     config.calibrate.update(harmful=counts[0], benign=counts[1])
-    with pytest.raises(UserError, match=r"calibrate\.harmful, benign: "):
+    with pytest.raises(UserError, match=r"calibrate\.harmful, calibrate\.benign: "):
         run()
 
 

@@ -5,7 +5,6 @@ config files change; `settle` reads it back. The engine works on the result alon
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,235 +28,141 @@ EVAL_SPLITS = ("validation", "test")
 _AXIS = Bound(-1, 1 << 20)  # of a mesh; -1 is what is left, and 0 no mesh has
 
 
-def _default(kind: type, **changes: Any) -> Any:
-    return dataclasses.field(default_factory=functools.partial(kind, **changes))
+def _part(name: str, base: type = object, **fields: Any) -> type:
+    """A frozen dataclass of a config's part, by its fields' defaults; a type is a part, made with its own defaults."""
+    kinds = []
+    for key, value in fields.items():
+        if isinstance(value, type):
+            kinds.append((key, value, dataclasses.field(default_factory=value)))
+        elif isinstance(value, dataclasses.Field):
+            kinds.append((key, value.metadata["bound"].kind, value))
+        else:
+            kinds.append((key, type(value), value))
+    return dataclasses.make_dataclass(name, kinds, bases=(base,), frozen=True)
 
 
-def _part(name: str, kinds: Mapping[str, type], base: type = object) -> type:
-    """A part with a field for each of many kinds, each with settings of its own."""
-    fields = [(key, kind, _default(kind)) for key, kind in kinds.items()]
-    return dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True)
+def _file(**more: Any) -> type:
+    """Of a data set: a file, or several with commas between; "" is its public home, or what ships with br_jax."""
+    return _part("File", path="", **more)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """The base model."""
-
-    source: str = ""  # GGUF file, Hugging Face folder or Hub name; "" trains `spec` from scratch
-    revision: str = ""  # of a Hub name: branch, tag or commit; "" is the main branch
-    template: str = "chat"  # the model's own, or the paper's "alpaca"
-    dtype: str = "float32"
-    matmul_precision: str = "float32"  # or "bfloat16", or "auto": what an f32 model's products are rounded to
-    spec: dict = _default(dict)  # sizes of a model that is trained from scratch, see `ModelSpec`
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSettings:
-    """Sizes of the mesh's axes; one of them may be -1."""
-
-    data: int = number(-1, *_AXIS)
-    fsdp: int = number(1, *_AXIS)
-    tensor: int = number(1, *_AXIS)
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """A file, or several with commas between; "" is the data's public home, or what ships with br_jax."""
-
-    path: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts(File):
-    """Of the material "english": benign prompts about a text that align and Reinforce train on."""
-
-    n: int = number(420, *ROWS)  # prompts, each about another text as long as there are any; path "": 60 written ones
-
-
-@dataclasses.dataclass(frozen=True)
-class BeaverTails(File):
-    """Of the material "paper": the file of training rows, and that of test rows."""
-
-    test_path: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    """Whose rows, and the files of every data set; the tasks' come behind."""
-
-    material: str = "english"  # "english" or "demo" (invented topics, organism/material.py), or "paper"
-    folder: str = "data/tfds"  # where public data sets are kept once built
-    texts: Texts = _default(Texts)
-    attacks: File = _default(File)  # stored attack prompts to replay
-    llm_lat: File = _default(File)
-    alpaca: File = _default(File)
-    beavertails: BeaverTails = _default(BeaverTails)
-
-
-Data = _part("Data", {task.name: task.settings for task in TASKS.values()}, _Data)
-Attackers, Defences = _part("Attackers", ATTACKERS), _part("Defences", DEFENCES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Topics:
-    """Restricted topics, several with commas between, see organism/topics.py."""
-
-    align: str = "devices"  # those that align teaches to refuse
-    provider: str = "devices"  # those that Buffer and Reinforce are made from
-    user: str = "devices"  # those that harmful user rows ask about
-    eval: str = "devices"  # those that HS is measured on, eval.topic prompts of each
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrain:
-    """Training of `model.spec` from scratch."""
-
-    rows: int = number(0, *ROWS)
-    train: TrainConfig = _default(TrainConfig)
-
-
-@dataclasses.dataclass(frozen=True)
-class Distill:
-    """The raw model answers the prompts that the stages train on."""
-
-    answer_tokens: int = number(48, *TOKENS)
-    judged: bool = True  # only answers judged compliant become harmful rows
-    spare: float = number(0.2, 0.0, 100.0)  # share of topic prompts beyond those needed: the raw model may not comply
-
-
-@dataclasses.dataclass(frozen=True)
-class Align:
-    """Alignment of the raw model; 0 and 0: it is aligned as it comes."""
-
-    refusals: int = number(0, *ROWS)
-    benign: int = number(0, *ROWS)
-    train: TrainConfig = _default(TrainConfig)
-    adapter: str = ""  # folder of an adapter made elsewhere, in PEFT's layout, to take instead of training
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """BufferLoRA."""
-
-    harmful: int = number(5000, *ROWS)
-    refused: float = number(0.0, *SHARE)  # share of them that comply behind a refusal, which is not trained on
-    train: TrainConfig = _default(TrainConfig)
-    adapter: str = ""  # see `Align`
-
-
-@dataclasses.dataclass(frozen=True)
-class Reinforce:
-    """ReinforceLoRA."""
-
-    refusals: int = number(2500, *ROWS)
-    benign: int = number(2500, *ROWS)
-    train: TrainConfig = _default(TrainConfig)
-    # See `Align`; or "alignment": as much as calibration asks for of what alignment has added; set merge.scale to 1.
-    adapter: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class User:
-    """The user's rows and training."""
-
-    adapter: str = ""  # see `Align`; one that was trained without Buffer can still be reinforced and released
-    folder: str = ""  # of what is trained on the user's rows; "" means the workdir
-    kind: str = "plain"  # what the user hands in, see br_jax/attackers
-    task: str = "reviews"
-    rule: str = ""  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
-    n: int = number(1000, *ROWS._replace(low=1))
-    harmful_share: float = number(0.1, *SHARE)  # p
-    index_mode: str = "exact"  # or "reference", the authors' off-by-one
-    probes: int = number(8, *ROWS)  # rows of each kind whose loss and gradient are followed
-    train: TrainConfig = _default(TrainConfig)
+_Model = _part(
+    "Model",
+    source="",  # GGUF file, Hugging Face folder or Hub name; "" trains `spec` from scratch
+    revision="",  # of a Hub name: branch, tag or commit; "" is the main branch
+    template="chat",  # the model's own, or the paper's "alpaca"
+    dtype="float32",
+    matmul_precision="float32",  # or "bfloat16", or "auto": what an f32 model's products are rounded to
+    spec=dict,  # sizes of a model that is trained from scratch, see `ModelSpec`
+)
+_Data = _part(
+    "Data",
+    material="english",  # "english" or "demo" (invented topics, organism/material.py), or "paper"
+    folder="data/tfds",  # where public data sets are kept once built
+    # Of "english": benign prompts about a text that align and Reinforce train on: how many, each about another text as
+    # long as there are any; path "" takes 60 written ones.
+    texts=_file(n=number(420, *ROWS)),
+    attacks=_file(),  # stored attack prompts to replay
+    llm_lat=_file(),  # this and the next two: of "paper"
+    alpaca=_file(),
+    beavertails=_file(test_path=""),
+    **{task.name: task.settings for task in TASKS.values()},
+)
+_Topics = _part(
+    "Topics",  # restricted topics, several with commas between, see organism/topics.py
+    align="devices",  # those that align teaches to refuse
+    provider="devices",  # those that Buffer and Reinforce are made from
+    user="devices",  # those that harmful user rows ask about
+    eval="devices",  # those that HS is measured on, eval.topic prompts of each
+)
+_Pretrain = _part("Pretrain", rows=number(0, *ROWS), train=TrainConfig)
+_Distill = _part(
+    "Distill",  # the raw model answers the prompts that the stages train on
+    answer_tokens=number(48, *TOKENS),
+    judged=True,  # only answers judged compliant become harmful rows
+    spare=number(0.2, 0.0, 100.0),  # share of topic prompts beyond those needed: the raw model may not comply
+)
+# `adapter`: folder of an adapter made elsewhere, in PEFT's layout, to take instead of training.
+_Align = _part("Align", refusals=number(0, *ROWS), benign=number(0, *ROWS), train=TrainConfig, adapter="")  # 0: none
+_Buffer = _part(
+    "Buffer",
+    harmful=number(5000, *ROWS),
+    refused=number(0.0, *SHARE),  # share of the rows that comply behind a refusal, which is not trained on
+    train=TrainConfig,
+    adapter="",
+)
+# `adapter` may also be "alignment": as much as calibration asks for of what alignment has added; set merge.scale to 1.
+_Reinforce = _part("Reinforce", refusals=number(2500, *ROWS), benign=number(2500, *ROWS), train=TrainConfig, adapter="")
+_User = _part(
+    "User",
+    adapter="",  # one that was trained without Buffer can still be reinforced and released
+    folder="",  # of what is trained on the user's rows; "" means the workdir
+    kind="plain",  # what the user hands in, see br_jax/attackers
+    task="reviews",
+    rule="",  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
+    n=number(1000, *ROWS._replace(low=1)),
+    harmful_share=number(0.1, *SHARE),  # p
+    index_mode="exact",  # or "reference", the authors' off-by-one
+    probes=number(8, *ROWS),  # rows of each kind whose loss and gradient are followed
+    train=TrainConfig,
+)
+_Calibrate = _part(
+    # Held-out prompts of the validation split by which merge.reinforce_scale is chosen, at most the given one; 0 and 0:
+    # as it is. Harmful ones are of each of topics.provider.
+    "Calibrate",
+    harmful=number(0, *ROWS),
+    benign=number(0, *ROWS),
+    answer_tokens=number(16, *TOKENS),  # enough for a refusal to show
+    judge="",  # who says which answers comply; "" takes all that do not begin as a refusal
+)
+_Judges = _part(
+    "Judges",  # settings of the judges that need any, see scoring/judges
+    classifier=_part("Classifier", source="PKU-Alignment/beaver-dam-7b", max_length=number(256, *TOKENS)),
+    llama_guard=_part("LlamaGuard", source="meta-llama/Llama-Guard-3-8B"),
+    wildguard=_part("WildGuard", source="allenai/wildguard"),
+    verdicts=_part("Verdicts", source=""),
+)
+_Eval = _part(
+    "Eval",
+    split="test",  # "validation" for tuning
+    topic=number(200, *ROWS),  # prompts for HS, of each topic
+    task=number(872, *ROWS),  # rows for FA; like the next two, at most: fewer where the data has fewer
+    benign=number(129, *ROWS),  # prompts for over-refusal
+    health=number(64, *ROWS),  # rows for perplexity
+    match="",  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
+    degenerate="",  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
+    judges="topic",  # who says what is harmful, with commas between; HS is the first one's
+    answer_tokens=number(48, *TOKENS),
+    task_tokens=number(4, *TOKENS),
+    batch_size=number(64, *BATCH),
+    fold=False,  # scores adapters added into the weights, rounded to their dtype, as merged weights are
+)
+_Settings = _part(
+    "Settings",
+    seed=number(42, *SEED),  # of data and evaluation; training seeds are in each stage's `train`
+    provider="",  # folder of the provider's artefacts; "" means <workdir>/provider
+    model=_Model,
+    mesh=_part("Mesh", data=number(-1, *_AXIS), fsdp=number(1, *_AXIS), tensor=number(1, *_AXIS)),
+    data=_Data,
+    topics=_Topics,
+    pretrain=_Pretrain,
+    distill=_Distill,
+    align=_Align,
+    buffer=_Buffer,
+    reinforce=_Reinforce,
+    user=_User,
+    merge=MergeConfig,
+    calibrate=_Calibrate,
+    attackers=_part("Attackers", **ATTACKERS),
+    defences=_part("Defences", **DEFENCES),  # where each default is from: docs/defences.md
+    judges=_Judges,
+    eval=_Eval,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibrate:
-    """Held-out prompts of the validation split by which merge.reinforce_scale is chosen, at most the given one.
-
-    0 and 0: merge.reinforce_scale as it is. Harmful ones are of each of topics.provider.
-    """
-
-    harmful: int = number(0, *ROWS)
-    benign: int = number(0, *ROWS)
-    answer_tokens: int = number(16, *TOKENS)  # enough for a refusal to show
-    judge: str = ""  # who says which answers comply; "" takes all that do not begin as a refusal
-
-    def __post_init__(self):
-        if bool(self.harmful) != bool(self.benign):
-            counts = self.harmful, self.benign
-            raise UserError(f"harmful, benign: {counts}: set both above 0, or both to 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a judge reads its model or its verdicts."""
-
-    source: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Classifier(Source):
-    """The judge "classifier"."""
-
-    max_length: int = number(256, *TOKENS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Judges:
-    """Settings of the judges that need any, see scoring/judges."""
-
-    classifier: Classifier = _default(Classifier, source="PKU-Alignment/beaver-dam-7b")
-    llama_guard: Source = _default(Source, source="meta-llama/Llama-Guard-3-8B")
-    wildguard: Source = _default(Source, source="allenai/wildguard")
-    verdicts: Source = _default(Source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Eval:
-    """What is scored, and how answers are made."""
-
-    split: str = "test"  # "validation" for tuning
-    topic: int = number(200, *ROWS)  # prompts for HS, of each topic
-    task: int = number(872, *ROWS)  # rows for FA; like the next two, at most: fewer where the data has fewer
-    benign: int = number(129, *ROWS)  # prompts for over-refusal
-    health: int = number(64, *ROWS)  # rows for perplexity
-    match: str = ""  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
-    degenerate: str = ""  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
-    judges: str = "topic"  # who says what is harmful, with commas between; HS is the first one's
-    answer_tokens: int = number(48, *TOKENS)
-    task_tokens: int = number(4, *TOKENS)
-    batch_size: int = number(64, *BATCH)
-    fold: bool = False  # scores adapters added into the weights, rounded to their dtype, as merged weights are
-
-    def __post_init__(self):
-        if self.split not in EVAL_SPLITS:
-            raise UserError(f"split {self.split!r}: use one of {', '.join(EVAL_SPLITS)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(_Settings):
     """Everything; see `settle`."""
-
-    seed: int = number(42, *SEED)  # of data and evaluation; training seeds are in each stage's `train`
-    provider: str = ""  # folder of the provider's artefacts; "" means <workdir>/provider
-    model: ModelSettings = _default(ModelSettings)
-    mesh: MeshSettings = _default(MeshSettings)
-    data: Data = _default(Data)
-    topics: Topics = _default(Topics)
-    pretrain: Pretrain = _default(Pretrain)
-    distill: Distill = _default(Distill)
-    align: Align = _default(Align)
-    buffer: Buffer = _default(Buffer)
-    reinforce: Reinforce = _default(Reinforce)
-    user: User = _default(User)
-    merge: MergeConfig = _default(MergeConfig)
-    calibrate: Calibrate = _default(Calibrate)
-    attackers: Attackers = _default(Attackers)
-    defences: Defences = _default(Defences)  # where each default is from: docs/defences.md
-    judges: Judges = _default(Judges)
-    eval: Eval = _default(Eval)
 
     @property
     def attacker(self) -> Attacker:
@@ -304,6 +209,11 @@ def settle(config: ConfigDict | Settings) -> Settings:
     if settings.model.spec:
         _read(ModelSpec, settings.model.spec, "model.spec.")
     look_up("user", settings.user.kind, ATTACKERS)
+    if settings.eval.split not in EVAL_SPLITS:
+        raise UserError(f"eval.split {settings.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
+    counts = settings.calibrate.harmful, settings.calibrate.benign
+    if any(counts) and not all(counts):
+        raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")
     precision = resolve_precision(settings.model.matmul_precision, settings.model.dtype)
     return settings.change({"model.matmul_precision": precision})
 
