@@ -2,7 +2,7 @@
 
 import json
 
-from br_jax.serving.audit import Audit
+from br_jax.serving.reports import Audit
 from br_jax.serving.policy import Limits
 from br_jax.serving.service import Service
 

@@ -153,9 +153,17 @@ def read_json(path: str | os.PathLike, cure: str = "copy or make it again") -> d
 
 
 def parse_json(text: str, origin: str, cure: str) -> Any:
-    """The value of a JSON document; a `UserError` if it is none, or a deep one."""
+    """The value of a JSON document; a `UserError` if it is none, a deep one, or has a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        return found
+
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=unique)
         if _is_deep(content):
             raise ValueError(f"more than {_MAX_DEPTH} levels deep")
     # ValueError: also a number of thousands of digits; RecursionError: thousands of brackets.
