@@ -145,8 +145,9 @@ class Service:
             make_private(self._own)
             stack.enter_context(owned(self._own))
             stack.enter_context(reserved(self._inbox_folder))
-            self._open()
+            self._audit = Audit(self._own / "audit.jsonl")
             stack.callback(self._audit.close)
+            self._open()
             pool = Pool(model, self.policy.train, frozen=frozen, slots=self._slots, workdir=self._jobs)
             before = 0
             for gone in pool.turns(self._incoming()):
@@ -168,7 +169,6 @@ class Service:
         """Reads what an earlier service has left, and ends what it had begun to write."""
         for rest in [*self.outbox.glob(".*-*"), *self._jobs.glob(".*-*")]:  # of a kill in `staged`
             shutil.rmtree(rest, ignore_errors=True)
-        self._audit = Audit(self._own / "audit.jsonl")
         self._answers = Store(self._own / "answers.jsonl")
         make_private(self._jobs)
         self._inbox = Inbox(self._inbox_folder, self._jobs, self.policy, self._settle)

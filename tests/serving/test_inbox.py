@@ -104,7 +104,7 @@ def test_a_file_that_changes_while_it_is_copied_is_no_job(inbox, tmp_path, monke
 
 
 def test_a_scan_costs_what_is_new(inbox, tmp_path, monkeypatch):
-    """Files that are done with are looked at a few at a time; a change of any is seen, and one that is gone forgotten."""
+    """Those done with are looked at a few at a time: a change is seen, one that is gone is forgotten."""
     looked, scandir = [], os.scandir
 
     class Entry:

@@ -68,7 +68,7 @@ def test_wrong_policies(write, policy, said):
 def test_a_key_that_is_there_twice(write):
     path = write()
     path.write_text('{"prompts": "prompts.jsonl", "slots": 8, "slots": 16}')
-    with pytest.raises(UserError, match="policy.json: not valid JSON .key 'slots' twice"):
+    with pytest.raises(UserError, match=r"policy\.json: not valid JSON .key 'slots' twice"):
         read_policy(path)
 
 
