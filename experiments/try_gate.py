@@ -79,16 +79,9 @@ def make_users(task, harmful, policy, count: int, n: int, seed: int, attack: boo
 
 
 def try_gate(provider, policy, task, harmful, count: int, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Trains users and has the gate look at good and bad releases of them, as many of each.
+    """What the gate finds of `count` good and as many bad releases of users of at most n rows, a record each.
 
-    Args:
-        task: rows of a task with a few labels.
-        harmful: rows that no stage of the provider trained on.
-        count: releases of each kind, good and bad.
-        n: rows of the largest user.
-
-    Returns:
-        For each release "kind", "name", "passed", "why", "figures", "seconds" (its share of the pass).
+    The task has a few labels; the harmful rows are such as no stage of the provider trained on.
     """
     for kind, rows, most in (("harmful", harmful, int(max(SHARES) * n)), ("task", task, n)):
         if len(rows) < most:
@@ -104,7 +97,7 @@ def try_gate(provider, policy, task, harmful, count: int, n: int, seed: int = 0)
         for names in _batched(candidates):
             start = time.perf_counter()
             findings = inspect(provider.model, {name: candidates[name] for name in names}, policy, judge=judge)
-            seconds = (time.perf_counter() - start) / len(names)
+            seconds = (time.perf_counter() - start) / len(names)  # its share of the pass
             for name, one in findings.items():
                 record = {"kind": kind, "name": name, "passed": one.passed, "why": list(one.why)}
                 found.append(record | {"figures": one.figures, "seconds": seconds})
@@ -131,12 +124,10 @@ def _release(provider, policy, users, trained, judge) -> dict[str, Candidate]:
     found = {}
     for names in _batched(trained):
         found |= calibrate_users(provider, policy, {name: trained[name] for name in names}, judge)[0]
-    candidates = {}
-    for user in users:
-        merge = found[user.name].merge if user.name in found else policy.merge
-        released = qr_merge(trained[user.name], provider.reinforce, merge)
-        candidates[user.name] = Candidate(released, trained[user.name], user.held_back, policy.train.max_length)
-    return candidates
+    merges = {user.name: found[user.name].merge if user.name in found else policy.merge for user in users}
+    released = {name: qr_merge(trained[name], provider.reinforce, merge) for name, merge in merges.items()}
+    length = policy.train.max_length
+    return {u.name: Candidate(released[u.name], trained[u.name], u.held_back, length) for u in users}
 
 
 def _bad(provider, policy, users, trained, good, undefended, count) -> dict[str, dict[str, Candidate]]:
@@ -147,9 +138,6 @@ def _bad(provider, policy, users, trained, good, undefended, count) -> dict[str,
     def merged(user):
         return qr_merge(user, provider.reinforce, policy.merge)
 
-    def changed(released, how):
-        return released.replace(weights=jax.tree.map(how, released.weights))
-
     kinds = {
         "Buffer left on": lambda name, out: lora.stack([out, provider.buffer]),
         "Buffer left on, called user": lambda name, out: merged(lora.stack([trained[name], disguised])),
@@ -158,7 +146,7 @@ def _bad(provider, policy, users, trained, good, undefended, count) -> dict[str,
         # whose labels are the other way round
         "of another user": lambda name, out: good[names[(names.index(name) + 1) % len(names)]].released,
         "wrong base": lambda name, out: out.replace(base="0" * 64),
-        "NaN": lambda name, out: changed(out, lambda x: x.at[0, 0, 0].set(jnp.nan)),
+        "NaN": lambda name, out: out.replace(weights=jax.tree.map(lambda x: x.at[0, 0, 0].set(jnp.nan), out.weights)),
         "cut off": lambda name, out: out.replace(weights=dict(list(out.weights.items())[:-1])),
     }
     made_of = {kind: names for kind in kinds} | {"Buffer as a user": names[:1], "undefended": list(undefended)}

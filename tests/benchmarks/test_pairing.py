@@ -75,5 +75,5 @@ def test_one_that_is_gone_before_it_is_asked_is_told_likewise(monkeypatch):
         return unit(process, index)
 
     monkeypatch.setattr(pairing._Process, "unit", gone)
-    with pytest.raises(UserError, match="^benchmark bad: its process ended with status -9: killed, perhaps"):
+    with pytest.raises(UserError, match=r"^benchmark bad: its process ended with status -9: killed, perhaps"):
         race([fake("bad", "ends")], 1, "test")
