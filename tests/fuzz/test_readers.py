@@ -64,7 +64,7 @@ def test_what_is_no_file_or_has_no_end(name, tmp_path):
 
 
 def refuse_or_leave(read, may):
-    with little_memory(), few_calls():
+    with few_calls():
         try:
             read()
         except UserError as error:
