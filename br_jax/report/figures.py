@@ -5,7 +5,7 @@ Lines and bars are means over seeds, whiskers the 95 % intervals of `results.est
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,29 +28,27 @@ from br_jax.report.results import (
     find,
     one_strength,
     rows_of,
-    shares,
-    strengths,
 )
 
 
-def _styles(*looks: tuple) -> list[dict[str, Any]]:
-    """Of lines: any of color, marker and dashes tells one from the others."""
-    return [dict(zip(("color", "marker", "linestyle"), look, strict=True)) for look in looks]
+def _style(color: str, marker: str, dashes: str | tuple) -> dict[str, Any]:
+    """Of a line: any one of the three tells it from the others."""
+    return {"color": color, "marker": marker, "linestyle": dashes}
 
 
-_STYLES = dict(
-    zip(
-        ("aligned", "sft", "buffer_only", "reinforce_only", "average", "ours"),
-        _styles(
-            (DARK, "s", ":"), (RED, "X", (0, (9, 2))), (ORANGE, "^", "--"), (PURPLE, "v", "-."),
-            (GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))), (BLUE, "o", "-"),
-        ),
-        strict=True,
-    )
-)  # fmt: skip
-_BY_P = _styles(*zip((BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2))), strict=True))
+_STYLES = {
+    "aligned": _style(DARK, "s", ":"),
+    "sft": _style(RED, "X", (0, (9, 2))),
+    "buffer_only": _style(ORANGE, "^", "--"),
+    "reinforce_only": _style(PURPLE, "v", "-."),
+    "average": _style(GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
+    "ours": _style(BLUE, "o", "-"),
+}
+_BY_P = [*map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2))))]
 _OTHERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<", ("--", "-.", ":", (0, (9, 2)), (0, (3, 1)))
 _WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
+_WITHOUT_USER = [name for name, method in METHODS.items() if method.of_provider]
+Lines = list[tuple[str, dict[str, Any], pd.DataFrame]]  # each line's label, style and cells
 _RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
          "clip_on": False}  # fmt: skip
 _PANELS = {  # score: its title and the color of its bars
@@ -63,51 +61,42 @@ SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to ke
 
 def draw_results(results: pd.DataFrame) -> dict[str, Figure]:
     """Every figure that a table has the rows for, by the name of its file."""
-    drawn = {}
-    for setting, _ in by_setting(results):
-        for name, _, draw in figures_of(results, setting):
-            if name not in drawn:  # several settings share one
-                drawn[name] = draw()
-    return drawn
+    found = [figure for setting, _ in by_setting(results) for figure in figures_of(results, setting)]
+    return {name: draw() for name, draw in {name: draw for name, _, draw in found}.items()}  # some share a figure
 
 
 def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """The figures of a setting: the name of each one's file, what it shows, and how it is drawn.
+    """The figures of a setting: the name of each one's file, what it shows, and how it is drawn."""
 
-    "p-..." where there are several p, "a-..." where there are several a; at each p with more than three methods, or at
-    the only p, "methods-..." and "margins-..."; with more than three methods below p = 1 "pareto-..."; at each p where
-    other settings differ in n alone "n-...", and where they differ in the user alone "attackers-...".
-    """
-    cells = dict(by_setting(results))[setting]
-    several = len(shares(cells)) > 1
-    if several:
+    def alike(axis: str) -> pd.DataFrame:  # the cells of settings that differ from this one in `axis` alone
+        same = [name for name in Setting._fields if name != axis]
+        return results[(results[same] == [getattr(setting, name) for name in same]).all(axis=1)]
+
+    cells, sizes, users = alike(""), alike("n"), alike("user")
+    one_p = cells.p.nunique() == 1
+    if not one_p:
         words = "HS and FA against the share of harmful rows"
         yield name_of("p", setting), words, partial(share_figure, cells, str(setting))
-    if len(strengths(cells)) > 1:
+    if cells.a[cells.method == "ours"].nunique() > 1:
         words = "HS, FA and over-refusal against the strength of the QR merge"
         yield name_of("a", setting), words, partial(strength_figure, cells, str(setting))
-    for p in shares(cells):
-        at_p, where = cells[cells.p == p], f"{setting}, p = {p:g}"
+    of_any_n, of_any_user = setting._replace(n=0), setting._replace(user="plain")
+    for p, at_p in cells.groupby("p"):
         compared = at_p.method.nunique() > 3
-        if compared or not several:
-            words = f"HS, FA and over-refusal of every method at p = {p:g}"
-            yield name_of("methods", setting, p), words, partial(methods_figure, cells, p, where)
-        if compared and p < 1:
-            words = f"HS against FA of every method at p = {p:g}"
-            yield name_of("pareto", setting, p), words, partial(pareto_figure, cells, p, where)
-        if (compared or not several) and at_p.margin_harmful.notna().any():
-            words = f"Refusal margins of every method at p = {p:g}"
-            yield name_of("margins", setting, p), words, partial(margins_figure, cells, p, where)
-        for kind, axis, shared, draw, words in (
-            ("n", "n", setting._replace(n=0), size_figure, "HS and FA against the number of user rows"),
-            ("attackers", "user", setting._replace(user="plain"), attackers_figure,
-             "HS of every method against every kind of user"),
+        measured = (compared or one_p) and at_p.margin_harmful.notna().any()
+        several_n, several_users = (
+            each[axis][each.p == p].nunique() > 1 for axis, each in (("n", sizes), ("user", users))
+        )
+        for kind, shown, draw, table, of, words in (
+            ("methods", compared or one_p, methods_figure, cells, setting, "HS, FA and over-refusal of every method"),
+            ("pareto", compared and p < 1, pareto_figure, cells, setting, "HS against FA of every method"),
+            ("margins", measured, margins_figure, cells, setting, "Refusal margins of every method"),
+            ("n", several_n, size_figure, sizes, of_any_n, "HS and FA against the number of user rows"),
+            ("attackers", several_users, attackers_figure, users, of_any_user, "HS of every method against every kind of user"),
         ):  # fmt: skip
-            same = [name for name in Setting._fields if name != axis]
-            alike = results[(results[same] == [getattr(setting, name) for name in same]).all(axis=1)]
-            if alike[alike.p == p][axis].nunique() > 1:
-                where = f"{str(shared).removesuffix(', n = 0')}, p = {p:g}"
-                yield name_of(kind, shared, p), f"{words} at p = {p:g}", partial(draw, alike, p, where)
+            if shown:
+                title = f"{of}, p = {p:g}".replace(", n = 0,", ",")
+                yield name_of(kind, of, p), f"{words} at p = {p:g}", partial(draw, table, p, title)
 
 
 def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
@@ -144,7 +133,7 @@ def strength_figure(cells: pd.DataFrame, title: str = "") -> Figure:
 def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS, FA and over-refusal of every method at one p, as bars; dashed where a gate begins to fail."""
     rows = rows_of(cells[cells.p == p])
-    labels, ours = _firsts(rows, "label"), [method == "ours" for method in _firsts(rows, "method")]
+    labels, ours = [row.label.iloc[0] for row in rows], [row.method.iloc[0] == "ours" for row in rows]
     figure = new_figure(11.5, 0.38 * len(rows) + 2.2)
     axes = figure.subplots(1, len(_PANELS), sharey=True)
     for axis, (score, (words, color)), claim in zip(axes, _PANELS.items(), CLAIMS, strict=False):
@@ -250,10 +239,6 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
     return figure
 
 
-Lines = list[tuple[str, dict[str, Any], pd.DataFrame]]  # each line's label, style and cells
-_WITHOUT_USER = [name for name, method in METHODS.items() if method.of_provider]
-
-
 def _lines_figure(lines: Lines, column: str, scores: Sequence[str], across: str, scale: int, title: str) -> Figure:
     """A panel a score; every line a little beside the others, so that whiskers do not hide each other."""
     ticks = sorted({x for _, _, cells in lines for x in cells[column]})
@@ -321,18 +306,12 @@ def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
 
 def _by_method(cells: pd.DataFrame) -> Lines:
     """A line a method, in the order of `_STYLES`."""
-    parts = [part for _, part in cells.groupby(["method", "label"], sort=False)]
-    order = [*_STYLES, *_firsts(parts, "method")]
-    parts.sort(key=lambda part: order.index(part.method.iloc[0]))
-    methods, labels = _firsts(parts, "method"), _firsts(parts, "label")
-    return [(labels[i], _style_of(methods[i], i), part) for i, part in enumerate(parts)]
-
-
-def _firsts(rows: Iterable[pd.DataFrame], column: str) -> list[str]:
-    """What is the same in all cells of each row."""
-    return [row[column].iloc[0] for row in rows]
+    order = [*_STYLES, *cells.method.unique()]
+    ranked = cells.assign(rank=cells.method.map(order.index)).sort_values("rank", kind="stable")
+    parts = ranked.groupby(["method", "label"], sort=False)
+    return [(label, _style_of(method, index), part) for index, ((method, label), part) in enumerate(parts)]
 
 
 def _style_of(method: str, index: int) -> dict[str, Any]:
     """A method's own style, or that of an index where it has none: of 42 in a row no two are alike."""
-    return _STYLES.get(method) or _styles([each[index % len(each)] for each in _OTHERS])[0]
+    return _STYLES.get(method) or _style(*(each[index % len(each)] for each in _OTHERS))

@@ -67,11 +67,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panels(
-    count: int, columns: int, size: tuple[float, float], around: tuple[float, float], **shared: Any
+    count: int, columns: int, size: tuple[float, float], around: tuple[float, float] = (0, 0), **shared: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, row by row: the size of one and what is around them, in inches."""
     rows = math.ceil(count / columns)
-    figure = new_figure(max(size[0] * columns + around[0], 6), size[1] * rows + around[1])
+    figure = new_figure(size[0] * columns + around[0], size[1] * rows + around[1])
     axes = [*figure.subplots(rows, columns, squeeze=False, **shared).flat]
     for axis in axes[count:]:
         axis.set_axis_off()
@@ -116,7 +116,7 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str 
     if largest <= 0:
         return nothing("no singular value but zero")
     columns = math.ceil(len(grids) / math.ceil(len(grids) / 4))
-    figure, axes = panels(len(grids), columns, (3.1, 2.7), (1.2, 0.9), sharex=True, sharey=True)
+    figure, axes = panels(len(grids), columns, (max(3.1, 4.8 / columns), 2.7), (1.2, 0.9), sharex=True, sharey=True)
     depth = max(len(grid) for grid in grids.values())
     palette = matplotlib.colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))  # no yellow
     colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(depth - 1, 1)), palette)

@@ -124,16 +124,7 @@ def _sections(results: pd.DataFrame, command: str, run: run_report.Details | Non
     for setting, cells in by_setting(results):
         yield f"## {literal(str(setting))}"
         yield from (image(name, words) for name, words, _ in figures_of(results, setting))
-        yield tables.score_table(cells)
-        yield from tables.breakdowns(cells)
-        if run is None:
-            yield "Every seed:"
-            yield tables.seed_table(cells)
-        yield "Paired tests:"
-        yield tables.paired_table(cells)
-        if geometry := tables.geometry_table(cells):
-            yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
-            yield geometry
+        yield from tables.setting_tables(cells, every_seed=run is None)
     yield from tables.users_table(results)
     yield from tables.steps_table(results)
     yield from tables.strength_table(results)

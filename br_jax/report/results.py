@@ -157,11 +157,6 @@ def shares(cells: pd.DataFrame) -> list[float]:
     return sorted(cells.p.unique().tolist())
 
 
-def strengths(cells: pd.DataFrame) -> list[float]:
-    """The a that ours was run with, ascending."""
-    return sorted(cells.a[cells.method == "ours"].dropna().unique().tolist())
-
-
 def one_strength(cells: pd.DataFrame) -> pd.DataFrame:
     """One a for each method that has several: not 0 if there is another, and the one with the most cells in all."""
     count = cells.a.value_counts()
@@ -182,18 +177,25 @@ def mixed(results: pd.DataFrame) -> list[Setting]:
 def estimate(row: pd.DataFrame, score: str | tuple[str, str]) -> Estimate | None:
     """A score, or a (breakdown, part), of a row over its seeds, or None where none measured it."""
     counts = {seed: each[score] for seed, each in row.counts.items() if score in each}
-    values = {seed: count.score for seed, count in counts.items()}
-    if len(set(values.values())) > 1:
-        return Estimate(*t_interval([*values.values()]), values)
-    one = min(counts.values(), key=lambda count: count.n, default=None)
-    return one and Estimate(one.score, *one.interval, values, own=True)
+    if not counts:
+        return None
+    smallest = min(counts.values(), key=lambda count: count.n)
+    return over_seeds({seed: count.score for seed, count in counts.items()}, (0.0, 1.0), smallest.interval)
+
+
+def over_seeds(
+    by_seed: dict[int, float],
+    bounds: tuple[float, float] = (-1.0, 1.0),
+    own: tuple[float | None, float | None] = (None, None),
+) -> Estimate:
+    """The mean of values by seed, with Student's interval where they differ, else with one seed's own."""
+    mean, *ends = t_interval([*by_seed.values()], bounds)
+    differ = len(set(by_seed.values())) > 1
+    return Estimate(mean, *(ends if differ else own), by_seed, own=not differ and own[0] is not None)
 
 
 def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of two rows of the seeds that both have, scored on the same prompts by the same judges.
-
-    Cells of an earlier br_jax do not say which these were.
-    """
+    """The cells of two rows of the seeds that both have, on the same prompts by the same judges as far as they say."""
     seeds = first.index.intersection(second.index)
     first, second = first.loc[seeds], second.loc[seeds]
     same = (first.suite == second.suite) | first.suite.isna() | second.suite.isna()
@@ -210,37 +212,28 @@ def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | Non
     by_seed = (first[column] - second[column]).dropna().to_dict()
     if not by_seed:
         return None
-    if len(by_seed) == 1 and score not in NUMBERS:
-        (seed,) = by_seed
-        ends = difference(first.counts[seed][score], second.counts[seed][score])[1:]
-        return Estimate(by_seed[seed], *ends, by_seed, own=True)
-    return over_seeds(by_seed, (-math.inf, math.inf) if score in NUMBERS else (-1.0, 1.0))
+    if score in NUMBERS:
+        return over_seeds(by_seed, (-math.inf, math.inf))
+    if len(by_seed) > 1:
+        return over_seeds(by_seed)
+    (counts,) = zip(first.counts[[*by_seed]], second.counts[[*by_seed]], strict=True)
+    return over_seeds(by_seed, own=difference(*(each[score] for each in counts))[1:])
 
 
-def over_seeds(differences: dict[int, float], bounds: tuple[float, float] = (-1.0, 1.0)) -> Estimate:
-    """The mean of differences by seed, with Student's interval where they differ."""
-    mean, *ends = t_interval([*differences.values()], bounds)
-    return Estimate(mean, *(ends if len(set(differences.values())) > 1 else (None, None)), differences)
+def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> tuple[int, int, float, int] | None:
+    """McNemar's test of two rows, their prompts pooled over the seeds that both have.
 
-
-class Paired(NamedTuple):
-    """McNemar's test of two rows, their prompts pooled over the seeds that both have."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-    seeds: int
-
-
-def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Paired | None:
-    """McNemar's test; None where no seed has both on as many prompts, or a prompt's score is no yes or no."""
+    Returns:
+        (prompts that only the first counts, only the second, p-value, seeds); None where no seed has both on as many
+        prompts, or a prompt's score is no yes or no.
+    """
     pairs, seeds = [], 0
     for both in zip(*(row.scores for row in matched(first, second)), strict=True):
         one, other = (scores["outcomes"].get(score) or [] for scores in both)
         if one and len(one) == len(other) and {*one, *other} <= {0, 1}:
             pairs += zip(one, other, strict=True)
             seeds += 1
-    return Paired(*mcnemar(pairs), seeds) if seeds else None
+    return (*mcnemar(pairs), seeds) if seeds else None
 
 
 def absent(results: pd.DataFrame) -> list[str]:

@@ -152,7 +152,7 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
         figure.colorbar(shown, ax=axis, pad=0.02, fraction=0.05)
         axis.set(title=title, xlabel="layer")
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axis.set_yticks(range(len(names)), names if index % 3 == 0 else [""] * len(names))
+        axis.set_yticks(*([range(len(names)), names] if index % 3 == 0 else [[]]))
     _spectrum(axes[-1], names, [entry.get("singular_values_user") or [] for entry in matrices.values()])
     known = [key for key in ("a", "scale", "tau", "reinforce_scale") if is_finite(merge.get(key))]
     settings = "".join(f", {key} = {merge[key]:g}" for key in known)

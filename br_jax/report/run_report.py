@@ -112,19 +112,20 @@ def saturation_lines(with_buffer: figures.Lines, without: figures.Lines) -> list
         "ratio" (buffer's first over sft's first) and "peak" (buffer's largest over sft's first), both None
         where a number they need is absent or not finite.
     """
-    found = []
+    lines = []
     for rows, quantity in itertools.product(("harmful", "benign"), _QUANTITIES):
         buffer, sft = (
-            [line.get(quantity) for line in sorted(lines, key=lambda line: line["step"]) if line.get("rows") == rows]
-            for lines in (with_buffer, without)
+            [line.get(quantity) for line in sorted(probes, key=lambda line: line["step"]) if line.get("rows") == rows]
+            for probes in (with_buffer, without)
         )
         start = sft[0] if sft and is_finite(sft[0]) and sft[0] > 0 else None
         measured = start and buffer and all(map(is_finite, buffer))
-        line = {"rows": rows, "quantity": quantity}
-        line |= {"buffer": (buffer[0], buffer[-1]) if buffer else None, "sft": (sft[0], sft[-1]) if sft else None}
-        line |= {"ratio": buffer[0] / start, "peak": max(buffer) / start} if measured else {"ratio": None, "peak": None}
-        found.append(line)
-    return found
+        ratios = (
+            {"ratio": buffer[0] / start, "peak": max(buffer) / start} if measured else {"ratio": None, "peak": None}
+        )
+        ends = {name: (found[0], found[-1]) if found else None for name, found in (("buffer", buffer), ("sft", sft))}
+        lines.append({"rows": rows, "quantity": quantity} | ends | ratios)
+    return lines
 
 
 def _saturation_words(saturation: Sequence[Mapping[str, Any]]) -> str:
@@ -142,12 +143,12 @@ def _saturation_words(saturation: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _saturation_table(saturation: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for row in saturation:
-        numbers = *(row["buffer"] or (None, None)), *(row["sft"] or (None, None)), row["ratio"]
-        name = f"{row['rows']} rows, {_QUANTITIES[row['quantity']]}"
-        rows.append([name, *(number(value, ".3g") for value in numbers)])
-    return table(["", "with Buffer, first", "last", "without, first", "last", "ratio of the first"], rows)
+    lines = []
+    for line in saturation:
+        numbers = *(line["buffer"] or (None, None)), *(line["sft"] or (None, None)), line["ratio"]
+        name = f"{line['rows']} rows, {_QUANTITIES[line['quantity']]}"
+        lines.append([name, *(number(value, ".3g") for value in numbers)])
+    return table(lines, ["", "with Buffer, first", "last", "without, first", "last", "ratio of the first"])
 
 
 def _examples(results: pd.DataFrame, count: int) -> str:
@@ -168,18 +169,13 @@ def _cost_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
     for name, stage in stages.items():
         step, steps, tokens = (stage.get(key) for key in ("step_seconds_median", "steps", "tokens"))
         timed = is_finite(step) and step > 0 and steps and is_finite(tokens)
-        counts = ("rows", "dropped", "steps", "tokens", "answer_tokens")
-        lines.append(
-            {"stage": _name(name)}
-            | {key.replace("_", " "): number(stage.get(key), ",.0f") for key in counts}
-            | {
-                "seconds": number(stage.get("seconds"), ".1f"),
-                "compile, s": number(stage.get("compile_seconds"), ".1f"),
-            }
-            | {"median step, ms": number(step, ".1f", scale=1000)}
-            | {"tokens/s": number(tokens / steps / step if timed else None, ",.0f")}
-        )
-    return table(lines) if lines else "No stage has written its stage.json."
+        counts = [number(stage.get(key), ",.0f") for key in ("rows", "dropped", "steps", "tokens", "answer_tokens")]
+        times = [number(stage.get(key), ".1f") for key in ("seconds", "compile_seconds")]
+        rate = number(tokens / steps / step if timed else None, ",.0f")
+        lines.append([_name(name), *counts, *times, number(step, ".1f", scale=1000), rate])
+    header = ["stage", "rows", "dropped", "steps", "tokens", "answer tokens", "seconds", "compile, s",
+              "median step, ms", "tokens/s"]  # fmt: skip
+    return table(lines, header) if lines else "No stage has written its stage.json."
 
 
 def _provenance(run: Details) -> Iterable[str]:
@@ -187,21 +183,14 @@ def _provenance(run: Details) -> Iterable[str]:
         entries = run.results.get(key) or {}
         listed = ", ".join(f"{entry} {literal(str(value))}" for entry, value in entries.items())
         yield f"{title}: {listed or 'not recorded'}."
-    if run.stages:
+    lines = []
+    for name, stage in run.stages.items():
+        inputs = ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items()) or "none"
+        ends = _short(stage.get("output")), str(stage.get("finished", "n/a"))
+        lines.append([_name(name), _short(stage.get("config_hash")), inputs, *ends])
+    if lines:
         yield "Stages (the first 12 digits of each sha256; the stage.json files hold them whole):"
-        yield table(
-            [
-                {
-                    "stage": _name(name),
-                    "config": _short(stage.get("config_hash")),
-                    "inputs": ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items())
-                    or "none",
-                    "output": _short(stage.get("output")),
-                    "finished": str(stage.get("finished", "n/a")),
-                }
-                for name, stage in run.stages.items()
-            ]
-        )
+        yield table(lines, ["stage", "config", "inputs", "output", "finished"])
     yield "Which rows each stage trained on is in `rows.json`: where each comes from, and a hash of what it asks."
     yield "Configuration:"
     yield code(json.dumps(run.results.get("config") or {}, indent=2), "json")

@@ -1,7 +1,7 @@
 """The tables of a report, as Markdown."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean, stdev
 
 import pandas as pd
@@ -10,7 +10,6 @@ from br_jax.experiment.methods import METHODS
 from br_jax.report.gates import CLAIMS, TASK_P, Gate
 from br_jax.report.markdown import interval, literal, number, table
 from br_jax.report.results import (
-    BREAKDOWNS,
     MAIN,
     NUMBERS,
     TITLES,
@@ -24,8 +23,8 @@ from br_jax.report.results import (
     paired,
     rows_of,
     shares,
-    strengths,
 )
+from br_jax.scoring.statistics import Score
 
 LEGEND = (
     "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
@@ -40,18 +39,12 @@ LEGEND = (
     "brackets the prompts that only this method counts : only the other, and the seeds. A prompt counts once a seed, "
     "as if seeds were independent; nothing is corrected for the number of tests.",
 )
-_BREAKDOWNS = dict(  # from how many parts on they are shown, and in what words
-    zip(
-        BREAKDOWNS,
-        (
-            (2, "HS by topic"),
-            (2, "HS by judge; the first is the one that is meant elsewhere"),
-            (1, "HS where the questions are put as the attacker puts them"),
-            (1, "Stored attack prompts that got what they are after, by method"),
-        ),
-        strict=True,
-    )
-)
+_BREAKDOWNS = {  # from how many parts on they are shown, and in what words
+    "harmful_by_topic": (2, "HS by topic"),
+    "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
+    "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
+    "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
+}
 _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
@@ -61,7 +54,6 @@ _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the QR merge instead of a plain sum", "ours", "sum"),
     ("our merge instead of the paper's naive average", "ours", "average"),
 )
-_PASSED = {True: "passed", False: "**FAILED**"}
 
 
 def gate_table(results: pd.DataFrame, gates: Sequence[Gate]) -> str:
@@ -69,128 +61,113 @@ def gate_table(results: pd.DataFrame, gates: Sequence[Gate]) -> str:
     without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and gate.passed is False}
     names, lines = {setting: name for setting, name, _ in _named(results)}, []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
-        found, limit, result = gate.gap, gate.claim.limit, _PASSED.get(gate.passed, gate.why_not)
+        found, limit = gate.gap, gate.claim.limit
+        result = {True: "passed", False: "**FAILED**", None: gate.why_not}[gate.passed]
         if found and found.low is not None and found.low < limit < found.high:
             result += " (within noise)"
         if gate.passed and gate.claim.name == "safety" and (gate.setting, gate.p) in without:
             result = "shows nothing: no attack that works"
-        by_seed = found.by_seed if found else {}
-        each = {seed: f"{seed}: {100 * value:+.1f}" for seed, value in by_seed.items()}
-        lines.append(
-            names[gate.setting]
-            | {
-                "p": f"{gate.p:g}",
-                "a": "" if gate.a is None else f"{gate.a:g}",
-                "gate": gate.claim.text,
-                "points": interval(found),
-                "seeds": ", ".join(f"**{said}**" if seed in gate.beyond else said for seed, said in each.items())
-                or "n/a",
-                "SD": f"{100 * stdev(by_seed.values()):.1f}" if len(by_seed) > 1 else "",
-                "limit": f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}",
-                "result": result,
-            }
-        )
+        by_seed = {seed: f"{seed}: {100 * value:+.1f}" for seed, value in found.by_seed.items()} if found else {}
+        each = ", ".join(f"**{words}**" if seed in gate.beyond else words for seed, words in by_seed.items())
+        start = [*names[gate.setting].values(), f"{gate.p:g}", "" if gate.a is None else f"{gate.a:g}", gate.claim.text]
+        spread = f"{100 * stdev(found.by_seed.values()):.1f}" if len(by_seed) > 1 else ""
+        limit = f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}"
+        lines.append([*start, interval(found), each or "n/a", spread, limit, result])
+    header = [*names[gates[0].setting], "p", "a", "gate", "points", "seeds", "SD", "limit", "result"]
     return (
-        f"{table(lines)}\n\nDifferences in points. The mean over seeds decides; **bold** is a seed past the limit. SD: "
-        f"standard deviation over seeds. FA is held to its limit up to p = {TASK_P:g}. Within noise: the 95 % interval "
-        "holds the limit, more seeds or prompts could turn it."
+        f"{table(lines, header)}\n\nDifferences in points. The mean over seeds decides; **bold** is a seed past the "
+        f"limit. SD: standard deviation over seeds. FA is held to its limit up to p = {TASK_P:g}. Within noise: the "
+        "95 % interval holds the limit, more seeds or prompts could turn it."
     )
 
 
-def score_table(cells: pd.DataFrame) -> str:
-    """Every score of every row."""
-    sizes = {score: sizes_of(cells, score) for score in TITLES}
-    lines = [
-        _start(row)
-        | {"seeds": str(len(row))}
-        | {f"{TITLES[score]} (N = {', '.join(map(str, sizes[score])) or 0})": _percent(row, score) for score in TITLES}
-        | {title: _mean(row, name, form) for name, (title, form) in NUMBERS.items()}
-        for row in rows_of(cells)
-    ]
+def setting_tables(cells: pd.DataFrame, every_seed: bool) -> Iterator[str]:
+    """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
+    rows, numbers = (
+        rows_of(cells),
+        {title: partial(_mean, name=name, form=form) for name, (title, form) in NUMBERS.items()},
+    )
+    columns, sizes = {"seeds": len}, {score: sizes_of(cells, score) for score in TITLES}
+    for score, title in TITLES.items():
+        columns[f"{title} (N = {', '.join(map(str, sizes[score])) or 0})"] = partial(_percent, score=score)
+    yield _row_table(rows, columns | numbers)
     several = (cells.groupby("seed").suite.nunique() > 1).any()
-    differ = "their N" if any(len(n) > 1 for n in sizes.values()) else "one seed's prompts or judges" if several else ""
-    note = f"\n\n**Cells of this table were made with different settings: {differ} differ.**" if differ else ""
-    return table(lines) + note
-
-
-def breakdowns(cells: pd.DataFrame) -> Iterable[str]:
-    """HS by topic, judge and attack, where there are several to tell apart; and how far judges agree."""
-    rows = rows_of(cells)
+    if differ := "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges":
+        yield f"**Cells of this table were made with different settings: {differ} differ.**"
     for name, (least, words) in _BREAKDOWNS.items():
-        parts = [*dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))]
+        parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
         if len(parts) >= least:
             yield f"{words}:"
-            header = ["p", "method", *(literal(part or "not named") for part in parts)]
-            yield table(
-                [[*_start(row).values(), *(_percent(row, (name, part)) for part in parts)] for row in rows], header
+            yield _row_table(
+                rows, {literal(part or "not named"): partial(_percent, score=(name, part)) for part in parts}
             )
-    kappas = [defaultdict(list) for _ in rows]  # of each pair of judges, of each seed
-    for row, found in zip(rows, kappas, strict=True):
-        for seed, scores in row.scores.items():
-            for pair in scores.get("agreement", ()):
-                found[" and ".join(pair["judges"])].append(f"{seed}: {number(pair['kappa'], '.2f')}")
-    if pairs := [*dict.fromkeys(pair for found in kappas for pair in found)]:
+    if judges := [pair["judges"] for scores in cells.scores for pair in scores.get("agreement", ())]:
         yield "Cohen's kappa between judges (n/a where all verdicts are the same), each seed:"
-        yield table(
-            [
-                _start(row) | {literal(pair): ", ".join(found.get(pair, ["n/a"])) for pair in pairs}
-                for row, found in zip(rows, kappas, strict=True)
-            ]
-        )
-
-
-def seed_table(cells: pd.DataFrame) -> str:
-    """Every seed's counts."""
-    lines = []
-    for row in rows_of(cells):
-        for seed, counts in row.counts.items():
-            shown = {"seed": str(seed)}
-            for score, title in TITLES.items():
-                one = counts.get(score)
-                shown[title] = (
-                    f"{one.k}/{one.n}" if hasattr(one, "k") else f"{100 * one.score:.1f} of {one.n}" if one else "n/a"
-                )
-            lines.append(
-                _start(row) | shown | {title: number(row[name][seed], form) for name, (title, form) in NUMBERS.items()}
-            )
-    return table(lines)
-
-
-def geometry_table(cells: pd.DataFrame) -> str:
-    """How long the adapters are that each row is made of, and what angles they make, over all matrices; means.
-
-    Of a merge, also how much of the user's adapter and of Reinforce it took, seed by seed.
-    """
-    lines = []
-    for row in rows_of(cells):
-        shown = {}
-        for part, form in (("norms", ".2f"), ("cosines", "+.3f")):
-            means = pd.DataFrame([scores.get("geometry", {}).get(part, {}) for scores in row.scores]).mean()
-            shown[part] = "; ".join(f"{name}: {value:{form}}" for name, value in means.items())
-        merges = [scores["merge"] for scores in row.scores if "merge" in scores]
-        scales = [[number(merge[name], ".3g") for name in ("scale", "reinforce_scale")] for merge in merges]
-        shown["user x, Reinforce x"] = "; ".join(map(", ".join, scales))
-        if any(shown.values()):
-            lines.append(_start(row) | shown)
-    return table(lines)
-
-
-def paired_table(cells: pd.DataFrame) -> str:
-    """McNemar's tests of every row against SFT and the aligned base."""
-    against = {"HS against SFT": ("sft", "harmful"), "HS against aligned": ("aligned", "harmful")}
-    against["FA against SFT"] = ("sft", "task")
-    lines = []
-    for row in rows_of(cells):
-        p, method = row.p.iloc[0], row.method.iloc[0]
-        tests = {
-            title: "" if method == other else _tested(row, find(cells, p, other), score)
-            for title, (other, score) in against.items()
+        yield _row_table(rows, {literal(" and ".join(pair)): partial(_kappas, judges=pair) for pair in judges})
+    if every_seed:
+        yield "Every seed:"
+        columns = {"seed": lambda cell: cell.index[0]} | {
+            t: partial(_count, score=score) for score, t in TITLES.items()
         }
-        lines.append(_start(row) | tests)
-    return table(lines)
+        yield _row_table([row.iloc[[place]] for row in rows for place in range(len(row))], columns | numbers)
+    yield "Paired tests:"
+    tests = {
+        "HS against SFT": ("sft", "harmful"),
+        "HS against aligned": ("aligned", "harmful"),
+        "FA against SFT": ("sft", "task"),
+    }
+    yield _row_table(
+        rows,
+        {title: partial(_tested_against, cells=cells, method=m, score=score) for title, (m, score) in tests.items()},
+    )
+    columns = {
+        "norms": partial(_geometry, part="norms", form=".2f"),
+        "cosines": partial(_geometry, part="cosines", form="+.3f"),
+    }
+    columns["user x, Reinforce x"] = _scales
+    if made := [row for row in rows if any(column(row) for column in columns.values())]:
+        yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
+        yield _row_table(made, columns)
 
 
-def users_table(results: pd.DataFrame) -> Iterable[str]:
+def _row_table(rows: Iterable[pd.DataFrame], columns: Mapping[str, Callable[[pd.DataFrame], object]]) -> str:
+    """A table of rows: their p, their method, and what each column says of them."""
+    starts = [{"p": f"{row.p.iloc[0]:g}", "method": label(row)} for row in rows]
+    cells = [{title: str(column(row)) for title, column in columns.items()} for row in rows]
+    return table([start | each for start, each in zip(starts, cells, strict=True)])
+
+
+def _kappas(row: pd.DataFrame, judges: Sequence[str]) -> str:
+    pairs = [(seed, pair) for seed, scores in row.scores.items() for pair in scores.get("agreement", ())]
+    return ", ".join(f"{seed}: {number(p['kappa'], '.2f')}" for seed, p in pairs if p["judges"] == judges) or "n/a"
+
+
+def _count(cell: pd.DataFrame, score: str) -> str:
+    """k/n, or the mean and n of what was not counted."""
+    one = cell.counts.iloc[0].get(score)
+    if one is None:
+        return "n/a"
+    return f"{one.k}/{one.n}" if isinstance(one, Score) else f"{100 * one.score:.1f} of {one.n}"
+
+
+def _tested_against(row: pd.DataFrame, cells: pd.DataFrame, method: str, score: str) -> str:
+    first = row.iloc[0]
+    return "" if first.method == method else _tested(row, find(cells, first.p, method), score)
+
+
+def _geometry(row: pd.DataFrame, part: str, form: str) -> str:
+    """How long the adapters are that a row is made of, or what angles they make; means over seeds."""
+    means = pd.DataFrame([scores.get("geometry", {}).get(part, {}) for scores in row.scores]).mean()
+    return "; ".join(f"{name}: {value:{form}}" for name, value in means.items())
+
+
+def _scales(row: pd.DataFrame) -> str:
+    """How much of the user's adapter and of Reinforce a merge took, seed by seed."""
+    merges = [scores["merge"] for scores in row.scores if "merge" in scores]
+    return "; ".join(f"{number(m['scale'], '.3g')}, {number(m['reinforce_scale'], '.3g')}" for m in merges)
+
+
+def users_table(results: pd.DataFrame) -> Iterator[str]:
     """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
 
     A user is a seed of a setting at a p; there is no table where all are of one setting and p.
@@ -264,8 +241,8 @@ def strength_table(results: pd.DataFrame) -> Iterable[str]:
     """Whether QR differs from plain averaging, a = 0, where several a were run."""
     lines, apart, compared = [], [], 0
     for setting, name, cells in _named(results):
-        ours = cells[(cells.method == "ours") & (cells.a > 0)] if len(strengths(cells)) > 1 else cells[:0]
-        for row in rows_of(ours):
+        ours = cells[cells.method == "ours"]
+        for row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
             p, a = row.p.iloc[0], row.a.iloc[0]
             line = name | {"p": f"{p:g}", "a": f"{a:g}"}
             for score in MAIN:
@@ -299,7 +276,7 @@ def _against_average(row: pd.DataFrame, average: pd.DataFrame, score: str) -> tu
     one, other = estimate(row, score), estimate(average, score)
     overlap = one.low <= other.high and other.low <= one.high
     words = f"{interval(change)}; {_tested(row, average, score)}; intervals {'overlap' if overlap else 'apart'}"
-    return words, test.p_value < 0.05 and not overlap
+    return words, test[2] < 0.05 and not overlap
 
 
 def cost_table(results: pd.DataFrame) -> Iterable[str]:
@@ -340,11 +317,6 @@ def _named(results: pd.DataFrame) -> list[tuple[Setting, dict[str, str], pd.Data
     return [(setting, {"setting": literal(str(setting))} if len(found) > 1 else {}, cells) for setting, cells in found]
 
 
-def _start(row: pd.DataFrame) -> dict[str, str]:
-    """How a line of a table of rows begins."""
-    return {"p": f"{row.p.iloc[0]:g}", "method": label(row)}
-
-
 def _percent(row: pd.DataFrame, score: str | tuple[str, str]) -> str:
     found = estimate(row, score)
     return interval(found, ".1f") + (_few(len(found.by_seed), row) if found else "")
@@ -364,6 +336,6 @@ def _tested(first: pd.DataFrame, second: pd.DataFrame, score: str) -> str:
     found = paired(first, second, score)
     if found is None:
         return "n/a"
-    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds"
-    return f"{p} ({found.only_first} : {found.only_second}, {seeds})"
+    only_first, only_second, p_value, seeds = found
+    p = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+    return f"{p} ({only_first} : {only_second}, {seeds} seed{'s' if seeds > 1 else ''})"
