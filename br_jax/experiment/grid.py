@@ -281,7 +281,7 @@ def _settings(config: ConfigDict, cell: Cell) -> str:
 
 
 def _recipe(config: ConfigDict, cell: Cell) -> tuple[str, str]:
-    """Hashes of what all seeds and shares of a `frame.Setting` should share, and of the method's own settings."""
+    """Hashes of what all seeds and shares of a `results.Setting` should share, and of the method's own settings."""
     alike = dataclasses.replace(Run.of(config), p=0.0, seed=0).config(config, pathlib.Path())
     settings, own, attacker = _apart(alike, cell)
     return key_of(settings, attacker, rules_version()), key_of(own)
