@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -81,7 +82,7 @@ def run_pipeline(
             if is_main():
                 write_record(workdir / "results.json", record)
         if "report" in stages and is_main():
-            write_report(workdir)
+            write_report(workdir, cells=cells or None)
     return cells
 
 
@@ -98,5 +99,11 @@ def _details(e: Experiment) -> dict[str, Any]:
         "hashes": e.hashes(),
         "devices": [str(device) for device in jax.devices()],
         "config": config.to_dict(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # in bytes on macOS, in kibibytes elsewhere

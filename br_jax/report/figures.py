@@ -80,23 +80,22 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
     if cells.a[cells.method == "ours"].nunique() > 1:
         words = "HS, FA and over-refusal against the strength of the QR merge"
         yield name_of("a", setting), words, partial(strength_figure, cells, str(setting))
-    of_any_n, of_any_user = setting._replace(n=0), setting._replace(user="plain")
+    any_n, any_user = setting._replace(n=0), setting._replace(user="plain")
     for p, at_p in cells.groupby("p"):
         compared = at_p.method.nunique() > 3
         measured = (compared or one_p) and at_p.margin_harmful.notna().any()
-        several_n, several_users = (
-            each[axis][each.p == p].nunique() > 1 for axis, each in (("n", sizes), ("user", users))
-        )
-        for kind, shown, draw, table, of, words in (
+        by_n = sizes.n[sizes.p == p].nunique() > 1
+        by_user = users.user[users.p == p].nunique() > 1
+        for name, shown, draw, table, of, words in (
             ("methods", compared or one_p, methods_figure, cells, setting, "HS, FA and over-refusal of every method"),
             ("pareto", compared and p < 1, pareto_figure, cells, setting, "HS against FA of every method"),
             ("margins", measured, margins_figure, cells, setting, "Refusal margins of every method"),
-            ("n", several_n, size_figure, sizes, of_any_n, "HS and FA against the number of user rows"),
-            ("attackers", several_users, attackers_figure, users, of_any_user, "HS of every method against every kind of user"),
+            ("n", by_n, size_figure, sizes, any_n, "HS and FA against the number of user rows"),
+            ("attackers", by_user, attackers_figure, users, any_user, "HS of every method against every kind of user"),
         ):  # fmt: skip
             if shown:
                 title = f"{of}, p = {p:g}".replace(", n = 0,", ",")
-                yield name_of(kind, of, p), f"{words} at p = {p:g}", partial(draw, table, p, title)
+                yield name_of(name, of, p), f"{words} at p = {p:g}", partial(draw, table, p, title)
 
 
 def name_of(kind: str, setting: Setting, p: float | None = None) -> str:

@@ -101,9 +101,10 @@ def setting_tables(cells: pd.DataFrame, every_seed: bool) -> Iterator[str]:
             yield _row_table(
                 rows, {literal(part or "not named"): partial(_percent, score=(name, part)) for part in parts}
             )
-    if judges := [pair["judges"] for scores in cells.scores for pair in scores.get("agreement", ())]:
+    agreement = [pair for scores in cells.scores for pair in scores.get("agreement", ())]
+    if judges := [*dict.fromkeys(" and ".join(pair["judges"]) for pair in agreement)]:
         yield "Cohen's kappa between judges (n/a where all verdicts are the same), each seed:"
-        yield _row_table(rows, {literal(" and ".join(pair)): partial(_kappas, judges=pair) for pair in judges})
+        yield _row_table(rows, {literal(pair): partial(_kappas, judges=pair) for pair in judges})
     if every_seed:
         yield "Every seed:"
         columns = {"seed": lambda cell: cell.index[0]} | {
@@ -137,9 +138,12 @@ def _row_table(rows: Iterable[pd.DataFrame], columns: Mapping[str, Callable[[pd.
     return table([start | each for start, each in zip(starts, cells, strict=True)])
 
 
-def _kappas(row: pd.DataFrame, judges: Sequence[str]) -> str:
+def _kappas(row: pd.DataFrame, judges: str) -> str:
     pairs = [(seed, pair) for seed, scores in row.scores.items() for pair in scores.get("agreement", ())]
-    return ", ".join(f"{seed}: {number(p['kappa'], '.2f')}" for seed, p in pairs if p["judges"] == judges) or "n/a"
+    kappas = [
+        f"{seed}: {number(pair['kappa'], '.2f')}" for seed, pair in pairs if " and ".join(pair["judges"]) == judges
+    ]
+    return ", ".join(kappas) or "n/a"
 
 
 def _count(cell: pd.DataFrame, score: str) -> str:
