@@ -227,12 +227,12 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
         ]
         for line in zip(values, kept, strict=True)
     ]
-    figure = new_figure(3.2 + 0.95 * len(labels), 2.6 + 0.34 * len(values))
+    figure = new_figure(max(6.5, 3.2 + 0.95 * len(labels)), 2.8 + 0.34 * len(values))
     axis = figure.subplots()
     heat_map(axis, values, words, "OrRd", 100, light=True)
     axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(values)), [*users, "worst of those that keep the task"])
-    axis.set_title("Harmful score HS, %, mean over seeds (white: not run; in brackets: the task is lost)")
+    axis.set_title("Harmful score HS, %, mean over seeds\n(white: not run; in brackets: the task is lost)")
     axis.tick_params(length=0)
     figure.suptitle(title, wrap=True)
     return figure
