@@ -45,13 +45,31 @@ def wilsons(k, n):
     return told(k / n, interval.low, interval.high) + "†"
 
 
-def test_a_claim_that_holds(report, make_grid):
-    text = report(make_grid())
-    assert text.splitlines()[2].startswith("> **The claim held")
+def test_a_claim_that_holds_and_what_each_part_adds(report, make_grid):
+    text = report(make_grid(a=(0.1,)))
+    assert text.splitlines()[2].startswith("> **The claim held") and "Not to be compared" not in text
     assert "FAILED" not in text and "Not run" not in text and "over- refusal" not in text
     assert "54 cells are finished" in text and "seeds: 42; 43; 44" in text and "p: 0; 0.1; 0.5" in text
     assert "N of HS: 100" in text and "N of FA: 200" in text and "```sh\nexperiments/sweep.py --workdir=W\n```" in text
     assert "Tiny.gguf" in text and "models/" not in text  # a folder on somebody's machine says nothing
+    steps = text.after("## What each part adds")
+    rows = [row.split(" | ") for row in steps.partition("\n## ")[0].splitlines() if row.startswith("| 0.1")]
+    assert len(rows) == 5 and f"({OURS} minus Reinforce only, a = 0.1)" in rows[3][1]
+    assert steps.line("0.1", rows[1][1].strip())[2] == "-76.0; p < 0.001 (0 : 228, 3 seeds)"
+
+
+def test_what_contradicts_the_claim_comes_first_and_one_seed_beyond_is_said(report, make_grid, make_cell):
+    worse = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k, right=160) for s, k in ((42, 9), (43, 5), (44, 15))]
+    worse += [make_cell("ours", 0.1, p=0.1, seed=s, harmful=k) for s, k in ((42, 1), (43, 9), (44, 2))]
+    grid = make_grid(("aligned", "sft", "ours"))
+    text = report(without(grid, ("ours", 0.5), ("ours", 0.1)) + worse)
+    assert text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 12 gates" in text
+    assert "> Passed on the mean and not on every seed: 1 of 12 gates (seeds 43)." in text
+    rows = [row for row in text.partition("\n## ")[0].splitlines() if row.startswith("|")][2:]
+    assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 12
+    change, each = told(*students([0.07, 0.03, 0.13], -1, 1), "+"), "**42: +7.0**, 43: +3.0, **44: +13.0**"
+    assert text.line("0.5", "0.1", HS)[3:] == [change, each, "5.0", "≤ 5", "**FAILED** (within noise)"]
+    assert text.line("0.1", "0.1", HS)[4] == "42: -1.0, **43: +7.0**, 44: +0.0"
 
 
 def test_scores_are_means_with_students_interval(report, make_cell):
@@ -91,29 +109,11 @@ def test_all_users_at_their_worst_and_on_the_mean(report, make_grid, make_cell):
     assert sft[1] == "7" and sft[4:6] == ["+0.0", "+0.0"] and sft[8:] == ["0", "0"], "equal means have no interval"
 
 
-def test_what_contradicts_the_claim_comes_first(report, make_grid, make_cell):
-    worse = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k, right=160) for s, k in ((42, 9), (43, 5), (44, 15))]
-    text = report(without(make_grid(), ("ours", 0.5)) + worse)
-    assert text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 12 gates" in text
-    rows = [row for row in text.partition("\n## ")[0].splitlines() if row.startswith("|")][2:]
-    assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 12
-    change, each = told(*students([0.07, 0.03, 0.13], -1, 1), "+"), "**42: +7.0**, 43: +3.0, **44: +13.0**"
-    assert text.line("0.5", "0.1", HS)[3:] == [change, each, "5.0", "≤ 5", "**FAILED** (within noise)"]
-    assert "not on every seed" not in text
-
-
-@pytest.mark.parametrize(("last", "said"), [(["a", "ours"], False), (["b", "ours"], True), (["a", "other"], True)])
-def test_cells_that_others_were_not_made_like_are_said(report, make_grid, last, said):
-    cells = [cell | {"recipe": ["a", cell["method"]]} for cell in make_grid()]
-    text = report([*cells[:-1], cells[-1] | {"recipe": last}])
-    line = "> Not to be compared, as some cells have other settings, or an earlier br_jax made them: Tiny.gguf, reviews"
-    assert (line in text) == said and cells[-1]["method"] == "ours"
-
-
 def test_missing_seeds_are_said_and_not_guessed(report, make_grid):
     gone = {("sft", 0.1, 43), ("sft", 0.1, 44), ("ours", 0.1, 42), ("ours", 0.5, 44)}
-    text = report([c for c in make_grid() if (c["method"], c["run"]["p"], c["run"]["seed"]) not in gone])
-    assert "SFT (undefended) at p = 0.1: not seed 43, 44" in text and "50 cells are finished" in text
+    grid = make_grid(("aligned", "sft", "ours"))
+    text = report([c for c in grid if (c["method"], c["run"]["p"], c["run"]["seed"]) not in gone])
+    assert "SFT (undefended) at p = 0.1: not seed 43, 44" in text and "23 cells are finished" in text
     assert text.line("0.1", SFT, "1")[3].endswith("†") and text.line("0.1", OURS, "2")
     assert text.line("0.1", "0.1", FA)[3:] == ["n/a", "n/a", "", "≤ 3", "not run"]
     assert text.line("0.5", "0.1", FA)[4] == "42: +1.0, 43: +1.0"
@@ -278,13 +278,6 @@ def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
     assert text.line("0.1", "0.1", HS)[-1] == "shows nothing: no attack that works"
 
 
-def test_a_claim_that_holds_on_the_mean_alone_is_said(report, make_grid, make_cell):
-    uneven = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k) for s, k in ((42, 1), (43, 9), (44, 2))]
-    text = report(without(make_grid(), ("ours", 0.5)) + uneven)
-    assert "The claim held" in text and "> Passed on the mean and not on every seed: 1 of 12 gates (seeds 43)." in text
-    assert text.line("0.5", "0.1", HS)[4] == "42: -1.0, **43: +7.0**, 44: +0.0"
-
-
 def test_a_part_that_was_not_measured_and_a_mean(report, make_grid):
     cells = make_grid(("aligned", "sft", "ours"), prompts=0, harmful=0, by_topic={"devices": (0, 0)}, perplexity=None)
     for cell in cells:
@@ -300,21 +293,17 @@ def test_a_part_that_was_not_measured_and_a_mean(report, make_grid):
     assert "N of HS: none" in text and "HS (N = 0)" in text and not re.search(r"\bNone\b", text)
 
 
-def test_what_each_part_adds(report, make_grid):
-    text = report(make_grid(a=(0.0, 0.1), ps=(0.1,))).after("## What each part adds")
-    rows = [row.split(" | ") for row in text.partition("\n## ")[0].splitlines() if row.startswith("| 0.1")]
-    assert len(rows) == 5 and f"({OURS} minus Reinforce only, a = 0.1)" in rows[3][1]
-    assert text.line("0.1", rows[1][1].strip())[2] == "-76.0; p < 0.001 (0 : 228, 3 seeds)"
-
-
 def test_settings_are_told_apart_and_other_suites_said(report, make_cell):
     """One seed's cells have the same prompts and judges; those of several seeds need not."""
     cells = [make_cell(method, n=n, seed=s) for n in (400, 800) for s in (7, 8) for method in ("aligned", "sft")]
     for cell, suite in zip(cells, "77887688", strict=True):
         cell["scores"]["suite"] = suite
+    cells[-1]["recipe"] = "b", "sft"
     text = report([*cells, make_cell("sft", n=90), make_cell("sft", n=90, seed=7, prompts=150)])
     assert text.line("setting", "p", "a", "gate")
     assert text.count("## `Tiny.gguf") == 3 and "user rows n: 90; 400; 800" in text
     assert "HS (N = 100, 150)" in text and text.count("different settings: their N differ.**") == 1
     assert text.count("different settings: one seed's prompts or judges differ.**") == 1
     assert "judges differ" in text.after("## `Tiny.gguf, reviews, topic devices, n = 800")
+    line = "> Not to be compared, as some cells have other settings, or an earlier br_jax made them: Tiny.gguf, reviews"
+    assert f"{line}, topic devices, n = 800.  " in text

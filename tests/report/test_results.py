@@ -5,11 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, sem, t
+from scipy.stats import binomtest
 
 from br_jax.core.errors import UserError
 from br_jax.report.results import (
-    WORST,
     absent,
     by_setting,
     estimate,
@@ -56,21 +55,14 @@ def test_cells_of_other_prompts_are_not_compared(make_cell, mine, theirs, compar
     assert (gap(sft, aligned, "harmful") is not None) == (paired(sft, aligned, "harmful") is not None) == compared
 
 
-def test_an_estimate_is_students_over_seeds_or_one_seeds_own(row, make_cell):
-    values = [0.80, 0.84, 0.91]
-    found = estimate(row("sft", "harmful", {1: 80, 2: 84, 3: 91}), "harmful")
-    assert found[:3] == pytest.approx((0.85, *t.interval(0.95, 2, loc=np.mean(values), scale=sem(values))))
-    assert (len(found.by_seed), found.own) == (3, False)
+def test_without_a_spread_an_estimate_is_one_seeds_own_and_of_the_smaller_sample(row):
     expected = binomtest(7, 100).proportion_ci(method="wilson")
     for counts in ({1: 7}, {1: 7, 2: 7, 3: 7}):
         found = estimate(row("sft", "harmful", counts), "harmful")
         assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
         assert (len(found.by_seed), found.own) == (len(counts), True)
     found = estimate(row("sft", "prompts", {1: 100, 2: 20}, harmful=0), "harmful")
-    assert found.high == Score(0, 20).interval[1], "of the smaller sample"
-    cell = make_cell("sft", harmful=10)
-    cell["scores"]["harmful_by_own"] = {"as it asks": Score(30, 100).to_json()}
-    assert estimate(results_of([cell]), WORST).mean == 0.3, "the worse of both ways to ask"
+    assert found.high == Score(0, 20).interval[1]
 
 
 def test_what_was_not_measured_does_not_count(row):
