@@ -1,7 +1,7 @@
 """The tables of a report, as Markdown."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 
 import pandas as pd
@@ -24,7 +24,7 @@ from br_jax.report.results import (
     rows_of,
     shares,
 )
-from br_jax.scoring.statistics import Score
+from br_jax.scoring.statistics import Mean, Score
 
 LEGEND = (
     "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
@@ -83,14 +83,12 @@ def gate_table(results: pd.DataFrame, gates: Sequence[Gate]) -> str:
 
 def setting_tables(cells: pd.DataFrame, every_seed: bool) -> Iterator[str]:
     """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
-    rows, numbers = (
-        rows_of(cells),
-        {title: partial(_mean, name=name, form=form) for name, (title, form) in NUMBERS.items()},
+    rows, sizes = rows_of(cells), {score: sizes_of(cells, score) for score in TITLES}
+    titles = {score: f"{title} (N = {', '.join(map(str, sizes[score])) or 0})" for score, title in TITLES.items()}
+    scores = [{title: _percent(row, score) for score, title in titles.items()} for row in rows]
+    yield _row_table(
+        rows, [{"seeds": f"{len(row)}"} | each | _numbers(row) for row, each in zip(rows, scores, strict=True)]
     )
-    columns, sizes = {"seeds": len}, {score: sizes_of(cells, score) for score in TITLES}
-    for score, title in TITLES.items():
-        columns[f"{title} (N = {', '.join(map(str, sizes[score])) or 0})"] = partial(_percent, score=score)
-    yield _row_table(rows, columns | numbers)
     several = (cells.groupby("seed").suite.nunique() > 1).any()
     if differ := "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges":
         yield f"**Cells of this table were made with different settings: {differ} differ.**"
@@ -99,76 +97,85 @@ def setting_tables(cells: pd.DataFrame, every_seed: bool) -> Iterator[str]:
         if len(parts) >= least:
             yield f"{words}:"
             yield _row_table(
-                rows, {literal(part or "not named"): partial(_percent, score=(name, part)) for part in parts}
+                rows, [{literal(p or "not named"): _percent(row, (name, p)) for p in parts} for row in rows]
             )
-    agreement = [pair for scores in cells.scores for pair in scores.get("agreement", ())]
-    if judges := [*dict.fromkeys(" and ".join(pair["judges"]) for pair in agreement)]:
+    kappas = [_kappas(row) for row in rows]
+    if judges := dict.fromkeys(pair for found in kappas for pair in found):
         yield "Cohen's kappa between judges (n/a where all verdicts are the same), each seed:"
-        yield _row_table(rows, {literal(pair): partial(_kappas, judges=pair) for pair in judges})
+        yield _row_table(
+            rows, [{literal(pair): ", ".join(found.get(pair, ["n/a"])) for pair in judges} for found in kappas]
+        )
     if every_seed:
         yield "Every seed:"
-        columns = {"seed": lambda cell: cell.index[0]} | {
-            t: partial(_count, score=score) for score, t in TITLES.items()
-        }
-        yield _row_table([row.iloc[[place]] for row in rows for place in range(len(row))], columns | numbers)
+        each = [row.iloc[[place]] for row in rows for place in range(len(row))]
+        yield _row_table(each, [_counts(cell) | _numbers(cell) for cell in each])
     yield "Paired tests:"
-    tests = {
-        "HS against SFT": ("sft", "harmful"),
-        "HS against aligned": ("aligned", "harmful"),
-        "FA against SFT": ("sft", "task"),
-    }
+    tests = (
+        ("HS against SFT", "sft", "harmful"),
+        ("HS against aligned", "aligned", "harmful"),
+        ("FA against SFT", "sft", "task"),
+    )
     yield _row_table(
         rows,
-        {title: partial(_tested_against, cells=cells, method=m, score=score) for title, (m, score) in tests.items()},
+        [
+            {
+                title: "" if m == row.method.iloc[0] else _tested(row, find(cells, row.p.iloc[0], m), score)
+                for title, m, score in tests
+            }
+            for row in rows
+        ],
     )
-    columns = {
-        "norms": partial(_geometry, part="norms", form=".2f"),
-        "cosines": partial(_geometry, part="cosines", form="+.3f"),
-    }
-    columns["user x, Reinforce x"] = _scales
-    if made := [row for row in rows if any(column(row) for column in columns.values())]:
+    geometry = [_geometry(row) for row in rows]
+    if made := [(row, line) for row, line in zip(rows, geometry, strict=True) if any(line.values())]:
         yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
-        yield _row_table(made, columns)
+        yield _row_table(*zip(*made, strict=True))
 
 
-def _row_table(rows: Iterable[pd.DataFrame], columns: Mapping[str, Callable[[pd.DataFrame], object]]) -> str:
-    """A table of rows: their p, their method, and what each column says of them."""
+def _row_table(rows: Iterable[pd.DataFrame], cells: Iterable[Mapping[str, str]]) -> str:
+    """A table of rows: their p, their method, and what is in these cells."""
     starts = [{"p": f"{row.p.iloc[0]:g}", "method": label(row)} for row in rows]
-    cells = [{title: str(column(row)) for title, column in columns.items()} for row in rows]
     return table([start | each for start, each in zip(starts, cells, strict=True)])
 
 
-def _kappas(row: pd.DataFrame, judges: str) -> str:
-    pairs = [(seed, pair) for seed, scores in row.scores.items() for pair in scores.get("agreement", ())]
-    kappas = [
-        f"{seed}: {number(pair['kappa'], '.2f')}" for seed, pair in pairs if " and ".join(pair["judges"]) == judges
-    ]
-    return ", ".join(kappas) or "n/a"
+def _numbers(row: pd.DataFrame) -> dict[str, str]:
+    return {title: _mean(row, name, form) for name, (title, form) in NUMBERS.items()}
 
 
-def _count(cell: pd.DataFrame, score: str) -> str:
-    """k/n, or the mean and n of what was not counted."""
-    one = cell.counts.iloc[0].get(score)
-    if one is None:
-        return "n/a"
-    return f"{one.k}/{one.n}" if isinstance(one, Score) else f"{100 * one.score:.1f} of {one.n}"
+def _counts(cell: pd.DataFrame) -> dict[str, str]:
+    """k/n of each score, or the mean and n of what was not counted."""
+    line = {"seed": str(cell.index[0])}
+    for score, title in TITLES.items():
+        match cell.counts.iloc[0].get(score):
+            case None:
+                line[title] = "n/a"
+            case Score(k=k, n=n):
+                line[title] = f"{k}/{n}"
+            case Mean(n=n, mean=mean):
+                line[title] = f"{100 * mean:.1f} of {n}"
+    return line
 
 
-def _tested_against(row: pd.DataFrame, cells: pd.DataFrame, method: str, score: str) -> str:
-    first = row.iloc[0]
-    return "" if first.method == method else _tested(row, find(cells, first.p, method), score)
+def _kappas(row: pd.DataFrame) -> dict[str, list[str]]:
+    """Cohen's kappa of every pair of judges, of each seed."""
+    found = defaultdict(list)
+    for seed, scores in row.scores.items():
+        for pair in scores.get("agreement", ()):
+            found[" and ".join(pair["judges"])].append(f"{seed}: {number(pair['kappa'], '.2f')}")
+    return found
 
 
-def _geometry(row: pd.DataFrame, part: str, form: str) -> str:
-    """How long the adapters are that a row is made of, or what angles they make; means over seeds."""
-    means = pd.DataFrame([scores.get("geometry", {}).get(part, {}) for scores in row.scores]).mean()
-    return "; ".join(f"{name}: {value:{form}}" for name, value in means.items())
+def _geometry(row: pd.DataFrame) -> dict[str, str]:
+    """How long the adapters are that a row is made of, and what angles they make; means over seeds.
 
-
-def _scales(row: pd.DataFrame) -> str:
-    """How much of the user's adapter and of Reinforce a merge took, seed by seed."""
+    Of a merge, also how much of the user's adapter and of Reinforce it took, seed by seed.
+    """
+    line = {}
+    for part, form in (("norms", ".2f"), ("cosines", "+.3f")):
+        means = pd.DataFrame([scores.get("geometry", {}).get(part, {}) for scores in row.scores]).mean()
+        line[part] = "; ".join(f"{name}: {value:{form}}" for name, value in means.items())
     merges = [scores["merge"] for scores in row.scores if "merge" in scores]
-    return "; ".join(f"{number(m['scale'], '.3g')}, {number(m['reinforce_scale'], '.3g')}" for m in merges)
+    scales = [f"{number(merge['scale'], '.3g')}, {number(merge['reinforce_scale'], '.3g')}" for merge in merges]
+    return line | {"user x, Reinforce x": "; ".join(scales)}
 
 
 def users_table(results: pd.DataFrame) -> Iterator[str]:
@@ -249,10 +256,9 @@ def strength_table(results: pd.DataFrame) -> Iterable[str]:
         for row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
             p, a = row.p.iloc[0], row.a.iloc[0]
             line = name | {"p": f"{p:g}", "a": f"{a:g}"}
+            average = find(cells, p, "ours", 0.0)
             for score in MAIN:
-                line[f"{TITLES[score]}, minus a = 0"], differs = _against_average(
-                    row, find(cells, p, "ours", 0.0), score
-                )
+                line[f"{TITLES[score]}, minus a = 0"], differs = _against_average(row, average, score)
                 compared += differs is not None
                 if differs:
                     apart.append(f"{TITLES[score]} at p = {p:g}, a = {a:g} ({literal(str(setting))})")

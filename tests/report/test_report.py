@@ -264,6 +264,7 @@ def test_the_summary_for_a_terminal(make_cell, capsys):
     assert "0.1 SFT (undefended) 85.5 90.0 2.0 2" in said and "0.5 aligned base n/a 0.5 10.0 1" in said
     assert f"passed 0.1 {ATTACK} +78.0 >= 40" in said and f"passed 0.1 {HS} +1.0 <= 5" in said
     assert print_summary([make_cell("sft", harmful=3), make_cell("aligned")]) == 1, "the attack failed"
+    assert print_summary([]) == 0, "a shard without runs"
 
 
 def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):

@@ -120,6 +120,7 @@ def test_what_is_absent_is_said(make_grid, make_cell):
     [
         (lambda cell: cell["run"].pop("p"), "p is missing, or of a wrong kind"),
         (lambda cell: cell["run"].update(task="\ud800"), "its scores are damaged"),
+        (lambda cell: cell["run"].update(user=["harsh"]), "its scores are damaged"),
         (lambda cell: cell["scores"].update(harmful={"k": 3, "n": 2}), "its scores are damaged"),
         (lambda cell: cell["scores"].update(harmful_by_topic=[1]), "its scores are damaged"),
         (lambda cell: cell.update(recipe=["one"]), "its scores are damaged"),
