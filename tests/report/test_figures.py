@@ -96,15 +96,18 @@ def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid
     one = results_of(make_grid(ps=(0.1,), seeds=(1,), methods=("aligned", "sft")))
     assert list(figures.draw_results(one)) == ["methods-Tiny_gguf-reviews-devices-n800-p0_1"]
     same = {"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "topic": "devices,potions"}
-    cells = [*make_grid(ps=(0.1, 0.5, 1.0), seeds=(1, 2), a=(0.0, 0.1), **same), make_cell("sft", n=90, **same)]
+    methods = ("aligned", "sft", "average", "ours")
+    cells = [
+        *make_grid(methods, ps=(0.5, 1.0), seeds=(1, 2), a=(0.0, 0.1), **same),
+        make_cell("sft", n=90, p=0.5, **same),
+    ]
     harsh = make_cell("sft", n=90, p=0.5, **same)
     harsh["run"]["user"] = "harsh"
     harsh["scores"]["margin_harmful"] = harsh["scores"]["margin_benign"] = 1.0
-    drawn = figures.draw_results(results_of([*cells, harsh, make_cell("sft", n=90, p=0.5, **same)]))
+    drawn = figures.draw_results(results_of([*cells, harsh]))
     setting = "SmolLM2_135M_Instruct_Q4_1_gguf-reviews-devices_potions"
-    expected = {"p": ["n800", "n90"], "a": ["n800"], "n": ["p0_1", "p0_5"], "attackers": ["n90-p0_5"]}
-    expected |= {"methods": ["n800-p0_1", "n800-p0_5", "n800-p1", "harsh-n90-p0_5"], "margins": ["harsh-n90-p0_5"]}
-    expected |= {"pareto": ["n800-p0_1", "n800-p0_5"]}
+    expected = {"p": ["n800"], "a": ["n800"], "n": ["p0_5"], "attackers": ["n90-p0_5"], "pareto": ["n800-p0_5"]}
+    expected |= {"methods": ["n800-p0_5", "n800-p1", "n90-p0_5", "harsh-n90-p0_5"], "margins": ["harsh-n90-p0_5"]}
     assert set(drawn) == {f"{kind}-{setting}-{end}" for kind, ends in expected.items() for end in ends}
     for kind, ends in expected.items():
         assert_readable(drawn[f"{kind}-{setting}-{ends[0]}"])
@@ -245,9 +248,9 @@ def test_numbers_that_are_not_finite_leave_a_gap():
 
 
 def test_files_repeat_to_the_byte_under_other_settings(tmp_path):
-    first = [path.read_bytes() for path in plots.save(DRAWN["verdicts"](), tmp_path / "one")]
+    first = [path.read_bytes() for path in plots.save(DRAWN["calibration"](), tmp_path / "one")]
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "red"}):
-        second = [path.read_bytes() for path in plots.save(DRAWN["verdicts"](), tmp_path / "two")]
+        second = [path.read_bytes() for path in plots.save(DRAWN["calibration"](), tmp_path / "two")]
         assert matplotlib.rcParams["font.size"] == 20  # the caller's settings come back
     assert first == second
     assert first[0].startswith(b"\x89PNG") and first[1].startswith(b"%PDF")

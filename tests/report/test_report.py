@@ -46,10 +46,10 @@ def wilsons(k, n):
 
 
 def test_a_claim_that_holds_and_what_each_part_adds(report, make_grid):
-    text = report(make_grid(a=(0.1,)))
+    text = report(make_grid(ps=(0.0, 0.1)))
     assert text.splitlines()[2].startswith("> **The claim held") and "Not to be compared" not in text
     assert "FAILED" not in text and "Not run" not in text and "over- refusal" not in text
-    assert "54 cells are finished" in text and "seeds: 42; 43; 44" in text and "p: 0; 0.1; 0.5" in text
+    assert "36 cells are finished" in text and "seeds: 42; 43; 44" in text and "p: 0; 0.1\n" in text
     assert "N of HS: 100" in text and "N of FA: 200" in text and "```sh\nexperiments/sweep.py --workdir=W\n```" in text
     assert "Tiny.gguf" in text and "models/" not in text  # a folder on somebody's machine says nothing
     steps = text.after("## What each part adds")
@@ -235,7 +235,7 @@ def test_a_wrong_flag_of_the_report_is_one_line(script):
 def test_cells_at_hand_are_not_read_again(make_grid, tmp_path, written):
     (tmp_path / "runs" / "r" / "cells").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "cells" / "x.json").write_text("{")
-    assert "54 cells are finished" in written(tmp_path, cells=make_grid())
+    assert "6 cells are finished" in written(tmp_path, cells=make_grid(ps=(0.1,), seeds=(1,)))
 
 
 def test_nothing_finished_is_one_line(tmp_path):
@@ -280,7 +280,9 @@ def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
 
 
 def test_a_part_that_was_not_measured_and_a_mean(report, make_grid):
-    cells = make_grid(("aligned", "sft", "ours"), prompts=0, harmful=0, by_topic={"devices": (0, 0)}, perplexity=None)
+    cells = make_grid(
+        ("aligned", "sft", "ours"), (0.1,), prompts=0, harmful=0, by_topic={"devices": (0, 0)}, perplexity=None
+    )
     for cell in cells:
         cell["scores"]["task"] = {"n": 200, "score": 0.41, "deviation": 0.2, "low": 0.38, "high": 0.44}
         cell["scores"]["outcomes"]["task"] = [0.41] * 200
