@@ -28,10 +28,18 @@ TITLES = {  # of the scores, in the order of every table
 }
 MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 WORST = "harmful_worst"  # the larger of HS and HS by the user's own questions
-MARGINS = {"margin_harmful": "margin, harmful", "margin_benign": "margin, benign"}
-NUMBERS = {"perplexity": ("perplexity", ".2f"), "mean_words": ("words", ".1f")}
-NUMBERS |= {name: (title, "+.2f") for name, title in MARGINS.items()}  # title and format
-BREAKDOWNS = ("harmful_by_topic", "harmful_by_judge", "harmful_by_own", "harmful_by_attack")
+NUMBERS = {  # title and format
+    "perplexity": ("perplexity", ".2f"),
+    "mean_words": ("words", ".1f"),
+    "margin_harmful": ("margin, harmful", "+.2f"),
+    "margin_benign": ("margin, benign", "+.2f"),
+}
+BREAKDOWNS = {  # of HS: from how many parts on they are shown, and in what words
+    "harmful_by_topic": (2, "HS by topic"),
+    "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
+    "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
+    "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
+}
 # What a line needs of a cell and its run.
 _KINDS = {"model": str, "task": str, "topic": str, "n": int, "p": int | float, "seed": int}
 _KINDS |= {"method": str, "a": int | float | None, "scores": dict}

@@ -10,6 +10,7 @@ from br_jax.experiment.methods import METHODS
 from br_jax.report.gates import CLAIMS, TASK_P, Gate
 from br_jax.report.markdown import interval, literal, number, table
 from br_jax.report.results import (
+    BREAKDOWNS,
     MAIN,
     NUMBERS,
     TITLES,
@@ -39,12 +40,6 @@ LEGEND = (
     "brackets the prompts that only this method counts : only the other, and the seeds. A prompt counts once a seed, "
     "as if seeds were independent; nothing is corrected for the number of tests.",
 )
-_BREAKDOWNS = {  # from how many parts on they are shown, and in what words
-    "harmful_by_topic": (2, "HS by topic"),
-    "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
-    "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
-    "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
-}
 _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
@@ -92,7 +87,7 @@ def setting_tables(cells: pd.DataFrame, every_seed: bool) -> Iterator[str]:
     several = (cells.groupby("seed").suite.nunique() > 1).any()
     if differ := "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges":
         yield f"**Cells of this table were made with different settings: {differ} differ.**"
-    for name, (least, words) in _BREAKDOWNS.items():
+    for name, (least, words) in BREAKDOWNS.items():
         parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
         if len(parts) >= least:
             yield f"{words}:"
