@@ -85,7 +85,7 @@ def run_pipeline(
             if is_main():
                 write_record(workdir / "results.json", record)
         if "report" in stages and is_main():
-            write_report(workdir)
+            write_report(workdir, cells=cells or None)
     return cells
 
 
@@ -93,7 +93,6 @@ def _details(e: Experiment) -> dict[str, Any]:
     """What a report says of a run beside its cells."""
     s, versions = e.settings, {"python": platform.python_version(), "br_jax": __version__}
     versions["matmul_precision"] = s.model.matmul_precision
-    kilobytes = 1 if sys.platform == "darwin" else 1024  # of which macOS counts none: it gives bytes
     return {
         "calibration": e.calibration("user") if s.calibrate.harmful else None,
         "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge_of("user")),
@@ -103,5 +102,11 @@ def _details(e: Experiment) -> dict[str, Any]:
         "hashes": e.hashes(),
         "devices": [str(device) for device in jax.devices()],
         "config": dataclasses.asdict(s),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes,
+        "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # in bytes on macOS, in kibibytes elsewhere

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import stat
+import types
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.calibration import Behaviour, Calibration
 from br_jax.configs import base
 from br_jax.core.errors import UserError
+from br_jax.core.io import read_json
 from br_jax.defences.registry import DEFENCES
 from br_jax.experiment import cells as cells_module
 from br_jax.experiment import run as run_module
@@ -340,3 +342,13 @@ def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, call
     config.data.material, config.calibrate.judge = "paper", "topic"
     with pytest.raises(UserError, match=r"the judge topic reads .* data\.material=paper has none"):
         run_module.Experiment(config, tmp_path / "w").check()
+
+
+@pytest.mark.parametrize("system, peak", [("linux", 5 << 20), ("darwin", 5 << 10)])
+def test_the_peak_of_memory_is_in_bytes(run, calls, monkeypatch, tmp_path, system, peak):
+    """getrusage counts kibibytes, on macOS bytes."""
+    usage = types.SimpleNamespace(ru_maxrss=5 << 10)
+    monkeypatch.setattr(pipeline.resource, "getrusage", lambda _: usage)
+    monkeypatch.setattr("sys.platform", system)
+    run(["evaluate"])
+    assert read_json(tmp_path / "w" / "results.json")["peak_memory_bytes"] == peak

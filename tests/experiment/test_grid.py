@@ -22,7 +22,7 @@ from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
 from br_jax.experiment.settings import settle
 from br_jax.pipeline import run_pipeline
-from br_jax.report.results import mixed, read_cells
+from br_jax.report.results import mixed, read_cells, results_of
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_cells_of_one_recipe_are_told_from_others(config, calls, grid, tmp_path)
 
     def mixed_after(**axes):
         list(run_sweep(config, tmp_path / "s", grid(**axes)))
-        return [setting.user for setting in mixed(read_cells(tmp_path / "s"))]
+        return [setting.user for setting in mixed(results_of(read_cells(tmp_path / "s")))]
 
     assert mixed_after(seeds=[1, 2], p=[0.0, 0.2], methods=["sft", "resta"]) == []
     config.attackers.harsh.epochs += 1

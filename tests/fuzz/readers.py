@@ -29,7 +29,7 @@ from br_jax.provider.folder import load_model, write_provider
 from br_jax.report import run_report as details
 from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description
-from br_jax.report.results import make_frame, read_cells
+from br_jax.report.results import estimate, read_cells, results_of, rows_of
 from br_jax.scoring.judges.verdicts import OutsideVerdicts
 from br_jax.scoring.statistics import Score
 
@@ -238,7 +238,6 @@ def _(name, folder):
     write_json(folder / "cells" / name, cell)
 
     def read():
-        frame = make_frame(read_cells(folder))
-        return [row.estimate("harmful") for rows in frame.values() for row in rows]
+        return [estimate(row, "harmful") for row in rows_of(results_of(read_cells(folder)))]
 
     return folder / "cells" / name, read
