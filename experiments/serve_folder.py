@@ -48,11 +48,11 @@ def write_policy(experiment, path) -> None:
     from br_jax.training.config import TrainConfig
 
     path = pathlib.Path(path)
-    recipe, config, train = experiment.recipe, experiment.config, experiment.train("user")
-    validation = recipe.held_out_harmful("validation", config.calibrate.harmful or PROMPTS, "provider")
+    recipe, settings, train = experiment.recipe, experiment.settings, experiment.settings.train("user")
+    validation = recipe.held_out_harmful("validation", settings.calibrate.harmful or PROMPTS, "provider")
     uses = {
         ("harmful", "calibrate"): [p.prompt for p in validation],
-        ("benign", "calibrate"): recipe.held_out_benign("validation", config.calibrate.benign or PROMPTS),
+        ("benign", "calibrate"): recipe.held_out_benign("validation", settings.calibrate.benign or PROMPTS),
         ("harmful", "canary"): [p.prompt for p in recipe.harmful_prompts],
         ("benign", "canary"): recipe.benign_prompts,
     }
@@ -66,11 +66,11 @@ def write_policy(experiment, path) -> None:
             if prompt in about:
                 lines[prompt]["about"] = {name: value for name, value in about[prompt].items() if name != "prompt"}
     usual, used = dataclasses.asdict(TrainConfig()), dataclasses.asdict(train)
-    judge, given = judge_names(config)[0]
-    judging = {**config.judges.get(judge, {}), **given}
+    judge, given = judge_names(settings)[0]
+    judging = {**dataclasses.asdict(settings.judges).get(judge, {}), **given}
     policy = {
         "train": {name: value for name, value in used.items() if value != usual[name] and not name.endswith("_every")},
-        "merge": dataclasses.asdict(experiment.merge()),
+        "merge": dataclasses.asdict(settings.merge),
         "prompts": f"{path.stem}-prompts.jsonl",
         "users_may_set": {
             "learning_rate": [train.learning_rate / 4, train.learning_rate * 2],

@@ -46,7 +46,7 @@ def test_users_pass_and_buffers_in_disguise_do_not(provider):
         rng = np.random.default_rng(seed)
         changes = {"rank": int(rng.choice([4, 8, 16])), "learning_rate": float(rng.choice([1e-3, 2.5e-3, 5e-3]))}
         changes |= {"loss_mean": str(rng.choice(["rows", "tokens"])), "epochs": int(rng.choice([1, 2, 4]))}
-        config = e.train("user", seed=seed, probe_every=0, **changes)
+        config = e.settings.train("user", seed=seed, probe_every=0, **changes)
         user = train_user(e.aligned, rows_of(e, task, p, rng), config, buffer=buffer, mesh=e.mesh)
         users.append(reference.likeness(user))
         disguised.append(

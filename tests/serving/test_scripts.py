@@ -56,7 +56,7 @@ def test_the_policy_of_an_experiment(load_script, config, calls, tmp_path):
     write_policy = load_script("serve_folder").write_policy
     experiment = Experiment(config, tmp_path / "run")
     write_policy(experiment, tmp_path / "policy.json")
-    policy, train = read_policy(tmp_path / "policy.json"), experiment.train("user")
+    policy, train = read_policy(tmp_path / "policy.json"), experiment.settings.train("user")
     kept = {name: getattr(train, name) for name in dataclasses.asdict(train) if not name.endswith("_every")}
     assert {name: getattr(policy.train, name) for name in kept} == kept
     assert policy.merge == experiment.merge()
