@@ -80,8 +80,8 @@ def write_policy(experiment, path) -> None:
         },
         "quotas": dataclasses.asdict(Quotas()),
         "judge": {"name": judge, **judging} if judging else judge,
-        "answer_tokens": config.eval.answer_tokens,
-        "batch_size": config.eval.batch_size,
+        "answer_tokens": settings.eval.answer_tokens,
+        "batch_size": settings.eval.batch_size,
     }
     write_text(path.parent / policy["prompts"], "".join(json.dumps(line) + "\n" for line in lines.values()))
     write_text(path, json.dumps(policy, indent=1) + "\n")
