@@ -47,8 +47,7 @@ from br_jax.experiment.settings import Settings, check_sizes, settle
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
-from br_jax.models.io.hub import is_hub_name
-from br_jax.models.io.load import read_spec
+from br_jax.models.io.load import is_hub_name, read_spec
 from br_jax.models.model import Model, fold_adapter, guard, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
