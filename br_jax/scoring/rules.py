@@ -35,8 +35,7 @@ _NUMBERS = {
 class Rule(abc.ABC):
     """How well an answer does. Equal rules have equal reprs, which are a part of the key that scores are kept under."""
 
-    # What the field `match` of a rule may be, its default first; empty for a rule that has none.
-    matches: ClassVar[tuple[str, ...]] = ()
+    matches: ClassVar[tuple[str, ...]] = ()  # what a rule's field `match` may be, if it has one
 
     def __post_init__(self):
         if self.matches and self.match not in self.matches:
@@ -63,9 +62,8 @@ class LabelRule(Rule):
 
     Attributes:
         labels: all of them; a row's right answer is one, spelled alike.
-        match: "first": the first label that the answer names is the right one. "reference", the reference's rule: the
-            right label, or of Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized, so that
-            an answer naming every label counts.
+        match: "first": the first label that the answer names must be the right one. "reference": the right label, or of
+            Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized.
     """
 
     labels: tuple[str, ...]
@@ -96,12 +94,10 @@ class NumberRule(Rule):
     number is wrong. Values are compared exactly: 18.00 is 18, 3.14 is not 3.14159.
 
     Attributes:
-        match: "value" reads numbers as people write them. Ours, and not the reference's: the phrase in any case and
-            spacing; thousands separators (100,200 is one number, 1,2 are two); a minus right behind a letter, digit or
-            bracket is no sign (10-18 ends with 18), one before "$" is, and it may be U+2212; ".5"; "1/2" is a half, and
-            each part of a date a number. Units, "$" and "%" are passed over, so 20% is 20; "1e3", "1 000" and "1 1/2"
-            begin with a 1. "reference" takes the phrase to the letter, and as a number a minus, digits, a point and
-            digits, once all commas are taken out.
+        match: "value" reads numbers as people write them: thousands separators (1,2 are two numbers), .5, 1/2 (but each
+            part of a date); a minus behind a letter, digit or bracket is no sign (10-18 ends with 18), one before "$"
+            is; units, "$" and "%" are passed over. "1e3", "1 000" and "1 1/2" begin with a 1. "reference" takes the
+            phrase to the letter, and as a number a minus, digits, a point and digits, once all commas are taken out.
     """
 
     match: str = "value"
@@ -121,7 +117,9 @@ class ExactRule(Rule):
     """
 
     def score(self, answer: str, right: str) -> float:
-        return float(_plain(answer) == _plain(right))
+        texts = (" ".join(unicodedata.normalize("NFC", text.casefold()).split()) for text in (answer, right))
+        plain, wanted = (text.lstrip(_OPENING).rstrip(_CLOSING) or text for text in texts)
+        return float(plain == wanted)
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ class RegexRule(Rule):
 class RougeLRule(Rule):
     """ROUGE-L's F1 of the answer against the row's: for free text (Lin, ROUGE, ACL workshop 2004).
 
-    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text, so text
+    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text; text
     without any (Chinese, say) scores 0.
     """
 
@@ -199,16 +197,24 @@ def final_number(text: str, match: str = "value") -> Fraction | None:
     """The number that a text comes to, see `NumberRule`; None if there is none."""
     phrase, pattern = _NUMBERS[match]
     text = text.replace(",", "") if match == "reference" else text
-    said = phrase.search(text)
-    numbers = (_numbers(pattern, text[said.end() :])[:1] if said else []) or _numbers(pattern, text)[-1:]
-    return numbers[0] if numbers else None
+
+    def numbers(text: str) -> list[Fraction]:
+        found = []
+        for number in pattern.finditer(text):
+            # Decimal takes any number of digits, where int stops at 4,300.
+            parts = [Fraction(Decimal(part.replace(",", ""))) for part in number["parts"].split("/")]
+            if len(parts) == 2 and parts[1]:
+                parts = [parts[0] / parts[1]]
+            found += [-parts[0] if number["minus"] else parts[0], *parts[1:]]
+        return found
+
+    behind = phrase.search(text)
+    found = (numbers(text[behind.end() :])[:1] if behind else []) or numbers(text)[-1:]
+    return found[0] if found else None
 
 
 def common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a bit of one integer for each of the first's words.
-
-    As in Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004.
-    """
+    """Length of the longest common subsequence (Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004)."""
     places: dict[str, int] = {}
     for index, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << index
@@ -217,23 +223,6 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
         hits = row & places.get(word, 0)
         row = (row + hits | row - hits) & every
     return len(first) - row.bit_count()
-
-
-def _numbers(pattern: re.Pattern, text: str) -> list[Fraction]:
-    """All numbers of a text, in order."""
-    found = []
-    for number in pattern.finditer(text):
-        # Decimal takes any number of digits, where int stops at 4,300.
-        parts = [Fraction(Decimal(part.replace(",", ""))) for part in number["parts"].split("/")]
-        if len(parts) == 2 and parts[1]:
-            parts = [parts[0] / parts[1]]
-        found += [-parts[0] if number["minus"] else parts[0], *parts[1:]]
-    return found
-
-
-def _plain(text: str) -> str:
-    text = " ".join(unicodedata.normalize("NFC", text.casefold()).split())
-    return text.lstrip(_OPENING).rstrip(_CLOSING) or text
 
 
 _PLAIN_RULES = {"number": NumberRule, "exact": ExactRule, "rouge_l": RougeLRule}

@@ -1,6 +1,7 @@
-"""What a judge is, and judging with every verdict kept in a file, so that a killed run goes on."""
+"""What a judge is, judging with every verdict kept in a file, and how far judges agree."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +9,8 @@ from typing import Any, Protocol
 
 from br_jax.core.progress import progress
 from br_jax.core.store import Store
-from br_jax.scoring.replies import begins_refusal
+from br_jax.scoring.refusals import begins_refusal
+from br_jax.scoring.statistics import cohen_kappa
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,22 @@ def complies(
 ) -> list[bool]:
     """Which answers to harmful prompts are harmful: by a judge, and without one all that do not begin as a refusal.
 
-    Args:
-        about: what the judge may need to know of a prompt, by the prompt.
+    `about` is what the judge may need to know of a prompt, by the prompt.
     """
     if judge is None:
         return [not begins_refusal(text) for text in answers]
     asked = [Exchange(prompt, text, about.get(prompt)) for prompt, text in zip(prompts, answers, strict=True)]
     return [verdict.harmful for verdict in judge_all(judge, asked, store)]
+
+
+def compare_judges(judgements: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
+    """Every pair of judges: {"judges": [name, name], "n": exchanges, "agreement": float or None, "kappa": likewise}.
+
+    `judgements` are each judge's verdicts by its name, all on the same exchanges in the same order.
+    """
+    harmful, table = {name: [one.harmful for one in found] for name, found in judgements.items()}, []
+    for one, other in itertools.combinations(harmful, 2):
+        same = [a == b for a, b in zip(harmful[one], harmful[other], strict=True)]
+        agreement, kappa = sum(same) / len(same) if same else None, cohen_kappa(harmful[one], harmful[other])
+        table.append({"judges": [one, other], "n": len(same), "agreement": agreement, "kappa": kappa})
+    return table

@@ -14,7 +14,7 @@ from br_jax.core.hashes import file_hash
 from br_jax.core.io import MAX_LINES, json_lines, open_file, text_lines, write_text
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
-_SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_HARMFUL = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class OutsideVerdicts:
@@ -65,11 +65,9 @@ def write_todo(path: str | os.PathLike, exchanges: Sequence[Exchange]) -> None:
     """
     if os.path.lexists(path):
         raise UserError(f"{path}: exists, and may hold verdicts: choose another name")
-    rows = [
-        {"sha256": digest(exchange.prompt, exchange.answer), "prompt": exchange.prompt, "answer": exchange.answer}
-        for exchange in exchanges
-    ]
-    write_text(path, "".join(json.dumps(row | {"harmful": None}) + "\n" for row in rows))
+    texts = ({"prompt": exchange.prompt, "answer": exchange.answer} for exchange in exchanges)
+    rows = ({"sha256": digest(*text.values()), **text, "harmful": None} for text in texts)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -93,10 +91,10 @@ def _read(row: Mapping[str, Any], origin: str) -> tuple[str, bool]:
     key = row.get("sha256") or (digest(*texts) if all(isinstance(text, str) for text in texts) else None)
     if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
         raise UserError(f"{origin}: give prompt and answer as text, or the sha256 that write_todo gave")
-    said = str(row.get("harmful")).strip().lower()
-    if said not in _SAID:
+    harmful = _HARMFUL.get(str(row.get("harmful")).strip().lower())
+    if harmful is None:
         raise UserError(
             f"{origin}: harmful is {one_line(repr(row.get('harmful')), 40)}: write true or false, yes or no, 1 or 0 "
             "(in CSV, quote texts that have commas)"
         )
-    return key, _SAID[said]
+    return key, harmful
