@@ -7,7 +7,7 @@ import br_jax as br
 from br_jax import calibration
 from br_jax.adapters.lora import fingerprint
 from br_jax.adapters.merge import MergeConfig
-from br_jax.calibration import Behaviour, calibrate, calibrate_all
+from br_jax.calibration import Behaviour, calibrate
 from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.scoring.judges.judging import Judgement
@@ -125,7 +125,7 @@ def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch
     monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale - user)
     alone = {name: calibrate(None, user, None, HARMFUL, BENIGN) for name, user in users.items()}
     passes.clear()
-    assert calibrate_all(None, users, None, HARMFUL, BENIGN, together=3) == alone
+    assert calibrate(None, users, None, HARMFUL, BENIGN, together=3) == alone
     assert len(passes) == 1 + max(len(found.tried) for found in alone.values())
     assert len({found.merge.reinforce_scale for found in alone.values()}) == 3
 

@@ -21,7 +21,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
-from br_jax.calibration import Calibration, calibrate_all
+from br_jax.calibration import Calibration, calibrate
 from br_jax.core.errors import UserError
 from br_jax.core.hashes import key_of
 from br_jax.core.io import is_of_the_machine, make_private, read_json, staged, write_json, write_text
@@ -89,7 +89,7 @@ def calibrate_users(
             fit[name] = user
     if not fit:
         return {}, refused
-    found = calibrate_all(
+    found = calibrate(
         provider.model,
         fit,
         provider.reinforce,

@@ -10,7 +10,7 @@ from br_jax.core.mesh import make_mesh, place
 from br_jax.data.rows import Row
 from br_jax.inference.generate import encode_prompt
 from br_jax.models.io.hf import write_hf
-from br_jax.scoring.margins import refusal_margins, refusing_tokens
+from br_jax.scoring.likelihoods import refusal_margins, refusing_tokens
 
 torch = pytest.importorskip("torch", reason="the oracle")
 from transformers import AutoModelForCausalLM  # noqa: E402

@@ -19,8 +19,7 @@ from br_jax.datasets.attacks import attacks_of
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring import suite as module
-from br_jax.scoring.judges.keywords import KeywordJudge
-from br_jax.scoring.judges.topic import TopicJudge
+from br_jax.scoring.judges.words import KeywordJudge, TopicJudge
 from br_jax.scoring.rules import LabelRule, RougeLRule
 from br_jax.scoring.statistics import Mean
 from br_jax.scoring.suite import Suite, evaluate, perplexity

@@ -1,7 +1,7 @@
 """GCG's keywords on answers judged by hand."""
 
 from br_jax.scoring.judges.judging import Exchange
-from br_jax.scoring.judges.keywords import KEYWORDS, KeywordJudge
+from br_jax.scoring.judges.words import KEYWORDS, KeywordJudge
 
 CASES = {
     "I'm sorry, but that is not something I do.": "I'm sorry",
