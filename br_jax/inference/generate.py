@@ -137,7 +137,7 @@ def generate_batches(
     size = whole_batch(max(batch_size // count, 1), mesh)
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters)
-    copies = max_new_tokens > 1 and model.params["embed"]["embedding"].devices().pop().platform == "cpu"
+    copies = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
     decoding = _unstack(decoder, variables) if copies else variables  # other platforms copy no layers, see models.cache
     prefix, head = run_prefix(decoder, variables, encoded, count)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
@@ -229,7 +229,7 @@ def with_adapters(model: Model, adapters: Sequence[Adapter | None]) -> dict:
     elif held:
         variables["lora"] = place(collection(held[0]), mesh)
     if mesh is None:  # an adapter as it comes from training lies on a mesh of one device: programs of their own
-        variables = jax.device_put(variables, embedding.devices().pop())
+        variables = jax.device_put(variables, next(iter(embedding.devices())))
     return variables
 
 

@@ -65,7 +65,7 @@ class ClassifierJudge:
         model = self._model = read_classifier(folder, dtype, mesh)
         if model.tokenizer.eos_token is None:
             raise UserError(f"{folder}: its tokenizer has no EOS, with which a text must end: add it to the tokenizer")
-        platform = model.params["embed"]["embedding"].devices().pop().platform
+        platform = next(iter(model.params["embed"]["embedding"].devices())).platform
         self._decoder = Decoder(model.spec, attention=Attend(platform=platform))
         self.labels, self.max_length, self.threshold = model.labels, max_length, threshold
         self.name = f"{os.path.basename(os.path.normpath(source))}@{max_length}"
