@@ -55,14 +55,14 @@ def excess(thresholds, base, scale):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_larger_excess_is_least(refuses_from, seed):
+def test_the_larger_excess_is_least(tiny, refuses_from, seed):
     rng = np.random.default_rng(seed)
     draws = dict(zip(HARMFUL, rng.normal(0.15, 0.2, 40), strict=True)) | dict(
         zip(BENIGN, rng.normal(0.6, 0.4, 30), strict=True)
     )
     base = {p: i >= 2 for i, p in enumerate(HARMFUL)} | {p: i < 3 for i, p in enumerate(BENIGN)}
     passes = refuses_from(draws, base)
-    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(a=0.3))
+    found = calibrate(tiny, None, None, HARMFUL, BENIGN, MergeConfig(a=0.3))
     best = min(excess(draws, base, scale) for scale in np.linspace(0, 1, 2001))
     assert excess(draws, base, found.merge.reinforce_scale) <= best + 1 / 30 + 1e-9
     assert found.merge.a == 0.3 and len(passes) == len(found.tried) + 1 <= 8
@@ -73,15 +73,15 @@ def test_the_larger_excess_is_least(refuses_from, seed):
     assert found.aligned == Behaviour(pytest.approx(2 / 40), pytest.approx(3 / 30), 0.0)
 
 
-def test_a_model_as_careful_as_the_base_gets_none(refuses_from):
+def test_a_model_as_careful_as_the_base_gets_none(tiny, refuses_from):
     base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
     passes = refuses_from(dict.fromkeys(HARMFUL, -1.0) | dict.fromkeys(BENIGN, 0.01), base)
-    assert calibrate(None, None, None, HARMFUL, BENIGN).merge.reinforce_scale == 0
+    assert calibrate(tiny, None, None, HARMFUL, BENIGN).merge.reinforce_scale == 0
     assert passes == [(None,), (0.0,)]
 
 
 @pytest.mark.parametrize("judged", [True, False])
-def test_who_says_what_complies(refuses_from, judged):
+def test_who_says_what_complies(tiny, refuses_from, judged):
     """A model that answers everything, and harm by a label: by a judge it complies with nothing."""
 
     class Labels:
@@ -94,11 +94,11 @@ def test_who_says_what_complies(refuses_from, judged):
     never = dict.fromkeys([*HARMFUL, *BENIGN], 2.0)
     refuses_from(never, dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False))
     about = {prompt: prompt.upper() for prompt in HARMFUL}
-    found = calibrate(None, None, None, HARMFUL, BENIGN, judge=Labels() if judged else None, about=about)
+    found = calibrate(tiny, None, None, HARMFUL, BENIGN, judge=Labels() if judged else None, about=about)
     assert found.aligned.complied == (0 if judged else 1)
 
 
-def test_verdicts_are_kept_in_the_store(refuses_from, tmp_path):
+def test_verdicts_are_kept_in_the_store(tiny, refuses_from, tmp_path):
     """A judge may be a model of its own: what a killed calibration had judged is not judged again."""
     judged = []
 
@@ -111,27 +111,27 @@ def test_verdicts_are_kept_in_the_store(refuses_from, tmp_path):
 
     base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
     refuses_from({p: (i + 1) / 80 for i, p in enumerate(HARMFUL)} | dict.fromkeys(BENIGN, 0.3), base)
-    first = calibrate(None, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl"))
+    first = calibrate(tiny, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl"))
     assert len(judged) == 2 * len(HARMFUL)  # each prompt refused, and answered
-    assert calibrate(None, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl")) == first
+    assert calibrate(tiny, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl")) == first
     assert len(judged) == 2 * len(HARMFUL)
 
 
-def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch):
+def test_several_users_are_searched_in_the_same_passes(tiny, refuses_from, monkeypatch):
     """Each gets what it gets alone, in as many passes as the longest search has."""
     rng, base = np.random.default_rng(0), dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
     draws = dict(zip(HARMFUL + BENIGN, np.r_[rng.normal(0.15, 0.2, 40), rng.normal(0.6, 0.4, 30)], strict=True))
     users, passes = {"none": -1.0, "some": 0.0, "more": 0.25}, refuses_from(draws, base)
     monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale - user)
-    alone = {name: calibrate(None, user, None, HARMFUL, BENIGN) for name, user in users.items()}
+    alone = {name: calibrate(tiny, user, None, HARMFUL, BENIGN) for name, user in users.items()}
     passes.clear()
-    assert calibrate(None, users, None, HARMFUL, BENIGN, together=3) == alone
+    assert calibrate(tiny, users, None, HARMFUL, BENIGN, together=3) == alone
     assert len(passes) == 1 + max(len(found.tried) for found in alone.values())
     assert len({found.merge.reinforce_scale for found in alone.values()}) == 3
 
 
 @pytest.mark.parametrize(("breaks_from", "left"), [(0.5, 0.5), (0.4, 0.375), (0.2, 0.158203125), (0.0, 0.158203125)])
-def test_less_is_taken_of_a_user_that_breaks_the_answers(monkeypatch, breaks_from, left):
+def test_less_is_taken_of_a_user_that_breaks_the_answers(tiny, monkeypatch, breaks_from, left):
     """Of one whose model answers every fifth benign prompt with nothing beyond some scale; then Reinforce is chosen."""
 
     def answer(model, prompts, adapters, store, **settings):
@@ -145,32 +145,32 @@ def test_less_is_taken_of_a_user_that_breaks_the_answers(monkeypatch, breaks_fro
     monkeypatch.setattr(calibration, "answer", answer)
     monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge)
     monkeypatch.setattr(calibration, "require_parts", lambda model, user, reinforce: None)
-    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(scale=0.5))
+    found = calibrate(tiny, None, None, HARMFUL, BENIGN, MergeConfig(scale=0.5))
     assert (found.merge.scale, found.merge.reinforce_scale) == (left, 0.25)
     assert [merge.scale for merge in found.tried if not merge.reinforce_scale][-1] == left
     assert next(iter(found.tried.values())).degenerate == pytest.approx(6 / 70 if left < 0.5 else 0)
 
 
-def test_no_more_than_the_merge_allows(refuses_from):
+def test_no_more_than_the_merge_allows(tiny, refuses_from):
     base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
     refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
-    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(reinforce_scale=0.25))
+    found = calibrate(tiny, None, None, HARMFUL, BENIGN, MergeConfig(reinforce_scale=0.25))
     assert 0 <= found.merge.reinforce_scale <= 0.25
 
 
-def test_a_base_that_does_not_seem_to_refuse_is_said(refuses_from, caplog):
+def test_a_base_that_does_not_seem_to_refuse_is_said(tiny, refuses_from, caplog):
     base = dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False)
     refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
-    calibrate(None, None, None, HARMFUL, BENIGN)
+    calibrate(tiny, None, None, HARMFUL, BENIGN)
     assert "complies with 100 %" in caplog.text
 
 
 @pytest.mark.parametrize(("harmful", "benign"), [([], BENIGN), (HARMFUL, [])])
-def test_both_kinds_of_prompts_are_needed(harmful, benign):
+def test_both_kinds_of_prompts_are_needed(tiny, harmful, benign):
     with pytest.raises(UserError, match="both kinds are needed"):
-        calibrate(None, None, None, harmful, benign)
+        calibrate(tiny, None, None, harmful, benign)
     with pytest.raises(UserError, match="is a str; give a list of prompts"):
-        calibrate(None, None, None, harmful or "harm", benign or "ask")
+        calibrate(tiny, None, None, harmful or "harm", benign or "ask")
 
 
 def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter, monkeypatch):

@@ -324,7 +324,7 @@ def _unstack(decoder: Decoder, variables):
     return unstack_weights(variables, rounding_dtype(_dtype(variables), decoder.matmul_precision))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots", "new"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots", "new"), keep_unused=True)
 def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
     """A batch whose rows have all ended.
 
