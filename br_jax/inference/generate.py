@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
 
@@ -30,17 +29,6 @@ _PARTS = 4  # of a batch: prompts of like length, run together as soon as so man
 _ROUNDS = 16  # how many batches' worth of prompts make a queue, which is run as a whole or not at all
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and which ones end an answer."""
-
-    stops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    greedy: bool = dataclasses.field(metadata={"static": True})
-    temperature: np.ndarray  # f32[], above 0
-    key: np.ndarray  # raw key data
-
-
 def generate(
     model: Model,
     prompts: Sequence[str | Row],
@@ -54,10 +42,9 @@ def generate(
 ) -> list[str]:
     """Answers prompts, greedily or by sampling.
 
-    Prompts are sorted by length and run in quarters of a batch, each padded to a multiple of 16 tokens; a longer
-    beginning that all share (a template's header) is run once. When a quarter of the rows have ended, the next prompts
-    take their place. An answer does not depend on the batch that it is made in, and a sampled one only on (seed, index
-    of its prompt).
+    Prompts are sorted by length and run in quarters of a batch, padded to a multiple of 16 tokens; a longer beginning
+    that all share (a template's header) is run once. When a quarter of the rows have ended, the next prompts take their
+    place. An answer does not depend on its neighbours in the batch; a sampled one does on (seed, its prompt's index).
 
     Args:
         prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
@@ -110,8 +97,8 @@ def generate_batches(
     """Generates answers, with each of several adapters on the one base in the same pass.
 
     Prompts are cut into queues in their order. What a prompt shares a batch with depends on its queue, not on what is
-    known: an answer comes out to the bit as in a run that was not stopped. Where the base lies on a mesh, so does the
-    batch; on several processes all of them call this alike, and each gets all answers.
+    known: an answer comes out to the bit as in a run that was not stopped. The batch lies on the base's mesh; several
+    processes call this alike, and each gets all answers.
 
     Args:
         adapters: None is the base alone; several must have the same targets, and None cannot be among them.
@@ -140,15 +127,18 @@ def generate_batches(
     copies = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
     decoding = _unstack(decoder, variables) if copies else variables  # other platforms copy no layers, see models.cache
     prefix, head = run_prefix(decoder, variables, encoded, count)
-    key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    sampling = Sampling(tuple(stops), temperature == 0, np.float32(max(temperature, 1e-6)), key)
+    sampling = None
+    if temperature > 0:
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        sampling = {"temperature": np.float32(max(temperature, 1e-6)), "key": key}
+    static = {"stops": tuple(stops), "new": max_new_tokens}
 
     def run(queue: list[int]) -> Iterator[dict[tuple[int, int], np.ndarray]]:
         """Answers prompts, ascending in length; yields those of rows that have ended."""
         waiting = collections.deque(queue[first : first + part] for first in range(0, len(queue), part))
-        slots = prefix + _round_up(len(encoded[queue[-1]]) - prefix, _BUCKET) + max_new_tokens
+        slots = prefix + _width(len(encoded[queue[-1]]) - prefix) + max_new_tokens
         with _within(mesh):  # or the cache is first made whole on one device
-            slots = _round_up(slots, _ALIGNED)
+            slots = -(-slots // _ALIGNED) * _ALIGNED
             state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
         answers = np.full((count, size), -1)  # the prompt that a row is the answer to
         while waiting or (answers >= 0).any():
@@ -160,10 +150,11 @@ def generate_batches(
                     np.put_along_axis(answers, free, prompts["ids"][None], axis=1)
                     prompts = place({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
                     rows = (free + size * np.arange(count)[:, None]).reshape(-1).astype(np.int32)
-                    state = _start(decoder, variables, decoding["params"], head, state, rows, prompts, sampling)
+                    given = head, state, rows, prompts, sampling
+                    state = _start(decoder, variables, decoding["params"], *given, **static)
                 if max_new_tokens > 1:
                     least = np.int32(part if waiting else size)
-                    state = _advance(decoder, decoding, state, least, sampling, count=count, new=max_new_tokens)
+                    state = _advance(decoder, decoding, state, least, sampling, count=count, **static)
                 ended, out = map(np.asarray, fetch((state["ended"], state["out"])))
             ended = ended.reshape(count, size) & (answers >= 0)
             yield {(int(a), int(answers[a, i])): out[a * size + i] for a, i in np.argwhere(ended)}
@@ -239,8 +230,8 @@ def _side_by_side(adapters: list[Adapter], rank: int) -> dict:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in adapters))
 
 
-def _round_up(count: int, divisor: int) -> int:
-    return -(-count // divisor) * divisor
+def _width(tokens: int) -> int:
+    return -(-tokens // _BUCKET) * _BUCKET
 
 
 def pad_prompts(prompts: dict[int, Sequence[int]], count: int) -> dict[str, np.ndarray]:
@@ -248,7 +239,7 @@ def pad_prompts(prompts: dict[int, Sequence[int]], count: int) -> dict[str, np.n
 
     What they lack of `count` has id -1 and length 1.
     """
-    tokens = np.zeros((count, _round_up(max(map(len, prompts.values())), _BUCKET)), np.int32)
+    tokens = np.zeros((count, _width(max(map(len, prompts.values())))), np.int32)
     ids, lengths = np.full(count, -1, np.int32), np.ones(count, np.int32)
     for row, (i, prompt) in enumerate(prompts.items()):
         ids[row], lengths[row], tokens[row, : len(prompt)] = i, len(prompt), prompt
@@ -259,9 +250,8 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     """Runs prompts into a new KV cache: behind the tokens that all share, each prompt's own, padded on the right.
 
     Args:
-        head: of `run_prefix`: the stacked cache of one row an adapter, with P slots.
-        tokens: [B, T] int32.
-        lengths: [B] int32, tokens that are no padding.
+        head: of `run_prefix`, with P slots.
+        tokens, lengths: [B, T] int32, and how many of each row are no padding.
 
     Returns:
         [B, D] final hidden state at each prompt's last token, and the cache with P + T slots.
@@ -337,15 +327,14 @@ def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
     return {"cache": cache, "step": jnp.int32(0), **row}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
-def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts, sampling: Sampling):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("stops", "new"), donate_argnames="state")
+def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts, sampling: dict | None, *, stops, new):
     """Runs prompts into rows of a batch that have ended, and chooses the first token of each."""
-    ids, new = prompts["ids"], state["out"].shape[1]
+    ids = prompts["ids"]
     hidden, cache = prefill(decoder, variables, head, prompts["tokens"], prompts["lengths"])
     count = jnp.zeros_like(ids)
-    token, ended = _choose(decoder, unembedding, hidden, ids, count, new, sampling)
-    filler = sampling.stops[0] if sampling.stops else 0
-    out = jnp.full((len(ids), new), filler, jnp.int32).at[:, 0].set(token)
+    token, ended = _choose(decoder, unembedding, hidden, ids, count, sampling, stops, new)
+    out = jnp.full((len(ids), new), stops[0] if stops else 0, jnp.int32).at[:, 0].set(token)
     position = prompts["lengths"] + (cache["positions"].shape[1] - prompts["tokens"].shape[1])
     given = {"token": token, "position": position, "id": ids, "count": count + 1}
     given |= {"ended": ended | (ids < 0), "out": out}
@@ -353,8 +342,8 @@ def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts,
     return state | put | ({} if state["cache"] is None else {"cache": write_rows(state["cache"], cache, rows)})
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "new"), donate_argnames="state")
-def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, count: int, new: int):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "stops", "new"), donate_argnames="state")
+def _advance(decoder: Decoder, variables, state, least, sampling: dict | None, *, count: int, stops, new: int):
     """Goes on until `least` rows of each of `count` adapters have ended.
 
     All rows write a new token to the same slot: the last `new` slots of the cache take turns, and none is taken again
@@ -369,7 +358,7 @@ def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, c
         token, position, ended = state["token"], state["position"], state["ended"]
         slot = first + state["step"] % new
         hidden, cache = decode(decoder, variables, token, position, state["cache"], slot)
-        token, ends = _choose(decoder, variables["params"], hidden, state["id"], state["count"], new, sampling)
+        token, ends = _choose(decoder, variables["params"], hidden, state["id"], state["count"], sampling, stops, new)
         here = (jnp.arange(new)[None] == state["count"][:, None]) & ~ended[:, None]
         moved = {"position": position + 1, "count": state["count"] + 1, "ended": ended | ends, "token": token}
         out = jnp.where(here, token[:, None], state["out"])
@@ -378,16 +367,16 @@ def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, c
     return jax.lax.while_loop(more, advance, state)
 
 
-def _choose(decoder: Decoder, params, hidden, ids, count, new: int, sampling: Sampling):
+def _choose(decoder: Decoder, params, hidden, ids, count, sampling: dict | None, stops: tuple[int, ...], new: int):
     """The next token of each row, which has `count` of `new`, and whether it is its last."""
     logits = unembed(decoder.spec, params, hidden, decoder.matmul_precision)
-    if sampling.greedy:
+    if sampling is None:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
 
         def key_of(i, t):
-            return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(sampling.key), i), t)
+            return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(sampling["key"]), i), t)
 
         keys = jax.vmap(key_of)(ids.astype(jnp.uint32), count)
-        token = jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature).astype(jnp.int32)
-    return token, jnp.isin(token, jnp.asarray(sampling.stops, jnp.int32)) | (count + 1 >= new)
+        token = jax.vmap(jax.random.categorical)(keys, logits / sampling["temperature"]).astype(jnp.int32)
+    return token, jnp.isin(token, jnp.asarray(stops, jnp.int32)) | (count + 1 >= new)

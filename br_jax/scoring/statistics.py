@@ -31,16 +31,13 @@ class Score:
 
     @property
     def score(self) -> float | None:
-        """k / n."""
         return self.k / self.n if self.n else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's."""
         return wilson(self.k, self.n)
 
     def to_json(self) -> dict[str, float | int | None]:
-        """What a cell holds."""
         low, high = self.interval
         return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
 
@@ -68,7 +65,6 @@ class Mean:
 
     @property
     def score(self) -> float | None:
-        """The mean, or None when there are no scores."""
         return self.mean if self.n else None
 
     @property
@@ -81,7 +77,6 @@ class Mean:
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
     def to_json(self) -> dict[str, float | int | None]:
-        """What a cell holds."""
         low, high = self.interval
         return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
 
@@ -96,10 +91,8 @@ def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
 def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] | None:
     """(a - b, low, high) with the 95 % interval of independent samples; None when either was not measured.
 
-    References:
-        R. G. Newcombe, Interval estimation for the difference between independent proportions, Statistics in Medicine
-        17 (1998), method 10; it asks for nothing but two estimates with their intervals, so means may be among them.
-        Models share their prompts, so it is on the wide side.
+    R. G. Newcombe, Statistics in Medicine 17 (1998) 873, method 10: it needs two estimates with their intervals, so
+    means may be among them. Models share their prompts, so it is on the wide side.
     """
     if a.score is None or b.score is None:
         return None
@@ -135,11 +128,8 @@ def _t_half(deviation: float, n: int) -> float:
 def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
     """McNemar's exact test of whether two models do equally well on the same prompts: the sign test where they differ.
 
-    Args:
-        pairs: (first model's outcome, second model's) of each prompt.
-
     Returns:
-        (prompts that only the first counts, prompts that only the second counts, two-sided p-value).
+        (prompts that only the first of each pair counts, that only the second counts, two-sided p-value).
     """
     from scipy.stats import binomtest
 
@@ -149,9 +139,8 @@ def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Cohen's kappa of two judges' verdicts on the same exchanges: (agreement - chance) / (1 - chance).
+    """Cohen's kappa of two judges of the same exchanges: (agreement - chance) / (1 - chance), by their own shares.
 
-    Chance follows from each judge's own shares. Kappa is 1 for the same verdicts and 0 for what chance gives, or less;
     None where it is undefined: no exchange, or both judges give one and the same verdict to all.
     """
     n, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))

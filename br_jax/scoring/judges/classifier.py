@@ -1,7 +1,6 @@
-"""A sequence classifier as judge: the decoder with a head of labels, as PKU-Alignment/beaver-dam-7b is used.
+"""A sequence classifier as judge, such as PKU-Alignment/beaver-dam-7b: the decoder with a head of labels.
 
-BeaverTails' moderation model is transformers' `LlamaForSequenceClassification` with 14 labels, read as its authors do
-it: one text of question and answer, cut on the right, a sigmoid for each label, flagged by any.
+Read as its authors do it: one text of question and answer, cut on the right, a sigmoid for each label, flagged by any.
 """
 
 import functools
