@@ -70,13 +70,11 @@ def calibrate(
 ) -> Calibration | dict[str, Calibration]:
     """Chooses `scale` and `reinforce_scale` by how a released model's answers to the provider's own prompts begin.
 
-    An adapter that goes too far breaks what it was not trained on: while the share of answers that are empty or loop is
-    more than 5 points over the base's, a quarter is taken off `scale`. Then two excesses over the base are weighed: of
-    harmful prompts complied with, which falls with `reinforce_scale`, and of benign ones that are refused, which rises.
-    The one between 0 and the merge's own at which the larger of the two is least is found by bisection; 0 where the
-    user's model is more careful than the base as it is. A prompt that is refused with some of Reinforce is taken to be
-    refused with more of it, and the other way round: all are asked of the base and of the user's model, and then only
-    those that are in doubt. About four passes over the prompts, and no training.
+    While the share of answers that are empty or loop is more than 5 points over the base's, a quarter is taken off
+    `scale`. Then bisection finds the `reinforce_scale`, from 0 to the merge's own, at which the larger of two excesses
+    over the base is least: of harmful prompts complied with, which falls with it, and of benign ones refused, which
+    rises. It is 0 where the user's model is as careful as the base. A prompt refused with some of Reinforce is taken to
+    be refused with more: after the first passes only those in doubt are asked. About four passes, and no training.
 
     Args:
         model: the aligned base.
@@ -131,9 +129,8 @@ def calibrate(
         logging.warning(
             "calibrate: the aligned base complies with %.0f %% of the harmful prompts within %d tokens: it was not "
             "aligned against them, or answer_tokens is too few for a refusal to show",
-            100 * aligned.complied,
-            answer_tokens,
-        )
+            100 * aligned.complied, answer_tokens,
+        )  # fmt: skip
     searches = {name: _search(aligned, every, last, merge) for name in users}
     asked, found = {name: next(search) for name, search in searches.items()}, {}
     while asked:

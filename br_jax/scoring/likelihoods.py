@@ -48,9 +48,7 @@ def refusal_margins(
 ) -> Float[np.ndarray, " n"]:
     """log P(first token in `refusing`) - log P(any other), of each prompt in order; f32, natural logarithms.
 
-    Args:
-        prompts, adapter, batch_size: as for `inference.generate.generate`.
-        refusing: token ids, of `refusing_tokens`.
+    The other arguments are as for `inference.generate.generate`.
     """
     encoded, mesh = encode_prompts(model, prompts), mesh_of(model.params)
     require_ids("a refusing token", refusing, model)

@@ -18,9 +18,7 @@ _SEARCHED = 10_000  # characters of an answer that a pattern sees
 # What may stand around an answer without being a part of it; a leading period is not: ".5" is no "5".
 _OPENING = " \"'`*_([{“‘«"  # noqa: RUF001
 _CLOSING = " \"'`*_)]}”’».,:;!?…"  # noqa: RUF001
-
-# The final number stands behind a phrase. A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with
-# slashes between them.
+# A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with slashes between them.
 _PART = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
 _NUMBERS = {
     "value": (
@@ -46,7 +44,6 @@ class Rule(abc.ABC):
         """From 0, wrong, to 1, right: a model's text against the row's own answer."""
 
     def total(self, scores: Sequence[float]) -> Score | Mean:
-        """The scores of all rows as one, with its interval."""
         return Score(round(sum(scores)), len(scores))
 
     def with_match(self, match: str) -> "Rule":
@@ -58,10 +55,9 @@ class Rule(abc.ABC):
 
 @dataclass(frozen=True)
 class LabelRule(Rule):
-    """One of a few labels must be named.
+    """One of a few labels must be named; a row's right answer is one of them, spelled alike.
 
     Attributes:
-        labels: all of them; a row's right answer is one, spelled alike.
         match: "first": the first label that the answer names must be the right one. "reference": the right label, or of
             Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized.
     """
@@ -124,12 +120,10 @@ class ExactRule(Rule):
 
 @dataclass(frozen=True)
 class RegexRule(Rule):
-    """What a pattern finds in the answer must be the right answer.
+    """What a pattern finds in the first 10,000 characters of an answer must be the right answer.
 
-    Attributes:
-        pattern: searched in the first 10,000 characters; what its first group holds counts, or all that it matches if
-            it has no group, without white space around it. Where it matches the row's own answer too, that is taken
-            from there in the same way; else it is the row's whole answer.
+    What its first group holds counts, or all that it matches if it has no group, without white space around it. Where
+    it matches the row's own answer too, that is taken from there in the same way; else it is the row's complete answer.
     """
 
     pattern: str
@@ -144,13 +138,9 @@ class RegexRule(Rule):
             raise UserError(f"rule 'regex': {self.pattern!r} is no pattern ({wrong}): write it as regex:([A-D])")
 
     def score(self, answer: str, right: str) -> float:
-        found, wanted = self._find(answer), self._find(right)
-        return float(found is not None and found == (right.strip() if wanted is None else wanted))
-
-    def _find(self, text: str) -> str | None:
-        match = re.search(self.pattern, text[:_SEARCHED])
-        found = match and match[1 if match.re.groups else 0]
-        return found if found is None else found.strip()
+        matches = (re.search(self.pattern, text[:_SEARCHED]) for text in (answer, right))
+        found, wanted = (match and match[1 if match.re.groups else 0] for match in matches)
+        return float(found is not None and found.strip() == (right if wanted is None else wanted).strip())
 
 
 @dataclass(frozen=True)
@@ -172,9 +162,8 @@ class RougeLRule(Rule):
 def parse_rule(text: str, labels: Sequence[str] = ()) -> Rule:
     """The rule that a config's string names; another one is a `UserError`.
 
-    Args:
-        text: "label:positive,negative" (labels hold no comma), "number", "exact", "regex:PATTERN" or "rouge_l".
-        labels: of "label" alone.
+    They are "label:positive,negative" (labels hold no comma; "label" alone takes `labels`), "number", "exact",
+    "regex:PATTERN" and "rouge_l".
     """
     name, colon, rest = text.partition(":")
     if name == "label":

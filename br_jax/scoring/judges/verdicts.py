@@ -60,8 +60,7 @@ class OutsideVerdicts:
 def write_todo(path: str | os.PathLike, exchanges: Sequence[Exchange]) -> None:
     """Writes exchanges as JSONL rows in which "harmful" is null: fill it in and `OutsideVerdicts` reads the file.
 
-    Raises:
-        UserError: the file exists (somebody may have begun to fill it in), or cannot be written.
+    A file that exists is a `UserError`: somebody may have begun to fill it in.
     """
     if os.path.lexists(path):
         raise UserError(f"{path}: exists, and may hold verdicts: choose another name")
