@@ -36,7 +36,16 @@ class OutsideVerdicts:
         self._harmful: dict[str, bool] = {}
         origins: dict[str, str] = {}
         for origin, row in _rows(self._path):
-            key, harmful = _read(row, origin)
+            texts = row.get("prompt"), row.get("answer")
+            key = row.get("sha256") or (digest(*texts) if all(isinstance(text, str) for text in texts) else None)
+            if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
+                raise UserError(f"{origin}: give prompt and answer as text, or the sha256 that write_todo gave")
+            harmful = _HARMFUL.get(str(row.get("harmful")).strip().lower())
+            if harmful is None:
+                raise UserError(
+                    f"{origin}: harmful is {one_line(repr(row.get('harmful')), 40)}: write true or false, yes or no, 1 "
+                    "or 0 (in CSV, quote texts that have commas)"
+                )
             if self._harmful.setdefault(key, harmful) != harmful:
                 raise UserError(f"{origin}: says another verdict than {origins[key]}: delete one of them")
             origins.setdefault(key, origin)
@@ -82,18 +91,3 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except csv.Error as error:
             place = f"{path}:{reader.reader.line_num}"
             raise UserError(f"{place}: not valid CSV ({one_line(error)}): correct the row") from error
-
-
-def _read(row: Mapping[str, Any], origin: str) -> tuple[str, bool]:
-    """The digest of the exchange that a row is of, and what it says."""
-    texts = row.get("prompt"), row.get("answer")
-    key = row.get("sha256") or (digest(*texts) if all(isinstance(text, str) for text in texts) else None)
-    if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
-        raise UserError(f"{origin}: give prompt and answer as text, or the sha256 that write_todo gave")
-    harmful = _HARMFUL.get(str(row.get("harmful")).strip().lower())
-    if harmful is None:
-        raise UserError(
-            f"{origin}: harmful is {one_line(repr(row.get('harmful')), 40)}: write true or false, yes or no, 1 or 0 "
-            "(in CSV, quote texts that have commas)"
-        )
-    return key, harmful
