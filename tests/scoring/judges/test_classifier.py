@@ -82,7 +82,7 @@ def test_a_verdict_is_its_own_and_kept(classifier, exchanges, tmp_path, monkeypa
 def test_its_attention_is_that_of_the_platform_where_its_params_lie(classifier, monkeypatch):
     class OnTpu(np.ndarray):
         def devices(self):
-            return {SimpleNamespace(platform="tpu")}
+            return [SimpleNamespace(platform="tpu")]
 
     assert load(classifier[1])._decoder.attention.platform == "cpu"
     made = module.read_classifier(classifier[1])
