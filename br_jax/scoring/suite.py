@@ -331,7 +331,8 @@ def evaluate(
     if adapter is not None and model.guard is not None and "buffer" not in adapter.roles:
         model.guard.refuse(name, adapter)
     made = Evaluation(model, suite, adapter, name, Store() if store is None else store, verdicts, forced)
+    # Made in every process, so that all of them generate in the same order.
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for part in made.records.values() for record in part]
     if records is not None and is_main():
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for part in made.records.values() for record in part]
         write_text(records, "".join(lines))
     return {name: score(made) for name, score in SCORES.items()}

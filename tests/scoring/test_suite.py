@@ -130,6 +130,17 @@ def test_an_instruction_is_for_the_model_alone(tiny, told, tmp_path, monkeypatch
     assert suite.key != plain.key and not plain.prompts["benign"][0].startswith("Be")
 
 
+def test_every_process_generates_in_the_same_order(tiny, told, monkeypatch, tmp_path):
+    suite, orders = Suite(TOPIC, own=[(Row((("user", TOPIC[0].prompt),)), TOPIC[0])], health=TASK_ROWS), []
+    monkeypatch.setattr(module, "perplexity", lambda *given: told.append(([], {"name": "perplexity"})) or 1.0)
+    for main in (True, False):
+        told.clear()
+        monkeypatch.setattr(module, "is_main", lambda main=main: main)
+        evaluate(tiny, suite, records=tmp_path / f"{main}.jsonl")
+        orders.append([options["name"] for _, options in told])
+    assert orders[0] == orders[1] and len(set(orders[0])) == 4
+
+
 def test_attacks_are_scored_by_method_and_judges_compared(tiny, told, monkeypatch, tmp_path):
     """Stored prompts in the published formats, of a harmless behavior; one of them hidden in a cipher."""
     behavior = TOPIC[0].prompt
