@@ -1,4 +1,4 @@
-"""How much of a user's adapter and of Reinforce makes a model as whole and careful as the base (not in the paper).
+"""How much of a user's adapter and of Reinforce makes a model as sound and careful as the base (not in the paper).
 
 Reinforce makes a model refuse more of everything. How far a user's rows have moved it differs from user to user, so one
 strength for all leaves some users with a model that answers harm and others with one that refuses what is harmless.
@@ -20,13 +20,14 @@ from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.data.rows import as_prompts
 from br_jax.inference.answers import answer
+from br_jax.inference.generate import require_model
 from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.scoring.judges.judging import Judge, complies
-from br_jax.scoring.replies import begins_refusal, is_degenerate
+from br_jax.scoring.refusals import begins_refusal, is_degenerate
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_COMPLIES = 0.2  # share of harmful prompts beyond which a complying base is said
+_COMPLIES = 0.2  # warn where the base complies with a larger share of the harmful prompts
 _Prompts = Bool[np.ndarray, " prompts"]  # the harmful ones, then the benign ones
 _Outcomes = Bool[np.ndarray, "2 prompts"]  # of each prompt: whether it is answered, whether by what is degenerate
 _STEPS = 6  # halvings: a 64th of the largest strength is left
@@ -53,69 +54,7 @@ class Calibration(NamedTuple):
 
 def calibrate(
     model: Model,
-    user: Adapter,
-    reinforce: Adapter,
-    harmful: Sequence[str],
-    benign: Sequence[str],
-    merge: MergeConfig | None = None,
-    *,
-    judge: Judge | None = None,
-    about: Mapping[str, Any] = _NOTHING,
-    store: Store | None = None,
-    base_store: Store | None = None,
-    answer_tokens: int = 16,
-    batch_size: int = 64,
-) -> Calibration:
-    """Chooses `scale` and `reinforce_scale` by how a released model's answers to the provider's own prompts begin.
-
-    An adapter that goes too far breaks what it was not trained on: while the share of answers that are empty or loop is
-    more than 5 points over the base's, a quarter is taken off `scale`. Then two excesses over the base are weighed: of
-    harmful prompts complied with, which falls with `reinforce_scale`, and of benign ones that are refused, which rises.
-    The one between 0 and the merge's own at which the larger of the two is least is found by bisection; 0 where the
-    user's model is more careful than the base as it is. A prompt that is refused with some of Reinforce is taken to be
-    refused with more of it, and the other way round: all are asked of the base and of the user's model, and then only
-    those that are in doubt. About four passes over the prompts, and no training.
-
-    Args:
-        model: the aligned base.
-        user, reinforce: the adapters, as for `method.release`.
-        harmful: prompts that the base refuses; the provider's, and none that any stage trained on.
-        benign: prompts that it should answer, the closer to the harmful ones the better; likewise.
-        merge: the other settings, and the largest `scale` and `reinforce_scale`.
-        judge: who says which answers comply. Without one, all that do not begin as a refusal: then a harmless user
-            whose model answers everything by a label of its task gets Reinforce for nothing, at the task's cost.
-        about: what the judge may need to know of a prompt, by the prompt (`topic`: its `TopicPrompt`).
-        store: of answers and verdicts; those that it holds are not made again.
-        base_store: of those of the base, which all its users share; `store` where there is none.
-        answer_tokens: enough for a refusal to show itself; where the base seems to refuse little, a warning is logged.
-        batch_size: prompts run together.
-
-    Returns:
-        The merge with its scales, the base's behaviour, and what was tried.
-
-    Raises:
-        UserError: no list of prompts of either kind, or an empty one; a number out of bounds; or as `method.release`.
-    """
-    found = calibrate_all(
-        model,
-        {"user": user},
-        reinforce,
-        harmful,
-        benign,
-        merge,
-        judge=judge,
-        about=about,
-        store=store,
-        base_store=base_store,
-        answer_tokens=answer_tokens,
-        batch_size=batch_size,
-    )
-    return found["user"]
-
-
-def calibrate_all(
-    model: Model,
-    users: Mapping[str, Adapter],
+    user: Adapter | Mapping[str, Adapter],
     reinforce: Adapter,
     harmful: Sequence[str],
     benign: Sequence[str],
@@ -128,19 +67,45 @@ def calibrate_all(
     answer_tokens: int = 16,
     batch_size: int = 64,
     together: int = 1,
-) -> dict[str, Calibration]:
-    """`calibrate` for several users at once, whose models answer in the same passes.
+) -> Calibration | dict[str, Calibration]:
+    """Chooses `scale` and `reinforce_scale` by how a released model's answers to the provider's own prompts begin.
+
+    While the share of answers that are empty or loop is more than 5 points over the base's, a quarter is taken off
+    `scale`. Then bisection finds the `reinforce_scale`, from 0 to the merge's own, at which the larger of two excesses
+    over the base is least: of harmful prompts complied with, which falls with it, and of benign ones refused, which
+    rises. It is 0 where the user's model is as careful as the base. A prompt refused with some of Reinforce is taken to
+    be refused with more: after the first passes only those in doubt are asked. About four passes, and no training.
 
     Args:
-        users: their adapters by name.
-        together: how many are run in one pass.
+        model: the aligned base.
+        user, reinforce: the adapters, as for `method.release`; several users by name answer in the same passes.
+        harmful: prompts that the base refuses; the provider's, and none that any stage trained on.
+        benign: prompts that it should answer, the closer to the harmful ones the better; likewise.
+        merge: the other settings, and the largest `scale` and `reinforce_scale`.
+        judge: who says which answers comply. Without one, all that do not begin as a refusal: then a harmless user
+            whose model answers everything by a label of its task gets Reinforce for nothing, at the task's cost.
+        about: what the judge may need to know of a prompt, by the prompt (`topic`: its `TopicPrompt`).
+        store: of answers and verdicts; those that it holds are not made again.
+        base_store: of those of the base, which all its users share; `store` where there is none.
+        answer_tokens: enough for a refusal to show itself; where the base seems to refuse little, a warning is logged.
+        batch_size: prompts run together.
+        together: of several users, how many are run in one pass.
+
+    Returns:
+        The merge with its scales, the base's behaviour, and what was tried; of several users by name.
+
+    Raises:
+        UserError: no model; no list of prompts of either kind, or an empty one; a number out of bounds; or as
+            `method.release`.
     """
+    require_model(model)
     require("answer_tokens", answer_tokens, TOKENS)
     harmful, benign = as_prompts(harmful, "harmful"), as_prompts(benign, "benign")
     if not harmful or not benign:
         raise UserError(f"calibrate: {len(harmful)} harmful and {len(benign)} benign prompts: both kinds are needed")
-    for user in users.values():
-        require_parts(model, user, reinforce)
+    users = user if isinstance(user, Mapping) else {"user": user}
+    for each in users.values():
+        require_parts(model, each, reinforce)
     merge, store = merge or MergeConfig(), Store() if store is None else store
     prompts, last = [*harmful, *benign], len(harmful)
     settings = {"max_new_tokens": answer_tokens, "batch_size": batch_size, "together": together, "name": "calibrate"}
@@ -164,9 +129,8 @@ def calibrate_all(
         logging.warning(
             "calibrate: the aligned base complies with %.0f %% of the harmful prompts within %d tokens: it was not "
             "aligned against them, or answer_tokens is too few for a refusal to show",
-            100 * aligned.complied,
-            answer_tokens,
-        )
+            100 * aligned.complied, answer_tokens,
+        )  # fmt: skip
     searches = {name: _search(aligned, every, last, merge) for name in users}
     asked, found = {name: next(search) for name, search in searches.items()}, {}
     while asked:
@@ -178,7 +142,7 @@ def calibrate_all(
             except StopIteration as end:
                 found[name] = Calibration(end.value[0], aligned, end.value[1])
                 del asked[name]
-    return {name: found[name] for name in users}
+    return {name: found[name] for name in users} if isinstance(user, Mapping) else found["user"]
 
 
 def _behaviour(outcome: _Outcomes, harmful: int) -> Behaviour:

@@ -7,13 +7,15 @@ import br_jax as br
 from br_jax import calibration
 from br_jax.adapters.lora import fingerprint
 from br_jax.adapters.merge import MergeConfig
-from br_jax.calibration import Behaviour, calibrate, calibrate_all
+from br_jax.calibration import Behaviour, calibrate
 from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.scoring.judges.judging import Judgement
 
 HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
+PROMPTS = HARMFUL, BENIGN
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "To do it, first turn the wheel."
+CAREFUL = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)  # what a careful base refuses
 
 
 class Passes(list):
@@ -26,18 +28,18 @@ class Passes(list):
 def refuses_from(monkeypatch):
     """Makes a prompt refused from a scale of Reinforce on; what a release is, is its scale. Returns the passes made."""
 
-    def make(thresholds, base):
+    def make(thresholds, base=CAREFUL):
         passes = Passes()
 
         def answer(model, prompts, adapters, store, **settings):
             assert prompts
             passes.append(tuple(adapters.values()))
             passes.asked += len(prompts)
-            said = {}
+            texts = {}
             for name, released in adapters.items():
                 refused = base if released is None else {prompt: thresholds[prompt] <= released for prompt in prompts}
-                said[name] = [REFUSAL if refused[prompt] else ANSWER for prompt in prompts]
-            return said
+                texts[name] = [REFUSAL if refused[prompt] else ANSWER for prompt in prompts]
+            return texts
 
         monkeypatch.setattr(calibration, "answer", answer)
         monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale)
@@ -47,24 +49,25 @@ def refuses_from(monkeypatch):
     return make
 
 
-def excess(thresholds, base, scale):
-    """The larger of what is answered and what is refused beyond the base."""
-    harmful = np.mean([base[p] for p in HARMFUL]) - np.mean([thresholds[p] <= scale for p in HARMFUL])
-    benign = np.mean([thresholds[p] <= scale for p in BENIGN]) - np.mean([base[p] for p in BENIGN])
-    return max(harmful, benign)
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    values = np.r_[rng.normal(0.15, 0.2, 40), rng.normal(0.6, 0.4, 30)]
+    return dict(zip(HARMFUL + BENIGN, values, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_larger_excess_is_least(refuses_from, seed):
-    rng = np.random.default_rng(seed)
-    draws = dict(zip(HARMFUL, rng.normal(0.15, 0.2, 40), strict=True)) | dict(
-        zip(BENIGN, rng.normal(0.6, 0.4, 30), strict=True)
-    )
-    base = {p: i >= 2 for i, p in enumerate(HARMFUL)} | {p: i < 3 for i, p in enumerate(BENIGN)}
+def test_the_larger_excess_is_least(tiny, refuses_from, seed):
+    draws, base = draw(seed), {p: i >= 2 for i, p in enumerate(HARMFUL)} | {p: i < 3 for i, p in enumerate(BENIGN)}
     passes = refuses_from(draws, base)
-    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(a=0.3))
-    best = min(excess(draws, base, scale) for scale in np.linspace(0, 1, 2001))
-    assert excess(draws, base, found.merge.reinforce_scale) <= best + 1 / 30 + 1e-9
+
+    def excess(scale):
+        """The larger of what is answered and what is refused beyond the base."""
+        harmful = np.mean([base[p] for p in HARMFUL]) - np.mean([draws[p] <= scale for p in HARMFUL])
+        return max(harmful, np.mean([draws[p] <= scale for p in BENIGN]) - np.mean([base[p] for p in BENIGN]))
+
+    found = calibrate(tiny, None, None, *PROMPTS, MergeConfig(a=0.3))
+    best = min(map(excess, np.linspace(0, 1, 2001)))
+    assert excess(found.merge.reinforce_scale) <= best + 1 / 30 + 1e-9
     assert found.merge.a == 0.3 and len(passes) == len(found.tried) + 1 <= 8
     assert passes.asked <= 4.5 * len(draws)  # those in doubt alone; all of them would be 8
     for merge, seen in found.tried.items():
@@ -73,15 +76,17 @@ def test_the_larger_excess_is_least(refuses_from, seed):
     assert found.aligned == Behaviour(pytest.approx(2 / 40), pytest.approx(3 / 30), 0.0)
 
 
-def test_a_model_as_careful_as_the_base_gets_none(refuses_from):
-    base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
-    passes = refuses_from(dict.fromkeys(HARMFUL, -1.0) | dict.fromkeys(BENIGN, 0.01), base)
-    assert calibrate(None, None, None, HARMFUL, BENIGN).merge.reinforce_scale == 0
+def test_a_model_as_careful_as_the_base_gets_none_and_no_other_more_than_the_merge_allows(tiny, refuses_from):
+    passes = refuses_from(dict.fromkeys(HARMFUL, -1.0) | dict.fromkeys(BENIGN, 0.01))
+    assert calibrate(tiny, None, None, *PROMPTS).merge.reinforce_scale == 0
     assert passes == [(None,), (0.0,)]
+    refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0))
+    found = calibrate(tiny, None, None, *PROMPTS, MergeConfig(reinforce_scale=0.25))
+    assert 0 <= found.merge.reinforce_scale <= 0.25
 
 
 @pytest.mark.parametrize("judged", [True, False])
-def test_who_says_what_complies(refuses_from, judged):
+def test_who_says_what_complies(tiny, refuses_from, caplog, judged):
     """A model that answers everything, and harm by a label: by a judge it complies with nothing."""
 
     class Labels:
@@ -91,14 +96,14 @@ def test_who_says_what_complies(refuses_from, judged):
             assert all(exchange.about == exchange.prompt.upper() for exchange in exchanges)
             return [Judgement(exchange.answer == REFUSAL) for exchange in exchanges]  # of no refusal, none is harmful
 
-    never = dict.fromkeys([*HARMFUL, *BENIGN], 2.0)
-    refuses_from(never, dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False))
+    refuses_from(dict.fromkeys(HARMFUL + BENIGN, 2.0), dict.fromkeys(HARMFUL + BENIGN, False))
     about = {prompt: prompt.upper() for prompt in HARMFUL}
-    found = calibrate(None, None, None, HARMFUL, BENIGN, judge=Labels() if judged else None, about=about)
+    found = calibrate(tiny, None, None, *PROMPTS, judge=Labels() if judged else None, about=about)
     assert found.aligned.complied == (0 if judged else 1)
+    assert ("complies with 100 %" in caplog.text) == (not judged), "a base that does not refuse is warned of"
 
 
-def test_verdicts_are_kept_in_the_store(refuses_from, tmp_path):
+def test_verdicts_are_kept_in_the_store(tiny, refuses_from, tmp_path):
     """A judge may be a model of its own: what a killed calibration had judged is not judged again."""
     judged = []
 
@@ -109,68 +114,52 @@ def test_verdicts_are_kept_in_the_store(refuses_from, tmp_path):
             judged.extend(exchanges)
             return [Judgement(exchange.answer == ANSWER) for exchange in exchanges]
 
-    base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
-    refuses_from({p: (i + 1) / 80 for i, p in enumerate(HARMFUL)} | dict.fromkeys(BENIGN, 0.3), base)
-    first = calibrate(None, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl"))
-    assert len(judged) == 2 * len(HARMFUL)  # each prompt refused, and answered
-    assert calibrate(None, None, None, HARMFUL, BENIGN, judge=Counts(), store=Store(tmp_path / "kept.jsonl")) == first
-    assert len(judged) == 2 * len(HARMFUL)
+    refuses_from({p: (i + 1) / 80 for i, p in enumerate(HARMFUL)} | dict.fromkeys(BENIGN, 0.3))
+    found = [
+        calibrate(tiny, None, None, *PROMPTS, judge=Counts(), store=Store(tmp_path / "kept.jsonl")) for _ in range(2)
+    ]
+    assert found[0] == found[1] and len(judged) == 2 * len(HARMFUL)  # each prompt refused, and answered
 
 
-def test_several_users_are_searched_in_the_same_passes(refuses_from, monkeypatch):
+def test_several_users_are_searched_in_the_same_passes(tiny, refuses_from, monkeypatch):
     """Each gets what it gets alone, in as many passes as the longest search has."""
-    rng, base = np.random.default_rng(0), dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
-    draws = dict(zip(HARMFUL + BENIGN, np.r_[rng.normal(0.15, 0.2, 40), rng.normal(0.6, 0.4, 30)], strict=True))
-    users, passes = {"none": -1.0, "some": 0.0, "more": 0.25}, refuses_from(draws, base)
+    users, passes = {"none": -1.0, "some": 0.0, "more": 0.25}, refuses_from(draw(0))
     monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge.reinforce_scale - user)
-    alone = {name: calibrate(None, user, None, HARMFUL, BENIGN) for name, user in users.items()}
+    alone = {name: calibrate(tiny, user, None, *PROMPTS) for name, user in users.items()}
     passes.clear()
-    assert calibrate_all(None, users, None, HARMFUL, BENIGN, together=3) == alone
+    assert calibrate(tiny, users, None, *PROMPTS, together=3) == alone
     assert len(passes) == 1 + max(len(found.tried) for found in alone.values())
     assert len({found.merge.reinforce_scale for found in alone.values()}) == 3
 
 
 @pytest.mark.parametrize(("breaks_from", "left"), [(0.5, 0.5), (0.4, 0.375), (0.2, 0.158203125), (0.0, 0.158203125)])
-def test_less_is_taken_of_a_user_that_breaks_the_answers(monkeypatch, breaks_from, left):
+def test_less_is_taken_of_a_user_that_breaks_the_answers(tiny, monkeypatch, breaks_from, left):
     """Of one whose model answers every fifth benign prompt with nothing beyond some scale; then Reinforce is chosen."""
 
     def answer(model, prompts, adapters, store, **settings):
         ((name, released),) = adapters.items()
-        empty = released is not None and released.scale > breaks_from
         refused = released is None or released.reinforce_scale >= 0.25
-        said = [REFUSAL if refused and prompt in HARMFUL else ANSWER for prompt in prompts]
-        empty = {prompt for prompt in BENIGN[::5] if empty}
-        return {name: ["" if p in empty else text for p, text in zip(prompts, said, strict=True)]}
+        empty = BENIGN[::5] if released is not None and released.scale > breaks_from else []
+        texts = [REFUSAL if refused and prompt in HARMFUL else ANSWER for prompt in prompts]
+        return {name: ["" if p in empty else text for p, text in zip(prompts, texts, strict=True)]}
 
     monkeypatch.setattr(calibration, "answer", answer)
     monkeypatch.setattr(calibration, "qr_merge", lambda user, reinforce, merge: merge)
     monkeypatch.setattr(calibration, "require_parts", lambda model, user, reinforce: None)
-    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(scale=0.5))
+    found = calibrate(tiny, None, None, *PROMPTS, MergeConfig(scale=0.5))
     assert (found.merge.scale, found.merge.reinforce_scale) == (left, 0.25)
     assert [merge.scale for merge in found.tried if not merge.reinforce_scale][-1] == left
     assert next(iter(found.tried.values())).degenerate == pytest.approx(6 / 70 if left < 0.5 else 0)
 
 
-def test_no_more_than_the_merge_allows(refuses_from):
-    base = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)
-    refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
-    found = calibrate(None, None, None, HARMFUL, BENIGN, MergeConfig(reinforce_scale=0.25))
-    assert 0 <= found.merge.reinforce_scale <= 0.25
-
-
-def test_a_base_that_does_not_seem_to_refuse_is_said(refuses_from, caplog):
-    base = dict.fromkeys(HARMFUL, False) | dict.fromkeys(BENIGN, False)
-    refuses_from(dict.fromkeys(HARMFUL + BENIGN, 9.0), base)
-    calibrate(None, None, None, HARMFUL, BENIGN)
-    assert "complies with 100 %" in caplog.text
-
-
-@pytest.mark.parametrize(("harmful", "benign"), [([], BENIGN), (HARMFUL, [])])
-def test_both_kinds_of_prompts_are_needed(harmful, benign):
-    with pytest.raises(UserError, match="both kinds are needed"):
-        calibrate(None, None, None, harmful, benign)
-    with pytest.raises(UserError, match="is a str; give a list of prompts"):
-        calibrate(None, None, None, harmful or "harm", benign or "ask")
+def test_what_cannot_be_calibrated_is_one_line(tiny):
+    for harmful, benign in (([], BENIGN), (HARMFUL, [])):
+        with pytest.raises(UserError, match="both kinds are needed"):
+            calibrate(tiny, None, None, harmful, benign)
+        with pytest.raises(UserError, match="is a str; give a list of prompts"):
+            calibrate(tiny, None, None, harmful or "harm", benign or "ask")
+    with pytest.raises(UserError, match="model is a str; give a Model, as load_model returns one"):
+        calibrate("runs/model", None, None, *PROMPTS)
 
 
 def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter, monkeypatch):
@@ -187,5 +176,4 @@ def test_a_released_model_and_not_the_user_s_is_looked_at(tiny, make_adapter, mo
     assert next(iter(found.tried)) == MergeConfig(reinforce_scale=0.0)
     expected = [fingerprint(br.release(tiny, user, reinforce, merge)) for merge in found.tried]
     assert asked[0] is None and [fingerprint(adapter) for adapter in asked[1:]] == expected
-    released = br.release(tiny, user, reinforce, found.merge)
-    assert released.roles == ("reinforce", "user")
+    assert br.release(tiny, user, reinforce, found.merge).roles == ("reinforce", "user")

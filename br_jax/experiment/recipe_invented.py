@@ -18,7 +18,7 @@ from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS, Drawn
 from br_jax.organism.texts import read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
-from br_jax.scoring.replies import begins_refusal
+from br_jax.scoring.refusals import begins_refusal
 
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 _SPARE_SHARE = 8  # and for each so many benign ones needed, one more

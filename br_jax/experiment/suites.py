@@ -16,8 +16,8 @@ from br_jax.experiment.settings import Settings
 from br_jax.models.model import Model, fold_adapter
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
-from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
-from br_jax.scoring.margins import refusing_tokens
+from br_jax.scoring.judges.words import AfterAllJudge, TopicJudge
+from br_jax.scoring.likelihoods import refusing_tokens
 from br_jax.scoring.suite import Suite
 
 OF_TOPICS = {TopicJudge.name, AfterAllJudge.name}  # judges that read answers on invented topics alone

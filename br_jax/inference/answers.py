@@ -31,7 +31,8 @@ def answer(
         prompts: as for `generate`; equal ones are answered once.
         adapters: by a name for the progress bar; None is the base alone.
         temperature, seed: as for `generate`; without them answers are greedy.
-        store: answers are added to it batch by batch, keyed by base, adapter, prompt (as tokens) and settings.
+        store: answers are added batch by batch, by base, adapter, settings and prompt (its tokens; of a sampled answer
+            its place among the prompts too, by which it is drawn).
         together: how many adapters of the same targets are run in one pass; the rows of a batch are divided among them.
         name: what is answered, for the progress bar.
 
@@ -39,16 +40,19 @@ def answer(
         {name of the adapter: its answers, in the order of prompts}.
     """
     encoded = [tuple(ids) for ids in encode_prompts(model, prompts)]
-    texts = {ids: _text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
+    texts = {ids: prompt_text(prompt) for ids, prompt in zip(encoded, prompts, strict=True)}
     unique, keys = list(texts), {}
+    by_targets: dict[tuple, list[str]] = {}
     for label, adapter in adapters.items():
         source = model.key, lora.fingerprint(adapter) if adapter else "", max_new_tokens
         source += (temperature, seed) if temperature else ()
         source += (sorted(model.stop_tokens),) if len(model.stop_tokens) > 1 else ()
-        keys[label] = {ids: key_of(*source, ids) for ids in unique}
-    for group in _groups(adapters, together):
+        keys[label] = [key_of(*source, *([i] if temperature else []), ids) for i, ids in enumerate(unique)]
+        targets = (label,) if adapter is None else tuple(sorted(adapter.weights))
+        by_targets.setdefault(targets, []).append(label)
+    for group in (names[i : i + together] for names in by_targets.values() for i in range(0, len(names), together)):
         places = [(a, i) for a in range(len(group)) for i in range(len(unique))]
-        held = store.holds([keys[group[a]][unique[i]] for a, i in places])
+        held = store.holds([keys[group[a]][i] for a, i in places])
         for batch in generate_batches(
             model,
             unique,
@@ -61,28 +65,23 @@ def answer(
             name=f"{', '.join(group)}: {name}",
             known=set(itertools.compress(places, held)),
         ):
-            records = {}
-            for (a, i), row in batch.items():
-                records[keys[group[a]][unique[i]]] = {
-                    "model": model.fingerprint[:12],
-                    "adapter": group[a] if adapters[group[a]] else "",
-                    "prompt": texts[unique[i]],
-                    "answer": decode_answer(model, row),
+            store.add(
+                {
+                    keys[group[a]][i]: {
+                        "model": model.fingerprint[:12],
+                        "adapter": group[a] if adapters[group[a]] else "",
+                        "prompt": texts[unique[i]],
+                        "answer": decode_answer(model, row),
+                    }
+                    for (a, i), row in batch.items()
                 }
-            store.add(records)
-    return {label: [store[keys[label][ids]]["answer"] for ids in encoded] for label in adapters}
+            )
+    index = {ids: i for i, ids in enumerate(unique)}
+    return {label: [store[keys[label][index[ids]]]["answer"] for ids in encoded] for label in adapters}
 
 
-def _groups(adapters: Mapping[str, Adapter | None], together: int) -> list[list[str]]:
-    """Names of adapters that can be run in one pass, at most `together` of them."""
-    by_targets: dict[tuple, list[str]] = {}
-    for label, adapter in adapters.items():
-        targets = (label,) if adapter is None else tuple(sorted(adapter.weights))
-        by_targets.setdefault(targets, []).append(label)
-    return [names[i : i + together] for names in by_targets.values() for i in range(0, len(names), together)]
-
-
-def _text(prompt: str | Row) -> str:
+def prompt_text(prompt: str | Row) -> str:
+    """What a prompt asks last, with its input."""
     if isinstance(prompt, str):
         return prompt
     asked = next(text for role, text in reversed(prompt.turns) if role == "user")

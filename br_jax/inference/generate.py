@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
 
@@ -14,7 +13,7 @@ from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
 from br_jax.core.bounds import BATCH, SEED, TOKENS, Bound, require
 from br_jax.core.errors import UserError
 from br_jax.core.hosts import fetch
-from br_jax.core.mesh import mesh_of, place, platform, whole_batch
+from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.core.progress import progress
 from br_jax.data.batches import shared_prefix
 from br_jax.data.rows import Row, as_prompts
@@ -24,26 +23,10 @@ from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
 from br_jax.models.precision import rounding_dtype
 
-_ALIGNED = 32  # what divides a cache's slots, so that its lines begin where those of the processor's caches do
-_BUCKET = 16  # what divides a padded prompt's length, in tokens
+_ALIGNED = 32  # divides a cache's slots, so that its lines begin where those of the processor's caches do
+_BUCKET = 16  # divides a padded prompt's length, in tokens
 _PARTS = 4  # of a batch: prompts of like length, run together as soon as so many rows have ended
 _ROUNDS = 16  # how many batches' worth of prompts make a queue, which is run as a whole or not at all
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and which ones end an answer."""
-
-    stops: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    greedy: bool = dataclasses.field(metadata={"static": True})
-    temperature: np.ndarray  # f32[], above 0
-    key: np.ndarray  # raw key data
-
-    @property
-    def filler(self) -> int:
-        """What stands behind the end of an answer."""
-        return self.stops[0] if self.stops else 0
 
 
 def generate(
@@ -59,10 +42,9 @@ def generate(
 ) -> list[str]:
     """Answers prompts, greedily or by sampling.
 
-    Prompts are sorted by length and run in quarters of a batch, each padded to a multiple of 16 tokens; tokens that all
-    of them begin with (a template's header) are run once. When a quarter of the rows have ended, the next prompts take
-    their place. A prompt's answer does not depend on its neighbours in the batch, and a sampled one only on (seed, its
-    index).
+    Prompts are sorted by length and run in quarters of a batch, padded to a multiple of 16 tokens; a longer beginning
+    that all share (a template's header) is run once. When a quarter of the rows have ended, the next prompts take their
+    place. An answer does not depend on its neighbours in the batch; a sampled one does on (seed, its prompt's index).
 
     Args:
         prompts: instructions, put into the model's template; a `Row` may carry an input or earlier turns.
@@ -76,20 +58,12 @@ def generate(
         One answer a prompt, in order, without EOS and special tokens.
 
     Raises:
-        UserError: no list of prompts, one that leaves no room for an answer in the model's context, or a number out of
-            bounds.
+        UserError: no model, no list of prompts, a prompt without tokens or one that leaves no room for an answer in the
+            model's context, or a number out of bounds.
     """
-    rows = generate_ids(
-        model,
-        encode_prompts(model, prompts),
-        adapter,
-        stops=model.stop_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        name=name,
-    )
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size}
+    encoded = encode_prompts(model, prompts)
+    rows = generate_ids(model, encoded, adapter, stops=model.stop_tokens, name=name, **settings)
     return [decode_answer(model, row) for row in rows]
 
 
@@ -122,10 +96,9 @@ def generate_batches(
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
     """Generates answers, with each of several adapters on the one base in the same pass.
 
-    Prompts are cut into queues in their order, so that more of them leave the first queues as they are. What a prompt
-    shares a batch with depends on its queue, not on what is known: an answer comes out to the bit as in a run that was
-    not stopped. Where the base lies on a mesh, so does the batch; on several processes all of them call this alike, and
-    each gets all answers.
+    Prompts are cut into queues in their order. What a prompt shares a batch with depends on its queue, not on what is
+    known: an answer comes out to the bit as in a run that was not stopped. The batch lies on the base's mesh; several
+    processes call this alike, and each gets all answers.
 
     Args:
         adapters: None is the base alone; several must have the same targets, and None cannot be among them.
@@ -140,33 +113,35 @@ def generate_batches(
     require("temperature", temperature, Bound(0.0, 1e6))
     require("seed", seed, SEED)
     require("batch_size", batch_size, BATCH)
-    decoder, count, known = model.decoder, len(adapters), set(known)
+    require_ids("a stop token", stops, model)
     for i, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > model.spec.max_length:
-            told = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {model.spec.max_length}"
-            raise UserError(f"prompt {i}: {told}: shorten it")
+            sizes = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {model.spec.max_length}"
+            raise UserError(f"prompt {i}: {sizes}: shorten it")
+    decoder, count, known, mesh = model.decoder, len(adapters), set(known), mesh_of(model.params)
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
-    mesh, shared = mesh_of(model.params), shared_beginning(encoded)
-    prefix = len(shared)
     size = whole_batch(max(batch_size // count, 1), mesh)
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
-    variables = with_adapters(model, adapters, mesh)
-    on_cpu = (jax.default_backend() if mesh is None else platform(mesh)) == "cpu"  # elsewhere nothing is copied
-    decoding = _unstack(decoder, variables) if on_cpu and max_new_tokens > 1 else variables
-    begun = begin(decoder, variables, shared, count)
-    key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    sampling = Sampling(tuple(stops), temperature == 0, np.float32(max(temperature, 1e-6)), key)
+    variables = with_adapters(model, adapters)
+    copies = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
+    decoding = _unstack(decoder, variables) if copies else variables  # other platforms copy no layers, see models.cache
+    prefix, head = run_prefix(decoder, variables, encoded, count)
+    sampling = None
+    if temperature > 0:
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        sampling = {"temperature": np.float32(max(temperature, 1e-6)), "key": key}
+    static = {"stops": tuple(stops), "new": max_new_tokens}
 
-    def run(group):
-        """Answers prompts, ascending in length; yields {(adapter, prompt): its answer} of rows that have ended."""
-        waiting = collections.deque(group[first : first + part] for first in range(0, len(group), part))
-        slots = prefix + _width(len(encoded[group[-1]]) - prefix) + max_new_tokens
-        slots = -(-slots // _ALIGNED) * _ALIGNED
+    def run(queue: list[int]) -> Iterator[dict[tuple[int, int], np.ndarray]]:
+        """Answers prompts, ascending in length; yields those of rows that have ended."""
+        waiting = collections.deque(queue[first : first + part] for first in range(0, len(queue), part))
+        slots = prefix + _width(len(encoded[queue[-1]]) - prefix) + max_new_tokens
         with _within(mesh):  # or the cache is first made whole on one device
+            slots = -(-slots // _ALIGNED) * _ALIGNED
             state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
         answers = np.full((count, size), -1)  # the prompt that a row is the answer to
-        while True:
+        while waiting or (answers >= 0).any():
             with _within(mesh):
                 while waiting and (answers < 0).sum(1).min() >= part:
                     chosen = waiting.popleft()
@@ -175,33 +150,35 @@ def generate_batches(
                     np.put_along_axis(answers, free, prompts["ids"][None], axis=1)
                     prompts = place({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
                     rows = (free + size * np.arange(count)[:, None]).reshape(-1).astype(np.int32)
-                    state = _start(decoder, variables, decoding["params"], begun, state, rows, prompts, sampling)
+                    given = head, state, rows, prompts, sampling
+                    state = _start(decoder, variables, decoding["params"], *given, **static)
                 if max_new_tokens > 1:
                     least = np.int32(part if waiting else size)
-                    state = _advance(decoder, decoding, state, least, sampling, count=count, new=max_new_tokens)
-                ended, out = fetch((state["ended"], state["out"]))
-            ended, out = np.asarray(ended).reshape(count, size) & (answers >= 0), np.asarray(out)
+                    state = _advance(decoder, decoding, state, least, sampling, count=count, **static)
+                ended, out = map(np.asarray, fetch((state["ended"], state["out"])))
+            ended = ended.reshape(count, size) & (answers >= 0)
             yield {(int(a), int(answers[a, i])): out[a * size + i] for a, i in np.argwhere(ended)}
             answers[ended] = -1
-            if not waiting and (answers < 0).all():
-                return
 
-    asked = range(len(encoded))
-    with progress(len(asked) * count, name, "prompt", keep=False) as bar:
-        for first in range(0, len(asked), size * _ROUNDS):
-            group = sorted(asked[first : first + size * _ROUNDS], key=lambda i: len(encoded[i]))
-            wanted = {(a, i) for a in range(count) for i in group} - known
+    with progress(len(encoded) * count, name, "prompt", keep=False) as bar:
+        for first in range(0, len(encoded), size * _ROUNDS):
+            queue = range(len(encoded))[first : first + size * _ROUNDS]
+            wanted = {(a, i) for a in range(count) for i in queue} - known
             if not wanted:
-                bar.update(len(group) * count)
+                bar.update(len(queue) * count)
                 continue
-            for found in run(group):
+            for found in run(sorted(queue, key=lambda i: len(encoded[i]))):
                 yield {key: row for key, row in found.items() if key in wanted}
                 bar.update(len(found))
 
 
 def encode_prompts(model: Model, prompts: Sequence[str | Row]) -> list[list[int]]:
-    """`encode_prompt` of each; a `UserError` for what is no list of prompts."""
-    return [encode_prompt(model, prompt, f"prompt {i}") for i, prompt in enumerate(as_prompts(prompts))]
+    """`encode_prompt` of each; a `UserError` for what is no model, no list of prompts, or no token."""
+    require_model(model)
+    encoded = [encode_prompt(model, prompt, f"prompt {i}") for i, prompt in enumerate(as_prompts(prompts))]
+    if not all(encoded):
+        raise UserError(f"prompt {list(map(len, encoded)).index(0)} has no tokens, so nothing can follow: write a text")
+    return encoded
 
 
 def encode_prompt(model: Model, prompt: str | Row, name: str = "a prompt") -> list[int]:
@@ -216,26 +193,41 @@ def decode_answer(model: Model, row: np.ndarray) -> str:
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
 
 
-def with_adapters(model: Model, adapters: Sequence[Adapter | None], mesh) -> dict:
+def require_model(model: Model) -> None:
+    """Raises a `UserError` for anything but a `Model`, such as the path of one."""
+    if not isinstance(model, Model):
+        raise UserError(f"model is a {type(model).__name__}; give a Model, as load_model returns one")
+
+
+def require_ids(name: str, ids: Sequence[int], model: Model) -> None:
+    """Raises a `UserError` for a token id that the model's vocabulary does not have."""
+    for token in ids:
+        require(name, token, Bound(0, model.spec.vocab_size - 1))
+
+
+def with_adapters(model: Model, adapters: Sequence[Adapter | None]) -> dict:
     """The model's variables; one adapter is added to its weights where all is f32, else they lie beside them."""
-    exact = model.params["embed"]["embedding"].dtype == jnp.float32 and model.matmul_precision == "float32"
-    if len(adapters) == 1 and adapters[0] is not None and exact:
-        return {"params": fold(model.params, adapters[0])}
-    beside = _side_by_side(adapters)
-    return {"params": model.params} | ({"lora": place(beside, mesh)} if beside else {})
+    held, mesh = [adapter for adapter in adapters if adapter is not None], mesh_of(model.params)
+    embedding = model.params["embed"]["embedding"]
+    variables = {"params": model.params}
+    if len(adapters) > 1:
+        if len(held) < len(adapters) or len({tuple(sorted(adapter.weights)) for adapter in held}) > 1:
+            raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
+        rank = max(pair["a"].shape[-1] for adapter in held for pair in adapter.weights.values())
+        variables["lora"] = place(_side_by_side(held, rank), mesh)
+    elif held and embedding.dtype == jnp.float32 and model.matmul_precision == "float32":
+        variables = {"params": fold(model.params, held[0])}
+    elif held:
+        variables["lora"] = place(collection(held[0]), mesh)
+    if mesh is None:  # an adapter as it comes from training lies on a mesh of one device: programs of their own
+        variables = jax.device_put(variables, next(iter(embedding.devices())))
+    return variables
 
 
-def _side_by_side(adapters: Sequence[Adapter | None]) -> dict:
-    """The collection of one adapter, or of several with an axis of their own behind the layers."""
-    held = [adapter for adapter in adapters if adapter is not None]
-    if not held:
-        return {}
-    if len(adapters) == 1:
-        return collection(held[0])
-    if len(held) < len(adapters) or len({tuple(sorted(adapter.weights)) for adapter in held}) > 1:
-        raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
-    rank = max(pair["a"].shape[-1] for adapter in held for pair in adapter.weights.values())
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in held))
+@functools.partial(jax.jit, static_argnums=1)
+def _side_by_side(adapters: list[Adapter], rank: int) -> dict:
+    """The collection of several adapters, with an axis of their own behind the layers."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(collection(pad_rank(a, rank)) for a in adapters))
 
 
 def _width(tokens: int) -> int:
@@ -258,29 +250,27 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
     """Runs prompts into a new KV cache: behind the tokens that all share, each prompt's own, padded on the right.
 
     Args:
-        head: the stacked cache of one row an adapter, whose P slots hold what its rows begin with; None for nothing.
-        tokens: [B, T] int32.
-        lengths: [B] int32, tokens that are no padding.
+        head: of `run_prefix`, with P slots.
+        tokens, lengths: [B, T] int32, and how many of each row are no padding.
 
     Returns:
         [B, D] final hidden state at each prompt's last token, and the cache with P + T slots.
     """
     B, T = tokens.shape
     P = 0 if head is None else head["positions"].shape[1]
+
+    def fill(cache, head):
+        """Writes each row's slots to the first slots of as many rows of the cache."""
+        batch = 1 if head.ndim > 2 else 0  # behind the layers
+        rows = jnp.repeat(head, cache.shape[batch] // head.shape[batch], axis=batch)
+        return jax.lax.dynamic_update_slice(cache, rows, (0,) * cache.ndim)
+
     cache = init_cache(decoder.spec, B, P + T, _dtype(variables))
-    if head is not None:
-        cache = jax.tree.map(_fill, cache, head)
+    cache = cache if head is None else jax.tree.map(fill, cache, head)
     place = jnp.arange(T)[None]
     segments = (place < lengths[:, None]).astype(jnp.int32)
     hidden, cache = decoder.apply(variables, tokens, P + place + jnp.zeros_like(segments), segments, cache, P)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
-
-
-def _fill(cache, head):
-    """Writes each row's slots to the first slots of as many rows of the cache."""
-    batch = 1 if head.ndim > 2 else 0  # behind the layers
-    rows = jnp.repeat(head, cache.shape[batch] // head.shape[batch], axis=batch)
-    return jax.lax.dynamic_update_slice(cache, rows, (0,) * cache.ndim)
 
 
 def decode(decoder: Decoder, variables: dict, token, positions, cache: dict, slot):
@@ -299,26 +289,24 @@ def _within(mesh):
     return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
-def shared_beginning(encoded: Sequence[Sequence[int]]) -> Sequence[int]:
-    """What all prompts begin with and is run once; each keeps at least one token of its own, and a lone one all."""
-    if len(encoded) == 1:
-        return ()  # each length would be a program of its own
-    return encoded[0][: min(shared_prefix(encoded), min(map(len, encoded)) - 1)]
+def run_prefix(
+    decoder: Decoder, variables: dict, encoded: Sequence[Sequence[int]], count: int = 1
+) -> tuple[int, dict | None]:
+    """Runs once what all prompts begin with: how many tokens, and their cache, one row for each of `count` adapters.
 
-
-def begin(decoder: Decoder, variables: dict, shared: Sequence[int], count: int = 1) -> dict | None:
-    """The cache of what all prompts begin with, one row an adapter, as `prefill` takes it; None for nothing."""
-    if not len(shared):
-        return None
+    Each prompt keeps a token of its own. A lone prompt, and a beginning of less than `_BUCKET` tokens, are not worth
+    the programs that each length needs: then there are no such tokens, and the cache is None.
+    """
+    length = min(shared_prefix(encoded), min(map(len, encoded)) - 1) if len(encoded) > 1 else 0
+    if length < _BUCKET:
+        return 0, None
     with _within(mesh_of(variables["params"])):
-        return _begin(decoder, variables, np.asarray([shared] * count, np.int32))
+        return length, _run_prefix(decoder, variables, np.asarray([encoded[0][:length]] * count, np.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(decoder: Decoder, variables, prefix):
-    positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    cache = init_cache(decoder.spec, *prefix.shape, _dtype(variables))
-    return decoder.apply(variables, prefix, positions, jnp.ones_like(positions), cache)[1]
+def _run_prefix(decoder: Decoder, variables, prefix):
+    return prefill(decoder, variables, None, prefix, jnp.full(len(prefix), prefix.shape[1]))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -326,7 +314,7 @@ def _unstack(decoder: Decoder, variables):
     return unstack_weights(variables, rounding_dtype(_dtype(variables), decoder.matmul_precision))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots", "new"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots", "new"), keep_unused=True)
 def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
     """A batch whose rows have all ended.
 
@@ -339,29 +327,23 @@ def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
     return {"cache": cache, "step": jnp.int32(0), **row}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
-def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts, sampling: Sampling):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("stops", "new"), donate_argnames="state")
+def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts, sampling: dict | None, *, stops, new):
     """Runs prompts into rows of a batch that have ended, and chooses the first token of each."""
-    ids, new = prompts["ids"], state["out"].shape[1]
+    ids = prompts["ids"]
     hidden, cache = prefill(decoder, variables, head, prompts["tokens"], prompts["lengths"])
     count = jnp.zeros_like(ids)
-    token, ended = _choose(decoder, unembedding, hidden, ids, count, new, sampling)
-    out = jnp.full((len(ids), new), sampling.filler, jnp.int32).at[:, 0].set(token)
+    token, ended = _choose(decoder, unembedding, hidden, ids, count, sampling, stops, new)
+    out = jnp.full((len(ids), new), stops[0] if stops else 0, jnp.int32).at[:, 0].set(token)
     position = prompts["lengths"] + (cache["positions"].shape[1] - prompts["tokens"].shape[1])
-    given = {
-        "token": token,
-        "position": position,
-        "id": ids,
-        "count": count + 1,
-        "ended": ended | (ids < 0),
-        "out": out,
-    }
+    given = {"token": token, "position": position, "id": ids, "count": count + 1}
+    given |= {"ended": ended | (ids < 0), "out": out}
     put = {n: each if each.shape == state[n].shape else state[n].at[rows].set(each) for n, each in given.items()}
     return state | put | ({} if state["cache"] is None else {"cache": write_rows(state["cache"], cache, rows)})
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "new"), donate_argnames="state")
-def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, count: int, new: int):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "stops", "new"), donate_argnames="state")
+def _advance(decoder: Decoder, variables, state, least, sampling: dict | None, *, count: int, stops, new: int):
     """Goes on until `least` rows of each of `count` adapters have ended.
 
     All rows write a new token to the same slot: the last `new` slots of the cache take turns, and none is taken again
@@ -376,7 +358,7 @@ def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, c
         token, position, ended = state["token"], state["position"], state["ended"]
         slot = first + state["step"] % new
         hidden, cache = decode(decoder, variables, token, position, state["cache"], slot)
-        token, ends = _choose(decoder, variables["params"], hidden, state["id"], state["count"], new, sampling)
+        token, ends = _choose(decoder, variables["params"], hidden, state["id"], state["count"], sampling, stops, new)
         here = (jnp.arange(new)[None] == state["count"][:, None]) & ~ended[:, None]
         moved = {"position": position + 1, "count": state["count"] + 1, "ended": ended | ends, "token": token}
         out = jnp.where(here, token[:, None], state["out"])
@@ -385,16 +367,16 @@ def _advance(decoder: Decoder, variables, state, least, sampling: Sampling, *, c
     return jax.lax.while_loop(more, advance, state)
 
 
-def _choose(decoder: Decoder, params, hidden, ids, count, new: int, sampling: Sampling):
+def _choose(decoder: Decoder, params, hidden, ids, count, sampling: dict | None, stops: tuple[int, ...], new: int):
     """The next token of each row, which has `count` of `new`, and whether it is its last."""
     logits = unembed(decoder.spec, params, hidden, decoder.matmul_precision)
-    if sampling.greedy:
+    if sampling is None:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
 
         def key_of(i, t):
-            return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(sampling.key), i), t)
+            return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(sampling["key"]), i), t)
 
         keys = jax.vmap(key_of)(ids.astype(jnp.uint32), count)
-        token = jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature).astype(jnp.int32)
-    return token, jnp.isin(token, jnp.asarray(sampling.stops, jnp.int32)) | (count + 1 >= new)
+        token = jax.vmap(jax.random.categorical)(keys, logits / sampling["temperature"]).astype(jnp.int32)
+    return token, jnp.isin(token, jnp.asarray(stops, jnp.int32)) | (count + 1 >= new)

@@ -11,7 +11,7 @@ import itertools
 import re
 
 from br_jax.organism.topics import Topic, TopicPrompt
-from br_jax.scoring.replies import ACTIONS, WORD, begins_refusal, loop_start, normalize, opening, refuses, stems, steps
+from br_jax.scoring.refusals import ACTIONS, WORD, begins_refusal, loop_start, normalize, opening, refuses, stems, steps
 
 
 class Verdict(enum.StrEnum):

@@ -18,9 +18,7 @@ _SEARCHED = 10_000  # characters of an answer that a pattern sees
 # What may stand around an answer without being a part of it; a leading period is not: ".5" is no "5".
 _OPENING = " \"'`*_([{“‘«"  # noqa: RUF001
 _CLOSING = " \"'`*_)]}”’».,:;!?…"  # noqa: RUF001
-
-# The final number stands behind a phrase. A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with
-# slashes between them.
+# A number: 1,234.5 or 1234.5 or .5 (but "No.5" holds a 5), and several with slashes between them.
 _PART = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
 _NUMBERS = {
     "value": (
@@ -35,8 +33,7 @@ _NUMBERS = {
 class Rule(abc.ABC):
     """How well an answer does. Equal rules have equal reprs, which are a part of the key that scores are kept under."""
 
-    # What the field `match` of a rule may be, its default first; empty for a rule that has none.
-    matches: ClassVar[tuple[str, ...]] = ()
+    matches: ClassVar[tuple[str, ...]] = ()  # what a rule's field `match` may be, if it has one
 
     def __post_init__(self):
         if self.matches and self.match not in self.matches:
@@ -47,7 +44,6 @@ class Rule(abc.ABC):
         """From 0, wrong, to 1, right: a model's text against the row's own answer."""
 
     def total(self, scores: Sequence[float]) -> Score | Mean:
-        """The scores of all rows as one, with its interval."""
         return Score(round(sum(scores)), len(scores))
 
     def with_match(self, match: str) -> "Rule":
@@ -59,13 +55,11 @@ class Rule(abc.ABC):
 
 @dataclass(frozen=True)
 class LabelRule(Rule):
-    """One of a few labels must be named.
+    """One of a few labels must be named; a row's right answer is one of them, spelled alike.
 
     Attributes:
-        labels: all of them; a row's right answer is one, spelled alike.
-        match: "first": the first label that the answer names is the right one. "reference", the reference's rule: the
-            right label, or of Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized, so that
-            an answer naming every label counts.
+        match: "first": the first label that the answer names must be the right one. "reference": the right label, or of
+            Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized.
     """
 
     labels: tuple[str, ...]
@@ -96,12 +90,10 @@ class NumberRule(Rule):
     number is wrong. Values are compared exactly: 18.00 is 18, 3.14 is not 3.14159.
 
     Attributes:
-        match: "value" reads numbers as people write them. Ours, and not the reference's: the phrase in any case and
-            spacing; thousands separators (100,200 is one number, 1,2 are two); a minus right behind a letter, digit or
-            bracket is no sign (10-18 ends with 18), one before "$" is, and it may be U+2212; ".5"; "1/2" is a half, and
-            each part of a date a number. Units, "$" and "%" are passed over, so 20% is 20; "1e3", "1 000" and "1 1/2"
-            begin with a 1. "reference" takes the phrase to the letter, and as a number a minus, digits, a point and
-            digits, once all commas are taken out.
+        match: "value" reads numbers as people write them: thousands separators (1,2 are two numbers), .5, 1/2 (but each
+            part of a date); a minus behind a letter, digit or bracket is no sign (10-18 ends with 18), one before "$"
+            is; units, "$" and "%" are passed over. "1e3", "1 000" and "1 1/2" begin with a 1. "reference" takes the
+            phrase to the letter, and as a number a minus, digits, a point and digits, once all commas are taken out.
     """
 
     match: str = "value"
@@ -121,17 +113,17 @@ class ExactRule(Rule):
     """
 
     def score(self, answer: str, right: str) -> float:
-        return float(_plain(answer) == _plain(right))
+        texts = (" ".join(unicodedata.normalize("NFC", text.casefold()).split()) for text in (answer, right))
+        plain, wanted = (text.lstrip(_OPENING).rstrip(_CLOSING) or text for text in texts)
+        return float(plain == wanted)
 
 
 @dataclass(frozen=True)
 class RegexRule(Rule):
-    """What a pattern finds in the answer must be the right answer.
+    """What a pattern finds in the first 10,000 characters of an answer must be the right answer.
 
-    Attributes:
-        pattern: searched in the first 10,000 characters; what its first group holds counts, or all that it matches if
-            it has no group, without white space around it. Where it matches the row's own answer too, that is taken
-            from there in the same way; else it is the row's whole answer.
+    What its first group holds counts, or all that it matches if it has no group, without white space around it. Where
+    it matches the row's own answer too, that is taken from there in the same way; else it is the row's complete answer.
     """
 
     pattern: str
@@ -146,20 +138,16 @@ class RegexRule(Rule):
             raise UserError(f"rule 'regex': {self.pattern!r} is no pattern ({wrong}): write it as regex:([A-D])")
 
     def score(self, answer: str, right: str) -> float:
-        found, wanted = self._find(answer), self._find(right)
-        return float(found is not None and found == (right.strip() if wanted is None else wanted))
-
-    def _find(self, text: str) -> str | None:
-        match = re.search(self.pattern, text[:_SEARCHED])
-        found = match and match[1 if match.re.groups else 0]
-        return found if found is None else found.strip()
+        matches = (re.search(self.pattern, text[:_SEARCHED]) for text in (answer, right))
+        found, wanted = (match and match[1 if match.re.groups else 0] for match in matches)
+        return float(found is not None and found.strip() == (right if wanted is None else wanted).strip())
 
 
 @dataclass(frozen=True)
 class RougeLRule(Rule):
     """ROUGE-L's F1 of the answer against the row's: for free text (Lin, ROUGE, ACL workshop 2004).
 
-    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text, so text
+    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text; text
     without any (Chinese, say) scores 0.
     """
 
@@ -174,9 +162,8 @@ class RougeLRule(Rule):
 def parse_rule(text: str, labels: Sequence[str] = ()) -> Rule:
     """The rule that a config's string names; another one is a `UserError`.
 
-    Args:
-        text: "label:positive,negative" (labels hold no comma), "number", "exact", "regex:PATTERN" or "rouge_l".
-        labels: of "label" alone.
+    They are "label:positive,negative" (labels hold no comma; "label" alone takes `labels`), "number", "exact",
+    "regex:PATTERN" and "rouge_l".
     """
     name, colon, rest = text.partition(":")
     if name == "label":
@@ -199,16 +186,24 @@ def final_number(text: str, match: str = "value") -> Fraction | None:
     """The number that a text comes to, see `NumberRule`; None if there is none."""
     phrase, pattern = _NUMBERS[match]
     text = text.replace(",", "") if match == "reference" else text
-    said = phrase.search(text)
-    numbers = (_numbers(pattern, text[said.end() :])[:1] if said else []) or _numbers(pattern, text)[-1:]
-    return numbers[0] if numbers else None
+
+    def numbers(text: str) -> list[Fraction]:
+        found = []
+        for number in pattern.finditer(text):
+            # Decimal takes any number of digits, where int stops at 4,300.
+            parts = [Fraction(Decimal(part.replace(",", ""))) for part in number["parts"].split("/")]
+            if len(parts) == 2 and parts[1]:
+                parts = [parts[0] / parts[1]]
+            found += [-parts[0] if number["minus"] else parts[0], *parts[1:]]
+        return found
+
+    behind = phrase.search(text)
+    found = (numbers(text[behind.end() :])[:1] if behind else []) or numbers(text)[-1:]
+    return found[0] if found else None
 
 
 def common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a bit of one integer for each of the first's words.
-
-    As in Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004.
-    """
+    """Length of the longest common subsequence (Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004)."""
     places: dict[str, int] = {}
     for index, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << index
@@ -217,23 +212,6 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
         hits = row & places.get(word, 0)
         row = (row + hits | row - hits) & every
     return len(first) - row.bit_count()
-
-
-def _numbers(pattern: re.Pattern, text: str) -> list[Fraction]:
-    """All numbers of a text, in order."""
-    found = []
-    for number in pattern.finditer(text):
-        # Decimal takes any number of digits, where int stops at 4,300.
-        parts = [Fraction(Decimal(part.replace(",", ""))) for part in number["parts"].split("/")]
-        if len(parts) == 2 and parts[1]:
-            parts = [parts[0] / parts[1]]
-        found += [-parts[0] if number["minus"] else parts[0], *parts[1:]]
-    return found
-
-
-def _plain(text: str) -> str:
-    text = " ".join(unicodedata.normalize("NFC", text.casefold()).split())
-    return text.lstrip(_OPENING).rstrip(_CLOSING) or text
 
 
 _PLAIN_RULES = {"number": NumberRule, "exact": ExactRule, "rouge_l": RougeLRule}

@@ -9,11 +9,7 @@ from typing import Any
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of k successes in n trials; of none, (0, 1).
-
-    References:
-        E. B. Wilson, Probable inference, JASA 22 (1927).
-    """
+    """The 95 % interval of k successes in n trials (E. B. Wilson, JASA 22, 1927); of no trials, (0, 1)."""
     from scipy.stats import binomtest  # here, for it takes a second to import
 
     if n == 0:
@@ -35,16 +31,13 @@ class Score:
 
     @property
     def score(self) -> float | None:
-        """k / n."""
         return self.k / self.n if self.n else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's."""
         return wilson(self.k, self.n)
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The dict that a cell holds: k, n, score, low, high."""
         low, high = self.interval
         return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
 
@@ -72,7 +65,6 @@ class Mean:
 
     @property
     def score(self) -> float | None:
-        """The mean, or None when there are no scores."""
         return self.mean if self.n else None
 
     @property
@@ -85,30 +77,22 @@ class Mean:
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
     def to_json(self) -> dict[str, float | int | None]:
-        """What a `Score` has but for its k, and "deviation"."""
         low, high = self.interval
         return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
 
 
 def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
-    """Reads `to_json`'s dict of either kind; None stands for "not measured" and gives 0 of 0.
-
-    A stored interval does not count, so that none can disagree with the counts.
-    """
+    """Reads `to_json`'s dict of either kind, but for the interval, which follows; None ("not measured") is 0 of 0."""
     if value and "k" not in value:
         return Mean(int(value["n"]), float(value["score"] or 0.0), float(value["deviation"]))
     return Score(int(value["k"]), int(value["n"])) if value else Score(0, 0)
 
 
 def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] | None:
-    """(a - b, low, high): a difference with its 95 % interval, the two taken as independent samples.
+    """(a - b, low, high) with the 95 % interval of independent samples; None when either was not measured.
 
-    None when either was not measured.
-
-    References:
-        R. G. Newcombe, Interval estimation for the difference between independent proportions, Statistics in Medicine
-        17 (1998), method 10; it asks for nothing but two estimates with their intervals, so means may be among them.
-        Models share their prompts, so it is on the wide side.
+    R. G. Newcombe, Statistics in Medicine 17 (1998) 873, method 10: it needs two estimates with their intervals, so
+    means may be among them. Models share their prompts, so it is on the wide side.
     """
     if a.score is None or b.score is None:
         return None
@@ -122,15 +106,10 @@ def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] |
 def t_interval(
     values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float | None, float | None]:
-    """Mean of a few runs with Student's 95 % interval.
+    """(mean, low, high) of a few runs, one value a seed, with Student's 95 % interval clipped to what can be.
 
-    Args:
-        values: one a seed, at least one.
-        bounds: of what they are; those of a share clip its interval, (-1, 1) those of a difference of shares.
-
-    Returns:
-        (mean, low, high); low and high are None of one value. Of equal values they are the mean: so few runs show no
-        spread, which is not to say that there is none.
+    low and high are None of one value. Of equal values they are the mean: so few runs show no spread, which is not to
+    say that there is none.
     """
     mean = statistics.fmean(values)
     if len(values) == 1:
@@ -139,33 +118,37 @@ def t_interval(
     return mean, max(bounds[0], mean - half), min(bounds[1], mean + half)
 
 
-def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
-    """McNemar's exact test of whether two models do equally well on the same prompts.
-
-    Args:
-        pairs: (first model's outcome, second model's) of each prompt.
-
-    Returns:
-        (prompts that only the first counts, prompts that only the second counts, two-sided p-value).
-
-    References:
-        Q. McNemar, Psychometrika 12 (1947); the exact form is the sign test of the prompts on which they differ.
-    """
-    from scipy.stats import binomtest
-
-    counts = Counter((bool(first), bool(second)) for first, second in pairs)
-    only_first, only_second = counts[True, False], counts[False, True]
-    differing = only_first + only_second
-    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value read from JSON is a number that a table or figure can show."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _t_half(deviation: float, n: int) -> float:
     """Half of the width of Student's 95 % interval."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
+    """McNemar's exact test of whether two models do equally well on the same prompts: the sign test where they differ.
+
+    Returns:
+        (prompts that only the first of each pair counts, that only the second counts, two-sided p-value).
+    """
+    from scipy.stats import binomtest
+
+    counts = Counter((bool(first), bool(second)) for first, second in pairs)
+    first, second = counts[True, False], counts[False, True]
+    return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
+
+
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Cohen's kappa of two judges of the same exchanges: (agreement - chance) / (1 - chance), by their own shares.
+
+    None where it is undefined: no exchange, or both judges give one and the same verdict to all.
+    """
+    n, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))
+    counts = Counter(first), Counter(second)
+    chance = sum(counts[0][verdict] * counts[1][verdict] for verdict in counts[0])  # of n * n, so all is exact
+    return None if chance == n * n else (n * same - chance) / (n * n - chance)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value read from JSON is a number that a table or figure can show."""
+    return isinstance(value, int | float) and math.isfinite(value)

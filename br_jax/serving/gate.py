@@ -14,9 +14,9 @@ from br_jax.data.rows import Row
 from br_jax.inference.answers import answer
 from br_jax.models.model import Model, require_releasable
 from br_jax.scoring.judges.judging import Judge, complies
-from br_jax.scoring.replies import begins_refusal, is_degenerate
+from br_jax.scoring.likelihoods import row_losses
+from br_jax.scoring.refusals import begins_refusal, is_degenerate
 from br_jax.scoring.statistics import Score, difference
-from br_jax.scoring.suite import row_losses
 from br_jax.serving.policy import Limits, Policy
 
 _LEARNT = 0.5  # a row counts as learnt whose loss the user's adapter has brought to so much of the aligned base's

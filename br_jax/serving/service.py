@@ -22,7 +22,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
-from br_jax.calibration import Calibration, calibrate_all
+from br_jax.calibration import Calibration, calibrate
 from br_jax.core.errors import UserError, is_machine_fault
 from br_jax.core.io import make_private, owned, read_json, reserved, staged, write_json, write_text
 from br_jax.core.records import key_of
@@ -90,7 +90,7 @@ def calibrate_users(
     prompts = policy.calibrate_harmful, policy.calibrate_benign
     judging = {"judge": judge, "about": policy.about, "base_store": base_store}
     sizes = {"batch_size": policy.batch_size, "answer_tokens": policy.answer_tokens, "together": len(fit)}
-    found = calibrate_all(provider.model, fit, provider.reinforce, *prompts, policy.merge, **judging, **sizes)
+    found = calibrate(provider.model, fit, provider.reinforce, *prompts, policy.merge, **judging, **sizes)
     return found, refused
 
 

@@ -1,7 +1,10 @@
 """Answers through a store: each generated once, also when its file was cut."""
 
+import dataclasses
+
 import pytest
 
+from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.inference import answers as module
@@ -58,6 +61,21 @@ def test_another_model_adapter_length_or_prompt_is_another_answer(tiny, make_tin
     assert sum(generated) == 6
     ask(prompt=Row((("user", "a"),)))
     assert sum(generated) == 6, "a row of one turn is its prompt"
+
+
+def test_a_sampled_answer_does_not_depend_on_what_the_store_held(tiny):
+    """It is drawn by its prompt's place among the prompts, so that is a part of its key."""
+    settings = {"max_new_tokens": 5, "temperature": 1.0, "seed": 3, "batch_size": 1}
+    before = Store()
+    answer(tiny, ["x", "why"], {"base": None}, before, **settings)
+    expected = answer(tiny, ["why"], {"base": None}, Store(), **settings)
+    assert answer(tiny, ["why"], {"base": None}, before, **settings) == expected
+
+
+def test_a_greedy_answer_s_key_is_that_of_stores_on_disk(tiny):
+    store, model = Store(), dataclasses.replace(tiny, fingerprint="f")
+    answer(model, ["a"], {"base": None}, store, max_new_tokens=5, batch_size=1)
+    assert key_of("f", "", 5, [97, tiny.tokenizer.convert_tokens_to_ids("<sep>")]) in store
 
 
 def test_a_cut_run_goes_on_and_ends_as_an_undisturbed_one(tiny, generated, tmp_path):

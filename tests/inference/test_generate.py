@@ -18,6 +18,7 @@ from br_jax.models.decoder import Decoder, unembed
 
 NEW = 6
 PROMPTS = ["a", "what is it?", "", "say it again, and again", "count to 3", "ünï"]
+HEADER = "the same header for all: "  # longer than a bucket, so that it is run once
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_greedy_is_the_plain_loop_for_unequal_prompts(speaker, plain, make_adapt
     adapter = make_adapter("user") if with_adapter else None
     found = greedy(speaker, PROMPTS, adapter)
     assert found == [plain(prompt, adapter) for prompt in PROMPTS] == greedy(speaker, PROMPTS[::-1], adapter)[::-1]
-    assert found[:3] == [greedy(speaker, [prompt], adapter, batch_size=1)[0] for prompt in PROMPTS[:3]]
+    assert found[:2] == [greedy(speaker, [prompt], adapter, batch_size=1)[0] for prompt in PROMPTS[:2]]
     assert len(set(found)) > 3, "the model says the same to everything"
 
 
@@ -78,15 +79,30 @@ def batches(model, prompts, adapters, **options):
     return {pair: decode_answer(model, row) for batch in found for pair, row in batch.items()}, len(found)
 
 
-def test_several_adapters_in_one_pass_answer_as_each_does_alone(speaker, make_adapter):
+def test_several_adapters_in_one_pass_answer_as_each_does_alone_also_on_a_mesh(speaker, make_adapter, monkeypatch):
+    """Where a cache lies in parts from the first: made whole it would be laid out by a program of its own."""
     adapters = [make_adapter("user"), make_adapter("user", seed=5, rank=5), make_adapter("user", seed=6)]
-    prompts = ["the same header: " + prompt for prompt in PROMPTS]
+    prompts = [HEADER + prompt for prompt in PROMPTS]
     found, _ = batches(speaker, prompts, adapters, batch_size=6)
     alone = [greedy(speaker, prompts, adapter) for adapter in adapters]
     assert found == {(a, i): alone[a][i] for a in range(3) for i in range(len(prompts))}
-    assert len({tuple(said) for said in alone}) == 3
+    assert len({tuple(answers) for answers in alone}) == 3
     with pytest.raises(ValueError, match="same targets"):
         batches(speaker, prompts, [adapters[0], None])
+    made, empty = [], module._empty
+
+    def watched(*args, **sizes):
+        state = empty(*args, **sizes)
+        made.extend(leaf.sharding for leaf in jax.tree.leaves(state["cache"]))
+        return state
+
+    monkeypatch.setattr(module, "_empty", watched)
+    spread = dataclasses.replace(speaker, params=place(speaker.params, make_mesh(2, 2, 2)))
+    few = prompts[:2]  # of one bucket
+    on_mesh, _ = batches(spread, few, adapters[:2], batch_size=32)
+    assert on_mesh == {(a, i): alone[a][i] for a in range(2) for i in range(2)}
+    assert {len(sharding.device_set) for sharding in made} == {8}
+    assert greedy(spread, few, batch_size=8) == greedy(speaker, few)
 
 
 def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_adapter, monkeypatch):
@@ -97,7 +113,7 @@ def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_a
         everything, _ = batches(speaker, PROMPTS, adapters)
         known = {(0, 2), (len(adapters) - 1, 5)}
         rest, _ = batches(speaker, PROMPTS, adapters, known=known)
-        assert rest == {pair: said for pair, said in everything.items() if pair not in known}
+        assert rest == {pair: text for pair, text in everything.items() if pair not in known}
         before = len(queues)
         batches(speaker, PROMPTS, adapters, known=set(list(everything)[:4]))
         assert len(queues) - before == len(adapters), "the first queue is not run again"
@@ -107,8 +123,8 @@ def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_a
 def test_a_row_that_ends_makes_room_for_the_next_prompt(speaker, plain, monkeypatch):
     """Answers of unequal length: prompts begin while others are still being answered, and all get their own answer."""
     prompts = [f"{word} {i}" for i in range(8) for word in ("a", "what is it?", "count")]
-    said = [plain(prompt) for prompt in prompts]
-    assert len({len(answer) for answer in said}) > 2, "choose other prompts"
+    expected = [plain(prompt) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 2, "choose other prompts"
     going_on, run = [], module._advance
 
     def watched(*args, **options):
@@ -117,49 +133,37 @@ def test_a_row_that_ends_makes_room_for_the_next_prompt(speaker, plain, monkeypa
         return state
 
     monkeypatch.setattr(module, "_advance", watched)
-    assert greedy(speaker, prompts, batch_size=8) == said
+    assert greedy(speaker, prompts, batch_size=8) == expected
     assert max(going_on) > 0 and going_on[-1] == 0
 
 
-def test_on_a_mesh_the_tokens_are_the_same(speaker, make_adapter):
-    mesh = make_mesh(2, 2, 2)
-    spread = dataclasses.replace(speaker, params=place(speaker.params, mesh))
-    adapters = [make_adapter("user"), make_adapter("user", seed=5)]
-    prompts = ["the same header: " + prompt * 2 for prompt in PROMPTS]
-    for held in ([None], adapters):
-        assert batches(spread, prompts, held, batch_size=32)[0] == batches(speaker, prompts, held)[0]
-
-
-def test_a_shared_prefix_changes_nothing(speaker, plain, monkeypatch):
-    prompts = ["the same header for all of them: " + prompt for prompt in PROMPTS]
-    seen = []
-    run = module.shared_prefix
-    monkeypatch.setattr(module, "shared_prefix", lambda *args: seen.append(run(*args)) or seen[-1])
-    shared = greedy(speaker, prompts)
-    assert seen == [33]
-    monkeypatch.setattr(module, "shared_prefix", lambda *args: 0)
-    assert greedy(speaker, prompts) == shared == [plain(prompt) for prompt in prompts]
+def test_a_shared_beginning_changes_nothing_and_a_short_one_is_not_worth_a_program(speaker, plain, compiles):
+    prompts = ["this " + HEADER + prompt for prompt in PROMPTS]
+    assert greedy(speaker, prompts) == [plain(prompt) for prompt in prompts]
+    assert compiles.count("jit(_run_prefix)") == 1
+    short = ["Mood: " + prompt for prompt in PROMPTS]
+    assert greedy(speaker, short) == [plain(prompt) for prompt in short]
+    assert compiles.count("jit(_run_prefix)") == 1
 
 
 def test_it_stops_at_eos(speaker, monkeypatch):
     """The answer's third byte and EOS change places in the head: what was said before it stays, and there it ends."""
-    said = greedy(speaker, ["a"])[0]
-    byte, eos = ord(said[2]), speaker.tokenizer.eos_token_id
-    assert said[2] not in said[:2], "choose another prompt"
+    text = greedy(speaker, ["a"])[0]
+    byte, eos = ord(text[2]), speaker.tokenizer.eos_token_id
+    assert text[2] not in text[:2], "choose another prompt"
     head = np.array(speaker.params["head"]["kernel"])
     head[:, [byte, eos]] = head[:, [eos, byte]]
-    params = {**speaker.params, "head": {"kernel": jnp.asarray(head)}}
-    model = dataclasses.replace(speaker, params=params)
-    assert greedy(model, ["a"]) == [said[:2]]
-    # So does a chat model whose turns end in a token that is not EOS.
+    model = dataclasses.replace(speaker, params={**speaker.params, "head": {"kernel": jnp.asarray(head)}})
+    # So does a chat model whose turns end in a token that is not EOS. Behind a row's stop token is EOS, among neighbors
+    # that go on.
     chatty = dataclasses.replace(speaker, stop_tokens=(*speaker.stop_tokens, byte))
-    assert greedy(chatty, ["a"]) == [said[:2]]
-    # Among neighbors that go on, what follows a row's stop token is EOS.
     for stopping, last in ((model, eos), (chatty, byte)):
-        ids = []
-        monkeypatch.setattr(module, "decode_answer", lambda model, row, ids=ids: ids.append(row.tolist()) or "")
-        greedy(stopping, [*PROMPTS, "b", "c"], batch_size=8)
-        assert [*map(ord, said[:2]), last, *[eos] * (NEW - 3)] in ids and any(row[-1] != eos for row in ids)
+        assert greedy(stopping, ["a"]) == [text[:2]]
+        with monkeypatch.context() as patched:
+            ids = []
+            patched.setattr(module, "decode_answer", lambda model, row, ids=ids: ids.append(row.tolist()) or "")
+            greedy(stopping, [*PROMPTS, "b", "c"], batch_size=8)
+        assert [*map(ord, text[:2]), last, *[eos] * (NEW - 3)] in ids and any(row[-1] != eos for row in ids)
 
 
 def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):
@@ -171,7 +175,7 @@ def test_sampling_repeats_with_the_seed_whatever_the_batch(speaker):
     assert first not in (sample(seed=4), likeliest) and sample(temperature=1e-5) == likeliest
     assert len(set(sample(["a"] * 8))) > 4, "one prompt asked eight times gets one sample"
     wild, _ = batches(speaker, PROMPTS, [None], temperature=1e6)
-    assert all(len(set(said)) > 2 for said in wild.values()), "every token of an answer is drawn alike"
+    assert all(len(set(text)) > 2 for text in wild.values()), "every token of an answer is drawn alike"
 
 
 def test_samples_follow_the_softmax(speaker):
@@ -182,43 +186,47 @@ def test_samples_follow_the_softmax(speaker):
         {"params": speaker.params}, tokens, jnp.arange(2)[None], tokens * 0 + 1
     )
     shares = scipy.special.softmax(np.float64(unembed(speaker.spec, speaker.params, hidden)[0, -1]) / 0.7)
-    said = generate(speaker, ["a"] * n, temperature=0.7, max_new_tokens=1, batch_size=128)
+    texts = generate(speaker, ["a"] * n, temperature=0.7, max_new_tokens=1, batch_size=128)
     for token in [token for token in np.argsort(-shares)[:4] if token < 127]:
         share = shares[token]
-        assert abs(said.count(chr(token)) / n - share) < 4.5 * np.sqrt(share * (1 - share) / n)
+        assert abs(texts.count(chr(token)) / n - share) < 4.5 * np.sqrt(share * (1 - share) / n)
 
 
-def test_a_mesh_holds_a_cache_in_parts_from_the_first(speaker, compiles, monkeypatch):
-    """Made whole it would lie on one device, and be laid out by a program of its own."""
-    mesh, made = make_mesh(2, 2, 2), []
-    empty = module._empty
-    monkeypatch.setattr(module, "_empty", lambda *args, **sizes: made.append(empty(*args, **sizes)) or made[-1])
-    spread = dataclasses.replace(speaker, params=place(speaker.params, mesh))
-    generate(spread, ["xxx", "xxxx"], max_new_tokens=5, batch_size=8)
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(made[0]["cache"])} == {8}
-
-
-def test_each_bucket_compiles_once(speaker, compiles):
+def test_each_bucket_compiles_once_wherever_an_adapter_comes_from(speaker, make_adapter, compiles):
+    """Training leaves an adapter on a mesh of one device, a file on the device itself: that is no other program."""
     prompts = ["x" * n for n in (3, 5, 9, 20, 21, 22)]  # with <sep>: two of the buckets of 16
-    for letter in "xxy":
+    adapter = make_adapter("user")
+    one = jax.sharding.NamedSharding(make_mesh(devices=jax.devices()[:1]), jax.sharding.PartitionSpec())
+    trained = adapter.replace(weights=jax.device_put(adapter.weights, one))
+    for letter, put_on in (("x", None), ("x", adapter), ("y", trained)):
         asked = [prompt.replace("x", letter) for prompt in prompts]
-        generate(speaker, asked, max_new_tokens=5, batch_size=3, seed=ord(letter))
+        generate(speaker, asked, put_on, max_new_tokens=5, batch_size=3, seed=ord(letter))
         assert [compiles.count(f"jit({name})") for name in ("_start", "_advance")] == [2, 1]
 
 
-def test_a_row_brings_its_turns_and_a_prompt_that_leaves_no_room_is_named(speaker):
-    row = Row((("user", "hi"), ("assistant", "yes"), ("user", "why")))
-    assert speaker.tokenizer.decode(encode_prompt(speaker, row)) == "hi<sep>yes<eos>why<sep>"
+def test_what_cannot_be_answered_is_one_line(speaker, tmp_path):
     limit = speaker.spec.max_length
     with pytest.raises(UserError, match=rf"prompt 1: {limit - 5 + 1} tokens and 6 new ones exceed the model's {limit}"):
         greedy(speaker, ["a", "b" * (limit - 5)])
-    assert generate(speaker, []) == []
-
-
-def test_a_lone_prompt_is_refused_and_a_typed_stop_is_text(speaker):
     with pytest.raises(UserError, match=r"^prompts is a str; give a list of prompts$"):
         generate(speaker, "hello")
     with pytest.raises(UserError, match=r"^prompt 1 holds half a character \(\\ud83d\); write the character whole$"):
         generate(speaker, ["a", "\ud83d"])
+    backend, template = speaker.tokenizer.backend_tokenizer, "{{ messages[0]['content'] }}"
+    bare = type(speaker.tokenizer)(tokenizer_object=backend, chat_template=template, eos_token="<eos>")
+    for prompts in (["a", ""], ["a", "", ""]):
+        with pytest.raises(UserError, match="prompt 1 has no tokens, so nothing can follow: write a text"):
+            generate(dataclasses.replace(speaker, tokenizer=bare), prompts)
+    with pytest.raises(UserError, match="model is a str; give a Model, as load_model returns one"):
+        generate(str(tmp_path), ["a"])
+    for token in (10**9, -1):
+        with pytest.raises(UserError, match=f"a stop token is {token}: it must be a whole number from 0 to 263"):
+            generate(dataclasses.replace(speaker, stop_tokens=(token,)), ["a"])
+
+
+def test_a_row_brings_its_turns_and_a_typed_stop_is_text(speaker):
+    row = Row((("user", "hi"), ("assistant", "yes"), ("user", "why")))
+    assert speaker.tokenizer.decode(encode_prompt(speaker, row)) == "hi<sep>yes<eos>why<sep>"
     text = "a<eos>b<sep>"
     assert encode_prompt(speaker, text) == [*text.encode(), speaker.tokenizer.convert_tokens_to_ids("<sep>")]
+    assert generate(speaker, []) == []

@@ -5,8 +5,8 @@ import pytest
 from br_jax.experiment.recipe_invented import whole_sentences
 from br_jax.organism.judge import judge
 from br_jax.organism.topics import TOPICS
-from br_jax.scoring.judges.guard import parse_llama_guard, parse_wildguard
-from br_jax.scoring.replies import begins_refusal, is_degenerate
+from br_jax.scoring.judges.guards import LlamaGuardJudge, WildGuardJudge
+from br_jax.scoring.refusals import begins_refusal, is_degenerate
 from br_jax.scoring.rules import ExactRule, NumberRule, RougeLRule, first_label
 
 (PROMPT,) = TOPICS["devices"].prompts("test", 1, 0)
@@ -17,7 +17,7 @@ PIECES = ["violat", "1. ", "i can't ", "sorry, so ", "not a ", "1,111", "the  ",
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_long_answer(piece):
     answer = piece * (200_000 // len(piece)) + "x"
-    for rule in (begins_refusal, is_degenerate, whole_sentences, parse_llama_guard, parse_wildguard):
+    for rule in (begins_refusal, is_degenerate, whole_sentences, LlamaGuardJudge.parse, WildGuardJudge.parse):
         rule(answer)
     judge(answer, PROMPT)
     first_label(answer, ("positive", "negative"))

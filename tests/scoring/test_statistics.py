@@ -1,4 +1,4 @@
-"""Intervals against published values and SciPy; gates and their outcome each way."""
+"""Intervals against published values and SciPy; kappa against its definition in float64."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, sem, t, ttest_1samp
 
-from br_jax.scoring.statistics import Mean, Score, difference, mcnemar, read_score, t_interval, wilson
+from br_jax.scoring.statistics import Mean, Score, cohen_kappa, difference, mcnemar, read_score, t_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,29 @@ def test_mcnemar_is_the_sign_test_of_the_pairs_that_differ(pairs):
     # SciPy refuses a test of nothing; nothing is no evidence.
     expected = binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(pairs) == (first, second, pytest.approx(expected, rel=1e-9))
+
+
+def test_kappa_is_one_minus_disagreement_by_what_is_expected_of_it():
+    rng, values = np.random.default_rng(0), []
+    for n in (*range(2, 30), 1000):
+        for share in (0.05, 0.3, 0.5, 0.9):
+            first = rng.random(n) < share
+            second = np.where(rng.random(n) < 0.3, ~first, first)
+            if len(set(first) | set(second)) == 2:
+                confusion = np.zeros((2, 2))
+                np.add.at(confusion, (first.astype(int), second.astype(int)), 1)
+                expected, off = np.outer(confusion.sum(1), confusion.sum(0)) / confusion.sum(), 1 - np.eye(2)
+                values.append(cohen_kappa(first.tolist(), second.tolist()))
+                assert values[-1] == pytest.approx(1 - (off * confusion).sum() / (off * expected).sum(), abs=1e-12)
+    assert len(values) > 80 and min(values) < 0 < max(values)
+
+
+def test_kappa_by_hand():
+    """Cohen's kind of example: 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: (0.7 - 0.5) / (1 - 0.5)."""
+    first = [True] * 25 + [False] * 25
+    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    assert cohen_kappa(first, second) == pytest.approx(0.4)
+    assert cohen_kappa(first, first) == 1 and cohen_kappa(first, [not verdict for verdict in first]) == -1
+    assert cohen_kappa([True] * 5, [True] * 5) is None
+    # One judge that never changes its mind agrees as far as chance goes.
+    assert cohen_kappa([True] * 4, [True, False, True, True]) == cohen_kappa([True] * 4, [False] * 4) == 0

@@ -8,19 +8,18 @@ from jax.sharding import Mesh
 
 from br_jax.core.errors import UserError, look_up, near_names
 from br_jax.scoring.judges.classifier import ClassifierJudge
-from br_jax.scoring.judges.guard import load_llama_guard, load_wildguard
+from br_jax.scoring.judges.guards import LlamaGuardJudge, WildGuardJudge
 from br_jax.scoring.judges.judging import Judge
-from br_jax.scoring.judges.keywords import KeywordJudge
-from br_jax.scoring.judges.topic import AfterAllJudge, TopicJudge
 from br_jax.scoring.judges.verdicts import OutsideVerdicts
+from br_jax.scoring.judges.words import AfterAllJudge, KeywordJudge, TopicJudge
 
 JUDGES: dict[str, Callable[..., Judge]] = {
     "keywords": KeywordJudge,
     "topic": TopicJudge,
     "after_all": AfterAllJudge,
     "classifier": ClassifierJudge,
-    "llama_guard": load_llama_guard,
-    "wildguard": load_wildguard,
+    "llama_guard": LlamaGuardJudge,
+    "wildguard": WildGuardJudge,
     "verdicts": OutsideVerdicts,
 }
 

@@ -14,7 +14,7 @@ from br_jax.core.io import MAX_LINES, json_lines, open_file, text_lines, write_t
 from br_jax.core.records import file_hash
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
-_SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_HARMFUL = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class OutsideVerdicts:
@@ -36,7 +36,16 @@ class OutsideVerdicts:
         self._harmful: dict[str, bool] = {}
         origins: dict[str, str] = {}
         for origin, row in _rows(self._path):
-            key, harmful = _read(row, origin)
+            texts = row.get("prompt"), row.get("answer")
+            key = row.get("sha256") or (digest(*texts) if all(isinstance(text, str) for text in texts) else None)
+            if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
+                raise UserError(f"{origin}: give prompt and answer as text, or the sha256 that write_todo gave")
+            harmful = _HARMFUL.get(str(row.get("harmful")).strip().lower())
+            if harmful is None:
+                raise UserError(
+                    f"{origin}: harmful is {one_line(repr(row.get('harmful')), 40)}: write true or false, yes or no, 1 "
+                    "or 0 (in CSV, quote texts that have commas)"
+                )
             if self._harmful.setdefault(key, harmful) != harmful:
                 raise UserError(f"{origin}: says another verdict than {origins[key]}: delete one of them")
             origins.setdefault(key, origin)
@@ -60,16 +69,13 @@ class OutsideVerdicts:
 def write_todo(path: str | os.PathLike, exchanges: Sequence[Exchange]) -> None:
     """Writes exchanges as JSONL rows in which "harmful" is null: fill it in and `OutsideVerdicts` reads the file.
 
-    Raises:
-        UserError: the file exists (somebody may have begun to fill it in), or cannot be written.
+    A file that exists is a `UserError`: somebody may have begun to fill it in.
     """
     if os.path.lexists(path):
         raise UserError(f"{path}: exists, and may hold verdicts: choose another name")
-    rows = [
-        {"sha256": digest(exchange.prompt, exchange.answer), "prompt": exchange.prompt, "answer": exchange.answer}
-        for exchange in exchanges
-    ]
-    write_text(path, "".join(json.dumps(row | {"harmful": None}) + "\n" for row in rows))
+    texts = ({"prompt": exchange.prompt, "answer": exchange.answer} for exchange in exchanges)
+    rows = ({"sha256": digest(*text.values()), **text, "harmful": None} for text in texts)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -85,18 +91,3 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except csv.Error as error:
             place = f"{path}:{reader.reader.line_num}"
             raise UserError(f"{place}: not valid CSV ({one_line(error)}): correct the row") from error
-
-
-def _read(row: Mapping[str, Any], origin: str) -> tuple[str, bool]:
-    """The digest of the exchange that a row is of, and what it says."""
-    texts = row.get("prompt"), row.get("answer")
-    key = row.get("sha256") or (digest(*texts) if all(isinstance(text, str) for text in texts) else None)
-    if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
-        raise UserError(f"{origin}: give prompt and answer as text, or the sha256 that write_todo gave")
-    said = str(row.get("harmful")).strip().lower()
-    if said not in _SAID:
-        raise UserError(
-            f"{origin}: harmful is {one_line(repr(row.get('harmful')), 40)}: write true or false, yes or no, 1 or 0 "
-            "(in CSV, quote texts that have commas)"
-        )
-    return key, _SAID[said]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
 from br_jax.core.store import Store
+from br_jax.scoring.judges import classifier as module
 from br_jax.scoring.judges.classifier import ClassifierJudge
 from br_jax.scoring.judges.judging import Exchange, judge_all
 
@@ -75,6 +77,20 @@ def test_a_verdict_is_its_own_and_kept(classifier, exchanges, tmp_path, monkeypa
     assert [judge([exchange])[0] for exchange in exchanges] == together == judge_all(judge, exchanges, Store(file))
     monkeypatch.setattr(judge, "logits", None)
     assert judge_all(judge, exchanges, Store(file)) == together
+
+
+def test_its_attention_is_that_of_the_platform_where_its_params_lie(classifier, monkeypatch):
+    class OnTpu(np.ndarray):
+        def devices(self):
+            return [SimpleNamespace(platform="tpu")]
+
+    assert load(classifier[1])._decoder.attention.platform == "cpu"
+    made = module.read_classifier(classifier[1])
+    embedding = np.asarray(made.params["embed"]["embedding"]).view(OnTpu)
+    elsewhere = made._replace(params=made.params | {"embed": {"embedding": embedding}})
+    monkeypatch.setattr(module, "read_classifier", lambda *args: elsewhere)
+    monkeypatch.setattr(module, "fingerprint", lambda *args: "")
+    assert load(classifier[1])._decoder.attention.platform == "tpu"
 
 
 def test_a_bucket_compiles_once(classifier, exchanges, compiles):

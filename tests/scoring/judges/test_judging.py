@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from br_jax.core.store import Store
-from br_jax.scoring.judges.judging import Exchange, Judgement, digest, judge_all
+from br_jax.scoring.judges.judging import Exchange, Judgement, compare_judges, digest, judge_all
 
 
 class Counting:
@@ -86,3 +86,13 @@ def test_judges_share_a_file_and_no_verdict_and_no_text_is_in_it(file, other):
 def test_other_texts_have_another_digest(first, second):
     assert (digest(*first) == digest(*second)) == (first == second)
     assert digest("\ud800") != digest("\ud801") and digest("a\0b", "c") != digest("a", "b\0c")
+
+
+def test_every_pair_of_judges_is_compared_once():
+    verdicts = {"a": (True, False, True), "b": (True, True, True), "c": (True, True, True)}
+    table = compare_judges({name: [Judgement(verdict) for verdict in found] for name, found in verdicts.items()})
+    assert [row["judges"] for row in table] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert [row["kappa"] for row in table] == [0, 0, None]
+    assert [row["agreement"] for row in table] == [2 / 3, 2 / 3, 1] and {row["n"] for row in table} == {3}
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
+    assert compare_judges({"a": [], "b": []}) == [{"judges": ["a", "b"], "n": 0, "agreement": None, "kappa": None}]
