@@ -155,12 +155,20 @@ def read_json(path: str | os.PathLike, cure: str = "copy or make it again") -> d
 def parse_json(text: str, origin: str, cure: str) -> Any:
     """The value of a JSON document; a `UserError` if it is none, or a deep one."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
         if _is_deep(content):
             raise ValueError(f"more than {_MAX_DEPTH} levels deep")
     # ValueError: also a number of thousands of digits; RecursionError: thousands of brackets.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not valid JSON ({one_line(error)}); {cure}") from error
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {one_line(twice, 60)!r} is there twice")
     return content
 
 
