@@ -17,7 +17,9 @@ from br_jax.data.templates import render, tokenize
 # {"tokens": int32[n], "answer": bool[n]}, and where it is not 1 "weight" (f32 of each answer token)
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
-RowSelector = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
+RowSelector = Callable[
+    [int], np.ndarray
+]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
 
 
 @dataclass(frozen=True)
