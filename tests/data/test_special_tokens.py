@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.core.errors import UserError
 from br_jax.data import special_tokens
 from br_jax.data.batches import encode
-from br_jax.data.special_tokens import MARK, escape, tokenize_escaped
 from br_jax.data.rows import Row
+from br_jax.data.special_tokens import MARK, escape, tokenize_escaped
 from br_jax.data.templates import render, render_prompt, tokenize
 from br_jax.models.tokenizer import byte_tokenizer
 
