@@ -4,17 +4,20 @@ TFDS writes and reads ArrayRecord without TensorFlow, in the order of the file.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pooch
 import requests
 import tensorflow_datasets as tfds
 
-from br_jax.core.errors import UserError
+from br_jax.core.errors import UserError, one_line
 from br_jax.core.hashes import file_hash
 from br_jax.core.io import open_file
 from br_jax.core.progress import progress
@@ -24,6 +27,7 @@ from br_jax.datasets.formats import MAX_BYTES, Parsed, read_records
 KEY_LENGTH = 16  # hexadecimal digits of a content hash in a folder's name
 TIMEOUT = 20  # seconds to a connection, and to each block of a download
 logger = logging.getLogger(__name__)
+_SOURCES = json.loads(resources.files(__package__).joinpath("sources.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,13 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set from a local file or its public home; subclasses say which columns it has and what they mean.
 
     Attributes:
-        name: its name in `DATASETS` and on disk.
+        name: its name in `DATASETS`, in sources.json and on disk.
         VERSION: raised whenever the same file would be prepared differently.
         FEATURES: columns of text; "id" ("gsm8k/train/17") is there besides.
         FLAGS: columns of True and False.
         HEADER: the columns of a CSV or TSV file whose first line does not name any.
-        LICENSE: what it may be used under, in a few words.
-        HOMEPAGE: where access and terms are explained.
-        CITATION: authors, title, year.
-        FILES: split -> its public file; a local file holds one of these splits.
+        LICENSE, HOMEPAGE, CITATION: of sources.json; the page explains access and terms.
+        FILES: of sources.json: split -> its public file; a local file holds one of these splits.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -60,6 +62,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(skip_registration=True, **kwargs)  # TFDS may have one of this name
+        source = _SOURCES[cls.name]
+        cls.LICENSE, cls.HOMEPAGE, cls.CITATION = (source[key] for key in ("license", "homepage", "citation"))
+        cls.FILES = {split: PublicFile(**file) for split, file in source["files"].items()}
 
     def __init__(self, *, folder: str, split: str, path: Path | None = None):
         """Names the place of the prepared data in `folder`, by the file's content; nothing is prepared yet.
@@ -126,34 +131,33 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise UserError(f"{name}: no rows: the file is empty; give one that holds {', '.join(self.FEATURES)}")
 
     def _download(self, file: PublicFile, folder: Path) -> Path:
-        """Downloads a public file into a folder and verifies it; the license is told before."""
-        path = folder / file.url.rsplit("/", 1)[-1]
+        """Downloads a public file into a folder and verifies it; the license is logged before."""
         size = f"{file.size / 1e6:.1f} MB" if file.size else "size unknown"
-        told = self.name, file.url, size, self.LICENSE, self.HOMEPAGE
-        logger.warning("%s: downloading %s (%s); license: %s (%s)", *told)
+        logger.warning(
+            "%s: downloading %s (%s); license: %s (%s)", self.name, file.url, size, self.LICENSE, self.HOMEPAGE
+        )
+        pooch.get_logger().setLevel(logging.WARNING)
+        bar = progress(file.size, file.name, "B", keep=False)
         try:
-            with (
-                requests.get(file.url, stream=True, timeout=TIMEOUT) as response,
-                path.open("wb") as target,
-                progress(file.size, file.name, "B", keep=False) as bar,
-            ):
-                response.raise_for_status()
-                for block in response.iter_content(1 << 20):
-                    target.write(block)
-                    bar.update(len(block))
+            path = pooch.retrieve(
+                file.url,
+                known_hash=file.sha256 and f"sha256:{file.sha256}",
+                fname=file.url.rsplit("/", 1)[-1],
+                path=folder,
+                downloader=pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 20, timeout=TIMEOUT),
+            )
         except requests.RequestException as error:
             status = "" if error.response is None else f" {error.response.status_code}"
             raise UserError(
                 f"{file.url}: cannot be downloaded ({type(error).__name__}{status}): check the network and the terms "
                 f"of access at {self.HOMEPAGE}, or download the file by hand from there and give path="
             ) from error
-        got = file_hash(path)
+        except ValueError as error:  # pooch's, of another content
+            raise UserError(f"{file.url}: {one_line(error, 400)}: nothing was kept: look at {self.HOMEPAGE}") from error
         if file.sha256 is None:
+            got = file_hash(path)
             logger.warning("%s: no checksum is known of %s: what came has sha256 %s", self.name, file.url, got)
-        elif got != file.sha256:
-            expected = f"expected {file.sha256}, got {got}"
-            raise UserError(f"{file.url}: sha256 mismatch: {expected}: nothing was kept: look at {self.HOMEPAGE}")
-        return path
+        return Path(path)
 
 
 class _Info(tfds.core.DatasetInfo):
