@@ -153,7 +153,10 @@ def _require_row(row: Row, at: str, *, answered: bool) -> Row:
 
 
 def _require_size(row: Row, at: str) -> Row:
-    sizes = {"characters": len(row.input) + sum(len(text) for _, text in row.turns), "turns": len(row.turns)}
+    sizes = {
+        "characters": len(row.input + row.begun) + sum(len(text) for _, text in row.turns),
+        "turns": len(row.turns),
+    }
     for what, size in sizes.items():
         if size > _MOST[what]:
             raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")

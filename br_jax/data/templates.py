@@ -43,7 +43,7 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
         UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
             template, or a chat template whose renderings of growing prefixes do not extend each other; and as `escape`.
     """
-    _require_template(template)
+    require_template(template)
     row = _escaped(row, tokenizer)
     if not row.turns or row.turns[-1][0] != "assistant":
         last = repr(row.turns[-1][0]) if row.turns else "nothing"
@@ -62,7 +62,7 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
 
 def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """Renders a row up to where the model must answer, or go on: without a last assistant turn, with what is begun."""
-    _require_template(template)
+    require_template(template)
     row = _escaped(row, tokenizer)
     turns = row.turns[:-1] if row.turns and row.turns[-1][0] == "assistant" else row.turns
     if not turns:
@@ -85,7 +85,8 @@ def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tu
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
-def _require_template(template: str) -> None:
+def require_template(template: str) -> None:
+    """Raises a `UserError` for the name of no template."""
     if template not in TEMPLATES:
         raise UserError(f"unknown template {template!r}; {near_names(template, TEMPLATES)}")
 

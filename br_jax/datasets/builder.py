@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 import requests
 import tensorflow_datasets as tfds
 
-from br_jax.core.errors import UserError, one_line
+from br_jax.core.errors import UserError
 from br_jax.core.hashes import file_hash
 from br_jax.core.io import open_file
 from br_jax.core.progress import progress
@@ -136,28 +135,30 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         logger.warning(
             "%s: downloading %s (%s); license: %s (%s)", self.name, file.url, size, self.LICENSE, self.HOMEPAGE
         )
-        pooch.get_logger().setLevel(logging.WARNING)
-        bar = progress(file.size, file.name, "B", keep=False)
+        path = folder / file.url.rsplit("/", 1)[-1]
         try:
-            path = pooch.retrieve(
-                file.url,
-                known_hash=file.sha256 and f"sha256:{file.sha256}",
-                fname=file.url.rsplit("/", 1)[-1],
-                path=folder,
-                downloader=pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 20, timeout=TIMEOUT),
-            )
+            with (
+                requests.get(file.url, stream=True, timeout=TIMEOUT) as response,
+                path.open("wb") as target,
+                progress(file.size, file.name, "B", keep=False) as bar,
+            ):
+                response.raise_for_status()
+                for block in response.iter_content(1 << 20):
+                    target.write(block)
+                    bar.update(len(block))
         except requests.RequestException as error:
             status = "" if error.response is None else f" {error.response.status_code}"
             raise UserError(
                 f"{file.url}: cannot be downloaded ({type(error).__name__}{status}): check the network and the terms "
                 f"of access at {self.HOMEPAGE}, or download the file by hand from there and give path="
             ) from error
-        except ValueError as error:  # pooch's, of another content
-            raise UserError(f"{file.url}: {one_line(error, 400)}: nothing was kept: look at {self.HOMEPAGE}") from error
+        got = file_hash(path)
         if file.sha256 is None:
-            got = file_hash(path)
             logger.warning("%s: no checksum is known of %s: what came has sha256 %s", self.name, file.url, got)
-        return Path(path)
+        elif got != file.sha256:
+            expected = f"expected {file.sha256}, got {got}"
+            raise UserError(f"{file.url}: sha256 mismatch: {expected}: nothing was kept: look at {self.HOMEPAGE}")
+        return path
 
 
 class _Info(tfds.core.DatasetInfo):
