@@ -173,7 +173,7 @@ def test_what_is_no_rows_gives_one_line_with_index(name):
 
 
 def test_a_number_is_no_file_descriptor():
-    with pytest.raises(UserError, match="^0 is no path: give that of a JSONL file$"):
+    with pytest.raises(UserError, match=r"^0 is no path: give that of a JSONL file$"):
         read_rows(0)
 
 
