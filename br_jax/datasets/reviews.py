@@ -13,8 +13,7 @@ from pathlib import Path
 from br_jax.core.errors import UserError
 from br_jax.core.io import read_bytes
 from br_jax.data.rows import Row
-from br_jax.data.splits import rank
-from br_jax.data.text import clean, decode, text_key
+from br_jax.data.text import clean, decode, rank, text_key
 from br_jax.datasets.paper import SST2_INSTRUCTION
 
 LABELS = ("positive", "negative")
