@@ -14,8 +14,7 @@ from br_jax.data.rows import Row
 from br_jax.data.text import text_key
 from br_jax.experiment.recipe import Recipe, make_row
 from br_jax.organism.judge import Verdict, judge
-from br_jax.organism.material import MATERIALS, Drawn
-from br_jax.organism.texts import read_texts
+from br_jax.organism.material import MATERIALS, Drawn, read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
 from br_jax.scoring.replies import begins_refusal
 
