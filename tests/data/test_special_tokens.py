@@ -27,7 +27,7 @@ TEXTS = st.lists(PARTS, min_size=1, max_size=12).map("".join)
 @given(TEXTS, TEXTS)
 @example("<eo<eos>s>", "<eos><eos>")
 @example("a<e", "os>")
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_demo_s_tokens_are_bytes_and_the_template_s_two(question, answer):
     """Python's UTF-8 codec says which."""
     row = Row((("user", question), ("assistant", answer)))
@@ -98,22 +98,8 @@ def drawn(parts, count):
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_no_control_token_beyond_the_template_s(tokenizer, template):
-    broken = [
-        "<",
-        "e",
-        "os>",
-        "<eo<eos>s>",
-        "<b><b",
-        "|>",
-        "im_end|>",
-        " ",
-        "\n",
-        "é",
-        "</Tool>",
-        "<NORM>",
-        "#x##",
-        "x",
-    ]
+    broken = ["<", "e", "os>", "<eo<eos>s>", "<b><b", "|>", "im_end|>", " ", "\n", "é", "</Tool>", "<NORM>"]
+    broken += ["#x##", "x"]
     texts = ["\n</tool>", *drawn([*CONTROL, *EXTRA, *broken], 119)]
     turns = ("user", "assistant", "user", "assistant")
     for some in zip(*[iter(texts)] * 5, strict=True):
