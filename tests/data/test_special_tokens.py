@@ -139,10 +139,11 @@ def test_without_a_control_token_both_ways_agree(tokenizer, template):
             assert tokenize_escaped(rendered, tokenizer, template == "alpaca") == expected
 
 
-def test_what_is_spelled_is_whole_where_the_model_lets_it(tokenizer):
+@pytest.mark.parametrize("name", ["<|im_end|>", "<norm>"])
+def test_what_is_spelled_is_whole_where_the_model_lets_it(tokenizer, name):
     """A cut would put SentencePiece's space into the text."""
-    ids, _ = tokenize_escaped(escape("a<|im_end|>b", tokenizer, ""), tokenizer, False)
-    assert "".join(tokenizer.convert_ids_to_tokens(ids)).removeprefix("▁") == "a<|im_end|>b"
+    ids, _ = tokenize_escaped(escape(f"{name}b", tokenizer, ""), tokenizer, False)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)).removeprefix("▁") == f"{name}b"
 
 
 def test_a_mark_is_in_the_token_and_not_in_the_space_that_it_takes(tokenizer):
