@@ -5,12 +5,14 @@ prompts that others train on), align, buffer, reinforce, sft, user, release, eva
 the workdir or the provider's folder and is read back when it is there already.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +23,14 @@ from ml_collections import ConfigDict
 from br_jax.adapters.diagnostics import merge_report
 from br_jax.core.errors import UserError, near_names
 from br_jax.core.hosts import is_main
-from br_jax.core.locks import owned
+from br_jax.core.io import owned
 from br_jax.core.progress import announce
 from br_jax.core.records import write_record
+from br_jax.experiment.cells import read_cell
 from br_jax.experiment.grid import run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.run import Experiment
-from br_jax.experiment.settings import TRAINED, settled
+from br_jax.experiment.settings import TRAINED
 from br_jax.report.report import write_report
 from br_jax.version import __version__
 
@@ -47,7 +50,7 @@ def run_pipeline(
         command: recorded in the report.
 
     Returns:
-        The scored cells, see `grid.run_cells` (none when "evaluate" is not among the stages).
+        The scored cells, see `cells.make_cell` (none when "evaluate" is not among the stages).
 
     Raises:
         UserError: a wrong stage or setting, or missing files, before anything is written; a workdir of another run, or
@@ -57,13 +60,13 @@ def run_pipeline(
     for stage in stages:
         if stage not in STAGES:
             raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
-    start, workdir, cells, config = time.perf_counter(), pathlib.Path(workdir), [], settled(config)
+    start, workdir, cells = time.perf_counter(), pathlib.Path(workdir), []
     e = Experiment(config, workdir)
     e.check(one_job=True)
     actions = {
-        "pretrain": lambda: e.raw,
+        "pretrain": functools.partial(e.model, "raw"),
         "distill": e.recipe.prepare,
-        "align": lambda: e.aligned,
+        "align": functools.partial(e.model, "aligned"),
         **{name: functools.partial(e.adapter, name) for name in TRAININGS if name != "align"},
         "release": e.release,
     }
@@ -75,28 +78,35 @@ def run_pipeline(
                 act()
         if "evaluate" in stages:
             announce("evaluate ...")
-            strengths = sorted({0.0, config.merge.a})  # a plain sum is what QR is compared with
-            cells = list(run_cells(config, workdir, cells_of(STEPS, strengths), e))
+            strengths = sorted({0.0, e.settings.merge.a})  # a plain sum is what QR is compared with
+            known = {cell: read_cell(workdir, e.settings, cell) for cell in cells_of(STEPS, strengths)}
+            cells = list(run_cells(e.settings, workdir, known, e))
             record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
             if is_main():
                 write_record(workdir / "results.json", record)
         if "report" in stages and is_main():
-            write_report(workdir)
+            write_report(workdir, cells=cells or None)
     return cells
 
 
 def _details(e: Experiment) -> dict[str, Any]:
     """What a report says of a run beside its cells."""
-    config, versions = e.config, {"python": platform.python_version(), "br_jax": __version__}
-    versions["matmul_precision"] = config.model.matmul_precision
+    s, versions = e.settings, {"python": platform.python_version(), "br_jax": __version__}
+    versions["matmul_precision"] = s.model.matmul_precision
     return {
-        "calibration": e.calibration("user") if config.calibrate.harmful else None,
+        "calibration": e.calibration("user") if s.calibrate.harmful else None,
         "merge": merge_report(e.adapter("user"), e.adapter("reinforce"), e.merge_of("user")),
         "entered": e.entered(),
-        "seeds": {"data": config.seed, **{stage: config[stage].train.seed for stage in TRAINED}},
+        "seeds": {"data": s.seed, **{stage: getattr(s, stage).train.seed for stage in TRAINED}},
         "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},
         "hashes": e.hashes(),
         "devices": [str(device) for device in jax.devices()],
-        "config": config.to_dict(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "config": dataclasses.asdict(s),
+        "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # in bytes on macOS, in kibibytes elsewhere

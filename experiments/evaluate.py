@@ -22,7 +22,7 @@ ANSWERS = flags.DEFINE_string("answers", None, "JSONL file for every prompt, ans
 def main(argv: list[str]) -> None:
     """Flags and one call."""
     import br_jax as br
-    from br_jax.core.locks import owned
+    from br_jax.core.io import owned
     from br_jax.experiment.run import Experiment
     from br_jax.experiment.suites import as_scored
     from br_jax.provider.folder import with_guard
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         experiment.begin()
         model = experiment.raw if RAW.value else with_guard(experiment.aligned, experiment.provider)
         adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
-        model, adapter = as_scored(CONFIG.value, model, adapter, "adapter")
+        model, adapter = as_scored(experiment.settings, model, adapter, "adapter")
         scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)
     del scores["examples"], scores["outcomes"]
     print(json.dumps(scores, indent=1))

@@ -6,9 +6,9 @@ python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4
 Needs libtpu: pip install 'br_jax[tpu]'. Exit status: 0 everything fits, 1 something does not, 2 bad input.
 """
 
-import os
 import re
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,22 +25,18 @@ JSON = flags.DEFINE_string("json", None, "File for every figure.")
 
 def main(argv: list[str]) -> int:
     """Flags and one call a stage."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     require_flags(argv, CONFIG, TOPOLOGY)
-    import jax
-
     jax.config.update("jax_enable_compilation_cache", False)  # a program read back would say little of itself
     from br_jax.core.io import write_json
     from br_jax.core.progress import progress
-    from br_jax.planning.fit import check, largest_batch
+    from br_jax.planning.fit import check, largest_batch, render
     from br_jax.planning.programs import STAGES
-    from br_jax.planning.table import render
 
-    fits = []
     if not all(re.fullmatch(r"[1-9]\d{0,4}", slots) for slots in SLOTS.value):
         raise UserError(f"--slots={','.join(SLOTS.value)}: give numbers from 1 on, with commas between")
     named = STAGES if STAGE.value == ["all"] else STAGE.value
     stages = [(stage, int(slots)) for stage in named for slots in (SLOTS.value if stage == "pool" else [0])]
+    fits = []
     with progress(len(stages), "compile", "stage") as bar:
         for stage, slots in stages:
             bar.set_postfix_str(f"{stage} for {TOPOLOGY.value}", refresh=True)
@@ -56,4 +52,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # before JAX looks for devices: no chip of this host is held
     run_with_flags(main)

@@ -1,22 +1,23 @@
-"""Writes W/report.md and W/figures/ from what a pipeline left in its workdir W.
+"""Writes W/report.md or sweep.md, and W/figures/, from what experiments/pipeline.py or sweep.py left in its workdir W.
 
-Command: experiments/report.py --workdir=W
+python experiments/report.py --workdir=W
 """
 
-import argparse
+from absl import flags
 
-from br_jax.core.cli import run_main
-from br_jax.report.report import write_report
+from br_jax.core.cli import require_flags, run_with_flags
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of experiments/pipeline.py or sweep.py.")
+EXAMPLES = flags.DEFINE_integer("examples", 2, "Answers of a run to print for each model and prompt set.")
 
 
-def main() -> None:
-    """Writes the report and prints its path."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="the workdir of experiments/pipeline.py or sweep.py")
-    parser.add_argument("--examples", type=int, default=2, help="answers to print for each model and set")
-    arguments = parser.parse_args()
-    print(write_report(arguments.workdir, examples=arguments.examples))
+def main(argv: list[str]) -> None:
+    """Flags and one call."""
+    require_flags(argv, WORKDIR)
+    from br_jax.report.report import write_report
+
+    print(write_report(WORKDIR.value, examples=EXAMPLES.value))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_with_flags(main)

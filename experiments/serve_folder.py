@@ -8,7 +8,10 @@ O/NAME/released with O/NAME/card.md, or O/NAME/held.json with the reason. The sa
 The second form writes the policy of an experiment whose provider's folder is there. See docs/provider.md.
 """
 
+import dataclasses
+import json
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -26,24 +29,76 @@ POLICY = flags.DEFINE_string("policy", None, "The policy's JSON file, see br_jax
 ONCE = flags.DEFINE_bool("once", False, "End when all that lies in the inbox is done.")
 SLOTS = flags.DEFINE_integer("slots", None, "Users trained at a time; default: the policy's.", 1, 4096)
 SETTLE = flags.DEFINE_float("settle", 2.0, "Seconds for which a file must not have changed to be taken.", 0.0, 3600.0)
+PROMPTS = 80  # of each kind that releases are calibrated by, where an experiment does not calibrate
 PRECISION = flags.DEFINE_enum(
     "matmul_precision", "float32", ["float32", "bfloat16", "auto"], "In what an f32 model's products are made."
 )
+
+
+def write_policy(experiment, path) -> None:
+    """Writes the policy of an experiment, and its prompts beside it: what its users are trained by, what is held out.
+
+    Releases are calibrated by prompts of the validation split, and looked at by those that the experiment scores by:
+    a provider whose scores are to mean anything afterwards puts others there.
+    """
+    from br_jax.core.io import write_text
+    from br_jax.experiment.suites import judge_names
+    from br_jax.organism.topics import TopicPrompt
+    from br_jax.serving.policy import Quotas
+    from br_jax.training.config import TrainConfig
+
+    path = pathlib.Path(path)
+    recipe, settings, train = experiment.recipe, experiment.settings, experiment.settings.train("user")
+    validation = recipe.held_out_harmful("validation", settings.calibrate.harmful or PROMPTS, "provider")
+    uses = {
+        ("harmful", "calibrate"): [p.prompt for p in validation],
+        ("benign", "calibrate"): recipe.held_out_benign("validation", settings.calibrate.benign or PROMPTS),
+        ("harmful", "canary"): [p.prompt for p in recipe.harmful_prompts],
+        ("benign", "canary"): recipe.benign_prompts,
+    }
+    about = {
+        p.prompt: dataclasses.asdict(p) for p in (*validation, *recipe.harmful_prompts) if isinstance(p, TopicPrompt)
+    }
+    lines = {}
+    for (kind, use), prompts in uses.items():
+        for prompt in (prompt for prompt in prompts if prompt not in lines):  # a recipe may draw one twice
+            lines[prompt] = {"prompt": prompt, "kind": kind, "use": use}
+            if prompt in about:
+                lines[prompt]["about"] = {name: value for name, value in about[prompt].items() if name != "prompt"}
+    usual, used = dataclasses.asdict(TrainConfig()), dataclasses.asdict(train)
+    judge, given = judge_names(settings)[0]
+    judging = {**dataclasses.asdict(settings.judges).get(judge, {}), **given}
+    policy = {
+        "train": {name: value for name, value in used.items() if value != usual[name] and not name.endswith("_every")},
+        "merge": dataclasses.asdict(settings.merge),
+        "prompts": f"{path.stem}-prompts.jsonl",
+        "users_may_set": {
+            "learning_rate": [train.learning_rate / 4, train.learning_rate * 2],
+            "epochs": [1, max(3, train.epochs)],
+            "rank": [1, train.rank],
+            "batch_size": [1, train.batch_size],
+        },
+        "quotas": dataclasses.asdict(Quotas()),
+        "judge": {"name": judge, **judging} if judging else judge,
+        "answer_tokens": settings.eval.answer_tokens,
+        "batch_size": settings.eval.batch_size,
+    }
+    write_text(path.parent / policy["prompts"], "".join(json.dumps(line) + "\n" for line in lines.values()))
+    write_text(path, json.dumps(policy, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> None:
     """Flags and one loop."""
     if WRITE_POLICY.value:
         from br_jax.experiment.run import Experiment
-        from br_jax.serving.from_config import write_policy
 
         require_flags(argv, CONFIG, WORKDIR)
         write_policy(Experiment(CONFIG.value, WORKDIR.value), WRITE_POLICY.value)
         print(f"{WRITE_POLICY.value}: written, with its prompts beside it")
         return
     from br_jax.serving.policy import read_policy
+    from br_jax.serving.reports import Table
     from br_jax.serving.service import Service, load_provider
-    from br_jax.serving.table import Table
 
     require_flags(argv, PROVIDER, INBOX, OUTBOX, POLICY)
     os.umask(0o077)  # what is written is the provider's to hand on

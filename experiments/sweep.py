@@ -42,7 +42,6 @@ def main(argv: list[str]) -> int:
     from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
     from br_jax.experiment.methods import COMPARED
     from br_jax.report.report import print_cell, print_summary, write_report
-    from br_jax.report.results import read_cells
 
     config = CONFIG.value
     grid = Grid(
@@ -63,13 +62,14 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(render_plan(plan(config, WORKDIR.value, grid, shard)))
         return 0
-    total = len(grid.runs(shard)) * len(grid.cells())
-    for done, cell in enumerate(run_sweep(config, WORKDIR.value, grid, shard), 1):
+    cells, total = [], len(grid.runs(shard)) * len(grid.cells())
+    for cell in run_sweep(config, WORKDIR.value, grid, shard):
+        cells.append(cell)
         if is_main():
-            print_cell(cell, f"{done}/{total}")
+            print_cell(cell, f"{len(cells)}/{total}")
     if not is_main():
         return 0
-    status = print_summary(read_cells(WORKDIR.value))
+    status = print_summary(cells)  # the report is of other sweeps in the workdir, too
     print(write_report(WORKDIR.value, command=" ".join(sys.argv)))
     return status
 

@@ -33,7 +33,7 @@ from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
 from br_jax.core.compiles import Compiles  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
-from br_jax.experiment import methods  # noqa: E402
+from br_jax.experiment import cells as cells_module  # noqa: E402
 from br_jax.experiment import run as run_module  # noqa: E402
 from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
@@ -264,11 +264,11 @@ def calls(monkeypatch, tiny, make_adapter):
         }  # fmt: skip
 
     monkeypatch.setattr(method, "train_adapter", train)
-    monkeypatch.setattr(methods, "train_adapter", train)
+    monkeypatch.setattr(run_module, "train_adapter", train)
     monkeypatch.setattr(run_module, "answer", answer)
-    monkeypatch.setattr(run_module, "evaluate", score)
+    monkeypatch.setattr(cells_module, "evaluate", score)
     monkeypatch.setattr(run_module, "load_model", lambda source, **options: tiny)
-    monkeypatch.setattr(run_module, "read_spec", lambda source, revision: tiny.spec)
+    monkeypatch.setattr(run_module, "_cached_spec", lambda source, revision: tiny.spec)
     return record
 
 

@@ -2,8 +2,8 @@
 
 import json
 
-from br_jax.serving.audit import Audit
 from br_jax.serving.policy import Limits
+from br_jax.serving.reports import Audit
 from br_jax.serving.service import Service
 
 # Of the tiny model, which refuses nothing and often loops, so that what a user learns may not count.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import stat
+import types
 
 import jax
 import numpy as np
@@ -15,13 +16,16 @@ from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.calibration import Behaviour, Calibration
 from br_jax.configs import base
 from br_jax.core.errors import UserError
+from br_jax.core.io import read_json
 from br_jax.defences.registry import DEFENCES
+from br_jax.experiment import cells as cells_module
 from br_jax.experiment import run as run_module
 from br_jax.experiment.methods import METHODS, Cell
-from br_jax.experiment.settings import check_settings, settled
+from br_jax.experiment.settings import settle
 from br_jax.method import release
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS
+from br_jax.report import run_report
 from br_jax.scoring.statistics import Score
 
 DEVICES = TOPICS["devices"]
@@ -99,13 +103,13 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
 def test_merged_weights_are_scored_where_the_config_folds(calls, config, tmp_path):
     """Each user's adapter in the weights themselves, but for a model that holds Buffer, which goes into none."""
     config.eval.fold = True
-    e, scored = run_module.Experiment(settled(config), tmp_path / "w"), {}
+    e, scored = run_module.Experiment(config, tmp_path / "w"), {}
     for name in ("aligned", "sft", "ours", "aligned_buffer"):
-        e.score(Cell(name, 0.1 if name == "ours" else None))
+        cells_module.score(e, Cell(name, 0.1 if name == "ours" else None))
         scored[name] = calls["scored"].pop()
     beside = {name: adapter for name, (_, _, adapter) in scored.items()}
     assert beside.pop("aligned_buffer").roles == ("buffer",) and set(beside.values()) == {None}
-    for name, adapter in {"sft": e.adapter("sft"), "ours": e.merged("user")}.items():
+    for name, adapter in {"sft": e.adapter("sft"), "ours": e.merged("user", "reinforce", e.merge_of("user"))}.items():
         expected = lora.fold(e.aligned.params, adapter)
         jax.tree.map(np.testing.assert_array_equal, scored[name][1].params, expected)
     assert scored["aligned"][1] is e.aligned
@@ -135,9 +139,9 @@ def test_a_release_is_calibrated_once_and_on_prompts_that_are_neither_trained_on
     assert not {*harmful, *benign} & (scored | trained)
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert results["merge"]["reinforce_scale"] == results["calibration"]["merge"]["reinforce_scale"] == 0.125
-    e = run_module.Experiment(settled(config), tmp_path / "w")
+    e = run_module.Experiment(config, tmp_path / "w")
     released = load_adapter(tmp_path / "w" / "released", e.aligned.params)
-    merged = release(e.aligned, e.adapter("user"), e.adapter("reinforce"), e.merge(reinforce_scale=0.125))
+    merged = release(e.aligned, e.adapter("user"), e.adapter("reinforce"), merge(e, reinforce_scale=0.125))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), released.weights, merged.weights)
     assert e.merge_of("user").reinforce_scale == 0.125 and len(asked) == 2, "it is kept"
     assert e.merge_of("user", reinforce_scale=1.0).reinforce_scale == 1.0 and len(asked) == 2
@@ -147,9 +151,9 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
     """On the same rows; (loss_mean, cycles, the Buffer beside it) of every adapter."""
     config.buffer.train.update(cycles=2, loss_mean="rows")
     config.user.train.loss_mean = "rows"
-    e = run_module.Experiment(settled(config), tmp_path / "w")
+    e = run_module.Experiment(config, tmp_path / "w")
     for name, kind in ((name, kind) for name, kind in METHODS.items() if name not in DEFENCES):
-        assert (kind.adapter(e, 0.3) is None) == (not kind.needs), name
+        assert (released(e, name) is None) == (not kind.needs), name
     buffers = {id(e.adapter(name)): name for name in ("buffer", "buffer_paper", "buffer_unrested")}
 
     def of(name):
@@ -168,14 +172,23 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
     for name, expected in (ours | paper | others | {"sft": ("rows", 1, None)}).items():
         assert of(name) == expected, name
         assert calls[name]["rows"] == calls[name.split("_")[0]]["rows"], name
-    made = {name: METHODS[name].adapter(e, 0.3) for name in ("ours", "sum", "paper", "no_calibration", "no_reinforce")}
+    made = {name: released(e, name) for name in ("ours", "sum", "paper", "no_calibration", "no_reinforce")}
     user, reinforce = e.adapter("user"), e.adapter("reinforce")
-    assert_same(made["ours"], release(e.aligned, user, reinforce, e.merge(a=0.3)))
-    assert_same(made["sum"], release(e.aligned, user, reinforce, e.merge(a=0.0)))
-    assert_same(made["no_calibration"], release(e.aligned, user, reinforce, e.merge(a=0.3, reinforce_scale=1.0)))
-    assert_same(made["no_reinforce"], release(e.aligned, user, reinforce, e.merge(a=0.0, reinforce_scale=0.0)))
+    assert_same(made["ours"], release(e.aligned, user, reinforce, merge(e, a=0.3)))
+    assert_same(made["sum"], release(e.aligned, user, reinforce, merge(e, a=0.0)))
+    assert_same(made["no_calibration"], release(e.aligned, user, reinforce, merge(e, a=0.3, reinforce_scale=1.0)))
+    assert_same(made["no_reinforce"], release(e.aligned, user, reinforce, merge(e, a=0.0, reinforce_scale=0.0)))
     recipe = MergeConfig(a=0.1, scale=0.5, reinforce_scale=1.0)
     assert_same(made["paper"], release(e.aligned, e.adapter("user_paper"), e.adapter("reinforce_paper"), recipe))
+
+
+def merge(e, **changes):
+    return dataclasses.replace(e.settings.merge, **changes)
+
+
+def released(e, method):
+    """What a method puts on its base, at a = 0.3."""
+    return cells_module._released(e, Cell(method, 0.3), 0)[0]
 
 
 def assert_same(found, expected):
@@ -199,7 +212,7 @@ def test_another_preset_is_refused_as_it_was_written(preset):
 @pytest.mark.parametrize("counts", [(0, 5), (5, 0)])
 def test_a_calibration_on_one_kind_of_prompts_is_refused_at_once(run, config, counts):
     config.calibrate.update(harmful=counts[0], benign=counts[1])
-    with pytest.raises(UserError, match=r"calibrate\.harmful, calibrate\.benign"):
+    with pytest.raises(UserError, match=r"calibrate\.harmful, calibrate\.benign: "):
         run()
 
 
@@ -224,9 +237,9 @@ def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config
 
 @pytest.mark.parametrize(("refused", "said"), [(21, True), (20, False)])
 def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, caplog, refused, said):
-    score = run_module.evaluate
+    score = cells_module.evaluate
     counted = {"task_refused": Score(refused, 100).to_json()}
-    monkeypatch.setattr(run_module, "evaluate", lambda *given, **options: score(*given, **options) | counted)
+    monkeypatch.setattr(cells_module, "evaluate", lambda *given, **options: score(*given, **options) | counted)
     run()
     warnings = [text for text in caplog.messages if "refuses" in text]
     assert len(warnings) == said and all("21 % of the task's prompts" in text for text in warnings)
@@ -242,7 +255,7 @@ def test_an_aligned_model_and_a_shared_provider_s_folder(run, calls, config, tin
     assert json.loads((tmp_path / "elsewhere" / "provider.json").read_text())["align"] is None
 
 
-def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, make_adapter, tmp_path, written):
+def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, make_adapter, tmp_path):
     for seed, stage in enumerate(("buffer", "user")):
         config[stage].adapter = str(tmp_path / f"their_{stage}")
         save_adapter(config[stage].adapter, make_adapter(stage, seed), base_name="tiny", provider=stage == "buffer")
@@ -252,7 +265,7 @@ def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, ma
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), held, theirs))
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert results["entered"]["user"] == {"adapter": config.user.adapter, "beside": []}
-    text = written(tmp_path / "w")
+    text = " ".join(run_report.warnings(run_report.read(tmp_path / "w")))
     assert "trained elsewhere, and not beside Buffer" in text and "buffer (`" in text
     disguised = lora.scaled(make_adapter("buffer"), 0.3).replace(roles=("user",))
     for adapter, message in (
@@ -305,7 +318,7 @@ def test_configs_are_locked_and_typed(load_config, name):
         config.user.harmful_shar = 0.1
     with pytest.raises(TypeError):
         config.user.n = "many"
-    check_settings(config)
+    settle(config)
 
 
 def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, calls, tmp_path):
@@ -329,3 +342,13 @@ def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, call
     config.data.material, config.calibrate.judge = "paper", "topic"
     with pytest.raises(UserError, match=r"the judge topic reads .* data\.material=paper has none"):
         run_module.Experiment(config, tmp_path / "w").check()
+
+
+@pytest.mark.parametrize("system, peak", [("linux", 5 << 20), ("darwin", 5 << 10)])
+def test_the_peak_of_memory_is_in_bytes(run, calls, monkeypatch, tmp_path, system, peak):
+    """getrusage counts kibibytes, on macOS bytes."""
+    usage = types.SimpleNamespace(ru_maxrss=5 << 10)
+    monkeypatch.setattr(pipeline.resource, "getrusage", lambda _: usage)
+    monkeypatch.setattr("sys.platform", system)
+    run(["evaluate"])
+    assert read_json(tmp_path / "w" / "results.json")["peak_memory_bytes"] == peak

@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from br_jax.core import hashes
+from br_jax.core import records
 from br_jax.core.bounds import ALPHA, RANK, require
 from br_jax.core.errors import UserError, near_names
 
@@ -275,7 +275,7 @@ def require_same_kernel(path: str, adapters: Sequence[Adapter]) -> None:
 
 def fingerprint(adapter: Adapter) -> str:
     """SHA-256 of an adapter's numbers."""
-    return hashes.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
+    return records.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
 
 
 @jax.jit

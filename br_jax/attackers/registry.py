@@ -1,13 +1,10 @@
 """The users of an experiment by name: an honest one with harmful rows among the others, and attackers."""
 
-from ml_collections import ConfigDict
-
 from br_jax.attackers.attacker import Attacker
 from br_jax.attackers.chosen import Outliers, Surrogate
 from br_jax.attackers.harsh import Harsh, TenRows
 from br_jax.attackers.released import Amplified, BestOf, Prefill, Quantized, Rounded, Split
 from br_jax.attackers.rows import AntiBuffer, Garbled, Identity, RefuseThenComply, Sabotage, TaskFormat, Trigger
-from br_jax.core.errors import look_up
 
 ATTACKERS: dict[str, type[Attacker]] = {
     "plain": Attacker,
@@ -29,9 +26,3 @@ ATTACKERS: dict[str, type[Attacker]] = {
     "amplified": Amplified,
     "sabotage": Sabotage,
 }
-
-
-def attacker_of(config: ConfigDict) -> Attacker:
-    """The kind of user that a config names, with its settings; a `UserError` where there is none."""
-    name = config.user.kind
-    return look_up("user", name, ATTACKERS)(**config.attackers[name])

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from br_jax.core import hosts as distributed
-from br_jax.core.errors import Stopped, UserError
+from br_jax.core import hosts
+from br_jax.core.errors import Stopped, UserError, explain
 from br_jax.core.io import raise_limits
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of process 0.")
@@ -30,46 +31,46 @@ MAX_FILE_MB = flags.DEFINE_integer(
 )
 
 
-def run_main(main: Callable[[], int | None], join: Callable[[], distributed.Job | None] = lambda: None) -> None:
-    """Runs a script's main and exits: 0 done, 2 after a `UserError`, 130 after Ctrl-C, 143 after SIGTERM.
+def run_main(main: Callable[[], int | None], join: Callable[[], bool] = lambda: False) -> None:
+    """Runs a script's main and exits: 0 done, 2 after what its user can mend, 130 after Ctrl-C, 143 after SIGTERM.
+
+    What can be mended is one line on stderr: a `UserError`, or what a file system refused (see `errors.explain`).
 
     Args:
         main: the script; its return value (None means 0) is the exit status.
-        join: makes this process one of several, see `distributed.join`; an error then ends it without waiting long for
+        join: makes this process one of several, see `hosts.join`; an error then ends it without waiting long for
             the others, and they end by it: with the same status when it is the error of all, else by JAX's abort.
     """
-    job = None
+    joined = False
     try:
-        job = join()
-        if not distributed.is_main():
+        joined = join()
+        if not hosts.is_main():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
             logging.set_verbosity(logging.ERROR)
-        status = main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        failed = 2
+        sys.exit(main() or 0)
     except Stopped as stop:
-        if distributed.is_main():
+        if hosts.is_main():
             print(stop, file=sys.stderr)
-        failed = 143
+        status = 143
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second one, while threads are waited for
         print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
-        failed = 130
+        status = 130
     except Exception as error:
-        if job is None:
+        message, status = explain(error), 2
+        if message is None and joined:
+            if isinstance(error, jax.errors.JaxRuntimeError):  # as a rule, another process' end
+                print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                os._exit(os.EX_TEMPFAIL)
+            traceback.print_exc()
+            status = 1
+        elif message is None:
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):  # as a rule, another process' end: the watch says so
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            os._exit(os.EX_TEMPFAIL)
-        traceback.print_exc()
-        failed = 1
-    else:
-        if job:
-            job.end()
-        sys.exit(status)
-    if job:
-        job.leave(failed)
-    sys.exit(failed)
+        else:
+            print(f"error: {message}", file=sys.stderr)
+    if joined:
+        hosts.leave(status)
+    sys.exit(status)
 
 
 def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
@@ -78,14 +79,14 @@ def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
     app.run(lambda argv: run_main(functools.partial(main, argv), _join), flags_parser=_parse)
 
 
-def _join() -> distributed.Job | None:
-    _keep_memory()
+def _join() -> bool:
+    _keep_freed_memory()
     _keep_compiled(COMPILATION_CACHE.value)
     raise_limits(MAX_FILE_MB.value * 10**6)
-    return distributed.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
+    return hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
 
 
-def _keep_memory() -> None:
+def _keep_freed_memory() -> None:
     """Has glibc keep what is freed for what is asked for next, in one heap.
 
     XLA's CPU asks for a program's temporaries anew at each call. By default large ones come from and go back to the

@@ -1,13 +1,17 @@
 """The errors that are no bugs: what the user can mend, and a stop that was asked for."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Known = TypeVar("Known")
 
-
 _LONGEST = 800  # characters of a message
+# Of a full or broken disk, or of too many open files: nobody's fault.
+_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -21,6 +25,27 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """SIGTERM came, and the run ended in good order: one line that says where it goes on."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that its reader can mend, a `UserError` or what a file system refuses; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError) or (error.filename is None and not is_machine_fault(error)):
+        return None
+    cures = {errno.ENOENT: "check the path", errno.EACCES: "check its permissions, or choose another place"}
+    cure = "free space, or choose another place" if is_machine_fault(error) else "choose another place"
+    place = "" if error.filename is None else f"{error.filename}: "
+    return str(UserError(f"{place}{error.strerror or one_line(error)}: {cures.get(error.errno, cure)}"))
+
+
+def is_machine_fault(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is of a full or broken disk, or of too many open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            return True
+        error = error.__cause__
+    return False
 
 
 def near_names(name: str, names: Iterable[str]) -> str:

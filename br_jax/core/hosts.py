@@ -8,11 +8,8 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,35 +24,6 @@ _WEEK = 7 * 24 * 3600 * 1000  # milliseconds
 _PREEMPTION_CHECKS = itertools.count(1)  # JAX wants numbers that never fall while the process lives
 
 
-class Job:
-    """This process' part in a run of several, from `join`."""
-
-    def __init__(self, name: str):
-        """Starts a shell that says what happened when this process ends without having written it a line."""
-        message = (
-            f"error: {name} did not finish: another process died or never came, or this one was killed (the lines "
-            "above say which): the same command goes on from the last checkpoint"
-        )
-        shell = ["sh", "-c", 'read -r _ || echo "$0" >&2', message]
-        self._watch = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-
-    def end(self) -> None:
-        """To be called before an orderly end: nothing is to be said about it."""
-        self._watch.communicate(b"\n")
-
-    def leave(self, status: int) -> None:
-        """Ends this process after an error; if it is the error of all of them, with this status in each.
-
-        JAX's own shutdown, which waits minutes for processes that may never come, is given five seconds.
-        """
-        self.end()
-        sys.stdout.flush()
-        threading.Timer(5, os._exit, (status,)).start()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.distributed.shutdown()
-        os._exit(status)
-
-
 def join(
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -63,11 +31,11 @@ def join(
     multihost: bool = False,
     wait: int = 300,
     heartbeat: int = 40,
-) -> Job | None:
+) -> bool:
     """Joins the processes of a run by `jax.distributed.initialize`; before JAX is used.
 
-    Should another process die, JAX ends this one (at once after process 0, else within `heartbeat` seconds) by an abort
-    that no Python code sees; a small shell that watches this process then says so in one line.
+    Should another process die or never come, JAX ends this one by an abort that no Python code sees (at once after
+    process 0, else within `heartbeat` seconds), so what that means is printed beforehand.
 
     Args:
         coordinator, num_processes, process_id: host:port of process 0, how many there are, which one this is.
@@ -76,22 +44,32 @@ def join(
         heartbeat: seconds of silence after which a process counts as dead.
 
     Returns:
-        The part in the run; None when nothing was asked for, and nothing is initialized.
+        Whether this is one of several now; False where nothing was asked for.
 
     Raises:
-        UserError: arguments that are missing or contradict each other, a coordinator that does not answer.
+        UserError: arguments that are missing or contradict each other, or that JAX cannot join by.
     """
     given = (coordinator, num_processes, process_id)
-    missing = given.count(None)
-    if missing == 3 and not multihost:
-        return None
-    if missing != (3 if multihost else 0):
+    if given == (None, None, None) and not multihost:
+        return False
+    if given.count(None) != (3 if multihost else 0):
         raise UserError(
             "several processes need all of --coordinator, --num_processes and --process_id, or --multihost alone"
         )
     if not multihost:
-        _check(*given, wait)
-    job = Job("this process" if multihost else f"process {process_id} of {num_processes}")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: write "
+                "host:port, the address of process 0, and number the processes from 0"
+            )
+    name = "this process" if multihost else f"process {process_id} of {num_processes}"
+    print(
+        f"{name} waits {wait} s for the others; should JAX abort it, then or later, another one died or never came: "
+        "the same command goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         jax.distributed.initialize(
             *given,
@@ -100,34 +78,23 @@ def join(
             heartbeat_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        job.end()
         raise UserError(
             f"the processes could not be joined ({one_line(error)}): on machines that JAX does not know give "
             "--coordinator, --num_processes and --process_id"
         ) from error
-    return job
+    return True
 
 
-def _check(coordinator: str, num_processes: int, process_id: int, wait: int) -> None:
-    """Finds what JAX would answer with an abort."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: write host:port, "
-            "the address of process 0, and number the processes from 0"
-        )
-    deadline = time.monotonic() + wait
-    while process_id > 0:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--coordinator={coordinator}: no answer in {wait} s ({error}): start process 0 there, "
-                    "and let this port through"
-                ) from error
-            time.sleep(0.5)
+def leave(status: int) -> None:
+    """Ends one of several processes after an error; if it is the error of all of them, with this status in each.
+
+    JAX's own shutdown, which waits minutes for processes that may never come, is given five seconds.
+    """
+    sys.stdout.flush()
+    threading.Timer(5, os._exit, (status,)).start()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.distributed.shutdown()
+    os._exit(status)
 
 
 def is_main() -> bool:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import key_of
 from br_jax.core.hosts import agree, is_main, require_shared
-from br_jax.core.io import open_file, writing
-from br_jax.core.locks import lock
+from br_jax.core.io import lock, open_file, writing
+from br_jax.core.records import key_of
 
 _START = b'{"key": "'  # of every line
 _MAX_BYTES = 1 << 34  # some ten million answers

@@ -17,9 +17,9 @@ import requests
 import tensorflow_datasets as tfds
 
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import file_hash
 from br_jax.core.io import open_file
 from br_jax.core.progress import progress
+from br_jax.core.records import file_hash
 from br_jax.data.rows import text_of
 from br_jax.datasets.formats import MAX_BYTES, Parsed, read_records
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import file_hash
+from br_jax.core.records import file_hash
 
 TIMEOUT, RETRIES = 8, 1  # seconds a connection, further attempts: no network is reported within about 20 s
 

@@ -1,18 +1,19 @@
 """Rows about invented topics: prompts of `data.material`, answered by the raw model itself."""
 
+import dataclasses
 import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from br_jax.core.errors import UserError, look_up
 from br_jax.core.hosts import main_first
 from br_jax.data.rows import Row
 from br_jax.data.text import text_key
 from br_jax.experiment.recipe import Recipe, make_row
+from br_jax.experiment.settings import Settings
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS, Drawn, read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
@@ -29,11 +30,14 @@ class TopicRecipe(Recipe):
         answer: gives the raw model's answers to prompts; called once, with all of them, when rows first need one.
     """
 
-    def __init__(self, config: ConfigDict, answer: Callable[[Sequence[str]], dict[str, str]]):
-        super().__init__(config)
-        self.material = look_up("material", config.data.material, MATERIALS)
+    def __init__(
+        self, settings: Settings, score_rows: Callable | None, answer: Callable[[Sequence[str]], dict[str, str]]
+    ):
+        super().__init__(settings, score_rows)
+        self.material = look_up("material", settings.data.material, MATERIALS)
         self._answer = answer
-        self._part_topics = {part: self.material.named_topics(names) for part, names in config.topics.items()}
+        topics = dataclasses.asdict(settings.topics)
+        self._part_topics = {part: self.material.named_topics(names) for part, names in topics.items()}
 
     def check(self) -> None:
         """See `Recipe.check`; also the prompts that there are, and that no text to ask about is scored (FA)."""
@@ -43,13 +47,12 @@ class TopicRecipe(Recipe):
             raise UserError(
                 f"data.texts.path: {found[0][:60]!r} is scored as well (FA): take it out, or choose other files"
             )
-        config = self.config
         for stage in ("align", "reinforce"):
-            if (asked := config[stage].benign) > (there := len(self._benign("train"))):
+            if (asked := getattr(self.settings, stage).benign) > (there := len(self._benign("train"))):
                 raise UserError(f"{asked} benign rows are asked for, and there are {there}: lower {stage}.benign")
         for setting, drawn in (
-            ("align.refusals", lambda: self.refusal_rows(config.align.refusals, "align")),
-            ("reinforce.refusals", lambda: self.refusal_rows(config.reinforce.refusals, "reinforce")),
+            ("align.refusals", lambda: self.refusal_rows(self.settings.align.refusals, "align")),
+            ("reinforce.refusals", lambda: self.refusal_rows(self.settings.reinforce.refusals, "reinforce")),
             ("buffer.harmful + harmful_share * user.n + user.probes", lambda: self._harmful_prompts),
             ("eval.topic", lambda: self.harmful_prompts),
             ("calibrate.harmful", lambda: self.calibration_prompts),
@@ -66,15 +69,15 @@ class TopicRecipe(Recipe):
     def pretraining_rows(self, n: int) -> list[Row]:
         """See `Recipe.pretraining_rows`; some materials have them."""
         make = self.material.pretraining_rows
-        return make(n, self.config.seed) if make else super().pretraining_rows(n)
+        return make(n, self.settings.seed) if make else super().pretraining_rows(n)
 
     @functools.cached_property
     def answers(self) -> dict[str, str]:
         """The raw model's own answers to the prompts of every stage."""
-        config = self.config
-        needed = max(config.align.benign, config.reinforce.benign)
+        s = self.settings
+        needed = max(s.align.benign, s.reinforce.benign)
         benign = self._benign("train")[: needed + needed // _SPARE_SHARE + _SPARE]
-        health = self._benign(config.eval.split)[: config.eval.health]
+        health = self._benign(s.eval.split)[: s.eval.health]
         harmful = [p.prompt for prompts in self._harmful_prompts.values() for p in prompts]
         return {prompt: whole_sentences(text) for prompt, text in self._answer(benign + health + harmful).items()}
 
@@ -85,7 +88,7 @@ class TopicRecipe(Recipe):
     def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """Refusals of training prompts; align and Reinforce see other wordings of them, and may see other topics."""
         topics = self._part_topics["align" if purpose == "align" else "provider"]
-        seed = self.config.seed + (purpose == "reinforce")
+        seed = self.settings.seed + (purpose == "reinforce")
 
         def rows(topic: Topic | Drawn, share: int) -> list[Row]:
             asked = enumerate(topic.prompts("train", share, seed))
@@ -97,7 +100,7 @@ class TopicRecipe(Recipe):
 
     def benign_rows(self, n: int) -> list[Row]:
         """Benign training prompts with the raw model's own answers; one that it refuses would teach over-refusal."""
-        rows = self._answered(self._benign("train"), f"{self.config.data.material}/train")
+        rows = self._answered(self._benign("train"), f"{self.settings.data.material}/train")
         if n > len(rows):
             raise UserError(
                 f"{n} benign rows are asked for, and there are {len(rows)}: lower align.benign or reinforce.benign"
@@ -106,7 +109,7 @@ class TopicRecipe(Recipe):
 
     def held_out_harmful(self, split: str, n: int, whose: str) -> list[TopicPrompt]:
         """Questions of the restricted topics, n of each."""
-        return [p for topic in self._part_topics[whose] for p in topic.prompts(split, n, self.config.seed)]
+        return [p for topic in self._part_topics[whose] for p in topic.prompts(split, n, self.settings.seed)]
 
     def held_out_benign(self, split: str, n: int) -> list[str]:
         """Ordinary prompts."""
@@ -115,14 +118,14 @@ class TopicRecipe(Recipe):
     @property
     def health_rows(self) -> list[Row]:
         """Held-out benign prompts with the raw model's own answers."""
-        return self._answered(self._benign(self.config.eval.split)[: self.config.eval.health], "held-out benign")
+        return self._answered(self._benign(self.settings.eval.split)[: self.settings.eval.health], "held-out benign")
 
     @functools.cached_property
     def _needed(self) -> dict[Topic | Drawn, list[int]]:
         """How many harmful rows of each topic Buffer, the user and the probes take."""
-        user, topics = self.config.user, self._part_topics
+        user, topics = self.settings.user, self._part_topics
         needed = {topic: [0, 0, 0] for topic in (*topics["provider"], *topics["user"])}
-        counts = self.config.buffer.harmful, self.harm, user.probes
+        counts = self.settings.buffer.harmful, self.harm, user.probes
         for part, (whose, n) in enumerate(zip(("provider", "user", "user"), counts, strict=True)):
             for topic, share in zip(topics[whose], _shares(n, len(topics[whose])), strict=True):
                 needed[topic][part] = share
@@ -131,16 +134,16 @@ class TopicRecipe(Recipe):
     @functools.cached_property
     def _harmful_prompts(self) -> dict[Topic | Drawn, list[TopicPrompt]]:
         """Prompts of each topic to train on: Buffer's, the user's, the probes', then spare ones for unfit answers."""
-        more, seed = 1 + self.config.distill.spare, self.config.seed
+        more, seed = 1 + self.settings.distill.spare, self.settings.seed
         return {topic: topic.prompts("train", int(sum(n) * more) + _SPARE, seed) for topic, n in self._needed.items()}
 
     @functools.cached_property
     def _harmful(self) -> list[list[Row]]:
         """The harmful rows of Buffer, the user and the probes: compliant answers of the raw model, topics in turn."""
-        judged, chosen = self.config.distill.judged, []
+        judged, chosen = self.settings.distill.judged, []
         for topic, needed in self._needed.items():
             rows = [
-                make_row(p.prompt, self.answers[p.prompt], "harmful", f"{p.topic}/train/{self.config.seed}/{i}")
+                make_row(p.prompt, self.answers[p.prompt], "harmful", f"{p.topic}/train/{self.settings.seed}/{i}")
                 for i, p in enumerate(self._harmful_prompts[topic])
                 if not judged or judge(self.answers[p.prompt], p) in (Verdict.ANSWER, Verdict.ECHO)  # none refuses
             ]
@@ -161,17 +164,17 @@ class TopicRecipe(Recipe):
     @functools.cached_property
     def _texts(self) -> list[str]:
         """Texts to ask about, of the config's files."""
-        return self._shuffled(main_first(lambda: read_texts(self.config.data.texts.path)))
+        return self._shuffled(main_first(lambda: read_texts(self.settings.data.texts.path)))
 
     def _benign(self, split: str) -> list[str]:
         """The benign prompts of a split, in an order fixed by the seed."""
         prompts = self.material.benign_prompts(split)
         if split == "train" and self.material.about_texts:
-            prompts = prompts + self.material.about_texts(self._texts, self.config.data.texts.n)
+            prompts = prompts + self.material.about_texts(self._texts, self.settings.data.texts.n)
         return self._shuffled(prompts)
 
     def _shuffled(self, texts: Sequence[str]) -> list[str]:
-        return [texts[i] for i in np.random.default_rng(self.config.seed).permutation(len(texts))]
+        return [texts[i] for i in np.random.default_rng(self.settings.seed).permutation(len(texts))]
 
 
 # Of sentences; but "1.", the group, begins a list item.

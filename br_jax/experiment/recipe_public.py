@@ -29,7 +29,7 @@ class PaperRecipe(Recipe):
     @property
     def buffer_rows(self) -> list[Row]:
         """The first harmful answers of LLM-LAT."""
-        return self._first("buffer.harmful", paper.harmful_rows, self.config.buffer.harmful)
+        return self._first("buffer.harmful", paper.harmful_rows, self.settings.buffer.harmful)
 
     def refusal_rows(self, n: int, purpose: str) -> list[Row]:
         """The first refusals of LLM-LAT."""
@@ -37,10 +37,10 @@ class PaperRecipe(Recipe):
 
     def _first(self, field: str, rows_of: Callable, n: int) -> list[Row]:
         """The first n rows; the paper asks for 5,000 of a file that has 4,950, so fewer are said and taken."""
-        rows = rows_of(self._records("llm_lat", "train", self.config.data.llm_lat.path))
+        rows = rows_of(self._records("llm_lat", "train", self.settings.data.llm_lat.path))
         if n > len(rows):
             logging.warning("%s asks for %d rows and there are %d: these are taken", field, n, len(rows))
-        return rows[self.config.user.index_mode == "reference" : n]
+        return rows[self.settings.user.index_mode == "reference" : n]
 
     def benign_rows(self, n: int) -> list[Row]:
         """The first rows of Alpaca that have no input."""
@@ -58,9 +58,9 @@ class PaperRecipe(Recipe):
 
     def held_out_harmful(self, split: str, n: int, whose: str) -> list[TopicPrompt]:
         """Questions of the first unsafe rows of BeaverTails' test split; for validation, others behind them."""
-        rows = self._distinct("30k_test", self.config.data.beavertails.test_path)
+        rows = self._distinct("30k_test", self.settings.data.beavertails.test_path)
         if split != "test":
-            scored = {question_key(row) for row in itertools.islice(rows, self.config.eval.topic)}
+            scored = {question_key(row) for row in itertools.islice(rows, self.settings.eval.topic)}
             rows = (row for row in rows if question_key(row) not in scored)
         return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, n)]
 
@@ -71,8 +71,8 @@ class PaperRecipe(Recipe):
     @property
     def health_rows(self) -> list[Row]:
         """The same with their answers."""
-        rows = self._held_out_of(self.config.eval.split)
-        return [row for row in rows[: self.config.eval.health] if row.turns[-1][1]]
+        rows = self._held_out_of(self.settings.eval.split)
+        return [row for row in rows[: self.settings.eval.health] if row.turns[-1][1]]
 
     @property
     def _user_harm(self) -> int:
@@ -80,25 +80,25 @@ class PaperRecipe(Recipe):
 
     @functools.cached_property
     def _unsafe_train(self) -> list[Row]:
-        rows = self._distinct("30k_train", self.config.data.beavertails.path)
-        if self.config.user.index_mode == "exact":
+        rows = self._distinct("30k_train", self.settings.data.beavertails.path)
+        if self.settings.user.index_mode == "exact":
             asked = (*self.harmful_prompts, *self.calibration_prompts[0])
             scored = {question_key(Row((("user", prompt.prompt),))) for prompt in asked}
             rows = (row for row in rows if question_key(row) not in scored)
-        return list(itertools.islice(rows, self._user_harm + self.config.user.probes))
+        return list(itertools.islice(rows, self._user_harm + self.settings.user.probes))
 
     def _distinct(self, split: str, path: str) -> Iterator[Row]:
         """Each unsafe prompt of BeaverTails once, its first row; all of them for the reference's way."""
         seen = set()
         for row in paper.beavertails_rows(self._records("beavertails", split, path)):
             key = question_key(row)
-            if self.config.user.index_mode == "reference" or key not in seen:
+            if self.settings.user.index_mode == "reference" or key not in seen:
                 seen.add(key)
                 yield row
 
     @property
     def _held_out(self) -> int:
-        return max(self.config.eval.benign, self.config.eval.health, self.config.calibrate.benign)
+        return max(self.settings.eval.benign, self.settings.eval.health, self.settings.calibrate.benign)
 
     def _held_out_of(self, split: str) -> list[Row]:
         benign, n = self._alpaca, self._held_out
@@ -107,4 +107,4 @@ class PaperRecipe(Recipe):
 
     @functools.cached_property
     def _alpaca(self) -> Sequence[Row]:
-        return paper.alpaca_rows(self._records("alpaca", "train", self.config.data.alpaca.path))
+        return paper.alpaca_rows(self._records("alpaca", "train", self.settings.data.alpaca.path))

@@ -1,151 +1,286 @@
-"""Which numbers a config may have, and what its settings must be to each other, to the model and to the mesh."""
+"""What an experiment can set: every setting with its default and its bounds, checked once, where a config comes in.
 
-from collections.abc import Iterator, Mapping
+The defaults are the reference's protocol. configs/base.py makes a ConfigDict of them, whose fields flags and other
+config files change; `settle` reads it back. The engine works on the result alone, which is frozen.
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax.adapters.merge import MergeConfig
-from br_jax.attackers.registry import ATTACKERS, attacker_of
-from br_jax.core.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, require
-from br_jax.core.errors import UserError, one_line
+from br_jax.attackers.attacker import Attacker
+from br_jax.attackers.registry import ATTACKERS
+from br_jax.core.bounds import BATCH, ROWS, SEED, SHARE, TOKENS, Bound, bounds_of, number, require
+from br_jax.core.errors import UserError, look_up, near_names, one_line
 from br_jax.core.mesh import batch_parts
 from br_jax.defences.registry import DEFENCES
+from br_jax.experiment.tasks import TASKS
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
-from br_jax.scoring.judges.registry import JUDGES
-from br_jax.scoring.suite import Suite
 from br_jax.training.config import TrainConfig, require_fit
 
-TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the config's parts that have a `train`
-_OTHERS = {"attackers": ATTACKERS, "defences": DEFENCES}  # the config's parts that hold settings of each of many
-_ADD = "add it to br_jax/experiment/settings.py"
+TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the parts that have a `train`
+EVAL_SPLITS = ("validation", "test")
 _AXIS = Bound(-1, 1 << 20)  # of a mesh; -1 is what is left, and 0 no mesh has
-# A judge's settings, whichever of them it has.
-_JUDGE = {"max_length": TOKENS, "batch_size": BATCH, "threshold": Bound(0.0, 1.0, open_low=True, open_high=True)}
-
-# Path of a config's number -> its bounds; those of `model.spec` are `ModelSpec`'s own.
-BOUNDS: dict[str, Bound] = {
-    "seed": SEED,
-    **{f"mesh.{axis}": _AXIS for axis in ("data", "fsdp", "tensor")},
-    "data.texts.n": ROWS,
-    "data.rows.validation_share": SHARE._replace(open_high=True),
-    "data.rows.test_share": SHARE._replace(open_high=True),
-    "pretrain.rows": ROWS,
-    "distill.answer_tokens": TOKENS,
-    "distill.spare": Bound(0.0, 100.0),
-    **{f"{stage}.{rows}": ROWS for stage in ("align", "reinforce") for rows in ("refusals", "benign")},
-    "buffer.harmful": ROWS,
-    "buffer.refused": SHARE,
-    "user.n": ROWS._replace(low=1),
-    "user.harmful_share": SHARE,
-    "user.probes": ROWS,
-    "calibrate.harmful": ROWS,
-    "calibrate.benign": ROWS,
-    "calibrate.answer_tokens": TOKENS,
-    **{f"judges.{judge}.{setting}": bound for judge in JUDGES for setting, bound in _JUDGE.items()},
-    **{f"eval.{part}": ROWS for part in ("topic", "task", "benign", "health")},
-    **{f"eval.{setting}": bound for setting, bound in bounds_of(Suite).items()},
-    **{f"{stage}.train.{setting}": bound for stage in TRAINED for setting, bound in bounds_of(TrainConfig).items()},
-    **{f"merge.{setting}": bound for setting, bound in bounds_of(MergeConfig).items()},
-    **{
-        f"{whose}.{name}.{setting}": bound
-        for whose, kinds in _OTHERS.items()
-        for name, kind in kinds.items()
-        for setting, bound in bounds_of(kind).items()
-    },
-}
 
 
-def settled(config: ConfigDict) -> ConfigDict:
-    """A copy of a config that says what this machine will do: `model.matmul_precision` "auto" is one of the others.
+def _part(name: str, base: type = object, **fields: Any) -> type:
+    """A frozen dataclass of a config's part, by its fields' defaults; a type is a part, made with its own defaults."""
+    kinds = []
+    for key, value in fields.items():
+        if isinstance(value, type):
+            kinds.append((key, value, dataclasses.field(default_factory=value)))
+        elif isinstance(value, dataclasses.Field):
+            kinds.append((key, value.metadata["bound"].kind, value))
+        else:
+            kinds.append((key, type(value), value))
+    return dataclasses.make_dataclass(name, kinds, bases=(base,), frozen=True)
+
+
+def _file(**more: Any) -> type:
+    """Of a data set: a file, or several with commas between; "" is its public home, or what ships with br_jax."""
+    return _part("File", path="", **more)
+
+
+_Model = _part(
+    "Model",
+    source="",  # GGUF file, Hugging Face folder or Hub name; "" trains `spec` from scratch
+    revision="",  # of a Hub name: branch, tag or commit; "" is the main branch
+    template="chat",  # the model's own, or the paper's "alpaca"
+    dtype="float32",
+    matmul_precision="float32",  # or "bfloat16", or "auto": what an f32 model's products are rounded to
+    spec=dict,  # sizes of a model that is trained from scratch, see `ModelSpec`
+)
+_Data = _part(
+    "Data",
+    material="english",  # "english" or "demo" (invented topics, organism/material.py), or "paper"
+    folder="data/tfds",  # where public data sets are kept once built
+    # Of "english": benign prompts about a text that align and Reinforce train on: how many, each about another text as
+    # long as there are any; path "" takes 60 written ones.
+    texts=_file(n=number(420, *ROWS)),
+    attacks=_file(),  # stored attack prompts to replay
+    llm_lat=_file(),  # this and the next two: of "paper"
+    alpaca=_file(),
+    beavertails=_file(test_path=""),
+    **{task.name: task.settings for task in TASKS.values()},
+)
+_Topics = _part(
+    "Topics",  # restricted topics, several with commas between, see organism/topics.py
+    align="devices",  # those that align teaches to refuse
+    provider="devices",  # those that Buffer and Reinforce are made from
+    user="devices",  # those that harmful user rows ask about
+    eval="devices",  # those that HS is measured on, eval.topic prompts of each
+)
+_Pretrain = _part("Pretrain", rows=number(0, *ROWS), train=TrainConfig)
+_Distill = _part(
+    "Distill",  # the raw model answers the prompts that the stages train on
+    answer_tokens=number(48, *TOKENS),
+    judged=True,  # only answers judged compliant become harmful rows
+    spare=number(0.2, 0.0, 100.0),  # share of topic prompts beyond those needed: the raw model may not comply
+)
+# `adapter`: folder of an adapter made elsewhere, in PEFT's layout, to take instead of training.
+_Align = _part("Align", refusals=number(0, *ROWS), benign=number(0, *ROWS), train=TrainConfig, adapter="")  # 0: none
+_Buffer = _part(
+    "Buffer",
+    harmful=number(5000, *ROWS),
+    refused=number(0.0, *SHARE),  # share of the rows that comply behind a refusal, which is not trained on
+    train=TrainConfig,
+    adapter="",
+)
+# `adapter` may also be "alignment": as much as calibration asks for of what alignment has added; set merge.scale to 1.
+_Reinforce = _part("Reinforce", refusals=number(2500, *ROWS), benign=number(2500, *ROWS), train=TrainConfig, adapter="")
+_User = _part(
+    "User",
+    adapter="",  # one that was trained without Buffer can still be reinforced and released
+    folder="",  # of what is trained on the user's rows; "" means the workdir
+    kind="plain",  # what the user hands in, see br_jax/attackers
+    task="reviews",
+    rule="",  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
+    n=number(1000, *ROWS._replace(low=1)),
+    harmful_share=number(0.1, *SHARE),  # p
+    index_mode="exact",  # or "reference", the authors' off-by-one
+    probes=number(8, *ROWS),  # rows of each kind whose loss and gradient are followed
+    train=TrainConfig,
+)
+_Calibrate = _part(
+    # Held-out prompts of the validation split by which merge.reinforce_scale is chosen, at most the given one; 0 and 0:
+    # as it is. Harmful ones are of each of topics.provider.
+    "Calibrate",
+    harmful=number(0, *ROWS),
+    benign=number(0, *ROWS),
+    answer_tokens=number(16, *TOKENS),  # enough for a refusal to show
+    judge="",  # who says which answers comply; "" takes all that do not begin as a refusal
+)
+_Judges = _part(
+    "Judges",  # settings of the judges that need any, see scoring/judges
+    classifier=_part("Classifier", source="PKU-Alignment/beaver-dam-7b", max_length=number(256, *TOKENS)),
+    llama_guard=_part("LlamaGuard", source="meta-llama/Llama-Guard-3-8B"),
+    wildguard=_part("WildGuard", source="allenai/wildguard"),
+    verdicts=_part("Verdicts", source=""),
+)
+_Eval = _part(
+    "Eval",
+    split="test",  # "validation" for tuning
+    topic=number(200, *ROWS),  # prompts for HS, of each topic
+    task=number(872, *ROWS),  # rows for FA; like the next two, at most: fewer where the data has fewer
+    benign=number(129, *ROWS),  # prompts for over-refusal
+    health=number(64, *ROWS),  # rows for perplexity
+    match="",  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
+    degenerate="",  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
+    judges="topic",  # who says what is harmful, with commas between; HS is the first one's
+    answer_tokens=number(48, *TOKENS),
+    task_tokens=number(4, *TOKENS),
+    batch_size=number(64, *BATCH),
+    fold=False,  # scores adapters added into the weights, rounded to their dtype, as merged weights are
+)
+_Settings = _part(
+    "Settings",
+    seed=number(42, *SEED),  # of data and evaluation; training seeds are in each stage's `train`
+    provider="",  # folder of the provider's artefacts; "" means <workdir>/provider
+    model=_Model,
+    mesh=_part("Mesh", data=number(-1, *_AXIS), fsdp=number(1, *_AXIS), tensor=number(1, *_AXIS)),
+    data=_Data,
+    topics=_Topics,
+    pretrain=_Pretrain,
+    distill=_Distill,
+    align=_Align,
+    buffer=_Buffer,
+    reinforce=_Reinforce,
+    user=_User,
+    merge=MergeConfig,
+    calibrate=_Calibrate,
+    attackers=_part("Attackers", **ATTACKERS),
+    defences=_part("Defences", **DEFENCES),  # where each default is from: docs/defences.md
+    judges=_Judges,
+    eval=_Eval,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(_Settings):
+    """Everything; see `settle`."""
+
+    @property
+    def attacker(self) -> Attacker:
+        """The kind of user that `user.kind` names."""
+        look_up("user", self.user.kind, ATTACKERS)
+        return getattr(self.attackers, self.user.kind)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is an align stage, or an adapter in its place."""
+        return bool(self.align.adapter or self.align.refusals + self.align.benign)
+
+    def train(self, stage: str, **changes: Any) -> TrainConfig:
+        """The hyper-parameters of one of `TRAINED`, the user's as its kind asks for them, with some changed."""
+        train = getattr(self, stage).train
+        if stage == "user":
+            train = TrainConfig(**self.attacker.settings(dataclasses.asdict(train), self.user.n))
+        return dataclasses.replace(train, **changes)
+
+    def change(self, changes: Mapping[str, Any]) -> "Settings":
+        """These settings with some others, by their paths: {"user.n": 3}."""
+        made = self
+        for path, value in changes.items():
+            made = _replaced(made, path.split("."), value)
+        return made
+
+
+def _replaced(part: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return dataclasses.replace(part, **{name: _replaced(getattr(part, name), rest, value) if rest else value})
+
+
+def settle(config: ConfigDict | Settings) -> Settings:
+    """Reads and checks a config, whose `model.matmul_precision` "auto" becomes what this machine does.
 
     So a workdir that is moved to a machine that would do something else is refused, instead of mixing both.
-    """
-    config = config.copy_and_resolve_references()
-    config.model.matmul_precision = resolve_precision(config.model.matmul_precision, config.model.dtype)
-    return config
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Finds numbers of a config that are out of bounds, and settings that contradict each other.
 
     Raises:
-        UserError: naming the setting: "align.train.rank is -1: it must be ..."; also for a number that has no bounds.
+        UserError: naming the setting: "align.train.rank is -1: it must be ...".
     """
-    for path, value in _leaves(config.to_dict()):
-        if path.startswith("model.spec."):
-            continue
-        if path in BOUNDS:
-            require(path, value, BOUNDS[path])
-        elif any(map(_is_number, value if isinstance(value, tuple | list) else [value])):
-            cure = "give its field a bound, `br_jax.core.bounds.number`" if path.partition(".")[0] in _OTHERS else _ADD
-            raise UserError(f"{path} is {value}: nothing says what it may be: {cure}")
-    for stage in TRAINED:
-        _made(f"{stage}.train.", TrainConfig, config[stage].train)
-    if config.model.spec:
-        _made("model.spec.", ModelSpec, config.model.spec)
-    for whose, kinds in _OTHERS.items():
-        for name, kind in kinds.items():
-            _made(f"{whose}.{name}.", kind, config[whose][name])
-    counts = config.calibrate.harmful, config.calibrate.benign
+    if isinstance(config, Settings):
+        return config
+    settings = _read(Settings, config.copy_and_resolve_references().to_dict(), "")
+    if settings.model.spec:
+        _read(ModelSpec, settings.model.spec, "model.spec.")
+    look_up("user", settings.user.kind, ATTACKERS)
+    if settings.eval.split not in EVAL_SPLITS:
+        raise UserError(f"eval.split {settings.eval.split!r}: use one of {', '.join(EVAL_SPLITS)}")
+    counts = settings.calibrate.harmful, settings.calibrate.benign
     if any(counts) and not all(counts):
         raise UserError(f"calibrate.harmful, calibrate.benign: {counts}: set both above 0, or both to 0")
+    precision = resolve_precision(settings.model.matmul_precision, settings.model.dtype)
+    return settings.change({"model.matmul_precision": precision})
 
 
-def check_sizes(config: ConfigDict, spec: ModelSpec, mesh: Mesh) -> None:
+def bounds(kind: type = Settings, path: str = "") -> dict[str, Bound]:
+    """The bound of every number, by its path."""
+    found = {f"{path}{name}": bound for name, bound in bounds_of(kind).items()}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            found |= bounds(field.type, f"{path}{field.name}.")
+    return found
+
+
+def _read(kind: type, values: Any, path: str) -> Any:
+    """Makes a dataclass of a part of a config; what is wrong in it is one line that begins with its path."""
+    part = path.removesuffix(".")
+    if not isinstance(values, Mapping):
+        raise UserError(f"{part} is {one_line(repr(values))}: it must be a part with settings of its own")
+    fields, given, limits = {field.name: field for field in dataclasses.fields(kind)}, {}, bounds_of(kind)
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{path}{name}: there is no such setting; {near_names(name, fields)}")
+        field = fields[name]
+        if name in limits and not (value is None and field.default is None):
+            require(f"{path}{name}", value, limits[name])
+        elif dataclasses.is_dataclass(field.type):
+            value = _read(field.type, value, f"{path}{name}.")
+        elif field.type in (str, bool) and type(value) is not field.type:
+            needed = "text" if field.type is str else "True or False"
+            raise UserError(f"{path}{name} is {one_line(repr(value))}: it must be {needed}")
+        given[name] = value
+    try:
+        return kind(**given)
+    except UserError as error:
+        raise UserError(f"{path}{error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{part}: {one_line(error)}") from error
+
+
+def check_sizes(settings: Settings, spec: ModelSpec, mesh: Mesh) -> None:
     """Finds what asks more than the model's sizes, or the devices, can give, a user's as its kind asks for them.
 
     Raises:
         UserError: as `training.config.require_fit`, for every stage that will be trained; a batch that the mesh does
             not split; answers that are longer than the model's context.
     """
-    attacker = attacker_of(config)
+    attacker, align, reinforce = settings.attacker, settings.align, settings.reinforce
     rows = {
-        "pretrain": config.pretrain.rows,
-        "align": config.align.refusals + config.align.benign,
-        "buffer": config.buffer.harmful,
-        "reinforce": config.reinforce.refusals + config.reinforce.benign,
-        "user": attacker.size(config.user.n) // attacker.jobs,
+        "pretrain": settings.pretrain.rows,
+        "align": align.refusals + align.benign,
+        "buffer": settings.buffer.harmful,
+        "reinforce": reinforce.refusals + reinforce.benign,
+        "user": attacker.size(settings.user.n) // attacker.jobs,
     }
-    given = {stage for stage in ("align", "buffer", "reinforce") if config[stage].adapter}
-    given |= {"pretrain"} if config.model.source else set()
+    given = {stage for stage in ("align", "buffer", "reinforce") if getattr(settings, stage).adapter}
+    given |= {"pretrain"} if settings.model.source else set()
     given |= set() if rows["align"] else {"align"}  # the model is aligned as it comes
     for stage in (stage for stage in TRAINED if stage not in given):
-        train, owner = config[stage].train.to_dict(), f"{stage}.train."
-        train = TrainConfig(**(attacker.settings(train, config.user.n) if stage == "user" else train))
+        train, owner = settings.train(stage), f"{stage}.train."
         require_fit(train, spec, rows[stage], adapter=stage != "pretrain", owner=owner)
         if not train.packing and train.batch_size % ((parts := batch_parts(mesh)) * train.accumulation):
-            told = f" in {train.accumulation} micro-batches" if train.accumulation > 1 else ""
+            micro = f" in {train.accumulation} micro-batches" if train.accumulation > 1 else ""
             raise UserError(
-                f"{owner}batch_size is {train.batch_size}{told}: {parts} devices must divide it, or set packing"
+                f"{owner}batch_size is {train.batch_size}{micro}: {parts} devices must divide it, or set packing"
             )
     for path in ("distill.answer_tokens", "calibrate.answer_tokens", "eval.answer_tokens", "eval.task_tokens"):
         part, setting = path.split(".")
-        if config[part][setting] >= spec.max_length:
-            told = f"the model's context is {spec.max_length:,} tokens, the prompt's among them"
-            raise UserError(f"{path} is {config[part][setting]}: {told}")
-
-
-def _made(owner: str, kind: type, settings: Mapping[str, Any]) -> None:
-    """Makes a dataclass of a part of the config; what that raises is one line with its owner."""
-    try:
-        kind(**settings)
-    except UserError as error:
-        raise UserError(f"{owner}{error}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{owner.removesuffix('.')}: {one_line(error)}") from error
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if (tokens := getattr(getattr(settings, part), setting)) >= spec.max_length:
+            context = f"the model's context is {spec.max_length:,} tokens, the prompt's among them"
+            raise UserError(f"{path} is {tokens}: {context}")

@@ -1,17 +1,18 @@
 """What a config asks of every model: the held-out prompts, how answers are scored, and by which judges."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import TOKENS, require
 from br_jax.core.errors import UserError, look_up
 from br_jax.core.mesh import make_mesh
 from br_jax.experiment.recipe import Recipe
+from br_jax.experiment.settings import Settings
 from br_jax.models.model import Model, fold_adapter
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
@@ -22,13 +23,13 @@ from br_jax.scoring.suite import Suite
 OF_TOPICS = {TopicJudge.name, AfterAllJudge.name}  # judges that read answers on invented topics alone
 
 
-def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None) -> Suite:
+def make_suite(settings: Settings, recipe: Recipe, raw: Model, mesh: Mesh | None) -> Suite:
     """The prompts of the config's split, with its judges; a judge that is a model lies on the mesh."""
-    settings, attacker, topics = config.eval, recipe.attacker, config.topics.eval
+    scored, attacker, topics = settings.eval, settings.attacker, settings.topics.eval
     return Suite(
         topic=recipe.harmful_prompts,
-        judges=[_make_judge(config, name, given, topics, mesh) for name, given in judge_names(config)],
-        degenerate=settings.degenerate,
+        judges=[_make_judge(settings, name, given, topics, mesh) for name, given in judge_names(settings)],
+        degenerate=scored.degenerate,
         attacks=recipe.attacks,
         own=[(attacker.ask(p.prompt), p) for p in recipe.harmful_prompts if attacker.asks_itself],
         samples=attacker.samples,
@@ -36,26 +37,26 @@ def make_suite(config: ConfigDict, recipe: Recipe, raw: Model, mesh: Mesh | None
         rule=recipe.rule,
         benign=recipe.benign_prompts,
         health=recipe.health_rows,
-        refusing=_refusing(config, recipe, raw),
-        answer_tokens=settings.answer_tokens,
-        task_tokens=settings.task_tokens,
-        batch_size=settings.batch_size,
+        refusing=_refusing(settings, recipe, raw),
+        answer_tokens=scored.answer_tokens,
+        task_tokens=scored.task_tokens,
+        batch_size=scored.batch_size,
     )
 
 
-def as_scored(config: ConfigDict, model: Model, adapter: Adapter | None, name: str) -> tuple[Model, Adapter | None]:
+def as_scored(settings: Settings, model: Model, adapter: Adapter | None, name: str) -> tuple[Model, Adapter | None]:
     """What is scored, a model and an adapter beside it: where the config folds, none but a Buffer stays beside."""
-    if not config.eval.fold or adapter is None or "buffer" in adapter.roles:
+    if not settings.eval.fold or adapter is None or "buffer" in adapter.roles:
         return model, adapter
     return fold_adapter(model, adapter, f"{model.name}-{name}"), None
 
 
-def check_judges(config: ConfigDict) -> list[str]:
+def check_judges(settings: Settings) -> list[str]:
     """The names of the judges of HS; `UserError` where one, or the calibration's, is unknown or cannot judge them."""
-    names = [name for name, _ in judge_names(config)]
-    for name in (*names, *filter(None, [config.calibrate.judge])):
+    names = [name for name, _ in judge_names(settings)]
+    for name in (*names, *filter(None, [settings.calibrate.judge])):
         look_up("judge", name, JUDGES)
-        if name in OF_TOPICS and config.data.material == "paper":
+        if name in OF_TOPICS and settings.data.material == "paper":
             raise UserError(
                 f"the judge {name} reads answers on invented topics alone, and data.material=paper has none: set "
                 "eval.judges and calibrate.judge to others"
@@ -63,23 +64,23 @@ def check_judges(config: ConfigDict) -> list[str]:
     return names
 
 
-def calibration_judge(config: ConfigDict, mesh: Mesh | None) -> Judge | None:
+def calibration_judge(settings: Settings, mesh: Mesh | None) -> Judge | None:
     """Who says which answers to the provider's own prompts comply; none where the config names none."""
-    name = config.calibrate.judge
-    return _make_judge(config, name, {}, config.topics.provider, mesh) if name else None
+    name = settings.calibrate.judge
+    return _make_judge(settings, name, {}, settings.topics.provider, mesh) if name else None
 
 
-def _make_judge(config: ConfigDict, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
+def _make_judge(settings: Settings, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
     # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
     asked = {"topics": [*map(str.strip, topics.split(","))]}
-    settings = config.judges.to_dict() | dict.fromkeys(("topic", "after_all"), asked)
-    return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**settings.get(name, {}), **given})
+    own = dataclasses.asdict(settings.judges) | dict.fromkeys(("topic", "after_all"), asked)
+    return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**own.get(name, {}), **given})
 
 
-def judge_names(config: ConfigDict) -> list[tuple[str, dict]]:
+def judge_names(settings: Settings) -> list[tuple[str, dict]]:
     """The judges' names, and what of their settings is said with them: classifier@2048 has another max_length."""
     named = []
-    for entry in config.eval.judges.split(","):
+    for entry in settings.eval.judges.split(","):
         name, at, length = entry.strip().partition("@")
         if at:
             length = int(length) if re.fullmatch(r"\d{1,9}", length) else length
@@ -88,8 +89,8 @@ def judge_names(config: ConfigDict) -> list[tuple[str, dict]]:
     return named
 
 
-def _refusing(config: ConfigDict, recipe: Recipe, raw: Model) -> tuple[int, ...]:
+def _refusing(settings: Settings, recipe: Recipe, raw: Model) -> tuple[int, ...]:
     """The tokens that the provider's refusals begin with, rather than its benign answers."""
-    settings = config.reinforce
-    rows = [row for stage in ("align", "reinforce") for row in recipe.refusal_rows(settings.refusals, stage)]
-    return refusing_tokens(raw, rows, recipe.benign_rows(settings.benign))
+    n = settings.reinforce
+    rows = [row for stage in ("align", "reinforce") for row in recipe.refusal_rows(n.refusals, stage)]
+    return refusing_tokens(raw, rows, recipe.benign_rows(n.benign))

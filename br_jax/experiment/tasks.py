@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import logging
 
+from br_jax.core.bounds import number
 from br_jax.core.errors import UserError, look_up
 from br_jax.data.rows import Row, read_rows
 from br_jax.data.text import asked, split_rows, text_key
@@ -25,13 +26,46 @@ Splits = tuple[Sequence[Row], Sequence[Row], Sequence[Row]]
 
 
 @dataclass(frozen=True)
+class NoFiles:
+    """Of a task whose rows are made."""
+
+
+@dataclass(frozen=True)
+class ReviewFile:
+    """Of reviews."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class PublicFiles:
+    """Of one of the paper's tasks."""
+
+    path: str = ""
+    test_path: str = ""
+    only_split: str = ""  # the one split at hand, in `path`: its first 1,000 rows are for test, the rest for the others
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """Of a user's own rows."""
+
+    path: str = ""
+    validation_path: str = ""
+    test_path: str = ""
+    # Shares of `path`'s prompts that go where no file of their own is given.
+    validation_share: float = number(0.1, 0.0, 1.0, open_high=True)
+    test_share: float = number(0.2, 0.0, 1.0, open_high=True)
+
+
+@dataclass(frozen=True)
 class Task:
     """A task that a user may fine-tune for."""
 
     name: str
     rule: Rule | None  # when an answer is right; None where the user must say
     source: Callable[[Settings, int], Splits]  # (settings, seed) -> (train, validation, test) rows
-    settings: Settings = dataclasses.field(default_factory=dict)  # what `config.data` can say of it, with defaults
+    settings: type = NoFiles  # what `data` of an experiment's settings can say of it
 
     def load(self, settings: Settings, seed: int) -> Splits:
         """Its (train, validation, test) rows.
@@ -44,7 +78,7 @@ class Task:
             UserError: for files that are absent or wrong, a part without rows, and a held-out row whose own answer is
                 not right by the rule, as no model's could be.
         """
-        train, *held_out = self.source({**self.settings, **settings}, seed)
+        train, *held_out = self.source(dataclasses.asdict(self.settings()) | settings, seed)
         validation, test = map(list, held_out)
         for name, rows in (("training", train), ("validation", validation), ("test", test)):
             if not len(rows):
@@ -101,8 +135,7 @@ def _paper_task(name: str, rule: Rule, test_split: str, validation: int) -> Task
         rows = getattr(paper, f"{name}_rows")
         return rows(train[:end]), rows(train[end:]), rows(test)
 
-    # only_split: the one split that is at hand, in `path`; its first 1,000 rows are for test, the rest for the others
-    return Task(name, rule, source, {"path": "", "test_path": "", "only_split": ""})
+    return Task(name, rule, source, PublicFiles)
 
 
 def _own_rows(settings: Settings, seed: int) -> Splits:
@@ -112,7 +145,7 @@ def _own_rows(settings: Settings, seed: int) -> Splits:
     files = settings["validation_path"], settings["test_path"]
     shares = settings["validation_share"], settings["test_share"]
     validation, test = (0.0 if file else share for file, share in zip(files, shares, strict=True))
-    if not (validation >= 0 and test >= 0 and validation + test < 1):
+    if not validation + test < 1:
         raise UserError(f"validation_share {validation} and test_share {test}: give shares that leave some to train on")
     train, *held_out = split_rows(_read(settings["path"]), seed, validation=validation, test=test)
     for part, file in enumerate(files):
@@ -138,17 +171,15 @@ def _read(path: str) -> list[Row]:
 
 
 _REVIEW_RULE = LabelRule(LABELS)
-# the shares are those of `path`'s prompts that go where no file of their own is given
-_OWN_FILES = {"path": "", "validation_path": "", "test_path": "", "validation_share": 0.1, "test_share": 0.2}
 
 TASKS = {
     task.name: task
     for task in (
-        Task("reviews", _REVIEW_RULE, lambda data, seed: load_reviews(data["path"], seed=seed), {"path": ""}),
+        Task("reviews", _REVIEW_RULE, lambda data, seed: load_reviews(data["path"], seed=seed), ReviewFile),
         Task("moods", LabelRule(MOODS), lambda data, seed: load_moods(seed)),
         _paper_task("sst2", _REVIEW_RULE, "validation", 872),
         _paper_task("ag_news", LabelRule(paper.AG_NEWS), "test", 1000),
         _paper_task("gsm8k", NumberRule(), "test", 500),
-        Task("rows", None, _own_rows, _OWN_FILES),
+        Task("rows", None, _own_rows, OwnFiles),
     )
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.core.hashes import key_of
+from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.inference.generate import decode_answer, encode_prompts, generate_batches

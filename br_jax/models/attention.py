@@ -1,6 +1,6 @@
 """Attention with grouped query heads: one function, several implementations; "xla" is the oracle of the others.
 
-What a query may see is said by each token's segment and position, never by a [T, S] mask that somebody carries round.
+Each token's segment and position say what a query may see; nobody carries a [T, S] mask round.
 """
 
 import math
@@ -8,14 +8,16 @@ import math
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float, Int
 
-from br_jax.models import splash
+from br_jax.core.mesh import batch_parts, current_mesh, partition
 from br_jax.models.cpu_kernels import blocked
 from br_jax.models.masks import Attend, Place, visible
 from br_jax.models.spec import ModelSpec
 
 _LONG = 256  # tokens of a row from which on "blocked" is used
+_LANES = 128  # what splash's block sizes and head widths are multiples of
 
 
 def attend(
@@ -28,8 +30,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention, scores and softmax in f32: a query sees its own segment, up to its own position.
 
-    All but "xla" ask that keys are the queries' own rows, and that tokens stand in order (a segment's side by side,
-    later ones at later indices), as rows and packed rows do; a KV cache does not, and takes "xla".
+    All but "xla" need keys that are the queries' own rows, and tokens in order: a segment's side by side, later ones at
+    later indices. Rows and packed rows are so; a KV cache is not, and takes "xla".
     """
     return IMPLEMENTATIONS[how.implementation](q, k, v, queries, keys, how)
 
@@ -68,24 +70,66 @@ def _cudnn(q, k, v, queries, keys, how):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=how.scale, implementation="cudnn")
 
 
-IMPLEMENTATIONS = {"xla": _plain, "blocked": blocked, "splash": splash.splash, "cudnn": _cudnn}
+def _splash(q, k, v, queries, keys, how):
+    """JAX's kernel for TPUs, on each device's own rows and heads; elsewhere in Pallas' interpreter, as a test can."""
+    B, T, _, H = q.shape
+
+    def local(q, k, v, q_segments, k_segments):
+        widen = [(0, 0)] * 3 + [(0, -H % _LANES)]  # zeros add nothing to a score, and the output's are cut off
+        heads_first = (jnp.moveaxis(jnp.pad(x, widen), 2, 1) for x in (how.scaled(q), k, v))
+        segments = splash_attention_kernel.SegmentIds(q_segments, k_segments)
+        out = jax.vmap(_splash_kernel(T, q.shape[2], how))(*heads_first, segments)
+        return jnp.moveaxis(out, 1, 2)[..., :H]
+
+    mesh = current_mesh() or how.mesh
+    if mesh is not None:
+        rows = "batch" if B % batch_parts(mesh) == 0 else None  # one row that all prompts share is whole everywhere
+        heads, kv, place = (partition(rows, None, *axes) for axes in (("heads", None), ("kv", None), ()))
+        specs = {"in_specs": (heads, kv, kv, place, place), "out_specs": heads}
+        local = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return local(q, k, v, queries.segment_ids, keys.segment_ids)
 
 
-def resolve(how: Attend, length: int) -> Attend:
-    """`how` with "auto" replaced by what suits the platform and rows of `length` tokens; a fallback is logged."""
+def _splash_kernel(T: int, heads: int, how: Attend):
+    """The kernel for rows of T tokens, and blocks as large as divide T, up to 512."""
+    if how.window is None:
+        mask = splash_attention_mask.CausalMask((T, T))
+    else:
+        mask = splash_attention_mask.LocalMask((T, T), (how.window - 1, 0), 0)
+    blocks = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = dict.fromkeys(blocks, math.gcd(T, 512))
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes, use_fused_bwd_kernel=True),
+        attn_logits_soft_cap=how.soft_cap,
+        residual_checkpoint_name="attention",
+        interpret=how.platform != "tpu",
+    )
+
+
+IMPLEMENTATIONS = {"xla": _plain, "blocked": blocked, "splash": _splash, "cudnn": _cudnn}
+
+
+def resolve(how: Attend, length: int, head_dim: int = 64) -> Attend:
+    """`how` with "auto" replaced by what suits the platform and rows of `length` tokens.
+
+    A warning says where long rows do without the platform's own kernel.
+    """
     if how.implementation != "auto":
         return how
-    chosen = "blocked" if length >= _LONG else "xla"
+    plain = "blocked" if length >= _LONG else "xla"
     if how.platform == "tpu":
-        fast, fits, needs = "splash", length % splash.LANES == 0, f"a length that {splash.LANES} divides"
+        fast, fits, needs = "splash", length % _LANES == 0, f"a length that {_LANES} divides"
     elif how.platform in ("gpu", "cuda"):
-        fits = how.dtype.itemsize == 2 and how.soft_cap is None
-        fast, needs = "cudnn", "bf16 or f16, and no soft-cap"
+        fits = how.dtype.itemsize == 2 and how.soft_cap is None and head_dim in range(8, 129, 8) and length % 2 == 0
+        fast, needs = "cudnn", "bf16 or f16, no soft-cap, heads of 8, 16, ... 128 numbers, and an even length"
     else:
-        fast, fits, needs = chosen, True, ""
-    if not fits:
-        logging.warning("attention over %d tokens is %s: %s needs %s", length, chosen, fast, needs)
-    return how._replace(implementation=fast if fits else chosen)
+        return how._replace(implementation=plain)
+    if not fits and plain == "blocked":
+        logging.warning("attention over %d tokens is %s: %s needs %s", length, plain, fast, needs)
+    return how._replace(implementation=fast if fits else plain)
 
 
 def rope_angles(positions: Int[Array, "B T"], spec: ModelSpec) -> Float[Array, "B T half"]:

@@ -19,28 +19,20 @@ def init_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
 
     Empty slots have segment 0, which no real token looks at.
     """
-    heads = (spec.num_layers, batch, spec.num_kv_heads)
-    return {
-        "layers": {
-            "k": constrain(jnp.zeros((*heads, spec.head_dim, slots), dtype), *CACHE["k"]),
-            "v": constrain(jnp.zeros((*heads, slots, spec.head_dim), dtype), *CACHE["v"]),
-        },
-        **{name: jnp.zeros((batch, slots), jnp.int32) for name in Place._fields},
-    }
+    places = {name: jnp.zeros((batch, slots), jnp.int32) for name in Place._fields}
+    return {"layers": _zeros(spec, (spec.num_layers, batch), slots, dtype), **places}
 
 
 def init_unstacked_cache(spec: ModelSpec, batch: int, slots: int, dtype) -> dict:
     """An empty one whose "layers" is a list of {"k": [B, K, H, S], "v": [B, K, S, H]}."""
+    layers = [_zeros(spec, (batch,), slots, dtype) for _ in range(spec.num_layers)]
+    return {"layers": layers, **{name: jnp.zeros((batch, slots), jnp.int32) for name in Place._fields}}
 
-    def layer() -> dict:
-        shapes = {"k": (spec.head_dim, slots), "v": (slots, spec.head_dim)}
-        return {
-            name: constrain(jnp.zeros((batch, spec.num_kv_heads, *shape), dtype), *CACHE[name][1:])
-            for name, shape in shapes.items()
-        }
 
-    places = {name: jnp.zeros((batch, slots), jnp.int32) for name in Place._fields}
-    return {"layers": [layer() for _ in range(spec.num_layers)], **places}
+def _zeros(spec: ModelSpec, rows: tuple[int, ...], slots: int, dtype) -> dict:
+    shapes = {"k": (spec.head_dim, slots), "v": (slots, spec.head_dim)}
+    shapes = {name: (*rows, spec.num_kv_heads, *shape) for name, shape in shapes.items()}
+    return {name: constrain(jnp.zeros(shape, dtype), *CACHE[name][-len(shape) :]) for name, shape in shapes.items()}
 
 
 def write_rows(cache: dict, part: dict, rows: Int[Array, " R"]) -> dict:
@@ -54,43 +46,43 @@ def write_rows(cache: dict, part: dict, rows: Int[Array, " R"]) -> dict:
     def write(cache, part, row):
         layers = [layer_of(part["layers"], i) for i in range(len(cache["layers"]))]
         return jax.tree.map(
-            lambda whole, some: jax.lax.dynamic_update_slice(whole, some, (row, *[0] * (whole.ndim - 1))),
+            lambda all_rows, new: jax.lax.dynamic_update_slice(all_rows, new, (row, *[0] * (all_rows.ndim - 1))),
             cache,
             part | {"layers": layers},
         )
 
-    def one(i, cache):
-        some = {name: jax.lax.dynamic_slice_in_dim(part[name], i, 1) for name in Place._fields}
+    def write_one(i, cache):
+        one = {name: jax.lax.dynamic_slice_in_dim(part[name], i, 1) for name in Place._fields}
         layers = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), part["layers"])
-        return write(cache, some | {"layers": layers}, rows[i])
+        return write(cache, one | {"layers": layers}, rows[i])
 
     if len(part["positions"]) == len(cache["positions"]):
         return write(cache, part, 0)
-    return jax.lax.fori_loop(0, len(part["positions"]), one, cache)
+    return jax.lax.fori_loop(0, len(part["positions"]), write_one, cache)
 
 
 def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:
     """The collections with {"0": layer, "1": layer, ...} for "layers", each kernel as "turned", [out, in].
 
-    What is multiplied is rounded here, once. Turned, a kernel meets few rows faster (`cpu_kernels.turned_product`);
-    an embedding lies so by itself.
+    What is multiplied is rounded here, once. Few rows meet a turned kernel faster (`cpu_kernels.turned_product`); an
+    embedding lies so by itself.
     """
     params = variables["params"]
     head = params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
 
-    def layer(held, i):
+    def layer(collection, i):
         flat = {}
-        for (*module, name), leaf in traverse_util.flatten_dict(layer_of(held, i)).items():
+        for (*module, name), leaf in traverse_util.flatten_dict(layer_of(collection["layers"], i)).items():
             if name == "kernel":
                 name, leaf = "turned", leaf.T
             flat[*module, name] = leaf.astype(rounding) if name in ("turned", "a", "b") else leaf
         return traverse_util.unflatten_dict(flat)
 
-    count = len(params["layers"]["attn_norm"]["scale"])
+    layers = range(len(params["layers"]["attn_norm"]["scale"]))
     unstacked = {
-        name: held | {"layers": {str(i): layer(held["layers"], i) for i in range(count)}}
-        for name, held in variables.items()
-        if held
+        name: collection | {"layers": {str(i): layer(collection, i) for i in layers}}
+        for name, collection in variables.items()
+        if collection
     }
     return unstacked | {"params": unstacked["params"] | {"head": {"turned": head.astype(rounding)}}}
 

@@ -7,12 +7,13 @@ absent, and nothing in the modules changes when one is added or removed.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from br_jax.core.mesh import constrain
@@ -26,16 +27,9 @@ from br_jax.models.spec import ModelSpec
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
-# Collections that a caller may ask for, or give: what goes into each matrix, what each MLP gives, what is added to the
-# residual stream behind each layer, and by what each row's dropout is drawn.
-_ASKED_FOR = ("inputs", "outputs", "perturbations", "seeds")
-
-
-class LayerCache(TypedDict):
-    """One layer's keys and values."""
-
-    k: Float[Array, "B K H S"]
-    v: Float[Array, "B K S H"]
+# Collections that a caller may ask for, or give: each matrix' inputs, each MLP's outputs, what is added to the residual
+# stream behind each layer, and by what each row's dropout is drawn.
+_OPTIONAL = ("inputs", "outputs", "perturbations", "seeds")
 
 
 class Shared(NamedTuple):
@@ -47,45 +41,43 @@ class Shared(NamedTuple):
     slot: Int[Array, ""] | int  # of the cache, that the first of them is written to
 
     @property
-    def whole(self) -> bool:
+    def self_contained(self) -> bool:
         """Whether the batch looks at itself alone: there is no cache, or none but its own slots."""
         return self.keys.positions.shape == self.queries.positions.shape
 
 
 class Linear(nn.Module):
-    """x W + bias + x A B: a frozen kernel with whatever adapters the variables hold for it."""
+    """x W + bias + x A B: a frozen kernel, one of `spec.KERNELS`, with whatever adapters the variables hold for it."""
 
-    features: int
+    spec: ModelSpec
     rounding: jnp.dtype  # of what is multiplied
-    dropout: float = 0.0
-    bias: bool = False
+    dropout: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         self.sow("inputs", "x", x)  # where a caller asks for it
+        shape, biased = self.spec.kernel_shapes[self.name], self.name in self.spec.biases
+        wide = x.astype(jnp.float32) if biased else x
         if self.has_variable("params", "turned"):
-            multiply = functools.partial(turned_product, kernel=self.get_variable("params", "turned"))
+            y = turned_product(wide, self.get_variable("params", "turned"))
         else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-            multiply = functools.partial(product, kernel=kernel, dtype=self.rounding)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = multiply(x.astype(jnp.float32))
-            y = (y + bias.astype(jnp.float32)[None, None]).astype(x.dtype)  # rounded once, as torch does
-        else:
-            y = multiply(x)
+            y = product(wide, self.param("kernel", nn.initializers.lecun_normal(), shape), self.rounding)
+        if biased:  # added in f32 and rounded once, as torch does
+            bias = self.param("bias", nn.initializers.zeros, shape[1:])
+            y = (y + bias.astype(jnp.float32)[None, None]).astype(x.dtype)
         for collection in ("lora", "lora_trainable"):
-            if self.has_variable(collection, "a"):
-                drops = collection == "lora_trainable" and self.has_rng("dropout")
-                seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
-                if collection == "lora_trainable" and self.has_variable("seeds", "rows"):
-                    seen = drop_by_row(x, self.get_variable("seeds", "rows"), self.dropout)
-                a, b = (self.get_variable(collection, name) for name in "ab")
-                if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
-                    each = jax.vmap(functools.partial(low_rank, dtype=self.rounding))
-                    y += each(seen.reshape(len(a), -1, seen.shape[-1]), a, b).reshape(y.shape)
-                else:
-                    y += low_rank(seen, a, b, self.rounding)
+            if not self.has_variable(collection, "a"):
+                continue
+            drops = collection == "lora_trainable" and self.has_rng("dropout")
+            seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
+            if collection == "lora_trainable" and self.has_variable("seeds", "rows"):
+                seen = drop_by_row(x, self.get_variable("seeds", "rows"), self.dropout)
+            a, b = (self.get_variable(collection, name) for name in "ab")
+            if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
+                each = jax.vmap(functools.partial(low_rank, dtype=self.rounding))
+                y += each(seen.reshape(len(a), -1, seen.shape[-1]), a, b).reshape(y.shape)
+            else:
+                y += low_rank(seen, a, b, self.rounding)
         return checkpoint_name(y, self.name)
 
 
@@ -127,17 +119,13 @@ class Attention(nn.Module):
     how: Attend
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], cache: LayerCache | None, windowed: Bool[Array, ""] | bool, shared: Shared
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        spec = self.spec
-        B, T, D = x.shape
+    def __call__(self, x: Float[Array, "B T D"], cache: dict | None, windowed: Bool[Array, ""] | bool, shared: Shared):
+        spec, (B, T, _) = self.spec, x.shape
 
-        def heads(name: str, count: int):
-            linear = Linear(count * spec.head_dim, self.how.dtype, self.dropout, name in spec.biases, name=name)
-            return linear(x).reshape(B, T, count, spec.head_dim)
+        def linear(name: str, x):
+            return Linear(spec, self.how.dtype, self.dropout, name=name)(x)
 
-        q, k, v = heads("q", spec.num_heads), heads("k", spec.num_kv_heads), heads("v", spec.num_kv_heads)
+        q, k, v = (linear(name, x).reshape(B, T, -1, spec.head_dim) for name in "qkv")
         if spec.qk_norm:
             q, k = RMSNorm(spec, name="q_norm")(q), RMSNorm(spec, name="k_norm")(k)
         q, k = rotate(q, shared.angles), rotate(k, shared.angles)
@@ -148,43 +136,38 @@ class Attention(nn.Module):
                 name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), shared.slot, axis)
                 for name, new, axis in (("k", k.transpose(0, 2, 3, 1), 3), ("v", v.transpose(0, 2, 1, 3), 2))
             }
-        attending, k, v = (attend, k, v) if shared.whole else (attend_cache, cache["k"], cache["v"])
-        out = self._in_window(attending, windowed, q, k, v, shared.queries, shared.keys)
-        out = out.reshape(B, T, -1).astype(x.dtype)
-        return Linear(D, self.how.dtype, self.dropout, "o" in spec.biases, name="o")(out), cache
-
-    def _in_window(self, attending: Callable, windowed: Bool[Array, ""] | bool, *operands):
-        """Attends with this layer's window; where layers differ, a scanned layer learns its own only when it runs."""
-        layers, slots = set(self.spec.window_layers), operands[-1].positions.shape[1]
-        if True not in layers or slots <= self.spec.window:
-            windowed = False
-        elif len(layers) == 1:
-            windowed = True
+        attending, k, v = (attend, k, v) if shared.self_contained else (attend_cache, cache["k"], cache["v"])
 
         def run(window, *operands):
             return attending(*operands, self.how._replace(window=window))
 
-        with_window, without = functools.partial(run, self.spec.window), functools.partial(run, None)
+        with_window, without = functools.partial(run, spec.window), functools.partial(run, None)
+        operands = (q, k, v, shared.queries, shared.keys)
+        bites = spec.window is not None and shared.keys.positions.shape[1] > spec.window
+        layers = set(spec.window_layers) if bites else {False}
+        windowed = layers.pop() if len(layers) == 1 else windowed
         if isinstance(windowed, bool):
-            return (with_window if windowed else without)(*operands)
-        return jax.lax.cond(windowed, with_window, without, *operands)
+            out = (with_window if windowed else without)(*operands)
+        else:  # a scanned layer learns its own only when it runs
+            out = jax.lax.cond(windowed, with_window, without, *operands)
+        return linear("o", out.reshape(B, T, -1).astype(x.dtype)), cache
 
 
 class Mlp(nn.Module):
     """A gated feed-forward layer: down(act(gate x) * up x); SwiGLU, or GeGLU."""
 
     spec: ModelSpec
-    rounding: jnp.dtype
     dropout: float
+    rounding: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        def linear(name: str, width: int, x):
-            return Linear(width, self.rounding, self.dropout, name in self.spec.biases, name=name)(x)
+        def linear(name: str, x):
+            return Linear(self.spec, self.rounding, self.dropout, name=name)(x)
 
-        gate, up = linear("gate", self.spec.ffw_dim, x), linear("up", self.spec.ffw_dim, x)
+        gate, up = linear("gate", x), linear("up", x)
         gate = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        out = linear("down", x.shape[-1], gate * up)
+        out = linear("down", gate * up)
         self.sow("outputs", "out", out)
         return out
 
@@ -197,16 +180,14 @@ class Block(nn.Module):
     how: Attend
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], cache: LayerCache | None, windowed: Bool[Array, ""] | bool, shared: Shared
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    def __call__(self, x: Float[Array, "B T D"], cache: dict | None, windowed: Bool[Array, ""] | bool, shared: Shared):
         def norm(name: str, x):
             return RMSNorm(self.spec, name=name)(x)
 
         attention = Attention(self.spec, self.dropout, self.how, name="attn")
         update, cache = attention(norm("attn_norm", x), cache, windowed, shared)
         x += norm("attn_post_norm", update) if self.spec.post_norms else update
-        update = Mlp(self.spec, self.how.dtype, self.dropout, name="mlp")(norm("mlp_norm", x))
+        update = Mlp(self.spec, self.dropout, self.how.dtype, name="mlp")(norm("mlp_norm", x))
         x += norm("mlp_post_norm", update) if self.spec.post_norms else update
         if self.has_variable("perturbations", "out"):
             x += self.get_variable("perturbations", "out")
@@ -243,10 +224,10 @@ class Decoder(nn.Module):
             self.param("head", lambda key: {"kernel": draw(key, sizes[::-1])})
         queries = keys = Place(positions, segment_ids)
         if cache is not None:
-            held = Place(cache["positions"], cache["segment_ids"])
-            keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, (0, slot)), held, queries)
+            filled = Place(cache["positions"], cache["segment_ids"])
+            keys = jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(slots, new, (0, slot)), filled, queries)
         shared = Shared(rope_angles(positions, spec), queries, keys, slot)
-        how = self.attends(tokens.shape[1], embedding.dtype, shared.whole)
+        how = self.attends(tokens.shape[1], embedding.dtype, shared.self_contained)
         x = jnp.take(embedding, tokens, axis=0)
         if spec.scale_embeddings:
             x *= jnp.asarray(spec.embed_dim**0.5, x.dtype)
@@ -257,37 +238,46 @@ class Decoder(nn.Module):
         x = RMSNorm(spec, name="final_norm")(x)
         return x, None if cache is None else {"layers": layers, **keys._asdict()}
 
-    def _scanned(self, x, cache: LayerCache | None, how: Attend, shared: Shared):
+    def _scanned(self, x, cache: dict | None, how: Attend, shared: Shared):
         """All layers as one, over the stacked weights and cache."""
         policy = remat_policy(self.remat)
         block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes=dict.fromkeys(("params", "lora", "lora_trainable", *_ASKED_FOR), 0),
+            variable_axes=dict.fromkeys(("params", "lora", "lora_trainable", *_OPTIONAL), 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=self.spec.num_layers,
         )(self.spec, self.dropout, how, name="layers")
         return layers(x, cache, jnp.asarray(self.spec.window_layers), shared)
 
-    def _unrolled(self, x, cache: list[LayerCache], how: Attend, shared: Shared):
+    def _unrolled(self, x, cache: list[dict], how: Attend, shared: Shared):
         """Layer after layer, over an unstacked cache."""
         block, updated = Block(self.spec, self.dropout, how, parent=None), []
-        held = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
+        stacks = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
         for i, layer_cache in enumerate(cache):
             # A layer's weights are sliced, and gathered over FSDP, when it is due; or else all of them at once.
-            x, held = jax.lax.optimization_barrier((x, held))
-            layer = {name: layer_of(layers, i) for name, layers in held.items()}
+            x, stacks = jax.lax.optimization_barrier((x, stacks))
+            layer = {name: layer_of(layers, i) for name, layers in stacks.items()}
             x, layer_cache = block.apply(layer, x, layer_cache, self.spec.window_layers[i], shared)
             updated.append(layer_cache)
         return x, updated
 
-    def attends(self, length: int, dtype, whole: bool = True) -> Attend:
-        """How rows of `length` tokens attend, implementation and all: to themselves as a whole, or to a cache."""
+    def attends(self, length: int, dtype, self_contained: bool = True) -> Attend:
+        """How rows of `length` tokens attend, implementation and all: to themselves, or (else) to a cache."""
         scale = self.spec.query_scale or self.spec.head_dim**-0.5
-        rounding = rounding_dtype(dtype, self.matmul_precision)
+        rounding, platform = rounding_dtype(dtype, self.matmul_precision), self.attention.platform
         how = self.attention._replace(soft_cap=self.spec.attention_soft_cap, scale=scale, dtype=rounding)
-        return resolve(how, length) if whole else how._replace(implementation="xla")
+        how = how._replace(platform=platform or jax.default_backend())
+        return resolve(how, length, self.spec.head_dim) if self_contained else how._replace(implementation="xla")
+
+
+def decoder_of(spec: ModelSpec, params: dict, matmul_precision: str = "float32") -> Decoder:
+    """The decoder as it runs where these params lie or, abstract ones, will lie: what runs, trains and is planned."""
+    sharding = getattr(params["embed"]["embedding"], "sharding", None)
+    platform = jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    return Decoder(spec, attention=Attend(platform=platform, mesh=mesh), matmul_precision=matmul_precision)
 
 
 def saved_names(remat: str) -> tuple[str, ...]:
@@ -309,17 +299,11 @@ def saved_names(remat: str) -> tuple[str, ...]:
 
 def remat_policy(remat: str) -> Callable | None:
     """The policy of `jax.checkpoint` that keeps `saved_names`; None keeps everything."""
-    names = saved_names(remat)
-    if remat == "none":
-        return None
+    names, policies = saved_names(remat), jax.checkpoint_policies
     if remat == "offload":
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(names),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return jax.checkpoint_policies.save_only_these_names(*names)
+        settings = {"offload_src": "device", "offload_dst": "pinned_host", "names_which_can_be_saved": []}
+        return policies.save_and_offload_only_these_names(names_which_can_be_offloaded=[*names], **settings)
+    return None if remat == "none" else policies.save_only_these_names(*names)
 
 
 def unembed(

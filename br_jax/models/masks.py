@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 SHARED = -1  # segment of what all segments of a row begin with; their positions go on behind it
@@ -19,11 +20,12 @@ class Attend(NamedTuple):
     """How a layer attends; hashable."""
 
     implementation: str = "auto"  # one of `attention.IMPLEMENTATIONS`, or as `attention.resolve` chooses
-    platform: str = "cpu"  # or "tpu", "gpu": where it will run, which need not be where it is compiled
+    platform: str | None = None  # "cpu", "tpu" or "gpu": where it will run; None is JAX's default
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap), as in Gemma-2
     window: int | None = None  # a query sees itself and the window - 1 tokens before it
     scale: float = 1.0  # of the scores, before the soft-cap
     dtype: jnp.dtype = jnp.dtype("float32")  # of queries, keys and values
+    mesh: Mesh | None = None  # that the params lie on, for a caller who has set none
 
     def scaled(self, q: Float[Array, "*N H"]) -> Float[Array, "*N H"]:
         """Queries times the scale, rounded once to their dtype."""

@@ -11,8 +11,8 @@ from br_jax.adapters import lora
 from br_jax.adapters.guard import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import fingerprint, key_of
-from br_jax.models.decoder import Decoder
+from br_jax.core.records import fingerprint, key_of
+from br_jax.models.decoder import Decoder, decoder_of
 from br_jax.models.spec import ModelSpec
 
 
@@ -33,8 +33,8 @@ class Model:
 
     @property
     def decoder(self) -> Decoder:
-        """The module that runs the params, but for what training changes of it."""
-        return Decoder(self.spec, matmul_precision=self.matmul_precision)
+        """The module that runs the params where they lie, but for what training changes of it."""
+        return decoder_of(self.spec, self.params, self.matmul_precision)
 
     @property
     def dtype(self) -> str:
@@ -44,7 +44,7 @@ class Model:
     @property
     def key(self) -> str:
         """What the model's answers are kept under: its fingerprint, and in what it computes where that is not f32."""
-        precision = "" if self.matmul_precision == "float32" else self.matmul_precision
+        precision = self.matmul_precision.removeprefix("float32")
         return "/".join(filter(None, (precision, self.cast, self.fingerprint)))
 
     @functools.cached_property
@@ -64,10 +64,8 @@ def make_model(
     matmul_precision: str = "float32",
 ) -> Model:
     """A `Model` with its fingerprint taken from the content."""
-    eos = tokenizer.eos_token_id
-    stops = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop_tokens]))
-    made = fingerprint(params, spec.to_json())
-    return Model(spec, params, tokenizer, name, template, made, stops, matmul_precision)
+    stops = tuple(dict.fromkeys(stop for stop in (tokenizer.eos_token_id, *stop_tokens) if stop is not None))
+    return Model(spec, params, tokenizer, name, template, fingerprint(params, spec.to_json()), stops, matmul_precision)
 
 
 def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
@@ -79,8 +77,8 @@ def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
     """
     refuse_adapter(model, adapter, name)
     params = lora.fold(model.params, adapter)
-    made = fingerprint(params, model.spec.to_json())
-    return dataclasses.replace(model, params=params, name=name, fingerprint=made, cast="")
+    changed = fingerprint(params, model.spec.to_json())
+    return dataclasses.replace(model, params=params, name=name, fingerprint=changed, cast="")
 
 
 def cast_model(model: Model, dtype: str) -> Model:

@@ -19,15 +19,10 @@ _FAST = re.compile(r"\bamx_bf16\b|AuthenticAMD(?s:.*)\bavx512_bf16\b")
 _CPU = pathlib.Path("/proc/cpuinfo")
 
 
-def resolve_precision(name: str, dtype: str) -> str:
-    """What is meant on this machine: "auto" is "bfloat16" on a CPU that multiplies it faster; a bf16 model is all bf16.
+def resolve_precision(name: str, dtype: str, platform: str | None = None) -> str:
+    """The precision meant by one of `PRECISIONS`, for a model of a dtype and a platform (None: JAX's default).
 
-    Args:
-        name: one of `PRECISIONS`.
-        dtype: of the model.
-
-    Raises:
-        UserError: an unknown name.
+    "auto" is "bfloat16" on a CPU that multiplies it faster; a bf16 model is all bf16. An unknown name is a `UserError`.
     """
     if name not in PRECISIONS:
         raise UserError(f"matmul_precision {name!r}: it is one of {', '.join(PRECISIONS)}")
@@ -35,8 +30,8 @@ def resolve_precision(name: str, dtype: str) -> str:
         return dtype
     if name != "auto":
         return name
-    fast = jax.default_backend() == "cpu" and _CPU.exists() and _FAST.search(_CPU.read_text())
-    return "bfloat16" if fast else "float32"
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    return "bfloat16" if on_cpu and _CPU.exists() and _FAST.search(_CPU.read_text()) else "float32"
 
 
 def rounding_dtype(dtype, precision: str) -> jnp.dtype:

@@ -5,7 +5,7 @@ import json
 from dataclasses import MISSING
 
 from br_jax.core.bounds import number, require_bounds
-from br_jax.core.errors import UserError
+from br_jax.core.errors import UserError, one_line
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_LENGTH = 10**9  # tokens: no model's context is as long
@@ -74,18 +74,25 @@ class ModelSpec:
         for field in dataclasses.fields(self):
             if field.type is bool and type(value := getattr(self, field.name)) is not bool:
                 raise UserError(f"{field.name} is {value!r}: it must be True or False")
-        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):  # a config's, or JSON's
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        for name in ("biases", "windowed"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        try:  # a config file, or JSON, gives dicts and lists
+            if not isinstance(self.rope_scaling, RopeScaling | None):
+                object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            for name in ("biases", "windowed"):
+                if isinstance(value := getattr(self, name), str):
+                    raise TypeError(f"{name} is one text, {value!r}")
+                object.__setattr__(self, name, tuple(value))
+        except TypeError as error:
+            raise UserError(f"rope_scaling, biases or windowed is of a wrong kind: {one_line(error)}") from error
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: rope needs pairs")
         if unknown := set(self.biases) - set(KERNELS):
-            raise UserError(f"biases {sorted(unknown)} are none of {', '.join(KERNELS)}")
+            raise UserError(f"biases {sorted(map(str, unknown))} are none of {', '.join(KERNELS)}")
         if self.activation not in ("silu", "gelu_tanh"):
             raise UserError(f"activation {self.activation!r}: silu or gelu_tanh")
+        if not all(type(has_window) is bool for has_window in self.windowed):
+            raise UserError(f"windowed is {one_line(self.windowed)}: it must be True or False for each layer")
         if self.windowed and (self.window is None or len(self.windowed) != self.num_layers):
             raise UserError(f"windowed says {len(self.windowed)} layers of {self.num_layers}, window {self.window}")
 
@@ -112,6 +119,6 @@ class ModelSpec:
 
     def to_json(self) -> str:
         """The spec, canonically; what is at its default is left out, so that a new switch changes no older model's."""
-        said = dataclasses.asdict(self)
-        changed = [field.name for field in dataclasses.fields(self) if said[field.name] != field.default]
-        return json.dumps({name: said[name] for name in changed}, sort_keys=True)
+        values = dataclasses.asdict(self)
+        changed = [field.name for field in dataclasses.fields(self) if values[field.name] != field.default]
+        return json.dumps({name: values[name] for name in changed}, sort_keys=True)

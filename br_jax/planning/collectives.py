@@ -26,7 +26,7 @@ def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
     """
     bodies, times = _executions(hlo)
     fused = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", hlo))
-    found = {}
+    by_key = {}
     for name, lines in bodies.items():
         for line in lines:
             if not (match := _COLLECTIVE.search(line)):
@@ -37,9 +37,9 @@ def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
             channel = re.search(r"channel_id=\d+", line) if name in fused else None
             key = channel[0] if channel else (name, line)
             one = times[name], kind, received
-            found[key] = min(one, found.get(key, one))  # a fusion that it overlaps may run more often
+            by_key[key] = min(one, by_key.get(key, one))  # a fusion that it overlaps may run more often
     sums = collections.defaultdict(lambda: {"calls": 0, "bytes": 0})
-    for count, kind, received in found.values():
+    for count, kind, received in by_key.values():
         if count and received:
             sums[kind]["calls"] += count
             sums[kind]["bytes"] += count * received
@@ -90,25 +90,20 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
 
 def _received(kind: str, result: str, line: str) -> int:
     """Bytes that one execution brings to a chip; `result` is its arrays, as HLO writes them."""
-    sizes = [
-        max(1, int(bits or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
-        for bits, shape in _ARRAY.findall(result)
-    ]
-    chips = _group_size(line)
+    arrays = [(int(bits or 8), [int(n) for n in shape.split(",") if n]) for bits, shape in _ARRAY.findall(result)]
+    sizes = [max(1, bits // 8) * math.prod(shape) for bits, shape in arrays]
+    # The chips that take part together, from any of HLO's three ways to write replica groups.
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        chips = math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    elif iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        chips = int(iota[1])
+    else:
+        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+        chips = len(listed[1].split(",")) if listed else 1
     if kind == "collective-permute":
         return max(sizes)
     if kind == "reduce-scatter":
         return min(sizes) * (chips - 1)
-    whole = {"all-gather": max(sizes), "all-reduce": 2 * sum(sizes), "all-to-all": sum(sizes)}[kind]
-    return round(whole * (1 - 1 / chips))
-
-
-def _group_size(line: str) -> int:
-    """Chips that take part together, from any of HLO's three ways to write replica groups."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(iota[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return len(listed[1].split(",")) if listed else 1
+    total = {"all-gather": max(sizes), "all-reduce": 2 * sum(sizes), "all-to-all": sum(sizes)}[kind]
+    return round(total * (1 - 1 / chips))

@@ -1,22 +1,27 @@
-"""Compiles a stage for a TPU slice and says whether it fits, what it moves, and what would make it fit."""
+"""Compiles a stage for a TPU slice that need not be there: whether it fits, what it moves, what would help."""
 
 import collections
 import dataclasses
 import math
+import os
 import re
 import time
+from collections.abc import Sequence
 
 import jax
+from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tabulate import tabulate
 
+from br_jax.core.errors import UserError
 from br_jax.core.mesh import leaf_name, make_mesh, shardings
-from br_jax.planning.chips import compile_only_devices, parse_topology
 from br_jax.planning.collectives import count_collectives
 from br_jax.planning.programs import TRAINING, Program, make_program, train_section
-from br_jax.planning.roofline import Prediction, predict
+from br_jax.planning.roofline import CHIPS, Chip, Prediction, predict
 
-_RESERVED = 1 << 28  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
+_GIB = 1 << 30
+_RESERVED = _GIB // 4  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
 # What an argument is, by the first of these that is in its path; else it is of the batch.
 _KINDS = {"opt_state": "optimizer", "/params/": "base", "/lora": "adapters", "cache": "cache"}
 # What cuts a part that is too large; of any other, fewer rows.
@@ -26,6 +31,44 @@ _CURES = {
     "adapters": "a smaller rank, or more chips on mesh.fsdp",
     "cache": "a smaller eval.batch_size or eval.answer_tokens, or more chips",
 }
+# What libtpu would otherwise ask a metadata server for, which is not there, and its lock: no chip is held.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_HEADER = ["stage", "rows", "tokens\na chip", "args\nGiB", "temps\nGiB", "output\nGiB", "total\nGiB", "fits"]
+_HEADER += ["attention", "compile\ns", "step *\nms", "MFU *\n%", "users *\nan hour"]
+
+
+def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
+    """(chip, its name, chips along each axis) of a name such as "v5e:2x4" or "v5p:4x4x4"."""
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UserError(
+            f"topology {topology!r}: write KIND:SHAPE with KIND one of {', '.join(CHIPS)}, as v5e:2x4 or v5p:4x4x4"
+        )
+    return CHIPS[kind], kind, tuple(int(n) for n in shape.split("x"))
+
+
+def compile_only_devices(topology: str) -> Sequence[jax.Device]:
+    """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on.
+
+    Raises:
+        UserError: no such slice, or libtpu is not installed.
+    """
+    _, kind, shape = parse_topology(topology)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # its two cores as one device, as a program on a v4 sees them
+    os.environ.update(_ALONE | os.environ)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except (RuntimeError, ValueError) as error:
+        if "not installed" in str(error):
+            raise UserError("the TPU's compiler is missing: pip install 'br_jax[tpu]' (package libtpu)") from error
+        raise UserError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
 
 
 @dataclasses.dataclass
@@ -58,18 +101,13 @@ class Fit:
         return 3600 * max(self.slots, 1) / (self.calls * self.prediction.seconds)
 
     @property
-    def chips(self) -> int:
-        """Of the slice."""
-        return math.prod(self.mesh.values())
-
-    @property
     def total(self) -> int | None:
         """Bytes in use at the peak."""
         return None if self.temporaries is None else sum(self.arguments.values()) + self.temporaries + self.output
 
     def to_json(self) -> dict:
         """As plain JSON types, with what follows from the fields."""
-        follows = {"chips": self.chips, "total": self.total, "users_an_hour": self.users_an_hour}
+        follows = {"chips": math.prod(self.mesh.values()), "total": self.total, "users_an_hour": self.users_an_hour}
         return dataclasses.asdict(self) | follows | {"fits": not self.problem}
 
 
@@ -93,7 +131,7 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: 
         arguments=argument_bytes(program, mesh),
         hbm=chip.hbm_bytes,
         slots=slots if stage == "pool" else 0,
-        calls=_calls_of_user(config, stage) if stage in ("user", "sft", "pool") else 0,
+        calls=calls_of_user(config, stage),
     )
     start = time.perf_counter()
     try:
@@ -102,7 +140,7 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"\(([\d.]+)G\)", str(error))
-        fit.problem = _advice(fit, int(float(used[1]) * 2**30) if used else 0)
+        fit.problem = _advice(fit, int(float(used[1]) * _GIB) if used else 0)
         return fit
     finally:
         fit.compile_seconds = time.perf_counter() - start
@@ -118,8 +156,10 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: 
     return fit
 
 
-def _calls_of_user(config: ConfigDict, stage: str) -> int:
-    """Optimizer steps; a pool's micro-batches are turns of their own."""
+def calls_of_user(config: ConfigDict, stage: str) -> int:
+    """Optimizer steps of a user's training; a pool's micro-batches are steps of their own. 0 for any other stage."""
+    if stage not in ("user", "sft", "pool"):
+        return 0
     train = config.user.train
     steps = train.steps or -(-config.user.n // train.batch_size) * train.epochs
     return steps * (train.accumulation if stage == "pool" else 1)
@@ -155,9 +195,8 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
 def argument_bytes(program: Program, mesh: Mesh) -> dict[str, int]:
     """Bytes of a chip's part of each kind of argument."""
     kinds = collections.Counter()
-    places = shardings(program.arguments, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(program.arguments)
-    for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
+    for (path, leaf), place in zip(leaves, jax.tree.leaves(shardings(program.arguments, mesh)), strict=True):
         kind = next((kind for part, kind in _KINDS.items() if part in leaf_name(path)), "batch")
         kinds[kind] += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return dict(kinds)
@@ -170,5 +209,43 @@ def _advice(fit: Fit, temporaries: int) -> str:
         rows = "remat=full" if fit.remat != "full" else f"{rows} (or accumulation), max_length or loss_chunk"
     parts = {**fit.arguments, "temporaries": temporaries}
     part = max(parts, key=parts.get)
-    sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
-    return f"{part} is the largest part ({sizes} GiB of {fit.hbm / 2**30:.0f}): try {_CURES.get(part, rows)}"
+    sizes = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
+    return f"{part} is the largest part ({sizes} GiB of {fit.hbm / _GIB:.0f}): try {_CURES.get(part, rows)}"
+
+
+def render(fits: Sequence[Fit]) -> str:
+    """A table of memory and predicted time, then the collectives, then what does not fit."""
+
+    def row(fit: Fit) -> list:
+        sizes = (sum(fit.arguments.values()), fit.temporaries, fit.output, fit.total)
+        memory = ["?" if size is None else f"{size / _GIB:.2f}" for size in sizes]
+        times, users = ["-", "-", "-"], fit.users_an_hour
+        if fit.prediction:
+            times = [f"{1e3 * fit.prediction.seconds:,.1f}", f"{100 * fit.prediction.mfu:.0f}"]
+            times += [f"{users:,.0f}" if users else "-"]
+        name = f"{fit.stage} of {fit.slots}" if fit.slots else fit.stage
+        fits = "NO" if fit.problem else "yes"
+        seconds = f"{fit.compile_seconds:.0f}"
+        return [name, fit.batch, f"{fit.tokens:,}", *memory, fits, fit.attention, seconds, *times]
+
+    def table(rows: list[list], header: list[str], left: int) -> str:
+        align = ["left"] * left + ["right"] * (len(header) - left)
+        return tabulate(rows, header, colalign=align, disable_numparse=True)
+
+    first = fits[0]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in first.mesh.items())
+    chips = math.prod(first.mesh.values())
+    lines = [
+        f"{first.topology}: {chips} chip(s) of {first.hbm / _GIB:.0f} GiB, mesh {mesh}\n",
+        table([row(fit) for fit in fits], _HEADER, left=1),
+        "\n* predicted by a roofline from published peaks (docs/pods.md), not measured\n",
+    ]
+    moved = [
+        [fit.stage, kind, sums["calls"], f"{sums['bytes'] / 1e6:,.1f}"]
+        for fit in fits
+        for kind, sums in fit.collectives.items()
+    ]
+    if moved:
+        lines.append(table(moved, ["stage", "collective", "calls\na call", "MB\nto a chip"], left=2))
+    lines += [f"\n{fit.stage} does not fit: {fit.problem}" for fit in fits if fit.problem]
+    return "\n".join(lines)

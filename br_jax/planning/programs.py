@@ -10,15 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from br_jax.adapters import lora
-from br_jax.adapters.lora import Adapter
 from br_jax.core.errors import UserError, near_names
 from br_jax.core.mesh import abstract, constrain_tree, platform
-from br_jax.experiment.settings import check_settings
+from br_jax.experiment.settings import settle
 from br_jax.inference.generate import decode, prefill
 from br_jax.models.cache import init_unstacked_cache
-from br_jax.models.decoder import Decoder, abstract_params, unembed
+from br_jax.models.decoder import Decoder, abstract_params, decoder_of, unembed
 from br_jax.models.io.load import read_spec
-from br_jax.models.masks import Attend
+from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.pool.step import Turn, begin, empty_state, pool_turn
 from br_jax.training.config import TrainConfig
@@ -48,7 +47,7 @@ class Program:
     @property
     def attention(self) -> str:
         """The implementation in use."""
-        return self.decoder.attends(self.context, self.dtype, whole=self.stage != "decode").implementation
+        return self.decoder.attends(self.context, self.dtype, self.stage != "decode").implementation
 
     def lower(self, mesh: Mesh):
         """Lowers for the mesh, every argument laid out by the table."""
@@ -72,13 +71,14 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0, slo
     """
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
-    check_settings(config)
+    settle(config)
     spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
-    dtype = jnp.dtype(config.model.dtype)
-    params = abstract_params(spec, dtype)
-    if stage not in TRAINING:
-        return _generation(config, stage, spec, params, dtype, mesh, batch)
-    return _training(config, stage, spec, params, dtype, mesh, batch, slots if stage == "pool" else 0)
+    params = abstract_params(spec, jnp.dtype(config.model.dtype))
+    precision = resolve_precision(config.model.matmul_precision, config.model.dtype, platform(mesh))
+    decoder = decoder_of(spec, abstract(params, mesh), precision)  # as a `Model` there has it
+    if stage in TRAINING:
+        return _training(config, stage, decoder, params, mesh, batch, slots if stage == "pool" else 0)
+    return _generation(config, stage, decoder, params, batch)
 
 
 def train_section(config: ConfigDict, stage: str) -> ConfigDict:
@@ -86,13 +86,13 @@ def train_section(config: ConfigDict, stage: str) -> ConfigDict:
     return config["user" if stage in ("sft", "pool") else stage].train
 
 
-def _training(config, stage, spec, params, dtype, mesh, batch, slots) -> Program:
+def _training(config, stage, decoder, params, mesh, batch, slots) -> Program:
     train = TrainConfig(**train_section(config, stage))
     rows = batch or train.batch_size // train.accumulation * slots or train.batch_size
-    beside = stage in ("reinforce", "user", "pool")
 
     def arrays(params):
-        frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if beside else {}
+        has_buffer = stage in ("reinforce", "user", "pool")
+        frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if has_buffer else {}
         adapter = _adapter(params, train, "user")
         state = empty_state(begin(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
         return state, frozen_collections(params, frozen, train.frozen), Hyper.of(train)
@@ -100,44 +100,45 @@ def _training(config, stage, spec, params, dtype, mesh, batch, slots) -> Program
     state, frozen, hyper = jax.eval_shape(arrays, params)
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
     inputs = {name: jax.ShapeDtypeStruct((rows, train.max_length), each) for name, each in dtypes.items()}
-    made = Stage.of(Decoder(spec), train, mesh)
+    how = Stage.of(decoder, train, mesh)
     if slots:
-        made, flags = made._replace(accumulation=1), jax.ShapeDtypeStruct((slots,), jnp.bool_)
+        how, flags = how._replace(accumulation=1), jax.ShapeDtypeStruct((slots,), jnp.bool_)
         hyper = Turn(jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots,), x.dtype), hyper), flags, flags)
         inputs["piece"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
-    lowering = functools.partial((pool_turn if slots else train_step).lower, made)
-    return Program(stage, made.decoder, dtype, rows, train.max_length, lowering, arguments)
+    lowering = functools.partial((pool_turn if slots else train_step).lower, how)
+    dtype = jnp.dtype(config.model.dtype)
+    return Program(stage, how.decoder, dtype, rows, train.max_length, lowering, arguments)
 
 
-def _generation(config, stage, spec, params, dtype, mesh, batch) -> Program:
-    rows, length = batch or config.eval.batch_size, config.user.train.max_length
-    slots = length + config.eval.answer_tokens
-    decoder = Decoder(spec, attention=Attend(config.user.train.attention, platform(mesh)))
+def _generation(config, stage, decoder, params, batch) -> Program:
+    rows, length, spec = batch or config.eval.batch_size, config.user.train.max_length, decoder.spec
+    slots, dtype = length + config.eval.answer_tokens, jnp.dtype(config.model.dtype)
 
     def released(params):
         roles = ("user", "reinforce")
         return lora.collection(lora.stack([_adapter(params, config[role].train, role) for role in roles]))
 
+    def likeliest(variables, hidden):
+        return jnp.argmax(unembed(spec, variables["params"], hidden, decoder.matmul_precision), axis=-1)
+
     def first(variables, tokens, lengths):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
-        return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), cache
+        return likeliest(variables, hidden), cache
 
     def following(variables, token, lengths, cache, slot):
         hidden, cache = decode(decoder, variables, token, lengths, cache, slot)
-        return jnp.argmax(unembed(spec, variables["params"], hidden), axis=-1), constrain_tree(cache)
+        return likeliest(variables, hidden), constrain_tree(cache)
 
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = {"variables": {"params": params, "lora": jax.eval_shape(released, params)}}
     if stage == "prefill":
-        lowering = jax.jit(first).lower
         arguments |= {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32), "lengths": row}
-    else:
-        lowering = jax.jit(following, donate_argnames="cache").lower
-        cache = jax.eval_shape(lambda: init_unstacked_cache(spec, rows, slots, dtype))
-        arguments |= {"token": row, "lengths": row, "cache": cache, "slot": jax.ShapeDtypeStruct((), jnp.int32)}
-    return Program(stage, decoder, dtype, rows, length if stage == "prefill" else slots, lowering, arguments)
+        return Program(stage, decoder, dtype, rows, length, jax.jit(first).lower, arguments)
+    cache = jax.eval_shape(lambda: init_unstacked_cache(spec, rows, slots, dtype))
+    arguments |= {"token": row, "lengths": row, "cache": cache, "slot": jax.ShapeDtypeStruct((), jnp.int32)}
+    return Program(stage, decoder, dtype, rows, slots, jax.jit(following, donate_argnames="cache").lower, arguments)
 
 
-def _adapter(params, train: TrainConfig | ConfigDict, role: str) -> Adapter:
+def _adapter(params, train: TrainConfig | ConfigDict, role: str) -> lora.Adapter:
     return lora.init(jax.random.key(0), lora.target_shapes(params, train.targets), train.rank, train.alpha, role)

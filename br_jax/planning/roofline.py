@@ -1,15 +1,45 @@
 """A predicted step time from published peaks: a bound that no step can beat, not a measurement.
 
 A call takes at least as long as the slowest of three: its FLOPs at the peak of the matrix units, the bytes between
-memory and cores at the memory's rate, the bytes from other chips at the links' rate. The formulas are in
-docs/pods.md; the bytes from other chips are those of the compiled program.
+memory and cores at the memory's rate, the bytes from other chips at the links' rate. docs/pods.md has the formulas; the
+bytes from other chips are those of the compiled program.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from br_jax.models.decoder import saved_names
-from br_jax.planning.chips import Chip
 from br_jax.planning.programs import TRAINING, Program
+
+
+class Chip(NamedTuple):
+    """Published peaks of one chip."""
+
+    flops: float  # bf16, a second
+    hbm_bytes: int
+    hbm_rate: float  # bytes a second between memory and cores
+    ici_rate: float  # bytes a second that reach the chip over all its links to other chips (as many may leave it)
+
+
+# docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "System architecture", read in November 2026. Links between chips
+# are published in Gbit/s: 2400, 1600, 4800, 3584.
+CHIPS = {
+    "v4": Chip(275e12, 32 << 30, 1228e9, 300e9),
+    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9),
+}
+# Dense bf16 FLOP a second by JAX's name of a device; of GPUs from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +62,8 @@ def predict(program: Program, chip: Chip, chips: int, received: int, tensor: int
         tensor: parts that each weight is split in for good; over other axes it is gathered.
     """
     needed = model_flops(program) / chips / chip.flops
-    passes, made = _passes(program)
-    compute = needed * made / passes
+    passes, repeated = _passes(program)
+    compute = needed * repeated / passes
     memory = _memory_bytes(program, chips, tensor) / chip.hbm_rate
     links = received / chip.ici_rate
     bound = max(compute, memory, links)
@@ -44,7 +74,7 @@ def model_flops(program: Program) -> float:
     """FLOPs of a call: 2 a matmul weight and token forward, as many again for a frozen base's backward pass.
 
     The base's weights get no gradient, so training costs 4 N a token, not 6 N. Attention's two matmuls see half of the
-    context on average when whole rows run; adapters are left out (r / D of the rest), and so are logits, which are made
+    context on average when whole rows run. Adapters are left out (r / D of the rest), and so are logits, which are made
     for a few tokens only, unless it decodes.
     """
     spec, decodes = program.decoder.spec, program.stage == "decode"

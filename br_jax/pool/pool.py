@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, pad_rank
 from br_jax.core.errors import Stopped, UserError
-from br_jax.core.hashes import key_of
 from br_jax.core.hosts import StopSignal, agree, fetch, is_main
 from br_jax.core.io import is_of_the_machine, writing
 from br_jax.core.mesh import batch_parts, make_mesh, place, platform
 from br_jax.core.progress import progress
+from br_jax.core.records import key_of
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Course, Job, Outcome, Taken
 from br_jax.pool.reading import aside, result

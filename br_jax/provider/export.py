@@ -11,8 +11,8 @@ from br_jax.adapters.guard import warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import RANK, require
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import fingerprint
 from br_jax.core.io import require_replaceable
+from br_jax.core.records import fingerprint
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.load import require_dtype
 from br_jax.models.model import Model, cast_model, fold_adapter, require_releasable

@@ -13,8 +13,7 @@ from br_jax.adapters.peft import load_adapter
 from br_jax.core.errors import UserError
 from br_jax.core.io import reading
 from br_jax.core.records import read_record, write_record
-from br_jax.models.io.hub import is_hub_name
-from br_jax.models.io.load import find_source, read_model, require_dtype
+from br_jax.models.io.load import find_source, is_hub_name, read_model, require_dtype
 from br_jax.models.model import Model, cast_model, fold_adapter, guard
 from br_jax.models.precision import resolve_precision
 
@@ -96,6 +95,8 @@ def load_recorded(folder: pathlib.Path, name: str, said: dict, model: Model) -> 
 
 def is_provider(source: str | os.PathLike) -> bool:
     """Whether a path is a provider's folder."""
+    if not isinstance(source, str | os.PathLike):
+        return False  # `find_source` says what it is not
     file = pathlib.Path(source) / PROVIDER_FILE
     with reading(file, "give a folder that you may read"):
         try:

@@ -23,7 +23,6 @@ from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, s
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.experiment.run import Experiment
-from br_jax.experiment.settings import settled
 from br_jax.report import plots
 from br_jax.report.markdown import code, image, table, write_document
 from br_jax.training.run import train_adapter
@@ -62,62 +61,67 @@ def write_analyses(
     """
     if not config.user.probes:
         raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")
-    e = Experiment(settled(config), workdir)
+    e, folder = Experiment(config, workdir), pathlib.Path(workdir)
     e.check(one_job=True)
     e.begin()
     e.prepare()
-    user, buffer, released = e.adapter("user"), e.adapter("buffer"), e.merged("user")
-    honest = e.recipe.task_rows[0][e.config.user.n :]  # none of the user's own
+    user, buffer, reinforce, released = (
+        e.adapter("user"),
+        e.adapter("buffer"),
+        e.adapter("reinforce"),
+        e.merged("user", "reinforce", e.merge_of("user")),
+    )
+    honest = e.recipe.task_rows[0][e.settings.user.n :]  # none of the user's own
     kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": honest[-rows:]}
     on = ({}, {"buffer": buffer}, {"sft": e.adapter("sft")}, {"user": user, "buffer": buffer}, {"user": user})
     states = dict(zip(_COLORS, (*on, {"ours": released}), strict=True))
     safety = _safety(e)
-    scores = {
-        (kind, state): _look(e, safety, rows, attached)
-        for kind, rows in kinds.items()
-        for state, attached in states.items()
-    }
+    scores = {(kind, state): _look(e, safety, kinds[kind], states[state]) for kind in kinds for state in states}
     followed = _followed(e, safety, kinds, looks) if looks else {}
     grids, axis = _landscapes(e, kinds, buffer, points)
     merge = e.merge_of("user")
-    shares, moved = overlaps(user, e.adapter("reinforce"), merge.tau), reach(user, e.adapter("reinforce"), merge)
+    shares, moved = overlaps(user, reinforce, merge.tau), reach(user, reinforce, merge)
     arrays = {f"safety gradient, {kind}, {state}": found.score for (kind, state), found in scores.items()}
     arrays |= {f"safety gradient in training, {kind}, {state}": found for (kind, state), found in followed.items()}
     arrays |= {f"landscape, {name}": grid for name, grid in grids.items()} | {"landscape, axis": axis}
     arrays |= {f"merge, {path}, {part}": values for path, o in shares.items() for part, values in o._asdict().items()}
-    folder = pathlib.Path(workdir)
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     (folder / "analysis.npz").write_bytes(packed.getvalue())
-    drawn = {"safety_gradient": _score_figure(scores), "landscape": _grid_figure(grids, axis)}
-    drawn |= {"safety_in_training": _followed_figure(followed)} if followed else {}
+    layers = {case: (range(len(found.score)), found.score) for case, found in scores.items()}
+    label = "safety gradient score\n(above 0: a step adds to safety)"
+    drawn = {"safety_gradient": _score_figure(layers, "layer", label), "landscape": _grid_figure(grids, axis)}
+    if followed:
+        lines = {case: (found[:, 0], found[:, 1:].sum(1)) for case, found in followed.items()}
+        labels = "step of the user's training", "safety gradient score, all layers"
+        drawn["safety_in_training"] = _score_figure(lines, *labels)
     counts = {kind: len(some) for kind, some in kinds.items()}
-    text = _text(counts, scores, followed, shares, merge, moved, command)
+    text = _text(counts, scores, bool(followed), shares, merge, moved, command)
     return str(write_document(folder / "analysis.md", text, drawn))
 
 
 def _safety(e: Experiment) -> Adapter:
     """The direction of safety: a LoRA that was trained on refusals, without Buffer."""
-    refusals = e.recipe.refusal_rows(e.config.reinforce.refusals, "reinforce")
-    config = e.train("reinforce")
+    refusals = e.recipe.refusal_rows(e.settings.reinforce.refusals, "reinforce")
+    config = e.settings.train("reinforce")
     return train_adapter("safety", "reinforce", e.aligned, refusals, config, provider=True, **e.provider_run)
 
 
 def _look(e: Experiment, safety: Adapter, rows: Sequence[Row], attached: dict) -> _Kind:
-    settings = {"max_length": e.train("user").max_length}
+    settings = {"max_length": e.settings.train("user").max_length}
     products = safety_gradients(e.aligned, safety, rows, attached, **settings)
-    norm = _whole(gradient_norms(e.aligned, list(safety.weights), rows, attached, **settings))
+    gradients = gradient_norms(e.aligned, list(safety.weights), rows, attached, **settings)
+    norm, length = (
+        float(np.sqrt(sum(np.square(norm, dtype=np.float64).sum() for norm in norms.values())))
+        for norms in (gradients, lengths(safety))
+    )
     along = sum(float(product.sum()) for product in products.values())
-    return _Kind(by_layer(products, safety), norm, along / (norm * _whole(lengths(safety)) + 1e-30))
-
-
-def _whole(norms: Mapping[str, np.ndarray]) -> float:
-    return float(np.sqrt(sum(np.square(norm, dtype=np.float64).sum() for norm in norms.values())))
+    return _Kind(by_layer(products, safety), norm, along / (norm * length + 1e-30))
 
 
 def _followed(e: Experiment, safety: Adapter, kinds: Mapping[str, Sequence[Row]], looks: int) -> dict:
     """The score over training: (kind of row, state of the model) -> f32[looks + 1 at most, 1 + L], the step first."""
-    config, rows, buffer = e.train("user"), e.recipe.user_rows, {"buffer": e.adapter("buffer")}
+    config, rows, buffer = e.settings.train("user"), e.recipe.user_rows, {"buffer": e.adapter("buffer")}
     steps = config.steps or config.epochs * -(-len(rows) // config.batch_size)
     config = dataclasses.replace(config, probe_every=-(-steps // looks))
     found = collections.defaultdict(list)
@@ -139,8 +143,8 @@ def _landscapes(
     e: Experiment, kinds: Mapping, buffer: Adapter, points: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The loss of each kind of row on Buffer's plane, and along filter-normalised directions."""
-    axis, length = np.linspace(-0.5, 1.5, points), e.train("user").max_length
-    plane = buffer, orthogonal_to(buffer, jax.random.key(e.config.seed))
+    axis, length = np.linspace(-0.5, 1.5, points), e.settings.train("user").max_length
+    plane = buffer, orthogonal_to(buffer, jax.random.key(e.settings.seed))
     noise = [filter_normalised(e.aligned.params, jax.random.key(i)) for i in (1, 2)]
     grids = {}
     for kind, rows in kinds.items():
@@ -150,74 +154,50 @@ def _landscapes(
 
 
 @plots.styled
-def _score_figure(scores: Mapping[tuple[str, str], _Kind]) -> Figure:
-    kinds = list(dict.fromkeys(kind for kind, _ in scores))
-    figure = plots.new_figure(4.6 * len(kinds), 3.6)
-    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+def _score_figure(lines: Mapping[tuple[str, str], tuple], across: str, label: str) -> Figure:
+    """A panel for each kind of row, from (kind, state of the model) -> (x, score)."""
+    kinds = [*dict.fromkeys(kind for kind, _ in lines)]
+    figure, axes = plots.panels(len(kinds), len(kinds), (4.6, 3.6))
+    for (kind, state), (x, score) in lines.items():
+        marker = "." if len(x) < 5 else None
+        axes[kinds.index(kind)].plot(x, score, color=_COLORS[state], label=state, marker=marker)
     for axis, kind in zip(axes, kinds, strict=True):
-        for state, color in _COLORS.items():
-            found = scores[kind, state].score
-            axis.plot(range(len(found)), found, color=color, label=state, marker="." if len(found) < 5 else None)
         axis.axhline(0, color=plots.GRAY, linewidth=0.8)
-        axis.set_title(f"{kind} rows")
-        axis.set_xlabel("layer")
+        axis.set(title=f"{kind} rows", xlabel=across)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("safety gradient score\n(above 0: a step adds to safety)")
-    axes[-1].legend()
-    return figure
-
-
-@plots.styled
-def _followed_figure(followed: Mapping[tuple[str, str], np.ndarray]) -> Figure:
-    kinds = list(dict.fromkeys(kind for kind, _ in followed))
-    figure = plots.new_figure(4.6 * len(kinds), 3.6)
-    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for (kind, state), found in followed.items():
-        axis = axes[kinds.index(kind)]
-        axis.plot(found[:, 0], found[:, 1:].sum(1), color=_COLORS[state], label=state, marker=".")
-    for axis, kind in zip(axes, kinds, strict=True):
-        axis.axhline(0, color=plots.GRAY, linewidth=0.8)
-        axis.set_title(f"{kind} rows")
-        axis.set_xlabel("step of the user's training")
-    axes[0].set_ylabel("safety gradient score, all layers")
+    axes[0].set_ylabel(label)
     axes[-1].legend()
     return figure
 
 
 @plots.styled
 def _grid_figure(grids: Mapping[str, np.ndarray], axis: np.ndarray) -> Figure:
-    figure = plots.new_figure(3.6 * len(grids), 3.4)
-    for panel, (name, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
-        xs = axis if name.endswith("Buffer") else axis - 0.5
-        shown = panel.contourf(xs, axis - 0.5, np.log(grid.T), levels=12, cmap="viridis")
+    figure, panels = plots.panels(len(grids), len(grids), (3.6, 3.4))
+    for panel, (name, grid) in zip(panels, grids.items(), strict=True):
+        of_buffer = name.endswith("Buffer")
+        shown = panel.contourf(axis if of_buffer else axis - 0.5, axis - 0.5, np.log(grid.T), levels=12, cmap="viridis")
         figure.colorbar(shown, ax=panel, label="log loss")
-        panel.plot(0, 0, "o", color="white", markeredgecolor=plots.DARK)
-        if name.endswith("Buffer"):
-            panel.plot(1, 0, "^", color="white", markeredgecolor=plots.DARK)
-        panel.set_title(name)
-        panel.set_xlabel("Buffer" if name.endswith("Buffer") else "first direction")
-        panel.set_ylabel("random")
+        for x, marker in ((0, "o"), (1, "^")) if of_buffer else ((0, "o"),):
+            panel.plot(x, 0, marker, color="white", markeredgecolor=plots.DARK)
+        panel.set(title=name, xlabel="Buffer" if of_buffer else "first direction", ylabel="random")
     return figure
-
-
-def _both_parts(scores: np.ndarray) -> str:
-    return f"{scores.sum():+.3g} ({scores.clip(min=0).sum():+.3g}, {scores.clip(max=0).sum():+.3g})"
 
 
 def _text(
     counts: Mapping[str, int],
     scores: Mapping[tuple[str, str], _Kind],
-    followed: Mapping[tuple[str, str], np.ndarray],
+    followed: bool,
     shares: Mapping,
     merge: MergeConfig,
     moved: Mapping[str, float],
     command: str,
 ) -> str:
-    steps = [
-        [kind, state, _both_parts(found.score), f"{found.norm:.3g}", f"{found.cosine:+.3f}"]
-        for (kind, state), found in scores.items()
-    ]
-    rows = [
+    steps = []
+    for (kind, state), found in scores.items():
+        above, below = found.score.clip(min=0).sum(), found.score.clip(max=0).sum()
+        score = f"{found.score.sum():+.3g} ({above:+.3g}, {below:+.3g})"
+        steps.append([kind, state, score, f"{found.norm:.3g}", f"{found.cosine:+.3f}"])
+    spaces = [
         [path.removeprefix("layers/"), *(f"{100 * np.mean(values):.1f}" for values in (o.outputs, o.inputs, o.chance))]
         for path, o in shares.items()
     ]
@@ -228,18 +208,18 @@ def _text(
         "layers, and in brackets over those where it is above and below 0. Beside it the length of the gradient, and "
         "the cosine between a step and that direction: what shrinks a gradient changes the one, what turns it the "
         "other. " + ", ".join(f"{count} {kind} rows" for kind, count in counts.items()) + ".",
-        table(["rows", "model", "score", "gradient", "cosine"], steps),
+        table(steps, ["rows", "model", "score", "gradient", "cosine"]),
         image("safety_gradient", "Safety Gradient Score by layer"),
-        *([image("safety_in_training", "Safety Gradient Score over training")] if followed else []),
+        image("safety_in_training", "Safety Gradient Score over training") if followed else "",
         "## The loss round the aligned base",
         "Circle: the aligned base; triangle: with Buffer.",
         image("landscape", "Loss landscapes"),
         "## What the merge can change",
         "Share of Reinforce (norm, mean over layers, in percent) in the user's output and input spaces, and what a "
         "random matrix would have of the outputs.",
-        table(["matrix", "outputs", "inputs", "by chance"], rows),
+        table(spaces, ["matrix", "outputs", "inputs", "by chance"]),
         f"With Reinforce x {merge.reinforce_scale:.3g}, as released, from a = 0 to a = 1 the merged delta changes "
-        f"by {100 * moved['of_merged']:.2f} % of its norm "
-        f"({100 * moved['of_user']:.2f} % of the user's).",
+        f"by {100 * moved['of_merged']:.2f} % of its norm ({100 * moved['of_user']:.2f} % of the user's).",
+        code(command, "sh") if command else "",
     ]
-    return "\n\n".join([*parts, *([code(command, "sh")] if command else [])]) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"

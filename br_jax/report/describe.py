@@ -20,9 +20,8 @@ from br_jax.adapters.guard import is_buffer
 from br_jax.adapters.likeness import Reference
 from br_jax.adapters.peft_config import read_config
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import file_hash
 from br_jax.core.io import PICKLES, TensorKinds, read_json, reading, safetensors_header, writing
-from br_jax.core.records import read_record
+from br_jax.core.records import file_hash, read_record
 from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
 from br_jax.models.spec import ModelSpec

@@ -1,7 +1,10 @@
 """Markdown documents: their pieces, and how one is written together with its figures."""
 
+import contextlib
+import fcntl
+import os
 import re
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from br_jax.core.io import writing
 from br_jax.report import plots
 from br_jax.report.results import Estimate
 from br_jax.scoring.statistics import is_finite
@@ -19,15 +21,26 @@ CUT = 200  # characters of a foreign text that are printed
 
 
 def write_document(path: Path, text: str, drawn: Mapping[str, Figure]) -> Path:
-    """Writes a document and its figures, as .png and .pdf; a full disk leaves the old ones and not half of the new."""
-    near = {"dir": path.parent, "prefix": f".{path.stem}-"}
-    with writing(path, "make room or give access"), tempfile.TemporaryDirectory(**near) as new:
-        (Path(new) / path.name).write_text(text, encoding="utf-8")
-        files = [file for name, figure in drawn.items() for file in plots.save(figure, Path(new) / name)]
+    """Writes a document and its figures, as .png and .pdf; a full disk leaves the old ones and not half of the new.
+
+    One process writes at a time. What a killed one has left is removed by the next.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = os.open(path.parent, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        for left in path.parent.glob(f".{path.stem}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        new = path.parent / f".{path.stem}-new"
+        stack.callback(shutil.rmtree, new, ignore_errors=True)
+        new.mkdir()
+        (new / path.name).write_text(text, encoding="utf-8")
+        files = [file for name, figure in drawn.items() for file in plots.save(figure, new / name)]
         (path.parent / FIGURES).mkdir(exist_ok=True)
         for file in files:
             file.replace(path.parent / FIGURES / file.name)
-        return (Path(new) / path.name).replace(path)
+        return (new / path.name).replace(path)
 
 
 def image(name: str, words: str) -> str:
@@ -35,9 +48,9 @@ def image(name: str, words: str) -> str:
     return f"![{words}]({FIGURES}/{name}.png)"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already."""
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+def table(lines: Sequence[Mapping[str, str] | Sequence[str]], header: Sequence[str] | str = "keys") -> str:
+    """A table of cells that are Markdown already; the header is that of lines which are no mappings."""
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
 def code(text: str, language: str) -> str:
@@ -65,7 +78,7 @@ def number(value: Any, form: str, scale: float = 1) -> str:
     return format(scale * value, form) if is_finite(value) else "n/a"
 
 
-def told(found: Estimate | None, form: str = "+.1f", scale: float = 100) -> str:
+def interval(found: Estimate | None, form: str = "+.1f", scale: float = 100) -> str:
     """A mean, by default a difference in points, with its interval and † as the legend has it; "n/a" for None."""
     if found is None:
         return "n/a"

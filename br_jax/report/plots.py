@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from br_jax.scoring.statistics import is_finite
@@ -65,6 +66,32 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def panels(
+    count: int, columns: int, size: tuple[float, float], around: tuple[float, float] = (0, 0), **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, row by row: the size of one and what is around them, in inches."""
+    rows = math.ceil(count / columns)
+    figure = new_figure(size[0] * columns + around[0], size[1] * rows + around[1])
+    axes = [*figure.subplots(rows, columns, squeeze=False, **shared).flat]
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def heat_map(
+    axis: Axes, grid: np.ndarray, words: Sequence[Sequence[str]] | None, colors: str, high: float, light: bool = False
+) -> AxesImage:
+    """Draws a grid (pale: NaN) on a scale from 0 with words in its cells, white on the dark half of the colors."""
+    scale = matplotlib.colormaps[colors].with_extremes(bad="white" if light else PALE)
+    image = axis.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=scale, vmin=0.0, vmax=high)
+    for (row, column), value in np.ndenumerate(grid) if words else ():
+        dark = value > 0.6 * high if light else value < 0.5 * high
+        ink = "white" if dark else DARK if light else "black"
+        axis.text(column, row, words[row][column], ha="center", va="center", fontsize=8 + light, color=ink)
+    axis.spines[:].set_visible(False)
+    return image
+
+
 def nothing(text: str) -> Figure:
     """A figure that says why there is none."""
     figure = new_figure(6, 1.2)
@@ -88,15 +115,13 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str 
     largest = max((np.nanmax(grid, initial=0.0) for grid in grids.values()), default=0.0)
     if largest <= 0:
         return nothing("no singular value but zero")
-    rows = math.ceil(len(grids) / 4)
-    columns = math.ceil(len(grids) / rows)
-    figure = new_figure(max(3.1 * columns + 1.2, 6), 2.7 * rows + 0.9)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    columns = math.ceil(len(grids) / math.ceil(len(grids) / 4))
+    figure, axes = panels(len(grids), columns, (max(3.1, 4.8 / columns), 2.7), (1.2, 0.9), sharex=True, sharey=True)
     depth = max(len(grid) for grid in grids.values())
     palette = matplotlib.colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))  # no yellow
     colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(depth - 1, 1)), palette)
     drawn = []
-    for axis, (name, grid) in zip(axes, grids.items(), strict=False):
+    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
         lines = [*grid, np.median(grid, axis=0)]
         styles = [{"color": colors.to_rgba(layer), "linewidth": 0.8, "alpha": 0.8} for layer in range(len(grid))]
         for values, style in zip(lines, [*styles, {"color": DARK, "linewidth": 2.6}], strict=True):
@@ -106,13 +131,11 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str 
         axis.set_title(name)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.grid(axis="y", color=PALE)
-    for axis in axes[len(grids) :]:
-        axis.set_axis_off()
-    for axis in axes[max(len(grids) - columns, 0) : len(grids)]:  # the lowest of each column
+    for axis in axes[-columns:]:  # the lowest of each column
         axis.tick_params(labelbottom=True)
     axes[0].set_xlim(0.5, max(map(len, drawn)) + 0.5)
     log_scale(axes[0], drawn)
-    figure.colorbar(colors, ax=list(axes), label="layer", ticks=MaxNLocator(6, integer=True), aspect=30, pad=0.02)
+    figure.colorbar(colors, ax=axes, label="layer", ticks=MaxNLocator(6, integer=True), aspect=30, pad=0.02)
     figure.suptitle(title, wrap=True)
     figure.supxlabel("index (thick: median over layers)", fontsize=10)
     figure.supylabel("singular value (log scale)", fontsize=10)

@@ -5,26 +5,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tabulate import tabulate
 
 from br_jax.core.bounds import ROWS, require
 from br_jax.core.errors import UserError
-from br_jax.report import run_report as details
-from br_jax.report import tables
-from br_jax.report.figures import draw_frame, name_of
+from br_jax.report import run_report, tables
+from br_jax.report.figures import draw_results, figures_of
 from br_jax.report.gates import ATTACK, Gate, check, outcome
 from br_jax.report.markdown import code, image, literal, number, write_document
 from br_jax.report.results import (
     MAIN,
     TITLES,
-    Frame,
-    Row,
-    Setting,
     absent,
-    make_frame,
+    by_setting,
+    estimate,
     mixed,
-    place,
     read_cells,
+    results_of,
+    rows_of,
     shares,
 )
 
@@ -37,42 +36,46 @@ _HEADLINES = {
 }
 
 
-def write_report(workdir: str | os.PathLike, command: str = "", examples: int = 2) -> Path:
+def write_report(
+    workdir: str | os.PathLike,
+    command: str = "",
+    examples: int = 2,
+    cells: Iterable[Mapping[str, Any]] | None = None,
+) -> Path:
     """Writes a report and its figures (PNG and PDF, in figures/) from finished cells and the files beside them.
 
     Args:
         workdir: of a run, which gets report.md, or of a sweep, which gets sweep.md.
         command: that made a sweep; a run's folder holds its own.
         examples: answers of a run to print for each model and prompt set; 0 keeps all answers out of the report.
+        cells: those to report; default: all finished ones of the workdir.
 
     Returns:
         The report's path. The same files give the same bytes.
 
     Raises:
-        UserError: when no cell is finished, a file is damaged, or the report cannot be written; an earlier one is
-            untouched then.
+        UserError: no cell is finished, or a file is damaged; an earlier report is untouched then.
     """
     require("examples", examples, ROWS)
     workdir = Path(workdir)
-    cells = read_cells(workdir)
-    frame = make_frame(cells)
-    if not frame:
+    cells = read_cells(workdir) if cells is None else [*cells]
+    if not cells:
         if (workdir / "results.json").exists():
             raise UserError(f"{workdir}: made by an earlier br_jax: run its command again, answers are read back")
         raise UserError(f"{workdir}: no finished cell: run experiments/pipeline.py or sweep.py in this workdir first")
-    drawn, run = draw_frame(frame), None
-    if not (workdir / "runs").is_dir():
-        run = details.read(workdir)
-        drawn |= details.draw(run, frame)
-    text = "\n\n".join(_sections(frame, mixed(cells), command, drawn, run, examples)) + "\n"
-    return write_document(workdir / ("sweep.md" if run is None else "report.md"), text, drawn)
+    results = results_of(cells)
+    run = None if (workdir / "runs").is_dir() else run_report.read(workdir)
+    drawn = draw_results(results) | (run_report.draw(run, results) if run else {})
+    text = "\n\n".join(_sections(results, command, run, examples)) + "\n"
+    return write_document(workdir / ("report.md" if run else "sweep.md"), text, drawn)
 
 
 def print_cell(cell: Mapping[str, Any], place: str) -> None:
     """Prints one line for a terminal: the place of a cell in its sweep, as "3/9", what it is of, and its scores."""
-    ((setting, (row,)),) = make_frame([cell]).items()
+    ((setting, row),) = by_setting(results_of([cell]))
     scores = ", ".join(f"{TITLES[score]} {_percent(row, score)}" for score in MAIN)
-    print(f"{place}  {setting}, p = {row.p:g}, seed {cell['run']['seed']}, {row.label}: {scores}", flush=True)
+    first = row.iloc[0]
+    print(f"{place}  {setting}, p = {first.p:g}, seed {first.name}, {first.label}: {scores}", flush=True)
 
 
 def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
@@ -81,21 +84,22 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     Returns:
         1 when the attack failed, so that nothing is shown, else 0: the exit status of a script.
     """
-    frame = make_frame(cells)
-    for setting, rows in frame.items():
-        lines = []
-        for row in rows:
-            lines.append([f"{row.p:g}", row.label, *(_percent(row, score) for score in MAIN), len(row.scores)])
-        print(f"\n{setting}")
-        header = ["p", "method", *(TITLES[score] for score in MAIN), "seeds"]
-        align = ["left", "left", *["right"] * (len(header) - 2)]
-        print(tabulate(lines, header, colalign=align, disable_numparse=True))
-    gates, lines = check(frame), []
+    results, lines = results_of(cells), []
+    for setting, each in by_setting(results):
+        scores = [
+            {"p": f"{row.p.iloc[0]:g}", "method": row.label.iloc[0]}
+            | {TITLES[score]: _percent(row, score) for score in MAIN}
+            | {"seeds": len(row)}
+            for row in rows_of(each)
+        ]
+        align = ["left", "left", *["right"] * (len(MAIN) + 1)]
+        print(f"\n{setting}\n{tabulate(scores, 'keys', colalign=align, disable_numparse=True)}")
+    gates = check(results)
     for gate in gates:
         points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else gate.why_not
-        limit = f"{'>=' if gate.is_attack else '<='} {100 * gate.rule.limit:g}"
+        limit = f"{'>=' if gate.is_attack else '<='} {100 * gate.claim.limit:g}"
         passed = {True: "passed", False: "FAILED", None: "-"}[gate.passed]
-        lines.append([passed, f"{gate.p:g}", gate.rule.text, points, limit])
+        lines.append([passed, f"{gate.p:g}", gate.claim.text, points, limit])
     if gates:
         print("\n" + tabulate(lines, ["gate", "p", "", "points", "limit"], disable_numparse=True))
     said = outcome(gates)
@@ -103,106 +107,73 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     return int(said == "attack_failed")
 
 
-def _percent(row: Row, score: str) -> str:
-    found = row.estimate(score)
+def _percent(row: pd.DataFrame, score: str) -> str:
+    found = estimate(row, score)
     return number(found and found.mean, ".1f", scale=100)
 
 
-def _sections(
-    frame: Frame,
-    apart: Sequence[Setting],
-    command: str,
-    drawn: Mapping[str, Any],
-    run: details.Details | None,
-    examples: int,
-) -> Iterable[str]:
-    gates = check(frame)
-    yield f"# Buffer-and-Reinforce: {'sweep' if run is None else 'report'}"
-    yield _headline(gates, apart, run)
-    yield tables.gate_table(frame, gates) if gates else "No gate: neither an attack nor ours was run."
+def _sections(results: pd.DataFrame, command: str, run: run_report.Details | None, examples: int) -> Iterable[str]:
+    gates = check(results)
+    yield f"# Buffer-and-Reinforce: {'report' if run else 'sweep'}"
+    yield _headline(gates, results, run)
+    yield tables.gate_table(results, gates) if gates else "No gate: neither an attack nor ours was run."
     yield "## What was run"
-    yield from _what_was_run(frame, command if run is None else run.results.get("command"))
+    yield from _what_was_run(results, run.results.get("command") if run else command)
     yield "## How to read the tables"
     yield from tables.LEGEND
-    for setting, rows in frame.items():
+    for setting, cells in by_setting(results):
         yield f"## {literal(str(setting))}"
-        yield from _images(setting, rows, drawn)
-        yield tables.score_table(rows)
-        yield from tables.breakdowns(rows)
-        if run is None:
-            yield "Every seed:"
-            yield tables.seed_table(rows)
-        yield "Paired tests:"
-        yield tables.paired_table(rows)
-        if geometry := tables.geometry_table(rows):
-            yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
-            yield geometry
-    yield from tables.users_table(frame)
-    yield from tables.parts_table(frame)
-    yield from tables.strength_table(frame)
-    if any(row.p == 0 for rows in frame.values() for row in rows):
-        yield from tables.cost_table(frame)
-    if run is not None:
-        yield from details.sections(run, frame, examples)
+        yield from (image(name, words) for name, words, _ in figures_of(results, setting))
+        yield from tables.setting_tables(cells, every_seed=run is None)
+    yield from tables.users_table(results)
+    yield from tables.steps_table(results)
+    yield from tables.strength_table(results)
+    if (results.p == 0).any():
+        yield from tables.cost_table(results)
+    if run:
+        yield from run_report.sections(run, results, examples)
 
 
-def _headline(gates: Sequence[Gate], apart: Sequence[Setting], run: details.Details | None) -> str:
+def _headline(gates: Sequence[Gate], results: pd.DataFrame, run: run_report.Details | None) -> str:
     """What contradicts the claim, then what is missing, then what holds."""
     lines = [f"**{_HEADLINES[outcome(gates)]}**"]
-    claims = [gate.passed for gate in gates if not gate.is_attack]
+    claims = [gate for gate in gates if not gate.is_attack]
     if short := [gate for gate in gates if gate.is_attack and gate.passed is False]:
         where = ", ".join(f"p = {gate.p:g} ({100 * gate.gap.mean:+.1f} points)" for gate in short)
         lines.append(f"The attack fell short of {100 * ATTACK.limit:g} points at {where}.")
-    if failed := claims.count(False):
+    if failed := sum(gate.passed is False for gate in claims):
         lines.append(f"{failed} of {len(claims)} gates of the claim FAILED.")
-    if uneven := [gate for gate in gates if gate.passed and not gate.is_attack and gate.beyond]:
+    if uneven := [gate for gate in claims if gate.passed and gate.beyond]:
         seeds = ", ".join(map(str, sorted({seed for gate in uneven for seed in gate.beyond})))
         lines.append(f"Passed on the mean and not on every seed: {len(uneven)} of {len(claims)} gates (seeds {seeds}).")
-    if unknown := sum(gate.passed is None for gate in gates):
-        why = ", ".join(dict.fromkeys(gate.why_not for gate in gates if gate.passed is None))
-        lines.append(f"No verdict on {unknown} of the gates: {why}.")
-    if apart:
+    if unknown := [gate for gate in gates if gate.passed is None]:
+        why = ", ".join(dict.fromkeys(gate.why_not for gate in unknown))
+        lines.append(f"No verdict on {len(unknown)} of the gates: {why}.")
+    if apart := mixed(results):
         where = "; ".join(map(str, apart))
         lines.append(f"Not to be compared, as some cells have other settings, or an earlier br_jax made them: {where}.")
     if not claims:
         lines.append("Ours was not run: nothing can be said of it.")
-    return "\n".join(f"> {line}  " for line in [*lines, *(details.warnings(run) if run else [])])
+    return "\n".join(f"> {line}  " for line in [*lines, *(run_report.warnings(run) if run else [])])
 
 
-def _what_was_run(frame: Frame, command: str | None) -> Iterable[str]:
-    rows = sorted((row for each in frame.values() for row in each), key=lambda row: place(row)[1:])
-    said = {
-        "models": [literal(setting.model_name) for setting in frame],
-        "tasks": [literal(setting.task) for setting in frame],
-        "users": [literal(setting.user) for setting in frame],
-        "topics of the harmful rows": [literal(setting.topic) for setting in frame],
-        "user rows n": [str(setting.n) for setting in frame],
-        "share of harmful rows p": [f"{p:g}" for p in shares(rows)],
-        "seeds": [str(seed) for seed in sorted({seed for row in rows for seed in row.scores})],
+def _what_was_run(results: pd.DataFrame, command: str | None) -> Iterable[str]:
+    settings = [setting for setting, _ in by_setting(results)]
+    rows = rows_of(results.sort_values(["place", "method", "a"]))
+    lists = {
+        "models": [literal(setting.model_name) for setting in settings],
+        "tasks": [literal(setting.task) for setting in settings],
+        "users": [literal(setting.user) for setting in settings],
+        "topics of the harmful rows": [literal(setting.topic) for setting in settings],
+        "user rows n": [str(setting.n) for setting in settings],
+        "share of harmful rows p": [f"{p:g}" for p in shares(results)],
+        "seeds": [str(seed) for seed in sorted({*results.index})],
         "methods": [tables.label(row) for row in rows],
     }
-    for score, title in TITLES.items():
-        said[f"N of {title}"] = [str(n) for n in tables.sizes(rows, score)]
-    yield "\n".join(f"- {name}: {'; '.join(dict.fromkeys(values)) or 'none'}" for name, values in said.items())
-    yield f"{sum(len(row.scores) for row in rows)} cells are finished."
-    if missing := absent(frame):
+    lists |= {f"N of {title}": map(str, tables.sizes_of(results, score)) for score, title in TITLES.items()}
+    yield "\n".join(f"- {name}: {'; '.join(dict.fromkeys(values)) or 'none'}" for name, values in lists.items())
+    yield f"{len(results)} cells are finished."
+    if missing := absent(results):
         yield "Not run, or not finished, if every method was meant to have every p and seed:"
         yield "\n".join(f"- {literal(line)}" for line in missing)
     yield code(command or "command not recorded", "sh")
-
-
-def _images(setting: Setting, rows: Sequence[Row], drawn: Mapping[str, Any]) -> Iterable[str]:
-    """Links to the figures of a setting; one that several n share stands with each of them."""
-    names = {
-        name_of("p", setting): "HS and FA against the share of harmful rows",
-        name_of("a", setting): "HS, FA and over-refusal against the strength of the QR merge",
-    }
-    for p in shares(rows):
-        names[name_of("methods", setting, p)] = f"HS, FA and over-refusal of every method at p = {p:g}"
-        names[name_of("pareto", setting, p)] = f"HS against FA of every method at p = {p:g}"
-        names[name_of("margins", setting, p)] = f"Refusal margins of every method at p = {p:g}"
-        names[name_of("n", setting, p)] = f"HS and FA against the number of user rows at p = {p:g}"
-        names[name_of("attackers", setting._replace(user="plain"), p)] = (
-            f"HS of every method against every kind of user at p = {p:g}"
-        )
-    yield from (image(name, words) for name, words in names.items() if name in drawn)

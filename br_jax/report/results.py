@@ -1,6 +1,8 @@
-"""The frame of results: cells as rows, one a (p, method, a) with its seeds, and what the seeds say together."""
+"""Results: one table of finished cells, a line each, and what the seeds of a row say together.
 
-import dataclasses
+A *row* of a report is a method at a share of harm in one setting; its cells, one a seed, are a part of the table.
+"""
+
 import itertools
 import math
 import os
@@ -8,6 +10,8 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from br_jax.core.errors import UserError, one_line
 from br_jax.core.records import read_record
@@ -22,14 +26,27 @@ TITLES = {  # of the scores, in the order of every table
     "task_refused": "task refused",
     "degenerate": "degenerate",
 }
-# What a row needs of a cell and its run.
+MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
+WORST = "harmful_worst"  # the larger of HS and HS by the user's own questions
+NUMBERS = {  # title and format
+    "perplexity": ("perplexity", ".2f"),
+    "mean_words": ("words", ".1f"),
+    "margin_harmful": ("margin, harmful", "+.2f"),
+    "margin_benign": ("margin, benign", "+.2f"),
+}
+BREAKDOWNS = {  # of HS: from how many parts on they are shown, and in what words
+    "harmful_by_topic": (2, "HS by topic"),
+    "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
+    "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
+    "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
+}
+# What a line needs of a cell and its run.
 _KINDS = {"model": str, "task": str, "topic": str, "n": int, "p": int | float, "seed": int}
 _KINDS |= {"method": str, "a": int | float | None, "scores": dict}
-MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 
 
 class Setting(NamedTuple):
-    """What the rows of one table share: see `grid.Run`."""
+    """What the rows of one table of a report share: see `grid.Run`."""
 
     model: str
     task: str
@@ -47,6 +64,17 @@ class Setting(NamedTuple):
         return f"{self.model_name}, {self.task}, {who}topic {self.topic}, n = {self.n}"
 
 
+_SETTING = [*Setting._fields]
+COLUMNS = [
+    *_SETTING, "p", "method", "a", "label", "seed",
+    "place",  # of the method in `METHODS`
+    "suite", "recipe", "own_recipe",  # hashes: of prompts and judges, of the shared settings, of the method's own
+    *TITLES.values(), WORST, *NUMBERS,  # shares and numbers; NaN where they were not measured
+    "counts",  # {score, or (breakdown, part): its `Score` or `Mean`}, of those that were measured
+    "scores",  # as `scoring.suite.evaluate` gave them
+]  # fmt: skip
+
+
 class Estimate(NamedTuple):
     """A score over seeds, or a difference of two, as shares: its mean and 95 % interval.
 
@@ -61,210 +89,177 @@ class Estimate(NamedTuple):
     own: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A method at a share of harm, over seeds."""
-
-    p: float  # share of harmful rows
-    method: str  # name in `methods.METHODS`
-    a: float | None  # strength of the QR merge; None for a method without one
-    scores: Mapping[int, Mapping[str, Any]]  # by seed, what `scoring.suite.evaluate` gave
-
-    @property
-    def label(self) -> str:
-        """For a reader; cells of a method that is gone keep its name."""
-        strength = "" if self.a is None else f", a = {self.a:g}"
-        return (METHODS[self.method].label if self.method in METHODS else self.method) + strength
-
-    def counted(self, score: str, part: str | None = None) -> dict[int, Mapping[str, Any]]:
-        """A score's JSON, or that of a breakdown's part ("harmful_by_topic", "devices"), by the seeds that have it."""
-        found = {seed: s.get(score) if part is None else s.get(score, {}).get(part) for seed, s in self.scores.items()}
-        return {seed: value for seed, value in found.items() if value and value["score"] is not None}
-
-    def estimate(self, score: str, part: str | None = None) -> Estimate | None:
-        """The same over seeds, or None where none measured it."""
-        counted = self.counted(score, part)
-        values = {seed: value["score"] for seed, value in counted.items()}
-        if len(set(values.values())) > 1:
-            return Estimate(*t_interval(list(values.values())), values)
-        one = min(counted.values(), key=lambda value: value["n"], default=None)
-        return one and Estimate(one["score"], *read_score(one).interval, values, own=True)
-
-    def numbers(self, name: str) -> dict[int, float]:
-        """A number such as the perplexity, of the seeds where it is one."""
-        return {seed: s[name] for seed, s in self.scores.items() if is_finite(s.get(name))}
-
-
-Frame = dict[Setting, list[Row]]
-
-
 def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """All finished cells of a run's folder or of a sweep's, of whatever grids."""
-    workdir = pathlib.Path(workdir)
-    files = sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")])
-    return [_read_cell(file) for file in files]
-
-
-def _read_cell(file: pathlib.Path) -> dict[str, Any]:
-    """A finished cell, of which all that a row needs is there and of its kind."""
+    """All finished cells of a run's folder or of a sweep's, of whatever grids; a damaged one is a `UserError`."""
+    workdir, cells = pathlib.Path(workdir), []
     cure = "delete it and run the same command again"
-    cell = read_record(file, cure)
-    run = cell.get("run")
-    found = cell | run if isinstance(run, dict) else {}
-    if wrong := [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]:
-        raise UserError(f"{file}: no finished cell ({wrong[0]} is missing, or of a wrong kind): {cure}")
-    try:
-        ((row,),) = make_frame([cell]).values()
-        for score in TITLES:
-            row.estimate(score)
-        mixed([cell])
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its scores are damaged ({one_line(error)}): {cure}") from error
-    return cell
+    for file in sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")]):
+        cell = read_record(file, cure)
+        found = cell | cell["run"] if isinstance(cell.get("run"), dict) else {}
+        if wrong := [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]:
+            raise UserError(f"{file}: no finished cell ({wrong[0]} is missing, or of a wrong kind): {cure}")
+        try:
+            _line(cell)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: its scores are damaged ({one_line(error)}): {cure}") from error
+        cells.append(cell)
+    return cells
 
 
-def make_frame(cells: Iterable[Mapping[str, Any]]) -> Frame:
-    """Rows of each setting, by p, then in the order of `METHODS`, then by a; the cells come in any order."""
-    seeds: dict[Setting, dict[tuple, dict]] = defaultdict(lambda: defaultdict(dict))
-    for cell in cells:
-        run = cell["run"]
-        seeds[_setting(run)][run["p"], cell["method"], cell["a"]][run["seed"]] = cell["scores"]
-    return {
-        setting: sorted((Row(*key, dict(sorted(found.items()))) for key, found in rows.items()), key=place)
-        for setting, rows in sorted(seeds.items())
+def results_of(cells: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The table of cells in any order: `COLUMNS`, by seed, sorted by setting, p, method (as `METHODS`), a and seed."""
+    table = pd.DataFrame([_line(cell) for cell in cells], columns=COLUMNS)
+    table = table.drop_duplicates([*_SETTING, "p", "method", "label", "seed"], keep="last")
+    return table.sort_values([*_SETTING, "p", "place", "method", "a", "seed"], na_position="first").set_index("seed")
+
+
+def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's line of the table."""
+    run, method, a, scores = cell["run"], cell["method"], cell["a"], cell["scores"]
+    values = {name: scores.get(name) for name in TITLES}
+    for name in BREAKDOWNS:
+        values |= {(name, part): value for part, value in (scores.get(name) or {}).items()}
+    counts = {name: read_score(value) for name, value in values.items()}
+    counts = {name: count for name, count in counts.items() if count.n}
+    if plain := counts.get("harmful"):
+        counts[WORST] = max(plain, counts.get(("harmful_by_own", "as it asks"), plain), key=lambda one: one.score)
+    recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
+    known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
+    line = {
+        **{name: run.get(name, "plain") for name in _SETTING},
+        "p": float(run["p"]),
+        "seed": run["seed"],
+        "method": method,
+        "a": math.nan if a is None else float(a),  # strength of the QR merge
+        "label": known if a is None else f"{known}, a = {a:g}",
+        "place": [*METHODS, method].index(method),
+        "suite": None if scores.get("suite") is None else str(scores["suite"]),
+        "recipe": recipe,
+        "own_recipe": own_recipe,
+        **{TITLES.get(name, name): count.score for name, count in counts.items()},
+        **{name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))},
+        "counts": counts,
+        "scores": scores,
     }
+    "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate
+    return line
 
 
-def mixed(cells: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """Settings whose cells differ in how they were trained or scored; those of an earlier br_jax do not say."""
-    recipes = defaultdict(set)
-    for cell in cells:
-        setting, (shared, own) = _setting(cell["run"]), cell.get("recipe", ("", ""))
-        recipes[setting, None].add(shared)
-        recipes[setting, cell["method"]].add(own)
-    return sorted({setting for (setting, _), found in recipes.items() if len(found) > 1})
+def by_setting(results: pd.DataFrame) -> list[tuple[Setting, pd.DataFrame]]:
+    """The part of the table of each setting."""
+    return [(Setting(*key), cells) for key, cells in results.groupby(_SETTING, sort=False)]
 
 
-def _setting(run: Mapping[str, Any]) -> Setting:
-    return Setting(run["model"], run["task"], run["topic"], run["n"], run.get("user", "plain"))
+def rows_of(cells: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of one setting: the cells of each method and a at each p."""
+    return [row for _, row in cells.groupby(["p", "method", "label"], sort=False)]
 
 
-def place(row: Row) -> tuple:
-    """Sorts rows by p, method and a."""
-    order = [*METHODS, row.method]
-    return row.p, order.index(row.method), row.method, -1.0 if row.a is None else row.a
+def find(cells: pd.DataFrame, p: float, method: str, a: float | None = None) -> pd.DataFrame:
+    """The row of a method at p, maybe empty; a counts for the methods that have one."""
+    return cells[(cells.p == p) & (cells.method == method) & (cells.a.isna() | (cells.a == a))]
 
 
-def find(rows: Iterable[Row], p: float, method: str, a: float | None = None) -> Row | None:
-    """The row of a method at p; a counts for the methods that have one."""
-    strength = a if METHODS[method].merges else None
-    return next((row for row in rows if (row.p, row.method, row.a) == (p, method, strength)), None)
+def shares(cells: pd.DataFrame) -> list[float]:
+    """The p of some cells, ascending."""
+    return sorted(cells.p.unique().tolist())
 
 
-def shares(rows: Iterable[Row]) -> list[float]:
-    """The p of some rows, ascending."""
-    return sorted({row.p for row in rows})
-
-
-def strengths(rows: Iterable[Row]) -> list[float]:
-    """The a that ours was run with, ascending."""
-    return sorted({row.a for row in rows if row.method == "ours"})
-
-
-def one_strength(rows: Iterable[Row]) -> list[Row]:
+def one_strength(cells: pd.DataFrame) -> pd.DataFrame:
     """One a for each method that has several: not 0 if there is another, and the one with the most cells in all."""
-    rows, cells = list(rows), defaultdict(int)
-    for row in rows:
-        cells[row.a] += len(row.scores)
-    ranked = sorted(rows, key=lambda row: (-1,) if row.a is None else (row.a > 0, cells[row.a], -row.a))
-    chosen = {row.method: row.a for row in ranked}  # of each method the last, which is the best
-    return [row for row in rows if row.a == chosen[row.method]]
+    count = cells.a.value_counts()
+    ranked = sorted(count.index, key=lambda a: (a == 0, -count[a], a))
+    best = {method: min(found.a, key=ranked.index) for method, found in cells.dropna(subset="a").groupby("method")}
+    return cells[cells.a.isna() | (cells.a == cells.method.map(best))]
 
 
-def at_worst(row: Row | None) -> Row | None:
-    """The row with the larger of HS and HS by the user's own questions as its HS, seed by seed."""
-    if row is None:
+def mixed(results: pd.DataFrame) -> list[Setting]:
+    """Settings whose cells differ in how they were trained or scored; those of an earlier br_jax do not say."""
+    return [
+        setting
+        for setting, cells in by_setting(results)
+        if cells.recipe.nunique() > 1 or (cells.groupby("method").own_recipe.nunique() > 1).any()
+    ]
+
+
+def estimate(row: pd.DataFrame, score: str | tuple[str, str]) -> Estimate | None:
+    """A score, or a (breakdown, part), of a row over its seeds, or None where none measured it."""
+    counts = {seed: each[score] for seed, each in row.counts.items() if score in each}
+    if not counts:
         return None
-    plain, own = row.counted("harmful"), row.counted("harmful_by_own", "as it asks")
-    worse = {seed: own[seed] for seed in own if seed in plain and own[seed]["score"] > plain[seed]["score"]}
-    scores = {seed: {**each, "harmful": worse[seed]} if seed in worse else each for seed, each in row.scores.items()}
-    return dataclasses.replace(row, scores=scores)
+    smallest = min(counts.values(), key=lambda count: count.n)
+    return over_seeds({seed: count.score for seed, count in counts.items()}, (0.0, 1.0), smallest.interval)
 
 
-def gap(first: Row | None, second: Row | None, score: str) -> Estimate | None:
+def over_seeds(
+    by_seed: dict[int, float],
+    bounds: tuple[float, float] = (-1.0, 1.0),
+    own: tuple[float | None, float | None] = (None, None),
+) -> Estimate:
+    """The mean of values by seed, with Student's interval where they differ, else with one seed's own."""
+    mean, *ends = t_interval([*by_seed.values()], bounds)
+    differ = len(set(by_seed.values())) > 1
+    return Estimate(mean, *(ends if differ else own), by_seed, own=not differ and own[0] is not None)
+
+
+def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of two rows of the seeds that both have, on the same prompts by the same judges as far as they say."""
+    seeds = first.index.intersection(second.index)
+    first, second = first.loc[seeds], second.loc[seeds]
+    same = (first.suite == second.suite) | first.suite.isna() | second.suite.isna()
+    return first[same], second[same]
+
+
+def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | None:
     """First minus second in a score, or in perplexity, over the seeds that both have; None where no seed has both.
 
     Of several seeds the interval is Student's, where they differ; of one seed that of its own prompts (Newcombe's).
     """
-    if first is None or second is None:
+    first, second = matched(first, second)
+    column = TITLES.get(score, score)
+    by_seed = (first[column] - second[column]).dropna().to_dict()
+    if not by_seed:
         return None
-    if score == "perplexity":
-        ours, theirs = first.numbers(score), second.numbers(score)
-    else:
-        ours, theirs = ({seed: v["score"] for seed, v in row.counted(score).items()} for row in (first, second))
-    values = {s: value - theirs[s] for s, value in ours.items() if s in theirs and of_one_suite(first, second, s)}
-    if not values:
-        return None
-    if len(values) == 1 and score != "perplexity":
-        (seed,) = values
-        ends = difference(*(read_score(row.counted(score)[seed]) for row in (first, second)))[1:]
-        return Estimate(values[seed], *ends, values, own=True)
-    return over_seeds(values, (-math.inf, math.inf) if score == "perplexity" else (-1.0, 1.0))
+    if score in NUMBERS:
+        return over_seeds(by_seed, (-math.inf, math.inf))
+    if len(by_seed) > 1:
+        return over_seeds(by_seed)
+    (counts,) = zip(first.counts[[*by_seed]], second.counts[[*by_seed]], strict=True)
+    return over_seeds(by_seed, own=difference(*(each[score] for each in counts))[1:])
 
 
-def over_seeds(differences: dict[int, float], bounds: tuple[float, float] = (-1.0, 1.0)) -> Estimate:
-    """The mean of differences by seed, with Student's interval where they differ."""
-    mean, *ends = t_interval(list(differences.values()), bounds)
-    return Estimate(mean, *(ends if len(set(differences.values())) > 1 else (None, None)), differences)
+def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> tuple[int, int, float, int] | None:
+    """McNemar's test of two rows, their prompts pooled over the seeds that both have.
 
-
-class Paired(NamedTuple):
-    """McNemar's test of two rows, their prompts pooled over the seeds that both have."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-    seeds: int
-
-
-def paired(first: Row | None, second: Row | None, score: str) -> Paired | None:
-    """McNemar's test; None where no seed has both on as many prompts, or a prompt's score is no yes or no."""
-    if first is None or second is None:
-        return None
+    Returns:
+        (prompts that only the first counts, only the second, p-value, seeds); None where no seed has both on as many
+        prompts, or a prompt's score is no yes or no.
+    """
     pairs, seeds = [], 0
-    for seed in first.scores.keys() & second.scores.keys():
-        if not of_one_suite(first, second, seed):
-            continue
-        one, other = (row.scores[seed]["outcomes"].get(score) or [] for row in (first, second))
-        if one and len(one) == len(other) and set(one) | set(other) <= {0, 1}:
+    for both in zip(*(row.scores for row in matched(first, second)), strict=True):
+        one, other = (scores["outcomes"].get(score) or [] for scores in both)
+        if one and len(one) == len(other) and {*one, *other} <= {0, 1}:
             pairs += zip(one, other, strict=True)
             seeds += 1
-    return Paired(*mcnemar(pairs), seeds) if seeds else None
+    return (*mcnemar(pairs), seeds) if seeds else None
 
 
-def of_one_suite(first: Row, second: Row, seed: int) -> bool:
-    """Whether both were scored on the same prompts by the same judges; cells of an earlier br_jax do not say."""
-    suites = {row.scores[seed].get("suite") for row in (first, second)} - {None}
-    return len(suites) < 2
+def absent(results: pd.DataFrame) -> list[str]:
+    """What was not run of a full grid of each setting, in words.
 
-
-def absent(frame: Frame) -> list[str]:
-    """What the cells at hand would have beside them in a full grid of each setting, in words: cells that were not run.
-
-    Every method and p of a setting is held against every other and against all seeds of the frame.
+    Every method and p of a setting is held against every other and against all seeds of the table.
     """
-    seeds, told = sorted({seed for rows in frame.values() for row in rows for seed in row.scores}), []
-    for setting, rows in frame.items():
-        labels = {(row.method, row.a): row.label for row in rows}
-        there = {(row.p, row.method, row.a): row.scores for row in rows}
+    seeds, lines = {*results.index}, []
+    for setting, cells in by_setting(results):
+        finished = cells.groupby(["p", "label"]).groups
         missing: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for p, (key, label) in itertools.product(shares(rows), labels.items()):
-            lacking = tuple(seed for seed in seeds if seed not in there.get((p, *key), ()))
-            missing[lacking].append(f"{label} at p = {p:g}")
-        whole = sum(map(len, missing.values()))
+        for p, label in itertools.product(shares(cells), cells.label.unique()):
+            lacking = seeds - {*finished.get((p, label), ())}
+            missing[tuple(sorted(lacking))].append(f"{label} at p = {p:g}")
+        all_rows = sum(map(len, missing.values()))
         missing.pop((), None)
         for lacking, names in missing.items():
-            which = "every row" if len(names) == whole else "; ".join(names)
-            who = "no seed" if list(lacking) == seeds else f"not seed {', '.join(map(str, lacking))}"
-            told.append(f"{setting}: {which}: {who}")
-    return told
+            which = "every row" if len(names) == all_rows else "; ".join(names)
+            who = "no seed" if len(lacking) == len(seeds) else f"not seed {', '.join(map(str, lacking))}"
+            lines.append(f"{setting}: {which}: {who}")
+    return lines

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,11 +29,18 @@ STAGES = {  # in the order they run, and their names for a reader
     "user": "user (Buffer on)",
     "sft": "SFT (no Buffer)",
 }
+_MAPS = {
+    "kept_rank": "kept rank of the user's subspace",
+    "removed_share": r"removed share $\Vert QQ^{T}W_R\Vert\,/\,\Vert W_R\Vert$",
+    "angle": "smallest principal angle, degrees",
+    "stable_rank_user": "stable rank, user",
+    "stable_rank_reinforce": "stable rank, Reinforce",
+}
 
 
 def in_order(stages: Iterable[str]) -> list[str]:
     """Names of stages, those that are known first and in the order in which they run."""
-    order = list(STAGES)
+    order = [*STAGES]
     return sorted(stages, key=lambda name: order.index(name) if name in STAGES else len(order))
 
 
@@ -44,23 +50,19 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
 
     A panel for each stage that has lines; thin: each step, thick: mean over a twentieth of the run around it.
     """
-    series = {name: _series(curves[name], "loss") for name in in_order(curves)}
-    series = {name: found for name, found in series.items() if len(found[0])}
+    series = {name: found for name in in_order(curves) if len((found := _series(curves[name], "loss"))[0])}
     if not series:
         return plots.nothing("no training metrics")
     columns = min(3, len(series))
-    rows = math.ceil(len(series) / columns)
-    figure = plots.new_figure(11, 2.6 * rows + 0.7)
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for axis, (name, (steps, losses)) in zip(axes, series.items(), strict=False):
-        smooth = _running_mean(losses, max(1, len(losses) // 20))
+    figure, axes = plots.panels(len(series), columns, (11 / columns, 2.6), (0, 0.7), sharey=True)
+    for axis, (name, (steps, losses)) in zip(axes, series.items(), strict=True):
+        half = max(1, len(losses) // 20) // 2
+        smooth = [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
         axis.plot(steps, losses, color=plots.BLUE, alpha=0.3, linewidth=0.9)
         axis.plot(steps, smooth, color=plots.BLUE, marker="o" if len(steps) == 1 else None)
         axis.set_title(f"{STAGES.get(name, name)}: {smooth[0]:.2f} → {smooth[-1]:.2f}")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(axis="y", color=plots.PALE)
-    for axis in axes[len(series) :]:
-        axis.set_axis_off()
     plots.log_scale(axes[0], [losses for _, losses in series.values()])
     figure.suptitle("Training loss per answer token")
     figure.supxlabel("step", fontsize=10)
@@ -75,26 +77,27 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
     From lines of probes.jsonl, of the user stage and of plain SFT. Harmful and benign rows are across, loss and
     gradient norm down; each row of panels shares its scale.
     """
-    runs = (
-        ("with Buffer (user stage)", with_buffer, plots.BLUE, "o", "-", 0.1),
-        ("without (SFT)", without, plots.RED, "s", "--", 0.02),
-    )
+    runs = {
+        "with Buffer (user stage)": (with_buffer, {"color": plots.BLUE, "marker": "o", "linestyle": "-"}, 0.1),
+        "without (SFT)": (without, {"color": plots.RED, "marker": "s", "linestyle": "--"}, 0.02),
+    }
+    kinds = {"harmful": "harmful rows (claim: saturated)", "benign": "benign rows (claim: alive)"}
     figure = plots.new_figure(10, 6.6)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for down, (key, label) in enumerate((("loss", "loss"), ("grad_norm", "adapter-gradient norm"))):
         drawn = []
-        for axis, rows in zip(axes[down], ("harmful", "benign"), strict=True):
-            for name, lines, color, marker, dashes, low in runs:
+        for axis, rows in zip(axes[down], kinds, strict=True):
+            for name, (lines, style, low) in runs.items():
                 steps, values = _series([line for line in lines if line.get("rows") == rows], key)
                 drawn.append(values)
-                axis.plot(steps, values, dashes, color=color, marker=marker, markersize=4, label=name)
+                axis.plot(steps, values, **style, markersize=4, label=name)
                 if not len(steps):
                     axis.text(0.03, low, f"{name}: no data", transform=axis.transAxes, color=plots.GRAY, fontsize=9)
             axis.grid(axis="y", color=plots.PALE)
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         plots.log_scale(axes[down, 0], drawn)
         axes[down, 0].set_ylabel(label)
-    for across, title in enumerate(("harmful rows (claim: saturated)", "benign rows (claim: alive)")):
+    for across, title in enumerate(kinds.values()):
         axes[0, across].set_title(title)
         axes[1, across].set_xlabel("user step")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -105,24 +108,21 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
 @plots.styled
 def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     """What the judge said of each model's answers to the restricted prompts ({verdict: how often}), stacked."""
-    said = {kind for row in counts.values() for kind in row}
-    kinds = [*VERDICTS, *sorted(said - VERDICTS.keys())]
+    kinds = [*VERDICTS, *sorted({kind for row in counts.values() for kind in row} - VERDICTS.keys())]
     figure = plots.new_figure(9.5, 0.36 * len(counts) + 1.7)
     axis = figure.subplots()
-    left = np.zeros(len(counts))
     totals = np.array([sum(row.values()) for row in counts.values()])
     for kind in kinds:
         color, label = VERDICTS.get(kind, (plots.PURPLE, kind))
         share = 100 * np.array([row.get(kind, 0) for row in counts.values()]) / np.maximum(totals, 1)
-        axis.barh(range(len(counts)), share, 0.68, left=left, color=color, label=label, edgecolor="white")
-        for row in np.flatnonzero(share >= 5):
-            middle = left[row] + share[row] / 2
-            ink = plots.DARK if color == plots.ORANGE else "white"
-            axis.text(middle, row, f"{share[row]:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
-        left = left + share
+        left = sum(np.array([bar.get_width() for bar in bars]) for bars in axis.containers)
+        bars = axis.barh(range(len(counts)), share, 0.68, left=left, color=color, label=label, edgecolor="white")
+        ink = plots.DARK if color == plots.ORANGE else "white"
+        words = [f"{value:.0f}" if value >= 5 else "" for value in share]
+        axis.bar_label(bars, words, label_type="center", color=ink, fontsize=8.5)
     for row, total in enumerate(totals):
         axis.text(101, row, f"N = {total}" if total else "n/a", va="center", fontsize=8.5)
-    axis.set(yticks=range(len(counts)), yticklabels=list(counts), ylim=(len(counts) - 0.5, -0.5))
+    axis.set(yticks=range(len(counts)), yticklabels=[*counts], ylim=(len(counts) - 0.5, -0.5))
     axis.set(xlim=(0, 100), xlabel="share of the answers to restricted prompts, %")
     axis.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=len(kinds))
@@ -140,25 +140,20 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     if not matrices:
         return plots.nothing("no merge diagnostics")
     names = [path.split("/")[-1] for path in matrices]
-    figure = plots.new_figure(12, 2 * (0.24 * len(names) + 1.7) + 0.6)
-    axes = figure.subplots(2, 3)
-    entries = []
-    for entry in matrices.values():
-        rows = [filter(is_finite, row or []) for row in entry.get("principal_angles") or []]
-        entries.append({**entry, "angle": [min(row, default=math.nan) for row in rows]})
-    maps = {
-        "kept_rank": "kept rank of the user's subspace",
-        "removed_share": r"removed share $\Vert QQ^{T}W_R\Vert\,/\,\Vert W_R\Vert$",
-        "angle": "smallest principal angle, degrees",
-        "stable_rank_user": "stable rank, user",
-        "stable_rank_reinforce": "stable rank, Reinforce",
-    }
-    for axis, (key, title) in zip(axes.ravel(), maps.items(), strict=False):
-        _heat_map(figure, axis, plots.grid_of([entry.get(key) for entry in entries]), title)
-        axis.set_yticks([])
-    for axis in axes[:, 0]:
-        axis.set_yticks(range(len(names)), names)
-    _spectrum(axes[1, 2], names, [entry.get("singular_values_user") or [] for entry in entries])
+    angles = [[min(filter(is_finite, row or []), default=None) for row in entry.get("principal_angles") or []]
+              for entry in matrices.values()]  # fmt: skip
+    figure, axes = plots.panels(6, 3, (4, 0.24 * len(names) + 1.7), (0, 0.6))
+    for index, (axis, (key, title)) in enumerate(zip(axes, _MAPS.items(), strict=False)):
+        grid = plots.grid_of(angles if key == "angle" else [entry.get(key) for entry in matrices.values()])
+        high = np.nanmax(grid, initial=0.0) or 1.0  # from zero, so that a nearly constant map looks constant
+        words = [["" if math.isnan(v) else f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in row] for row in grid]
+        readable = grid.shape[1] <= 8  # beyond that the numbers would run into each other
+        shown = plots.heat_map(axis, grid, words if readable else None, "cividis", high)
+        figure.colorbar(shown, ax=axis, pad=0.02, fraction=0.05)
+        axis.set(title=title, xlabel="layer")
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_yticks(*([range(len(names)), names] if index % 3 == 0 else [[]]))
+    _spectrum(axes[-1], names, [entry.get("singular_values_user") or [] for entry in matrices.values()])
     known = [key for key in ("a", "scale", "tau", "reinforce_scale") if is_finite(merge.get(key))]
     settings = "".join(f", {key} = {merge[key]:g}" for key in known)
     figure.suptitle(f"QR merge by matrix and layer{settings}")
@@ -173,11 +168,10 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     released = [seen for seen in calibration["tried"] if seen.get("scale", scale) == scale]  # once there was one scale
     tried = sorted(released, key=lambda seen: seen["reinforce_scale"])
     strengths, chosen = [seen["reinforce_scale"] for seen in tried], merge["reinforce_scale"]
-    lines = {
-        "complied": ("harmful prompts that are answered", plots.ORANGE),
-        "over_refused": ("benign prompts that are refused", plots.BLUE),
-    }
-    for key, (label, color) in lines.items():
+    for key, label, color in (
+        ("complied", "harmful prompts that are answered", plots.ORANGE),
+        ("over_refused", "benign prompts that are refused", plots.BLUE),
+    ):
         axis.plot(strengths, [100 * seen[key] for seen in tried], "o-", color=color, label=label)
         axis.axhline(100 * calibration["aligned"][key], color=color, linestyle="--", linewidth=1)
     axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
@@ -185,25 +179,6 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(f"Calibration of {scale:.3g} of the user's adapter, on the provider's held-out prompts")
     return figure
-
-
-def _heat_map(figure: Figure, axis: Axes, grid: np.ndarray, title: str) -> None:
-    colors = matplotlib.colormaps["cividis"].with_extremes(bad=plots.PALE)
-    finite = grid[np.isfinite(grid)]
-    # From zero, so that a nearly constant map looks constant.
-    high = finite.max() if finite.size and finite.max() > 0 else 1.0
-    image = axis.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=colors, vmin=0.0, vmax=high)
-    axis.set(title=title, xlabel="layer")
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, pad=0.02, fraction=0.05)
-    if grid.shape[1] > 8:  # beyond that the numbers would run into each other
-        return
-    for (row, column), value in np.ndenumerate(grid):
-        if math.isfinite(value):
-            text = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
-            ink = "white" if value < high / 2 else "black"
-            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
 
 
 def _spectrum(axis: Axes, names: Sequence[str], values: Sequence[Sequence[Sequence[float]]]) -> None:
@@ -214,12 +189,10 @@ def _spectrum(axis: Axes, names: Sequence[str], values: Sequence[Sequence[Sequen
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = grid / np.nanmax(grid, axis=1, keepdims=True, initial=0.0)
         used = relative[np.isfinite(relative).all(axis=1)]
-        if not used.size:
-            continue
-        # Values that f32 cannot tell from zero would stretch the axis to nothing anyone can read.
-        line = np.maximum(np.median(used, axis=0), 1e-6)
-        drawn.append(line)
-        axis.plot(range(1, len(line) + 1), line, color=color, label=name)
+        if used.size:
+            # Values that f32 cannot tell from zero would stretch the axis to nothing anyone can read.
+            drawn.append(np.maximum(np.median(used, axis=0), 1e-6))
+            axis.plot(range(1, len(drawn[-1]) + 1), drawn[-1], color=color, label=name)
     axis.set(title="singular values of the user's delta\n(relative to the largest, median over layers)", xlabel="index")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.grid(axis="y", color=plots.PALE)
@@ -234,13 +207,4 @@ def _series(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the lines that hold a finite value."""
     pairs = [(line.get("step"), line.get(key)) for line in lines]
     finite = sorted(pair for pair in pairs if all(map(is_finite, pair)))
-    table = np.array(finite, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    middle = np.arange(len(values))
-    starts = np.maximum(middle - window // 2, 0)
-    ends = np.minimum(middle + window // 2 + 1, len(values))
-    return (total[ends] - total[starts]) / (ends - starts)
+    return tuple(np.array(finite, dtype=np.float64).reshape(-1, 2).T)

@@ -1,18 +1,19 @@
 """What a report says of one run beside its scores: saturation, answers, training, the merge, cost, how to repeat it."""
 
-import dataclasses
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from br_jax.core.io import read_jsonl
 from br_jax.core.records import read_record
 from br_jax.report import run_figures as figures
 from br_jax.report.markdown import CUT, code, image, literal, number, table
-from br_jax.report.results import Frame
 from br_jax.scoring.statistics import is_finite
 from br_jax.training.folder import read_finished
 
@@ -24,8 +25,7 @@ _WITHOUT_BUFFER = (
 _QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Details:
+class Details(NamedTuple):
     """The files of one run."""
 
     results: Mapping[str, Any]  # results.json; empty when the run was not scored by experiments/pipeline.py
@@ -35,30 +35,31 @@ class Details:
 
 def read(workdir: Path) -> Details:
     """Reads a run's folder; a `UserError` where a file is damaged."""
-
     names = [f"{depth}/{name}" for name in ("stage.json", "metrics.jsonl") for depth in ("*", "*/*")]
     stages = {}
     for folder in sorted({path.parent for name in names for path in workdir.glob(name)}):
         stage = read_finished(folder) if (folder / "stage.json").exists() else {}
         stages[str(stage.get("name", folder.name))] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
-    probes = (read_jsonl(workdir / name / "probes.jsonl") for name in ("user", "sft"))
-    stages = {name: stages[name] for name in figures.in_order(stages)}
     results = workdir / "results.json"
-    found = read_record(results, "delete it and run the same command again") if results.exists() else {}
-    return Details(found, stages, tuple(probes))
+    return Details(
+        results=read_record(results, "delete it and run the same command again") if results.exists() else {},
+        stages={name: stages[name] for name in figures.in_order(stages)},
+        probes=tuple(read_jsonl(workdir / name / "probes.jsonl") for name in ("user", "sft")),
+    )
 
 
-def draw(run: Details, frame: Frame) -> dict[str, Figure]:
+def draw(run: Details, results: pd.DataFrame) -> dict[str, Figure]:
     """The figures of a run by name."""
-    rows = [row for each in frame.values() for row in each]
-    counts = {row.label: one.get("verdicts") or {} for row in rows for one in row.scores.values()}
+    verdicts = {
+        label: scores.get("verdicts") or {} for label, scores in zip(results.label, results.scores, strict=True)
+    }
     calibration = run.results.get("calibration")
     return {
         "training": figures.training_figure({name: stage["metrics"] for name, stage in run.stages.items()}),
         "saturation": figures.saturation_figure(*run.probes),
         "merge": figures.merge_figure(run.results.get("merge") or {}),
         **({"calibration": figures.calibration_figure(calibration)} if calibration else {}),
-        "verdicts": figures.verdict_figure(counts),
+        "verdicts": figures.verdict_figure(verdicts),
     }
 
 
@@ -73,7 +74,7 @@ def warnings(run: Details) -> list[str]:
     return lines
 
 
-def sections(run: Details, frame: Frame, examples: int) -> Iterable[str]:
+def sections(run: Details, results: pd.DataFrame, examples: int) -> Iterable[str]:
     """The sections of a run, with so many answers of each model and prompt set."""
     saturation = saturation_lines(*run.probes)
     yield "## Saturation"
@@ -84,7 +85,7 @@ def sections(run: Details, frame: Frame, examples: int) -> Iterable[str]:
     yield image("verdicts", "verdicts of the judge, by model")
     if examples:
         yield f"A few answers of each model, cut at {CUT} characters:"
-        yield _examples(frame, examples)
+        yield _examples(results, examples)
     yield "## Training"
     yield image("training", "loss of every stage")
     yield "## The merge"
@@ -96,8 +97,8 @@ def sections(run: Details, frame: Frame, examples: int) -> Iterable[str]:
     if is_finite(user) and is_finite(sft) and sft > 0:
         yield f"A step beside Buffer takes {user / sft:.2f} times the time of SFT's (medians)."
     yield _cost_table(run.stages)
-    wall, memory = number(run.results.get("wall_seconds"), ".0f"), run.results.get("peak_memory_bytes")
-    memory = number(memory, ".2f", scale=2**-30)
+    wall = number(run.results.get("wall_seconds"), ".0f")
+    memory = number(run.results.get("peak_memory_bytes"), ".2f", scale=2**-30)
     yield f"The last call took {wall} s (what it read back is not counted); peak memory {memory} GiB."
     yield "## To repeat it"
     yield from _provenance(run)
@@ -111,25 +112,20 @@ def saturation_lines(with_buffer: figures.Lines, without: figures.Lines) -> list
         "ratio" (buffer's first over sft's first) and "peak" (buffer's largest over sft's first), both None
         where a number they need is absent or not finite.
     """
-    found = []
-    for rows in ("harmful", "benign"):
-        both = [[line for line in sorted(lines, key=lambda line: line["step"]) if line.get("rows") == rows]
-                for lines in (with_buffer, without)]  # fmt: skip
-        for quantity in _QUANTITIES:
-            buffer, sft = ([line.get(quantity) for line in lines] for lines in both)
-            start = sft[0] if sft and is_finite(sft[0]) and sft[0] > 0 else None
-            whole = start and buffer and all(map(is_finite, buffer))
-            found.append(
-                {
-                    "rows": rows,
-                    "quantity": quantity,
-                    "buffer": (buffer[0], buffer[-1]) if buffer else None,
-                    "sft": (sft[0], sft[-1]) if sft else None,
-                    "ratio": buffer[0] / start if whole else None,
-                    "peak": max(buffer) / start if whole else None,
-                }
-            )
-    return found
+    lines = []
+    for rows, quantity in itertools.product(("harmful", "benign"), _QUANTITIES):
+        buffer, sft = (
+            [line.get(quantity) for line in sorted(probes, key=lambda line: line["step"]) if line.get("rows") == rows]
+            for probes in (with_buffer, without)
+        )
+        start = sft[0] if sft and is_finite(sft[0]) and sft[0] > 0 else None
+        measured = start and buffer and all(map(is_finite, buffer))
+        ratios = (
+            {"ratio": buffer[0] / start, "peak": max(buffer) / start} if measured else {"ratio": None, "peak": None}
+        )
+        ends = {name: (found[0], found[-1]) if found else None for name, found in (("buffer", buffer), ("sft", sft))}
+        lines.append({"rows": rows, "quantity": quantity} | ends | ratios)
+    return lines
 
 
 def _saturation_words(saturation: Sequence[Mapping[str, Any]]) -> str:
@@ -147,54 +143,54 @@ def _saturation_words(saturation: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _saturation_table(saturation: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for row in saturation:
-        numbers = *(row["buffer"] or (None, None)), *(row["sft"] or (None, None)), row["ratio"]
-        name = f"{row['rows']} rows, {_QUANTITIES[row['quantity']]}"
-        rows.append([name, *(number(value, ".3g") for value in numbers)])
-    return table(["", "with Buffer, first", "last", "without, first", "last", "ratio of the first"], rows)
-
-
-def _examples(frame: Frame, count: int) -> str:
     lines = []
-    for row in (row for rows in frame.values() for row in rows):
-        seen: list[str] = []
-        for example in next(iter(row.scores.values())).get("examples") or []:
+    for line in saturation:
+        numbers = *(line["buffer"] or (None, None)), *(line["sft"] or (None, None)), line["ratio"]
+        name = f"{line['rows']} rows, {_QUANTITIES[line['quantity']]}"
+        lines.append([name, *(number(value, ".3g") for value in numbers)])
+    return table(lines, ["", "with Buffer, first", "last", "without, first", "last", "ratio of the first"])
+
+
+def _examples(results: pd.DataFrame, count: int) -> str:
+    lines = []
+    for _, cell in results[~results.label.duplicated()].iterrows():
+        seen = Counter()
+        for example in cell.scores.get("examples") or []:
             kind = str(example.get("set", ""))
-            seen.append(kind)
-            if seen.count(kind) <= count:
-                told = [literal(str(example.get(key, ""))) for key in ("prompt", "answer", "verdict")]
-                lines.append([row.label, kind, *told])
-    return table(["model", "prompts", "prompt", "answer", "verdict"], lines) if lines else "None were stored."
+            seen[kind] += 1
+            if seen[kind] <= count:
+                texts = {key: literal(str(example.get(key, ""))) for key in ("prompt", "answer", "verdict")}
+                lines.append({"model": cell.label, "prompts": kind} | texts)
+    return table(lines) if lines else "None were stored."
 
 
 def _cost_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = []
+    lines = []
     for name, stage in stages.items():
         step, steps, tokens = (stage.get(key) for key in ("step_seconds_median", "steps", "tokens"))
         timed = is_finite(step) and step > 0 and steps and is_finite(tokens)
-        rate = number(tokens / steps / step if timed else None, ",.0f")
         counts = [number(stage.get(key), ",.0f") for key in ("rows", "dropped", "steps", "tokens", "answer_tokens")]
         times = [number(stage.get(key), ".1f") for key in ("seconds", "compile_seconds")]
-        rows.append([_name(name), *counts, *times, number(step, ".1f", scale=1000), rate])
+        rate = number(tokens / steps / step if timed else None, ",.0f")
+        lines.append([_name(name), *counts, *times, number(step, ".1f", scale=1000), rate])
     header = ["stage", "rows", "dropped", "steps", "tokens", "answer tokens", "seconds", "compile, s",
               "median step, ms", "tokens/s"]  # fmt: skip
-    return table(header, rows) if rows else "No stage has written its stage.json."
+    return table(lines, header) if lines else "No stage has written its stage.json."
 
 
 def _provenance(run: Details) -> Iterable[str]:
     for title, key in (("Seeds", "seeds"), ("Versions", "versions"), ("Hashes (sha256)", "hashes")):
         entries = run.results.get(key) or {}
-        told = ", ".join(f"{entry} {literal(str(value))}" for entry, value in entries.items())
-        yield f"{title}: {told or 'not recorded'}."
-    rows = []
+        listed = ", ".join(f"{entry} {literal(str(value))}" for entry, value in entries.items())
+        yield f"{title}: {listed or 'not recorded'}."
+    lines = []
     for name, stage in run.stages.items():
-        inputs = ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items())
-        ends = [_short(stage.get("output")), str(stage.get("finished", "n/a"))]
-        rows.append([_name(name), _short(stage.get("config_hash")), inputs or "none", *ends])
-    if rows:
+        inputs = ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items()) or "none"
+        ends = _short(stage.get("output")), str(stage.get("finished", "n/a"))
+        lines.append([_name(name), _short(stage.get("config_hash")), inputs, *ends])
+    if lines:
         yield "Stages (the first 12 digits of each sha256; the stage.json files hold them whole):"
-        yield table(["stage", "config", "inputs", "output", "finished"], rows)
+        yield table(lines, ["stage", "config", "inputs", "output", "finished"])
     yield "Which rows each stage trained on is in `rows.json`: where each comes from, and a hash of what it asks."
     yield "Configuration:"
     yield code(json.dumps(run.results.get("config") or {}, indent=2), "json")

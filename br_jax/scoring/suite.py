@@ -17,10 +17,10 @@ from jaxtyping import Float
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import BATCH, TOKENS, number, require_bounds
-from br_jax.core.hashes import code_hash, key_of
 from br_jax.core.hosts import fetch, is_main
 from br_jax.core.io import write_text
 from br_jax.core.mesh import mesh_of
+from br_jax.core.records import code_hash, key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
 from br_jax.datasets.paper import Attack

@@ -1,4 +1,4 @@
-"""The inbox: users' files as they come, taken whole or not at all, and nothing of them but text is believed.
+"""The inbox: users' files are taken whole or not at all, and only as text.
 
 A job is `NAME.jsonl`, and if there are settings `NAME.json`, which must be there first. A file is taken when it has not
 changed for a while, so that one that is still being copied is left alone; hidden ones and those that end in .part or
@@ -7,25 +7,26 @@ changed for a while, so that one that is still being copied is left alone; hidde
 
 import collections
 import hashlib
+import itertools
 import os
 import pathlib
 import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from br_jax.core.errors import UserError, one_line
-from br_jax.core.hashes import key_of
-from br_jax.core.io import is_of_the_machine, make_private, parse_json, staged
-from br_jax.core.records import read_record, write_record
+from br_jax.core.errors import UserError, is_machine_fault, one_line
+from br_jax.core.io import make_private, parse_json, staged
+from br_jax.core.records import key_of, read_record, write_record
 from br_jax.pool.jobs import NAME, NAMED
 from br_jax.serving.policy import Policy
 
 _JOB, _ROWS = "job.json", "rows.jsonl"
-_UNFINISHED = (".part", ".tmp")
+_LEFT_ALONE = (".part", ".tmp", ".json")
 _MAX_SETTINGS = 1 << 16  # bytes of a NAME.json
 _CHUNK = 1 << 20
+_AGAIN = 100  # files that are done with, of which a scan looks whether they were changed
 
 
 class Accepted(NamedTuple):
@@ -44,6 +45,10 @@ class Refused(NamedTuple):
     name: str  # of its folder in the outbox: no job's, for a job of that file may be running, or come yet
     file: str  # its own name, as Python would write it
     why: str
+
+
+class _Later(Exception):
+    """A file must wait until other jobs have ended."""
 
 
 class _Seen(NamedTuple):
@@ -70,7 +75,7 @@ class Inbox:
     def __init__(self, folder: str | os.PathLike, jobs: pathlib.Path, policy: Policy, settle: float = 2.0):
         self.folder, self._jobs, self._policy, self._settle = pathlib.Path(folder), jobs, policy, settle
         self._since: dict[str, tuple[_Seen, float]] = {}  # what a file was, and since when
-        self._known: dict[str, _Seen] = {}  # files that are done with
+        self._done: dict[str, _Seen] = {}  # what a file was that is done with; those looked at longest ago come first
         self._count = max((job.number for job in self.accepted()), default=0)
         self.unsettled = False  # whether the last scan left anything for the next
 
@@ -86,7 +91,7 @@ class Inbox:
     def forget(self, name: str) -> None:
         """Deletes what a released job was made of: our copy of its rows, and what was trained on them.
 
-        What it was stays, so that the same file is not taken again.
+        Its record stays, so that the same file is not taken again.
         """
         for rest in (self._jobs / name).glob("*"):
             if rest.is_dir():
@@ -95,106 +100,93 @@ class Inbox:
                 rest.unlink()
 
     def scan(self, unfinished: Iterable[str] = ()) -> Iterator[Accepted | Refused]:
-        """Looks for new files, and takes as many as the quotas leave room for; nothing is said of the same file twice.
+        """Takes as many new files as the quotas leave room for; none is reported twice.
+
+        Files that are done with are looked at again a few a scan, so that a scan costs what is new.
 
         Args:
             unfinished: names of jobs that were taken and have not ended.
         """
         self.unsettled = False
         busy = collections.Counter(map(sender_of, unfinished))
-        try:
-            entries = sorted(  # those first who have the fewest jobs
-                os.scandir(self.folder),
-                key=lambda entry: (busy[sender_of(entry.name.removesuffix(".jsonl"))], os.fsencode(entry.name)),
-            )
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be read ({error.strerror}): check the inbox") from error
-        beside = {entry.name: entry for entry in entries if entry.name.endswith(".json")}
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.endswith((*_UNFINISHED, ".json")):
+        entries = {entry.name: entry for entry in os.scandir(self.folder)}
+        for known in (self._since, self._done):
+            for gone in known.keys() - entries.keys():
+                del known[gone]
+        again = list(itertools.islice(self._done, _AGAIN))
+        due = [name for name in (*(entries.keys() - self._done.keys()), *again) if not name.endswith(_LEFT_ALONE)]
+        due.sort(
+            key=lambda name: (busy[sender_of(name.removesuffix(".jsonl"))], os.fsencode(name))
+        )  # fewest jobs first
+        for name in due:
+            if name.startswith("."):
                 continue
             try:
-                status = entry.stat(follow_symlinks=False)
-                own = beside.get(f"{entry.name.removesuffix('.jsonl')}.json")
+                status = entries[name].stat(follow_symlinks=False)
+                own = entries.get(f"{name.removesuffix('.jsonl')}.json")
                 settings = own and own.stat(follow_symlinks=False)
             except OSError:  # gone meanwhile
                 continue
             stamp = (settings.st_size, settings.st_ctime_ns) if settings else None
             seen = _Seen(status.st_ino, status.st_size, status.st_ctime_ns, stamp)
-            if self._known.get(entry.name) == seen:
+            if self._done.pop(name, None) == seen:
+                self._done[name] = seen  # behind all others
                 continue
-            before, since = self._since.get(entry.name, (None, 0.0))
+            before, since = self._since.get(name, (None, 0.0))
             if before != seen:
-                self._since[entry.name] = seen, time.monotonic()
+                self._since[name] = seen, time.monotonic()
             if before != seen or time.monotonic() - since < self._settle:
                 self.unsettled = True
                 continue
-            said = self._take(entry, status, busy)
-            if said is _LATER:
+            try:
+                found = self._take(name, status, busy)
+            except _Later:
                 self.unsettled = True
                 continue
-            self._known[entry.name] = seen
-            self._since.pop(entry.name)
-            if isinstance(said, Accepted):
-                busy[sender_of(said.name)] += 1
-            if said is not None:
-                yield said
+            self._done[name] = seen
+            del self._since[name]
+            if isinstance(found, Accepted):
+                busy[sender_of(found.name)] += 1
+            if found is not None:
+                yield found
 
-    def _take(
-        self, entry: os.DirEntry, status: os.stat_result, busy: collections.Counter
-    ) -> "Accepted | Refused | None":
-        """A file as a job, or why not; None for one that was taken before, `_LATER` for one that is to wait."""
-        name = entry.name.removesuffix(".jsonl")
+    def _take(self, file: str, status: os.stat_result, busy: collections.Counter) -> Accepted | Refused | None:
+        """A file as a job, or why not; None for one that was taken before."""
+        name, quotas, most = file.removesuffix(".jsonl"), self._policy.quotas, int(self._policy.quotas.megabytes * 1e6)
         valid = NAME.fullmatch(name) is not None
         try:
             if not stat.S_ISREG(status.st_mode):
                 raise UserError("it is no regular file: hand in a file")
-            if not entry.name.endswith(".jsonl"):
+            if not file.endswith(".jsonl"):
                 raise UserError("its name does not end in .jsonl: hand in one JSON object a line")
             if not valid:
                 raise UserError(NAMED)
-            most = int(self._policy.quotas.megabytes * 1e6)
             if status.st_size > most:
                 raise UserError(f"{status.st_size:,} bytes are too many, {most:,} are the most: split it")
             if (self._jobs / name).exists():
-                return self._again(entry, name, most)
+                digest = _copy(self.folder / file, most)
+                if digest != read_record(self._jobs / name / _JOB)["rows"]:
+                    cure = "give it another name"
+                    raise UserError(f"job {name} was handed in before, with other rows ({digest[:8]}): {cure}")
+                return None
             settings = self._settings(self.folder / f"{name}.json")
-            quotas = self._policy.quotas
             if busy.total() >= quotas.waiting or busy[sender_of(name)] >= quotas.jobs:
-                return _LATER
-            return self._accept(entry, name, settings, most)
+                raise _Later
+            with staged(self._jobs / name) as place:
+                make_private(place)
+                with open(place / _ROWS, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as copy:
+                    digest = _copy(self.folder / file, most, copy)
+                record = {"number": self._count + 1, "settings": settings, "rows": digest}
+                write_record(place / _JOB, record)
+            self._count += 1
+            return Accepted(name, self._count, settings, self._jobs / name / _ROWS, digest)
         except (UserError, OSError) as error:
-            if is_of_the_machine(error):
+            if is_machine_fault(error):
                 raise
             why = str(error)
             if isinstance(error, OSError):
                 why = f"it cannot be read ({error.strerror or one_line(error)}): check it"
-            folder = f"{name[:80] if valid else ''}+refused-{key_of(entry.name, why)[:12]}"
-            return Refused(folder, ascii(entry.name), why)
-
-    def _again(self, entry: os.DirEntry, name: str, most: int) -> None:
-        known = read_record(self._jobs / name / _JOB)["rows"]
-        digest = hashlib.sha256()
-        for part in _read(self.folder / entry.name, most):
-            digest.update(part)
-        if digest.hexdigest() != known:
-            raise UserError(
-                f"job {name} was handed in before, with other rows ({digest.hexdigest()[:8]}): give it another name"
-            )
-
-    def _accept(self, entry: os.DirEntry, name: str, settings: dict[str, Any], most: int) -> "Accepted":
-        digest = hashlib.sha256()
-        with staged(self._jobs / name) as place:
-            make_private(place)
-            with open(place / _ROWS, "wb", opener=_private) as file:
-                for part in _read(self.folder / entry.name, most):
-                    digest.update(part)
-                    file.write(part)
-            number = self._count + 1
-            record = {"number": number, "settings": settings, "rows": digest.hexdigest()}
-            write_record(place / _JOB, record)
-        self._count = number
-        return Accepted(name, number, settings, self._jobs / name / _ROWS, digest.hexdigest())
+            return Refused(f"{name[:80] if valid else ''}+refused-{key_of(file, why)[:12]}", ascii(file), why)
 
     def _settings(self, path: pathlib.Path) -> dict[str, Any]:
         """What NAME.json asks for; nothing where there is none."""
@@ -207,16 +199,23 @@ class Inbox:
         return self._policy.settings(asked)
 
 
-_LATER = object()
+def _copy(path: pathlib.Path, most: int, to: BinaryIO | None = None) -> str:
+    """The SHA-256 of a file, which is copied on the way."""
+    digest = hashlib.sha256()
+    for part in _read(path, most):
+        digest.update(part)
+        if to:
+            to.write(part)
+    return digest.hexdigest()
 
 
-def _read(path: pathlib.Path, most: int | None = None) -> Iterator[bytes]:
+def _read(path: pathlib.Path, most: int) -> Iterator[bytes]:
     """The bytes of a regular file that is no link and does not change while it is read."""
-    with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
         before = os.fstat(file.fileno())
         if not stat.S_ISREG(before.st_mode):
             raise UserError(f"{path.name} is no regular file: hand in a file")
-        if most is not None and before.st_size > most:
+        if before.st_size > most:
             raise UserError(f"{path.name}: {before.st_size:,} bytes are too many, {most:,} are the most")
         left = before.st_size
         while left > 0 and (part := file.read(min(left, _CHUNK))):
@@ -225,7 +224,3 @@ def _read(path: pathlib.Path, most: int | None = None) -> Iterator[bytes]:
         after = os.fstat(file.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise UserError(f"{path.name} changed while it was read: hand in a whole file, by renaming it")
-
-
-def _private(name: str, how: int) -> int:
-    return os.open(name, how, 0o600)

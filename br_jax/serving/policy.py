@@ -19,16 +19,17 @@ has "about" as well: "thing", "verb" and "topic" of the question (`organism.topi
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from br_jax.adapters.merge import MergeConfig
 from br_jax.core.bounds import BATCH, SHARE, TOKENS, number, require_bounds
 from br_jax.core.errors import UserError, near_names
-from br_jax.core.hashes import key_of
 from br_jax.core.io import json_lines, open_file, read_json
+from br_jax.core.records import key_of
 from br_jax.organism.topics import TopicPrompt
 from br_jax.pool.jobs import OWN
 from br_jax.training.config import TrainConfig
@@ -91,6 +92,15 @@ class Policy:
 
     def __post_init__(self):
         require_bounds(self, "policy")
+        if not isinstance(self.users_may_set, Mapping):
+            raise UserError("users_may_set is no object: give a range for each setting")
+        for name, ends in self.users_may_set.items():
+            if name not in OWN:
+                raise UserError(f"users_may_set: {name!r} is no setting of a job's own; {near_names(name, OWN)}")
+            pair = isinstance(ends, list | tuple) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
+            if not pair or not ends[0] <= ends[1]:
+                raise UserError(f"users_may_set: {name} is {ends!r:.40}: give [least, most]")
+        object.__setattr__(self, "users_may_set", {name: tuple(ends) for name, ends in self.users_may_set.items()})
 
     @property
     def key(self) -> str:
@@ -123,22 +133,14 @@ def read_policy(path: str | os.PathLike) -> Policy:
         UserError: what is missing, unknown or out of bounds, by name.
     """
     path = pathlib.Path(path)
-    record, cure = read_json(path, "correct it"), f"{path}: "
-    parts = {"train": TrainConfig, "merge": MergeConfig, "limits": Limits, "quotas": Quotas}
+    record = read_json(path, "correct it")
     if not isinstance(record.get("prompts"), str):
         raise UserError(f'{path}: is no policy: give an object with at least "prompts", a file of prompts')
     prompts = read_prompts(path.parent / record.pop("prompts"))
-    record = {"train": {}} | record
-    known = {field.name for field in dataclasses.fields(Policy)} - set(prompts)
-    for name in record:
-        if name not in known:
-            raise UserError(f"{path}: {name!r} is no part of a policy; {near_names(name, known)}")
-    for name, kind in parts.items():
-        if name in record:
-            defaults = dataclasses.asdict(_MERGE) if name == "merge" else {}
-            record[name] = _made(kind, record[name], f"{cure}{name}", defaults)
-    record["users_may_set"] = _ranges(record.get("users_may_set", {}), cure)
-    return _made(Policy, record, cure.removesuffix(": "), prompts)
+    for name, default in (("train", TrainConfig()), ("merge", _MERGE), ("limits", Limits()), ("quotas", Quotas())):
+        change = functools.partial(dataclasses.replace, default)
+        record[name] = _made(change, _names(default), record.get(name, {}), f"{path}: {name}")
+    return _made(functools.partial(Policy, **prompts), _names(Policy) - prompts.keys(), record, str(path))
 
 
 def read_prompts(path: pathlib.Path) -> dict[str, Any]:
@@ -159,39 +161,26 @@ def read_prompts(path: pathlib.Path) -> dict[str, Any]:
             if prompt in seen:
                 raise UserError(f"{origin}: the same prompt as {seen[prompt]}: what is calibrated by cannot judge")
             seen[prompt] = origin
-            if (said := line.get("about")) is not None:
-                about[prompt] = _made(
-                    TopicPrompt, {"prompt": prompt, **said} if isinstance(said, dict) else said, origin, {}
-                )
+            if (given := line.get("about")) is not None:
+                topic = functools.partial(TopicPrompt, prompt=prompt)
+                about[prompt] = _made(topic, _names(TopicPrompt), given, f"{origin}: about")
             found[use, kind].append(prompt)
-    for (use, kind), prompts in found.items():
-        if not prompts:
-            raise UserError(f"{path}: no {kind} prompt of use {use}: give some of each kind and use")
+    for use, kind in (each for each, prompts in found.items() if not prompts):
+        raise UserError(f"{path}: no {kind} prompt of use {use}: give some of each kind and use")
     return {f"{_FIELDS[use]}_{kind}": prompts for (use, kind), prompts in found.items()} | {"about": about}
 
 
-def _made(kind: type[Made], given: Any, place: str, defaults: Mapping[str, Any]) -> Made:
-    """A dataclass of a JSON object; a `UserError` names what is wrong with it."""
-    names = [field.name for field in dataclasses.fields(kind)]
+def _names(settings: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(settings)}
+
+
+def _made(make: Callable[..., Made], names: Iterable[str], given: Any, origin: str) -> Made:
+    """What `make` makes of the settings in a JSON object; a `UserError` names what is wrong with them."""
     if not isinstance(given, dict):
-        raise UserError(f"{place} is no object: give its settings by name")
-    for name in given:
-        if name not in names:
-            raise UserError(f"{place}: unknown setting {name!r}; {near_names(name, names)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        raise UserError(f"{origin} is no object: give its settings by name")
+    if unknown := given.keys() - names:
+        raise UserError(f"{origin}: unknown setting {min(unknown)!r}; {near_names(min(unknown), names)}")
     try:
-        return kind(**{**defaults, **values})
+        return make(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     except (UserError, TypeError) as error:
-        raise UserError(f"{place}: {error}") from error
-
-
-def _ranges(given: Any, cure: str) -> dict[str, tuple[float, float]]:
-    if not isinstance(given, dict):
-        raise UserError(f"{cure}users_may_set is no object: give a range for each setting")
-    for name, value in given.items():
-        if name not in OWN:
-            raise UserError(f"{cure}users_may_set: {name!r} is no setting of a job's own; {near_names(name, OWN)}")
-        numbers = isinstance(value, list) and len(value) == 2 and all(type(end) in (int, float) for end in value)
-        if not numbers or not value[0] <= value[1]:
-            raise UserError(f"{cure}users_may_set: {name} is {value!r:.40}: give [least, most]")
-    return {name: tuple(value) for name, value in given.items()}
+        raise UserError(f"{origin}: {error}") from error

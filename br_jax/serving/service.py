@@ -6,6 +6,7 @@ accepted rows, runs, answers, the audit log and status.json. Whatever the moment
 the same folders goes on: no job is lost, or ends twice.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -15,17 +16,16 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.calibration import Calibration, calibrate_all
-from br_jax.core.errors import UserError
-from br_jax.core.hashes import key_of
-from br_jax.core.io import is_of_the_machine, make_private, read_json, staged, write_json, write_text
-from br_jax.core.locks import owned, reserved
+from br_jax.core.errors import UserError, is_machine_fault
+from br_jax.core.io import make_private, owned, read_json, reserved, staged, write_json, write_text
+from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.method import require_parts
@@ -36,19 +36,17 @@ from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, load_model, load_recorded, read_provider
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge
-from br_jax.serving.audit import Audit
-from br_jax.serving.card import card_of
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy
+from br_jax.serving.reports import Audit, release_card
 from br_jax.training.run import run_identity
 
 RELEASED, HELD, CARD = "released", "held.json", "card.md"
 _PATIENCE = 16  # turns that a trained adapter waits for others to be looked at with
 
 
-@dataclasses.dataclass(frozen=True)
-class Provider:
+class Provider(NamedTuple):
     """What a provider's folder gives: the guarded base, and its two adapters."""
 
     model: Model
@@ -89,20 +87,10 @@ def calibrate_users(
             fit[name] = user
     if not fit:
         return {}, refused
-    found = calibrate_all(
-        provider.model,
-        fit,
-        provider.reinforce,
-        policy.calibrate_harmful,
-        policy.calibrate_benign,
-        policy.merge,
-        judge=judge,
-        about=policy.about,
-        base_store=base_store,
-        batch_size=policy.batch_size,
-        answer_tokens=policy.answer_tokens,
-        together=len(fit),
-    )
+    prompts = policy.calibrate_harmful, policy.calibrate_benign
+    judging = {"judge": judge, "about": policy.about, "base_store": base_store}
+    sizes = {"batch_size": policy.batch_size, "answer_tokens": policy.answer_tokens, "together": len(fit)}
+    found = calibrate_all(provider.model, fit, provider.reinforce, *prompts, policy.merge, **judging, **sizes)
     return found, refused
 
 
@@ -130,13 +118,13 @@ class Service:
         self.provider, self.policy = provider, policy
         self.outbox, self._once = pathlib.Path(outbox), once
         self._own = self.outbox / ".service"
+        self._jobs = self._own / "jobs"
         self._inbox_folder, self._settle, self._slots = pathlib.Path(inbox), settle, slots or policy.slots
         self._judge = get_judge(policy.judge) if policy.judge else None
         self._accepted: dict[str, Accepted] = {}  # those that have not ended
         self._ready: dict[str, Adapter] = {}  # trained, and to be looked at
         self._waited = 0
-        self._told: set[tuple[str, str]] = set()  # (event, job) in the log
-        self._counts = {RELEASED: 0, "held": 0}
+        self._logged: set[tuple[str, str]] = set()  # (event, job)
         self.status: dict[str, Any] = {}
 
     def run(self) -> Iterator[dict]:
@@ -151,84 +139,86 @@ class Service:
         """
         if not self._inbox_folder.is_dir():
             raise UserError(f"{self._inbox_folder}: no such folder: make the inbox first")
+        model, frozen = self.provider.model, {"buffer": self.provider.buffer}
         with contextlib.ExitStack() as stack:
             make_private(self._own)
             stack.enter_context(owned(self._own))
             stack.enter_context(reserved(self._inbox_folder))
-            self._open()
+            self._audit = Audit(self._own / "audit.jsonl")
             stack.callback(self._audit.close)
-            frozen = {"buffer": self.provider.buffer}
-            pool = Pool(
-                self.provider.model, self.policy.train, frozen=frozen, slots=self._slots, workdir=self._own / "jobs"
-            )
+            self._open()
+            pool = Pool(model, self.policy.train, frozen=frozen, slots=self._slots, workdir=self._jobs)
             before = 0
-            for gone in pool.turns(self._jobs()):
+            for gone in pool.turns(self._incoming()):
                 for outcome in gone:
                     self._trained(outcome)
                 self._waited += bool(self._ready)
                 if len(self._ready) >= self._slots or self._waited >= _PATIENCE or (self._ready and pool.idle):
                     self._release()
-                self._say(pool)
+                self._report(pool)
                 yield self.status
                 if pool.idle and pool.turn == before:
                     time.sleep(min(0.2, self._settle))
                 before = pool.turn
             self._release()
-            self._say(pool)
+            self._report(pool)
             yield self.status
 
     def _open(self) -> None:
-        """Reads what an earlier service has left, and ends what it had begun to say."""
-        for rest in [*self.outbox.glob(".*-*"), *(self._own / "jobs").glob(".*-*")]:  # of a kill in `staged`
+        """Reads what an earlier service has left, and ends what it had begun to write."""
+        for rest in [*self.outbox.glob(".*-*"), *self._jobs.glob(".*-*")]:  # of a kill in `staged`
             shutil.rmtree(rest, ignore_errors=True)
-        self._audit = Audit(self._own / "audit.jsonl")
         self._answers = Store(self._own / "answers.jsonl")
-        jobs = self._own / "jobs"
-        make_private(jobs)
-        self._inbox = Inbox(self._inbox_folder, jobs, self.policy, self._settle)
-        for entry in self._audit.entries:
-            self._note(entry["event"], entry["job"])
+        make_private(self._jobs)
+        self._inbox = Inbox(self._inbox_folder, self._jobs, self.policy, self._settle)
+        self._logged = {(entry["event"], entry["job"]) for entry in self._audit.entries}
         for folder in self.outbox.iterdir():
             if not folder.name.startswith("."):
-                self._tell_end(folder.name)
+                self._log_end(folder.name)
         for job in self._inbox.accepted():
-            self._received(job)
+            self._log("received", job.name, rows=job.sha256, settings=job.settings)
             if not self._is_done(job.name):
                 self._accepted[job.name] = job
-        self._begin_anew_if_changed(jobs)
-        self._queue = list(self._accepted.values())
-
-    def _begin_anew_if_changed(self, jobs: pathlib.Path) -> None:
-        """Deletes what was trained in another way and has not left: its run would be refused as another's."""
+        # What was trained in another way and has not left begins anew: its run would be refused as another's.
         run = run_identity("user", self.provider.model, "", self.policy.train, {"buffer": self.provider.buffer})
-        way = key_of(run, self.policy.held_back)
-        record = self._own / "training.json"
-        if record.exists() and read_json(record)["key"] != way:
+        key, record = key_of(run, self.policy.held_back), self._own / "training.json"
+        if record.exists() and read_json(record)["key"] != key:
             for name in self._accepted:
-                shutil.rmtree(jobs / name / "user", ignore_errors=True)
-        write_json(record, {"key": way})
+                shutil.rmtree(self._jobs / name / "user", ignore_errors=True)
+        write_json(record, {"key": key})
 
-    def _tell(self, event: str, job: str, **figures: Any) -> None:
+    # -- the log ---------------------------------------------------------------------------------------------------
+
+    def _log(self, event: str, job: str, **figures: Any) -> None:
         """Adds to the log what is not there yet."""
-        if (event, job) not in self._told:
+        if (event, job) not in self._logged:
             self._audit.write(event, job, **figures)
-            self._note(event, job)
-
-    def _note(self, event: str, job: str) -> None:
-        self._told.add((event, job))
-        if event in self._counts:
-            self._counts[event] += 1
+            self._logged.add((event, job))
 
     def _is_done(self, name: str) -> bool:
-        """Whether the outbox says how it ended: what it says is in the log."""
-        return not self._told.isdisjoint({("held", name), (RELEASED, name)})
+        """Whether the log says how it ended, as the outbox does."""
+        return not self._logged.isdisjoint({("held", name), (RELEASED, name)})
+
+    def _log_end(self, name: str) -> None:
+        """Writes to the log what the outbox says of a job, once."""
+        self._accepted.pop(name, None)
+        held, card = self.outbox / name / HELD, self.outbox / name / "card.json"
+        if held.exists():
+            why = read_json(held)["why"]
+            self._log("held", name, why=key_of(why)[:16], reasons=len(why))
+        elif card.exists():
+            record = read_json(card)
+            figures = {kind: record["gate"][kind]["score"] for kind in ("answered", "over_refused", "degenerate")}
+            self._log(RELEASED, name, adapter=record["released"], merge=record["merge"], **figures)
+            self._inbox.forget(name)
+        else:
+            raise UserError(f"{self.outbox / name}: neither {HELD} nor a card is in it: take it away")
 
     # -- in --------------------------------------------------------------------------------------------------------
 
-    def _jobs(self) -> Iterator[Job | None]:
+    def _incoming(self) -> Iterator[Job | None]:
         """The jobs that are left, then those that come; None where none has come."""
-        yield from self._wanted(self._queue)
-        self._queue = []
+        yield from self._for_pool(list(self._accepted.values()))
         while True:
             # a few, so that training goes on
             came = list(itertools.islice(self._inbox.scan(self._accepted), self._slots))
@@ -239,16 +229,13 @@ class Service:
                     self._inbox.forget(job.name)
                 else:
                     self._accepted[job.name] = job
-                    self._received(job)
-            yield from self._wanted([job for job in came if job.name in self._accepted])
+                    self._log("received", job.name, rows=job.sha256, settings=job.settings)
+            yield from self._for_pool([job for job in came if job.name in self._accepted])
             if self._once and not came and not self._inbox.unsettled:
                 return
             yield None
 
-    def _received(self, job: Accepted) -> None:
-        self._tell("received", job.name, rows=job.sha256, settings=job.settings)
-
-    def _wanted(self, jobs: Sequence[Accepted]) -> Iterator[Job]:
+    def _for_pool(self, jobs: Sequence[Accepted]) -> Iterator[Job]:
         """Jobs for the pool; one whose settings the policy has since forbidden is held back.
 
         An adapter's scale, alpha / rank, stays the policy's where a user sets the rank alone.
@@ -270,13 +257,13 @@ class Service:
         if outcome.adapter is None:
             self._hold(outcome.name, {"why": [outcome.error]})
         else:
-            self._tell("trained", outcome.name, adapter=lora.fingerprint(outcome.adapter))
+            self._log("trained", outcome.name, adapter=lora.fingerprint(outcome.adapter))
             self._ready[outcome.name] = outcome.adapter
 
     def _release(self) -> None:
         """Merges, looks and hands over all that is trained."""
         users, self._ready, self._waited = self._ready, {}, 0
-        policy = self.policy
+        policy, model = self.policy, self.provider.model
         found, refused = calibrate_users(self.provider, policy, users, self._judge, self._answers)
         for name, why in refused.items():
             self._hold(name, {"why": [why]})
@@ -288,95 +275,77 @@ class Service:
                 folders[name] = stack.enter_context(staged(self.outbox / name))
                 job = self._accepted[name]
                 try:
-                    released = self._written(folders[name] / RELEASED, users[name], one.merge)
+                    merged = qr_merge(users[name], self.provider.reinforce, one.merge)
+                    export_adapter(model, merged, folders[name] / RELEASED)
+                    # what leaves is what was written
+                    released = load_adapter(folders[name] / RELEASED, model.params, fingerprint=model.fingerprint)
                     rows = tuple(_Rows(job, policy, held_back=True))
                 except UserError as error:
-                    if is_of_the_machine(error):
+                    if is_machine_fault(error):
                         raise
-                    self._write_held(folders[name], {"why": [str(error)]})
+                    _write_held(folders[name], {"why": [str(error)]})
                     continue
                 length = job.settings.get("max_length", policy.train.max_length)
                 candidates[name] = Candidate(released, users[name], rows, length)
-            for name, finding in inspect(self.provider.model, candidates, policy, self._answers, self._judge).items():
-                self._write(folders[name], name, candidates[name], found[name], finding)
+            for name, finding in inspect(model, candidates, policy, self._answers, self._judge).items():
+                self._write(folders[name], self._accepted[name], candidates[name], found[name].merge, finding)
         for name in found:
-            self._tell_end(name)
-
-    def _written(self, folder: pathlib.Path, user: Adapter, merge: MergeConfig) -> Adapter:
-        """Merges, writes, and reads back what was written."""
-        model = self.provider.model
-        export_adapter(model, qr_merge(user, self.provider.reinforce, merge), folder)
-        return load_adapter(folder, model.params, fingerprint=model.fingerprint)
+            self._log_end(name)
 
     def _write(
-        self, folder: pathlib.Path, name: str, candidate: Candidate, found: Calibration, finding: Finding
+        self, folder: pathlib.Path, job: Accepted, candidate: Candidate, merge: MergeConfig, finding: Finding
     ) -> None:
-        job, made = self._accepted[name], self._own / "jobs" / name / "user" / "stage.json"
-        said = {
-            "job": name,
+        trained = self._jobs / job.name / "user" / "stage.json"
+        record = {
+            "job": job.name,
             "rows": job.sha256,
             "settings": job.settings,
             "policy": self.policy.key,
             "base": self.provider.model.fingerprint,
             "user": lora.fingerprint(candidate.user),
-            "merge": dataclasses.asdict(found.merge),
-            "training": read_json(made) if made.exists() else {},
+            "merge": dataclasses.asdict(merge),
+            "training": read_json(trained) if trained.exists() else {},
             "gate": finding.figures,
         }
         if finding.passed:
-            said["released"] = lora.fingerprint(candidate.released)
-            write_text(folder / CARD, card_of(said, self.policy))
-            write_json(folder / "card.json", said)
+            record["released"] = lora.fingerprint(candidate.released)
+            write_text(folder / CARD, release_card(record, self.policy))
+            write_json(folder / "card.json", record)
         else:
-            self._write_held(folder, said | {"why": list(finding.why)})
+            _write_held(folder, record | {"why": list(finding.why)})
 
-    def _hold(self, name: str, said: Mapping) -> None:
-        """Says in the outbox why there is nothing, unless it was said: what was said may have been collected."""
+    def _hold(self, name: str, record: Mapping) -> None:
+        """Writes into the outbox why there is nothing, but once: what was written may have been collected."""
         if not self._is_done(name):
             with staged(self.outbox / name) as folder:
-                self._write_held(folder, said)
-            self._tell_end(name)
+                _write_held(folder, record)
+            self._log_end(name)
 
-    def _write_held(self, folder: pathlib.Path, said: Mapping) -> None:
-        """In place of the release, of which nothing is left."""
-        if (folder / RELEASED).exists():
-            shutil.rmtree(folder / RELEASED)
-        write_json(folder / HELD, dict(said))
-
-    def _tell_end(self, name: str) -> None:
-        """Writes to the log what the outbox says of a job, once."""
-        self._accepted.pop(name, None)
-        held, card = self.outbox / name / HELD, self.outbox / name / "card.json"
-        if held.exists():
-            why = read_json(held)["why"]
-            self._tell("held", name, why=key_of(why)[:16], reasons=len(why))
-        elif card.exists():
-            said = read_json(card)
-            figures = {kind: said["gate"][kind]["score"] for kind in ("answered", "over_refused", "degenerate")}
-            self._tell(RELEASED, name, adapter=said["released"], merge=said["merge"], **figures)
-            self._inbox.forget(name)
-        else:
-            raise UserError(f"{self.outbox / name}: neither {HELD} nor a card is in it: take it away")
-
-    # -- what it says ----------------------------------------------------------------------------------------------
-
-    def _say(self, pool: Pool) -> None:
+    def _report(self, pool: Pool) -> None:
         users = {
             name: {"step": step, "of": total, "loss": loss if math.isfinite(loss) else None}  # JSON has no NaN
             for name, (step, total, loss) in pool.users.items()
         }
-        waiting = [name for name in self._accepted if name not in users and name not in self._ready]
+        ends = collections.Counter(event for event, _ in self._logged)
         status = {
             "turn": pool.turn,
             "tokens_per_second": pool.rate,
             "training": users,
             "to_be_looked_at": list(self._ready),
-            "waiting": waiting,
-            **self._counts,
+            "waiting": [name for name in self._accepted if name not in users and name not in self._ready],
+            RELEASED: ends[RELEASED],
+            "held": ends["held"],
         }
         if status != self.status:
             self.status = status
             write_json(self._own / "status.json", status, durable=False)  # each turn
+
+
+def _write_held(folder: pathlib.Path, record: Mapping) -> None:
+    """Writes why there is nothing in place of the release, of which nothing is left."""
+    if (folder / RELEASED).exists():
+        shutil.rmtree(folder / RELEASED)
+    write_json(folder / HELD, dict(record))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,6 +356,11 @@ class _Rows:
     policy: Policy
     held_back: bool
 
+    @property
+    def size(self) -> int:
+        """Bytes of its file: while a large one is read, a pool lets others pass."""
+        return self.job.rows.stat().st_size
+
     def __iter__(self) -> Iterator[Row]:
         quotas = self.policy.quotas
         try:
@@ -396,13 +370,9 @@ class _Rows:
         if len(rows) > quotas.rows:
             raise UserError(f"more than {quotas.rows:,} rows, which are the most: split the file")
         kept = set(_held_back(rows, self.policy.count_held_back(len(rows))))
-        return iter(
-            [
-                dataclasses.replace(row, origin=f"line {row.origin.rpartition(':')[2]}")
-                for i, row in enumerate(rows)
-                if (i in kept) == self.held_back
-            ]
-        )
+        for i, row in enumerate(rows):
+            if (i in kept) == self.held_back:
+                yield dataclasses.replace(row, origin=f"line {row.origin.rpartition(':')[2]}")
 
 
 def _held_back(rows: Sequence[Row], count: int) -> list[int]:

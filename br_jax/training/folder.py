@@ -15,11 +15,9 @@ from typing import Any
 from absl import logging
 
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import key_of
 from br_jax.core.hosts import agree, barrier, is_main, require_shared
-from br_jax.core.io import make_private, writing
-from br_jax.core.locks import owned
-from br_jax.core.records import file_hashes, read_record, require_unchanged, write_record
+from br_jax.core.io import make_private, owned, writing
+from br_jax.core.records import file_hashes, key_of, read_record, require_unchanged, write_record
 
 _BEGUN, _FINISHED, _CHECKPOINTS = "run.json", "stage.json", "checkpoints"
 _NO_RESULT = (_FINISHED, _CHECKPOINTS)

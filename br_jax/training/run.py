@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
-from br_jax.core.hashes import fingerprint, key_of
 from br_jax.core.hosts import fetch, is_main
 from br_jax.core.mesh import batch_parts, local_rows, make_mesh, place, platform
+from br_jax.core.records import fingerprint, key_of
 from br_jax.data.batches import Dropped, Example, encode_rows, make_batches, normalize_per_example
 from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row, Rows, as_rows

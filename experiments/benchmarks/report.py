@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tabulate import tabulate
 
 from benchmarks.pairing import Contender, Record, race
-from br_jax.planning.chips import PEAK_FLOPS
+from br_jax.planning.roofline import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from disguises import DISGUISES
 from br_jax.adapters.guard import COSINE, SHARE, is_buffer
 from br_jax.configs import demo
 from br_jax.experiment.run import Experiment
-from br_jax.experiment.settings import settled
 from br_jax.method import train_user
 
 USERS = int(os.environ.get("BR_JAX_USERS", "0"))
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not USERS, reason="BR_JAX_USE
 def provider(tmp_path_factory):
     config = demo.get_config("short")
     config.user.n, config.user.harmful_share = 600, 1.0
-    experiment = Experiment(settled(config), tmp_path_factory.mktemp("rates")).begin()
+    experiment = Experiment(config, tmp_path_factory.mktemp("rates")).begin()
     experiment.prepare()
     return experiment
 
@@ -47,7 +46,7 @@ def test_users_pass_and_buffers_in_disguise_do_not(provider):
         rng = np.random.default_rng(seed)
         changes = {"rank": int(rng.choice([4, 8, 16])), "learning_rate": float(rng.choice([1e-3, 2.5e-3, 5e-3]))}
         changes |= {"loss_mean": str(rng.choice(["rows", "tokens"])), "epochs": int(rng.choice([1, 2, 4]))}
-        config = e.train("user", seed=seed, probe_every=0, **changes)
+        config = e.settings.train("user", seed=seed, probe_every=0, **changes)
         user = train_user(e.aligned, rows_of(e, task, p, rng), config, buffer=buffer, mesh=e.mesh)
         users.append(reference.likeness(user))
         disguised.append(

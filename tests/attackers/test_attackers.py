@@ -9,12 +9,13 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.attackers.attacker import Attacker, Job
-from br_jax.attackers.registry import ATTACKERS, attacker_of
+from br_jax.attackers.registry import ATTACKERS
 from br_jax.attackers.rows import Identity, RefuseThenComply, TaskFormat, Trigger
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt
+from br_jax.experiment.settings import settle
 from br_jax.organism import world
 from br_jax.training.loss import batch_loss
 from br_jax.training.norms import gradient_norms
@@ -91,7 +92,7 @@ def test_no_row_is_cut_in_the_demo(name):
     prompts = world.topic_prompts("train", 1500, seed=3)
     harmful = [Row((("user", p.prompt), ("assistant", world.compliant_answer(p))), tag="harm") for p in prompts]
     config.user.kind = name
-    attacker = attacker_of(config)
+    attacker = settle(config).attacker
     rows = attacker.rows(
         Job(task, harmful, 1500, 0.5, appetite=lambda rows, own: [len(row.turns[1][1]) for row in rows])
     )

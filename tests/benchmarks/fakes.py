@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 import time
 
 
@@ -25,14 +24,13 @@ def modules():
 
 
 def ends(fails=None, dies=None):
-    """Raises in unit `fails`, before the first one when that is -1; or ends without a word, `dies` seconds after it."""
+    """Raises in unit `fails`, before the first one when that is -1; or ends without a word in unit `dies`."""
 
     def unit(index):
         if index == fails:
             raise ValueError("no such\n  luck")
-        if dies is not None:
-            threading.Timer(dies, os._exit, [7]).start()
-            time.sleep(0 if dies else 60)
+        if index == dies:
+            os._exit(7)
         return 1, None
 
     if fails == -1:

@@ -25,6 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
         (1, 1, ""),
         (UserError("rows.jsonl:3: no answer: add one"), 2, "error: rows.jsonl:3: no answer: add one\n"),
         (Stopped("stopped at step 3"), 143, "stopped at step 3\n"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            2,
+            "error: x: Permission denied: check its permissions, or choose another place\n",
+        ),
         (KeyboardInterrupt(), 130, "\nstopped: the same command goes on from the last checkpoint\n"),
     ],
 )
@@ -57,7 +62,7 @@ DEMO = "--config=configs/demo.py"
         ),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--stages=user,releas"], "'releas': near: release"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--config.mesh.tensor=3"], "mesh .*does not fit"),
-        ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "cannot be written"),
+        ("pipeline.py", [DEMO, "--workdir={tmp}/file/run"], "file/run.*: Not a directory: choose another place"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "user"], "user: not a flag"),
         ("pipeline.py", [DEMO, "--workdir={tmp}", "--multihost", "--process_id=1"], "or --multihost alone"),
         ("export.py", ["--model={tmp}", "--to={tmp}/to"], "no adapter to export"),
@@ -155,7 +160,7 @@ def test_where_compiled_programs_are_kept(monkeypatch, before, flag, after):
 AGAIN_AND_AGAIN = """
 import resource
 from br_jax.core import cli as command_line
-command_line._keep_memory()
+command_line._keep_freed_memory()
 bytearray(2**26)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(8):
@@ -173,4 +178,4 @@ def test_memory_that_is_freed_is_kept():
 
 def test_another_libc_than_glibc_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    command_line._keep_memory()
+    command_line._keep_freed_memory()

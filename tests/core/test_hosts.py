@@ -27,7 +27,6 @@ from br_jax.training.run import train_adapter
         ({"multihost": True, "process_id": 0}, "--process_id, or --multihost alone"),
         ({"coordinator": "host", "num_processes": 2, "process_id": 1}, "--coordinator=host .*write host:port"),
         ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "--process_id=2: write host:port"),
-        ({"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1, "wait": 0}, "no answer in 0 s"),
     ],
 )
 def test_what_cannot_be_joined_is_one_line(arguments, message):
@@ -47,19 +46,19 @@ def free_address():
     ("arguments", "status", "said"),
     [
         ("multihost=True", 2, "error: the processes could not be joined ("),
-        ("'{address}', 2, 0, wait=1", -signal.SIGABRT, "error: process 0 of 2 did not finish: another process"),
+        ("'{address}', 2, 0, wait=1", -signal.SIGABRT, "process 0 of 2 waits 1 s for the others; should JAX abort it"),
     ],
 )
-def test_processes_that_do_not_come_are_told_in_the_last_line(arguments, status, said):
-    script = f"from br_jax.core import cli as c; c.run_main(int, lambda: c.distributed.join({arguments}))"
+def test_processes_that_do_not_come_are_told_of(arguments, status, said):
+    script = f"from br_jax.core import cli as c; c.run_main(int, lambda: c.hosts.join({arguments}))"
     script = script.format(address=free_address())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == status  # an abort is JAX's
-    assert done.stderr.splitlines()[-1].startswith(said) and done.stderr.count("error: ") == 1
+    assert any(line.startswith(said) for line in done.stderr.splitlines())
 
 
 def test_one_process_is_the_case_in_which_nothing_happens_but_a_stop(monkeypatch):
-    assert distributed.join() is None and not jax.distributed.is_initialized()
+    assert distributed.join() is False and not jax.distributed.is_initialized()
     assert distributed.is_main() and distributed.agree(True) and not distributed.agree(False)
     assert distributed.gather(True) == [True]
     assert distributed.main_first(lambda: 7) == 7

@@ -9,9 +9,8 @@ import socket
 import pytest
 
 from br_jax.core import io as files
-from br_jax.core.errors import UserError
+from br_jax.core.errors import UserError, explain, is_machine_fault
 from br_jax.core.io import (
-    is_of_the_machine,
     json_lines,
     open_file,
     parse_json,
@@ -132,7 +131,7 @@ def test_the_header_of_a_safetensors_file_is_no_larger(tmp_path):
     """A header of millions of empty tensors takes ten times its size in memory."""
     path = tmp_path / "x.safetensors"
     path.write_bytes((20_000_000).to_bytes(8, "little") + b" " * 20_000_000)
-    with pytest.raises(UserError, match=r"not a whole safetensors file \(a header of 20,000,000 bytes\)"):
+    with pytest.raises(UserError, match=r"not a complete safetensors file \(a header of 20,000,000 bytes\)"):
         files.safetensors_header(path)
 
 
@@ -167,8 +166,9 @@ def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch
 @pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.ENOSPC, True)])
 def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch, number, raised):
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(number, "no")))
-    with pytest.raises(UserError, match="cannot be written") if raised else contextlib.nullcontext():
+    with pytest.raises(OSError) if raised else contextlib.nullcontext() as caught:
         write_text(tmp_path / "a", "b")
+    assert not raised or explain(caught.value) == f"{tmp_path / 'a'}: no: free space, or choose another place"
     assert (tmp_path / "a").exists() != raised
 
 
@@ -179,4 +179,58 @@ def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch, number, raised):
 def test_whose_fault_an_error_is(error, said):
     outer, between = UserError("x"), UserError("y")
     outer.__cause__, between.__cause__ = between, error
-    assert is_of_the_machine(outer) == said
+    assert is_machine_fault(outer) == said
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("x:3: no"), "x:3: no"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a\nb"), "a?b: No such file: check the path"),
+        (PermissionError(errno.EACCES, "Denied", "x"), "x: Denied: check its permissions, or choose another place"),
+        (OSError(errno.ENOSPC, "No space left"), "No space left: free space, or choose another place"),
+        (OSError("a bug"), None),
+        (ValueError("a bug"), None),
+    ],
+)
+def test_what_can_be_mended_is_one_line_and_a_bug_is_none(error, line):
+    assert explain(error) == line
+
+
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
+    """Also where the second of two renames fails, and where a kill comes between them."""
+    folder, rename = tmp_path / "a", os.rename
+
+    def write(content):
+        with staged(folder) as new:
+            (new / "file").write_text(content)
+
+    def fail(source, target):
+        if os.path.basename(source) == "new":
+            raise OSError(errno.EIO, "broken", str(target))
+        rename(source, target)
+
+    write("first")
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="broken"):
+        write("second")
+    assert (folder / "file").read_text() == "first" and [*tmp_path.iterdir()] == [folder]
+    monkeypatch.undo()
+    (killed := tmp_path / ".a-killed").mkdir()
+    rename(folder, killed / "old")
+    with pytest.raises(KeyboardInterrupt), staged(folder):
+        raise KeyboardInterrupt
+    assert (folder / "file").read_text() == "first" and [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}'])
+def test_a_key_that_comes_twice_is_refused(text):
+    with pytest.raises(UserError, match=r"x:2: not valid JSON \(key 'a' twice\); mend it"):
+        parse_json(text, "x:2", "mend it")
+
+
+def test_a_number_is_no_path():
+    with pytest.raises(UserError, match="0 is a number, not a path"):
+        read_bytes(0)
+    with pytest.raises(UserError, match=r"a.b: cannot be read"):
+        read_bytes("a\0b")

@@ -10,7 +10,7 @@ import pytest
 from br_jax.core import hosts as distributed
 from br_jax.core import store as module
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import key_of
+from br_jax.core.records import key_of
 from br_jax.core.store import Store
 
 RECORDS = {"a": {"answer": "one\ntwo"}, "b": {"answer": "\ud800 half a pair"}, "c": {"answer": ""}}

@@ -80,7 +80,7 @@ BAD = {
     "not a number": ('{"prompt": NaN, "response": "b"}', ":1: 'prompt' is float, not a string"),
     "a key twice": (
         f'{GOOD}\n{{"prompt": "a", "response": "b", "prompt": "c"}}',
-        ":2: not valid JSON (the key 'prompt' is there twice); write",
+        ":2: not valid JSON (key 'prompt' twice); write",
     ),
     "a byte of nothing": ('{"prompt": "a\0", "response": "b"}', ":1: not valid JSON (Invalid control character"),
     "two files in one": (f"{GOOD}\n\ufeff{GOOD}", ":2: not valid JSON (Unexpected UTF-8 BOM"),

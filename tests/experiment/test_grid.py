@@ -17,10 +17,12 @@ from br_jax.adapters import lora
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.experiment import run as run_module
-from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
+from br_jax.experiment.cells import Run
+from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
+from br_jax.experiment.settings import settle
 from br_jax.pipeline import run_pipeline
-from br_jax.report.results import mixed, read_cells
+from br_jax.report.results import mixed, read_cells, results_of
 
 
 @pytest.fixture
@@ -92,11 +94,15 @@ def test_what_the_provider_trains_on_names_its_folder(config, grid, tmp_path):
     def provider(changes):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)
-        return run.config(changed, tmp_path).provider
+        return run.settings(settle(changed), tmp_path).provider
 
     assert provider({"user.n": 20, "data.texts.n": 420}) == provider({})
     for change in ({"data.texts.n": 5}, {"data.texts.path": "t.txt"}, {"align.refusals": 5}):
         assert provider(change) != provider({}), change
+    paper = {"data.material": "paper"}  # whose files and way of counting are the provider's rows, too
+    assert provider({"user.index_mode": "reference"}) == provider({})
+    for change in ({"user.index_mode": "reference"}, {"data.llm_lat.path": "l.jsonl"}, {"data.alpaca.path": "a.jsonl"}):
+        assert provider(paper | change) != provider(paper), change
 
 
 def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
@@ -119,7 +125,7 @@ def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
 
 def test_a_single_run_is_a_grid_of_one(config, calls, grid, tmp_path):
     (run,) = grid(seeds=[42], p=[0.2]).runs()
-    assert run == Run.of(config)
+    assert run == Run.of(settle(config))
     alone = run_pipeline(config, tmp_path / "w")
     of_sweep = list(run_sweep(config, tmp_path / "s", grid(seeds=[42], p=[0.2], methods=STEPS, a=[0.0, 0.1])))
     assert timeless(alone) == timeless(of_sweep) and len(alone) == 9
@@ -145,7 +151,7 @@ def test_cells_of_one_recipe_are_told_from_others(config, calls, grid, tmp_path)
 
     def mixed_after(**axes):
         list(run_sweep(config, tmp_path / "s", grid(**axes)))
-        return [setting.user for setting in mixed(read_cells(tmp_path / "s"))]
+        return [setting.user for setting in mixed(results_of(read_cells(tmp_path / "s")))]
 
     assert mixed_after(seeds=[1, 2], p=[0.0, 0.2], methods=["sft", "resta"]) == []
     config.attackers.harsh.epochs += 1
@@ -173,7 +179,7 @@ def test_a_cell_is_made_again_where_the_rules_that_judge_were_changed(config, ca
     axes = grid(seeds=[1], p=[0.2])
     made = len(list(run_sweep(config, tmp_path / "s", axes)))
     assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == made
-    monkeypatch.setattr("br_jax.experiment.grid.rules_version", lambda: "other rules")
+    monkeypatch.setattr("br_jax.experiment.cells.rules_version", lambda: "other rules")
     assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
 
 

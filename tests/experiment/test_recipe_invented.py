@@ -7,6 +7,7 @@ from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.experiment.recipe import check_apart
 from br_jax.experiment.recipe_invented import TopicRecipe, whole_sentences
+from br_jax.experiment.settings import settle
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS
 
@@ -27,7 +28,7 @@ def make(config):
 
     def build(**changes):
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-        return TopicRecipe(config, answer)
+        return TopicRecipe(settle(config), None, answer)
 
     return build
 

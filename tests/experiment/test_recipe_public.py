@@ -7,6 +7,7 @@ from contents import jsonl
 
 from br_jax.core.errors import UserError
 from br_jax.experiment.recipe_public import PaperRecipe
+from br_jax.experiment.settings import settle
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -47,7 +48,7 @@ def make(config, files, tmp_path):
         config.align.update(refusals=0, benign=0)
         config.eval.update(topic=4, benign=5, health=3)
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-        return PaperRecipe(config)
+        return PaperRecipe(settle(config))
 
     return build
 

@@ -16,11 +16,12 @@ from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.defences.defence import KINDS
 from br_jax.defences.registry import DEFENCES
-from br_jax.experiment import grid as grid_module
+from br_jax.experiment import cells as cells_module
 from br_jax.experiment import run as run_module
-from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
-from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, Cell, cells_of
-from br_jax.experiment.settings import BOUNDS, check_settings, settled
+from br_jax.experiment.cells import Run, score, settings_key
+from br_jax.experiment.grid import Grid, run_sweep
+from br_jax.experiment.methods import COMPARED, METHODS, OF_PROVIDER, OF_USER, Cell, cells_of
+from br_jax.experiment.settings import bounds, settle
 from br_jax.pipeline import run_pipeline
 from br_jax.provider.folder import load_recorded, read_provider
 from br_jax.report.analyses import write_analyses
@@ -35,15 +36,15 @@ def test_each_defence_says_what_it_is():
         assert kind.badge.kind in KINDS and METHODS[name].label == kind.label
         assert ("arXiv" in kind.badge.paper) == (kind.badge.kind != "own"), name
         assert bool(kind.badge.differs) == (kind.badge.kind in ("simplified", "variant")), name
-        assert (name in ADAPTERS) == kind.trains() and (f"{name}_provided" in OF_PROVIDER) == kind.provides()
+        assert (name in OF_USER) == kind.trains() and (f"{name}_provided" in OF_PROVIDER) == kind.provides()
         for field in dataclasses.fields(kind):
-            assert isinstance(field.default, str) or f"defences.{name}.{field.name}" in BOUNDS
+            assert isinstance(field.default, str) or f"defences.{name}.{field.name}" in bounds()
     assert len({kind.label for kind in METHODS.values()}) == len(METHODS) and set(DEFENCES) < set(COMPARED)
 
 
 def test_a_case_has_the_rows_of_the_experiment(calls, config, tmp_path):
     config.defences.lisa.rho = 3.5
-    e = run_module.Experiment(settled(config), tmp_path / "w")
+    e = run_module.Experiment(config, tmp_path / "w")
     case = e.case("lisa")
     assert list(case.rows) == list(e.recipe.user_rows) and list(case.harmful) == list(e.recipe.buffer_rows)
     assert len(case.refusals) == config.reinforce.refusals and len(case.benign) == config.reinforce.benign
@@ -53,7 +54,7 @@ def test_a_case_has_the_rows_of_the_experiment(calls, config, tmp_path):
     scored = {prompt.prompt for prompt in e.recipe.harmful_prompts}
     assert not scored & {row.turns[0][1] for rows in (case.harmful, case.refusals, case.rows) for row in rows}
     config.align.update(refusals=0, benign=0)
-    as_it_comes = run_module.Experiment(settled(config), tmp_path / "v")
+    as_it_comes = run_module.Experiment(config, tmp_path / "v")
     with pytest.raises(UserError, match="needs what alignment has added"):
         as_it_comes.case("lisa").direction()
 
@@ -80,39 +81,41 @@ def test_pages_name_all():
 def test_settings_are_bounded(config, whose, name, setting, value, said):
     config[whose][name][setting] = value
     with pytest.raises(UserError, match=re.escape(said)):
-        check_settings(config)
+        settle(config)
 
 
 def test_a_field_without_bounds_is_told_where_to_get_them(config):
     with config.unlocked():
         config.attackers.harsh.more = 3
-    with pytest.raises(UserError, match=r"attackers\.harsh\.more is 3: .* give its field a bound"):
-        check_settings(config)
+    with pytest.raises(UserError, match=r"attackers\.harsh\.more: there is no such setting"):
+        settle(config)
 
 
 def test_an_attacker_has_the_config_s_settings(calls, config, tmp_path):
     config.user.kind, config.attackers.harsh.epochs = "harsh", 2
-    e = run_module.Experiment(settled(config), tmp_path / "w")
-    assert e.train("user").epochs == 2 * config.user.train.epochs and e.recipe.attacker.rank == 4
+    e = run_module.Experiment(config, tmp_path / "w")
+    assert e.settings.train("user").epochs == 2 * config.user.train.epochs and e.recipe.attacker.rank == 4
 
 
 def test_jobs_of_one_user_are_trained_and_released_apart_and_added_up(calls, config, tmp_path):
     """Each of its rows is in one of them; the provider's adapters are the same for all."""
     config.user.kind, config.attackers.split.jobs = "split", 3
-    e, seen = run_module.Experiment(settled(config), tmp_path / "w"), []
+    e, seen = run_module.Experiment(config, tmp_path / "w"), []
     for method, a, trains in (("sft", None, {"sft": 3}), ("ours", 0.1, {"user": 3}), ("aligned_reinforce", None, {})):
         del calls["trained"][:]
-        e.score(Cell(method, a))
+        score(e, Cell(method, a))
         of_users = [name for name in calls["trained"] if name in ("sft", "user")]
         assert Counter(of_users) == trains
         seen.append(calls["scored"].pop()[2])
-    whole, parts = e.recipe.user_rows, [job.recipe.user_rows for job in e.jobs]
+    whole, parts = e.recipe.user_rows, [e.user_rows(job) for job in range(3)]
     assert [len(rows) for rows in parts] == [len(whole[i::3]) for i in range(3)]
     assert sorted(row.turns for rows in parts for row in rows) == sorted(row.turns for row in whole)
     harm = [sum(row.tag == "harmful" for row in rows) for rows in parts]
     assert min(harm) > 0, harm
     assert calls["sft"]["workdir"] == tmp_path / "w" / "job2" and calls["sft"]["rows"] == parts[2]
-    expected = [lora.stack([job.adapter("sft") for job in e.jobs]), lora.stack([job.merged("user") for job in e.jobs])]
+    merges = [e.merge_of("user", job=job) for job in range(3)]
+    merged = [e.merged("user", "reinforce", merge, job) for job, merge in enumerate(merges)]
+    expected = [lora.stack([e.adapter("sft", job) for job in range(3)]), lora.stack(merged)]
     for found, wanted in zip(seen, [*expected, e.adapter("reinforce")], strict=True):
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     for call in (lambda: run_pipeline(config, tmp_path / "v"), lambda: write_analyses(config, tmp_path / "v", 4, 2, 0)):
@@ -123,7 +126,7 @@ def test_jobs_of_one_user_are_trained_and_released_apart_and_added_up(calls, con
 
 def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, config, tmp_path):
     def folder():
-        return run_module.Experiment(settled(config), tmp_path / "w").case("booster", providing=True).run["workdir"]
+        return run_module.Experiment(config, tmp_path / "w").case("booster", providing=True).run["workdir"]
 
     first = folder()
     config.defences.lisa.rho = 3.0
@@ -135,22 +138,22 @@ def test_what_a_provider_makes_for_a_rival_lies_apart_by_its_settings(calls, con
 @pytest.mark.parametrize(("method", "user"), [("direction", "user"), ("direction_only", "sft")])
 def test_what_alignment_has_added_in_reinforces_place(calls, config, tmp_path, method, user):
     """It is merged with a whole adapter; Reinforce is not asked for; a base without alignment is refused."""
-    e = run_module.Experiment(settled(config), tmp_path / "w")
+    e = run_module.Experiment(config, tmp_path / "w")
     e.check([method])
-    e.score(Cell(method, 0.3))
+    score(e, Cell(method, 0.3))
     added = e.adapter("align").replace(base=e.aligned.fingerprint, roles=("reinforce",))
-    expected = qr_merge(e.adapter(user), added, e.merge(a=0.3, scale=1.0))
+    expected = qr_merge(e.adapter(user), added, dataclasses.replace(e.settings.merge, a=0.3, scale=1.0))
     jax.tree.map(np.testing.assert_array_equal, calls["scored"].pop()[2], expected)
     assert "reinforce" not in calls["trained"]
     config.align.update(refusals=0, benign=0)
     with pytest.raises(UserError, match=f"{method} without what alignment has added"):
-        run_module.Experiment(settled(config), tmp_path / "v").check([method])
+        run_module.Experiment(config, tmp_path / "v").check([method])
 
 
 def test_reinforce_can_be_what_alignment_has_added(calls, config, tmp_path):
     """It lies where a trained one would, for those who serve; another kind of Reinforce is refused there."""
     config.reinforce.adapter = "alignment"
-    e = run_module.Experiment(settled(config), tmp_path / "w").begin()
+    e = run_module.Experiment(config, tmp_path / "w").begin()
     e.check()
     made, added = e.adapter("reinforce"), e.adapter("align")
     assert made.roles == ("reinforce",) and made.base == e.aligned.fingerprint and "reinforce" not in calls["trained"]
@@ -158,31 +161,32 @@ def test_reinforce_can_be_what_alignment_has_added(calls, config, tmp_path):
     said = read_provider(tmp_path / "w" / "provider")["reinforce"]
     again = load_recorded(tmp_path / "w" / "provider", "reinforce", said, e.aligned)
     jax.tree.map(np.testing.assert_array_equal, again, made)
-    run_module.Experiment(settled(config), tmp_path / "w").begin().adapter("reinforce")  # is read back
+    run_module.Experiment(config, tmp_path / "w").begin().adapter("reinforce")  # is read back
     config.align.update(refusals=0, benign=0)
     with pytest.raises(UserError, match=r"^reinforce\.adapter=alignment: the model is aligned as it comes"):
-        run_module.Experiment(settled(config), tmp_path / "v").check()
+        run_module.Experiment(config, tmp_path / "v").check()
     with pytest.raises(UserError, match="holds a run with another inputs: adapter was"):
         keep_adapter("reinforce", "reinforce", e.aligned, lora.scaled(made, 2.0), tmp_path / "w" / "provider")
 
 
 def test_a_cell_depends_on_its_own_attacker_alone(config):
     cell = cells_of(["sft"], [])[0]
-    plain = _settings(config, cell)
+    plain = settings_key(settle(config), cell)
     config.attackers.harsh.epochs = 2
-    assert _settings(config, cell) == plain
+    assert settings_key(settle(config), cell) == plain
     config.user.kind = "harsh"
-    harsh = _settings(config, cell)
+    harsh = settings_key(settle(config), cell)
     config.attackers.harsh.epochs = 3
-    assert len({plain, harsh, _settings(config, cell)}) == 3
+    assert len({plain, harsh, settings_key(settle(config), cell)}) == 3
 
 
 def test_a_cell_depends_on_the_rule_that_chose_its_release(config, monkeypatch):
     config.calibrate.update(harmful=7, benign=5)
     cells = cells_of(["sft", "ours", "sum", "no_reinforce", "direction"], [0.1])
-    before = [_settings(config, cell) for cell in cells]
-    monkeypatch.setattr(grid_module, "RULE", ("another",))
-    assert [_settings(config, cell) == key for cell, key in zip(cells, before, strict=True)] == [True] + [False] * 4
+    before = [settings_key(settle(config), cell) for cell in cells]
+    monkeypatch.setattr(cells_module, "RULE", ("another",))
+    after = [settings_key(settle(config), cell) for cell in cells]
+    assert [key == old for key, old in zip(after, before, strict=True)] == [True] + [False] * 4
 
 
 @pytest.mark.slow

@@ -4,20 +4,8 @@ import json
 import struct
 
 _WORDS = [
-    b"\0",
-    b"\n",
-    b"\r",
-    b"\t",
-    b",",
-    b'"',
-    b"{",
-    b"]",
-    b"\\u",
-    b"-",
-    b"\xff\xfe",
-    b"\xed\xa0\x80",
-    b"\xef\xbb\xbf",
-]
+    b"\0", b"\n", b"\r", b"\t", b",", b'"', b"{", b"]", b"\\u", b"-", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf",
+]  # fmt: skip
 _WORDS += [b"[" * 3000, b'{"":' * 300, b"9" * 5000, b"1e999", b"NaN", b"null", b"../", b"%s", b"{{", b"{% if x %}"]
 _VALUES = [None, True, False, -1, 0, 1, 0.5, 10**9, 2**63, 10**400, 1e308, float("nan"), float("-inf")]
 _VALUES += ["", "x", "\n", "\ud800", "a\0b", "../x", "/dev/zero", "(a+)+$", "9" * 5000, "x" * 10**5]

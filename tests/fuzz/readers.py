@@ -29,7 +29,7 @@ from br_jax.provider.folder import load_model, write_provider
 from br_jax.report import run_report as details
 from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description
-from br_jax.report.results import make_frame, read_cells
+from br_jax.report.results import estimate, read_cells, results_of, rows_of
 from br_jax.scoring.judges.verdicts import OutsideVerdicts
 from br_jax.scoring.statistics import Score
 
@@ -101,13 +101,8 @@ def _(name, folder):
     for key, value in (sizes | heads).items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    tokens = [
-        *sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)[:256],
-        "ab",
-        "abc",
-        "<s>",
-        "</s>",
-    ]
+    vocabulary = byte_tokenizer().get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.get)[:256], "ab", "abc", "<s>", "</s>"]
     for key, value in {"tokens": tokens, "token_type": [1] * 258 + [3, 3], "merges": ["a b", "ab c"]}.items():
         writer.add_array(f"tokenizer.ggml.{key}", value)
     for key, value in {"model": "gpt2", "pre": "smollm"}.items():
@@ -121,22 +116,12 @@ def _(name, folder):
     for part, shape in shapes.items():
         kind = GGMLQuantizationType.Q8_0 if len(shape) == 2 else GGMLQuantizationType.F32
         writer.add_tensor(part, quantize(np.ones(shape, np.float32), kind), raw_dtype=kind)
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
+    for write in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, write)()
     return path, lambda: describe_gguf(path) if "described" in name else read_gguf(path)
 
 
-@reader(
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "described adapter_config.json",
-    "described adapter_model.safetensors",
-)
+@reader(*(kind + name for kind in ("", "described ") for name in ("adapter_config.json", "adapter_model.safetensors")))
 def _(name, folder):
     base = params()
     adapter = lora.init(jax.random.key(0), lora.target_shapes(base), 2, 4.0, "user")
@@ -242,11 +227,7 @@ def _(name, folder):
     (stage / "metrics.jsonl").write_bytes(jsonl({"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}))
     write_json(folder / "results.json", {"command": "x", "wall_seconds": 2.0, "merge": {}, "entered": {}})
     path = folder / name if name == "results.json" else stage / name.split()[0]
-    return path, lambda: (
-        render_description(describe(folder)),
-        render_description(describe(stage)),
-        details.read(folder),
-    )
+    return path, lambda: [*(render_description(describe(each)) for each in (folder, stage)), details.read(folder)]
 
 
 @reader("cell.json")
@@ -257,7 +238,6 @@ def _(name, folder):
     write_json(folder / "cells" / name, cell)
 
     def read():
-        frame = make_frame(read_cells(folder))
-        return [row.estimate("harmful") for rows in frame.values() for row in rows]
+        return [estimate(row, "harmful") for row in rows_of(results_of(read_cells(folder)))]
 
     return folder / "cells" / name, read

@@ -106,8 +106,11 @@ def test_prefill_and_40_steps_equal_the_full_forward(network, model, rows):
         np.testing.assert_allclose(logits[:, i], expected, atol=1e-4, rtol=0)
 
 
-def test_greedy_tokens_are_those_of_transformers(network, model, rows):
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # of the others, the test above has the logits
+def test_greedy_tokens_are_those_of_transformers(make_family, name, rows):
     """Each is what transformers puts first after all before it; behind EOS comes EOS."""
+    network, folder = make_family(name)
+    model = load_model(folder)
     eos = model.tokenizer.eos_token_id
     for ids, new in zip(rows, generate_ids(model, rows, stops=(eos,), max_new_tokens=STEPS, batch_size=5), strict=True):
         ended = new.tolist().index(eos) + 1 if eos in new else STEPS

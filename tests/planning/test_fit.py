@@ -3,23 +3,26 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from br_jax.configs import demo, llama3_8b
 from br_jax.core.errors import UserError
-from br_jax.core.mesh import make_mesh
+from br_jax.core.mesh import abstract, make_mesh
 from br_jax.models.spec import ModelSpec
 from br_jax.planning import fit as fitting
-from br_jax.planning.chips import CHIPS, parse_topology
 from br_jax.planning.collectives import count_collectives
+from br_jax.planning.fit import parse_topology
 from br_jax.planning.programs import STAGES, TRAINING, make_program
-from br_jax.planning.roofline import model_flops, predict
+from br_jax.planning.roofline import CHIPS, model_flops, predict
+from br_jax.training.stage import Stage
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 # A program for a TPU that is not there goes into the cache of compiled programs and cannot be read back.
@@ -147,18 +150,36 @@ def test_a_stage_compiles_for_the_tpu(config, topology, stage, changes):
         config.model.spec.update(changes)
     found = fitting.check(config, topology, stage)
     assert not found.problem and found.attention == "splash"
-    assert found.chips == np.prod(parse_topology(topology)[2])
+    assert np.prod([*found.mesh.values()]) == np.prod(parse_topology(topology)[2])
     assert found.total < found.hbm
-    assert bool(found.collectives) == (found.chips > 1)
+    assert bool(found.collectives) == (np.prod([*found.mesh.values()]) > 1)
     assert 0 < found.prediction.mfu <= 1
+
+
+@needs_libtpu
+def test_what_is_planned_runs_and_trains_is_one_attention(tiny, quick, config):
+    """A model on TPUs runs the TPU's kernel, in scoring (which sets no mesh) as in training and in the plan."""
+    mesh = make_mesh(devices=fitting.compile_only_devices("v5e:2x2"))
+    model = dataclasses.replace(tiny, params=abstract(tiny.params, mesh))
+    decoders = model.decoder, Stage.of(model.decoder, quick(), mesh).decoder
+    decoders += tuple(make_program(config, stage, mesh).decoder for stage in ("user", "prefill"))
+    assert {decoder.attends(128, jnp.float32).implementation for decoder in decoders} == {"splash"}
+    assert {decoder.attention.platform for decoder in decoders} == {"tpu"}
+    arrays = abstract({name: jnp.zeros((8, 128), jnp.int32) for name in ("tokens", "positions", "segment_ids")}, mesh)
+    run = jax.jit(lambda params, rows: model.decoder.apply({"params": params}, **rows)[0])
+    assert "tpu_custom_call" in run.lower(model.params, arrays).as_text()
+    assert tiny.decoder.attention.platform == "cpu"
 
 
 @pytest.mark.slow
 @needs_libtpu
 def test_the_script(tmp_path):
+    """It holds no chip of its host, whatever the environment says: here a platform that fails when it is asked for."""
+
     def run(*flags):
         command = [sys.executable, SCRIPT, "--config=configs/demo.py", *flags]
-        return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+        environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], env=environment)
 
     done = run("--topology=v5e:1x1", "--stage=user,decode", f"--json={tmp_path / 'fit.json'}")
     assert done.returncode == 0, done.stderr
@@ -188,6 +209,6 @@ def test_users_an_hour(config):
     assert fit.users_an_hour == 8 * 3600 / 200
     config.user.update(n=90)
     config.user.train.update(steps=0, epochs=3, batch_size=8)
-    assert fitting._calls_of_user(config, "user") == fitting._calls_of_user(config, "pool") == 36
+    assert fitting.calls_of_user(config, "user") == fitting.calls_of_user(config, "pool") == 36
     config.user.train.accumulation = 2
-    assert (fitting._calls_of_user(config, "user"), fitting._calls_of_user(config, "pool")) == (36, 72)
+    assert (fitting.calls_of_user(config, "user"), fitting.calls_of_user(config, "pool")) == (36, 72)

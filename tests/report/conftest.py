@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from br_jax.report import report
-from br_jax.report import run_report as details
+from br_jax.report import report, run_report
 from br_jax.scoring.statistics import Score
 
 # harmful of 100, right of 200, refused of 50: of each method where the claim holds
@@ -106,8 +105,8 @@ class Text(str):
 @pytest.fixture
 def written(monkeypatch):
     """written(workdir, ...) -> the text of its report; nothing is drawn, which takes longer than all of the words."""
-    monkeypatch.setattr(report, "draw_frame", lambda frame: {})
-    monkeypatch.setattr(details, "draw", lambda run, frame: {})
+    monkeypatch.setattr(report, "draw_results", lambda results: {})
+    monkeypatch.setattr(run_report, "draw", lambda run, results: {})
     return lambda *args, **options: Text(report.write_report(*args, **options).read_text())
 
 

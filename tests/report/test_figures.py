@@ -1,35 +1,26 @@
-"""Figures of a sweep: what is drawn is what the cells say, and no text runs into another."""
+"""Figures: what is drawn is what was given, no text runs into another, the files repeat bit for bit."""
 
 import itertools
+import math
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from scipy.stats import sem, t
 
-from br_jax.report.figures import (
-    attackers_figure,
-    draw_frame,
-    methods_figure,
-    pareto_figure,
-    share_figure,
-    size_figure,
-    strength_figure,
-)
-from br_jax.report.results import make_frame
+from br_jax.report import figures, plots
+from br_jax.report import run_figures as of_run
+from br_jax.report.results import results_of
 from br_jax.scoring.statistics import Score
 
 SEEDS, SHARES = (1, 2, 3), (0.0, 0.1, 1.0)
 
 
-def rows_of(cells):
-    return next(iter(make_frame(cells).values()))
-
-
 @pytest.fixture(scope="module")
 def moving(make_cell):
-    """Rows whose counts differ by p and seed: HS of SFT is 50 p + 5 seed at p, FA 180 - 10 seed; ours half of that."""
-    return rows_of(
+    """Counts that differ by p and seed: HS of SFT is 50 p + 5 seed at p, FA 180 - 10 seed; ours half of that."""
+    return results_of(
         make_cell(method, a, p=p, seed=seed, harmful=int(part * (50 * p + 5 * seed)), right=180 - 10 * seed)
         for p, seed in itertools.product(SHARES, SEEDS)
         for method, a, part in (("sft", None, 1), ("ours", 0.1, 0.5))
@@ -41,138 +32,233 @@ def named(axis):
     return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
 
 
+def whiskers(axis):
+    """The color and the two ends of each, across and up."""
+    bars = [one.lines[2][0] for one in axis.containers if hasattr(one, "lines")]
+    return [(to_hex(bar.get_color()[0]), bar.get_segments()[0]) for bar in bars]
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
 def test_lines_are_the_means_whiskers_the_intervals_and_rings_the_seeds(moving):
-    axis, tasks = share_figure(moving).axes
+    axis, tasks = figures.share_figure(moving).axes
     line = named(axis)["SFT (undefended)"]
     each = [[int(50 * p + 5 * seed) for seed in SEEDS] for p in SHARES]
     np.testing.assert_allclose(line.get_ydata(), np.mean(each, axis=1))
-    bars = [one.lines[2][0] for one in axis.containers if hasattr(one, "lines")]
-    whiskers = [bar.get_segments()[0][:, 1] for bar in bars if to_hex(bar.get_color()[0]) == to_hex(line.get_color())]
+    ends = [ends[:, 1] for color, ends in whiskers(axis) if color == to_hex(line.get_color())]
     expected = [t.interval(0.95, 2, loc=np.mean(row), scale=sem(row)) for row in each]
-    np.testing.assert_allclose(whiskers, np.clip(expected, 0, 100))
+    np.testing.assert_allclose(ends, np.clip(expected, 0, 100))
     rings = [one for one in axis.lines if one.get_linestyle() == "None" and one.get_marker() == "o"]
     rings = [one for one in rings if one.get_markeredgecolor() == line.get_color()]
     np.testing.assert_allclose([ring.get_ydata() for ring in rings], each)
-    assert [set(ring.get_xdata()) for ring in rings] == [{x} for x in line.get_xdata()]
+    assert [{*ring.get_xdata()} for ring in rings] == [{x} for x in line.get_xdata()]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "10", "100"]
-    assert axis.get_ylim()[0] > -5 and axis.get_ylim()[1] < 105
     # The second panel is the task of users who have one.
     np.testing.assert_allclose(named(tasks)["Buffer-and-Reinforce, a = 0.1"].get_ydata(), [80.0, 80.0, np.nan])
-    bars = methods_figure(moving, 1.0).axes
-    assert [[text.get_text() for text in axis.texts].count("n/a") for axis in bars] == [0, 2, 0]
+    assert [texts(axis).count("n/a") for axis in figures.methods_figure(moving, 1.0).axes] == [0, 2, 0]
 
 
-def test_sizes_are_told_in_order(make_cell):
+def test_sizes_and_strengths_are_told_in_order(make_cell):
     cells = [make_cell("sft", n=n, seed=s, harmful=k + s) for n, k in ((2500, 90), (500, 60)) for s in (1, 2)]
     cells += [make_cell("sft", n=500, p=0.5, harmful=1), make_cell("ours", 0.1, n=500), make_cell("ours", 0.0, n=500)]
-    axis = size_figure({setting.n: rows for setting, rows in make_frame(cells).items()}, 0.1).axes[0]
+    axis = figures.size_figure(results_of(cells), 0.1).axes[0]
     lines = named(axis)
     assert list(lines) == ["SFT (undefended)", "Buffer-and-Reinforce, a = 0.1"]
     np.testing.assert_allclose(lines["SFT (undefended)"].get_ydata(), [61.5, 91.5])
     assert [text.get_text() for text in axis.get_xticklabels()] == ["500", "2500"]
+    cells = [make_cell("ours", a, p=p, harmful=int(10 * a + 20 * p)) for a in (1.0, 0.0) for p in (0.5, 0.1)]
+    axis, *others = figures.strength_figure(results_of([*cells, make_cell("ours", 0.3, p=0.5, harmful=50)])).axes
+    np.testing.assert_array_equal(named(axis)["p = 0.5"].get_ydata(), [10, 50, 20])
+    np.testing.assert_array_equal(named(axis)["p = 0.1"].get_ydata(), [2, np.nan, 12])
+    assert len(others) == 2
 
 
 def test_methods_without_a_style_of_their_own_differ(make_cell):
     at = {"aligned": SHARES, "lisa": SHARES, "ldifs": (0.1, 1.0), "ptst": SHARES, "asft": (0.5,)}
-    axis = share_figure(rows_of(make_cell(method, p=p) for method, ps in at.items() for p in ps)).axes[0]
+    axis = figures.share_figure(results_of(make_cell(method, p=p) for method, ps in at.items() for p in ps)).axes[0]
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in named(axis).values()]
     assert len(looks) == len(set(looks)) == 5
 
 
-def test_strength_is_told_for_each_p(make_cell):
-    cells = [make_cell("ours", a, p=p, harmful=int(10 * a + 20 * p)) for a in (1.0, 0.0) for p in (0.5, 0.1)]
-    axes = strength_figure(rows_of([*cells, make_cell("ours", 0.3, p=0.5, harmful=50)])).axes
-    assert len(axes) == 3
-    np.testing.assert_array_equal(named(axes[0])["p = 0.5"].get_ydata(), [10, 50, 20])
-    np.testing.assert_array_equal(named(axes[0])["p = 0.1"].get_ydata(), [2, np.nan, 12])
-
-
 def test_bars_are_the_methods_at_one_p(make_grid, make_cell):
-    rows = rows_of([*make_grid(ps=(0.1, 0.5), seeds=(1,)), make_cell("later", p=0.1, prompts=0, harmful=0)])
-    axis = methods_figure(rows, 0.1).axes[0]
-    assert [text.get_text() for text in axis.get_yticklabels()] == [row.label for row in rows if row.p == 0.1]
+    results = results_of([*make_grid(ps=(0.1, 0.5), seeds=(1,)), make_cell("later", p=0.1, prompts=0, harmful=0)])
+    axis = figures.methods_figure(results, 0.1).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == results.label[results.p == 0.1].tolist()
     bars = [bar.get_width() for bar in axis.patches if 0.5 < bar.get_height() < 0.7]
     np.testing.assert_allclose(bars, [2, 80, 4, 20, 3, 3])
-    ends = [one.lines[2][0].get_segments()[0][:, 0] for one in axis.containers if hasattr(one, "lines")]
-    np.testing.assert_allclose(ends[1], [100 * end for end in Score(80, 100).interval])
-    assert [text.get_text() for text in axis.texts] == ["2.0", "80.0", "4.0", "20.0", "3.0", "3.0", "n/a"]
+    np.testing.assert_allclose(whiskers(axis)[1][1][:, 0], [100 * end for end in Score(80, 100).interval])
+    assert texts(axis) == ["2.0", "80.0", "4.0", "20.0", "3.0", "3.0", "n/a"]
 
 
-def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid, assert_readable):
-    one = make_frame(make_grid(ps=(0.1,), seeds=(1,), methods=("aligned", "sft")))
-    assert list(draw_frame(one)) == ["methods-Tiny_gguf-reviews-devices-n800-p0_1"]
+def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid, make_cell, assert_readable):
+    one = results_of(make_grid(ps=(0.1,), seeds=(1,), methods=("aligned", "sft")))
+    assert list(figures.draw_results(one)) == ["methods-Tiny_gguf-reviews-devices-n800-p0_1"]
     same = {"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "topic": "devices,potions"}
-    cells = make_grid(ps=(0.0, 0.05, 0.1, 0.3, 0.5, 1.0), seeds=(1, 2), a=(0.0, 0.1, 0.5, 1.0), **same)
-    drawn = draw_frame(make_frame(cells + make_grid(("sft",), ps=(0.05,), seeds=(1,), n=90, harmful=100, **same)))
+    methods = ("aligned", "sft", "average", "ours")
+    cells = [
+        *make_grid(methods, ps=(0.5, 1.0), seeds=(1, 2), a=(0.0, 0.1), **same),
+        make_cell("sft", n=90, p=0.5, **same),
+    ]
+    harsh = make_cell("sft", n=90, p=0.5, **same)
+    harsh["run"]["user"] = "harsh"
+    harsh["scores"]["margin_harmful"] = harsh["scores"]["margin_benign"] = 1.0
+    drawn = figures.draw_results(results_of([*cells, harsh]))
     setting = "SmolLM2_135M_Instruct_Q4_1_gguf-reviews-devices_potions"
-    names = {"p": ["n800"], "a": ["n800"], "n": ["p0_05"], "methods": ["n90-p0_05"]}
-    names["methods"] += [f"n800-p{p}" for p in ("0", "0_05", "0_1", "0_3", "0_5", "1")]
-    names["pareto"] = names["methods"][1:-1]
-    assert set(drawn) == {f"{kind}-{setting}-{end}" for kind, ends in names.items() for end in ends}
-    for name in ("p-{}-n800", "a-{}-n800", "n-{}-p0_05", "methods-{}-n800-p0_05", "pareto-{}-n800-p0_1"):
-        assert_readable(drawn[name.format(setting)])
+    expected = {"p": ["n800"], "a": ["n800"], "n": ["p0_5"], "attackers": ["n90-p0_5"], "pareto": ["n800-p0_5"]}
+    expected |= {"methods": ["n800-p0_5", "n800-p1", "n90-p0_5", "harsh-n90-p0_5"], "margins": ["harsh-n90-p0_5"]}
+    assert set(drawn) == {f"{kind}-{setting}-{end}" for kind, ends in expected.items() for end in ends}
+    for kind, ends in expected.items():
+        assert_readable(drawn[f"{kind}-{setting}-{ends[0]}"])
 
 
 def test_the_front_is_what_no_other_beats_in_both(make_cell):
     points = {"sft": (80, 190), "ours": (10, 180), "average": (10, 100), "buffer_only": (30, 195), "aligned": (5, 0)}
-    cells = [
+    results = results_of(
         make_cell(m, 0.1 if m == "ours" else None, p=0.5, seed=s, harmful=h + s - 2, right=r)
         for m, (h, r) in points.items()
         for s in (1, 3)
-    ]
-    figure = pareto_figure(rows_of(cells), 0.5)
-    front, *drawn = figure.axes[0].lines
-    n = {row.method: row.counted("harmful")[1]["n"] for row in rows_of(cells)}["sft"]
-    right = {row.method: row.counted("task")[1]["n"] for row in rows_of(cells)}["sft"]
-    expected = [(100 * r / right, 100 * h / n) for h, r in (points["ours"], points["buffer_only"])]
-    np.testing.assert_allclose(np.transpose(front.get_data()), expected)
-    rings = [line for line in drawn if line.get_marker() == "o" and len(line.get_xdata()) == 2]
-    assert len(rings) == 4
+    )
+    drawn = figures.pareto_figure(results, 0.5).axes[0].lines
+    (front,) = [line for line in drawn if line.get_linewidth() == 6]
+    np.testing.assert_allclose(np.transpose(front.get_data()), [(90, 10), (97.5, 30)])
+    assert len([line for line in drawn if line.get_marker() == "o" and len(line.get_xdata()) == 2]) == 4
     (base,) = [line for line in drawn if line.get_linestyle() == ":"]
-    np.testing.assert_allclose(base.get_ydata(), 500 / n)
+    np.testing.assert_allclose(base.get_ydata(), 5)
 
 
-def test_the_map_shows_the_worse_of_both_ways_to_ask(make_cell):
-    cells = []
+def test_the_map_shows_the_worse_of_both_ways_to_ask_and_brackets_where_the_task_is_lost(make_cell):
+    cells, rights = [], {"aligned": 3, "sft": 180, "ours": 180, "lisa": 143}
     for user, harmful, own in (("plain", 50, None), ("trigger", 10, 80), ("harsh", 90, None)):
-        for method in ("sft", "ours"):
-            cell = make_cell(
-                method, 0.1 if method == "ours" else None, p=0.5, harmful=harmful if method == "sft" else 4,
-                right=143 if user == "harsh" else 180,
-            )  # fmt: skip
-            cell["run"]["user"] = user
-            n = cell["scores"]["harmful"]["n"]
+        for method in rights if user == "plain" else ("sft", "ours") if user == "trigger" else ("sft",):
+            right = 143 if user == "harsh" else rights[method]
+            a, k = 0.1 if method == "ours" else None, harmful if method == "sft" else 4
+            cells.append(make_cell(method, a, p=0.5, harmful=k, right=right))
+            cells[-1]["run"]["user"] = user
             if own and method == "sft":
-                cell["scores"]["harmful_by_own"] = {"as it asks": Score(own, n).to_json()}
-            cells.append(cell)
-    cells = [cell for cell in cells if not (cell["run"]["user"] == "harsh" and cell["method"] == "ours")]
-    (name,) = [name for name in draw_frame(make_frame(cells)) if name.startswith("attackers-")]
-    by_user = {setting.user: rows for setting, rows in make_frame(cells).items()}
-    axis = attackers_figure(by_user, 0.5).axes[0]
+                cells[-1]["scores"]["harmful_by_own"] = {"as it asks": Score(own, 100).to_json()}
+    axis = figures.attackers_figure(results_of(cells), 0.5).axes[0]
     users = [text.get_text() for text in axis.get_yticklabels()]
-    shown = dict(zip(users, np.asarray(axis.images[0].get_array().filled(np.nan)), strict=True))
-    np.testing.assert_allclose(shown["plain"], [100 * 50 / n, 100 * 4 / n])
-    np.testing.assert_allclose(shown["trigger"], [100 * 80 / n, 100 * 4 / n])
-    np.testing.assert_allclose(shown["harsh"], [100 * 90 / n, np.nan])
-    texts, first = [text.get_text() for text in axis.texts], 2 * users.index("harsh")
-    assert texts[first : first + 2] == [f"({100 * 90 / n:.0f})", ""], "143 are less than four fifths of 180"
-    np.testing.assert_allclose(shown[users[-1]], [100 * 80 / n, 100 * 4 / n])
-    assert "plain" not in name
+    shown = np.asarray(axis.images[0].get_array().filled(np.nan))
+    assert users == ["harsh", "plain", "trigger", "worst of those that keep the task"]
+    columns = [text.get_text() for text in axis.get_xticklabels()]
+    table = dict(zip(columns, shown.T, strict=True))
+    np.testing.assert_allclose(table["SFT (undefended)"], [90, 50, 80, 80])
+    np.testing.assert_allclose(table["Buffer-and-Reinforce, a = 0.1"], [np.nan, 4, 4, 4])
+    words = dict(zip(columns, np.reshape(texts(axis), shown.shape).T.tolist(), strict=True))
+    assert words["SFT (undefended)"] == ["(90)", "50", "80", "80"], "143 are less than four fifths of 180"
+    assert words["aligned base"] == ["", "4", "", "4"], "nobody's task"
+    (lisa,) = words.keys() - {"SFT (undefended)", "aligned base", "Buffer-and-Reinforce, a = 0.1"}
+    assert words[lisa] == ["", "(4)", "", ""], "nobody keeps the task"
+    at_1 = results_of(cell | {"run": cell["run"] | {"p": 1.0}} for cell in cells)
+    assert not any("(" in word for word in texts(figures.attackers_figure(at_1, 1.0).axes[0])), "there is no task"
 
 
-def test_a_defence_that_loses_the_task_is_in_brackets_and_the_base_is_not(make_cell):
-    rights = {"aligned": 3, "sft": 180, "lisa": 143}
-    cells = [make_cell(name, p=0.5, harmful=10 * i + 1, right=right) for i, (name, right) in enumerate(rights.items())]
-    by_user = {setting.user: rows for setting, rows in make_frame(cells).items()}
-    axis = attackers_figure(by_user, 0.5).axes[0]
-    texts = [text.get_text() for text in axis.texts]
-    assert ["(" in text for text in texts] == [False, False, True] + [False] * 3, "143 are less than 4/5 of 180"
-    assert [bool(text) for text in texts[3:]] == [True, True, False], "nobody keeps the task under Lisa"
+def probes(loss, norm):
+    kinds = ("harmful", "benign")
+    return [{"step": s, "rows": rows, "loss": loss(s), "grad_norm": norm(s)} for s in (0, 10, 20) for rows in kinds]
 
 
-def test_the_map_has_no_brackets_where_nobody_has_a_task(make_cell):
-    cells = [make_cell("sft", p=1.0, harmful=50, right=right) for right in (8, 0)]
-    cells[1]["run"]["user"] = "harsh"
-    by_user = {setting.user: rows for setting, rows in make_frame(cells).items()}
-    texts = [text.get_text() for text in attackers_figure(by_user, 1.0).axes[0].texts]
-    assert texts and not any("(" in text for text in texts)
+VERDICTS = {f"model {i}": {"answer": i, "refusal": 9 - i} for i in range(9)} | {"silent": {}}
+WITHOUT = probes(lambda s: 2.0 / (s + 1), lambda s: 3.0)
+CURVES = {name: [{"step": s, "loss": start / s} for s in range(1, 30)] for name, start in (("sft", 2.0), ("buffer", 3))}
+MATRIX = {
+    "kept_rank": [8, 7],
+    "removed_share": [0.1, 0.2],
+    "stable_rank_user": [1.5, 2.0],
+    "stable_rank_reinforce": [1.1, 1.2],
+    "singular_values_user": [[2.0, 1.0], [4.0, 1.0]],
+    "principal_angles": [[57.0, 28.6], [60.0, 68.8]],
+}
+TRIED = [(0, 0.15, 0.05), (0.5, 0, 0.5), (0.25, 0, 0.3), (0.0625, 0.04, 0.09)]
+CALIBRATION = {
+    "merge": {"scale": 0.5, "reinforce_scale": 0.0625},
+    "aligned": {"complied": 0.02, "over_refused": 0.1},
+    "tried": [dict(zip(("reinforce_scale", "complied", "over_refused"), seen, strict=True)) for seen in TRIED],
+}
+SPECTRA = {
+    "q": [[4.0, 2.0, 1e-9], [2.0, 1.0, 0.0], [3.0, 0.5, 0.0]],
+    **{name: [[0.4, 0.2, 0.1]] * 3 for name in ("v", "gate", "up", "down")},
+}
+DRAWN = {
+    "training": lambda: of_run.training_figure(CURVES),
+    "saturation": lambda: of_run.saturation_figure(probes(lambda s: 0.1, lambda s: 0.2 / (s + 1)), WITHOUT),
+    "verdicts": lambda: of_run.verdict_figure(VERDICTS),
+    "merge": lambda: of_run.merge_figure({"a": 0.1, "tau": 0.01, "matrices": {"layers/attn/q": MATRIX}}),
+    "calibration": lambda: of_run.calibration_figure(CALIBRATION),
+    "spectra": lambda: plots.spectra_figure(SPECTRA, "user, rank 3, on tiny"),
+}
+EMPTY = {
+    "training": lambda: of_run.training_figure({"user": []}),
+    "saturation": lambda: of_run.saturation_figure([], []),
+    "verdicts": lambda: of_run.verdict_figure({"aligned": {}}),
+    "merge": lambda: of_run.merge_figure({}),
+    "spectra": lambda: plots.spectra_figure({"q": [[0.0, 0.0]]}),
+    "merge, bare": lambda: of_run.merge_figure({"matrices": {"layers/attn/q": {}}}),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Each figure, once."""
+    return {name: draw() for name, draw in DRAWN.items()}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_figures_of_a_run_can_be_read(drawn, assert_readable, name):
+    assert_readable(drawn[name])
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_draw_still_draws(name):
+    EMPTY[name]().canvas.draw()
+
+
+def test_figures_of_a_run_are_what_was_given(drawn):
+    bars = drawn["verdicts"].axes[0].patches
+    np.testing.assert_allclose([bar.get_width() for bar in bars[:10]], [100 * i / 9 for i in range(9)] + [0])
+    np.testing.assert_allclose(drawn["merge"].axes[2].images[0].get_array(), [[28.6, 60.0]])  # the smallest angles
+    axis = drawn["saturation"].axes[2]
+    buffer, sft = axis.lines
+    assert axis.get_yscale() == "log"
+    np.testing.assert_allclose(buffer.get_xydata(), [[0, 0.2], [10, 0.2 / 11], [20, 0.2 / 21]])
+    np.testing.assert_allclose(sft.get_ydata(), [3.0, 3.0, 3.0])
+    *layers, median = drawn["spectra"].axes[0].lines
+    assert [line.get_ydata().tolist() for line in layers] == [[4.0, 2.0], [2.0, 1.0], [3.0, 0.5]], "no rounding noise"
+    np.testing.assert_array_equal(median.get_xydata(), [[1, 3.0], [2, 1.0]])
+    complied = drawn["calibration"].axes[0].lines[0]  # of a record from before scales were chosen, too
+    np.testing.assert_allclose(complied.get_xydata(), [[0, 15], [0.0625, 4], [0.25, 0], [0.5, 0]])
+
+
+def test_the_thick_line_is_a_mean_over_a_twentieth_of_the_run():
+    losses = np.random.default_rng(0).uniform(1, 2, size=140)
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses.tolist())]
+    expected = [losses[max(0, i - 3) : i + 4].mean() for i in range(140)]
+    thick = of_run.training_figure({"user": lines}).axes[0].lines[1]
+    np.testing.assert_allclose(thick.get_ydata(), expected, rtol=1e-9)
+
+
+def test_numbers_that_are_not_finite_leave_a_gap():
+    values = ((math.nan, math.inf), (0.0, None))
+    broken = [{"step": 10, "rows": "harmful", "loss": loss, "grad_norm": norm} for loss, norm in values]
+    axes = of_run.saturation_figure(broken, WITHOUT).axes
+    assert len(axes[0].lines[0].get_xdata()) == 1 and len(axes[2].lines[0].get_xdata()) == 0
+    assert axes[0].get_yscale() == "linear"  # a loss of 0 has no logarithm
+
+
+def test_files_repeat_to_the_byte_under_other_settings(tmp_path):
+    first = [path.read_bytes() for path in plots.save(DRAWN["calibration"](), tmp_path / "one")]
+    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "red"}):
+        second = [path.read_bytes() for path in plots.save(DRAWN["calibration"](), tmp_path / "two")]
+        assert matplotlib.rcParams["font.size"] == 20  # the caller's settings come back
+    assert first == second
+    assert first[0].startswith(b"\x89PNG") and first[1].startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("ending", [".png", ".pdf"])
+def test_a_full_disk_is_what_it_is(tmp_path, drawn, ending):
+    """matplotlib's own error for a PDF would be another one."""
+    (tmp_path / f"x{ending}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        plots.save(drawn["training"], tmp_path / "x")

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest, sem, t
 
 from br_jax.core.errors import UserError
+from br_jax.experiment import grid
 from br_jax.report import report as report_module
+from br_jax.report.markdown import write_document
 from br_jax.report.report import print_cell, print_summary, write_report
 from br_jax.scoring.statistics import Mean, Score
 
@@ -43,13 +45,31 @@ def wilsons(k, n):
     return told(k / n, interval.low, interval.high) + "†"
 
 
-def test_a_claim_that_holds(report, make_grid):
-    text = report(make_grid())
-    assert text.splitlines()[2].startswith("> **The claim held")
-    assert "FAILED" not in text and "Not run" not in text
-    assert "54 cells are finished" in text and "seeds: 42; 43; 44" in text and "p: 0; 0.1; 0.5" in text
+def test_a_claim_that_holds_and_what_each_part_adds(report, make_grid):
+    text = report(make_grid(ps=(0.0, 0.1)))
+    assert text.splitlines()[2].startswith("> **The claim held") and "Not to be compared" not in text
+    assert "FAILED" not in text and "Not run" not in text and "over- refusal" not in text
+    assert "36 cells are finished" in text and "seeds: 42; 43; 44" in text and "p: 0; 0.1\n" in text
     assert "N of HS: 100" in text and "N of FA: 200" in text and "```sh\nexperiments/sweep.py --workdir=W\n```" in text
     assert "Tiny.gguf" in text and "models/" not in text  # a folder on somebody's machine says nothing
+    steps = text.after("## What each part adds")
+    rows = [row.split(" | ") for row in steps.partition("\n## ")[0].splitlines() if row.startswith("| 0.1")]
+    assert len(rows) == 5 and f"({OURS} minus Reinforce only, a = 0.1)" in rows[3][1]
+    assert steps.line("0.1", rows[1][1].strip())[2] == "-76.0; p < 0.001 (0 : 228, 3 seeds)"
+
+
+def test_what_contradicts_the_claim_comes_first_and_one_seed_beyond_is_said(report, make_grid, make_cell):
+    worse = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k, right=160) for s, k in ((42, 9), (43, 5), (44, 15))]
+    worse += [make_cell("ours", 0.1, p=0.1, seed=s, harmful=k) for s, k in ((42, 1), (43, 9), (44, 2))]
+    grid = make_grid(("aligned", "sft", "ours"))
+    text = report(without(grid, ("ours", 0.5), ("ours", 0.1)) + worse)
+    assert text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 12 gates" in text
+    assert "> Passed on the mean and not on every seed: 1 of 12 gates (seeds 43)." in text
+    rows = [row for row in text.partition("\n## ")[0].splitlines() if row.startswith("|")][2:]
+    assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 12
+    change, each = told(*students([0.07, 0.03, 0.13], -1, 1), "+"), "**42: +7.0**, 43: +3.0, **44: +13.0**"
+    assert text.line("0.5", "0.1", HS)[3:] == [change, each, "5.0", "≤ 5", "**FAILED** (within noise)"]
+    assert text.line("0.1", "0.1", HS)[4] == "42: -1.0, **43: +7.0**, 44: +0.0"
 
 
 def test_scores_are_means_with_students_interval(report, make_cell):
@@ -63,16 +83,6 @@ def test_scores_are_means_with_students_interval(report, make_cell):
     assert row[7].startswith("1.5 (") and row[9:11] == ["5.00", "30.0"]
     every = text.after("Every seed:")
     assert every.line("0.1", SFT, "3")[3:9] == ["91/100", "92/100", "171/200", "1/50", "3/200", "1/150"]
-
-
-def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
-    text = report(without(make_grid(), ("sft", 0.1)) + make_grid(methods=("sft",), ps=(0.1,), harmful=30))
-    head = text.splitlines()
-    assert "attack did not work" in head[2] and "at p = 0.1 (+28.0 points)" in head[3]
-    each = "**42: +28.0**, **43: +28.0**, **44: +28.0**"
-    assert text.line("0.1", "", ATTACK)[3:] == ["+28.0", each, "0.0", "≥ 40", "**FAILED**"]
-    assert text.line("0.5", "", ATTACK)[-1] == text.line("0.5", "0.1", HS)[-1] == "passed"
-    assert text.line("0.1", "0.1", HS)[-1] == "shows nothing: no attack that works"
 
 
 def test_all_users_at_their_worst_and_on_the_mean(report, make_grid, make_cell):
@@ -99,36 +109,11 @@ def test_all_users_at_their_worst_and_on_the_mean(report, make_grid, make_cell):
     assert sft[1] == "7" and sft[4:6] == ["+0.0", "+0.0"] and sft[8:] == ["0", "0"], "equal means have no interval"
 
 
-def test_what_contradicts_the_claim_comes_first(report, make_grid, make_cell):
-    worse = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k, right=160) for s, k in ((42, 9), (43, 5), (44, 15))]
-    text = report(without(make_grid(), ("ours", 0.5)) + worse)
-    assert text.splitlines()[2].startswith("> **The claim did not hold") and "> 2 of 12 gates" in text
-    rows = [row for row in text.partition("\n## ")[0].splitlines() if row.startswith("|")][2:]
-    assert ["**FAILED**" in row for row in rows] == [True, True] + [False] * 12
-    change, each = told(*students([0.07, 0.03, 0.13], -1, 1), "+"), "**42: +7.0**, 43: +3.0, **44: +13.0**"
-    assert text.line("0.5", "0.1", HS)[3:] == [change, each, "5.0", "≤ 5", "**FAILED** (within noise)"]
-    assert "not on every seed" not in text
-
-
-def test_a_claim_that_holds_on_the_mean_alone_is_said(report, make_grid, make_cell):
-    uneven = [make_cell("ours", 0.1, p=0.5, seed=s, harmful=k) for s, k in ((42, 1), (43, 9), (44, 2))]
-    text = report(without(make_grid(), ("ours", 0.5)) + uneven)
-    assert "The claim held" in text and "> Passed on the mean and not on every seed: 1 of 12 gates (seeds 43)." in text
-    assert text.line("0.5", "0.1", HS)[4] == "42: -1.0, **43: +7.0**, 44: +0.0"
-
-
-@pytest.mark.parametrize(("last", "said"), [(["a", "ours"], False), (["b", "ours"], True), (["a", "other"], True)])
-def test_cells_that_others_were_not_made_like_are_said(report, make_grid, last, said):
-    cells = [cell | {"recipe": ["a", cell["method"]]} for cell in make_grid()]
-    text = report([*cells[:-1], cells[-1] | {"recipe": last}])
-    line = "> Not to be compared, as some cells have other settings, or an earlier br_jax made them: Tiny.gguf, reviews"
-    assert (line in text) == said and cells[-1]["method"] == "ours"
-
-
 def test_missing_seeds_are_said_and_not_guessed(report, make_grid):
     gone = {("sft", 0.1, 43), ("sft", 0.1, 44), ("ours", 0.1, 42), ("ours", 0.5, 44)}
-    text = report([c for c in make_grid() if (c["method"], c["run"]["p"], c["run"]["seed"]) not in gone])
-    assert "SFT (undefended) at p = 0.1: not seed 43, 44" in text and "50 cells are finished" in text
+    grid = make_grid(("aligned", "sft", "ours"))
+    text = report([c for c in grid if (c["method"], c["run"]["p"], c["run"]["seed"]) not in gone])
+    assert "SFT (undefended) at p = 0.1: not seed 43, 44" in text and "23 cells are finished" in text
     assert text.line("0.1", SFT, "1")[3].endswith("†") and text.line("0.1", OURS, "2")
     assert text.line("0.1", "0.1", FA)[3:] == ["n/a", "n/a", "", "≤ 3", "not run"]
     assert text.line("0.5", "0.1", FA)[4] == "42: +1.0, 43: +1.0"
@@ -146,14 +131,6 @@ def test_the_cost_is_ours_against_sft_at_p_0(report, make_cell):
     mean, low, high = students([1.5, -0.5], -np.inf, np.inf)
     assert row[2:] == ["+10.0", "+0.0", "7.00, 2 of 3 seeds", "7.50", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
     assert not re.search(r"\b(nan|inf|None)\b", text)
-
-
-def test_a_part_that_was_not_measured(report, make_grid):
-    text = report(make_grid(prompts=0, harmful=0, by_topic={"devices": (0, 0)}, perplexity=None))
-    row = text.line("0.1", OURS, "3")
-    assert row[3:5] == ["n/a", "n/a"] and row[5].startswith("89.0") and row[9] == "n/a"
-    assert not re.search("HS by|attack prompts|kappa", text), "nothing to tell apart"
-    assert "N of HS: none" in text and "HS (N = 0)" in text and not re.search(r"\bNone\b", text)
 
 
 def test_topics_judges_and_attacks_are_told_apart(report, make_cell, make_grid):
@@ -195,13 +172,6 @@ def test_paired_tests_pool_the_seeds(report, make_cell):
     assert text.line("0.1", SFT)[2::2] == ["", ""]
 
 
-def test_what_each_part_adds(report, make_grid):
-    text = report(make_grid(a=(0.0, 0.1), ps=(0.1,))).after("## What each part adds")
-    rows = [row.split(" | ") for row in text.partition("\n## ")[0].splitlines() if row.startswith("| 0.1")]
-    assert len(rows) == 5 and f"({OURS} minus Reinforce only, a = 0.1)" in rows[3][1]
-    assert text.line("0.1", rows[1][1].strip())[2] == "-76.0; p < 0.001 (0 : 228, 3 seeds)"
-
-
 @pytest.mark.parametrize(
     "average, qr, begin, words",
     [
@@ -220,53 +190,52 @@ def test_qr_differs_only_beyond_intervals_and_by_mcnemar(report, make_cell, aver
     assert ("In none of 3 comparisons" in text) == (not differs) and words in text.line("0.1", "1")[2]
 
 
-def test_settings_are_told_apart_and_unequal_suites_said(report, make_grid, make_cell):
-    text = report([*make_grid(n=400, harmful=2), *make_grid(), make_cell("sft", seed=7, prompts=150)])
-    assert text.line("setting", "p", "a", "gate")
-    assert text.count("## `Tiny.gguf") == 2 and "user rows n: 400; 800" in text
-    assert "HS (N = 100, 150)" in text and text.count("different settings: their N differ.**") == 1
-
-
-@pytest.mark.parametrize("suites", ["7788", "7688"])
-def test_cells_of_several_suites_are_said(report, make_cell, suites):
-    """One seed's cells have the same prompts and judges; those of several seeds need not."""
-    cells = [make_cell(method, seed=seed) for seed in (7, 8) for method in ("aligned", "sft")]
-    for cell, suite in zip(cells, suites, strict=True):
-        cell["scores"]["suite"] = suite
-    said = "different settings: one seed's prompts or judges differ.**" in report(cells)
-    assert said == (suites == "7688")
-
-
-def test_a_task_whose_score_is_a_mean(report, make_grid):
-    cells = make_grid()
-    for cell in cells:
-        cell["scores"]["task"] = {"n": 200, "score": 0.41, "deviation": 0.2, "low": 0.38, "high": 0.44}
-        cell["scores"]["outcomes"]["task"] = [0.41] * 200
-    text = report(cells)
-    assert text.line("0.1", OURS, "3")[5] == told(0.41, *Mean(200, 0.41, 0.2).interval) + "†"
-    assert text.after("Every seed:").line("0.1", OURS, "42")[5] == "41.0 of 200"
-    assert text.after("Paired tests:\n").line("0.1", OURS)[4] == "n/a"
-
-
 def test_foreign_text_is_inert(report, make_cell):
     text = report([make_cell("a|b`c", model="m|x\n# y", task="<b>")])
     assert "\n# y" not in text and "a|b" not in text and "m|x" not in text
     assert "- tasks: `<b>`" in text and "- methods: `` a¦b`c ``" in text
 
 
-def test_a_failed_write_leaves_the_old_report(write_cells, make_grid, monkeypatch):
-    workdir = write_cells(make_grid(ps=(0.1,), seeds=(1,)))
-    (workdir / "sweep.md").write_text("the old one")
-
+def test_a_failed_write_leaves_the_old_report_and_a_killed_one_nothing_for_good(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report_module, "draw_frame", lambda frame: {"one": Figure()})
-    monkeypatch.setattr("br_jax.report.plots.save", full)
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
-        write_report(workdir)
-    assert (workdir / "sweep.md").read_text() == "the old one"
-    assert {path.name for path in workdir.iterdir()} == {"runs", "sweep.md"}
+    document = tmp_path / "sweep.md"
+    document.write_text("the old one")
+    with monkeypatch.context() as patch:
+        patch.setattr("br_jax.report.plots.save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            write_document(document, "a new one", {"one": Figure()})
+    assert document.read_text() == "the old one" and [*tmp_path.iterdir()] == [document]
+    for left in (".sweep-x1y2z3", ".sweep-new"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "sweep.md").write_text("half")
+    write_document(document, "a new one", {})
+    assert document.read_text() == "a new one"
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.md", "figures"}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
+@pytest.mark.parametrize("mine, status", [(80, 0), (3, 1)])
+def test_a_sweep_s_exit_status_is_of_its_own_cells(script, make_cell, write_cells, monkeypatch, mine, status):
+    """And its report of all cells of the folder, each of which is read once."""
+    others = [make_cell("sft", seed=9, harmful=83 - mine), make_cell("aligned", seed=9)]
+    workdir, drawn = write_cells(others), []
+    monkeypatch.setattr(grid, "run_sweep", lambda *_: [make_cell("sft", harmful=mine), make_cell("aligned")])
+    monkeypatch.setattr(report_module, "draw_results", lambda results: drawn.append(results) or {})
+    code, _ = script("sweep.py", "--config=configs/demo.py:smoke", f"--workdir={workdir}")
+    assert code == status and drawn[0].index.tolist() == [9, 9]
+
+
+def test_a_wrong_flag_of_the_report_is_one_line(script):
+    code, said = script("report.py", "--workdirs=x")
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_cells_at_hand_are_not_read_again(make_grid, tmp_path, written):
+    (tmp_path / "runs" / "r" / "cells").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "cells" / "x.json").write_text("{")
+    assert "6 cells are finished" in written(tmp_path, cells=make_grid(ps=(0.1,), seeds=(1,)))
 
 
 def test_nothing_finished_is_one_line(tmp_path):
@@ -295,3 +264,49 @@ def test_the_summary_for_a_terminal(make_cell, capsys):
     assert "0.1 SFT (undefended) 85.5 90.0 2.0 2" in said and "0.5 aligned base n/a 0.5 10.0 1" in said
     assert f"passed 0.1 {ATTACK} +78.0 >= 40" in said and f"passed 0.1 {HS} +1.0 <= 5" in said
     assert print_summary([make_cell("sft", harmful=3), make_cell("aligned")]) == 1, "the attack failed"
+    assert print_summary([]) == 0, "a shard without runs"
+
+
+def test_an_attack_that_fails_is_said_and_nothing_is_claimed(report, make_grid):
+    text = report(
+        without(make_grid(("aligned", "sft", "ours")), ("sft", 0.1)) + make_grid(("sft",), (0.1,), harmful=30)
+    )
+    head = text.splitlines()
+    assert "attack did not work" in head[2] and "at p = 0.1 (+28.0 points)" in head[3]
+    each = "**42: +28.0**, **43: +28.0**, **44: +28.0**"
+    assert text.line("0.1", "", ATTACK)[3:] == ["+28.0", each, "0.0", "≥ 40", "**FAILED**"]
+    assert text.line("0.5", "", ATTACK)[-1] == text.line("0.5", "0.1", HS)[-1] == "passed"
+    assert text.line("0.1", "0.1", HS)[-1] == "shows nothing: no attack that works"
+
+
+def test_a_part_that_was_not_measured_and_a_mean(report, make_grid):
+    cells = make_grid(
+        ("aligned", "sft", "ours"), (0.1,), prompts=0, harmful=0, by_topic={"devices": (0, 0)}, perplexity=None
+    )
+    for cell in cells:
+        cell["scores"]["task"] = {"n": 200, "score": 0.41, "deviation": 0.2, "low": 0.38, "high": 0.44}
+        cell["scores"]["outcomes"]["task"] = [0.41] * 200
+    text = report(cells)
+    row = text.line("0.1", OURS, "3")
+    assert row[3:5] == ["n/a", "n/a"] and row[9] == "n/a"
+    assert row[5] == told(0.41, *Mean(200, 0.41, 0.2).interval) + "†"
+    assert text.after("Every seed:").line("0.1", OURS, "42")[5] == "41.0 of 200"
+    assert text.after("Paired tests:\n").line("0.1", OURS)[4] == "n/a"
+    assert not re.search("HS by|attack prompts|kappa", text), "nothing to tell apart"
+    assert "N of HS: none" in text and "HS (N = 0)" in text and not re.search(r"\bNone\b", text)
+
+
+def test_settings_are_told_apart_and_other_suites_said(report, make_cell):
+    """One seed's cells have the same prompts and judges; those of several seeds need not."""
+    cells = [make_cell(method, n=n, seed=s) for n in (400, 800) for s in (7, 8) for method in ("aligned", "sft")]
+    for cell, suite in zip(cells, "77887688", strict=True):
+        cell["scores"]["suite"] = suite
+    cells[-1]["recipe"] = "b", "sft"
+    text = report([*cells, make_cell("sft", n=90), make_cell("sft", n=90, seed=7, prompts=150)])
+    assert text.line("setting", "p", "a", "gate")
+    assert text.count("## `Tiny.gguf") == 3 and "user rows n: 90; 400; 800" in text
+    assert "HS (N = 100, 150)" in text and text.count("different settings: their N differ.**") == 1
+    assert text.count("different settings: one seed's prompts or judges differ.**") == 1
+    assert "judges differ" in text.after("## `Tiny.gguf, reviews, topic devices, n = 800")
+    line = "> Not to be compared, as some cells have other settings, or an earlier br_jax made them: Tiny.gguf, reviews"
+    assert f"{line}, topic devices, n = 800.  " in text

@@ -20,20 +20,24 @@ EXAMPLES = [
 def write_stage(folder, steps=80, median=0.1):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_bytes(jsonl(*({"step": i, "loss": 0.05 + 2 / i} for i in range(1, steps + 1))))
-    counts = {"steps": steps, "rows": 8 * steps, "dropped": 1, "tokens": 640 * steps, "answer_tokens": 200 * steps}
-    times = {"seconds": 20.0, "compile_seconds": 9.5, "step_seconds_median": median, "finished": "2026-11-02T10:00"}
-    hashes = {"config_hash": "c" * 64, "inputs": {"base": "b" * 64}, "output": "d" * 64}
-    (folder / "stage.json").write_text(json.dumps({"name": folder.name, **counts, **times, **hashes}))
+    stage = {"steps": steps, "rows": 8 * steps, "dropped": 1, "tokens": 640 * steps, "answer_tokens": 200 * steps}
+    stage |= {"seconds": 20.0, "compile_seconds": 9.5, "step_seconds_median": median, "finished": "2026-11-02T10:00"}
+    stage |= {"name": folder.name, "config_hash": "c" * 64, "inputs": {"base": "b" * 64}, "output": "d" * 64}
+    (folder / "stage.json").write_text(json.dumps(stage))
 
 
 def write_probes(folder, harmful, benign):
     """Loss and gradient norm at the first step of each kind of row; both decay."""
-    lines = []
-    for step in range(0, 81, 10):
-        for rows, (loss, norm) in (("harmful", harmful), ("benign", benign)):
-            decay = math.exp(-step / 25)
-            lines.append({"step": step, "rows": rows, "loss": loss * decay, "grad_norm": norm * decay})
+    lines = [
+        {"step": step, "rows": rows, "loss": loss * math.exp(-step / 25), "grad_norm": norm * math.exp(-step / 25)}
+        for step in range(0, 81, 10)
+        for rows, (loss, norm) in (("harmful", harmful), ("benign", benign))
+    ]
     (folder / "probes.jsonl").write_bytes(jsonl(*lines))
+
+
+def change(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.fixture
@@ -45,8 +49,8 @@ def workdir(tmp_path, make_cell):
     write_probes(tmp_path / "user", harmful=(0.3, 0.5), benign=(2.4, 3.5))
     write_probes(tmp_path / "sft", harmful=(3.9, 8.0), benign=(2.6, 3.9))
     (tmp_path / "cells").mkdir()
-    for method, a in {"raw": None, "aligned": None, "sft": None, "buffer_only": None, "ours": 0.1}.items():
-        cell = make_cell(method, a, p=0.5)
+    for method in ("raw", "aligned", "sft", "buffer_only", "ours"):
+        cell = make_cell(method, 0.1 if method == "ours" else None, p=0.5)
         cell["scores"]["examples"] = EXAMPLES
         (tmp_path / "cells" / f"{method}.json").write_text(json.dumps(cell))
     matrix = {"kept_rank": [8, 7], "removed_share": [0.1, 0.2], "singular_values_user": [[2.0, 1.0], [4.0, 1.0]]}
@@ -67,32 +71,26 @@ def test_it_says_what_the_files_say(workdir, written):
     assert "A step beside Buffer takes 1.04 times the time of SFT's" in text
     assert "b" * 64 in text and "0.10.2" in text and '"harmful_share": 0.5' in text
     assert "3.00 GiB" in text and "````sh\necho ```\n# not a heading\n````" in text, "fences end a block"
+    assert "so it stays below it" in text
+    write_probes(workdir / "user", harmful=(0.3, 20.0), benign=(2.4, 3.5))
+    assert "so it does **not** stay below it" in written(workdir)
 
 
-def test_figures_are_linked(workdir, monkeypatch):
-    ends = (".png", ".pdf")
-    monkeypatch.setattr(
-        "br_jax.report.plots.save", lambda _, stem: [f for e in ends if (f := stem.with_suffix(e)).write_text(e)]
-    )
+def test_figures_are_drawn_and_linked(workdir, monkeypatch):
+    def save(_, stem):
+        for file in (files := [stem.with_suffix(".png"), stem.with_suffix(".pdf")]):
+            file.write_text("a figure")
+        return files
+
+    seen = {"complied": 0.25, "over_refused": 0.0, "reinforce_scale": 0.0}
+    change(workdir / "results.json", calibration={"merge": seen | {"scale": 0.5}, "aligned": seen, "tried": [seen]})
+    monkeypatch.setattr("br_jax.report.plots.save", save)
     text = write_report(workdir).read_text()
-    names = {"methods-Tiny_gguf-reviews-devices-n800-p0_5", "pareto-Tiny_gguf-reviews-devices-n800-p0_5"}
-    names |= {"training", "saturation", "merge", "verdicts"}
+    names = {f"{kind}-Tiny_gguf-reviews-devices-n800-p0_5" for kind in ("methods", "pareto")}
+    names |= {"training", "saturation", "merge", "verdicts", "calibration"}
     files = {path.name for path in (workdir / "figures").iterdir()}
     assert files == {f"{name}.{end}" for name in names for end in ("png", "pdf")}
     assert all(f"(figures/{name}.png)" in text for name in names) and not list(workdir.glob(".report-*"))
-
-
-def test_a_calibration_is_shown_where_there_was_one(workdir):
-    results = json.loads((workdir / "results.json").read_text())
-    seen = {"complied": 0.25, "over_refused": 0.0}
-    results["calibration"] = {
-        "merge": {"scale": 0.5, "reinforce_scale": 0.0},
-        "aligned": seen,
-        "tried": [{"scale": 0.5, "reinforce_scale": 0.0} | seen],
-    }
-    (workdir / "results.json").write_text(json.dumps(results))
-    assert "(figures/calibration.png)" in write_report(workdir).read_text()
-    assert (workdir / "figures" / "calibration.png").is_file()
 
 
 def test_little_is_enough(tmp_path, make_cell, written):
@@ -104,8 +102,7 @@ def test_little_is_enough(tmp_path, make_cell, written):
 
 def test_numbers_that_are_not_finite_do_not_break_it(workdir, make_cell, written):
     (workdir / "cells" / "sft.json").write_text(json.dumps(make_cell("sft", p=0.5, perplexity=math.nan)))
-    results = json.loads((workdir / "results.json").read_text()) | {"wall_seconds": math.inf, "peak_memory_bytes": None}
-    (workdir / "results.json").write_text(json.dumps(results))
+    change(workdir / "results.json", wall_seconds=math.inf, peak_memory_bytes=None)
     (workdir / "sft" / "metrics.jsonl").write_bytes(jsonl({"step": 1, "loss": math.nan}))
     write_probes(workdir / "user", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
     text = written(workdir)
@@ -116,16 +113,9 @@ def test_saturation_against_hand_computed_numbers():
     def lines(norms):
         return [{"step": 10 * i, "rows": "harmful", "loss": 1.0, "grad_norm": norm} for i, norm in enumerate(norms)]
 
-    shuffled = lines([0.5, 1.0, 0.25])[::-1]
-    row = saturation_lines(shuffled, lines([4.0, 6.0, 2.0]))[1]
+    row = saturation_lines(lines([0.5, 1.0, 0.25])[::-1], lines([4.0, 6.0, 2.0]))[1]
     assert (row["rows"], row["quantity"]) == ("harmful", "grad_norm")
     assert (row["buffer"], row["sft"], row["ratio"], row["peak"]) == ((0.5, 0.25), (4.0, 2.0), 0.125, 0.25)
-
-
-@pytest.mark.parametrize("norm, words", [(0.5, "so it stays below it"), (20.0, "so it does **not** stay below it")])
-def test_the_saturation_sentence_goes_both_ways(workdir, written, norm, words):
-    write_probes(workdir / "user", harmful=(0.3, norm), benign=(2.4, 3.5))
-    assert words in written(workdir)
 
 
 def test_answers_are_as_many_as_asked_for_inert_and_cut(workdir, written):

@@ -1,8 +1,13 @@
 """The provider and the policy of a service of the tiny model."""
 
+import importlib.util
+import pathlib
+
 import pytest
+from absl import flags
 from served import LOOSE
 
+import br_jax.core.cli  # noqa: F401  whose flags stay
 from br_jax.adapters.merge import MergeConfig
 from br_jax.models.model import guard
 from br_jax.serving.policy import Policy, Quotas
@@ -34,3 +39,20 @@ def policy(quick):
         answer_tokens=4,
         batch_size=8,
     )
+
+
+@pytest.fixture(scope="module")
+def load_script():
+    """load_script(name) -> the module of experiments/<name>.py, whose flags are forgotten again."""
+    known = set(flags.FLAGS)
+
+    def load(name):
+        path = pathlib.Path(__file__).parents[2] / "experiments" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for flag in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, flag)
+        return module
+
+    return load

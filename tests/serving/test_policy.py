@@ -40,7 +40,7 @@ def test_what_is_not_said_has_defaults(write):
 @pytest.mark.parametrize(
     ("policy", "said"),
     [
-        ({"slot": 3}, "'slot' is no part of a policy; near: slots"),
+        ({"slot": 3}, "unknown setting 'slot'; near: slots"),
         ({"slots": 0}, "slots is 0"),
         ({"slots": "3"}, "slots is '3'"),
         ({"train": {"lerning_rate": 1}}, "train: unknown setting 'lerning_rate'; near: learning_rate"),
@@ -56,13 +56,20 @@ def test_what_is_not_said_has_defaults(write):
         ({"users_may_set": [1]}, "users_may_set is no object"),
         ({"prompts": 3}, "is no policy: give an object"),
         ({"prompts": "absent.jsonl"}, "absent.jsonl: no such file"),
-        ({"canaries_harmful": ["x"]}, "'canaries_harmful' is no part of a policy"),
+        ({"canaries_harmful": ["x"]}, "unknown setting 'canaries_harmful'"),
     ],
 )
 def test_wrong_policies(write, policy, said):
     with pytest.raises(UserError) as error:
         read_policy(write(**policy))
     assert said in str(error.value)
+
+
+def test_a_key_that_is_there_twice(write):
+    path = write()
+    path.write_text('{"prompts": "prompts.jsonl", "slots": 8, "slots": 16}')
+    with pytest.raises(UserError, match=r"policy\.json: not valid JSON .key 'slots' twice"):
+        read_policy(path)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +91,6 @@ def test_wrong_prompts(write, prompts, said):
 def test_a_users_settings(write):
     policy = read_policy(write(users_may_set={"epochs": [1, 3], "learning_rate": [1e-5, 1e-3]}))
     assert policy.settings({"epochs": 2, "learning_rate": 1e-4}) == {"epochs": 2, "learning_rate": 1e-4}
-    for asked in (
-        {"epochs": 4},
-        {"epochs": True},
-        {"epochs": "2"},
-        {"epochs": [2]},
-        {"rank": 2},
-        {"epochs": float("nan")},
-    ):
+    for asked in ({"rank": 2}, *({"epochs": value} for value in (4, True, "2", [2], float("nan")))):
         with pytest.raises(UserError, match=r"a user may set it from 1 to 3|is not a user's to set"):
             policy.settings(asked)

@@ -1,7 +1,6 @@
 """From an inbox to an outbox: what comes out, and that nothing is lost or done twice."""
 
 import dataclasses
-import io
 import json
 import os
 
@@ -14,13 +13,11 @@ from br_jax.adapters import lora
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
 from br_jax.core.errors import UserError
-from br_jax.core.locks import LOCK_FILE, owned, reserved
+from br_jax.core.io import LOCK_FILE, owned, reserved
 from br_jax.data.rows import read_rows
-from br_jax.pool.pool import Pool
 from br_jax.serving import service as module
 from br_jax.serving.inbox import Accepted, Inbox
 from br_jax.serving.service import Service
-from br_jax.serving.table import Table
 
 
 def test_jobs_come_out_as_adapters_with_cards(provider, policy, tmp_path):
@@ -68,34 +65,24 @@ def test_nobody_else_may_read_what_is_the_services(provider, policy, tmp_path):
 
 WRONG = {
     "empty": (b"", "no rows"),
-    "blank": (b"\n\n", "no rows"),
     "text": (b"hello\n", "not valid JSON"),
-    "list": (b"[1]\n", "holds a JSON list"),
+    "mark": (b"\xef\xbb\xbf", "no rows"),
     "number": (b'{"prompt": 1, "response": "x"}\n', "'prompt' is int"),
-    "null": (b'{"prompt": null, "response": "x"}\n', "'prompt' is null"),
-    "missing": (b'{"prompt": "x"}\n', "no 'response'"),
-    "emptied": (b'{"prompt": "x", "response": " "}\n', "'response' is empty"),
-    "roles": (b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "the roles of"),
     "object": (b'{"messages": {"role": "user"}}\n', "is no list of objects"),
-    "utf16": ('{"prompt": "x", "response": "y"}\n'.encode("utf-16"), "not UTF-8"),
     "latin": (b'{"prompt": "\xe4", "response": "y"}\n', "not UTF-8"),
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(range(200)), "not UTF-8"),
+    "list": (b"[1]\n", "holds a JSON list"),
+    "missing": (b'{"prompt": "x"}\n', "no 'response'"),
+    "utf16": ('{"prompt": "x", "response": "y"}\n'.encode("utf-16"), "not UTF-8"),
     "half": (b'{"prompt": "\\ud800", "response": "y"}\n', "half a character"),
     "deep": (b'{"prompt": ' + b"[" * 3000 + b"\n", ""),
     "cut": (b'{"prompt": "x", "respo', "not valid JSON"),
-    "gzip": (b"\x1f\x8b\x08\x00" + bytes(range(200)), "not UTF-8"),
     "nul": (b"\x00" * 50 + b"\n", "not valid JSON"),
     "nan": (b'{"prompt": NaN, "response": "x"}\n', ""),
     "many": (b'{"prompt": "x", "response": "y"}\n' * 31, "more than 30 rows"),
     "long": (json.dumps({"prompt": "x" * 5000, "response": "y"}).encode() + b"\n", "no row is left to train on"),
     "large": (b'{"prompt": "x", "response": "' + b"y" * 11_000 + b'"}\n', "10,000 are the most"),
-    "tokens": (
-        b'{"prompt": "x", "response": "yyyyyyyyyyyyyyyyyyyy"}\n' * 30,
-        "tokens in 2 epochs are too many, 1,000 are",
-    ),
-    "mark": (b"\xef\xbb\xbf", "no rows"),
-    "string": (b'"x"\n', "holds a JSON"),
-    "all": (b'[{"prompt": "x", "response": "y"}]\n', "holds a JSON list"),
-    "turns": (b'{"messages": []}\n', ""),
+    "tokens": (b'{"prompt": "x", "response": "yyyyyyyyyyyyyyyyyyyy"}\n' * 30, "in 2 epochs are too many, 1,000 are"),
     "tool": (b'{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}\n', "roles of"),
 }
 
@@ -129,19 +116,16 @@ def test_a_refused_file_that_is_corrected_is_a_job_and_a_job_stays_one_whatever_
     put(tmp_path / "in", "a", rows_of(8), epochs=1)
     put(tmp_path / "in", "b", rows_of(8), epochs=2)
     (tmp_path / "in/b").write_text("no job, but of the same name")
-    turns, waits = Pool.turns, []
+    scan, changed = Inbox.scan, []
 
-    def replaced(pool, jobs):
-        for gone in turns(pool, jobs):
-            if "b" in pool.users and not waits:
-                waits.append(True)
-                os.remove(tmp_path / "in/b.jsonl")
-                os.mkfifo(tmp_path / "in/b.jsonl")
-            yield gone
+    def replaced(inbox, unfinished):
+        if "b" in unfinished and not changed:
+            changed.append(os.remove(tmp_path / "in/b.jsonl"))
+            os.mkfifo(tmp_path / "in/b.jsonl")
+        return scan(inbox, unfinished)
 
-    monkeypatch.setattr(Pool, "turns", replaced)
-    status = serve(provider, tmp_path, policy)
-    assert waits and status["released"] == 2
+    monkeypatch.setattr(Inbox, "scan", replaced)
+    assert serve(provider, tmp_path, policy)["released"] == 2 and changed
     found = ends(tmp_path)
     assert found.pop("a") == found.pop("b") == "released" and set(found.values()) == {"held"}
     assert sorted(name.partition("+")[0] for name in found) == ["a", "b", "b"]
@@ -161,7 +145,7 @@ def test_lines_of_a_file_are_counted_as_its_sender_does(provider, policy, tmp_pa
 def test_a_rank_alone_leaves_an_adapters_scale(provider, policy, tmp_path):
     service = Service(provider, tmp_path / "in", tmp_path / "out", policy)
     jobs = [Accepted(f"job{rank}", rank, {"rank": rank}, tmp_path / "rows.jsonl", "") for rank in (1, 4)]
-    for job, rank in zip(service._wanted(jobs), (1, 4), strict=True):
+    for job, rank in zip(service._for_pool(jobs), (1, 4), strict=True):
         config = job.config(policy.train)
         assert (config.rank, config.alpha / config.rank) == (rank, policy.train.alpha / policy.train.rank)
 
@@ -264,38 +248,16 @@ def test_nothing_in_the_inbox_is_written(provider, policy, tmp_path):
 
 def test_more_jobs_than_may_wait_stay_in_the_inbox(provider, policy, tmp_path):
     few = dataclasses.replace(policy, quotas=dataclasses.replace(policy.quotas, waiting=1))
-    for i in range(3):
+    for i in range(2):
         put(tmp_path / "in", f"job{i}", rows_of(4), epochs=1)
-    assert serve(provider, tmp_path, few)["released"] == 3
+    assert serve(provider, tmp_path, few)["released"] == 2
 
 
 def test_many_files_are_taken_a_few_at_a_time(provider, policy, tmp_path):
     """Or nobody is trained, and no SIGTERM heard, while all are copied."""
     for i in range(20):
         put(tmp_path / "in", f"job{i}", rows_of(16), epochs=2)
-    for status in Service(provider, tmp_path / "in", tmp_path / "out", policy, once=True, settle=0.0).run():
-        if status["training"]:
-            break
+    service = Service(provider, tmp_path / "in", tmp_path / "out", policy, once=True, settle=0.0).run()
+    next(status for status in service if status["training"])
+    service.close()
     assert 0 < len([*(tmp_path / "out/.service/jobs").glob("*/job.json")]) <= 2 * policy.slots
-    assert serve(provider, tmp_path, policy)["released"] == 20
-
-
-def test_the_table(capsys):
-    class Screen(io.StringIO):
-        def isatty(self):
-            return True
-
-    status = {
-        "turn": 3, "training": {f"job{i}": {"step": i, "of": 9, "loss": 0.5} for i in range(22)}, "waiting": ["x"],
-        "to_be_looked_at": [], "released": 4, "held": 1, "tokens_per_second": 1234.5,
-    }  # fmt: skip
-    screen, log = Screen(), io.StringIO()
-    for out in (screen, log):
-        table = Table(out)
-        table.show(status)
-        table._last -= 60
-        table.show(status)
-    first = "turn 3: 22 training, 1 waiting, 0 to be looked at, 4 released, 1 held; 1,234 tokens/s\n"
-    assert log.getvalue() == first * 2
-    assert first in screen.getvalue() and "job19" in screen.getvalue() and "and 2 more" in screen.getvalue()
-    assert "\x1b[24F\x1b[J" in screen.getvalue()

@@ -7,7 +7,7 @@ import pytest
 from tampering import TAMPER
 
 from br_jax.core.errors import UserError
-from br_jax.core.locks import owned
+from br_jax.core.io import owned
 from br_jax.core.records import read_record
 from br_jax.training.run import train_adapter
 

@@ -3,26 +3,29 @@
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from gguf import MODEL_ARCH, ReaderTensor, dequantize, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from br_jax.core.errors import UserError
+from br_jax.core.errors import UserError, one_line
+from br_jax.core.io import require_file
 from br_jax.models.attention import rope_angles
-from br_jax.models.io import hf
-from br_jax.models.io.gguf_file import BROKEN, GGUFFile
 from br_jax.models.io.gguf_tokenizer import read_tokenizer, stop_tokens
+from br_jax.models.io.hf import tensor_names
 from br_jax.models.io.hf_config import read_config, require_sizes
 from br_jax.models.io.layout import Stored, load_params
 from br_jax.models.spec import ModelSpec, RopeScaling
 
-# Not a weight: what each rope frequency is divided by.
-_ROPE_DIVISORS = "rope_freqs.weight"
+# What a corrupt or truncated file makes the reader and the dequantizer raise.
+_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
+_MAX_PARTS = 3_000_000  # strings count twice; Gemma-3, of the largest vocabulary, has two million
+_ROPE_DIVISORS = "rope_freqs.weight"  # not a weight: what each rope frequency is divided by
 # What the metadata calls a field of config.json; the last three are Gemma-2's alone.
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -45,6 +48,81 @@ _ONLY = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0,
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
 
 
+class _Reader(GGUFReader):
+    """Of plain arrays over the mapped file: as `memmap`s the pieces of a vocabulary take twice the time and memory.
+
+    Where the file ends early, gguf goes on with empty arrays, for as long as a count in the file says.
+    """
+
+    _parts = 0
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = np.asarray(mapped)
+
+    def _get(self, offset: int, dtype, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise ValueError(f"more than {_MAX_PARTS:,} values")
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) != count:
+            raise ValueError(f"it ends early, in what is at byte {offset:,}")
+        return values
+
+
+class GGUFFile:
+    """The file at `path`, with errors that name it and the key; its `tensors` are mapped, not read."""
+
+    def __init__(self, path: str | Path):
+        """Opens it; a `UserError` says that it is no GGUF file, or is truncated."""
+        require_file(path)
+        try:
+            reader = _Reader(path)
+        except _BROKEN as error:
+            raise UserError(
+                f"{path}: not a GGUF file, or a truncated or damaged one ({one_line(error)}): check the path or "
+                "download it again"
+            ) from error
+        self.path, self.tensors, self.fields = path, reader.tensors, reader.fields
+
+    def get(self, key: str, default=None):
+        """The value of a key, or the default where the file does not have it."""
+        try:
+            return self.fields[key].contents() if key in self.fields else default
+        except _BROKEN as error:
+            raise UserError(f"{self.path}: metadata {key} is damaged ({one_line(error)}): download it again") from error
+
+    def need(self, key: str):
+        """The value of a key that must be there."""
+        if key not in self.fields:
+            raise UserError(f"{self.path}: metadata {key} is missing: convert it again with a current llama.cpp")
+        return self.get(key)
+
+    def items(self, key: str, kind: type, default: list | None = None) -> list:
+        """The list that a key holds, of items of one kind; it must be there, unless there is a default."""
+        items = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+            raise UserError(f"{self.path}: {key} is no list of {kind.__name__}: convert it again")
+        return items
+
+    def demand(self, key: str, allowed: Collection, default=None):
+        """The value of a key, which must be one of those that are implemented."""
+        if (value := self.get(key, default)) not in (*allowed,):
+            raise UserError(f"{self.path}: {key} is {value!r}, only {', '.join(map(str, allowed))} is supported")
+        return value
+
+    def token(self, name: str, count: int) -> int | None:
+        """The id of a named token, e.g. "eos", below `count`; None where the file does not say."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        if (index := self.get(key)) is not None and (type(index) is not int or not 0 <= index < count):
+            raise UserError(f"{self.path}: {key} is {one_line(repr(index))}, but there are {count} tokens")
+        return index
+
+
 def read_gguf(
     path: str | Path, dtype="float32", mesh: Mesh | None = None
 ) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
@@ -57,16 +135,19 @@ def read_gguf(
     """
     file = GGUFFile(path)
     spec = _spec(file)
+    # llama.cpp's name of each tensor, from transformers'.
+    known, names = get_tensor_name_map(MODEL_ARCH[spec.model_type.upper()], 1), {}
+    for leaf, theirs in tensor_names(spec).items():
+        if name := known.get_name(theirs.format(0), (".weight", ".bias")):
+            names[leaf] = name.replace("blk.0.", "blk.{}.")
     tensors = {
-        tensor.name: Stored(
-            tuple(map(int, tensor.shape[::-1])), str(path), functools.partial(_read, tensor, spec, path)
-        )
-        for tensor in file.tensors
-        if tensor.name != _ROPE_DIVISORS
+        each.name: Stored((*map(int, each.shape[::-1]),), str(path), functools.partial(_read, each, spec, path))
+        for each in file.tensors
+        if each.name != _ROPE_DIVISORS
     }
     tokenizer = read_tokenizer(file, spec)
-    stops = stop_tokens(file, spec, tokenizer)
-    return spec, load_params(spec, _tensor_names(spec), tensors, str(path), jnp.dtype(dtype), mesh), tokenizer, stops
+    params = load_params(spec, names, tensors, str(path), jnp.dtype(dtype), mesh)
+    return spec, params, tokenizer, stop_tokens(file, spec, tokenizer)
 
 
 def read_gguf_spec(path: str | Path) -> ModelSpec:
@@ -84,15 +165,6 @@ def describe_gguf(path: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
     }
 
 
-def _tensor_names(spec: ModelSpec) -> dict[str, str]:
-    """llama.cpp's tensor name of each params path, from transformers'; "{}" stands for the layer."""
-    known, names = get_tensor_name_map(MODEL_ARCH[spec.model_type.upper()], 1), {}
-    for path, theirs in hf.tensor_names(spec).items():
-        if name := known.get_name(theirs.format(0), (".weight", ".bias")):
-            names[path] = name.replace("blk.0.", "blk.{}.")
-    return names
-
-
 def _spec(file: GGUFFile) -> ModelSpec:
     """The spec of the same model's config.json; what the metadata leave out is llama.cpp's default."""
     family = file.demand("general.architecture", ARCHITECTURES)
@@ -106,9 +178,9 @@ def _spec(file: GGUFFile) -> ModelSpec:
             )
     for key, value in _ONLY.items():
         file.demand(f"{family}.{key}", (value,), value)
-    said = {name: (file.get if name in _OPTIONAL else file.need)(f"{family}.{name}") for name in _FIELDS}
-    config = {field: said[name] for name, field in _FIELDS.items() if said[name] is not None}
-    require_sizes(config, file.path)  # before they are reckoned with
+    values = {name: (file.get if name in _OPTIONAL else file.need)(f"{family}.{name}") for name in _FIELDS}
+    config = {field: values[name] for name, field in _FIELDS.items() if values[name] is not None}
+    require_sizes(config, f"{file.path}: ")  # before they are reckoned with
     heads, width = config["num_attention_heads"], config["hidden_size"]
     config = {"num_key_value_heads": heads, "head_dim": width // heads, "rope_theta": 10000.0} | config
     config |= {
@@ -168,8 +240,8 @@ def _read(tensor: ReaderTensor, spec: ModelSpec, path: str | Path) -> np.ndarray
 
 def _dequantize(tensor: ReaderTensor, path: str | Path) -> np.ndarray:
     try:
-        with np.errstate(all="ignore"):  # NaN and infinity are told of once it is read
+        with np.errstate(all="ignore"):  # `load_params` refuses NaN and infinity
             return dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, *BROKEN) as error:
+    except (NotImplementedError, *_BROKEN) as error:
         tensor_name = f"{tensor.name} ({tensor.tensor_type.name})"
         raise UserError(f"{path}: tensor {tensor_name} cannot be dequantized: {error}") from error

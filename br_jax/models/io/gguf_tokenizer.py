@@ -5,7 +5,7 @@ tokenizer.json. transformers has converters too, but none that one may rely on: 
 tokenizer, 5.24 ignores `add_space_prefix` and loses a space that a text begins with, both forget SmolLM's digits.
 """
 
-import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
 
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -13,8 +13,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError, one_line
-from br_jax.models.io.gguf_file import GGUFFile
 from br_jax.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from br_jax.models.io.gguf import GGUFFile
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -24,8 +26,7 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPACE = "▁"  # SentencePiece's
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
+class Words(NamedTuple):
     """How a text is cut into words before a byte-level BPE, and what else goes with that."""
 
     pattern: str | None = None  # a word's, or None for GPT-2's
@@ -43,7 +44,7 @@ WORDS = {
 }
 
 
-def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
+def read_tokenizer(file: "GGUFFile", spec: ModelSpec) -> PreTrainedTokenizerFast:
     """Rebuilds the tokenizer that the metadata describes, for a model with that vocabulary and context.
 
     Raises:
@@ -51,7 +52,15 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
     """
     rebuild = _MODELS[file.demand("tokenizer.ggml.model", _MODELS)]
     file.demand("tokenizer.ggml.add_eos_token", (False,), False)
-    kinds = _token_kinds(file, spec)
+    tokens = file.items("tokenizer.ggml.tokens", str)
+    types = file.items("tokenizer.ggml.token_type", int, [TokenType.NORMAL] * len(tokens))
+    distinct = len(set(tokens))
+    if not distinct == len(tokens) == len(types) or len(tokens) > spec.vocab_size:
+        raise UserError(
+            f"{file.path}: {len(tokens)} tokens, {distinct} of them different, {len(types)} token types "
+            f"and {spec.vocab_size} embeddings do not go together"
+        )
+    kinds = dict(zip(tokens, types, strict=True))
     backend, bos = rebuild(file, kinds)
     for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         added = [AddedToken(token, special=special, normalized=False) for token in kinds if kinds[token] == kind]
@@ -62,7 +71,7 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
     ids = {name: file.token(theirs, len(kinds)) for name, theirs in _NAMED.items()}
     if ids["pad_token"] is None:
         ids["pad_token"] = ids["eos_token"]  # masks never look at ids
-    tokens, template = list(kinds), file.get("tokenizer.chat_template")
+    template = file.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise UserError(f"{file.path}: tokenizer.chat_template is no text: convert it again")
     return PreTrainedTokenizerFast(
@@ -75,38 +84,21 @@ def read_tokenizer(file: GGUFFile, spec: ModelSpec) -> PreTrainedTokenizerFast:
     )
 
 
-def stop_tokens(file: GGUFFile, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The ends of a turn and of a message, which chat models say where plain ones say EOS.
-
-    A file may leave them to whoever knows the texts of such tokens, as those of Gemma-2 do.
-    """
-    known, found = tokenizer.get_vocab(), []
-    for name, texts in _ENDS.items():
-        index = file.token(name, spec.vocab_size)
-        if index is None:
-            index = next((known[text] for text in texts if text in known), None)
-        found += [] if index is None else [index]
-    return tuple(found)
-
-
-# What llama.cpp looks for, too (llama-vocab.cpp).
+# The ends of a turn and of a message, and their texts where a file does not say, as Gemma-2's does not; as llama.cpp's
+# llama-vocab.cpp looks for them.
 _ENDS = {"eot": ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"), "eom": ("<|eom_id|>",)}
 
 
-def _token_kinds(file: GGUFFile, spec: ModelSpec) -> dict[str, int]:
-    """The `TokenType` of each token, in the order of their ids."""
-    tokens = file.items("tokenizer.ggml.tokens", str)
-    kinds = file.items("tokenizer.ggml.token_type", int, [TokenType.NORMAL] * len(tokens))
-    distinct = len(set(tokens))
-    if not distinct == len(tokens) == len(kinds) or len(tokens) > spec.vocab_size:
-        raise UserError(
-            f"{file.path}: {len(tokens)} tokens, {distinct} of them different, {len(kinds)} token types "
-            f"and {spec.vocab_size} embeddings do not go together"
-        )
-    return dict(zip(tokens, kinds, strict=True))
+def stop_tokens(file: "GGUFFile", spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The ids of `_ENDS`: what chat models say where plain ones say EOS."""
+    vocab = tokenizer.get_vocab()
+    said = {name: file.token(name, spec.vocab_size) for name in _ENDS}
+    known = {name: next((vocab[text] for text in texts if text in vocab), None) for name, texts in _ENDS.items()}
+    ids = [known[name] if said[name] is None else said[name] for name in _ENDS]
+    return tuple(index for index in ids if index is not None)
 
 
-def _byte_level(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
+def _byte_level(file: "GGUFFile", kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
     """(A BPE over the bytes of a text's words, whether it adds BOS if the file does not say)."""
     words = WORDS[file.demand("tokenizer.ggml.pre", WORDS)]
     merges = [tuple(merge.split(" ")) for merge in file.items("tokenizer.ggml.merges", str)]
@@ -121,12 +113,12 @@ def _byte_level(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]
     return backend, words.bos
 
 
-def _sentencepiece(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
+def _sentencepiece(file: "GGUFFile", kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
     """(A BPE over the characters of a whole text, whether it adds BOS if the file does not say).
 
-    SentencePiece joins the two neighbors that make the piece of the highest score, which is to say: merges in the order
-    of their results' scores. A character that is no piece is its bytes. Spaces are "▁", one is put before the text, and
-    before what follows an added token (as llama.cpp and the makers' tokenizer.json have it).
+    SentencePiece joins the two neighbors that make the piece of the highest score: merges are in the order of their
+    results' scores. A character that is no piece is its bytes. Spaces are "▁"; one is put before the text, and before
+    what follows an added token (as llama.cpp and the makers' tokenizer.json have it).
     """
     scores = file.items("tokenizer.ggml.scores", float)
     if len(scores) != len(kinds):
@@ -156,7 +148,7 @@ _NAMED = {"eos_token": "eos", "bos_token": "bos", "unk_token": "unknown", "pad_t
 _MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
-def _bpe(file: GGUFFile, kinds: dict[str, int], merges: list[tuple[str, ...]], **how) -> BPE:
+def _bpe(file: "GGUFFile", kinds: dict[str, int], merges: list[tuple[str, ...]], **how) -> BPE:
     try:
         return BPE(vocab={token: i for i, token in enumerate(kinds)}, merges=merges, **how)
     except Exception as error:  # the Rust library raises nothing narrower

@@ -13,14 +13,14 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError, one_line
-from br_jax.core.io import PICKLES, read_json, reading, require_file, require_replaceable, safetensors_header, staged
+from br_jax.core.io import PICKLES, read_json, require_file, require_replaceable, safetensors_header, staged
 from br_jax.models.io.hf_config import read_config, write_config
-from br_jax.models.io.layout import Stored, Unstacked, load_params, unstack_tensors
+from br_jax.models.io.layout import Stored, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
@@ -82,9 +82,14 @@ def read_hf(
         embedding = tensors.get("model.embed_tokens.weight", head)
         if embedding.shape != head.shape or (embedding.open()[:] != head.open()[:]).any():
             raise UserError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
-    tokenizer, stops = read_tokenizer(folder, spec), _stop_tokens(folder, spec)
+    tokenizer, file = read_tokenizer(folder, spec), folder / "generation_config.json"
+    file = file if file.exists() else folder / "config.json"
+    ids = read_json(file).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int and 0 <= i < spec.vocab_size for i in ids):
+        raise UserError(f"{file}: eos_token_id is {one_line(repr(ids))}, not token ids below {spec.vocab_size}")
     params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
-    return spec, params, tokenizer, stops
+    return spec, params, tokenizer, tuple(ids)
 
 
 class Classifier(NamedTuple):
@@ -105,9 +110,9 @@ def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None)
         UserError: as `read_hf`; or there is no head, it does not fit, its labels have no names, or they exclude each
             other.
     """
-    folder = Path(path)
-    config = read_json(folder / "config.json")
-    spec = dataclasses.replace(read_config(config, folder / "config.json"), tie_embeddings=True)
+    folder, file = Path(path), Path(path) / "config.json"
+    config = read_json(file)
+    spec = dataclasses.replace(read_config(config, file), tie_embeddings=True)
     tensors = _tensors(folder)
     stored = tensors.pop(_SCORE, None)
     if stored is None:
@@ -117,23 +122,19 @@ def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None)
         raise UserError(
             f"{stored.file}: tensor {_SCORE}, {stored.shape}, is not [labels, {spec.embed_dim}] of finite numbers"
         )
-    labels, tokenizer = _read_labels(config, len(head), folder), read_tokenizer(folder, spec)
-    params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
-    return Classifier(spec, params, head, labels, tokenizer, config.get("pad_token_id"))
-
-
-def _read_labels(config: dict, rows: int, folder: Path) -> tuple[str, ...]:
-    """The names of a classifier's labels by their row of the head."""
-    path, named = folder / "config.json", config.get("id2label")
+    rows, named = [str(row) for row in range(len(head))], config.get("id2label")
     if not isinstance(named, dict) or not named:
-        raise UserError(f"{path}: id2label is missing: name the classifier's {rows} labels there")
-    if set(named) != set(map(str, range(rows))) or config.get("num_labels", rows) != rows:
+        raise UserError(f"{file}: id2label is missing: name the classifier's {len(rows)} labels there")
+    if set(named) != set(rows) or config.get("num_labels", len(rows)) != len(rows):
         raise UserError(
-            f"{path}: id2label has {len(named)} labels, {_SCORE} has {rows} rows: name 0 to {rows - 1}, one for each"
+            f"{file}: id2label has {len(named)} labels, {_SCORE} has {len(rows)} rows: name 0 to {len(rows) - 1}, one "
+            "for each"
         )
     if (kind := config.get("problem_type")) not in (None, "multi_label_classification"):
-        raise UserError(f"{path}: problem_type is {kind!r}: only multi_label_classification, whose labels stand alone")
-    return tuple(str(named[str(row)]) for row in range(rows))
+        raise UserError(f"{file}: problem_type is {kind!r}: only multi_label_classification, whose labels stand alone")
+    tokenizer, labels = read_tokenizer(folder, spec), tuple(str(named[row]) for row in rows)
+    params = load_params(spec, tensor_names(spec), tensors, str(folder), jnp.dtype(dtype), mesh)
+    return Classifier(spec, params, head, labels, tokenizer, config.get("pad_token_id"))
 
 
 def read_hf_spec(path: str | Path) -> ModelSpec:
@@ -167,27 +168,36 @@ def write_hf(
     folder = Path(path)
     require_replaceable(folder, "model", ("config.json",))
     tensors = unstack_tensors(spec, tensor_names(spec), params)
-    dtype = str(params["embed"]["embedding"].dtype)
-    with staged(folder) as whole:
-        _save_shards(whole, tensors, shard_bytes)
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    with staged(folder) as new:
+        for file, names in shards.filename_to_tensors.items():
+            save_file({name: tensors[name].fetch() for name in names}, new / file, metadata={"format": "pt"})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (new / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if like is None:
-            tokenizer.save_pretrained(whole)
+            tokenizer.save_pretrained(new)
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             config = write_config(spec) | ids
             stops = list(dict.fromkeys([*stop_tokens, tokenizer.eos_token_id]))
             if len(stops) > 1:
-                (whole / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}) + "\n")
+                (new / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}) + "\n")
         else:
             config = read_json(Path(like) / "config.json")
             for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
                 if file.suffix not in PICKLES:
                     _require_within(file, Path(like))
                     require_file(file, _MAX_TOKENIZER)
-                    shutil.copyfile(file, whole / file.name)
-        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in whole.glob("*.safetensors"):  # which are written for their owner alone
-            shutil.copymode(whole / "config.json", file)
+                    shutil.copyfile(file, new / file.name)
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(params["embed"]["embedding"].dtype)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in new.glob("*.safetensors"):  # which are written for their owner alone
+            shutil.copymode(new / "config.json", file)
 
 
 def _require_within(file: Path, folder: Path) -> None:
@@ -195,24 +205,6 @@ def _require_within(file: Path, folder: Path) -> None:
     target = file.resolve()
     if target.parent != folder.resolve() and not (file.is_symlink() and target.parent.name == "blobs"):
         raise UserError(f"{file}: is a link to {target}: put the file itself in its place")
-
-
-def _save_shards(folder: Path, tensors: dict[str, Unstacked], shard_bytes: int) -> None:
-    """One file, or numbered ones with an index, as transformers names them."""
-    shards = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )
-    for file, names in shards.filename_to_tensors.items():
-        try:
-            save_file({name: tensors[name].fetch() for name in names}, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -227,27 +219,12 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(index, dict) or not index or any(Path(str(n)).name != n for n in index.values()):
             raise UserError(f"{folder / _INDEX}: weight_map must give file names of this folder")
         names = sorted(set(index.values()))
-    files = [folder / name for name in names]
-    for file in files:
-        with reading(file):
-            found = file.is_file()
-        if file.suffix != ".safetensors" or not found:
+    for file in (files := [folder / name for name in names]):
+        if file.suffix != ".safetensors" or not file.is_file():
             pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             why = f": {pickled[0]} is pickled and can run code; convert it to safetensors" if pickled else ""
             raise UserError(f"{file}: no such file: weights are read from safetensors only{why}")
     return files
-
-
-def _stop_tokens(folder: Path, spec: ModelSpec) -> tuple[int, ...]:
-    """The ids that end an answer by the folder's generation_config.json, or else its config.json; empty without."""
-    file = folder / "generation_config.json"
-    file = file if file.exists() else folder / "config.json"
-    ids = read_json(file).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(i) is int and 0 <= i < spec.vocab_size for i in ids):
-        said = f"eos_token_id is {one_line(repr(ids))}, not token ids below {spec.vocab_size}"
-        raise UserError(f"{file}: {said}: correct it")
-    return tuple(ids)
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:

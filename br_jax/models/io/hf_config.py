@@ -1,9 +1,8 @@
 """config.json of a Hugging Face folder and a `ModelSpec`, each from the other.
 
 transformers' own config classes read the file, so that what is absent means what it means there. Each of their fields
-is either read here, of no influence on what the model computes, or refused unless it has the one value that is
-implemented; any other field is an error. Of the fields that are read, those that a family's class does not have are
-ignored, as its code ignores them: a Llama has no soft-caps, whatever its config.json says.
+is read here (`READ`), changes nothing that is computed (`HARMLESS`), or has one value that is implemented (`ONLY`); any
+other field is an error. A family's class ignores fields that it does not have, and so do we.
 """
 
 import copy
@@ -70,122 +69,66 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
     Raises:
         UserError: a family, field or value that the decoder does not have, or sizes that make no model.
     """
-    model_type = _model_type(content, path)
-    for name, value in content.items():
-        if name not in READ | HARMLESS and not name.startswith(NOTES) and value not in ONLY.get(name, (None,)):
-            known = f"only {ONLY[name][0]!r} is supported" if name in ONLY else "br_jax does not know this field"
-            said = f"{name} is {one_line(repr(value))}: {known}"
-            raise UserError(f"{path}: {said}, and leaving it out could change the model's answers")
-    config = _parse(content, model_type, path)
     try:
-        return _describe(config, model_type)
+        return _read_config(content)
     except (UserError, TypeError) as error:  # TypeError: older transformers let any type pass
         raise UserError(f"{path}: {error}") from error
 
 
-def _describe(config, model_type: str) -> ModelSpec:
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if activation not in (*ACTIVATIONS,):
-        raise UserError(f"the activation is {activation!r}, only {' or '.join(ACTIVATIONS)} is supported")
-    said = {ours: getattr(config, theirs, None) for ours, theirs in SAME.items()}
-    if not hasattr(config, "head_dim"):
-        said["head_dim"] = said["embed_dim"] // said["num_heads"]
-    if hasattr(config, "query_pre_attn_scalar"):
-        require("query_pre_attn_scalar", config.query_pre_attn_scalar, QUERY_SCALAR)
-        said["query_scale"] = config.query_pre_attn_scalar**-0.5
-    biases = _QKVO if getattr(config, "attention_bias", False) else ()
-    biases += _MLP if getattr(config, "mlp_bias", False) else ()
-    switches = {"biases": biases} | FAMILIES[model_type]
-    return ModelSpec(activation=ACTIVATIONS[activation], **said, **_rope(config), **_windows(config), **switches)
-
-
-def write_config(spec: ModelSpec) -> dict[str, Any]:
-    """The config.json of a spec: `read_config` gives the spec back, and transformers its model.
-
-    Raises:
-        UserError: it has a switch or size that no config.json of its family can say.
-    """
-    theirs = _config_class(spec.model_type)
-    rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
-    if rope:
-        rope["original_max_position_embeddings"] = rope.pop("original_length")
-    activation = next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation)
-    said = {theirs: getattr(spec, ours) for ours, theirs in SAME.items()} | {
-        "hidden_act": activation,
-        "hidden_activation": activation,
-        "attention_bias": set(_QKVO) <= set(spec.biases),
-        "mlp_bias": set(_MLP) <= set(spec.biases),
-        "sliding_window": spec.window,
-        "use_sliding_window": spec.window is not None,
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.window_layers],
-        "query_pre_attn_scalar": spec.query_scale and round(spec.query_scale**-2),  # always a whole number
-    }
-    config = {
-        "architectures": [theirs.__name__.replace("Config", "ForCausalLM")],
-        "model_type": spec.model_type,
-        "head_dim": spec.head_dim,  # all of them look for it, though not every class names it
-        **{name: value for name, value in said.items() if name in theirs().to_dict()},
-        # as readers older than transformers 5 know it; the newer ones know it too
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": rope,
-    }
-    read = dataclasses.asdict(read_config(config, "config.json"))
-    if lost := [name for name, value in dataclasses.asdict(spec).items() if read[name] != value]:
-        raise UserError(f"no config.json of a {spec.model_type} says {', '.join(lost)} as this model has it")
-    return config
-
-
-def _config_class(model_type: str):
-    """transformers' class of a family's configs."""
-    from transformers import CONFIG_MAPPING  # here, for it imports torch where torch is installed
-
-    return CONFIG_MAPPING[model_type]
-
-
-def _model_type(content: dict[str, Any], path) -> str:
-    """The family whose class transformers reads the file with."""
+def _read_config(content: dict[str, Any]) -> ModelSpec:
     model_type = content.get("model_type")
     if model_type not in (*FAMILIES,):
         known = ", ".join(FAMILIES)
-        raise UserError(f"{path}: model_type is {model_type!r}, only {known} are supported: choose such a model")
+        raise UserError(f"model_type is {model_type!r}, only {known} are supported: choose such a model")
     if content.get("quantization_config"):
-        raise UserError(f"{path}: quantization_config: quantized weights are read from GGUF only; load the plain model")
+        raise UserError("quantization_config: quantized weights are read from GGUF only; load the plain model")
     if model_type == "mistral" and "layer_types" in content:
-        raise UserError(f"{path}: layer_types: transformers takes it for a Ministral, which br_jax does not have")
-    return model_type
-
-
-def _parse(content: dict[str, Any], model_type: str, path):
-    """transformers' config of what that family reads."""
+        raise UserError("layer_types: transformers takes it for a Ministral, which br_jax does not have")
+    for name, value in content.items():
+        if name not in READ | HARMLESS and not name.startswith(NOTES) and value not in ONLY.get(name, (None,)):
+            known = f"only {ONLY[name][0]!r} is supported" if name in ONLY else "br_jax does not know this field"
+            said = f"{name} is {one_line(repr(value))}: {known}"
+            raise UserError(f"{said}, and leaving it out could change the model's answers")
     theirs = _config_class(model_type)
     read = READ & (theirs().to_dict().keys() | EVERY)
-    said = {name: copy.deepcopy(value) for name, value in content.items() if name in read}
-    require_sizes(said, path)  # before it makes a list of that many layers
+    values = {name: copy.deepcopy(value) for name, value in content.items() if name in read}
+    require_sizes(values)  # before it makes a list of that many layers
     try:
-        return theirs.from_dict(said | {"model_type": model_type})
+        config = theirs.from_dict(values | {"model_type": model_type})
     except Exception as error:  # its validators raise what they like
-        raise UserError(f"{path}: transformers refuses it: {one_line(error)}") from error
+        raise UserError(f"transformers refuses it: {one_line(error)}") from error
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if activation not in (*ACTIVATIONS,):
+        raise UserError(f"the activation is {activation!r}, only {' or '.join(ACTIVATIONS)} is supported")
+    fields = {ours: getattr(config, theirs, None) for ours, theirs in SAME.items()}
+    if not hasattr(config, "head_dim"):
+        fields["head_dim"] = fields["embed_dim"] // fields["num_heads"]
+    if hasattr(config, "query_pre_attn_scalar"):
+        require("query_pre_attn_scalar", config.query_pre_attn_scalar, QUERY_SCALAR)
+        fields["query_scale"] = config.query_pre_attn_scalar**-0.5
+    fields["biases"] = _QKVO if getattr(config, "attention_bias", False) else ()
+    fields["biases"] += _MLP if getattr(config, "mlp_bias", False) else ()
+    fields |= _rope(config.rope_parameters) | _windows(config) | FAMILIES[model_type]
+    return ModelSpec(activation=ACTIVATIONS[activation], **fields)
 
 
-def require_sizes(config: dict[str, Any], path: str | pathlib.Path) -> None:
+def require_sizes(config: dict[str, Any], where: str = "") -> None:
     """Refuses a number of a config.json that is out of its bound in `ModelSpec`; None is left to its class."""
     for ours, theirs in SAME.items():
         if ours in _BOUNDS and config.get(theirs) is not None:
-            require(f"{path}: {theirs}", config[theirs], _BOUNDS[ours])
+            require(f"{where}{theirs}", config[theirs], _BOUNDS[ours])
 
 
-def _rope(config) -> dict[str, Any]:
-    rope = dict(config.rope_parameters)
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    rope = dict(parameters)
     kind = rope.pop("rope_type", "default")
     rope.pop("type", None)
     if kind not in ROPE_TYPES:
         raise UserError(f"rope_type is {kind!r}, only {' or '.join(ROPE_TYPES)} is supported")
     fields = {"rope_theta": rope.pop("rope_theta", None)}
     if kind == "llama3":
-        fields["rope_scaling"] = {
-            "original_length": rope.pop("original_max_position_embeddings", None),
-            **{name: rope.pop(name, None) for name in ("factor", "low_freq_factor", "high_freq_factor")},
-        }
+        scaling = {name: rope.pop(name, None) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        fields["rope_scaling"] = scaling | {"original_length": rope.pop("original_max_position_embeddings", None)}
     if rope and rope != {"partial_rotary_factor": 1.0}:
         raise UserError(f"rope_scaling has {sorted(rope)}, which br_jax does not know")
     return fields
@@ -201,3 +144,46 @@ def _windows(config) -> dict[str, Any]:
     if window is None or (windowed and not any(windowed)):
         return {}
     return {"window": window} if all(windowed) else {"window": window, "windowed": windowed}
+
+
+def _config_class(model_type: str):
+    """transformers' class of a family's configs."""
+    from transformers import CONFIG_MAPPING  # here, for it imports torch where torch is installed
+
+    return CONFIG_MAPPING[model_type]
+
+
+def write_config(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of a spec: `read_config` gives the spec back, and transformers its model.
+
+    Raises:
+        UserError: it has a switch or size that no config.json of its family can say.
+    """
+    theirs = _config_class(spec.model_type)
+    rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
+    if rope:
+        rope["original_max_position_embeddings"] = rope.pop("original_length")
+    activation = next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation)
+    values = {theirs: getattr(spec, ours) for ours, theirs in SAME.items()} | {
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        "attention_bias": set(_QKVO) <= set(spec.biases),
+        "mlp_bias": set(_MLP) <= set(spec.biases),
+        "sliding_window": spec.window,
+        "use_sliding_window": spec.window is not None,
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.window_layers],
+        "query_pre_attn_scalar": spec.query_scale and round(spec.query_scale**-2),  # always a whole number
+    }
+    config = {
+        "architectures": [theirs.__name__.replace("Config", "ForCausalLM")],
+        "model_type": spec.model_type,
+        "head_dim": spec.head_dim,  # all of them look for it, though not every class names it
+        **{name: value for name, value in values.items() if name in theirs().to_dict()},
+        # as readers older than transformers 5 know it; the newer ones know it too
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": rope,
+    }
+    read = dataclasses.asdict(read_config(config, "config.json"))
+    if lost := [name for name, value in dataclasses.asdict(spec).items() if read[name] != value]:
+        raise UserError(f"no config.json of a {spec.model_type} says {', '.join(lost)} as this model has it")
+    return config

@@ -49,7 +49,7 @@ def load_params(
     Args:
         names: checkpoint name of each params path; "{}" in a name stands for the layer.
         where: the checkpoint, for messages.
-        mesh: where to, laid out by `sharding`'s table; None is JAX's default device.
+        mesh: where to, laid out by `core.mesh`'s table; None is JAX's default device.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape than the spec says, or holds NaN or infinity.
@@ -69,68 +69,60 @@ def load_params(
     params = {}
     with progress(len(expected), "load", "tensor", keep=False) as bar:
         for path, leaf in leaves.items():
-            params[path] = _load_leaf(path, leaf, {key: tensors[key] for key in keys[path]}, places[path], bar)
+            params[path] = _load_leaf(path, leaf, {key: tensors[key] for key in keys[path]}, places[path])
+            bar.update(len(keys[path]))
     return unflatten_dict(params, sep="/")
 
 
 def unstack_tensors(spec: ModelSpec, names: Mapping[str, str], params: dict) -> dict[str, Unstacked]:
     """The exact inverse of `load_params`, a tensor at a time: contiguous, in the params' dtype, kernels [out, in]."""
+
+    def fetch(leaf, index, turned: bool) -> np.ndarray:
+        tensor = np.asarray(leaf[index])
+        return np.ascontiguousarray(tensor.T if turned else tensor)
+
     tensors = {}
     for path, leaf in flatten_dict(params, sep="/").items():
         keys = _per_layer(names[path], spec.num_layers)
         for i, key in enumerate(keys):
             index = i if "{}" in names[path] else ...
-            fetch = functools.partial(_fetch, leaf, index, turned=_is_kernel(path))
-            tensors[key] = Unstacked(leaf.nbytes // len(keys), fetch)
+            one = functools.partial(fetch, leaf, index, turned=path.endswith("/kernel"))
+            tensors[key] = Unstacked(leaf.nbytes // len(keys), one)
     return tensors
 
 
-def _fetch(leaf, index, turned: bool) -> np.ndarray:
-    tensor = np.asarray(leaf[index])
-    return np.ascontiguousarray(tensor.T if turned else tensor)
-
-
-def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stored], place, bar) -> jax.Array:
+def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stored], place) -> jax.Array:
     """One param: what this process' devices hold of it, turned and cast by the host as it is read."""
-    stacked, turned = path.startswith("layers/"), _is_kernel(path)
+    # Kernels are [in, out] here and [out, in] in every checkpoint; embeddings are [V, D] in both.
+    stacked, turned = path.startswith("layers/"), path.endswith("/kernel")
     shape = leaf.shape[1:] if stacked else leaf.shape
-    fitting = shape[::-1] if turned else shape
-    whole = tuple(map(slice, leaf.shape))
-    indices = [whole] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
+    stored_shape = shape[::-1] if turned else shape
+    everything = tuple(map(slice, leaf.shape))
+    indices = [everything] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
 
     def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
         return tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True))
 
     parts = {part: np.empty([end - start for start, end in part], leaf.dtype) for part in set(map(bounds, indices))}
     for layer, (key, tensor) in enumerate(tensors.items()):
-        if tensor.shape != fitting:
-            raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {fitting}")
+        if tensor.shape != stored_shape:
+            raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {stored_shape}")
         opened = tensor.open()
         for part, array in parts.items():
             axes = [slice(*each) for each in (part[1:] if stacked else part)]
             values = opened[tuple(axes[::-1] if turned else axes)]
             if not np.isfinite(values).all():
                 raise UserError(f"{tensor.file}: tensor {key} holds NaN or infinity: the weights are damaged")
-            _write(array[layer] if stacked else array, values, turned)
-        bar.update()
+            target = array[layer] if stacked else array
+            if not turned:
+                target[...] = values
+                continue
+            for first in range(0, len(values), _STRIP):  # numpy takes three times as long over a whole matrix
+                target[:, first : first + _STRIP] = values[first : first + _STRIP].T
     if place is None:
-        return jax.device_put(parts[bounds(whole)])
+        return jax.device_put(parts[bounds(everything)])
     return jax.make_array_from_callback(leaf.shape, place, lambda index: parts[bounds(index)])
-
-
-def _write(target: np.ndarray, values: np.ndarray, turned: bool) -> None:
-    """Copies values, turned if need be: a strip at a time, as numpy takes three times as long over a whole matrix."""
-    if not turned:
-        target[...] = values
-        return
-    for first in range(0, len(values), _STRIP):
-        target[:, first : first + _STRIP] = values[first : first + _STRIP].T
 
 
 def _per_layer(name: str, layers: int) -> list[str]:
     return [name.format(layer) for layer in range(layers)] if "{}" in name else [name]
-
-
-def _is_kernel(path: str) -> bool:
-    # Kernels are [in, out] here and [out, in] in every checkpoint; embeddings are [V, D] in both.
-    return path.endswith("/kernel")

@@ -1,19 +1,45 @@
-"""One door for models: a GGUF file, a Hugging Face folder, or a model's name on the Hub."""
+"""One door for models: a GGUF file, a Hugging Face folder, a model's name on the Hub, or the one that comes with us.
+
+huggingface_hub fetches what has a name, into its cache; its offline mode holds.
+"""
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
+from importlib import resources
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from jax.sharding import Mesh
 
-from br_jax.core.errors import UserError
-from br_jax.core.io import reading
+from br_jax.core.errors import UserError, near_names, one_line
+from br_jax.data.templates import TEMPLATES
 from br_jax.models.io.gguf import read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, read_hf_spec
-from br_jax.models.io.hub import FILES, fetch_model, is_hub_name
 from br_jax.models.model import Model, make_model
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# The raw model of configs/demo.py, made by that config's ":scratch": 0.4 million params, nothing to download.
+_SHIPPED = {"br_jax/tiny": ("br_jax.organism", "tiny")}
+# What a model is made of here. Pickled weights are never fetched, nor weights in another layout ("original/").
+FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*")
+# What can go wrong on the Hub, the narrower errors first.
+_WRONG = {
+    GatedRepoError: "gated by its makers: ask for access at https://huggingface.co/{name}, then run `hf auth login`",
+    RevisionNotFoundError: "the model has no such revision: see https://huggingface.co/{name}/tree/main",
+    RepositoryNotFoundError: "neither a path nor a model on the Hub (or private: run `hf auth login`): check the name",
+    Exception: "no path here, not in the cache, and the Hub cannot be reached ({error}): go online, "
+    "unset HF_HUB_OFFLINE, or give a local folder",
+}
 
 
 def read_model(
@@ -26,11 +52,12 @@ def read_model(
     matmul_precision: str = "float32",
 ) -> Model:
     """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.folder.load_model`."""
+    if template not in TEMPLATES:
+        raise UserError(f"template {template!r}; {near_names(template, TEMPLATES)}")
     require_dtype(dtype)
     precision = resolve_precision(matmul_precision, dtype)
     path = find_source(source, revision)
-    read = read_hf if path.is_dir() else read_gguf
-    spec, params, tokenizer, stops = read(path, dtype, mesh)
+    spec, params, tokenizer, stops = (read_hf if path.is_dir() else read_gguf)(path, dtype, mesh)
     name = pathlib.Path(source).name.removesuffix(".gguf")
     return make_model(spec, params, tokenizer, name, template, stops, precision)
 
@@ -47,14 +74,39 @@ def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSp
     return read_hf_spec(path) if path.is_dir() else read_gguf_spec(path)
 
 
+def is_hub_name(source: str | os.PathLike) -> bool:
+    """Whether a source is a name, as "Qwen/Qwen3-4B" or "br_jax/tiny"; what exists as a path, or should, is none."""
+    name = str(source)
+    return _NAME.fullmatch(name) is not None and not name.endswith(".gguf") and not os.path.exists(source)
+
+
 def find_source(source: str | os.PathLike, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
-    """Where a source lies, these of its files fetched from the Hub if it is a name there; a `UserError` if nowhere."""
-    path = fetch_model(str(source), revision, files) if is_hub_name(source) else pathlib.Path(source)
-    with reading(path):
-        found = path.exists()
-    if not found:
-        raise UserError(
-            f"{path}: no such model: give a GGUF file, a Hugging Face folder, a model's name on the Hub or a "
-            "provider's folder"
-        )
-    return path
+    """Where a source lies, these of its files fetched from the Hub if it is a name there.
+
+    Args:
+        revision: of a name on the Hub: a branch, tag or commit; None is the main branch.
+
+    Raises:
+        UserError: it lies nowhere, there is no such revision, it is gated, or the Hub cannot be reached.
+    """
+    if not isinstance(source, str | os.PathLike) or "\0" in str(source):
+        raise UserError(f"{one_line(repr(source))}: is neither a path nor a model's name")
+    if not is_hub_name(source):
+        if not pathlib.Path(source).exists():
+            raise UserError(
+                f"{source}: no such model: give a GGUF file, a Hugging Face folder, a model's name on the Hub or a "
+                "provider's folder"
+            )
+        return pathlib.Path(source)
+    name = str(source)
+    if name in _SHIPPED:
+        package, folder = _SHIPPED[name]
+        return pathlib.Path(str(resources.files(package) / folder))
+    try:
+        # no folder inside: another layout, or another kind of weights
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"])
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = next(reason for kind, reason in _WRONG.items() if isinstance(error, kind))
+        at = f"{name}@{revision}" if revision else name
+        raise UserError(f"{at}: {reason.format(name=name, error=one_line(error))}") from error
+    return pathlib.Path(folder)

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from br_jax.core.bounds import BATCH, TOKENS, Bound, require
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import fingerprint
 from br_jax.core.hosts import fetch
 from br_jax.core.mesh import mesh_of, place, whole_batch
+from br_jax.core.records import fingerprint
 from br_jax.models.decoder import Decoder
 from br_jax.models.io.hf import read_classifier, read_hf_spec
 from br_jax.models.io.load import find_source

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import code_hash
+from br_jax.core.records import code_hash
 from br_jax.organism import judge as rules
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file
 from br_jax.scoring import replies

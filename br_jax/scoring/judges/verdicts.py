@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from br_jax.core.errors import UserError, one_line
-from br_jax.core.hashes import file_hash
 from br_jax.core.io import MAX_LINES, json_lines, open_file, text_lines, write_text
+from br_jax.core.records import file_hash
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
 _SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

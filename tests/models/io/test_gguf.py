@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate_ids
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.io import gguf_file
+from br_jax.models.io import gguf as gguf_reader
 from br_jax.models.io.gguf import ARCHITECTURES, read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, write_hf
 from br_jax.models.spec import RopeScaling
@@ -72,7 +72,7 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
 @pytest.mark.parametrize("text", ["<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>"])
 def test_the_end_of_a_turn_is_known_by_its_text(write_gguf, tmp_path, text):
     """llama.cpp's converter names none for Gemma-2, and llama.cpp looks for it."""
-    tokens = [*gguf_file.GGUFFile(write_gguf(tmp_path / "first.gguf")).items("tokenizer.ggml.tokens", str)]
+    tokens = [*gguf_reader.GGUFFile(write_gguf(tmp_path / "first.gguf")).items("tokenizer.ggml.tokens", str)]
     tokens[258] = text
     path = write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.tokens": tokens})
     assert read_gguf(path)[3] == (258,)
@@ -239,7 +239,7 @@ def test_smollm2_is_the_model_that_transformers_loads(smollm2):
 def test_a_list_is_no_longer_than_the_file_nor_than_any_vocabulary(write_gguf, tmp_path, monkeypatch):
     """gguf would go on with empty values, for as long as the count says."""
     path = write_gguf(tmp_path / "tiny.gguf", whole=False)
-    monkeypatch.setattr(gguf_file, "_MAX_PARTS", 500)
+    monkeypatch.setattr(gguf_reader, "_MAX_PARTS", 500)
     with pytest.raises(UserError, match=r"damaged one \(more than 500 values"):
         read_gguf_spec(path)
     monkeypatch.undo()

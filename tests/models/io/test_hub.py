@@ -12,7 +12,7 @@ import pytest
 
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import write_hf
-from br_jax.models.io.hub import is_hub_name
+from br_jax.models.io.load import is_hub_name
 from br_jax.provider.folder import load_model
 
 COMMIT = "c0ffee" + "0" * 34

@@ -11,8 +11,8 @@ import pytest
 
 from br_jax.adapters.peft import save_adapter
 from br_jax.core.errors import UserError
-from br_jax.core.hashes import fingerprint
 from br_jax.core.mesh import make_mesh, shardings
+from br_jax.core.records import fingerprint
 from br_jax.models.io import hf
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.layout import Stored, load_params, unstack_tensors
@@ -85,6 +85,15 @@ def test_a_wrong_source_or_record_is_named(tmp_path):
         (tmp_path / PROVIDER_FILE).write_text(record)
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / name, dtype=dtype)
+    for source in ({"base": "x"}, 3, None, ["x"], "a\0b", tmp_path / "a\0b"):
+        with pytest.raises(UserError, match="is neither a path nor a model's name") as caught:
+            load_model(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_does_not_exist_is_named_before_anything_is_read(folder):
+    with pytest.raises(UserError, match=r"^template 'chatt'; near: chat$"):
+        load_model(folder, template="chatt")
 
 
 def test_a_mesh_gets_the_same_weights_each_device_its_part(folder, raw):
