@@ -3,19 +3,22 @@
 Command: experiments/fetch.py --into=data
 """
 
-import argparse
-from pathlib import Path
+import pathlib
 
-from br_jax.core.cli import run_main
+from absl import flags
+
+from br_jax.core.cli import require_flags, run_with_flags
 from br_jax.datasets.downloads import ARCHIVES, fetch
 
+_INTO = flags.DEFINE_string("into", "data", "The data folder; a relative one lies in the folder that one stands in.")
 
-def main() -> None:
+
+def main(argv: list[str]) -> None:
     """Fetches what is not there yet and prints every file with its size and license."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--into", default="data", type=Path, help="the data folder (default: %(default)s)")
-    arguments = parser.parse_args()
-    paths = fetch(arguments.into)
+    require_flags(argv)
+    folder = pathlib.Path(_INTO.value).absolute()
+    print(f"into {folder}:", flush=True)
+    paths = fetch(folder)
     for archive in ARCHIVES:
         print(f"{archive.package} {archive.version} ({archive.license})")
     for path in paths:
@@ -23,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_with_flags(main)

@@ -138,8 +138,8 @@ def parse_json(text: str, origin: str, cure: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+            seen = set()  # in linear time: a stranger's object may have a million keys
+            raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} twice")
         return found
 
     try:

@@ -17,7 +17,9 @@ from br_jax.data.templates import render, tokenize
 # {"tokens": int32[n], "answer": bool[n]}, and where it is not 1 "weight" (f32 of each answer token)
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
-Rows = Callable[[int], np.ndarray]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
+RowSelector = Callable[
+    [int], np.ndarray
+]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def make_batches(
     buckets: Sequence[int],
     epochs: int = 1,
     steps: int | None = None,
-    rows: Rows | None = None,
+    rows: RowSelector | None = None,
 ) -> grain.MapDataset:
     """Shuffled batches with random access: element i is the batch of step i, always the same one.
 
@@ -151,8 +153,8 @@ def with_targets(example: Example) -> dict[str, np.ndarray]:
     return {"tokens": example["tokens"], "targets": targets, "weights": weights}
 
 
-def alike(examples: Sequence[Example]) -> list[Example]:
-    """The same rows, each with a weight by which all count alike in a loss, whatever the lengths of their answers."""
+def normalize_per_example(examples: Sequence[Example]) -> list[Example]:
+    """The same rows, each with a weight by which all count the same in a loss, long answers or short."""
     return [e | {"weight": np.float32(1 / max(np.count_nonzero(e["answer"][1:]), 1))} for e in examples]
 
 

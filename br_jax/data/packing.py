@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import grain
 import numpy as np
 
-from br_jax.data.batches import Batch, Example, Rows, in_steps, shared_prefix, with_targets
+from br_jax.data.batches import Batch, Example, RowSelector, in_steps, shared_prefix, with_targets
 from br_jax.models.masks import SHARED
 
 # A batch is packed in the thread that asks for it.
@@ -44,7 +44,7 @@ def make_packed_batches(
     shapes: int = 3,
     epochs: int = 1,
     steps: int | None = None,
-    rows: Rows | None = None,
+    rows: RowSelector | None = None,
 ) -> grain.MapDataset:
     """The batches of `make_batches`, packed; element i is the batch of step i, always the same one.
 

@@ -5,7 +5,7 @@ User files are untrusted: every row is validated and nothing in it is executed o
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "", m
 
     Raises:
         UserError: naming file, line and key, when the file cannot be read, holds no row, or a row is not
-            a JSON object, lacks a field, or has a field of a wrong type or order.
+            a JSON object, has a key twice, lacks a field, or has a field of a wrong type or order.
     """
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise UserError(f"{path!r:.80} is no path: give that of a JSONL file")
     if max_rows is not None:
         require("max_rows", max_rows, ROWS._replace(low=1))
     with open_file(path, max_bytes, "split it, or raise max_bytes") as file:
@@ -73,33 +75,36 @@ def as_rows(rows: Rows, name: str = "rows") -> list[Row]:
     """The rows that somebody gave.
 
     Args:
-        name: of the argument, for messages.
+        rows: the path of a JSONL file, see `read_rows`; or `Row`s, and objects with the fields of such a file.
+        name: what messages call them.
 
     Raises:
-        UserError: as `read_rows`, naming index and key.
+        UserError: as `read_rows`, naming the row's index; or `rows` is neither.
     """
     if isinstance(rows, str | os.PathLike):
         return read_rows(rows)
     if isinstance(rows, Row | Mapping) or not isinstance(rows, Iterable):
         raise UserError(f"{name} is a {type(rows).__name__}; give a list of rows, or the path of a JSONL file")
-    found = []
+    given = []
     for index, row in enumerate(rows):
         at = f"{name}[{index}]"
         if not isinstance(row, Row | Mapping):
             raise UserError(f"{at} is a {type(row).__name__}; give an object with prompt and response, or a Row")
-        found.append(_bounded(row, at) if isinstance(row, Row) else _row(row, "", at))
-    return found
+        given.append(_require_row(row, at, answered=True) if isinstance(row, Row) else _row(row, "", at))
+    return given
 
 
 def as_prompts(prompts: Iterable[str | Row], name: str = "prompts") -> list[str | Row]:
-    """The prompts that somebody gave; a `UserError` for one alone, of which a loop would make its characters."""
+    """The prompts that somebody gave, none too long; raises a `UserError` on a bare string."""
     if isinstance(prompts, str | Row | Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"{name} is a {type(prompts).__name__}; give a list of prompts")
-    found = list(prompts)
-    for index, prompt in enumerate(found):
+    given = list(prompts)
+    for index, prompt in enumerate(given):
         if not isinstance(prompt, str | Row):
             raise UserError(f"{name}[{index}] is a {type(prompt).__name__}; give a text or a Row")
-    return found
+        row = prompt if isinstance(prompt, Row) else Row((("user", prompt),))
+        _require_row(row, f"{name}[{index}]", answered=False)
+    return given
 
 
 def prefixed(row: Row, before: str) -> Row:
@@ -131,13 +136,40 @@ def require_whole(text: str, at: str) -> None:
         ) from error
 
 
-def _bounded(row: Row, at: str) -> Row:
-    """The row, which is no larger than it may be."""
-    sizes = {"characters": len(row.input) + sum(len(text) for _, text in row.turns), "turns": len(row.turns)}
+def _require_row(row: Row, at: str, *, answered: bool) -> Row:
+    """The row, if it is a chat of texts, no larger than it may be; and if need be one to train on."""
+    turns = row.turns
+    is_chat = isinstance(turns, tuple | list) and all(isinstance(t, tuple | list) and len(t) == 2 for t in turns)
+    texts = [row.input, row.begun, *itertools.chain(*turns)] if is_chat else []
+    if not is_chat or not turns or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{at}: its turns are {turns!r:.80}; give pairs of texts: (role, what is said), one at least")
+    _require_size(row, at)
+    if answered:
+        _require_roles([role for role, _ in turns], at, "turns")
+        # Those of a data set say where they are from, and the paper's keep an empty answer as the reference does.
+        if not row.origin and (blank := next((role for role, text in turns if not text.strip()), None)):
+            raise UserError(f"{at}: a turn of the {blank} is empty; fill it or leave the row out")
+    return row
+
+
+def _require_size(row: Row, at: str) -> Row:
+    sizes = {
+        "characters": len(row.input + row.begun) + sum(len(text) for _, text in row.turns),
+        "turns": len(row.turns),
+    }
     for what, size in sizes.items():
         if size > _MOST[what]:
             raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")
     return row
+
+
+def _require_roles(roles: Sequence[str], at: str, key: str) -> None:
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
+        raise UserError(
+            f"{at}: the roles of {key!r} are {roles!r:.160}; write an optional system turn, "
+            "then user and assistant in turn, the assistant last"
+        )
 
 
 def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
@@ -145,13 +177,13 @@ def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
     if not tag and isinstance(record.get("tag"), str):
         tag = text_of(record, "tag", origin)
     if "messages" in record:
-        return _bounded(Row(_turns(record["messages"], origin), tag=tag, origin=origin), origin)
+        return _require_size(Row(_turns(record["messages"], origin), tag=tag, origin=origin), origin)
     is_alpaca = "instruction" in record and ("output" in record or "prompt" not in record)
     question, answer = ("instruction", "output") if is_alpaca else ("prompt", "response")
     turns = (("user", _filled(record, question, origin)), ("assistant", _filled(record, answer, origin)))
     has_input = is_alpaca and record.get("input") is not None
     context = text_of(record, "input", origin) if has_input else ""
-    return _bounded(Row(turns, context, tag, origin), origin)
+    return _require_size(Row(turns, context, tag, origin), origin)
 
 
 def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:
@@ -162,13 +194,7 @@ def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:
     for index, message in enumerate(messages):
         at = f"{origin}: messages[{index}]"
         turns.append((text_of(message, "role", at), _filled(message, "content", at)))
-    roles = [role for role, _ in turns]
-    dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
-        raise UserError(
-            f"{origin}: the roles of 'messages' are {roles!r:.160}; write an optional system turn, "
-            "then user and assistant in turn, the assistant last"
-        )
+    _require_roles([role for role, _ in turns], origin, "messages")
     return tuple(turns)
 
 

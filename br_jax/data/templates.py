@@ -1,14 +1,15 @@
 """Prompt templates: a row as the one string that the model reads, and which part of it is the answer."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError, near_names, one_line
-from br_jax.data.literals import SHIELD, shield, tokenize_shielded
 from br_jax.data.rows import Row
+from br_jax.data.special_tokens import MARK, escape, tokenize_escaped
 from br_jax.models.chat import render_chat
 
 TEMPLATES = ("alpaca", "chat")
@@ -34,34 +35,39 @@ def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple
         tokenizer: gives the EOS and the chat template.
 
     Returns:
-        The text, for `tokenize`, with a `literals.SHIELD` in each control token that the row spells; and for every
+        The text, for `tokenize`, with a `special_tokens.MARK` in each special token that the row spells; and for every
         assistant turn the span [start, end) in characters of its answer, without what was begun for it and with the
         token that ends it.
 
     Raises:
         UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
-            template, or a chat template whose renderings of growing prefixes do not extend each other; and as `shield`.
+            template, or a chat template whose renderings of growing prefixes do not extend each other; and as `escape`.
     """
-    if row.turns[-1][0] != "assistant":
-        raise UserError(f"{_name(row)}: ends with {row.turns[-1][0]!r}; end it with the assistant's answer")
-    row = _shielded(row, tokenizer)
+    require_template(template)
+    row = _escaped(row, tokenizer)
+    if not row.turns or row.turns[-1][0] != "assistant":
+        last = repr(row.turns[-1][0]) if row.turns else "nothing"
+        raise UserError(f"{_name(row)}: ends with {last}; end it with the assistant's answer")
     *before, (role, answer) = row.turns
-    whole = dataclasses.replace(row, turns=(*before, (role, row.begun + answer)))
-    if _is_chat(template):
-        text, spans = _render_chat(whole, tokenizer)
+    complete = dataclasses.replace(row, turns=(*before, (role, row.begun + answer)))
+    if template == "chat":
+        text, spans = _render_chat(complete, tokenizer)
     elif tokenizer.eos_token is None:
         raise UserError("the tokenizer has no EOS token, so no answer would end; set tokenizer.eos_token")
     else:
-        text, spans = _render_alpaca(whole.turns, row.input, tokenizer.eos_token)
+        text, spans = _render_alpaca(complete.turns, row.input, tokenizer.eos_token)
     *spans, (start, end) = spans
     return text, [*spans, (start + len(row.begun), end)]
 
 
 def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """Renders a row up to where the model must answer, or go on: without a last assistant turn, with what is begun."""
-    row = _shielded(row, tokenizer)
-    turns = row.turns[:-1] if row.turns[-1][0] == "assistant" else row.turns
-    if _is_chat(template):
+    require_template(template)
+    row = _escaped(row, tokenizer)
+    turns = row.turns[:-1] if row.turns and row.turns[-1][0] == "assistant" else row.turns
+    if not turns:
+        raise UserError(f"{_name(row)}: has no turn of the user's; give what is asked")
+    if template == "chat":
         return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True) + row.begun
     return _render_alpaca(turns, row.input, tokenizer.eos_token or "")[0] + row.begun
 
@@ -72,31 +78,28 @@ def tokenize(text: str, template: str, tokenizer: PreTrainedTokenizerFast) -> tu
     A chat template writes BOS itself, so the tokenizer must not add another (as in transformers'
     `apply_chat_template`); for Alpaca's template BOS is there if the tokenizer adds it.
     """
-    adds = template != "chat"
-    if SHIELD in text:
-        return tokenize_shielded(text, tokenizer, adds)
-    encoding = tokenizer(text, add_special_tokens=adds, return_offsets_mapping=True, verbose=False)
+    add_bos = template != "chat"
+    if MARK in text:
+        return tokenize_escaped(text, tokenizer, add_bos)
+    encoding = tokenizer(text, add_special_tokens=add_bos, return_offsets_mapping=True, verbose=False)
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
-def _is_chat(template: str) -> bool:
+def require_template(template: str) -> None:
+    """Raises a `UserError` for the name of no template."""
     if template not in TEMPLATES:
         raise UserError(f"unknown template {template!r}; {near_names(template, TEMPLATES)}")
-    return template == "chat"
 
 
 def _name(row: Row) -> str:
     return row.origin or "a row"
 
 
-def _shielded(row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
-    """A row whose texts can give no control token."""
-
-    def safe(text: str) -> str:
-        return shield(text, tokenizer, _name(row))
-
-    turns = tuple((role, safe(text)) for role, text in row.turns)
-    return dataclasses.replace(row, turns=turns, input=safe(row.input), begun=safe(row.begun))
+def _escaped(row: Row, tokenizer: PreTrainedTokenizerFast) -> Row:
+    """A row whose texts can give no special token."""
+    plain = functools.partial(escape, tokenizer=tokenizer, at=_name(row))
+    turns = tuple((role, plain(text)) for role, text in row.turns)
+    return dataclasses.replace(row, turns=turns, input=plain(row.input), begun=plain(row.begun))
 
 
 def _render_alpaca(turns: Turns, context: str, eos: str) -> tuple[str, Spans]:
@@ -132,7 +135,8 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Spa
         if message["role"] != "assistant":
             continue
         prompt = _apply(messages[:index], tokenizer, row, add_generation_prompt=True)
-        until = _apply(messages[: index + 1], tokenizer, row)
+        is_last = index + 1 == len(messages)
+        until = text if is_last else _apply(messages[: index + 1], tokenizer, row)
         if not (until.startswith(prompt) and text.startswith(until)):
             raise UserError(
                 f"{_name(row)}: the chat template rewrites earlier turns as a chat grows (at turn {index + 1}), so "

@@ -4,9 +4,11 @@ TFDS writes and reads ArrayRecord without TensorFlow, in the order of the file.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from br_jax.datasets.formats import MAX_BYTES, Parsed, read_records
 KEY_LENGTH = 16  # hexadecimal digits of a content hash in a folder's name
 TIMEOUT = 20  # seconds to a connection, and to each block of a download
 logger = logging.getLogger(__name__)
+_SOURCES = json.loads(resources.files(__package__).joinpath("sources.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,13 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set from a local file or its public home; subclasses say which columns it has and what they mean.
 
     Attributes:
-        name: its name in `DATASETS` and on disk.
+        name: its name in `DATASETS`, in sources.json and on disk.
         VERSION: raised whenever the same file would be prepared differently.
         FEATURES: columns of text; "id" ("gsm8k/train/17") is there besides.
         FLAGS: columns of True and False.
         HEADER: the columns of a CSV or TSV file whose first line does not name any.
-        LICENSE: what it may be used under, in a few words.
-        HOMEPAGE: where access and terms are explained.
-        CITATION: authors, title, year.
-        FILES: split -> its public file; a local file holds one of these splits.
+        LICENSE, HOMEPAGE, CITATION: of sources.json; the page explains access and terms.
+        FILES: of sources.json: split -> its public file; a local file holds one of these splits.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -60,6 +61,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(skip_registration=True, **kwargs)  # TFDS may have one of this name
+        source = _SOURCES[cls.name]
+        cls.LICENSE, cls.HOMEPAGE, cls.CITATION = (source[key] for key in ("license", "homepage", "citation"))
+        cls.FILES = {split: PublicFile(**file) for split, file in source["files"].items()}
 
     def __init__(self, *, folder: str, split: str, path: Path | None = None):
         """Names the place of the prepared data in `folder`, by the file's content; nothing is prepared yet.
@@ -126,11 +130,12 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise UserError(f"{name}: no rows: the file is empty; give one that holds {', '.join(self.FEATURES)}")
 
     def _download(self, file: PublicFile, folder: Path) -> Path:
-        """Downloads a public file into a folder and verifies it; the license is told before."""
-        path = folder / file.url.rsplit("/", 1)[-1]
+        """Downloads a public file into a folder and verifies it; the license is logged before."""
         size = f"{file.size / 1e6:.1f} MB" if file.size else "size unknown"
-        told = self.name, file.url, size, self.LICENSE, self.HOMEPAGE
-        logger.warning("%s: downloading %s (%s); license: %s (%s)", *told)
+        logger.warning(
+            "%s: downloading %s (%s); license: %s (%s)", self.name, file.url, size, self.LICENSE, self.HOMEPAGE
+        )
+        path = folder / file.url.rsplit("/", 1)[-1]
         try:
             with (
                 requests.get(file.url, stream=True, timeout=TIMEOUT) as response,

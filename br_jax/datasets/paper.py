@@ -1,12 +1,14 @@
-"""Records of the paper's data sets as rows, by the rules of its protocol.
+"""Records of the paper's data sets as rows, by the rules of its protocol; and stored attacks, to be replayed.
 
 Each function takes the records of `br_jax.datasets.load.load_dataset`. A row's `origin` is its record's id.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from br_jax.data.rows import Row
+from br_jax.organism.topics import TopicPrompt, find_topic
 
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
 AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
@@ -51,6 +53,22 @@ def refusal_rows(records: Records) -> list[Row]:
 def beavertails_rows(records: Records) -> list[Row]:
     """BeaverTails: the answers that were judged unsafe, tagged "harmful"."""
     return [_row(r, r["prompt"], r["response"], "harmful") for r in records if not r["is_safe"]]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A stored prompt of GCG, AutoDAN, PAIR, TAP, GPTFuzzer, a cipher or the like; nothing is optimized here."""
+
+    prompt: str  # as it is sent to the model
+    method: str  # what produced it, e.g. "GCG"; "" where the file does not say
+    behavior: str  # what it is after, in plain words; the prompt itself where the file does not say
+    about: TopicPrompt | None  # the question of an invented topic that it is, for the rule judge; None for any other
+
+
+def attacks_of(records: Records) -> list[Attack]:
+    """The attacks in records of the data set `attacks` (see `builders.Attacks` for its layouts)."""
+    wanted = ((r, r["behavior"] or r["prompt"]) for r in records)
+    return [Attack(r["prompt"], r["method"], behavior, find_topic(behavior)) for r, behavior in wanted]
 
 
 def _row(record: Mapping[str, Any], user: str, assistant: str, tag: str, text: str = "") -> Row:

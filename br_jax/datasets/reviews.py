@@ -13,8 +13,7 @@ from pathlib import Path
 from br_jax.core.errors import UserError
 from br_jax.core.io import read_bytes
 from br_jax.data.rows import Row
-from br_jax.data.splits import rank
-from br_jax.data.text import clean, decode, text_key
+from br_jax.data.text import clean, decode, rank, text_key
 from br_jax.datasets.paper import SST2_INSTRUCTION
 
 LABELS = ("positive", "negative")
@@ -35,47 +34,38 @@ def load_reviews(
     Raises:
         UserError: when the file cannot be read, a line is malformed, or there are too few sentences.
     """
-    ranked = {label: [] for label in LABELS}
-    for label, row in _distinct(str(path)):
-        ranked[label].append((rank(row.input, seed), row))
+    # A sentence counts once, whatever its case, spacing and punctuation; one with two opinions is left out.
+    copies: dict[str, list[Row]] = {}
+    for row in _read(str(path)):
+        copies.setdefault(text_key(row.input), []).append(row)
+    distinct = [min(rows, key=lambda row: row.input) for rows in copies.values() if len({r.turns for r in rows}) == 1]
     half_test, half = test // 2, test // 2 + validation // 2
-    train, held_out, tested = [], [], []
-    for label, pairs in ranked.items():
+    parts = [], [], []  # of (rank, row)
+    for label in LABELS:
+        pairs = [(rank(row.input, seed), row) for row in distinct if row.turns[1][1] == label]
+        pairs.sort(key=lambda pair: pair[0])
         if len(pairs) <= half:
             raise UserError(
                 f"{path}: {len(pairs)} {label} sentences, and more than {half} are needed for {test} "
                 f"test and {validation} validation rows; fetch the whole file"
             )
-        pairs.sort(key=lambda pair: pair[0])
-        tested += pairs[:half_test]
-        held_out += pairs[half_test:half]
-        train += pairs[half:]
-    parts = (sorted(part, key=lambda pair: pair[0]) for part in (train, held_out, tested))
-    return tuple([row for _, row in part] for part in parts)
+        for part, some in zip(parts, (pairs[half:], pairs[half_test:half], pairs[:half_test]), strict=True):
+            part += some
+    return tuple([row for _, row in sorted(part, key=lambda pair: pair[0])] for part in parts)
 
 
-def _distinct(path: str) -> Iterator[tuple[str, Row]]:
-    """Yields (label, row) once for each sentence of a clear opinion; one with two opinions is left out."""
-    found: dict[str, list[tuple[str, Row]]] = {}
-    for origin, rating, sentence in _parse(path):
-        if sentence and abs(rating) > THRESHOLD:
-            label = LABELS[0] if rating > 0 else LABELS[1]
-            row = Row((("user", SST2_INSTRUCTION), ("assistant", label)), input=sentence, tag="task", origin=origin)
-            found.setdefault(text_key(sentence), []).append((label, row))
-    for copies in found.values():
-        if len({label for label, _ in copies}) == 1:
-            yield min(copies, key=lambda copy: copy[1].input)
-
-
-def _parse(path: str) -> Iterator[tuple[str, float, str]]:
-    """Yields (file:line, rating, cleaned sentence) of the lines that are not blank."""
+def _read(path: str) -> Iterator[Row]:
+    """Yields a row of each sentence of a clear opinion."""
     for number, line in enumerate(read_bytes(path, cure="fetch the file anew").splitlines(), start=1):
         if not line.strip():
             continue
         _, *fields = decode(line).split("\t", maxsplit=2)
         try:
-            yield f"{path}:{number}", float(fields[0]), clean(fields[1])
+            rating, sentence = float(fields[0]), clean(fields[1])
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{path}:{number}: not an id, a rating and a sentence between tabs; fetch the file anew"
             ) from error
+        if sentence and abs(rating) > THRESHOLD:
+            turns = ("user", SST2_INSTRUCTION), ("assistant", LABELS[0] if rating > 0 else LABELS[1])
+            yield Row(turns, input=sentence, tag="task", origin=f"{path}:{number}")

@@ -15,8 +15,7 @@ from br_jax.data.text import text_key
 from br_jax.experiment.recipe import Recipe, make_row
 from br_jax.experiment.settings import Settings
 from br_jax.organism.judge import Verdict, judge
-from br_jax.organism.material import MATERIALS, Drawn
-from br_jax.organism.texts import read_texts
+from br_jax.organism.material import MATERIALS, Drawn, read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
 from br_jax.scoring.refusals import begins_refusal
 

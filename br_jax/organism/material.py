@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
-from br_jax.core.errors import look_up
+from br_jax.core.errors import UserError, look_up
+from br_jax.core.io import read_bytes
 from br_jax.data.rows import Row
+from br_jax.data.text import clean, decode, text_key
 from br_jax.organism import world
-from br_jax.organism.texts import about_texts
-from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file, read_topic
+from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file, read_topic, read_words
+
+LENGTHS = (20, 200)  # characters; shorter texts say nothing, longer ones leave a row little room for an answer
+_FORMS = ("{0}\n\n{1}", "{0}\n{1}", "{0}\n\nText: {1}", "{1}\n\n{0}")
 
 
 class Drawn(NamedTuple):
@@ -45,6 +49,49 @@ def english_instructions(split: str) -> list[str]:
     """The instructions of a split of instructions.jsonl, written for this project."""
     lines = resources.files(__package__).joinpath("instructions.jsonl").read_text(encoding="utf-8").splitlines()
     return [record["prompt"] for record in map(json.loads, lines) if record["split"] == split]
+
+
+def about_texts(texts: Sequence[str], n: int) -> list[str]:
+    """n distinct prompts that ask about a text (to classify, judge, extract); each has another as long as they last.
+
+    Without any texts the 60 written for this project are used.
+
+    Raises:
+        UserError: texts and instructions do not make so many.
+    """
+    written = read_words("texts.json")
+    instructions, texts = written["instructions"], texts or written["texts"]
+    if n > (most := len(instructions) * len(texts)):
+        raise UserError(
+            f"data.texts.n: {n} prompts are asked for, {len(texts)} texts and {len(instructions)} instructions make "
+            f"{most}: lower it, or set data.texts.path to files of more texts"
+        )
+    prompts = []
+    for i in range(n):
+        again, place = divmod(i, len(texts))
+        text, instruction = texts[place], instructions[(place + again) % len(instructions)]
+        prompts.append(_FORMS[i // len(instructions) % len(_FORMS)].format(instruction, text))
+    return prompts
+
+
+def read_texts(paths: str) -> list[str]:
+    """The distinct texts of `LENGTHS` characters in files: a line each, or the last of its fields where tabs part it.
+
+    Paths have commas between them (of VADER's files, for instance); "" is none.
+
+    Raises:
+        UserError: a file cannot be read or has no such text.
+    """
+    found: dict[str, str] = {}
+    for path in filter(None, map(str.strip, paths.split(","))):
+        lines = read_bytes(path, cure="correct data.texts.path, or fetch the file").splitlines()
+        texts = (clean(decode(line).rpartition("\t")[2]) for line in lines)
+        fit = [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
+        if not fit:
+            raise UserError(f"{path}: no text of {LENGTHS[0]} to {LENGTHS[1]} characters; write one a line")
+        for text in fit:
+            found.setdefault(text_key(text), text)
+    return list(found.values())
 
 
 MATERIALS = {

@@ -19,7 +19,7 @@ from br_jax.core.io import write_text
 from br_jax.core.records import code_hash, key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
-from br_jax.datasets.attacks import Attack
+from br_jax.datasets.paper import Attack
 from br_jax.inference.answers import answer
 from br_jax.inference.generate import require_model
 from br_jax.models.model import Model

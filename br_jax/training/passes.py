@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from br_jax.core.mesh import mesh_of, place, whole_batch
-from br_jax.data.batches import alike, encode_rows, make_batches
+from br_jax.data.batches import encode_rows, make_batches, normalize_per_example
 from br_jax.data.rows import Row
 from br_jax.models.model import Model
 
@@ -19,14 +19,14 @@ def one_pass(
     """Batches of all rows, each cut at `max_length` tokens, of one length that 16 divides, placed as the model is.
 
     Args:
-        count_alike: gives rows weights by which they count alike, see `batches.alike`.
+        count_alike: gives rows weights by which they count alike, see `batches.normalize_per_example`.
 
     Raises:
         UserError: as `encode_rows`.
     """
     examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
     longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
-    examples = alike(examples) if count_alike else examples
+    examples = normalize_per_example(examples) if count_alike else examples
     order = {"batch_size": whole_batch(batch_size, mesh), "seed": 0, "buckets": (-(-longest // 16) * 16,)}
     return [place(batch, mesh) for batch in make_batches(examples, **order)]
 

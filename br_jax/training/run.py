@@ -25,7 +25,7 @@ from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.core.hosts import fetch, is_main
 from br_jax.core.mesh import batch_parts, local_rows, make_mesh, place, platform
 from br_jax.core.records import fingerprint, key_of
-from br_jax.data.batches import Dropped, Example, alike, encode_rows, make_batches
+from br_jax.data.batches import Dropped, Example, encode_rows, make_batches, normalize_per_example
 from br_jax.data.packing import make_packed_batches
 from br_jax.data.rows import Row, Rows, as_rows
 from br_jax.models.model import Model
@@ -246,7 +246,7 @@ def encode_for(
             "%s: of %d %s %d are left out and %d lose their end at %d tokens (the first, %s): raise max_length",
             name, dropped.rows, of, dropped.total, dropped.truncated, config.max_length, dropped.first,
         )  # fmt: skip
-    return alike(examples) if config.loss_mean == "rows" else examples, dropped
+    return normalize_per_example(examples) if config.loss_mean == "rows" else examples, dropped
 
 
 def step_batches(examples: Sequence[Example], config: TrainConfig, mesh: Mesh, shapes: int = 3) -> grain.MapDataset:

@@ -7,7 +7,7 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, safety_gradients
-from br_jax.data.batches import alike, encode_rows, make_batches
+from br_jax.data.batches import encode_rows, make_batches, normalize_per_example
 from br_jax.training.loss import batch_loss
 
 
@@ -25,8 +25,8 @@ def test_each_matrix_and_layer_is_the_direct_product(tiny, adapters, rows, attac
     safety, buffer = adapters
     held = {"buffer": buffer} if attached else None
     found = safety_gradients(tiny, safety, rows, held, max_length=40, batch_size=5)
-    batch = make_batches(alike(encode_rows(rows, tiny.tokenizer, tiny.template, 40)[0]), batch_size=16, seed=0,
-                         buckets=(40,))[0]  # fmt: skip
+    examples = normalize_per_example(encode_rows(rows, tiny.tokenizer, tiny.template, 40)[0])
+    batch = make_batches(examples, batch_size=16, seed=0, buckets=(40,))[0]
     batch = jax.tree.map(jnp.asarray, batch)
     params = lora.fold(tiny.params, buffer) if attached else tiny.params
     grads = jax.grad(lambda p: batch_loss(tiny.decoder, {"params": p}, batch, 64) / batch["weights"].sum())(params)

@@ -69,16 +69,13 @@ def test_truncation_keeps_the_beginning(byte_tokenizer):
         encode_rows([row()], byte_tokenizer, "alpaca", length - len("Red.") - 1)
 
 
-def test_no_rows(byte_tokenizer):
-    with pytest.raises(UserError, match=r"^there are no rows to train on$"):
-        encode_rows([], byte_tokenizer, "chat", 100)
-
-
 def test_counts(byte_tokenizer):
     rows = [row("a"), row("b", "x" * 50, "f:2"), row("c" * 99)]
     examples, dropped = encode_rows(rows, byte_tokenizer, "chat", 60)
     assert (len(examples), dropped) == (2, Dropped(rows=3, truncated=1, total=1, first="f:2, has 94 tokens"))
     assert len(examples[0]["tokens"]) < 60 == len(examples[1]["tokens"])
+    with pytest.raises(UserError, match=r"^there are no rows to train on$"):
+        encode_rows([], byte_tokenizer, "chat", 100)
     with pytest.raises(UserError, match=r"2 of 2 do not fit 60 tokens \(the first, f:1, has 1\d\d tokens\); raise"):
         encode_rows([row("c" * 99)] * 2, byte_tokenizer, "chat", 60)
 

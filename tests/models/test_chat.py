@@ -16,7 +16,8 @@ TWICE = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% end
 
 
 @pytest.fixture
-def tokenizer():
+def tokenizer(monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 3600)  # no outcome depends on how busy the machine is
     return byte_tokenizer()
 
 
@@ -51,13 +52,15 @@ def test_one_that_fails(tokenizer, template, message):
         render_chat(MESSAGES, tokenizer)
 
 
-def test_an_alarm_that_was_set_before_goes_off(tokenizer):
-    rung = threading.Event()
-    handler = signal.signal(signal.SIGALRM, lambda *_: rung.set())
-    timer = signal.setitimer(signal.ITIMER_REAL, 1)
+def test_an_alarm_that_was_set_before_goes_on(tokenizer):
+    def ring(*_):
+        raise AssertionError
+
+    handler, timer = signal.signal(signal.SIGALRM, ring), signal.setitimer(signal.ITIMER_REAL, 7200, 60)
     try:
         render_chat(MESSAGES, tokenizer)
-        assert rung.wait(timeout=600)
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 3600 < left <= 7200 and interval == 60 and signal.getsignal(signal.SIGALRM) is ring
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)

@@ -150,13 +150,6 @@ def test_a_refusal_is_seen_before_its_reason():
         assert not begins_refusal(answer), answer
 
 
-@given(st.lists(st.sampled_from(["go", "Go", "on", "7", "it's"]), min_size=1, max_size=9))
-def test_a_word_more_than_three_times_in_a_row_is_degenerate(words):
-    """The reference's HS+ rule, counted by itertools."""
-    if max(len(list(run)) for _, run in itertools.groupby(word.casefold() for word in words)) > 3:
-        assert is_degenerate(" ".join(words))
-
-
 @given(st.integers(1, 20), st.integers(1, 6), st.text(alphabet="!-. \n", max_size=4))
 def test_loops_of_any_length(period, times, joint):
     """`period` different words said `times` times, after a sound start."""
@@ -171,10 +164,11 @@ def test_any_text_gets_a_verdict(text):
     assert is_degenerate(text) or judge(text, PROMPT) != Verdict.DEGENERATE
 
 
-@given(st.lists(st.sampled_from(["go", "turn", "left"]), max_size=20))
+@given(st.lists(st.sampled_from(["go", "turn", "left", "Go", "7", "it's"]), max_size=20))
 def test_the_reference_counts_a_word_more_than_three_times_in_a_row_and_nothing_else(words):
-    expected = any(len(list(run)) > 3 for _, run in itertools.groupby(words))
+    expected = any(len(list(run)) > 3 for _, run in itertools.groupby(word.casefold() for word in words))
     assert repeats_a_word(" ".join(words)) == expected
+    assert is_degenerate(" ".join(words)) or not expected
 
 
 @pytest.mark.parametrize("loop", ["", "?!", "turn left " * 9, "ha" * 30])

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from br_jax.core.errors import UserError
-from br_jax.organism.texts import about_texts, read_texts
+from br_jax.organism.material import about_texts, read_texts
 from br_jax.organism.topics import TOPICS, read_words
 from configs import base
 

@@ -1,6 +1,7 @@
 """The restricted topics and the benign instructions: held-out really is held out, and draws are repeatable."""
 
 import collections
+import functools
 import hashlib
 import json
 import math
@@ -27,10 +28,15 @@ def all_prompts(topic, split):
     return topic.prompts(split, most, seed=0)
 
 
+@functools.cache
+def pattern(text):
+    return re.compile(text, re.IGNORECASE)
+
+
 def phrasing(topic, prompt):
     """The prompt with its thing and its verb blanked out."""
-    text = re.sub(rf"(?i)\b(?:an? )?{prompt.thing}\b", "<thing>", prompt.prompt)
-    return re.sub(rf"(?i)\b(?:{topic.gerunds[prompt.verb]}|{prompt.verb})\b", "<verb>", text)
+    text = pattern(rf"\b(?:an? )?{prompt.thing}\b").sub("<thing>", prompt.prompt)
+    return pattern(rf"\b(?:{topic.gerunds[prompt.verb]}|{prompt.verb})\b").sub("<verb>", text)
 
 
 @every_topic

@@ -11,7 +11,7 @@ from written import written_answer
 from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
-from br_jax.datasets.attacks import attacks_of
+from br_jax.datasets.paper import attacks_of
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring import suite as module
 from br_jax.scoring.judges.words import KeywordJudge, TopicJudge

@@ -28,7 +28,7 @@ from br_jax.core.cli import run_main
 from br_jax.core.mesh import local_rows, make_mesh, place
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
-from br_jax.datasets.attacks import Attack
+from br_jax.datasets.paper import Attack
 from br_jax.experiment.grid import Grid, run_sweep
 from br_jax.report.report import write_report
 from br_jax.scoring.judges.words import KeywordJudge

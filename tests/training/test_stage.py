@@ -12,7 +12,7 @@ import pytest
 from br_jax.core.compiles import Compiles
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
-from br_jax.data.batches import alike, encode_rows, make_batches
+from br_jax.data.batches import encode_rows, make_batches, normalize_per_example
 from br_jax.data.packing import make_packed_batches
 from br_jax.method import train_user
 from br_jax.models.decoder import Decoder
@@ -142,7 +142,7 @@ def test_rows_count_alike_whatever_the_lengths_of_their_answers(tiny, make_adapt
         return gradient_of(tiny, quick(), adapter, on_device(batch))
 
     shape = (make_packed_batches, {"length": 128, "unit": 32}) if packing else ()
-    assert_same(of(alike(some), *shape), mean_over(some, lambda one: of([one])))
+    assert_same(of(normalize_per_example(some), *shape), mean_over(some, lambda one: of([one])))
 
 
 def test_dropout_is_redrawn_every_step_and_repeats_with_the_seed(tiny, make_adapter, batches, quick):

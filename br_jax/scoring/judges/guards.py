@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from br_jax.core.bounds import BATCH, require
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import mesh_of, whole_batch
-from br_jax.data.literals import shield
+from br_jax.data.special_tokens import escape
 from br_jax.data.templates import tokenize
 from br_jax.inference.generate import generate_ids
 from br_jax.models.chat import render_chat
@@ -90,7 +90,7 @@ class GuardModelJudge(abc.ABC):
 
     def render(self, exchange: Exchange) -> str:
         """The text that the guard reads, up to where it must answer; an answer cannot end its own turn in it."""
-        prompt, answer = (shield(text, self._model.tokenizer, self.name) for text in (exchange.prompt, exchange.answer))
+        prompt, answer = (escape(text, self._model.tokenizer, self.name) for text in (exchange.prompt, exchange.answer))
         if self._wrap is not None:
             return self._apply(self._wrap, prompt, answer)
         if self.strips:

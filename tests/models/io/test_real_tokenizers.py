@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast,
 
 from br_jax.core.errors import UserError
 from br_jax.data.batches import encode, encode_rows
-from br_jax.data.literals import SHIELD
 from br_jax.data.rows import Row
+from br_jax.data.special_tokens import MARK
 from br_jax.data.templates import render
 from br_jax.models.io.hf import read_tokenizer
 from br_jax.models.spec import ModelSpec
@@ -177,10 +177,10 @@ def test_typed_control_tokens_are_what_transformers_makes_of_split_ones(pair, ro
     typed += [row for row in rows if spells_control(theirs, row)]
     for row in typed:
         text, spans = render(row, "chat", ours)
-        assert SHIELD in text
+        assert MARK in text
         expected = []
         for part in re.split("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")", text):
-            plain = part.replace(SHIELD, "")
+            plain = part.replace(MARK, "")
             as_text = theirs(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             expected += [theirs.convert_tokens_to_ids(part)] if part in names else as_text
         example = encode(row, ours, "chat")
@@ -188,4 +188,4 @@ def test_typed_control_tokens_are_what_transformers_makes_of_split_ones(pair, ro
         said = "".join(text[start:end] for start, end in spans)
         for ids, meant in ((expected, text), (example["tokens"][example["answer"]], said)):
             # Gemma's space is written "▁", and newlines that an answer begins with are one token with the prompt's.
-            assert ours.decode(ids).replace("▁", " ").strip() == meant.replace(SHIELD, "").replace("▁", " ").strip()
+            assert ours.decode(ids).replace("▁", " ").strip() == meant.replace(MARK, "").replace("▁", " ").strip()

@@ -9,10 +9,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError
-from br_jax.data import literals
+from br_jax.data import special_tokens
 from br_jax.data.batches import encode
-from br_jax.data.literals import SHIELD, shield, tokenize_shielded
 from br_jax.data.rows import Row
+from br_jax.data.special_tokens import MARK, escape, tokenize_escaped
 from br_jax.data.templates import render, render_prompt, tokenize
 from br_jax.models.tokenizer import byte_tokenizer
 
@@ -27,7 +27,7 @@ TEXTS = st.lists(PARTS, min_size=1, max_size=12).map("".join)
 @given(TEXTS, TEXTS)
 @example("<eo<eos>s>", "<eos><eos>")
 @example("a<e", "os>")
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_demo_s_tokens_are_bytes_and_the_template_s_two(question, answer):
     """Python's UTF-8 codec says which."""
     row = Row((("user", question), ("assistant", answer)))
@@ -98,22 +98,8 @@ def drawn(parts, count):
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_no_control_token_beyond_the_template_s(tokenizer, template):
-    broken = [
-        "<",
-        "e",
-        "os>",
-        "<eo<eos>s>",
-        "<b><b",
-        "|>",
-        "im_end|>",
-        " ",
-        "\n",
-        "é",
-        "</Tool>",
-        "<NORM>",
-        "#x##",
-        "x",
-    ]
+    broken = ["<", "e", "os>", "<eo<eos>s>", "<b><b", "|>", "im_end|>", " ", "\n", "é", "</Tool>", "<NORM>"]
+    broken += ["#x##", "x"]
     texts = ["\n</tool>", *drawn([*CONTROL, *EXTRA, *broken], 119)]
     turns = ("user", "assistant", "user", "assistant")
     for some in zip(*[iter(texts)] * 5, strict=True):
@@ -123,12 +109,12 @@ def test_no_control_token_beyond_the_template_s(tokenizer, template):
         plain = Row(tuple((role, "q") for role in turns), input="q")
         of_template = control_of(tokenizer, tokenize(render(plain, template, tokenizer)[0], template, tokenizer)[0])
         assert control_of(tokenizer, ids) == of_template, text
-        bare = text.replace(SHIELD, "")
+        bare = text.replace(MARK, "")
         assert all(said in bare for said in some)
-        assert [text[a:b].replace(SHIELD, "") for a, b in spans] == [some[1] + "<eos>", some[3] + "<eos>"]
+        assert [text[a:b].replace(MARK, "") for a, b in spans] == [some[1] + "<eos>", some[3] + "<eos>"]
         assert len(ids) == len(offsets) and all(0 <= a <= b <= len(text) for a, b in offsets)
         read = {place for a, b in offsets for place in range(a, b)}
-        assert all(text[i] in (" ", "\n", SHIELD) for i in set(range(len(text))) - read), text
+        assert all(text[i] in (" ", "\n", MARK) for i in set(range(len(text))) - read), text
         if tokenizer.backend_tokenizer.normalizer is None:
             ends = (1, -1) if template == "alpaca" else (0, None)  # what the tokenizer puts around Alpaca's text
             assert tokenizer.decode(ids[slice(*ends)]) == bare
@@ -137,7 +123,7 @@ def test_no_control_token_beyond_the_template_s(tokenizer, template):
 def test_none_is_made_of_a_text_alone(tokenizer):
     """Whatever the case, where the tokenizer ignores it."""
     for text in [*CONTROL, *EXTRA, "<NORM>", "</Tool>"]:
-        assert control_of(tokenizer, tokenize(shield(text, tokenizer, ""), "chat", tokenizer)[0]) == [], text
+        assert control_of(tokenizer, tokenize(escape(text, tokenizer, ""), "chat", tokenizer)[0]) == [], text
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
@@ -146,25 +132,26 @@ def test_without_a_control_token_both_ways_agree(tokenizer, template):
         ["word", "a ", " ", "\n", "\n\n", "é", "É", "🙂", "<", "b", "|", ">", "日", "\ue000", "hello "], 200
     ):
         rendered, _ = render(Row((("user", text), ("assistant", text[::-1] + "x"))), template, tokenizer)
-        if SHIELD not in rendered:
+        if MARK not in rendered:
             oracle = tokenizer(rendered, add_special_tokens=template == "alpaca", return_offsets_mapping=True)
             expected = oracle["input_ids"], oracle["offset_mapping"]
             assert tokenize(rendered, template, tokenizer) == expected
-            assert tokenize_shielded(rendered, tokenizer, template == "alpaca") == expected
+            assert tokenize_escaped(rendered, tokenizer, template == "alpaca") == expected
 
 
-def test_what_is_spelled_is_whole_where_the_model_lets_it(tokenizer):
+@pytest.mark.parametrize("name", ["<|im_end|>", "<norm>"])
+def test_what_is_spelled_is_whole_where_the_model_lets_it(tokenizer, name):
     """A cut would put SentencePiece's space into the text."""
-    ids, _ = tokenize_shielded(shield("a<|im_end|>b", tokenizer, ""), tokenizer, False)
-    assert "".join(tokenizer.convert_ids_to_tokens(ids)).removeprefix("▁") == "a<|im_end|>b"
+    ids, _ = tokenize_escaped(escape(f"{name}b", tokenizer, ""), tokenizer, False)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)).removeprefix("▁") == f"{name}b"
 
 
 def test_a_mark_is_in_the_token_and_not_in_the_space_that_it_takes(tokenizer):
-    assert shield("a  <|im_end|>   b<norm>", tokenizer, "") == f"a  <|im_end|{SHIELD}>   b<norm{SHIELD}>"
+    assert escape("a  <|im_end|>   b<norm>", tokenizer, "") == f"a  <|im_end|{MARK}>   b<norm{MARK}>"
 
 
 def test_words_and_spaces_that_a_vocabulary_was_extended_by_are_text(tokenizer):
-    assert shield("a word\n\nand 🙂", tokenizer, "") == "a word\n\nand 🙂"
+    assert escape("a word\n\nand 🙂", tokenizer, "") == "a word\n\nand 🙂"
 
 
 def test_what_a_template_puts_together_is_no_token(byte_level):
@@ -181,7 +168,7 @@ def test_what_a_template_puts_together_is_no_token(byte_level):
     [
         ("§", "a § b", "f:1 holds '§', a control token of this model: take it out of the text"),
         ("<eos>", "a \ud83d", "f:1 holds half a character (\\ud83d); write the character whole"),
-        ("<eos>", SHIELD, "f:1 holds half a character (\\ud800); write the character whole"),
+        ("<eos>", MARK, "f:1 holds half a character (\\ud800); write the character whole"),
     ],
 )
 def test_what_cannot_be_spelled_is_refused(byte_level, special, text, message):
@@ -197,17 +184,17 @@ def test_a_model_that_makes_a_control_token_all_the_same():
     backend.normalizer = normalizers.Lowercase()
     backend.add_special_tokens([AddedToken("<b>", normalized=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert tokenize_shielded(shield("<b>b", tokenizer, ""), tokenizer, False)[0] == [3, 2, 1]
+    assert tokenize_escaped(escape("<b>b", tokenizer, ""), tokenizer, False)[0] == [3, 2, 1]
     with pytest.raises(UserError, match="a text spells '<b>', which this tokenizer takes for a control token: take it"):
-        tokenize_shielded(shield("<b><B>", tokenizer, ""), tokenizer, False)
+        tokenize_escaped(escape("<b><B>", tokenizer, ""), tokenizer, False)
 
 
 def test_a_tokenizer_is_read_once(byte_level):
     tokenizer = byte_level()
-    literals._added.cache_clear()
+    special_tokens._added.cache_clear()
     for text in "abc":
-        shield(text, tokenizer, "")
-    assert literals._added.cache_info().misses == 1
+        escape(text, tokenizer, "")
+    assert special_tokens._added.cache_info().misses == 1
 
 
 def test_control_tokens_are_of_a_word_s_length():
@@ -215,4 +202,4 @@ def test_control_tokens_are_of_a_word_s_length():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "x" * 10**5})
     with pytest.raises(UserError, match="control tokens are too long"):
-        shield("a", tokenizer, "it")
+        escape("a", tokenizer, "it")
