@@ -45,8 +45,7 @@ from br_jax.models.io.load import read_spec
 from br_jax.models.model import Model, fold_adapter, guard, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.provider.export import export_adapter
-from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
+from br_jax.provider import RECORDED_ADAPTERS, base_of, export_adapter, load_model, record_adapter, write_provider
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.statistics import read_score
 from br_jax.scoring.suite import DEGENERATE, Suite, evaluate, rules_version

@@ -22,7 +22,7 @@ from br_jax.experiment.grid import Grid, Run, _settings, run_sweep
 from br_jax.experiment.methods import ADAPTERS, COMPARED, METHODS, OF_PROVIDER, Cell, cells_of
 from br_jax.experiment.settings import BOUNDS, check_settings, settled
 from br_jax.pipeline import run_pipeline
-from br_jax.provider.folder import load_recorded, read_provider
+from br_jax.provider import load_recorded, read_provider
 from br_jax.report.analyses import write_analyses
 from br_jax.training.run import keep_adapter
 

@@ -14,7 +14,7 @@ from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import BOUNDS, TRAINED, check_settings, check_sizes
 from br_jax.models.io.hf import write_hf
 from br_jax.pipeline import run_pipeline
-from br_jax.provider.folder import write_provider
+from br_jax.provider import write_provider
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "paper"))  # which is a part

@@ -25,7 +25,7 @@ def read_model(
     revision: str | None = None,
     matmul_precision: str = "float32",
 ) -> Model:
-    """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.folder.load_model`."""
+    """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.load_model`."""
     require_dtype(dtype)
     precision = resolve_precision(matmul_precision, dtype)
     path = find_source(source, revision)
