@@ -91,7 +91,7 @@ def test_a_crash_between_the_files_leaves_no_mixed_pair(tmp_path, params, traine
 def test_save_refuses_a_place_that_is_a_file_and_what_no_reader_could_use(tmp_path, params, trained):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/user"):
-        with pytest.raises(OSError, match=place):
+        with pytest.raises(OSError, match=r"File exists: .*file|Not a directory: .*file"):
             save_adapter(tmp_path / place, trained(params), base_name="tiny")
     good = trained(params)
     q = good.weights["layers/attn/q"]
