@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from br_jax.core.io import owned
     from br_jax.experiment.run import Experiment
     from br_jax.experiment.suites import as_scored
-    from br_jax.provider.folder import with_guard
+    from br_jax.provider import with_guard
 
     require_flags(argv, CONFIG, WORKDIR)
     experiment = Experiment(CONFIG.value, WORKDIR.value)

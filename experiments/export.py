@@ -25,7 +25,7 @@ REVISION = flags.DEFINE_string("revision", None, "Of a model on the Hub: branch,
 
 def main(argv: list[str]) -> None:
     """Flags and one call."""
-    from br_jax.provider.export import export
+    from br_jax.provider import export
 
     require_flags(argv, MODEL, TO)
     figures = export(

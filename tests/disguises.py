@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 import br_jax as br
 from br_jax.adapters import lora
-from br_jax.adapters.compress import best_rank
+from br_jax.adapters.diagnostics import best_rank
 from br_jax.adapters.lora import Adapter
 
 

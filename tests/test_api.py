@@ -7,7 +7,7 @@ import pytest
 from hostile import HOSTILE
 
 import br_jax as br
-from br_jax.adapters.compress import best_rank
+from br_jax.adapters.diagnostics import best_rank
 
 NAMES = (
     "load_model", "load_adapter", "save_adapter", "train_buffer", "train_reinforce", "train_user", "detach",

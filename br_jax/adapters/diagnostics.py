@@ -1,12 +1,14 @@
-"""What two adapters have in common, matrix by matrix, from low-rank factors only (no dense matrix).
+"""What an adapter's deltas are and have in common, matrix by matrix, from low-rank factors only (no dense matrix).
 
-All functions but `merge_report` take one layer's factors. Factors are the paper's turned around: a = A^T is [I, R],
-b = B^T is [R, O] (I input width, O output width, R rank), so the output space of W = s B A is spanned by the rows of b.
-Matrix products run at the highest precision, or an accelerator would round them to bfloat16; every SVD says
-`full_matrices=False`, even without vectors, or the CPU's allocates a square one.
+Factors are the paper's turned around: a = A^T is [I, R], b = B^T is [R, O] (I input width, O output width, R rank), so
+the output space of W = s B A is spanned by the rows of b. Matrix products run at the highest precision, or an
+accelerator would round them to bfloat16; every SVD says `full_matrices=False`, even without vectors, or the CPU's
+allocates a square one.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from itertools import combinations_with_replacement
@@ -15,14 +17,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg.cython_lapack  # noqa: F401  # JAX loads it, and its BLAS, at the first factorization: too late to limit
 from jaxtyping import Array, Float, Int
+from threadpoolctl import threadpool_limits
 
-from br_jax.adapters.lapack import one_blas_thread
+from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
+from br_jax.core.bounds import RANK, require
 
 # Householder QR of f32 columns leaves about 1 eps (relative to the largest singular value) where the true value is 0;
 # four eps a column stands clear of that noise and far below any direction that f32 can still resolve.
-NOISE_EPS_PER_COLUMN = 4
+_NOISE_A_COLUMN = 4 * float(np.finfo(np.float32).eps)
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager:
+    """While it lasts, BLAS does not thread the calls that it gets.
+
+    On a CPU factorizations are LAPACK's, called from XLA's own threads: a BLAS that threads each call once more has
+    them wait for one another, from seconds to forever. Wait for the results inside of it.
+    """
+    return threadpool_limits(limits=1, user_api="blas")
 
 
 def merge_report(user: Adapter, reinforce: Adapter, merge) -> dict[str, Any]:
@@ -83,22 +97,20 @@ def _inner_product(one: dict[str, dict[str, Array]], other: dict[str, dict[str, 
 
 def measure(adapter: Adapter, tau: float) -> dict[str, dict[str, np.ndarray]]:
     """Each path's singular values of its delta, "sigma" [L, K], and its "stable_rank" and "effective_rank" [L]."""
+    settings = adapter.scale, np.float32(tau)
     with one_blas_thread():
-        return {
-            path: jax.device_get(_measure(pair["a"], pair["b"], adapter.scale, np.float32(tau)))
-            for path, pair in adapter.weights.items()
-        }
+        return {path: jax.device_get(_measure(pair, *settings)) for path, pair in adapter.weights.items()}
 
 
 @jax.jit
 def _measure(
-    a: Float[Array, "L I R"], b: Float[Array, "L R O"], scale: Float[Array, ""], tau: Float[Array, ""]
+    pair: dict[str, Float[Array, "L ..."]], scale: Float[Array, ""], tau: Float[Array, ""]
 ) -> dict[str, Float[Array, "L ..."] | Int[Array, " L"]]:
     def of_layer(pair):
-        sigma = singular_values(*pair, scale)
-        return {"sigma": sigma, "stable_rank": stable_rank(sigma), "effective_rank": effective_basis(*pair, tau)[1]}
+        sigma, (_, rank) = singular_values(pair["a"], pair["b"], scale), effective_basis(pair["a"], pair["b"], tau)
+        return {"sigma": sigma, "stable_rank": stable_rank(sigma), "effective_rank": rank}
 
-    return jax.lax.map(of_layer, (a, b))
+    return jax.lax.map(of_layer, pair)
 
 
 @jax.jit
@@ -113,19 +125,15 @@ def _matrix_report(user: dict, reinforce: dict, user_scale, reinforce_scale, tau
         user_b, reinforce_b = output_coordinates(user["b"], reinforce["b"])
         user_a, reinforce_a = (jnp.linalg.qr(pair["a"], mode="r") for pair in pairs)
         basis, kept = effective_basis(user_a, user_b, tau)
-        user_sigma = singular_values(user_a, user_b, user_scale)
-        reinforce_sigma = singular_values(reinforce_a, reinforce_b, reinforce_scale)
-        angles, count = principal_angles(*column_basis(user_b.T), *column_basis(reinforce_b.T))
-        return {
-            "kept_rank": kept,
-            "removed_share": removed_share(reinforce_a, reinforce_b, basis),
-            "stable_rank_user": stable_rank(user_sigma),
-            "stable_rank_reinforce": stable_rank(reinforce_sigma),
-            "singular_values_user": user_sigma,
-            "singular_values_reinforce": reinforce_sigma,
-            "principal_angles": angles,
-            "angle_count": count,
+        sigmas = {
+            "user": singular_values(user_a, user_b, user_scale),
+            "reinforce": singular_values(reinforce_a, reinforce_b, reinforce_scale),
         }
+        angles, count = principal_angles(*column_basis(user_b.T), *column_basis(reinforce_b.T))
+        report = {"kept_rank": kept, "removed_share": removed_share(reinforce_a, reinforce_b, basis)}
+        report |= {f"stable_rank_{role}": stable_rank(sigma) for role, sigma in sigmas.items()}
+        report |= {f"singular_values_{role}": sigma for role, sigma in sigmas.items()}
+        return report | {"principal_angles": angles, "angle_count": count}
 
     return jax.lax.map(of_layer, (user, reinforce))
 
@@ -163,7 +171,7 @@ def effective_basis(
     """
     triangle = jnp.linalg.qr(a, mode="r")
     _, sigma, v = jnp.linalg.svd(triangle, full_matrices=False)  # rows of v, descending sigma
-    relative = jnp.maximum(jnp.sqrt(tau), _noise_floor(a.shape[1]))
+    relative = jnp.maximum(jnp.sqrt(tau), _NOISE_A_COLUMN * a.shape[1])
     kept = sigma > relative * sigma[0]
     columns = jnp.matmul(b.T, jnp.where(kept, v.T, 0), precision="highest")  # [O, K]
     basis, _ = column_basis(columns)
@@ -184,7 +192,7 @@ def column_basis(columns: Float[Array, "O R"]) -> tuple[Float[Array, "O K"], Int
     """
     q, triangle = jnp.linalg.qr(columns)
     u, sigma, _ = jnp.linalg.svd(triangle, full_matrices=False)
-    real = sigma > _noise_floor(columns.shape[1]) * sigma[0]
+    real = sigma > _NOISE_A_COLUMN * columns.shape[1] * sigma[0]
     # a choice, not a product: whatever an SVD returns for a zero matrix, masked columns are exactly zero
     return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0), real.sum()
 
@@ -238,6 +246,60 @@ def _core(a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "J K"]
     return jnp.matmul(left, right.T, precision="highest")
 
 
-def _noise_floor(columns: int) -> float:
-    """Gives the relative singular value at or below which a direction is rounding noise."""
-    return NOISE_EPS_PER_COLUMN * columns * float(jnp.finfo(jnp.float32).eps)
+def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
+    """Approximates each matrix's delta, layer by layer, by the one of a given rank that is nearest in Frobenius norm.
+
+    From the adapter's own rank on, its delta comes back the same (to f32 rounding).
+
+    Returns:
+        An adapter with scale 1 and the same roles, balanced (each singular value's root goes to both sides); a path
+        whose delta cannot have this rank gets the highest that it can. And figures ready for JSON: "rank",
+        "relative_error" (||delta - approximation|| / ||delta|| over all matrices together) and "matrices" (path ->
+        the same of each layer); the error of a zero delta is 0.
+
+    Raises:
+        UserError: a rank below 1 or above 65,536, or numbers that are not finite.
+    """
+    require("rank", rank, RANK)
+    with one_blas_thread():
+        results = {
+            path: jax.block_until_ready(_best_factors(pair["a"], pair["b"], adapter.scale, rank))
+            for path, pair in adapter.weights.items()
+        }
+    weights = {path: {"a": a, "b": b} for path, (a, b, _) in results.items()}
+    # squares in float64: in f32 those of a small adapter would be 0
+    squares = {path: np.square(jax.device_get(sigma), dtype=np.float64) for path, (_, _, sigma) in results.items()}
+    lost = {path: square[:, rank:].sum(axis=-1) for path, square in squares.items()}
+    whole = {path: square.sum(axis=-1) for path, square in squares.items()}
+    if not np.isfinite(sum(map(np.sum, whole.values()))):
+        lora.require_finite(adapter)  # says which of its numbers it is
+
+    def relative(part, total):
+        return math.sqrt(part / total) if total > 0 else 0.0
+
+    return adapter.replace(weights=weights, scale=jnp.float32(1)), {
+        "rank": rank,
+        "relative_error": relative(sum(map(np.sum, lost.values())), sum(map(np.sum, whole.values()))),
+        "matrices": {path: list(map(relative, lost[path], whole[path])) for path in squares},
+    }
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _best_factors(
+    a: Float[Array, "L I R"], b: Float[Array, "L R O"], scale: Float[Array, ""], rank: int
+) -> tuple[Float[Array, "L I K"], Float[Array, "L K O"], Float[Array, "L M"]]:
+    """Factors the best approximation of scale * a @ b, and gives all M = min(I, O, R) singular values, descending.
+
+    With a = Q_a R_a and b^T = Q_b R_b the delta is Q_a (scale R_a R_b^T) Q_b^T; the core in brackets is small and has
+    the delta's singular values.
+    """
+    q_a, r_a = jnp.linalg.qr(a)
+    q_b, r_b = jnp.linalg.qr(b.mT)
+    core = scale * jnp.matmul(r_a, r_b.mT, precision="highest")
+    u, sigma, v = jnp.linalg.svd(core, full_matrices=False)  # rows of v
+    root = jnp.sqrt(sigma[:, None, :rank])
+    left = jnp.matmul(q_a, u[:, :, :rank], precision="highest")
+    right = jnp.matmul(q_b, v[:, :rank].mT, precision="highest")
+    # a choice, not a product: whatever an SVD returns for a zero matrix, the factors are exactly zero
+    left, right = (jnp.where(root > 0, side * root, 0) for side in (left, right))
+    return left, right.mT, sigma

@@ -131,14 +131,11 @@ def _join(parts: list[tuple[dict[str, dict[str, Array]], Array]]) -> dict[str, d
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same delta at a larger rank: zeros are added behind each `a` and `b`."""
 
-    def pad(leaf, axis):
-        if leaf.shape[axis] == rank:
-            return leaf
-        widths = [(0, 0)] * leaf.ndim
-        widths[axis] = (0, rank - leaf.shape[axis])
-        return jnp.pad(leaf, widths)
-
-    padded = {path: {"a": pad(pair["a"], -1), "b": pad(pair["b"], -2)} for path, pair in adapter.weights.items()}
+    padded = {}
+    for path, pair in adapter.weights.items():
+        more = rank - pair["a"].shape[-1]
+        a, b = jnp.pad(pair["a"], [(0, 0), (0, 0), (0, more)]), jnp.pad(pair["b"], [(0, 0), (0, more), (0, 0)])
+        padded[path] = {"a": a, "b": b} if more else pair
     return adapter.replace(weights=padded)
 
 
@@ -159,6 +156,21 @@ def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, A
     if name not in adapters:
         raise UserError(f"no adapter named {name!r} to detach; {near_names(name, adapters)}")
     return {other: adapter for other, adapter in adapters.items() if other != name}
+
+
+@jax.jit
+def _fold_kernels(kernels: dict[str, Float[Array, "L I O"]], weights: dict[str, dict[str, Array]], scale) -> dict:
+    """Folds kernels a layer at a time, so that the dense f32 delta never exists for all layers at once."""
+
+    def fold_layer(layer):
+        kernel, a, b = layer
+        update = scale * jnp.matmul(a, b, precision="highest")
+        return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+
+    return {
+        path: jax.lax.map(fold_layer, (kernel, weights[path]["a"], weights[path]["b"]))
+        for path, kernel in kernels.items()
+    }
 
 
 def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -193,7 +205,7 @@ def collection(adapter: Adapter) -> dict[str, Any]:
     """Shapes an adapter as the Flax variable collection "lora", whose tree mirrors `params`.
 
     Returns:
-        Nested dict, e.g. {"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, scale in `b`.
+        Nested dict, for example {"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, scale in `b`.
     """
     return traverse_util.unflatten_dict(_with_scale(adapter.weights, adapter.scale), sep="/")
 
@@ -203,12 +215,21 @@ def _with_scale(weights: dict[str, dict[str, Array]], scale: Float[Array, ""]) -
     return {path: {"a": pair["a"], "b": scale * pair["b"]} for path, pair in weights.items()}
 
 
+def require_adapter(adapter: Any, place: object) -> None:
+    """Raises a `UserError` for anything but an `Adapter`."""
+    if not isinstance(adapter, Adapter):
+        raise UserError(f"{place}: needs an Adapter, got {type(adapter).__name__}: br.load_adapter reads one")
+
+
 def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:
     """Checks that an adapter fits a base, whose tree may be abstract, and holds only finite numbers.
+
+    For where an adapter comes in: nothing behind that asks again.
 
     Raises:
         UserError: a path, shape or value that is wrong, by name.
     """
+    require_adapter(adapter, "adapter")
     shapes = kernel_shapes(params)
     for path, pair in adapter.weights.items():
         if path not in shapes:
@@ -231,6 +252,13 @@ def require_finite(adapter: Adapter) -> None:
             raise UserError(f"adapter {'+'.join(adapter.roles)}: {name!r} holds NaN or infinity; train it again")
 
 
+def require_roles(place: object, roles: Iterable[str]) -> None:
+    """Raises a `UserError` where roles are none at all, or not all of `ROLES` or `UNKNOWN`."""
+    if not roles or not set(roles) <= {*ROLES, UNKNOWN}:
+        named = ", ".join(map(ascii, roles)) or "none"
+        raise UserError(f"{place}: its roles are {named}, but must be among {', '.join(ROLES)}: save the adapter again")
+
+
 def refuse_buffer(place: object, roles: Iterable[str]) -> None:
     """Raises a `UserError` for what must not be merged, written or handed on: a buffer, or what nobody says it is."""
     require_roles(place, roles)
@@ -244,13 +272,6 @@ def refuse_buffer(place: object, roles: Iterable[str]) -> None:
             f"{place}: refused, for nothing says what this adapter is: if you know that it is a user's, load it with "
             'the role "user"'
         )
-
-
-def require_roles(place: object, roles: Iterable[str]) -> None:
-    """Raises a `UserError` where roles are none at all, or not all of `ROLES` or `UNKNOWN`."""
-    if not roles or not set(roles) <= {*ROLES, UNKNOWN}:
-        told = ", ".join(map(ascii, roles)) or "none"
-        raise UserError(f"{place}: its roles are {told}, but must be among {', '.join(ROLES)}: save the adapter again")
 
 
 def require_base(adapter: Adapter, base: str, place: object) -> None:
@@ -269,25 +290,10 @@ def require_same_kernel(path: str, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters
     }
     if len(shapes) > 1:
-        told = ", ".join(f"{role} {shape}" for shape, role in shapes.items())
-        raise UserError(f"adapters disagree on the kernel {path!r}: {told}; they were made for different models")
+        owners = ", ".join(f"{role} {shape}" for shape, role in shapes.items())
+        raise UserError(f"adapters disagree on the kernel {path!r}: {owners}; they were made for different models")
 
 
 def fingerprint(adapter: Adapter) -> str:
     """SHA-256 of an adapter's numbers."""
     return records.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
-
-
-@jax.jit
-def _fold_kernels(kernels: dict[str, Float[Array, "L I O"]], weights: dict[str, dict[str, Array]], scale) -> dict:
-    """Folds kernels a layer at a time, so that the dense f32 delta never exists for all layers at once."""
-
-    def fold_layer(layer):
-        kernel, a, b = layer
-        update = scale * jnp.matmul(a, b, precision="highest")
-        return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
-
-    return {
-        path: jax.lax.map(fold_layer, (kernel, weights[path]["a"], weights[path]["b"]))
-        for path, kernel in kernels.items()
-    }

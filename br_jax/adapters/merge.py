@@ -10,8 +10,7 @@ from absl import logging
 from jaxtyping import Array
 
 from br_jax.adapters import lora
-from br_jax.adapters.diagnostics import effective_basis
-from br_jax.adapters.lapack import one_blas_thread
+from br_jax.adapters.diagnostics import effective_basis, one_blas_thread
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import SHARE, number, require_bounds
 from br_jax.core.errors import UserError
@@ -85,6 +84,7 @@ def _apart_from(pairs: dict[str, tuple[dict, dict]], strength: float, tau: float
 def _shared_paths(user: Adapter, reinforce: Adapter) -> Sequence[str]:
     """The matrices that both adapters change; a `UserError` for what must not or cannot be merged."""
     for adapter in (user, reinforce):
+        lora.require_adapter(adapter, "QR merge")
         lora.refuse_buffer("QR merge", adapter.roles)
         lora.require_finite(adapter)
     shared = sorted(user.weights.keys() & reinforce.weights.keys())

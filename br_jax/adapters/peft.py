@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's layout and names: `peft.PeftModel` loads what we write, and we load theirs.
 
-A folder holds `adapter_model.safetensors` and `adapter_config.json`. What PEFT has no field for (roles, the
-base's fingerprint) travels in the safetensors header, where PEFT does not look.
+A folder holds `adapter_model.safetensors` and `adapter_config.json`. What PEFT has no field for (roles, the base's
+fingerprint) travels in the safetensors header, where PEFT does not look.
 """
 
 import json
@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from safetensors.numpy import save as serialize
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.peft_config import PlainLora, read_config
-from br_jax.core.errors import UserError, near_names
-from br_jax.core.io import PICKLES, make_private, open_safetensors, parse_json, reading, writing
+from br_jax.adapters.peft_config import PlainLora, ends_of, read_config
+from br_jax.core.errors import UserError, near_names, one_line
+from br_jax.core.io import PICKLES, make_private, open_safetensors, parse_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -69,11 +70,14 @@ def save_adapter(
         UserError: a buffer, or an adapter of unknown role, outside the provider's folder; an adapter that is empty, not
             finite or not of the decoder's layers; or a folder that cannot be written (full disk included).
     """
-    folder = Path(folder)
+    lora.require_adapter(adapter, folder)
+    folder = as_folder(folder)
     (lora.require_roles if provider else lora.refuse_buffer)(folder, adapter.roles)
     if not adapter.weights:
         raise UserError(f"{folder}: the adapter has no matrices; there is nothing to write")
     lora.require_finite(adapter)
+    for path in adapter.weights.keys() - MODULES.keys():
+        raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {near_names(path, MODULES)}")
     rank = max(pair["a"].shape[-1] for pair in adapter.weights.values())
     adapter = jax.tree.map(lambda leaf: leaf.astype(np.float32), lora.pad_rank(adapter, rank))
     provenance = {
@@ -86,7 +90,13 @@ def save_adapter(
     # one header entry: safetensors writes several in random order, and equal adapters should be equal files
     header = {"br_jax": json.dumps(provenance, sort_keys=True)}
     config = json.dumps(_peft_config(adapter, rank, base_name), indent=2, sort_keys=True) + "\n"
-    files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: serialize(_tensors(adapter), metadata=header)}
+    tensors = {}  # PEFT's A [r, in] and B [out, r] of each layer
+    for path, pair in jax.device_get(adapter.weights).items():
+        for layer in range(pair["a"].shape[0]):
+            for key, side in zip(_keys(_module(layer, path)), "ab", strict=True):
+                # safetensors copies the buffer as it lies, whatever the strides say
+                tensors[key] = np.ascontiguousarray(pair[side][layer].T)
+    files = {CONFIG_FILE: config.encode(), WEIGHTS_FILE: serialize(tensors, metadata=header)}
     _write_folder(folder, files, private=private or provider)
 
 
@@ -112,7 +122,7 @@ def load_adapter(
         UserError: a folder that is missing, damaged, pickled, of another model, of more than plain LoRA, or of the
             embedding or the head.
     """
-    folder = Path(folder)
+    folder = as_folder(folder)
     provenance = read_provenance(folder)
     config = read_config(folder / CONFIG_FILE)
     recorded = provenance.get("base_fingerprint", "")
@@ -132,6 +142,15 @@ def load_adapter(
     return adapter
 
 
+def as_folder(folder: Any, call: str = "") -> Path:
+    """The path of a folder; a `UserError` for what is none, such as another argument of `call`."""
+    if not isinstance(folder, str | os.PathLike):
+        raise UserError(f"needs the path of a folder, got {type(folder).__name__}{call and f': the order is {call}'}")
+    if "\0" in os.fspath(folder):
+        raise UserError(f"{folder}: a null character is in the folder's name: choose another")
+    return Path(folder)
+
+
 def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     """Reads what `save_adapter` recorded beside the weights.
 
@@ -142,7 +161,15 @@ def read_provenance(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UserError: a folder that is missing, damaged or pickled, or made by a later version.
     """
-    path = _find_weights(Path(folder))
+    folder = as_folder(folder)
+    candidates = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    if (path := folder / WEIGHTS_FILE) not in candidates:
+        for each in candidates:
+            if each.suffix in PICKLES and each.exists():
+                raise UserError(
+                    f"{each}: pickled weights are refused, they can run code; save the adapter as safetensors"
+                )
+        raise UserError(f"{folder}: no adapter there ({WEIGHTS_FILE} is missing); give the folder of an adapter")
     with open_safetensors(path) as file:
         text = (file.metadata() or {}).get("br_jax", "{}")
     provenance = parse_json(text, f"{path}: its br_jax header", "save the adapter again")
@@ -172,7 +199,7 @@ def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(_name(path).rsplit(".", 1)[-1] for path in adapter.weights),
+        "target_modules": sorted(MODULES[path].rsplit(".", 1)[-1] for path in adapter.weights),
         "modules_to_save": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -184,30 +211,13 @@ def _peft_config(adapter: Adapter, rank: int, base_name: str) -> dict[str, Any]:
     }
 
 
-def _tensors(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Splits the layers and turns the matrices into PEFT's A [r, in] and B [out, r]."""
-    tensors = {}
-    for path, pair in jax.device_get(adapter.weights).items():
-        for layer in range(pair["a"].shape[0]):
-            for name, matrix in {"A": pair["a"][layer].T, "B": pair["b"][layer].T}.items():
-                # safetensors copies the buffer as it lies, whatever the strides say
-                tensors[_key(_module(layer, path), name)] = np.ascontiguousarray(matrix)
-    return tensors
-
-
-def _key(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.lora_{matrix}.weight"
-
-
 def _module(layer: int, path: str) -> str:
-    """PEFT's name of one layer of one of our paths, e.g. "model.layers.0.self_attn.q_proj"."""
-    return f"model.layers.{layer}.{_name(path)}"
+    return f"model.layers.{layer}.{MODULES[path]}"
 
 
-def _name(path: str) -> str:
-    if path not in MODULES:
-        raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {near_names(path, MODULES)}")
-    return MODULES[path]
+def _keys(module: str) -> list[str]:
+    """The names of a module's A and B."""
+    return [f"base_model.model.{module}.lora_{half}.weight" for half in "AB"]
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes], private: bool) -> None:
@@ -215,38 +225,29 @@ def _write_folder(folder: Path, files: Mapping[str, bytes], private: bool) -> No
 
     At every moment the folder holds a pair that belongs together, or no weights.
     """
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = folder if folder.is_dir() else folder.parent  # on the same disk
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=beside) as new:  # its mode is 0700
-            for name, data in files.items():
-                _write_file(Path(new, name), data, mode=0o600 if private else 0o666)
-            if private:
-                make_private(folder)
-            folder.mkdir(exist_ok=True)
-            (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-            for name in files:
-                os.replace(Path(new, name), folder / name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    near = folder if folder.is_dir() else folder.parent  # on the same disk
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=near) as new:  # its mode is 0700
+        for name, data in files.items():
+            _write_file(Path(new, name), data, mode=0o600 if private else 0o666)
+        if private:
+            make_private(folder)
+        folder.mkdir(exist_ok=True)
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        for name in files:
+            os.replace(Path(new, name), folder / name)
 
 
 def _write_file(path: Path, data: bytes, mode: int) -> None:
     """Writes a new file of this mode, through to the disk."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _find_weights(folder: Path) -> Path:
-    """Gives the folder's weights file; pickled ones are refused by name, as loading one can run any code."""
-    with reading(folder, "give a folder that you may read"):
-        candidates = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    if folder / WEIGHTS_FILE in candidates:
-        return folder / WEIGHTS_FILE
-    for path in candidates:
-        if path.suffix in PICKLES and path.exists():
-            raise UserError(f"{path}: pickled weights are refused, they can run code; save the adapter as safetensors")
-    raise UserError(f"{folder}: no adapter there ({WEIGHTS_FILE} is missing); give the folder of an adapter")
+    try:
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which a full disk's error lacks
+        raise
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -273,56 +274,57 @@ def _stack_layers(
     exact). Where a module's scale is not the config's, the ratio of the two goes into its b.
     """
     tensors = _read_tensors(file)
+    stored = sum(tensor.size for tensor in tensors.values())
     shapes = {path: shapes[path] for path in sorted(shapes.keys() & MODULES.keys())}
-    modules = {path: [_module(layer, path) for layer in range(shape[0])] for path, shape in shapes.items()}
-    adapted = {module for names in modules.values() for module in names if _is_adapted(config, module, tensors)}
-    if not adapted and not tensors:
+    taken = {path: {} for path in shapes}  # path -> layer -> A [r, in], B [out, r] and the scale
+    for path, (layers, *widths) in shapes.items():
+        for layer in range(layers):
+            module = _module(layer, path)
+            adapted = config.adapts(module)
+            if adapted or (adapted is None and any(key in tensors for key in _keys(module))):
+                taken[path][layer] = _take_module(file, tensors, config, module, widths)
+    if not stored and not any(taken.values()):
         raise UserError(f"{file}: holds no matrices; save the adapter again")
-    # nothing is a multiple of a zero scale
-    scale = config.scale if config.scale or not any(map(config.scale_of, adapted)) else 1.0
-    weights, stored, padded = {}, sum(tensor.size for tensor in tensors.values()), 0
-    for path, (layers, fan_in, fan_out) in shapes.items():
-        factors = {}  # layer -> A [r, in] and B [out, r]
-        for layer, module in enumerate(modules[path]):
-            if module in adapted:
-                rank = config.rank_of(module)
-                sides = {"A": (rank, fan_in), "B": (fan_out, rank)}
-                factors[layer] = [_take(file, tensors, _key(module, half), shape) for half, shape in sides.items()]
-        if not factors:
-            continue
-        widest = max(len(a) for a, _ in factors.values())
-        padded += layers * widest * (fan_in + fan_out)
-        if padded > _MOST_PADDED + 16 * stored:
-            raise UserError(f"{file}: its {stored:,} numbers, padded to all layers and one rank, would be {padded:,}")
-        a, b = np.zeros((layers, fan_in, widest), np.float32), np.zeros((layers, widest, fan_out), np.float32)
-        for layer, (theirs_a, theirs_b) in factors.items():
-            ratio = config.scale_of(modules[path][layer]) / scale if scale else 1.0
-            a[layer, :, : len(theirs_a)] = theirs_a.T
-            b[layer, : len(theirs_a)] = theirs_b.T * ratio
-        weights[path] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     if tensors:
         names = ", ".join(MODULES[path].rsplit(".", 1)[-1] for path in shapes)
         raise UserError(
             f"{file}: {min(tensors)!r} is no LoRA matrix that {CONFIG_FILE} calls for in this model's layers, where "
             f"{names} can be adapted; was it made for another model?"
         )
+    ends = {end for path in shapes for layer in range(shapes[path][0]) for end in ends_of(_module(layer, path))}
+    if unknown := sorted((config.targets or set()) - ends):
+        logging.warning("%s: no layer of this model has its targets %s", file, one_line(", ".join(unknown)))
+    # nothing is a multiple of a zero scale
+    scale = config.scale or (1.0 if any(each for path in taken.values() for *_, each in path.values()) else 0.0)
+    weights, padded = {}, 0
+    for path, (layers, fan_in, fan_out) in shapes.items():
+        widest = max((len(a) for a, _, _ in taken[path].values()), default=0)
+        padded += layers * widest * (fan_in + fan_out)
+        if padded > _MOST_PADDED + 16 * stored:
+            raise UserError(f"{file}: its {stored:,} numbers, padded to all layers and one rank, would be {padded:,}")
+        if not widest:
+            continue
+        a, b = np.zeros((layers, fan_in, widest), np.float32), np.zeros((layers, widest, fan_out), np.float32)
+        for layer, (theirs_a, theirs_b, own_scale) in taken[path].items():
+            a[layer, :, : len(theirs_a)] = theirs_a.T
+            b[layer, : len(theirs_a)] = theirs_b.T * (own_scale / scale if scale else 1.0)
+        weights[path] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     return weights, scale
 
 
-def _is_adapted(config: PlainLora, module: str, tensors: Mapping[str, np.ndarray]) -> bool:
-    if config.targets is None:
-        return any(_key(module, half) in tensors for half in "AB")
-    parts = module.split(".")
-    return any(".".join(parts[i:]) in config.targets for i in range(len(parts)))
-
-
-def _take(file: Path, tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int]) -> np.ndarray:
-    """Takes one tensor out of those read, and checks that it is there and of this shape."""
-    if key not in tensors:
-        raise UserError(f"{file}: lacks {key}, which {CONFIG_FILE} calls for; save the adapter again")
-    if tensors[key].shape != shape:
-        raise UserError(
-            f"{file}: {key} is {list(tensors[key].shape)}, but its rank in {CONFIG_FILE} and this model need "
-            f"{list(shape)}; was it made for another model?"
-        )
-    return tensors.pop(key)
+def _take_module(
+    file: Path, tensors: dict[str, np.ndarray], config: PlainLora, module: str, widths: list[int]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Takes A and B of a module out of the tensors, checks that they fit, and gives its scale too."""
+    for key in (keys := _keys(module)):
+        if key not in tensors:
+            raise UserError(f"{file}: lacks {key}, which {CONFIG_FILE} calls for; save the adapter again")
+    a, b = map(tensors.pop, keys)
+    rank = config.rank_of(module) or max(1, len(a) if a.ndim else 1)
+    for key, matrix, shape in zip(keys, (a, b), ([rank, widths[0]], [widths[1], rank]), strict=True):
+        if list(matrix.shape) != shape:
+            raise UserError(
+                f"{file}: {key} is {list(matrix.shape)}, but its rank in {CONFIG_FILE} and this model need {shape}; "
+                "was it made for another model?"
+            )
+    return a, b, config.scale_of(module, rank)

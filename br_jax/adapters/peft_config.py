@@ -1,33 +1,24 @@
-"""What PEFT's adapter_config.json says of an adapter: its ranks and scales, and that it is plain LoRA.
+"""What PEFT's adapter_config.json says of an adapter: what is adapted, at which ranks and scales.
 
-The rules are those of peft 0.21: `get_pattern_key` (which pattern counts) and `LoraLayer.update_layer` (the scale). A
-module's name is PEFT's, e.g. "model.layers.0.self_attn.q_proj".
-
-A pattern is a stranger's regular expression, with which Python's `re` may take years. RE2 takes time linear in the
-name; what it does not know (backreferences, what stands before or after), or reads otherwise than `re`, is refused.
+The rules are those of peft 0.21: `check_target_module_exists` (what is adapted), `get_pattern_key` (which pattern
+counts) and `LoraLayer.update_layer` (the scale). A module's name is PEFT's, "model.layers.0.self_attn.q_proj" for one.
 """
 
 import dataclasses
+import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import re2
 
 from br_jax.core.errors import UserError, one_line
 from br_jax.core.io import read_json
 
-Matches = Callable[[str], Any]  # whether an expression matches a module's name
-
 F32_MAX = float(np.finfo(np.float32).max)
-_MAX_PATTERNS, _MAX_EXPRESSION = 2000, 1000  # Llama-3.1 405B has 882 modules; characters
-_MAX_PROGRAM = 20_000  # instructions of all of RE2's programs, each of which a name may need: one has fifty or so
-_PLAIN = re.compile(r"[\w.]*", re.ASCII)  # no more than a name, and quicker by `re`
-# "[[:alpha:]]" is a class to RE2 alone, "a{,3}" a repetition to `re` alone.
-_READ_OTHERWISE = ("[:", "{,")
+_MOST_PATTERNS = 2000  # Llama-3.1 405B has 882 modules
 
 # when set, they mean more than W + scale * B A, or another base
 REFUSED_FIELDS = (
@@ -49,11 +40,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= F32_MAX
 
 
-def _is_rank(value: Any) -> bool:
-    return _is_number(value) and value >= 1 and value == int(value)
+def _is_whole(value: Any, least: int = 1) -> bool:
+    return _is_number(value) and value >= least and value == int(value)
 
 
-def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _is_pattern_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
 
 
@@ -64,13 +55,22 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "peft_type": ("'LORA'", lambda value: value == "LORA"),
     "bias": ("'none'", lambda value: value in (None, "none")),
     "init_lora_weights": ("one that leaves the base as it is", lambda value: value in HARMLESS_INITS),
-    "r": ("a whole number of at least 1", _is_rank),
+    "r": ("a whole number of at least 1", _is_whole),
     "lora_alpha": ("a finite number", _is_number),
-    "rank_pattern": ("an object of whole numbers of at least 1", _maps_to(_is_rank)),
-    "alpha_pattern": ("an object of finite numbers", _maps_to(_is_number)),
+    "rank_pattern": ("an object of whole numbers of at least 1", _is_pattern_of(_is_whole)),
+    "alpha_pattern": ("an object of finite numbers", _is_pattern_of(_is_number)),
+    "layers_to_transform": (
+        "a layer's number or a list of them",
+        lambda value: (
+            value is None or all(_is_whole(each, 0) for each in (value if isinstance(value, list) else [value]))
+        ),
+    ),
 }
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-KNOWN_FIELDS = (*_RULES, *HARMLESS_FIELDS, *_TARGETS, "use_rslora")
+KNOWN_FIELDS = (*_RULES, *HARMLESS_FIELDS, "target_modules", "exclude_modules", "layers_pattern", "use_rslora")
+
+
+# a key's match with a module's name, None where the key is not read, and its value; the first that matches counts
+Pattern = Sequence[tuple[Callable[[str], Any] | None, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +80,39 @@ class PlainLora:
     rank: int  # "r", for a module that no rank pattern matches
     alpha: float  # "lora_alpha", for a module that no alpha pattern matches
     rank_stabilized: bool  # the scale is alpha / sqrt(rank), not alpha / rank
-    rank_pattern: Sequence[tuple[Matches, int]]  # for a module's name, and its rank; the first that matches counts
-    alpha_pattern: Sequence[tuple[Matches, float]]  # likewise
-    # Names, or ends of names, of all adapted modules; None where they are told in another way (by an expression, some
-    # layers only, with exceptions, or not at all), and the tensors say which they are.
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
+    # names, or ends of names, of the adapted modules; None where an expression, exceptions or nothing tells them
     targets: frozenset[str] | None
+    layers: frozenset[int] | None  # that alone are adapted; None is all
 
     @property
     def scale(self) -> float:
         """The scale of a module that no pattern matches."""
-        return self._scale(self.rank, self.alpha)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
-    def rank_of(self, module: str) -> int:
-        """The rank of an adapted module."""
+    def scale_of(self, module: str, rank: int) -> float:
+        """The scale of an adapted module of this rank."""
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank of an adapted module; None where an expression that may match it is not one that we read."""
         return _first_match(self.rank_pattern, module, self.rank)
 
-    def scale_of(self, module: str) -> float:
-        """The scale of an adapted module."""
-        return self._scale(self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha))
+    def adapts(self, module: str) -> bool | None:
+        """Whether a module is adapted; None where that is for the tensors to say."""
+        if self.targets is not None and module in self.targets:
+            return True
+        if self.layers is not None and int(module.split(".")[2]) not in self.layers:
+            return False
+        return None if self.targets is None else not self.targets.isdisjoint(ends_of(module))
 
-    def _scale(self, rank: int, alpha: float) -> float:
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+def ends_of(module: str) -> list[str]:
+    """The names by which a target can call for a module: its own, and what follows each dot of it."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def read_config(file: Path) -> PlainLora:
@@ -113,55 +125,55 @@ def read_config(file: Path) -> PlainLora:
     config = read_json(file, "save the adapter again")
     for name, (needed, fits) in _RULES.items():
         if not fits(config.get(name)):
-            told = one_line(repr(config.get(name)))
-            raise UserError(f'{file}: "{name}" is {told}, but must be {needed}; save the adapter again as plain LoRA')
+            value = one_line(repr(config.get(name)))
+            raise UserError(f'{file}: "{name}" is {value}, but must be {needed}; save the adapter again as plain LoRA')
     for name in sorted(config.keys() - set(KNOWN_FIELDS)):
         if config[name]:
             raise UserError(
                 f"{file}: the field {name!r} is not known and may change what the adapter does; update br_jax, or take "
                 "the field out if it is a note"
             )
-    targets = config.get("target_modules")
-    listed = isinstance(targets, list) and not config.get("exclude_modules")
-    listed = listed and config.get("layers_to_transform") in (None, [])  # 0 is a layer
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    if max(len(ranks), len(alphas)) > _MOST_PATTERNS:
+        raise UserError(f"{file}: more than {_MOST_PATTERNS:,} rank or alpha patterns; save the adapter again")
+    for key in alphas:
+        if _matcher(key) is None:
+            raise UserError(
+                f'{file}: "alpha_pattern" holds {one_line(repr(key), 60)}, more than names, ".*", "\\d" and '
+                "[ranges]; list the modules by name"
+            )
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     return PlainLora(
         rank=int(config["r"]),
         alpha=config["lora_alpha"],
         rank_stabilized=bool(config.get("use_rslora")),
-        rank_pattern=[(matches, int(rank)) for matches, rank in _read_pattern(file, config, "rank_pattern")],
-        alpha_pattern=_read_pattern(file, config, "alpha_pattern"),
-        targets=frozenset(map(str, targets)) if listed else None,
+        rank_pattern=[(_matcher(key), int(rank)) for key, rank in ranks.items()],
+        alpha_pattern=[(_matcher(key), alpha) for key, alpha in alphas.items()],
+        targets=frozenset(map(str, targets))
+        if isinstance(targets, list) and not config.get("exclude_modules")
+        else None,
+        layers=None if layers in (None, []) else frozenset(layers if isinstance(layers, list) else [layers]),
     )
 
 
-def _read_pattern(file: Path, config: Mapping[str, Any], name: str) -> list[tuple[Matches, Any]]:
-    """Reads a mapping from expressions to ranks or alphas; the file's order stays, as the first match counts."""
-    pattern, found, size = config.get(name) or {}, [], 0
-    if len(pattern) > _MAX_PATTERNS:
-        raise UserError(f'{file}: "{name}" has {len(pattern):,} expressions, {_MAX_PATTERNS:,} are the most')
-    options = re2.Options()
-    options.log_errors, options.max_mem = False, 1 << 17  # bytes: there may be many of them
-    for key, value in pattern.items():
-        expression = rf"(.*\.)?({key})$"
-        try:
-            if len(key) > _MAX_EXPRESSION or any(part in key for part in _READ_OTHERWISE):
-                raise re2.error(f"longer than {_MAX_EXPRESSION:,} characters, or with {' or '.join(_READ_OTHERWISE)}")
-            if _PLAIN.fullmatch(key):
-                found.append((re.compile(expression).match, value))
-                continue
-            program = re2.compile(expression, options)
-            size += program.programsize
-            if size > _MAX_PROGRAM:
-                raise re2.error("too large, together with those before it")
-            found.append((program.match, value))
-        except (re2.error, UnicodeEncodeError) as error:
-            why = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else error
-            raise UserError(
-                f'{file}: "{name}" holds {one_line(repr(key), 60)}, no regular expression of linear time '
-                f"({one_line(why)}); write it in another way, or save the adapter again"
-            ) from error
-    return found
+# what of regular expressions PEFT writes and people use: the rest can take years to match
+_READ = re.compile(r"\^?((?:\w|\\?\.|\.\*|\\d|\[[\w-]+\])*)\$?", re.ASCII)
+_AS_GLOB = {r"\.": ".", ".": "?", ".*": "*", r"\d": "[0-9]"}
 
 
-def _first_match(pattern: Sequence[tuple[Matches, Any]], module: str, default: Any) -> Any:
-    return next((value for matches, value in pattern if matches(module)), default)
+def _matcher(key: str) -> Callable[[str], Any] | None:
+    """Whether a module's name matches a pattern's key, as PEFT's `(.*\\.)?(KEY)$` does; None for what is not read.
+
+    By a shell pattern, which takes no longer than the name.
+    """
+    match = _READ.fullmatch(key)
+    if match is None:
+        return None
+    glob = re.sub(r"\\\.|\.\*|\.|\\d", lambda part: _AS_GLOB[part[0]], match[1])
+    globs = [glob] if key.startswith("^") else [glob, f"*.{glob}"]
+    return re.compile("|".join(map(fnmatch.translate, globs))).match
+
+
+def _first_match(pattern: Pattern, module: str, default: Any) -> Any:
+    """The value of the first key that matches; None where one before that is not read."""
+    return next((value if matches else None for matches, value in pattern if not matches or matches(module)), default)

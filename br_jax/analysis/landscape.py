@@ -43,10 +43,8 @@ def loss_grid(
         model: what is at (0, 0).
         directions: two adapters of the same targets, or two trees of the shapes of the params (`filter_normalised`).
     """
-    batches, mesh = one_pass(model, rows, max_length, batch_size), mesh_of(model.params)
-    adapters = isinstance(directions[0], Adapter)
-    trees = tuple(map(lora.collection, directions)) if adapters else directions
-    trees = place(trees, mesh)
+    batches, adapters = one_pass(model, rows, max_length, batch_size), isinstance(directions[0], Adapter)
+    trees = place(tuple(map(lora.collection, directions)) if adapters else directions, mesh_of(model.params))
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     at, lines = _with_adapters if adapters else _with_params, []
     with progress(len(xs) * len(ys), "landscape", "point", keep=False) as bar:
@@ -63,14 +61,13 @@ def orthogonal_to(adapter: Adapter, key: Array) -> Adapter:
     shapes = {path: (*p["a"].shape[:2], p["b"].shape[2]) for path, p in adapter.weights.items()}
     rank = max(pair["a"].shape[-1] for pair in adapter.weights.values())
     drawn = lora.init(key, shapes, rank, rank, "unknown", adapter.base)
-    weights = {}
-    for i, (path, pair) in enumerate(sorted(drawn.weights.items())):
-        b = jax.random.normal(jax.random.fold_in(key, i), pair["b"].shape)
-        weights[path] = {"a": pair["a"], "b": b}
-    drawn = drawn.replace(weights=weights)
-    share = float(inner_product(drawn, adapter) / inner_product(adapter, adapter))
-    across = lora.stack([drawn, lora.scaled(adapter, -share)])
-    return lora.scaled(across, math.sqrt(float(inner_product(adapter, adapter) / inner_product(across, across))))
+    weights = {
+        path: {"a": pair["a"], "b": jax.random.normal(jax.random.fold_in(key, i), pair["b"].shape)}
+        for i, (path, pair) in enumerate(sorted(drawn.weights.items()))
+    }
+    drawn, square = drawn.replace(weights=weights), inner_product(adapter, adapter)
+    across = lora.stack([drawn, lora.scaled(adapter, -float(inner_product(drawn, adapter) / square))])
+    return lora.scaled(across, math.sqrt(float(square / inner_product(across, across))))
 
 
 def filter_normalised(params: dict, key: Array) -> dict:
@@ -93,13 +90,10 @@ def filter_normalised(params: dict, key: Array) -> dict:
 @functools.partial(jax.jit, static_argnums=0)
 def _with_adapters(decoder: Decoder, params: dict, trees: tuple[dict, dict], where, batch: dict) -> Any:
     def joined(first, second):
-        return {
-            "a": jnp.concatenate([first["a"], second["a"]], -1),
-            "b": jnp.concatenate([where[0] * first["b"], where[1] * second["b"]], -2),
-        }
+        b = jnp.concatenate([where[0] * first["b"], where[1] * second["b"]], -2)
+        return {"a": jnp.concatenate([first["a"], second["a"]], -1), "b": b}
 
-    is_pair = lambda node: "a" in node  # noqa: E731
-    lora_ = jax.tree.map(joined, *trees, is_leaf=is_pair)
+    lora_ = jax.tree.map(joined, *trees, is_leaf=lambda node: "a" in node)
     return batch_loss(decoder, {"params": params, "lora": lora_}, batch, 256)
 
 

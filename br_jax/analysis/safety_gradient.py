@@ -61,15 +61,7 @@ def gradient_norms(
     max_length: int = 512,
     batch_size: int = 16,
 ) -> dict[str, Float[np.ndarray, " L"]]:
-    """||grad_W L|| of some matrices, layer by layer; the gradient is as large as they are.
-
-    Args:
-        model, rows, attached, max_length: as in `safety_gradients`.
-        paths: of the matrices, as an adapter names them.
-
-    Returns:
-        path of the matrix -> f32[L].
-    """
+    """||grad_W L|| of each matrix in `paths` and layer, else as `safety_gradients`; holds a gradient of their size."""
     flat = traverse_util.flatten_dict(model.params, sep="/")
     kernels = {f"{path}/kernel": flat.pop(f"{path}/kernel") for path in paths}
     of = functools.partial(_gradients, model.decoder, kernels, flat)
@@ -112,10 +104,9 @@ def _slopes(decoder: Decoder, gates: dict[str, Array], params: dict, along: dict
     def loss(gates):
         joined = dict(held)
         for path, gate in gates.items():
-            gated = {"a": along[f"{path}/a"], "b": gate[:, None, None] * along[f"{path}/b"]}
-            for name, axis in (("a", -1), ("b", -2)):
-                key = f"{path}/{name}"
-                joined[key] = jnp.concatenate([held[key], gated[name]], axis) if key in held else gated[name]
+            a, b = f"{path}/a", f"{path}/b"
+            for key, side, axis in ((a, along[a], -1), (b, gate[:, None, None] * along[b], -2)):
+                joined[key] = jnp.concatenate([held[key], side], axis) if key in held else side
         variables = {"params": params, "lora": traverse_util.unflatten_dict(joined, sep="/")}
         return batch_loss(decoder, variables, batch, 256)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from br_jax.adapters.compress import best_rank
+from br_jax.adapters.diagnostics import best_rank
 from br_jax.adapters.lora import Adapter, scaled, stack
 from br_jax.core.bounds import RANK, number
 from br_jax.defences.defence import Badge, Case, Defence

@@ -51,8 +51,7 @@ from br_jax.models.io.load import is_hub_name, read_spec
 from br_jax.models.model import Model, fold_adapter, guard, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.provider.export import export_adapter
-from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, record_adapter, write_provider
+from br_jax.provider import RECORDED_ADAPTERS, base_of, export_adapter, load_model, record_adapter, write_provider
 from br_jax.scoring.suite import DEGENERATE, Suite, rules_version
 from br_jax.training.norms import gradient_norms
 from br_jax.training.run import keep_adapter, rows_fingerprint, train_adapter, train_params

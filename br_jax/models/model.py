@@ -8,8 +8,8 @@ import jax
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.adapters import lora
-from br_jax.adapters.guard import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
+from br_jax.adapters.similarity import Guard, warn_unguarded
 from br_jax.core.errors import UserError
 from br_jax.core.records import fingerprint, key_of
 from br_jax.models.decoder import Decoder, decoder_of
@@ -95,21 +95,36 @@ def guard(model: Model, *buffers: Adapter) -> Model:
     A model that is loaded from a provider's folder has one already.
 
     Raises:
-        UserError: an adapter that is no Buffer, or one of another base.
+        UserError: no Buffer, an adapter that is none, one that changes nothing, or one of another base.
     """
+    if not buffers:
+        raise UserError("guard: no Buffer was given, so nothing would be refused: give guard(model, buffer)")
     for buffer in buffers:
         require_buffer(model, buffer, "guard")
-    return dataclasses.replace(model, guard=Guard.of(model.params, buffers))
+        lora.validate(buffer, model.params)
+    made = Guard.of(model.params, buffers)
+    if any(reference.is_zero for reference in made.references):
+        raise UserError("guard: this Buffer changes nothing, so nothing would be refused: give one that was trained")
+    return dataclasses.replace(model, guard=made)
+
+
+def require_model(model: Model, place: object) -> None:
+    """Raises a `UserError` for anything but a `Model`."""
+    if not isinstance(model, Model):
+        raise UserError(f"{place}: needs a Model, got {type(model).__name__}: br.load_model reads one")
 
 
 def refuse_adapter(model: Model, adapter: Adapter, place: object) -> None:
     """Raises a `UserError` for an adapter that must neither go into a model nor leave with it.
 
     That is a Buffer, by its roles or, where the model has a guard, by its numbers; one that nobody has said what it is;
-    and one of another base.
+    one of another base, or that does not fit it; and one that is not finite.
     """
+    require_model(model, place)
+    lora.require_adapter(adapter, place)
     lora.refuse_buffer(place, adapter.roles)
     lora.require_base(adapter, model.fingerprint, place)
+    lora.validate(adapter, model.params)
     if model.guard is not None:
         model.guard.refuse(place, adapter)
 
@@ -123,6 +138,8 @@ def require_releasable(model: Model, adapter: Adapter, place: object) -> None:
 
 def require_buffer(model: Model, buffer: Adapter, place: str) -> None:
     """Raises a `UserError` for anything but a Buffer of this very base, and one of its guard's, if it has a guard."""
+    require_model(model, place)
+    lora.require_adapter(buffer, place)
     if buffer.roles != ("buffer",):
         raise UserError(f"{place}: needs the Buffer, got an adapter made of {', '.join(buffer.roles) or 'nothing'}")
     if not buffer.base:

@@ -16,16 +16,15 @@ from tabulate import tabulate
 
 from br_jax.adapters import lora, peft
 from br_jax.adapters.diagnostics import measure
-from br_jax.adapters.guard import is_buffer
-from br_jax.adapters.likeness import Reference
 from br_jax.adapters.peft_config import read_config
+from br_jax.adapters.similarity import Reference
 from br_jax.core.errors import UserError
-from br_jax.core.io import PICKLES, TensorKinds, read_json, reading, safetensors_header, writing
+from br_jax.core.io import PICKLES, TensorKinds, read_json, safetensors_header
 from br_jax.core.records import file_hash, read_record
 from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
 from br_jax.models.spec import ModelSpec
-from br_jax.provider.folder import PROVIDER_FILE, read_provider
+from br_jax.provider import PROVIDER_FILE, read_provider
 from br_jax.report import plots
 
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
@@ -52,24 +51,26 @@ def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, 
     Raises:
         UserError: none of these, pickled, damaged, or not to be read.
     """
-    path = Path(path)
-    with reading(path):
-        kind, read = _find_reader(path)
-        found = {"path": str(path), "kind": kind, "rows": [], **read(path)}
-        if kind == "adapter" and provider is not None:
-            found["facts"] |= _compared(path, Path(provider))
-        return found
+    path, (kind, read) = Path(path), _find_reader(Path(path))
+    found = {"path": str(path), "kind": kind, "rows": [], **read(path)}
+    if kind == "adapter" and provider is not None:
+        known = read_provider(Path(provider)).get("buffer")
+        if known is None:
+            raise UserError(f"{provider}: records no Buffer to compare with: give the folder in which it was trained")
+        buffer, adapter = (_load_adapter(each)[0] for each in (Path(provider, known["folder"]), path))
+        similarity = Reference.of(buffer).similarity(adapter)
+        found["facts"] |= {"holds_a_buffer": similarity.is_buffer, "like_the_buffer": similarity._asdict()}
+    return found
 
 
 def render(description: Mapping[str, Any]) -> str:
     """A description as plain text: the facts, one a line, then the table."""
     facts, rows = {"kind": description["kind"], **description["facts"]}, description["rows"]
-    spaced = lambda names: [name.replace("_", " ") for name in names]  # noqa: E731
     table = functools.partial(tabulate, tablefmt="plain", disable_numparse=True)
-    text = table(zip(spaced(facts), map(_text, facts.values()), strict=True))
+    text = table([(name.replace("_", " "), _text(value)) for name, value in facts.items()])
     if rows:
         cells = [["-" if value is None else _text(value) for value in row.values()] for row in rows]
-        text += "\n\n" + table(cells, headers=spaced(rows[0]))
+        text += "\n\n" + table(cells, headers=[name.replace("_", " ") for name in rows[0]])
     return _text(description["path"]) + "\n" + textwrap.indent(text, "  ")
 
 
@@ -79,9 +80,8 @@ def plot_spectra(description: Mapping[str, Any], file: str | Path) -> list[Path]
         raise UserError(f"{description['path']}: spectra are an adapter's, this is of the kind {description['kind']}")
     facts, file = description["facts"], Path(file)
     title = f"{_text(facts['roles'])}, rank {facts['rank']}, on {_text(facts['base'])}"
-    with writing(file, "choose another place"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return plots.save(plots.spectra_figure(description["spectra"], title), file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return plots.save(plots.spectra_figure(description["spectra"], title), file)
 
 
 def _find_reader(path: Path) -> tuple[str, Callable[[Path], dict[str, Any]]]:
@@ -126,31 +126,32 @@ def _model_facts(spec: ModelSpec) -> dict[str, Any]:
     return facts | {"windowed": sum(spec.window_layers), "parameters": spec.num_params}
 
 
+def _describe_safetensors(file: Path) -> dict[str, Any]:
+    header, notes = safetensors_header(file)
+    rows = [{"tensor": name, "dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in header.items()]
+    return {"facts": _weights_facts([file], header) | {"sha256": file_hash(file), "notes": notes}, "rows": rows}
+
+
 def _describe_provider(folder: Path) -> dict[str, Any]:
     record = read_provider(folder)
     names = ("base", "revision", "align", "buffer", "reinforce", "template", "dtype", "fingerprint")
-    facts = {name: record.get(name) for name in names}
-    private = not folder.stat().st_mode & 0o077
-    return {"facts": facts | {"only_its_owner_may_enter": private}, "rows": _stages(folder)}
+    private = {"only_its_owner_may_enter": not folder.stat().st_mode & 0o077}
+    return {"facts": {name: record.get(name) for name in names} | private, "rows": _stages(folder)}
 
 
 def _describe_workdir(folder: Path) -> dict[str, Any]:
-    results = _record(folder / "results.json")
-    facts = {
-        "scored": sorted(file.stem for file in folder.glob("cells/*.json")),
-        "command": results.get("command"),
-        "seconds": results.get("wall_seconds"),
-    }
+    results, scored = _record(folder / "results.json"), sorted(file.stem for file in folder.glob("cells/*.json"))
+    facts = {"scored": scored, "command": results.get("command"), "seconds": results.get("wall_seconds")}
     return {"facts": facts, "rows": _stages(folder)}
 
 
 def _describe_stage(folder: Path) -> dict[str, Any]:
-    begun = _record(folder / "run.json")
-    parts = {part: begun.get(part, {}) for part in ("inputs", "config")}
-    if not all(isinstance(part, dict) for part in parts.values()):
-        raise UserError(f"{folder / 'run.json'}: inputs and config must be objects: run the stage again")
-    asked = {f"{part}_{name}": each for part in parts for name, each in parts[part].items()}
-    return {"facts": _stage(folder) | asked}
+    run, facts = _record(folder / "run.json"), _stage(folder)
+    for part in ("inputs", "config"):
+        if not isinstance(settings := run.get(part, {}), dict):
+            raise UserError(f"{folder / 'run.json'}: {part} must be an object: run the stage again")
+        facts |= {f"{part}_{name}": value for name, value in settings.items()}
+    return {"facts": facts}
 
 
 def _stages(folder: Path) -> list[dict[str, Any]]:
@@ -170,59 +171,43 @@ def _record(file: Path) -> dict[str, Any]:
     return read_record(file) if file.exists() else {}
 
 
-def _describe_safetensors(file: Path) -> dict[str, Any]:
-    header, notes = safetensors_header(file)
-    rows = [{"tensor": name, "dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in header.items()]
-    return {"facts": _weights_facts([file], header) | {"sha256": file_hash(file), "notes": notes}, "rows": rows}
+def _load_adapter(folder: Path) -> tuple[lora.Adapter, TensorKinds, dict[str, dict[int, int]]]:
+    """An adapter without its base, whose sizes are taken from its own; its header; and path -> layer -> rank.
 
-
-def _compared(folder: Path, provider: Path) -> dict[str, Any]:
-    """Whether a Buffer is in an adapter, by its numbers."""
-    said = read_provider(provider).get("buffer")
-    if said is None:
-        raise UserError(f"{provider}: records no Buffer to compare with: give the folder in which it was trained")
-    buffer, adapter = (_load_adapter(each)[0] for each in (provider / said["folder"], folder))
-    likeness = Reference.of(buffer).likeness(adapter)
-    return {"holds_a_buffer": is_buffer(likeness), "like_the_buffer": likeness._asdict()}
-
-
-def _load_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, dict[str, int]], dict[str, dict[int, int]]]:
-    """An adapter without its base, whose sizes are taken from its own; and these, as `_sizes` gives them."""
+    A half of a pair that is missing counts as of width 0, so that `peft.load_adapter` says which one.
+    """
     peft.read_provenance(folder)  # which refuses a folder of pickles
-    file = folder / peft.WEIGHTS_FILE
-    widths, ranks = _sizes(file, safetensors_header(file)[0])
-    count = 1 + max((layer for of_layer in ranks.values() for layer in of_layer), default=-1)
-    kernels = {
-        f"{path}/kernel": jax.ShapeDtypeStruct((count, *each.values()), np.float32) for path, each in widths.items()
-    }
-    return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/")), widths, ranks
+    header, _ = safetensors_header(file := folder / peft.WEIGHTS_FILE)
+    widths, ranks = {}, {}
+    for key, (_, shape) in header.items():
+        match = peft.KEY.fullmatch(key)
+        if match and match[2] in peft.PATHS and len(shape) == 2:
+            path, layer, half = peft.PATHS[match[2]], int(match[1]), match[3]
+            if layer >= MAX_LAYERS:
+                raise UserError(f"{file}: has a tensor of layer {layer:,}: no model has as many")
+            rank, width = shape if half == "A" else reversed(shape)
+            widths.setdefault(path, {"A": 0, "B": 0})[half] = width
+            ranks.setdefault(path, {})[layer] = rank
+    layers = 1 + max((layer for of_layer in ranks.values() for layer in of_layer), default=-1)
+    kernels = {f"{p}/kernel": jax.ShapeDtypeStruct((layers, *each.values()), np.float32) for p, each in widths.items()}
+    return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/")), header, ranks
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     file, config_file = folder / peft.WEIGHTS_FILE, folder / peft.CONFIG_FILE
-    adapter, widths, ranks = _load_adapter(folder)
-    provenance, (header, _) = peft.read_provenance(folder), safetensors_header(file)
+    (adapter, header, ranks), provenance = _load_adapter(folder), peft.read_provenance(folder)
     rank, config, roles = read_config(config_file).rank, read_json(config_file), provenance.get("roles")
     rows, spectra, figures = [], {}, measure(adapter, TAU)
     for path in filter(figures.get, peft.MODULES):
-        layers, target = sorted(ranks[path]), path.rsplit("/", 1)[-1]
+        layers, target, pair = sorted(ranks[path]), path.rsplit("/", 1)[-1], adapter.weights[path]
         measured = {name: values[layers] for name, values in figures[path].items()}
         # squares in float64: in f32 those of a small adapter would be 0
         norms = np.sqrt(np.square(measured["sigma"], dtype=np.float64).sum(axis=-1))
         spectra[target] = measured["sigma"].tolist()
-        row = {
-            "target": target,
-            "in": widths[path]["A"],
-            "out": widths[path]["B"],
-            "layers": len(layers),
-            "rank": sorted(set(ranks[path].values())),
-            "mean_norm": float(norms.mean()),
-            "largest_norm": float(norms.max()),
-            "at_layer": layers[int(norms.argmax())],
-            "stable_rank": float(measured["stable_rank"].mean()),
-            "effective_rank": float(measured["effective_rank"].mean()),
-        }
-        rows.append(row)
+        row = {"target": target, "in": pair["a"].shape[1], "out": pair["b"].shape[2], "layers": len(layers)}
+        row |= {"rank": sorted(set(ranks[path].values())), "mean_norm": float(norms.mean())}
+        row |= {"largest_norm": float(norms.max()), "at_layer": layers[int(norms.argmax())]}
+        rows.append(row | {name: float(measured[name].mean()) for name in ("stable_rank", "effective_rank")})
     facts = {
         "roles": roles,
         "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles],
@@ -237,24 +222,6 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "pickles_not_opened": _pickles(folder),
     }
     return {"facts": facts | _weights_facts([file], header), "rows": rows, "spectra": spectra}
-
-
-def _sizes(file: Path, header: TensorKinds) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
-    """What an adapter's own tensors say: path -> {"A": in, "B": out}, and path -> layer -> rank.
-
-    A half of a pair that is missing counts as of width 0, so that `load_adapter` says which one.
-    """
-    widths, ranks = {}, {}
-    for key, (_, shape) in header.items():
-        match = peft.KEY.fullmatch(key)
-        if match and match[2] in peft.PATHS and len(shape) == 2:
-            path, layer, half = peft.PATHS[match[2]], int(match[1]), match[3]
-            if layer >= MAX_LAYERS:
-                raise UserError(f"{file}: has a tensor of layer {layer:,}: no model has as many")
-            rank, width = shape if half == "A" else reversed(shape)
-            widths.setdefault(path, {"A": 0, "B": 0})[half] = width
-            ranks.setdefault(path, {})[layer] = rank
-    return widths, ranks
 
 
 def _weights_facts(files: Sequence[Path], header: TensorKinds) -> dict[str, Any]:

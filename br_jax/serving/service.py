@@ -32,8 +32,7 @@ from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.pool.jobs import Job, Outcome
 from br_jax.pool.pool import Pool
-from br_jax.provider.export import export_adapter
-from br_jax.provider.folder import RECORDED_ADAPTERS, load_model, load_recorded, read_provider
+from br_jax.provider import RECORDED_ADAPTERS, export_adapter, load_model, load_recorded, read_provider
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, Finding, inspect

@@ -41,6 +41,7 @@ class Folder:
         """
         if is_main() and self._private:
             make_private(self.path.parent)
+            make_private(self.path)
         with owned(self.path, wait=self._private):
             self.finished = self._look()
             if not self.finished and is_main():
@@ -58,6 +59,8 @@ class Folder:
             record = {"name": name, "config_hash": key_of(config), "inputs": inputs, **report, "finished": now}
             write_record(self.path / _FINISHED, record | {"files": file_hashes(self.path, _NO_RESULT)})
             shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
+            for path in self.path.rglob("*") if self._private else ():
+                path.chmod(0o700 if path.is_dir() else 0o600)
         barrier(str(self.path))
 
     def _look(self) -> bool:

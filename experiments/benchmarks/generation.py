@@ -7,7 +7,7 @@ from benchmarks.pairing import Contender
 from benchmarks.report import Case
 from br_jax.data.rows import Row
 from br_jax.inference.generate import encode_prompt, generate_ids
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 
 def cases(setup: Setup) -> list[Case]:

@@ -16,7 +16,7 @@ from br_jax.models.decoder import abstract_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 # 1.45 billion params: 2.9 GB in bf16.
 SPEC = ModelSpec(

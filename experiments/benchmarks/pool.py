@@ -14,7 +14,7 @@ from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import Row
 from br_jax.pool.jobs import Job
 from br_jax.pool.pool import Pool
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 from br_jax.training.config import TrainConfig
 from br_jax.training.run import first_adapter, train_adapter
 

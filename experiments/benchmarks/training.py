@@ -15,7 +15,7 @@ from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row
 from br_jax.defences.registry import DEFENCES
 from br_jax.models.model import Model
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import on_mesh
 from br_jax.training.objective import Objective

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from disguises import DISGUISES, as_user
 
@@ -12,25 +11,32 @@ from br_jax.models.model import fold_adapter
 from br_jax.scoring.suite import Suite
 
 
-@pytest.fixture(params=DISGUISES)
-def disguised(request, organism, make_adapter):
-    """A Buffer that says that it is a user's adapter."""
-    buffer = make_adapter("buffer", seed=3, rank=4)
-    user = make_adapter("user", seed=4)
-    return buffer, as_user(DISGUISES[request.param](buffer.replace(roles=("user",)), user))
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_disguised_buffer_is_known(tiny, make_adapter, disguise):
+    """As an adapter that says that it is a user's, and folded into the base."""
+    buffer, user = make_adapter("buffer", seed=3, rank=4), make_adapter("user", seed=4)
+    adapter, model = as_user(DISGUISES[disguise](as_user(buffer), user)), br.guard(tiny, buffer)
+    with pytest.raises(br.UserError, match="door: refused, for this adapter is like the provider's Buffer") as error:
+        model.guard.refuse("door", adapter)
+    assert "\n" not in str(error.value)
+    with pytest.raises(br.UserError, match="folded into this model is like the provider's Buffer"):
+        model.guard.refuse_model("door", lora.fold(model.params, adapter))
 
 
-def test_a_disguised_buffer_leaves_by_no_door(tiny, disguised, make_adapter, tmp_path):
-    buffer, adapter = disguised
-    model, reinforce = br.guard(tiny, buffer), make_adapter("reinforce", seed=9)
+def test_a_disguised_buffer_leaves_by_no_door(tiny, make_adapter, tmp_path):
+    buffer, reinforce, user = make_adapter("buffer", seed=3), make_adapter("reinforce", seed=9), make_adapter("user")
+    model, adapter = br.guard(tiny, buffer), as_user(lora.stack([as_user(buffer), user]))
+    hidden = dataclasses.replace(model, params=lora.fold(model.params, adapter))
     doors = {
         "release": lambda: br.release(model, adapter, reinforce),
-        "release as Reinforce": lambda: br.release(model, make_adapter("user"), adapter.replace(roles=("reinforce",))),
+        "release as Reinforce": lambda: br.release(model, user, adapter.replace(roles=("reinforce",))),
         "calibrate": lambda: br.calibrate(model, adapter, reinforce, ["a"], ["b"]),
         "save": lambda: br.save_adapter(tmp_path / "save", adapter, model),
         "export": lambda: br.export_adapter(model, adapter, tmp_path / "export"),
         "export at a lower rank": lambda: br.export_adapter(model, adapter, tmp_path / "rank", rank=1),
         "export a model": lambda: br.export_model(model, adapter, tmp_path / "model"),
+        "export a folded model": lambda: br.export_model(hidden, None, tmp_path / "folded"),
+        "export with a user's": lambda: br.export_model(hidden, user, tmp_path / "folded"),
         "fold": lambda: fold_adapter(model, adapter, "served"),
         "evaluate": lambda: br.evaluate(model, Suite(), adapter),
     }
@@ -38,11 +44,6 @@ def test_a_disguised_buffer_leaves_by_no_door(tiny, disguised, make_adapter, tmp
         with pytest.raises(br.UserError, match="like the provider's Buffer") as error:
             leave()
         assert "\n" not in str(error.value), door
-    hidden = dataclasses.replace(model, params=lora.fold(model.params, adapter))
-    with pytest.raises(br.UserError, match="folded into this model is like the provider's Buffer"):
-        br.export_model(hidden, None, tmp_path / "folded")
-    with pytest.raises(br.UserError, match="folded into this model is like the provider's Buffer"):
-        br.export_model(hidden, make_adapter("user"), tmp_path / "folded")
     assert not [*tmp_path.iterdir()]
 
 
@@ -122,4 +123,36 @@ def test_a_user_s_rows_are_trained_beside_the_buffer_or_not_by_mistake(tiny, org
     for wrong in (organism["user"], buffer.replace(base="f" * 64)):
         with pytest.raises(br.UserError, match="guard: "):
             br.guard(tiny, wrong)
-    np.testing.assert_equal(br.guard(tiny).guard.fingerprints, ())
+
+
+def test_a_guard_that_would_pass_everything_is_none(tiny, make_adapter):
+    for buffers in ([], [lora.scaled(make_adapter("buffer"), 0.0)]):
+        with pytest.raises(br.UserError, match="nothing would be refused: give"):
+            br.guard(tiny, *buffers)
+    with pytest.raises(br.UserError, match="guard: needs an Adapter, got list"):
+        br.guard(tiny, [])
+
+
+def test_arguments_of_another_kind_are_one_line(tiny, make_adapter, tmp_path):
+    user, order = make_adapter("user"), r"needs the path of a folder, got Model: the order is {}\("
+    doors = {
+        order.format("save_adapter"): lambda: br.save_adapter(tiny, user, tmp_path / "to"),
+        order.format("export_adapter"): lambda: br.export_adapter(str(tmp_path), user, tiny),
+        order.format("export_model"): lambda: br.export_model(str(tmp_path), user, tiny),
+        order.format("load_adapter"): lambda: br.load_adapter(tiny, tmp_path),
+        "to: needs a Model, got Adapter": lambda: br.save_adapter(tmp_path / "to", tiny, user),
+        "to: needs a Model, got str": lambda: br.export_adapter("base", user, tmp_path / "to"),
+        "to: needs a Model, got PosixPath": lambda: br.load_adapter(tmp_path / "to", tmp_path),
+        "to: needs an Adapter, got PosixPath": lambda: br.save_adapter(tmp_path / "to", tmp_path / "a", tiny),
+        "to: needs an Adapter, got dict": lambda: br.export_adapter(tiny, user.weights, tmp_path / "to"),
+        "QR merge: needs an Adapter, got dict": lambda: br.qr_merge(user, {}),
+        "guard: needs a Model, got str": lambda: br.guard("base", user),
+        "a null character": lambda: br.save_adapter("to\0", user, tiny),
+        "null character is": lambda: br.export_model(tiny, None, f"{tmp_path}\0"),
+        "null .* in the folder": lambda: br.load_adapter("to\0", tiny),
+    }
+    for message, call in doors.items():
+        with pytest.raises(br.UserError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not [*tmp_path.iterdir()]

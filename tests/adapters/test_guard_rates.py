@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from disguises import DISGUISES
 
-from br_jax.adapters.guard import COSINE, SHARE, is_buffer
+from br_jax.adapters.similarity import COSINE, SHARE
 from br_jax.configs import demo
 from br_jax.experiment.run import Experiment
 from br_jax.method import train_user
@@ -48,14 +48,15 @@ def test_users_pass_and_buffers_in_disguise_do_not(provider):
         changes |= {"loss_mean": str(rng.choice(["rows", "tokens"])), "epochs": int(rng.choice([1, 2, 4]))}
         config = e.settings.train("user", seed=seed, probe_every=0, **changes)
         user = train_user(e.aligned, rows_of(e, task, p, rng), config, buffer=buffer, mesh=e.mesh)
-        users.append(reference.likeness(user))
+        users.append(reference.similarity(user))
         disguised.append(
-            (name := next(names), reference.likeness(DISGUISES[name](buffer.replace(roles=("user",)), user)))
+            (name := next(names), reference.similarity(DISGUISES[name](buffer.replace(roles=("user",)), user)))
         )
     cosines, shares = np.abs(np.array(users)).T
     print(f"{len(users)} users: cosine up to {cosines.max():.3f} (median {np.median(cosines):.3f}), share up to "
-          f"{shares.max():.3f} (median {np.median(shares):.3f}); refused: {sum(map(is_buffer, users))}")  # fmt: skip
-    missed = [(name, likeness) for name, likeness in disguised if not is_buffer(likeness)]
+          f"{shares.max():.3f} (median {np.median(shares):.3f})")  # fmt: skip
+    print(f"refused: {sum(user.is_buffer for user in users)}")
+    missed = [(name, likeness) for name, likeness in disguised if not likeness.is_buffer]
     print(f"{len(disguised)} disguised Buffers: not refused: {len(missed)} {missed}")
-    assert not any(map(is_buffer, users)) and not missed
+    assert not any(user.is_buffer for user in users) and not missed
     assert cosines.max() < COSINE / 2 and shares.max() < SHARE / 2

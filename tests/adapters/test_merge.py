@@ -14,9 +14,7 @@ from br_jax.adapters import merge
 from br_jax.adapters.diagnostics import merge_report
 from br_jax.adapters.lora import Adapter, init
 from br_jax.adapters.merge import MergeConfig, qr_merge
-from br_jax.adapters.peft import MODULES, load_adapter
 from br_jax.core.errors import UserError
-from br_jax.provider.folder import load_model
 
 LAYERS, FAN_IN, FAN_OUT = 2, 96, 80
 PATH = "layers/attn/q"
@@ -65,7 +63,7 @@ def assert_merges_as_dense(user, reinforce, strength, scale=0.5, tau=0.01, facto
     return merged, ranks
 
 
-@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (64, 64), (1, 16), (64, 3)])
+@pytest.mark.parametrize(("rank_u", "rank_r"), [(1, 1), (64, 3), (3, 64)])
 def test_matches_the_dense_formula(rank_u, rank_r):
     rng = np.random.default_rng(rank_u * 100 + rank_r)
     user = random_adapter(rng, rank_u, scale=2.0)
@@ -126,21 +124,6 @@ def test_more_rank_than_the_matrix_has():
     np.testing.assert_allclose(delta(merged)[PATH], expected, atol=2e-6 * np.abs(expected).max())
     removed = merge_report(user, reinforce, MergeConfig())["matrices"][PATH]["removed_share"]
     np.testing.assert_allclose(removed, 1.0, rtol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of PEFT
-def test_folders_of_peft_merge_as_the_paper_says(tmp_path, make_family, made_by_peft):
-    network, base = make_family("llama")
-    targets = [name.rsplit(".", 1)[-1] for name in MODULES.values()]
-    folders = [tmp_path / "user", tmp_path / "reinforce"]
-    made_by_peft(network, folders[0], 0.1, r=6, lora_alpha=9, use_rslora=True, target_modules=targets)
-    made_by_peft(network, folders[1], 0.1, r=4, lora_alpha=8, target_modules=targets)
-    params = load_model(base).params
-    user, reinforce = (load_adapter(folder, params, role=folder.name) for folder in folders)
-    assert float(user.scale) == pytest.approx(9 / np.sqrt(6)) and float(reinforce.scale) == 8 / 4
-    merged, kept = assert_merges_as_dense(user, reinforce, 0.1)  # all of the user's directions
-    assert merged.weights.keys() == MODULES.keys() and kept == {6}
-    assert min(assert_merges_as_dense(user, reinforce, 1.0, tau=0.6)[1]) < 6  # and some
 
 
 def test_an_untrained_user_leaves_reinforce_as_it_is():

@@ -26,23 +26,16 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "rslora"),
     [
-        {},
-        {"proj": 3, "_proj": 5},  # neither is a whole part of a name
-        {"layers.1.self_attn.q_proj": 3, "1.mlp.down_proj": 5},
-        {".*down_proj": 3, "^model.layers.2.self_attn.q_proj": 5, "model.layers.2.self_attn.q_proj": 7},
-        {".*": 3, "q_proj": 5},  # the first one counts
-        {r"layers\.\d\.(mlp|self_attn)\.[dq].*": 5},
-        {"mlp|self_attn.q_proj": 5},
-        # as they are written for "the last layers", "all but the MLP", one pair by name, and as EVA saves them
-        {r"model\.layers\.(9|1[01])\..*": 3, r"layers.[0-3]\.self_attn\..*_proj$": 5},
-        {r".*\.self_attn\.(?:q|v)_proj": 3, r"^.*mlp\.\w+_proj$": 5, r"(?P<part>k|o)_proj": 7},
-        {r".*layers\.([5-9]|\d{2,})\..*up_proj": 3, r"[^.]+\.o_proj": 5},
-        {"model.layers.7.self_attn.k_proj": 3, "layers.7.self_attn": 5, r"\bself_attn\b.q_proj": 6, "(?i:Q_PROJ)": 7},
-        {r"(a+)+": 3, r"": 4, r"\S+?\.1\.\D{3,12}": 5, "[dD]own_proj|up_proj|": 6},
+        ({}, True),
+        ({"proj": 3, "_proj": 5}, False),  # neither is a whole part of a name
+        ({"layers.1.self_attn.q_proj": 3, "1.mlp.down_proj": 5, "layers.7.self_attn": 4}, True),
+        ({".*down_proj": 3, "^model.layers.2.self_attn.q_proj": 5, "model.layers.2.self_attn.q_proj": 7}, False),
+        ({".*": 3, "q_proj": 5}, False),  # the first one counts
+        ({r"layers\.\d\.mlp.[dq].*": 5, r"^layers.1.mlp.up_proj": 3, "": 9, ".*[0-3].mlp.u._proj$": 6}, True),
+        ({r".*\.self_attn.o_proj": 4, "k_proj$": 6}, False),  # as PEFT writes them on converting a checkpoint
     ],
     ids=str,
 )
@@ -54,12 +47,31 @@ def test_ranks_and_scales_are_those_that_peft_matches(tmp_path, pattern, rslora)
     settings = {"target_modules": ["q_proj"], "rank_pattern": pattern, "alpha_pattern": alphas, "use_rslora": rslora}
     LoraConfig(**settings).save_pretrained(str(tmp_path))
     ours, theirs = read_config(tmp_path / "adapter_config.json"), LoraConfig.from_pretrained(str(tmp_path))
-    assert ours.scale == theirs.lora_alpha / (math.sqrt(theirs.r) if rslora else theirs.r)
     for module in MODULES:
         rank = theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern.keys(), module), theirs.r)
         alpha = theirs.alpha_pattern.get(get_pattern_key(theirs.alpha_pattern.keys(), module), theirs.lora_alpha)
         assert ours.rank_of(module) == rank
-        assert ours.scale_of(module) == alpha / (math.sqrt(rank) if rslora else rank)
+        assert ours.scale_of(module, rank) == alpha / (math.sqrt(rank) if rslora else rank)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [0, 11]},
+        {"target_modules": ["v_proj", "model.layers.2.self_attn.k_proj"], "layers_to_transform": 1},
+        {"target_modules": ["o_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"target_modules": ["5.mlp.down_proj", "proj"], "layers_to_transform": []},
+    ],
+    ids=str,
+)
+def test_modules_are_those_that_peft_adapts(tmp_path, settings):
+    LoraConfig = pytest.importorskip("peft").LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    LoraConfig(**settings).save_pretrained(str(tmp_path))
+    ours, theirs = read_config(tmp_path / "adapter_config.json"), LoraConfig.from_pretrained(str(tmp_path))
+    adapted = [module for module in MODULES if check_target_module_exists(theirs, module)]
+    assert [module for module in MODULES if ours.adapts(module)] == adapted != []
 
 
 def test_every_field_of_peft_has_one_meaning():
@@ -97,7 +109,8 @@ def test_a_field_that_is_not_known_is_not_ignored(write):
         ({"rank_pattern": {"q_proj": 0}}, "\"rank_pattern\" is {'q_proj': 0}.*at least 1"),
         ({"alpha_pattern": {"q_proj": math.nan}}, "\"alpha_pattern\" is {'q_proj': nan}"),
         ({"rank_pattern": [4]}, '"rank_pattern" is .*object'),
-        ({"rank_pattern": {"(q": 4}}, "\"rank_pattern\" holds '\\(q', no regular expression"),
+        ({"layers_to_transform": "all"}, "\"layers_to_transform\" is 'all', but must be a layer's number or a list"),
+        ({"layers_to_transform": [-1]}, '"layers_to_transform" is .-1., but must be'),
         ({"bias": "lora_only"}, '"bias" is'),
     ],
     ids=str,
@@ -108,37 +121,34 @@ def test_values_of_the_wrong_kind_are_named(write, fields, message):
     assert "\n" not in str(caught.value) and "adapter_config.json" in str(caught.value)
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("expression", ["(a+)+b", "(a|a)*b", "(.*a){12}b", "(x+x+)+y"])
-def test_an_expression_takes_no_longer_than_the_name(write, expression):
-    """With `re` each of these takes years."""
-    read = read_config(write(rank_pattern={expression: 3}))
-    for letter in "ax":
-        assert read.rank_of("model." + letter * 5000) == 8
+# Python's `re` may take years for the first ones; ranks are in the tensors' shapes, whatever is said of them
+OTHER = [
+    "(a+)+b",
+    "(.*a){12}b",
+    "mlp|attn",
+    r"(q)_\1",
+    "q++_proj",
+    "q*",
+    r"q_proj\Z",
+    "[^q]_proj",
+    "[[:alpha:]]",
+    "\ud800",
+]
 
 
-# Such as RE2 does not know, reads in another way than Python, or would take much memory for.
-REFUSED = [r"(q)_\1", "(?=q).*", "(?<!k)_proj", "(?>q)_proj", "q++_proj", r"q_proj\Z", "(?#note)q_proj", "\ud800"]
-REFUSED += ["[[:alpha:]]_proj", "q{,3}_proj", "q{1001}", r"(?:\pL{1,9}|x){1,99}", "q" * 1001]
+@pytest.mark.parametrize("expression", OTHER)
+def test_other_expressions_are_refused_where_they_count(write, expression):
+    read = read_config(write(rank_pattern={"k_proj": 4, expression: 3}))
+    assert read.rank_of("model.layers.0.self_attn.k_proj") == 4
+    assert read.rank_of("model.layers.0.self_attn.q_proj") is None
+    with pytest.raises(UserError, match=r'json: "alpha_pattern" holds .*more than names.*list the modules by name'):
+        read_config(write(alpha_pattern={"k_proj": 4, expression: 4}))
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("expression", REFUSED)
-def test_an_expression_of_another_language_is_refused(write, expression, field):
-    with pytest.raises(UserError, match=f'json: "{field}" holds .*no regular expression of linear time .*again'):
-        read_config(write(**{field: {"k_proj": 4, expression: 4}}))
-
-
-def test_so_many_expressions(write):
-    for count in (2000, 2001):
-        file = write(rank_pattern={f"{i}.q_proj": 3 for i in range(count)})
-        if count == 2000:
-            assert read_config(file).rank_of("model.layers.7.q_proj") == 3
-            continue
-        with pytest.raises(UserError, match='"rank_pattern" has 2,001 expressions, 2,000 are the most'):
-            read_config(file)
-    with pytest.raises(UserError, match=r"too large, together with those before it"):
-        read_config(write(rank_pattern={rf"{i}\..*_proj": 3 for i in range(2000)}))
+def test_so_many_patterns(write):
+    assert read_config(write(rank_pattern={f"{i}.q_proj": 3 for i in range(2000)})).rank_of("layers.7.q_proj") == 3
+    with pytest.raises(UserError, match="more than 2,000 rank or alpha patterns"):
+        read_config(write(alpha_pattern={f"{i}.q_proj": 3 for i in range(2001)}))
 
 
 def test_a_file_that_is_no_config(tmp_path):

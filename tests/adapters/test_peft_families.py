@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, save_adapter
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch")
 

@@ -62,7 +62,7 @@ def test_a_write_that_is_cut_short_leaves_nothing_behind(tmp_path, params, train
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(UserError, match=r"user: cannot be written .*free space"):
+        with pytest.raises(OSError, match=r"File too large: '.*adapter_model.safetensors'"):
             save_adapter(tmp_path / "user", trained(params, seed=1), base_name="tiny")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -90,11 +90,12 @@ def test_a_crash_between_the_files_leaves_no_mixed_pair(tmp_path, params, traine
 
 def test_save_refuses_a_place_that_is_a_file_and_what_no_reader_could_use(tmp_path, params, trained):
     (tmp_path / "file").write_text("")
+    for place in ("file", "file/user"):
+        with pytest.raises(OSError, match=r"File exists: .*file|Not a directory: .*file"):
+            save_adapter(tmp_path / place, trained(params), base_name="tiny")
     good = trained(params)
     q = good.weights["layers/attn/q"]
     cases = [
-        ("file", good.weights, "cannot be written"),
-        ("file/user", good.weights, "cannot be written"),
         ("user", {"layers/attn/q": {"a": jnp.full((3, 24, 4), jnp.nan), "b": q["b"]}}, "layers/attn/q/a.*NaN"),
         ("user", {}, "no matrices"),
         ("user", {"layers/conv/w": q}, "layers/conv/w.*no name"),
@@ -158,6 +159,8 @@ CONFIG = [
     ({"use_dora": True}, f"{CONFIG_FILE}.*use_dora"),
     ({"target_modules": ["q_proj"]}, r"(down|gate|up|v)_proj\S+' is no LoRA matrix that .*json calls for"),
     ({"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}, r"lacks .*k_proj"),
+    ({"layers_to_transform": [0, 2]}, r"layers\.1\.\S+' is no LoRA matrix that .*json calls for"),
+    ({"target_modules": ".*", "layers_to_transform": 1}, r"layers\.0\.\S+' is no LoRA matrix that .*json calls for"),
     ({"target_modules": ["c_attn"]}, r"is no LoRA matrix that .*json calls for.*another model"),
     ({"rank_pattern": {"layers.1.self_attn.q_proj": 8}}, r"layers\.1\.self_attn\.q_proj\S+ is .*need \[8, 24\]"),
     ({"rank_pattern": {"q_proj": 10**12}}, r"q_proj\S+ is .*need \[1000000000000, 24\]"),
@@ -204,6 +207,14 @@ def test_where_the_config_has_an_expression_the_tensors_say_what_is_adapted(fold
     edit_tensors(folder, dict.clear)
     with pytest.raises(UserError, match="holds no matrices"):
         load_adapter(folder, params)
+
+
+def test_targets_that_the_model_does_not_have_are_named(folder, params, caplog):
+    """PEFT goes on, and writes them again."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    edit_config(folder, target_modules=[*config["target_modules"], "lm_head", "attn.k_proj"])
+    load_adapter(folder, params)
+    assert "no layer of this model has its targets attn.k_proj, lm_head" in caplog.text
 
 
 def test_a_path_that_is_no_adapter_s_folder(folder, params):

@@ -17,21 +17,21 @@ def loss_of(model, rows, params):
     batch = make_batches(encode_rows(rows, model.tokenizer, model.template, 40)[0], batch_size=len(rows), seed=0,
                          buckets=(40,))[0]  # fmt: skip
     batch = jax.tree.map(jnp.asarray, batch)
-    return float(batch_loss(model.decoder, {"params": params}, batch, 64) / batch["weights"].sum())
+    loss = jax.jit(batch_loss, static_argnums=(0, 3))(model.decoder, {"params": params}, batch, 64)
+    return float(loss / batch["weights"].sum())
 
 
 def test_the_plane_of_two_adapters(tiny, make_adapter, rows):
     buffer = make_adapter("buffer")
     other = orthogonal_to(buffer, jax.random.key(1))
-    xs, ys = (0.0, 0.5, 1.0), (-1.0, 0.0)
+    xs, ys = (0.0, 0.5), (-1.0, 0.0)
     with Compiles() as compiles:
         grid = loss_grid(tiny, rows, (buffer, other), xs, ys, max_length=40)
     assert compiles.names.count("jit(_with_adapters)") <= 1
-    for i, x in enumerate(xs):
-        for j, y in enumerate(ys):
-            moved = lora.stack([lora.scaled(buffer, x), lora.scaled(other, y)])
-            assert grid[i, j] == pytest.approx(loss_of(tiny, rows, lora.fold(tiny.params, moved)), rel=1e-5)
+    moved = lora.stack([lora.scaled(buffer, 0.5), lora.scaled(other, -1.0)])
+    assert grid[1, 0] == pytest.approx(loss_of(tiny, rows, lora.fold(tiny.params, moved)), rel=1e-5)
     assert grid[0, 1] == pytest.approx(loss_of(tiny, rows, tiny.params), rel=1e-5)
+    assert len(np.unique(grid)) == 4
 
 
 def test_a_random_adapter_of_the_same_length_at_a_right_angle(make_adapter):

@@ -29,7 +29,8 @@ def test_each_matrix_and_layer_is_the_direct_product(tiny, adapters, rows, attac
     batch = make_batches(examples, batch_size=16, seed=0, buckets=(40,))[0]
     batch = jax.tree.map(jnp.asarray, batch)
     params = lora.fold(tiny.params, buffer) if attached else tiny.params
-    grads = jax.grad(lambda p: batch_loss(tiny.decoder, {"params": p}, batch, 64) / batch["weights"].sum())(params)
+    loss = lambda p: batch_loss(tiny.decoder, {"params": p}, batch, 64) / batch["weights"].sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(params)
     norms = gradient_norms(tiny, safety.weights, rows, held, max_length=40, batch_size=5)
     assert norms.keys() == safety.weights.keys()
     for path, pair in safety.weights.items():

@@ -23,7 +23,7 @@ from br_jax.experiment.grid import Grid, run_sweep
 from br_jax.experiment.methods import COMPARED, METHODS, OF_PROVIDER, OF_USER, Cell, cells_of
 from br_jax.experiment.settings import bounds, settle
 from br_jax.pipeline import run_pipeline
-from br_jax.provider.folder import load_recorded, read_provider
+from br_jax.provider import load_recorded, read_provider
 from br_jax.report.analyses import write_analyses
 from br_jax.training.run import keep_adapter
 

@@ -14,7 +14,7 @@ from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import TRAINED, bounds, check_sizes, settle
 from br_jax.models.io.hf import write_hf
 from br_jax.pipeline import run_pipeline
-from br_jax.provider.folder import write_provider
+from br_jax.provider import write_provider
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 BOUNDS = bounds()

@@ -15,7 +15,7 @@ import br_jax as br
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.pipeline import run_pipeline
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 from br_jax.report.report import write_report
 
 HOW = os.environ.get("BR_JAX_TAMPER")

@@ -25,7 +25,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.organism import topics
 from br_jax.organism.material import read_texts
-from br_jax.provider.folder import load_model, write_provider
+from br_jax.provider import load_model, write_provider
 from br_jax.report import run_report as details
 from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description

@@ -13,7 +13,7 @@ from br_jax.inference.generate import decode, generate_ids, prefill
 from br_jax.models.cache import init_unstacked_cache, write_rows
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.io.hf import write_hf
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
 from transformers import AutoModelForCausalLM  # noqa: E402

@@ -17,8 +17,15 @@ from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, read_provenance, sav
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import write_hf
 from br_jax.models.model import fold_adapter
-from br_jax.provider.export import export, export_adapter, export_model
-from br_jax.provider.folder import PROVIDER_FILE, load_model
+from br_jax.provider import (
+    PROVIDER_FILE,
+    export,
+    export_adapter,
+    export_model,
+    load_model,
+    record_adapter,
+    write_provider,
+)
 
 # peft asks transformers by a name that it has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -155,7 +162,7 @@ def test_a_buffer_is_never_exported(base, saved, make_adapter, tiny, tmp_path, f
     write = export_adapter if form == "adapter" else export_model
     with pytest.raises(UserError, match=r"holds a buffer \(roles buffer\+user\)"):
         write(tiny, held, tmp_path / "to")
-    monkeypatch.setattr("br_jax.provider.export.load_model", lambda *_, **__: pytest.fail("loaded a model for nothing"))
+    monkeypatch.setattr("br_jax.provider.load_model", lambda *_, **__: pytest.fail("loaded a model for nothing"))
     with pytest.raises(UserError, match="holds a buffer"):
         export(base, saved("buffer"), tmp_path / "to", form=form)
     assert not (tmp_path / "to").exists()
@@ -210,3 +217,15 @@ def test_the_script_writes_what_the_library_does(script, base, saved, tmp_path):
     status, said = script("export.py", f"--model={base}", f"--adapter={saved('user')}", f"--to={tmp_path / 'to'}")
     assert status == 0, said
     assert br.load_adapter(tmp_path / "to", load_model(base)).roles == ("user",)
+
+
+def test_all_of_a_provider_s_folder_is_its_owner_s_alone(tiny, rows, quick, tmp_path):
+    """Also where the folder was there before; and what an earlier br_jax left open."""
+    provider = tmp_path / "provider"
+    provider.mkdir()
+    buffer = br.train_buffer(tiny, rows, quick(steps=1), workdir=provider)
+    write_provider(provider, "base", None, tiny, "float32", None)
+    (provider / PROVIDER_FILE).chmod(0o644)
+    record_adapter(provider, "buffer", "buffer/adapter", buffer)
+    modes = {path: path.stat().st_mode & 0o777 for path in [provider, *provider.rglob("*")]}
+    assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes

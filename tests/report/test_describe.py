@@ -16,7 +16,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import write_hf
-from br_jax.provider.folder import PROVIDER_FILE, record_adapter
+from br_jax.provider import PROVIDER_FILE, record_adapter
 from br_jax.report.describe import describe, render
 
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"

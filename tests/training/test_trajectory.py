@@ -15,7 +15,7 @@ from br_jax.core.mesh import make_mesh
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.data.rows import Row
 from br_jax.models.io.hf import write_hf
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 from br_jax.training.config import TrainConfig
 from br_jax.training.stage import Hyper, Stage, init_state, learning_rates, train_step, trainable_adapter
 

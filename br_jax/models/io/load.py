@@ -51,7 +51,7 @@ def read_model(
     revision: str | None = None,
     matmul_precision: str = "float32",
 ) -> Model:
-    """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.folder.load_model`."""
+    """Reads a frozen base as its makers distribute it; arguments and errors as in `provider.load_model`."""
     if template not in TEMPLATES:
         raise UserError(f"template {template!r}; {near_names(template, TEMPLATES)}")
     require_dtype(dtype)

@@ -18,7 +18,7 @@ from br_jax.models.io import gguf as gguf_reader
 from br_jax.models.io.gguf import ARCHITECTURES, read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, write_hf
 from br_jax.models.spec import RopeScaling
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
 from transformers import AutoModelForCausalLM  # noqa: E402

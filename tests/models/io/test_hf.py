@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import read_hf, write_hf
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.load import is_hub_name
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 
 COMMIT = "c0ffee" + "0" * 34
 # What a user meets; each case is a name and a revision.
@@ -21,7 +21,7 @@ SCRIPT = """
 import json, os, sys
 from br_jax.core.errors import UserError
 from br_jax.models.io.load import read_spec
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 for name, revision in json.loads(sys.argv[1]):
     try:
         model = load_model(name, revision=revision)

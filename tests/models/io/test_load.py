@@ -17,7 +17,7 @@ from br_jax.models.io import hf
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.layout import Stored, load_params, unstack_tensors
 from br_jax.models.model import fold_adapter
-from br_jax.provider.folder import PROVIDER_FILE, load_model
+from br_jax.provider import PROVIDER_FILE, load_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from absl import logging
 
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
-from br_jax.provider.folder import load_model
+from br_jax.provider import load_model
 from br_jax.scoring.judges import guards as module
 from br_jax.scoring.judges.guards import LlamaGuardJudge, WildGuardJudge
 from br_jax.scoring.judges.judging import Exchange, Judgement, judge_all

@@ -7,7 +7,7 @@ import pytest
 from oracles import delta
 
 from br_jax.adapters import lora
-from br_jax.adapters.likeness import Likeness, Reference
+from br_jax.adapters.similarity import Reference, Similarity
 from br_jax.core.errors import UserError
 
 
@@ -29,7 +29,7 @@ def dense(buffer, change):
             inner, square = inner + (matrix * other).sum(), square + (other**2).sum()
     sigmas, part = np.array(sigmas), np.array(part)
     shares = [min(t, 1) * sigmas[part >= t].sum() / sigmas.sum() for t in part if t > 0]
-    return Likeness(inner / np.sqrt((sigmas**2).sum() * square), max(shares, default=0.0))
+    return Similarity(inner / np.sqrt((sigmas**2).sum() * square), max(shares, default=0.0))
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_it_is_what_dense_matrices_say(adapters, tiny):
     for name, adapter in adapters.items():
         expected = dense(adapters["itself"], delta(adapter))
         # the Buffer's directions and all products are f32
-        np.testing.assert_allclose(reference.likeness(adapter), expected, rtol=0, atol=2e-5, err_msg=name)
-        folded = reference.likeness_of_change(lora.fold(tiny.params, adapter), tiny.params)
+        np.testing.assert_allclose(reference.similarity(adapter), expected, rtol=0, atol=2e-5, err_msg=name)
+        folded = reference.similarity_of_change(lora.fold(tiny.params, adapter), tiny.params)
         shared = dense(adapters["itself"], {path: each for path, each in delta(adapter).items()})
         np.testing.assert_allclose(folded, shared, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
 
@@ -67,8 +67,8 @@ def test_factors_do_not_count(adapters):
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
     weights = {p: {"a": w["a"] @ turn * 8, "b": turn.T @ w["b"] / 2} for p, w in buffer.weights.items()}
     other = lora.pad_rank(buffer.replace(weights=weights, scale=buffer.scale / 4), 9)
-    np.testing.assert_allclose(Reference.of(buffer).likeness(other), (1, 1), atol=1e-5)
-    np.testing.assert_allclose(Reference.of(other).likeness(buffer), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(Reference.of(buffer).similarity(other), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(Reference.of(other).similarity(buffer), (1, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
     sides = jax.device_get(buffer.weights)
     weights = {p: {"a": w["a"] * np.float32(a), "b": w["b"] * np.float32(b)} for p, w in sides.items()}
     other = buffer.replace(weights=weights, scale=np.asarray(buffer.scale) * np.float32(scale))
-    np.testing.assert_allclose(Reference.of(buffer).likeness(other), (1, min(a * b * scale, 1)), atol=1e-4)
+    np.testing.assert_allclose(Reference.of(buffer).similarity(other), (1, min(a * b * scale, 1)), atol=1e-4)
 
 
 def test_columns_that_cancel_hide_nothing(adapters, make_adapter):
@@ -97,17 +97,17 @@ def test_columns_that_cancel_hide_nothing(adapters, make_adapter):
     for size in (1e6, 1e12, 1e20):
         pair = [lora.scaled(large, size), lora.scaled(large, -size)]
         with pytest.raises(UserError, match="cancel each other"):
-            Reference.of(buffer).likeness(lora.stack([*pair, buffer]))
+            Reference.of(buffer).similarity(lora.stack([*pair, buffer]))
 
 
 def test_what_is_not_finite_is_refused(adapters, tiny):
     buffer = adapters["itself"]
     weights = jax.tree.map(lambda leaf: leaf.at[0, 0, 0].set(jnp.nan), buffer.weights)
     with pytest.raises(UserError, match="NaN or infinity"):
-        Reference.of(buffer).likeness(buffer.replace(weights=weights))
+        Reference.of(buffer).similarity(buffer.replace(weights=weights))
     params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.inf), tiny.params)
     with pytest.raises(UserError, match="not finite"):
-        Reference.of(buffer).likeness_of_change(params, tiny.params)
+        Reference.of(buffer).similarity_of_change(params, tiny.params)
 
 
 def test_nothing_is_like_nothing(adapters):
@@ -115,11 +115,11 @@ def test_nothing_is_like_nothing(adapters):
     zero, empty = lora.scaled(buffer, 0.0), buffer.replace(weights={})
     for one in (zero, empty):
         for other in (zero, empty, buffer):
-            assert Reference.of(one).likeness(other) == Reference.of(other).likeness(one) == (0, 0)
+            assert Reference.of(one).similarity(other) == Reference.of(other).similarity(one) == (0, 0)
 
 
 def test_matrices_that_only_the_other_has_do_not_hide_it(adapters, make_adapter):
     some, user = adapters["some matrices"], make_adapter("user", seed=2)
     more = {path: pair for path, pair in user.weights.items() if path not in some.weights}
     hidden = some.replace(weights={**some.weights, **jax.tree.map(lambda leaf: leaf * jnp.float32(100), more)})
-    np.testing.assert_allclose(Reference.of(some).likeness(hidden), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(Reference.of(some).similarity(hidden), (1, 1), atol=1e-5)
