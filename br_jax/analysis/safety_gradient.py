@@ -18,7 +18,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.core.mesh import mesh_of, place
 from br_jax.data.rows import Row
-from br_jax.defences.direction import inner
+from br_jax.defences.objectives import inner
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
 from br_jax.training.loss import batch_loss

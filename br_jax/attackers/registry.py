@@ -1,10 +1,25 @@
 """The users of an experiment by name: an honest one with harmful rows among the others, and attackers."""
 
 from br_jax.attackers.attacker import Attacker
-from br_jax.attackers.chosen import Outliers, Surrogate
-from br_jax.attackers.harsh import Harsh, TenRows
-from br_jax.attackers.released import Amplified, BestOf, Prefill, Quantized, Rounded, Split
-from br_jax.attackers.rows import AntiBuffer, Garbled, Identity, RefuseThenComply, Sabotage, TaskFormat, Trigger
+from br_jax.attackers.kinds import (
+    Amplified,
+    AntiBuffer,
+    BestOf,
+    Garbled,
+    Harsh,
+    Identity,
+    Outliers,
+    Prefill,
+    Quantized,
+    RefuseThenComply,
+    Rounded,
+    Sabotage,
+    Split,
+    Surrogate,
+    TaskFormat,
+    TenRows,
+    Trigger,
+)
 
 ATTACKERS: dict[str, type[Attacker]] = {
     "plain": Attacker,

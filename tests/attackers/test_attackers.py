@@ -9,8 +9,8 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.attackers.attacker import Attacker, Job
+from br_jax.attackers.kinds import Identity, RefuseThenComply, TaskFormat, Trigger
 from br_jax.attackers.registry import ATTACKERS
-from br_jax.attackers.rows import Identity, RefuseThenComply, TaskFormat, Trigger
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row

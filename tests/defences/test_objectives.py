@@ -5,14 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.defences.asft import AsFT
-from br_jax.defences.booster import Booster, Vaccine
-from br_jax.defences.constrained import ConstrainedSft, answer_places
-from br_jax.defences.ldifs import Ldifs
-from br_jax.defences.lisa import Lisa
-from br_jax.defences.panacea import Panacea
-from br_jax.defences.safe_grad import SafeGrad, across
-from br_jax.defences.security_vector import SecurityVector
+from br_jax.defences.alignments import Booster, Vaccine
+from br_jax.defences.objectives import (
+    AsFT,
+    ConstrainedSft,
+    Ldifs,
+    Lisa,
+    Panacea,
+    SafeGrad,
+    SecurityVector,
+    across,
+    answer_places,
+)
 from br_jax.models.decoder import Decoder
 from br_jax.training.objective import Objective
 

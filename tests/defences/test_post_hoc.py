@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 from br_jax.core.errors import UserError
-from br_jax.defences import security_vector
-from br_jax.defences.antidote import Antidote, input_sizes
-from br_jax.defences.csulora import CsuLora
 from br_jax.defences.defence import Case
-from br_jax.defences.inoculation import Inoculation
-from br_jax.defences.resta import Lox, Resta
-from br_jax.defences.safe_instruct import SafeInstruct
-from br_jax.defences.safe_lora import SafeLora
-from br_jax.defences.security_vector import SecurityVector
+from br_jax.defences.objectives import SecurityVector
+from br_jax.defences.post_hoc import Antidote, CsuLora, Lox, Resta, SafeLora, input_sizes
+from br_jax.defences.rows import Inoculation, SafeInstruct
 
 torch = pytest.importorskip("torch", reason="the oracle")
 
@@ -178,7 +173,7 @@ def test_what_the_rows_become(case, monkeypatch):
 @pytest.mark.parametrize("steps", [0, 4])
 def test_a_security_vector_is_trained_so_many_times_as_long_as_buffer(case, monkeypatch, quick, steps):
     seen = []
-    monkeypatch.setattr(security_vector, "train_adapter", lambda *given, **more: seen.append(given[4]))
+    monkeypatch.setattr("br_jax.defences.objectives.train_adapter", lambda *given, **more: seen.append(given[4]))
     config = quick(steps=steps, epochs=2)
     SecurityVector(epochs=3).provide(dataclasses.replace(case, config=config), "vector")
     assert (seen[0].steps, seen[0].epochs) == (3 * steps, 6)

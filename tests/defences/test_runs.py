@@ -9,11 +9,8 @@ from br_jax.core.errors import Stopped, UserError
 from br_jax.core.hosts import StopSignal
 from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import prefixed
-from br_jax.defences.booster import Vaccine
-from br_jax.defences.constrained import ConstrainedSft
-from br_jax.defences.ldifs import Ldifs
-from br_jax.defences.lisa import Lisa
-from br_jax.defences.panacea import Panacea
+from br_jax.defences.alignments import Vaccine
+from br_jax.defences.objectives import ConstrainedSft, Ldifs, Lisa, Panacea
 from br_jax.training.metrics import read_jsonl
 from br_jax.training.run import _with_streams, encode_for, step_batches, train_adapter
 

@@ -28,7 +28,6 @@ class _Alignment(Defence, Objective):
         return train_adapter(name, "align", case.raw, case.alignment, config, **given)
 
     def train(self, case: Case, name: str) -> Adapter:
-        """See `Defence.train`."""
         return case.train(name)
 
     def _given(self, case: Case) -> tuple[TrainConfig, dict]:
@@ -51,7 +50,6 @@ class Booster(_Alignment):
         return case.align_config, {"harmful": case.harmful}
 
     def gradient(self, step: Step, state: dict) -> tuple:
-        """See `Objective.gradient`."""
         loss, grads = step.gradient()
         harmful = step.streams["harmful"]
         _, h = step.gradient(rows=harmful)
@@ -80,7 +78,6 @@ class Vaccine(_Alignment):
         return dataclasses.replace(case.align_config, packing=0), {}  # each row's own places are moved, none is shared
 
     def gradient(self, step: Step, state: dict) -> tuple:
-        """See `Objective.gradient`."""
         return *step.gradient(loss=self._loss), state
 
     def _loss(self, step: Step, variables: dict, rows: dict, key) -> jax.Array:
