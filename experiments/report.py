@@ -1,13 +1,18 @@
 """Writes W/report.md or sweep.md, and W/figures/, from what experiments/pipeline.py or sweep.py left in its workdir W.
 
 python experiments/report.py --workdir=W
+python experiments/report.py --cells=results/cells.parquet --table=ours --workdir=W
 """
+
+import os
 
 from absl import flags
 
 from br_jax.core.cli import require_flags, run_with_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of experiments/pipeline.py or sweep.py.")
+CELLS = flags.DEFINE_string("cells", None, "A file of cells, such as results/cells.parquet, to report on instead.")
+TABLE = flags.DEFINE_string("table", "ours", "Which of its tables, see results/README.md.")
 EXAMPLES = flags.DEFINE_integer("examples", 2, "Answers of a run to print for each model and prompt set.")
 
 
@@ -15,8 +20,12 @@ def main(argv: list[str]) -> None:
     """Flags and one call."""
     require_flags(argv, WORKDIR)
     from br_jax.report.report import write_report
+    from br_jax.report.results import read_archive
 
-    print(write_report(WORKDIR.value, examples=EXAMPLES.value))
+    if CELLS.value:
+        cells = read_archive(CELLS.value, TABLE.value)
+        os.makedirs(os.path.join(WORKDIR.value, "runs"), exist_ok=True)  # as of a sweep
+    print(write_report(WORKDIR.value, examples=EXAMPLES.value, cells=cells if CELLS.value else None))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A *row* of a report is a method at a share of harm in one setting; its cells, on
 """
 
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -11,9 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from br_jax.core.errors import UserError, one_line
+from br_jax.core.errors import UserError, look_up, one_line
 from br_jax.core.records import read_record
 from br_jax.experiment.methods import METHODS
 from br_jax.scoring.statistics import difference, is_finite, mcnemar, read_score, t_interval
@@ -103,6 +105,49 @@ def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{file}: its scores are damaged ({one_line(error)}): {cure}") from error
         cells.append(cell)
+    return cells
+
+
+_OUTCOMES = {"harmful": 1, "task": 1, "over_refusal": 1, "margin_harmful": 16, "margin_benign": 16}  # bits a prompt
+
+
+def pack_cells(tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
+    """Cells of named tables as one small table, for Parquet; their examples of answers are left out."""
+    lines = []
+    for table, cells in tables.items():
+        for cell in cells:
+            scores = {name: value for name, value in cell["scores"].items() if name not in ("outcomes", "examples")}
+            line = {"table": table, **cell["run"], **{name: cell[name] for name in ("method", "a", "seconds")}}
+            line |= {"recipe": json.dumps(cell.get("recipe")), "scores": json.dumps(scores)}
+            for name, bits in _OUTCOMES.items():
+                values = cell["scores"]["outcomes"].get(name, [])
+                packed = np.packbits(np.array(values, bool)) if bits == 1 else np.array(values, np.float16)
+                line |= {f"{name}_n": len(values), f"{name}_outcomes": packed.tobytes()}
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
+    """The cells of one table of a file of `pack_cells`; a `UserError` names those that it has."""
+    frame, cells = pd.read_parquet(file), []
+    look_up("table", table, dict.fromkeys(frame["table"]))
+    for line in frame[frame["table"] == table].to_dict("records"):
+        outcomes = {}
+        for name, bits in _OUTCOMES.items():
+            content, n = line[f"{name}_outcomes"], line[f"{name}_n"]
+            kind = np.uint8 if bits == 1 else np.float16
+            values = np.frombuffer(content, kind)
+            outcomes[name] = (np.unpackbits(values, count=n) if bits == 1 else values.astype(float)).tolist()
+        run = {name: line[name] for name in (*Setting._fields[:4], "p", "seed", "user")}
+        scores = json.loads(line["scores"]) | {"outcomes": outcomes}
+        cell = {
+            "run": run,
+            "method": line["method"],
+            "a": None if math.isnan(line["a"]) else line["a"],
+            "scores": scores,
+        }
+        recipe = json.loads(line["recipe"])
+        cells.append(cell | {"seconds": line["seconds"]} | ({"recipe": recipe} if recipe else {}))
     return cells
 
 

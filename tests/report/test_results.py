@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from br_jax.report.results import (
     find,
     gap,
     one_strength,
+    pack_cells,
     paired,
+    read_archive,
     read_cells,
     results_of,
 )
@@ -131,3 +134,28 @@ def test_a_damaged_cell_is_named_in_one_line(make_cell, write_cells, damage, mes
     damage(cell)
     with pytest.raises(UserError, match=rf"cells/sft\.json: .*{message}[^\n]*delete it and run"):
         read_cells(write_cells([cell]))
+
+
+def test_an_archive_gives_back_its_cells(tmp_path, make_grid):
+    """But for examples of answers; a margin has three digits."""
+    tables = {"one": make_grid(seeds=(1, 2)), "other": make_grid(methods=("sft", "ours"), ps=(0.5,), seeds=(3,))}
+    for cell in (cell for cells in tables.values() for cell in cells):
+        cell["run"].setdefault("user", "plain")
+    tables["one"][0]["scores"]["outcomes"]["margin_harmful"] = [0.125, -3.0]
+    pack_cells(tables).to_parquet(tmp_path / "cells.parquet")
+    for table, cells in tables.items():
+        for cell, found in zip(cells, read_archive(tmp_path / "cells.parquet", table), strict=True):
+            outcomes = {name: values for name, values in found["scores"]["outcomes"].items() if values}
+            assert outcomes == cell["scores"]["outcomes"]
+            cell["scores"] = {k: v for k, v in cell["scores"].items() if k not in ("outcomes", "examples")}
+            del found["scores"]["outcomes"], found["seconds"]
+            assert found == {name: cell[name] for name in found}
+    with pytest.raises(UserError, match="unknown table 'on'; near: one"):
+        read_archive(tmp_path / "cells.parquet", "on")
+
+
+def test_the_results_in_the_repository_make_tables():
+    file = pathlib.Path(__file__).parents[2] / "results" / "cells.parquet"
+    results = results_of(read_archive(file, "ours"))
+    ours = results[(results.method == "ours") & (results.p == 0.5) & (results.task == "reviews")]
+    assert len(ours) and ours.HS.max() < 0.2 < results[results.method == "sft"].HS.max()
