@@ -21,9 +21,9 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Rows, as_rows
 from br_jax.models.model import Model, refuse_adapter, require_buffer
-from br_jax.pool.jobs import Job, Outcome
-from br_jax.pool.pool import Pool
 from br_jax.training.config import TrainConfig
+from br_jax.training.jobs import Job, Outcome
+from br_jax.training.pool import Pool
 from br_jax.training.run import train_adapter
 
 
@@ -139,7 +139,7 @@ def train_users(
     named = jobs.items() if isinstance(jobs, Mapping) else None
     jobs = (Job(name, rows) for name, rows in named) if named is not None else jobs
     pool = Pool(model, config or TrainConfig(), frozen=frozen, slots=slots, **run)
-    return itertools.chain.from_iterable(pool.turns(jobs))
+    return itertools.chain.from_iterable(pool.train(jobs))
 
 
 def _beside(model: Model, buffer: Adapter | None, undefended: bool, name: str) -> dict[str, Adapter]:

@@ -11,7 +11,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.direction import inner, onto
-from br_jax.training.objective import Objective, Step
+from br_jax.training.step import Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,12 @@ class AsFT(Defence, Objective):
 
     def train(self, case: Case, name: str) -> Adapter:
         """See `Defence.train`."""
-        return case.train(name, objective=self, aside={"direction": case.direction()})
+        return case.train(name, objective=self, aux={"direction": case.direction()})
 
     def gradient(self, step: Step, state: dict[str, Any]) -> tuple:
         """See `Objective.gradient`."""
         loss, grads = step.gradient()
-        pull = jax.grad(off_direction)(step.trainable["lora_trainable"], step.aside["direction"])
+        pull = jax.grad(off_direction)(step.trainable["lora_trainable"], step.aux["direction"])
         pulled = jax.tree.map(lambda g, p: g + self.weight * p, grads["lora_trainable"], pull)
         return loss, {**grads, "lora_trainable": pulled}, state
 

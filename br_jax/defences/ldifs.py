@@ -10,7 +10,7 @@ from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.models.masks import SHARED
 from br_jax.training.loss import answer_loss
-from br_jax.training.objective import Objective, Step
+from br_jax.training.step import Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)

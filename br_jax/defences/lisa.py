@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
-from br_jax.training.objective import Objective, Step
+from br_jax.training.step import Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)

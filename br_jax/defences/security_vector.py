@@ -8,8 +8,8 @@ from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.safe_grad import distance_to_base
-from br_jax.training.objective import Objective, Step
 from br_jax.training.run import train_adapter
+from br_jax.training.step import Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,8 +50,8 @@ from br_jax.provider.folder import RECORDED_ADAPTERS, base_of, load_model, recor
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.statistics import read_score
 from br_jax.scoring.suite import DEGENERATE, Suite, evaluate, rules_version
+from br_jax.training.batching import gradient_norms
 from br_jax.training.config import TrainConfig
-from br_jax.training.norms import gradient_norms
 from br_jax.training.run import rows_fingerprint, train_adapter, train_params
 
 ENTERED = (*PROVIDER_STAGES, "user")  # stages that an adapter made elsewhere can take the place of

@@ -20,9 +20,9 @@ from br_jax.models.decoder import Decoder, abstract_params, unembed
 from br_jax.models.io.load import read_spec
 from br_jax.models.masks import Attend
 from br_jax.models.spec import ModelSpec
-from br_jax.pool.step import Turn, begin, empty_state, pool_turn
 from br_jax.training.config import TrainConfig
-from br_jax.training.stage import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
+from br_jax.training.step import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
+from br_jax.training.users import Turn, begin, empty_state, pool_step
 
 TRAINING = ("buffer", "reinforce", "user", "sft", "pool")
 STAGES = (*TRAINING, "prefill", "decode")
@@ -106,7 +106,7 @@ def _training(config, stage, spec, params, dtype, mesh, batch, slots) -> Program
         hyper = Turn(jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots,), x.dtype), hyper), flags, flags)
         inputs["piece"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
-    lowering = functools.partial((pool_turn if slots else train_step).lower, made)
+    lowering = functools.partial((pool_step if slots else train_step).lower, made)
     return Program(stage, made.decoder, dtype, rows, train.max_length, lowering, arguments)
 
 

@@ -39,8 +39,8 @@ from br_jax.scoring.margins import refusal_margins
 from br_jax.scoring.replies import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.scoring.rules import Rule
 from br_jax.scoring.statistics import Score
+from br_jax.training.batching import one_pass
 from br_jax.training.loss import batch_losses
-from br_jax.training.passes import one_pass
 from br_jax.training.run import rows_fingerprint
 
 DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}

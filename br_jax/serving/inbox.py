@@ -19,8 +19,8 @@ from br_jax.core.errors import UserError, one_line
 from br_jax.core.hashes import key_of
 from br_jax.core.io import is_of_the_machine, make_private, parse_json, staged
 from br_jax.core.records import read_record, write_record
-from br_jax.pool.jobs import NAME, NAMED
 from br_jax.serving.policy import Policy
+from br_jax.training.jobs import NAME, NAMED
 
 _JOB, _ROWS = "job.json", "rows.jsonl"
 _UNFINISHED = (".part", ".tmp")

@@ -30,8 +30,6 @@ from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.method import require_parts
 from br_jax.models.model import Model
-from br_jax.pool.jobs import Job, Outcome
-from br_jax.pool.pool import Pool
 from br_jax.provider.export import export_adapter
 from br_jax.provider.folder import RECORDED_ADAPTERS, load_model, load_recorded, read_provider
 from br_jax.scoring.judges.judging import Judge
@@ -41,6 +39,8 @@ from br_jax.serving.card import card_of
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy
+from br_jax.training.jobs import Job, Outcome
+from br_jax.training.pool import Pool
 from br_jax.training.run import run_identity
 
 RELEASED, HELD, CARD = "released", "held.json", "card.md"
@@ -162,7 +162,7 @@ class Service:
                 self.provider.model, self.policy.train, frozen=frozen, slots=self._slots, workdir=self._own / "jobs"
             )
             before = 0
-            for gone in pool.turns(self._jobs()):
+            for gone in pool.train(self._jobs()):
                 for outcome in gone:
                     self._trained(outcome)
                 self._waited += bool(self._ready)
@@ -170,9 +170,9 @@ class Service:
                     self._release()
                 self._say(pool)
                 yield self.status
-                if pool.idle and pool.turn == before:
+                if pool.idle and pool.step == before:
                     time.sleep(min(0.2, self._settle))
-                before = pool.turn
+                before = pool.step
             self._release()
             self._say(pool)
             yield self.status
@@ -367,7 +367,7 @@ class Service:
         }
         waiting = [name for name in self._accepted if name not in users and name not in self._ready]
         status = {
-            "turn": pool.turn,
+            "turn": pool.step,
             "tokens_per_second": pool.rate,
             "training": users,
             "to_be_looked_at": list(self._ready),
@@ -386,6 +386,11 @@ class _Rows:
     job: Accepted
     policy: Policy
     held_back: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file: while a large one is read, a pool lets others pass."""
+        return self.job.rows.stat().st_size
 
     def __iter__(self) -> Iterator[Row]:
         quotas = self.policy.quotas

@@ -16,13 +16,13 @@ from br_jax.adapters.merge import qr_merge
 from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
-from br_jax.pool.jobs import Job
-from br_jax.pool.pool import Pool
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.policy import Policy
 from br_jax.serving.service import Provider, calibrate_users
+from br_jax.training.jobs import Job
+from br_jax.training.pool import Pool
 
 _SHARES, _RATES, _SIZES = (0.0, 0.1, 0.3, 0.5), (0.6, 0.8, 1.0), (1.0, 0.7, 0.4)
 _TOGETHER = 8  # releases that are looked at in a pass
@@ -106,7 +106,7 @@ def _record(kind: str, name: str, finding: Finding, seconds: float) -> dict[str,
 def _train(provider: Provider, policy: Policy, users: Sequence[User], frozen: dict) -> dict[str, Adapter]:
     pool = Pool(provider.model, policy.train, frozen=frozen, slots=policy.slots)
     jobs = [Job(user.name, user.rows, user.settings) for user in users]
-    outcomes = [outcome for gone in pool.turns(jobs) for outcome in gone]
+    outcomes = [outcome for gone in pool.train(jobs) for outcome in gone]
     if failed := next((outcome for outcome in outcomes if outcome.adapter is None), None):
         raise UserError(f"{failed.name}: {failed.error}")
     return {outcome.name: outcome.adapter for outcome in outcomes}

@@ -1,23 +1,32 @@
-"""A user's job in a pool: what was asked for, and how far it has come."""
+"""A user's job in a pool: what was asked for, how its rows are read, and how far it has come."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import re
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from br_jax.adapters.lora import Adapter
-from br_jax.core.errors import UserError, near_names
+from br_jax.core.errors import UserError, near_names, one_line
+from br_jax.core.io import is_of_the_machine
 from br_jax.data.batches import Batch
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Rows, as_rows
 from br_jax.models.model import Model
+from br_jax.training.batching import encode_for, run_order
 from br_jax.training.config import TrainConfig, require_fit
-from br_jax.training.run import encode_for, rows_fingerprint
-from br_jax.training.stage import cycles, learning_rates
+from br_jax.training.folder import Folder, MetricWriter
+from br_jax.training.run import rows_fingerprint
+from br_jax.training.step import learning_rates, restarts
 
 # What a job may set for itself; the rest is the pool's, for it is a part of the program that all run.
 OWN = (
@@ -27,6 +36,8 @@ OWN = (
 _LIMITED = ("rank", "max_length")  # those that the pool's own are the most of
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 NAMED = "name it by at most 100 letters, digits, dots, dashes, underscores"
+# Rows of at most so many bytes are waited for. Of more, so many are taken to be read while a pool makes a step.
+_SMALL, _BYTES_A_STEP, _BYTES_A_ROW = 1_000_000, 100_000, 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +70,23 @@ class Job:
         except UserError as error:
             raise UserError(f"job {self.name}: {error}") from error
         for name in _LIMITED:
-            if getattr(made, name) > getattr(pool, name):
-                most = getattr(pool, name)
+            if getattr(made, name) > (most := getattr(pool, name)):
                 raise UserError(f"job {self.name}: {name} is {getattr(made, name)}: the pool's {most} is the most")
         return made
+
+    @property
+    def head_start(self) -> int:
+        """Pool steps in which others may go before it while its rows are read; by their size alone, not by time.
+
+        A file's size is known, and that of rows in memory by their number; others may have a `size` in bytes.
+        """
+        size = getattr(self.rows, "size", 0)
+        if isinstance(self.rows, str | os.PathLike):
+            with contextlib.suppress(OSError, ValueError):  # of which reading it will tell
+                size = os.stat(self.rows).st_size
+        elif isinstance(self.rows, Sequence):
+            size = len(self.rows) * _BYTES_A_ROW
+        return size // _BYTES_A_STEP if size > _SMALL else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,27 +99,37 @@ class Outcome:
 
 
 class Taken(NamedTuple):
-    """What a job puts into a turn."""
+    """What a job puts into a pool step."""
 
     rows: list[Batch]  # arrays [n] each; the weights of all rows of a step add to 1
     first: int  # which of its step's rows the first of them is
     rate: float  # of the step
-    restart: bool  # whether its optimizer begins anew before this turn
-    due: bool  # whether the turn ends the step
+    restart: bool  # whether its optimizer begins anew before it
+    due: bool  # whether it ends the optimizer step
 
 
-class Course:
-    """How far a job has come: which rows of which step are next. Its steps are those of a run by itself."""
+class JobState:
+    """How far a job has come: which rows of which step are next. Its steps are those of a run by itself.
+
+    Attributes:
+        identity: a hash of the run that it is.
+        folder, held, metrics: its run's folder, where there is one; its lock; and what is written while it runs.
+        wrong: why it must go.
+    """
 
     def __init__(self, job: Job, config: TrainConfig, steps: Sequence[list[Batch]], rows_hash: str, counts: dict):
-        self.job, self.config, self.rows_hash, self.counts = job, config, rows_hash, counts
-        self.step, self.row, self.identity = 0, 0, ""  # the last: a hash of the run that it is
-        self._steps, self._rates = steps, learning_rates(config, len(steps))
-        self._restarts = {part.start for part in cycles(config, len(steps))} - {0}
+        self.name, self.config, self.rows_hash, self.counts = job.name, config, rows_hash, counts
+        self._steps, self.total = steps, len(steps)
+        self._rates, self._restarts = learning_rates(config, self.total), restarts(config, self.total)
         self._loaded, self._rows = -1, []
+        self.step, self.row, self.identity, self.wrong = 0, 0, "", ""
+        self.tokens, self.answer_tokens, self.loss = 0, 0, math.nan
+        self.folder: Folder | None = None
+        self.metrics: MetricWriter | None = None
+        self.held = contextlib.ExitStack()
 
     @classmethod
-    def of(cls, job: Job, config: TrainConfig, model: Model, packing: int, share: bool) -> "Course":
+    def of(cls, job: Job, pool: TrainConfig, model: Model, packing: int, share: bool) -> "JobState":
         """Reads and encodes a job's rows.
 
         Args:
@@ -105,9 +139,9 @@ class Course:
         Raises:
             UserError: rows or settings that a run by itself would refuse, too.
         """
-        rows = as_rows(job.rows, f"job {job.name}: rows")
+        config, rows = job.config(pool), as_rows(job.rows, f"job {job.name}: rows")
         require_fit(config, model.spec, len(rows), owner=f"job {job.name}: ")
-        examples, dropped = encode_for(f"job {job.name}", model, rows, config)
+        examples, counts = encode_for(f"job {job.name}", model, rows, config)
         once = sum(len(example["tokens"]) for example in examples)
         times = config.steps * config.batch_size / len(examples) if config.steps else config.epochs
         if once * times > job.max_tokens:
@@ -115,16 +149,8 @@ class Course:
                 f"job {job.name}: {once * times:,.0f} tokens in {times:g} epochs are too many, {job.max_tokens:,.0f} "
                 "are the most: fewer rows, or epochs"
             )
-        length = {"steps": config.steps} if config.steps else {"epochs": config.epochs}
-        order = {"batch_size": config.batch_size, "seed": config.seed, **length}
-        counts = {"rows": dropped.rows, "dropped": dropped.total, "truncated": dropped.truncated}
-        steps = packed_steps(examples, length=packing, share=share, **order)
+        steps = packed_steps(examples, length=packing, share=share, **run_order(config))
         return cls(job, config, steps, rows_fingerprint(rows), counts)
-
-    @property
-    def total(self) -> int:
-        """Optimizer steps."""
-        return len(self._steps)
 
     @property
     def done(self) -> bool:
@@ -141,19 +167,21 @@ class Course:
         return [len(row["tokens"]) for step in range(min(steps, self.total)) for row in self._steps[step]]
 
     def take(self, length: int, count: int) -> Taken | None:
-        """The next rows of the step at hand, as many as fit a turn of `count` rows of a length; None if the next does
-        not fit.
+        """The next rows of the step at hand, as many as fit a pool step of `count` rows of a length; None if the next
+        does not fit.
         """
         left = itertools.islice(self._current, self.row, self.row + count)
         rows = list(itertools.takewhile(lambda row: len(row["tokens"]) <= length, left))
         if not rows:
             return None
-        rate, first, at_start = self._rates[self.step], self.row, self.row == 0 and self.step in self._restarts
+        rate, first, restart = self._rates[self.step], self.row, self.row == 0 and self.step in self._restarts
         self.row += len(rows)
         due = self.row == len(self._current)
         if due:
             self.step, self.row = self.step + 1, 0
-        return Taken(rows, first, rate, at_start, due)
+        self.tokens += sum(len(row["tokens"]) for row in rows)
+        self.answer_tokens += sum(int(np.count_nonzero(row["weights"])) for row in rows)
+        return Taken(rows, first, rate, restart, due)
 
     @property
     def _current(self) -> list[Batch]:
@@ -163,3 +191,32 @@ class Course:
             self._rows = [row | {"weights": row["weights"] / np.float32(total)} for row in rows]
             self._loaded = self.step
         return self._rows
+
+
+class Reading:
+    """A job whose rows are read in a thread of their own; where threads have priorities, it yields to the training."""
+
+    def __init__(self, job: Job, step: int, *how):
+        """`step`: of the pool, when the job came; `how`: what `JobState.of` takes behind the job."""
+        self.job, self.due, self._how, self.future = job, step + job.head_start, how, Future()
+        threading.Thread(target=self._run, name="br_jax-rows", daemon=True).start()
+
+    def _run(self) -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + 10)
+        try:
+            self.future.set_result(JobState.of(self.job, *self._how))
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def result(self) -> JobState:
+        """The job, once it is read; whatever went wrong in that is the job's, but for what is the machine's."""
+        try:
+            return self.future.result()
+        except Exception as error:
+            if isinstance(error, UserError) or is_of_the_machine(error):
+                raise
+            name = self.job.name
+            logging.exception("job %s: its rows cannot be read", name)
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"job {name}: its rows cannot be read ({what})") from error

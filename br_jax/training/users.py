@@ -1,9 +1,9 @@
-"""The step of `training.stage`, with an axis of users: every slot of a pool holds one user's run.
+"""The step of `training.step` with an axis of users: every slot of a pool holds one user's run.
 
-A state is that of a single run with all arrays' user axis U behind the layers ([L, U, in, R]) or in front: "trainable",
-"opt_state", "step" and "key", and of the optimizer step at hand "gradient" and "loss", for a user's step may take
-several turns. A turn runs the base once over the rows of all slots; rows of a slot stand together, so that no row is
-sorted or gathered, and no number of one slot meets another's. Which user sits in a slot is no part of any program.
+A state is that of a single run whose arrays have a user axis U, behind the layers ([L, U, in, R]) or in front:
+"trainable", "opt_state", "step" and "key". "gradient" and "loss" gather the optimizer step at hand, for a user's may
+take several pool steps. A pool step runs the base once over the rows of all slots. Rows of a slot stand together, so no
+row is sorted or gathered, and no number of one slot meets another's. Who sits in a slot is no part of any program.
 """
 
 import functools
@@ -20,71 +20,31 @@ from jaxtyping import Array, Bool, Int
 from br_jax.adapters.lora import Adapter
 from br_jax.core.mesh import constrain_tree
 from br_jax.training.loss import batch_losses
-from br_jax.training.objective import Step
-from br_jax.training.stage import Hyper, Stage, init_state, optimizer, trainable_adapter
+from br_jax.training.step import Hyper, Stage, descend, init_state, trainable_adapter
 
 
 class Turn(NamedTuple):
-    """What a turn is for each slot, [U]; the rows are apart."""
+    """What a pool step is for each slot, [U]; the rows are apart."""
 
     hyper: Hyper  # f32 each
-    restart: Bool[np.ndarray, " U"]  # whether the optimizer begins anew before this turn
-    due: Bool[np.ndarray, " U"]  # whether this turn ends an optimizer step
-
-
-def empty_state(one: dict, slots: int) -> dict:
-    """A state of so many slots that hold nothing; `one` is a slot's, real or abstract, see `begin`."""
-
-    def slots_of(leaf, axis):
-        return jnp.zeros((*leaf.shape[:axis], slots, *leaf.shape[axis:]), leaf.dtype)
-
-    return jax.tree.map(slots_of, one, user_axes(one))
-
-
-def begin(adapter: Adapter, seed: int) -> dict:
-    """One slot's state before the first turn."""
-    state = init_state(trainable_adapter(adapter), seed)
-    del state["objective"]
-    return state | {"gradient": jax.tree.map(jnp.zeros_like, state["trainable"]), "loss": jnp.float32(0)}
-
-
-def user_axes(state: dict) -> dict:
-    """Where the user axis stands (or would) in each leaf: behind the layers of an adapter's leaves, else in front."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: int(getattr(path[-1], "key", "") in ("a", "b")), state)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put(state: dict, slot: Int[Array, ""], one: dict) -> dict:
-    """The state with one slot's set."""
-
-    def write(leaf, new, axis):
-        return jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), slot, axis)
-
-    return constrain_tree(jax.tree.map(write, state, one, user_axes(one)))
-
-
-@jax.jit
-def take(state: dict, slot: Int[Array, ""]) -> dict:
-    """One slot's state."""
-    return jax.tree.map(
-        lambda leaf, axis: jax.lax.dynamic_index_in_dim(leaf, slot, axis, keepdims=False), state, user_axes(state)
-    )
+    restart: Bool[np.ndarray, " U"]  # whether the optimizer begins anew before it
+    due: Bool[np.ndarray, " U"]  # whether it ends an optimizer step
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def pool_turn(stage: Stage, state: dict, frozen: dict, batch: dict, turn: Turn) -> tuple[dict, dict]:
-    """One turn of all slots.
+def pool_step(stage: Stage, state: dict, frozen: dict, batch: dict, turn: Turn) -> tuple[dict, dict]:
+    """Adds to the gradients of all slots, and ends the optimizer steps that are due.
 
     Args:
-        batch: as in `data.batches`, [U k, T]: k rows a slot. The weights of a user's rows add to 1 over the turns of an
-            optimizer step. With dropout, "piece" int32[U k] numbers a slot's rows over those turns.
+        batch: as in `data.batches`, [U k, T]: k rows a slot. The weights of a user's rows add to 1 over an optimizer
+            step. With dropout, "piece" int32[U k] numbers a slot's rows over that step.
         turn: see `Turn`; a slot whose rows are all padding goes through it unchanged.
 
     Returns:
-        The new state, and [U] f32 "loss" and "grad_norm", of the step that ends with this turn where one is due.
+        The new state, and [U] f32 "loss" and "grad_norm", of the optimizer step that ends here where one is due.
     """
     count, rows = len(turn.due), {name: values for name, values in batch.items() if name != "piece"}
-    step = Step(*stage[:3], state["trainable"], frozen, rows, turn.hyper.scale)
+    step = stage.step(state["trainable"], frozen, rows, turn.hyper.scale)
 
     def summed(trainable):
         variables = step.variables(trainable) | _seeds(stage, state, batch, count)
@@ -96,19 +56,12 @@ def pool_turn(stage: Stage, state: dict, frozen: dict, batch: dict, turn: Turn) 
 
     def of_slot(one: dict, hyper: Hyper, restart, due):
         opt_state = jax.tree.map(lambda leaf: jnp.where(restart, 0, leaf).astype(leaf.dtype), one["opt_state"])
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count of steps
-            updates, moved = optimizer(hyper).update(one["gradient"], opt_state, one["trainable"])
-        after = {
-            **one,
-            "trainable": optax.apply_updates(one["trainable"], updates),
-            "opt_state": moved,
-            "step": one["step"] + 1,
-            "gradient": jax.tree.map(jnp.zeros_like, one["gradient"]),
-            "loss": jnp.float32(0),
-        }
-        kept = one | {"opt_state": opt_state}
+        trainable, moved = descend(one["trainable"], one["gradient"], opt_state, hyper)
+        gathered = {"gradient": jax.tree.map(jnp.zeros_like, one["gradient"]), "loss": jnp.float32(0)}
+        after = {**one, "trainable": trainable, "opt_state": moved, "step": one["step"] + 1, **gathered}
+        before = one | {"opt_state": opt_state}
         norm = optax.tree.norm(one["gradient"])
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), after, kept), norm
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), after, before), norm
 
     state = {**state, "gradient": gradient, "loss": loss}
     axes = user_axes(state)
@@ -136,3 +89,42 @@ def _seeds(stage: Stage, state: dict, batch: dict, count: int) -> dict:
     shapes = {path.removesuffix("/a"): leaf.shape[0] for path, leaf in flat.items() if path.endswith("/a")}
     seeds = {f"{path}/rows": of_matrix(path, layers) for path, layers in shapes.items()}
     return {"seeds": traverse_util.unflatten_dict(seeds, sep="/")}
+
+
+def begin(adapter: Adapter, seed: int) -> dict:
+    """One slot's state before its first step."""
+    state = init_state(trainable_adapter(adapter), seed)
+    del state["objective"]
+    return state | {"gradient": jax.tree.map(jnp.zeros_like, state["trainable"]), "loss": jnp.float32(0)}
+
+
+def user_axes(state: dict) -> dict:
+    """Where the user axis stands (or would) in each leaf: behind the layers of an adapter's leaves, else in front."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: int(getattr(path[-1], "key", "") in ("a", "b")), state)
+
+
+def empty_state(one: dict, slots: int) -> dict:
+    """A state of so many slots that hold nothing; `one` is a slot's, real or abstract, see `begin`."""
+
+    def slots_of(leaf, axis):
+        return jnp.zeros((*leaf.shape[:axis], slots, *leaf.shape[axis:]), leaf.dtype)
+
+    return jax.tree.map(slots_of, one, user_axes(one))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put(state: dict, slot: Int[Array, ""], one: dict) -> dict:
+    """The state with one slot's set."""
+
+    def write(leaf, new, axis):
+        return jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), slot, axis)
+
+    return constrain_tree(jax.tree.map(write, state, one, user_axes(one)))
+
+
+@jax.jit
+def take(state: dict, slot: Int[Array, ""]) -> dict:
+    """One slot's state."""
+    return jax.tree.map(
+        lambda leaf, axis: jax.lax.dynamic_index_in_dim(leaf, slot, axis, keepdims=False), state, user_axes(state)
+    )

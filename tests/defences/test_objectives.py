@@ -14,7 +14,7 @@ from br_jax.defences.panacea import Panacea
 from br_jax.defences.safe_grad import SafeGrad, across
 from br_jax.defences.security_vector import SecurityVector
 from br_jax.models.decoder import Decoder
-from br_jax.training.objective import Objective
+from br_jax.training.step import Objective
 
 torch = pytest.importorskip("torch", reason="the oracle")
 

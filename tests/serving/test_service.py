@@ -16,11 +16,11 @@ from br_jax.adapters.peft import load_adapter
 from br_jax.core.errors import UserError
 from br_jax.core.locks import LOCK_FILE, owned, reserved
 from br_jax.data.rows import read_rows
-from br_jax.pool.pool import Pool
 from br_jax.serving import service as module
 from br_jax.serving.inbox import Accepted, Inbox
 from br_jax.serving.service import Service
 from br_jax.serving.table import Table
+from br_jax.training.pool import Pool
 
 
 def test_jobs_come_out_as_adapters_with_cards(provider, policy, tmp_path):

@@ -19,11 +19,10 @@ from br_jax.data.batches import encode_rows
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Row
 from br_jax.models.decoder import drop_by_row
-from br_jax.pool import step as pool_step
-from br_jax.pool.jobs import Course, Job
-from br_jax.pool.pool import Pool
-from br_jax.pool.shapes import fill
-from br_jax.training.stage import Hyper, Stage, frozen_collections
+from br_jax.training.jobs import Job, JobState
+from br_jax.training.pool import Pool
+from br_jax.training.schedule import fill
+from br_jax.training.step import Hyper, Stage, frozen_collections
 
 
 def eight(rows):
@@ -59,15 +58,15 @@ def alone(tiny, buffer):
 @pytest.fixture(autouse=True)
 def breaks(monkeypatch):
     """What the job "broken" learns from its fourth step on is no number."""
-    take = Course.take
+    take = JobState.take
 
     def broken(course, length, count):
         taken = take(course, length, count)
-        if course.job.name == "broken" and course.step > 3:
+        if course.name == "broken" and course.step > 3:
             taken.rows[0]["weights"][:] = np.nan
         return taken
 
-    monkeypatch.setattr(Course, "take", broken)
+    monkeypatch.setattr(JobState, "take", broken)
 
 
 def test_each_of_eight_is_the_run_by_itself(tiny, rows, config, buffer, alone):
@@ -98,24 +97,24 @@ def test_neighbours_change_no_bit(tiny, rows, config, buffer):
 def turn_of(tiny, config, rows, slots, active):
     """(stage, state, frozen, batch, turn) of a pool in which some slots have rows."""
     pool = Pool(tiny, config, frozen={}, slots=slots, mesh=ONE())
-    taken, state = [None] * slots, pool._state
+    taken, state = [None] * slots, pool.state
     for slot in active:
-        course = Course.of(Job(f"job{slot}", rows[slot:]), config, tiny, pool.lengths[-1], True)
+        course = JobState.of(Job(f"job{slot}", rows[slot:]), config, tiny, pool.lengths[-1], True)
         shapes = lora.target_shapes(tiny.params)
         first = lora.init(jax.random.key(slot), shapes, config.rank, config.alpha, "user", tiny.fingerprint)
         weights = {path: {"a": pair["a"], "b": pair["b"] + 0.01} for path, pair in first.weights.items()}
-        one = pool_step.begin(first.replace(weights=weights), slot)
-        state = pool_step.put(state, np.int32(slot), one)
+        one = users.begin(first.replace(weights=weights), slot)
+        state = users.put(state, np.int32(slot), one)
         taken[slot] = course.take(pool.lengths[-1], pool.rows)
     hyper = jax.tree.map(lambda x: np.full(slots, x), Hyper.of(config)._replace(learning_rate=np.float32(1e-2)))
     due, stage = np.isin(np.arange(slots), active), Stage.of(tiny.decoder, config, ONE())
-    batch, turn = fill(taken, pool.lengths[-1], pool.rows), pool_step.Turn(hyper, np.zeros(slots, bool), due)
+    batch, turn = fill(taken, pool.lengths[-1], pool.rows), users.Turn(hyper, np.zeros(slots, bool), due)
     return stage, state, frozen_collections(tiny.params, {}, "stack"), batch, turn
 
 
 def leaves_of(state, slot):
     """The arrays of one slot."""
-    axes = pool_step.user_axes(state)
+    axes = users.user_axes(state)
     return jax.tree.leaves(jax.tree.map(lambda leaf, axis: np.take(np.array(leaf), slot, axis), state, axes))
 
 
@@ -129,7 +128,7 @@ def test_no_loss_depends_on_anothers_adapter(tiny, rows, config):
         stage, state, frozen, batch, turn = turn_of(tiny, config, rows, 3, [0, 1, 2])
         owner = np.repeat(np.arange(3), len(batch["weights"]) // 3)
         batch["weights"] = batch["weights"] * (owner == user)[:, None]
-        after, metrics = pool_step.pool_turn(stage, state, frozen, batch, turn._replace(due=np.zeros(3, bool)))
+        after, metrics = users.pool_step(stage, state, frozen, batch, turn._replace(due=np.zeros(3, bool)))
         moved = [any(leaf.any() for leaf in leaves_of(after["gradient"], slot)) for slot in range(3)]
         assert moved == [slot == user for slot in range(3)]
         assert [loss > 0 for loss in metrics["loss"]] == moved
@@ -138,11 +137,11 @@ def test_no_loss_depends_on_anothers_adapter(tiny, rows, config):
 def test_slots_without_rows_stay_to_the_bit_and_unfinished_steps_only_gather(tiny, rows, config):
     stage, state, frozen, batch, turn = turn_of(tiny, config, rows, 3, [0, 2])
     before = jax.tree.map(np.array, state)
-    after, metrics = pool_step.pool_turn(stage, state, frozen, batch, turn)
+    after, metrics = users.pool_step(stage, state, frozen, batch, turn)
     assert [equal(leaves_of(before, slot), leaves_of(after, slot)) for slot in range(3)] == [False, True, False]
     assert float(metrics["loss"][1]) == float(metrics["grad_norm"][1]) == 0 < float(metrics["loss"][0])
     stage, state, frozen, batch, turn = turn_of(tiny, config, rows, 3, [0, 2])
-    after, _ = pool_step.pool_turn(stage, state, frozen, batch, turn._replace(due=np.array([False, False, True])))
+    after, _ = users.pool_step(stage, state, frozen, batch, turn._replace(due=np.array([False, False, True])))
     for name in ("trainable", "opt_state", "step"):
         assert equal(leaves_of({name: before[name]}, 0), leaves_of({name: after[name]}, 0)), name
     assert any(leaf.any() for leaf in leaves_of(after["gradient"], 0))
@@ -189,8 +188,8 @@ def test_on_a_mesh_users_lie_apart(tiny, rows, config, buffer, alone, sizes, slo
     out = {o.name: o for o in method.train_users(tiny, jobs, config, buffer=buffer, slots=slots, mesh=mesh_of(*sizes))}
     for job in jobs:
         assert distance(out[job.name].adapter, alone(job, config)) < 5e-5, job.name
-    state = Pool(tiny, config, slots=slots, mesh=mesh_of(*sizes))._state
-    axes = jax.tree.leaves(pool_step.user_axes(state))
+    state = Pool(tiny, config, slots=slots, mesh=mesh_of(*sizes)).state
+    axes = jax.tree.leaves(users.user_axes(state))
     for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(state), axes, strict=True):
         parts = {str(shard.index[axis]) for shard in leaf.addressable_shards}
         assert len(parts) == (sizes[0] * sizes[1] if leaf_name(path) != "key" else 1), leaf_name(path)
@@ -246,7 +245,7 @@ def test_jobs_are_asked_for_when_there_is_room(tiny, rows, config, buffer):
 
     config = dataclasses.replace(config, packing=0)
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=1, mesh=ONE())
-    turns, names = pool.turns(jobs()), []
+    turns, names = pool.train(jobs()), []
     names += [o.name for o in next(turns)]
     assert len(asked) <= 3
     for gone in turns:
@@ -272,11 +271,11 @@ def test_a_long_job_holds_nobody_up(tiny, rows, config, buffer):
     config = dataclasses.replace(config, packing=0)
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=4, mesh=ONE())
     gone = []
-    for out in pool.turns([Job("large", many, {"steps": 0, "epochs": 1}), *small]):
+    for out in pool.train([Job("large", many, {"steps": 0, "epochs": 1}), *small]):
         gone += [o.name for o in out]
         if len(gone) == 3:
             break
-    assert sorted(gone) == ["small0", "small1", "small2"] and pool.turn <= 8
+    assert sorted(gone) == ["small0", "small1", "small2"] and pool.step <= 8
 
 
 def test_rows_that_take_long_to_read_hold_nobody_up(tiny, rows, config, buffer):
@@ -325,8 +324,8 @@ def test_a_long_job_that_is_left_over_has_fewer_slots_beside_it(tiny, rows, conf
         yield from (Job(f"late{i}", rows[i + 3 :], {"steps": 3}) for i in range(3))
 
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=4, mesh=ONE())
-    for gone in pool.turns(jobs()):
-        sizes.append(len(pool._seats))
+    for gone in pool.train(jobs()):
+        sizes.append(len(pool.slots))
         came += gone
     assert sizes[:3] == [4, 4, 4] and sizes[6] == 1 and 4 in sizes[20:24] and sizes[-1] == 1
     found = {o.name: o.adapter for o in came}
@@ -335,4 +334,4 @@ def test_a_long_job_that_is_left_over_has_fewer_slots_beside_it(tiny, rows, conf
         settings = Job(name, rows[first:], {"steps": steps}).config(config)
         alone = method.train_user(tiny, rows[first:], settings, buffer=buffer, mesh=ONE())
         assert distance(found[name], alone) < 1e-4, name
-    assert sum(name == "jit(pool_turn)" for name in compiles) <= 3
+    assert sum(name == "jit(pool_step)" for name in compiles) <= 3

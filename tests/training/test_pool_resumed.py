@@ -12,9 +12,9 @@ from br_jax import method
 from br_jax.adapters import lora
 from br_jax.core.errors import Stopped
 from br_jax.core.hosts import StopSignal
-from br_jax.pool.jobs import Job
-from br_jax.pool.pool import Pool
-from br_jax.training.metrics import read_jsonl
+from br_jax.core.io import read_jsonl
+from br_jax.training.jobs import Job
+from br_jax.training.pool import Pool
 
 
 def test_finished_jobs_are_read_back_by_either(tiny, rows, config, buffer, tmp_path):
@@ -49,7 +49,7 @@ def test_a_pool_that_was_cut_off_goes_on(tiny, rows, straight, buffer, tmp_path,
     jobs, config, expected = straight
     train = functools.partial(method.train_users, tiny, jobs, config, buffer=buffer)
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=2, workdir=tmp_path, mesh=ONE())
-    turns = pool.turns(jobs)
+    turns = pool.train(jobs)
     while pool.users.get("job1", (0,))[0] < 8:  # a checkpoint of turn 8; job0 has left after its step 7
         next(turns)
     turns.close()
@@ -70,7 +70,7 @@ def test_settings_that_were_changed_begin_anew(tiny, rows, config, buffer, tmp_p
     """A checkpoint of other shapes is of no use, and in nobody's way."""
     config = dataclasses.replace(config, steps=9, checkpoint_every=2, packing=0)
     pool = Pool(tiny, config, frozen={"buffer": buffer}, slots=2, workdir=tmp_path, mesh=ONE())
-    turns = pool.turns([Job("a", rows), Job("b", rows[1:])])
+    turns = pool.train([Job("a", rows), Job("b", rows[1:])])
     for _ in range(5):
         next(turns)
     turns.close()
@@ -100,8 +100,8 @@ def test_jobs_that_nobody_hands_in_again_are_forgotten(tiny, rows, config, buffe
     assert again._resting.keys() <= {"a"}
     for _ in range(4):
         next(turns)
-    again._checkpoints.wait()
-    assert [job["name"] for job in again._checkpoints.data()["jobs"]] == ["a"]
+    again.checkpoints.wait()
+    assert [job["name"] for job in again.checkpoints.data()["jobs"]] == ["a"]
     turns.close()
 
 
@@ -115,8 +115,8 @@ def test_stopped_before_another_turn(tiny, rows, config, buffer, tmp_path, monke
         asked = iter([False] * (looks - 1))
         monkeypatch.setattr(StopSignal, "asked", lambda signal, asked=asked: next(asked, True))
         with pytest.raises(Stopped):
-            list(pool.turns([job, None]))
+            list(pool.train([job, None]))
     monkeypatch.undo()
-    assert pool.turn > 0
+    assert pool.step > 0
     (resumed,) = train([Job("a", rows)], workdir=tmp_path)
     assert lora.fingerprint(resumed.adapter) == lora.fingerprint(straight.adapter)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from br_jax.core.errors import UserError
+from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import Row, as_rows
-from br_jax.training import checkpoints, run
-from br_jax.training.metrics import MetricWriter, read_jsonl
+from br_jax.training import batching, checkpoints, run
+from br_jax.training.folder import MetricWriter
 from br_jax.training.run import rows_fingerprint, train_adapter, train_params
 
 
@@ -53,7 +54,7 @@ def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch):
     assert stage["tokens"] == sum(sum(len(text) + 1 for _, text in row.turns) for row in rows) * 2
     losses = [record["loss"] for record in read_jsonl(tmp_path / "sft" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    monkeypatch.setattr(run, "_train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "prepare", lambda *args: pytest.fail("trained again"))
     again = train(tiny, rows, quick(log_every=3, checkpoint_every=7), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert again.roles == first.roles
@@ -209,7 +210,7 @@ def test_every_param_of_a_small_model_can_be_trained(tmp_path, tiny, rows, quick
 
 def test_what_does_not_fit_is_told(tiny, rows, quick, monkeypatch):
     told = []
-    monkeypatch.setattr(run.logging, "warning", lambda message, *values: told.append(message % values))
+    monkeypatch.setattr(batching.logging, "warning", lambda message, *values: told.append(message % values))
     long = [{"prompt": "a" * n, "response": "b" * 30} for n in (60, 20, 70)]
     train(tiny, [*rows, *as_rows(long)], quick(probe_every=3), probes={"harmful": long[1:], "benign": rows[:3]})
     assert told == [

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from br_jax.pool.schedule import Schedule
-from br_jax.pool.shapes import fitting_lengths
+from br_jax.training.schedule import Schedule, fitting_lengths
 
 
 def serve(schedule, jobs, turns):
