@@ -82,9 +82,9 @@ class Job:
         """
         size = getattr(self.rows, "size", 0)
         if isinstance(self.rows, str | os.PathLike):
-            with contextlib.suppress(OSError, ValueError):  # of which reading it will tell
+            with contextlib.suppress(OSError, ValueError):  # reading it will tell
                 size = os.stat(self.rows).st_size
-        elif isinstance(self.rows, Sequence):
+        elif not size and isinstance(self.rows, Sequence):
             size = len(self.rows) * _BYTES_A_ROW
         return size // _BYTES_A_STEP if size > _SMALL else 0
 
@@ -108,25 +108,30 @@ class Taken(NamedTuple):
     due: bool  # whether it ends the optimizer step
 
 
+@dataclasses.dataclass(eq=False)
 class JobState:
-    """How far a job has come: which rows of which step are next. Its steps are those of a run by itself.
+    """How far a job has come: which rows of which step are next. Its steps are those of a run by itself."""
 
-    Attributes:
-        identity: a hash of the run that it is.
-        folder, held, metrics: its run's folder, where there is one; its lock; and what is written while it runs.
-        wrong: why it must go.
-    """
+    name: str
+    config: TrainConfig
+    steps: Sequence[list[Batch]]
+    rows_hash: str
+    counts: dict[str, int]  # of its rows, see `encode_for`
+    step: int = 0
+    row: int = 0  # of the step
+    tokens: int = 0
+    answer_tokens: int = 0
+    loss: float = math.nan  # the last known
+    wrong: str = ""  # why it must go
+    identity: str = ""  # a hash of the run that it is
+    folder: Folder | None = None
+    metrics: MetricWriter | None = None
+    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)  # folder and metrics
 
-    def __init__(self, job: Job, config: TrainConfig, steps: Sequence[list[Batch]], rows_hash: str, counts: dict):
-        self.name, self.config, self.rows_hash, self.counts = job.name, config, rows_hash, counts
-        self._steps, self.total = steps, len(steps)
-        self._rates, self._restarts = learning_rates(config, self.total), restarts(config, self.total)
+    def __post_init__(self):
+        self.total = len(self.steps)
+        self._rates, self._restarts = learning_rates(self.config, self.total), restarts(self.config, self.total)
         self._loaded, self._rows = -1, []
-        self.step, self.row, self.identity, self.wrong = 0, 0, "", ""
-        self.tokens, self.answer_tokens, self.loss = 0, 0, math.nan
-        self.folder: Folder | None = None
-        self.metrics: MetricWriter | None = None
-        self.held = contextlib.ExitStack()
 
     @classmethod
     def of(cls, job: Job, pool: TrainConfig, model: Model, packing: int, share: bool) -> "JobState":
@@ -139,18 +144,17 @@ class JobState:
         Raises:
             UserError: rows or settings that a run by itself would refuse, too.
         """
-        config, rows = job.config(pool), as_rows(job.rows, f"job {job.name}: rows")
-        require_fit(config, model.spec, len(rows), owner=f"job {job.name}: ")
-        examples, counts = encode_for(f"job {job.name}", model, rows, config)
-        once = sum(len(example["tokens"]) for example in examples)
+        name, config = f"job {job.name}", job.config(pool)
+        rows = as_rows(job.rows, f"{name}: rows")
+        require_fit(config, model.spec, len(rows), owner=f"{name}: ")
+        examples, counts = encode_for(name, model, rows, config)
         times = config.steps * config.batch_size / len(examples) if config.steps else config.epochs
-        if once * times > job.max_tokens:
-            raise UserError(
-                f"job {job.name}: {once * times:,.0f} tokens in {times:g} epochs are too many, {job.max_tokens:,.0f} "
-                "are the most: fewer rows, or epochs"
-            )
+        tokens = times * sum(len(example["tokens"]) for example in examples)
+        if tokens > job.max_tokens:
+            most = f"{job.max_tokens:,.0f} are the most: fewer rows, or epochs"
+            raise UserError(f"{name}: {tokens:,.0f} tokens in {times:g} epochs are too many, {most}")
         steps = packed_steps(examples, length=packing, share=share, **run_order(config))
-        return cls(job, config, steps, rows_fingerprint(rows), counts)
+        return cls(job.name, config, steps, rows_fingerprint(rows), counts)
 
     @property
     def done(self) -> bool:
@@ -164,12 +168,10 @@ class JobState:
 
     def needs(self, steps: int = 16) -> list[int]:
         """Tokens of the rows of the first steps."""
-        return [len(row["tokens"]) for step in range(min(steps, self.total)) for row in self._steps[step]]
+        return [len(row["tokens"]) for step in range(min(steps, self.total)) for row in self.steps[step]]
 
     def take(self, length: int, count: int) -> Taken | None:
-        """The next rows of the step at hand, as many as fit a pool step of `count` rows of a length; None if the next
-        does not fit.
-        """
+        """The next rows of the step at hand, as many as fit a pool step of `count` rows of a length, if any does."""
         left = itertools.islice(self._current, self.row, self.row + count)
         rows = list(itertools.takewhile(lambda row: len(row["tokens"]) <= length, left))
         if not rows:
@@ -186,7 +188,7 @@ class JobState:
     @property
     def _current(self) -> list[Batch]:
         if self._loaded != self.step:
-            rows = self._steps[self.step]
+            rows = self.steps[self.step]
             total = max(sum(float(row["weights"].sum()) for row in rows), 1.0)
             self._rows = [row | {"weights": row["weights"] / np.float32(total)} for row in rows]
             self._loaded = self.step
@@ -199,7 +201,7 @@ class Reading:
     def __init__(self, job: Job, step: int, *how):
         """`step`: of the pool, when the job came; `how`: what `JobState.of` takes behind the job."""
         self.job, self.due, self._how, self.future = job, step + job.head_start, how, Future()
-        threading.Thread(target=self._run, name="br_jax-rows", daemon=True).start()
+        threading.Thread(target=self._run, name="br_jax-rows", daemon=True).start()  # the program's end waits for none
 
     def _run(self) -> None:
         if sys.platform == "linux":
@@ -216,7 +218,6 @@ class Reading:
         except Exception as error:
             if isinstance(error, UserError) or is_of_the_machine(error):
                 raise
-            name = self.job.name
+            name, what = self.job.name, f"{type(error).__name__}: {one_line(error)}"
             logging.exception("job %s: its rows cannot be read", name)
-            what = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"job {name}: its rows cannot be read ({what})") from error

@@ -9,7 +9,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -31,24 +31,20 @@ from br_jax.training.step import Hyper, Stage, learning_rates, probe, restarted,
 class Loop:
     """Steps until nothing is left: compiled once a shape, metrics fetched together, checkpoints, a stop on SIGTERM.
 
-    A subclass has `begin` (opens what is to be closed, and goes on from a checkpoint), `advance` (does a step and
-    yields, until none is left), `record` (keeps the metrics of some steps), `snapshot` (state and data state of a
-    checkpoint, None where nothing is worth one), and `unfinished`.
+    A subclass has `name`, `stage`, `config` and `mesh`; `begin` (opens what is to be closed, and goes on from a
+    checkpoint), `advance` (does a step and yields, until none is left), `record` (keeps the metrics of some steps),
+    `snapshot` (state and data state of a checkpoint, None where nothing is worth one), and `unfinished`.
     """
 
-    name: str  # shown on the progress bar, and in messages
     unit = "step"  # what is counted
-    stage: Stage
-    config: TrainConfig
-    mesh: Mesh
 
-    def __init__(self) -> None:
-        self.step = self._saved = 0  # steps done, and those of the newest checkpoint
+    def __init__(self):
+        self.step = self.saved = 0  # steps done, and those of the newest checkpoint
         self.checkpoints: Checkpoints | None = None
-        self._pending: list[tuple[Any, dict]] = []  # metrics still on the device, with what they are of
-        self._programs: dict[tuple, Callable] = {}
-        self._mark, self._compile_seconds = time.perf_counter(), 0.0
-        self._open = contextlib.ExitStack()  # what is closed at the end, each whatever another one raises
+        self.pending: list[tuple[Any, dict]] = []  # metrics still on the device, with what they are of
+        self.programs: dict[tuple, Callable] = {}
+        self.mark, self.compile_seconds = time.perf_counter(), 0.0
+        self.to_close = contextlib.ExitStack()  # at the end, each whatever another one raises
 
     def run(self) -> Iterator[Any]:
         """Does all steps; yields what `advance` does.
@@ -57,7 +53,7 @@ class Loop:
             UserError: a disk that is full, and what `advance` raises.
             Stopped: SIGTERM came; the state was saved after the step at hand, where there is a folder.
         """
-        with jax.set_mesh(self.mesh), self._open, StopSignal() as stop:
+        with jax.set_mesh(self.mesh), self.to_close, StopSignal() as stop:
             self.begin()
             for out in self.advance():
                 self._save_if_due(stop.asked())
@@ -69,29 +65,29 @@ class Loop:
         Programs stay the process': another run of the same shapes compiles nothing.
         """
         key = program, *(leaf.shape for leaf in jax.tree.leaves(args[2]))
-        if key not in self._programs:
+        if key not in self.programs:
             start = time.perf_counter()
-            self._programs[key] = program.lower(self.stage, *args).compile()
+            self.programs[key] = program.lower(self.stage, *args).compile()
             seconds = time.perf_counter() - start
-            self._compile_seconds += seconds
-            self._mark += seconds
-        return self._programs[key](*args)
+            self.compile_seconds += seconds
+            self.mark += seconds
+        return self.programs[key](*args)
 
     def log(self) -> None:
-        """Fetches what is pending, if anything is: the one place where the host waits for the device."""
-        if self._pending:
-            pending, self._pending = self._pending, []
+        """Has what is pending fetched, if anything is: the one place where the host waits for the device."""
+        if self.pending:
+            pending, self.pending = self.pending, []
             self.record(pending)
 
     def _save_if_due(self, stopped: bool) -> None:
         every = self.config.checkpoint_every
         due = stopped or (every and self.step % every == 0 and self.unfinished)
-        if due and self.checkpoints and self.step != self._saved:
+        if due and self.checkpoints and self.step != self.saved:
             self.log()
             if kept := self.snapshot():
                 self.checkpoints.save(self.step, *kept)
-                self._saved = self.step
-            self._mark = time.perf_counter()
+                self.saved = self.step
+            self.mark = time.perf_counter()
         if stopped:
             after = "the same command goes on from there" if self.checkpoints else "without a workdir, all is lost"
             raise Stopped(f"{self.name}: stopped by SIGTERM at {self.unit} {self.step}: {after}")
@@ -120,40 +116,30 @@ def on_mesh(batch: dict, mesh) -> dict:
     parts = batch_parts(mesh)
     here = len(local_rows(mesh, parts))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts // here, *x.shape[1:]), x.dtype), batch)
-    places = shardings(shapes, mesh)
     return jax.tree.map(
-        lambda x, s, full: jax.make_array_from_process_local_data(s, x, full.shape), batch, places, shapes
-    )
+        lambda x, s, full: jax.make_array_from_process_local_data(s, x, full.shape),
+        batch, shardings(shapes, mesh), shapes,
+    )  # fmt: skip
 
 
+@dataclasses.dataclass
 class SingleRun(Loop):
-    """One run: `fit` trains for `len(batches)` steps, or from the step on at which an earlier life of it ended.
+    """One run: `fit` trains for `len(batches)` steps, or from the step on at which an earlier life of it ended."""
 
-    Args:
-        state: of `init_state`; donated.
-        frozen: frozen collections, placed on the mesh.
-        batches: finite, of numpy batches, one a step: this process' rows of them.
-        probe_batches: as `batches`; probed at both ends too.
-        watch: called where it probes, with the step and the trainable collections.
-    """
+    name: str  # shown on the progress bar
+    stage: Stage
+    state: dict  # of `init_state`; donated
+    frozen: dict  # frozen collections, placed on the mesh
+    batches: grain.MapDataset  # finite, of numpy batches, one a step: this process' rows of them
+    config: TrainConfig
+    mesh: Mesh
+    probe_batches: dict[str, dict] = dataclasses.field(default_factory=dict)  # as `batches`; probed at both ends too
+    watch: Callable[[int, dict], None] | None = None  # called where it probes, with the step and what is trainable
 
-    def __init__(
-        self,
-        name: str,
-        stage: Stage,
-        state: dict,
-        frozen: dict,
-        batches: grain.MapDataset,
-        config: TrainConfig,
-        mesh: Mesh,
-        probe_batches: Mapping[str, dict] | None = None,
-        watch: Callable[[int, dict], None] | None = None,
-    ):
+    def __post_init__(self):
         super().__init__()
-        self.name, self.stage, self.state, self.frozen, self.config = name, stage, state, frozen, config
-        self.mesh, self.total, self._iterator = mesh, len(batches), iterate(batches)
-        self._probe_batches, self._watch = dict(probe_batches or {}), watch
-        self._summary, self._step_seconds = Summary(self.total), []
+        self.summary, self._folder = Summary(len(self.batches)), None
+        self._iterator, self._step_seconds = iterate(self.batches), []
 
     def fit(self, folder: pathlib.Path | None = None) -> tuple[dict, Summary]:
         """Trains.
@@ -167,52 +153,48 @@ class SingleRun(Loop):
         Raises:
             UserError, Stopped: as `run`; and a loss that is not finite.
         """
-        self.folder = folder
+        self._folder = folder
         for _ in self.run():
             pass
-        self._summary.compile_seconds += self._compile_seconds
-        self._summary.compiles = sum(program is train_step for program, *_ in self._programs)
+        self.summary.compile_seconds += self.compile_seconds
+        self.summary.compiles = sum(program is train_step for program, *_ in self.programs)
         if self._step_seconds:
-            self._summary.step_seconds_median = statistics.median(self._step_seconds)
-        return fetch(self.stage.objective.end(self.state["trainable"], self.state["objective"])), self._summary
+            self.summary.step_seconds_median = statistics.median(self._step_seconds)
+        return fetch(self.stage.objective.end(self.state["trainable"], self.state["objective"])), self.summary
 
     def begin(self) -> None:
-        """See `Loop`."""
         self.state = place(self.state, self.mesh)
-        self._probe_batches = {rows: on_mesh(batch, self.mesh) for rows, batch in self._probe_batches.items()}
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = Checkpoints(self.folder / "checkpoints")
-            self._open.callback(self.checkpoints.close)
+        self.probe_batches = {rows: on_mesh(batch, self.mesh) for rows, batch in self.probe_batches.items()}
+        if self._folder is not None:
+            self.checkpoints = Checkpoints(self._folder / "checkpoints")
+            self.to_close.callback(self.checkpoints.close)
             if kept := self.checkpoints.data():
                 self.state = self.checkpoints.restore(self.state, self.mesh)
                 self._iterator.set_state(kept["iterator"])
-                self.step = self._saved = kept["step"]
-                for field in _KEPT:
-                    setattr(self._summary, field, kept[field])
-        folder = self.folder if is_main() else None
+                self.step = self.saved = kept["step"]
+                self.summary = dataclasses.replace(self.summary, **{field: kept[field] for field in _KEPT})
+        folder = self._folder if is_main() else None
         self._metrics = MetricWriter(folder, "metrics.jsonl", self.step)
         # The probe at a checkpoint's own step comes after it was saved: it is made again.
         self._probes = MetricWriter(folder, "probes.jsonl", self.step - 1)
-        self._bar = progress(self.total, self.name, "step", done=self.step)
+        self._bar = progress(self.summary.steps, self.name, "step", done=self.step)
         for part in (self._metrics, self._probes, self._bar):
-            self._open.callback(part.close)
+            self.to_close.callback(part.close)
 
     def advance(self) -> Iterator[None]:
-        """See `Loop`."""
-        config, rates, hyper = self.config, learning_rates(self.config, self.total), Hyper.of(self.config)
-        anew = restarts(config, self.total)
-        self._mark = time.perf_counter()
+        config, total, hyper = self.config, self.summary.steps, Hyper.of(self.config)
+        rates, anew = learning_rates(config, total), restarts(config, total)
+        self.mark = time.perf_counter()
         while self.unfinished:
             if config.probe_every and self.step % config.probe_every == 0:
                 self._probe()
             if self.step in anew:
                 self.state = {**self.state, "opt_state": restarted(self.state["opt_state"])}
-            batch, done = on_mesh(next(self._iterator), self.mesh), np.float32(self.step / self.total)
+            batch, done = on_mesh(next(self._iterator), self.mesh), np.float32(self.step / total)
             now = hyper._replace(learning_rate=rates[self.step], progress=done)
             self.state, metrics = self.call(train_step, self.state, self.frozen, batch, now)
             self.step += 1
-            self._pending.append((self.step, metrics))
+            self.pending.append((self.step, metrics))
             if self.step % config.log_every == 0 or not self.unfinished:
                 self.log()
             yield
@@ -220,44 +202,41 @@ class SingleRun(Loop):
 
     @property
     def unfinished(self) -> bool:
-        """See `Loop`."""
-        return self.step < self.total
+        return self.step < self.summary.steps
 
     def record(self, pending: list[tuple[int, dict]]) -> None:
-        """See `Loop`."""
         values = jax.device_get([metrics for _, metrics in pending])
-        passed, tokens = time.perf_counter() - self._mark, sum(int(metrics["tokens"]) for metrics in values)
+        passed, tokens = time.perf_counter() - self.mark, sum(int(metrics["tokens"]) for metrics in values)
         seconds = passed / len(values)
         for (at, _), metrics in zip(pending, values, strict=True):
             record = {key: value.item() for key, value in metrics.items()}
-            loss = self._summary.loss = record["loss"]
+            loss = self.summary.loss = record["loss"]
             if not math.isfinite(loss):
                 raise UserError(f"{self.name} step {at}: loss is {loss}: lower learning_rate or look at the rows")
             self._step_seconds.append(seconds)
-            self._summary.answer_tokens += int(record.pop("answer_tokens"))
+            self.summary.answer_tokens += int(record.pop("answer_tokens"))
             self._metrics.write({"step": at, **record, "step_seconds": seconds})
         self._metrics.flush()
-        self._summary.tokens += tokens
-        self._summary.seconds += passed
+        self.summary.tokens += tokens
+        self.summary.seconds += passed
         self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / passed:,.0f} tokens/s", refresh=False)
         self._bar.update(len(values))
-        self._mark = time.perf_counter()
+        self.mark = time.perf_counter()
 
     def _probe(self) -> None:
-        if not self._probe_batches and self._watch is None:
+        if not self.probe_batches and self.watch is None:
             return
         self.log()
-        for rows, batch in self._probe_batches.items():
-            scale = np.float32(self.config.alpha / self.config.rank)
-            loss, norm = self.call(probe, self.state["trainable"], self.frozen, batch, scale)
+        trainable, scale = self.state["trainable"], Hyper.of(self.config).scale
+        for rows, batch in self.probe_batches.items():
+            loss, norm = self.call(probe, trainable, self.frozen, batch, scale)
             self._probes.write({"step": self.step, "rows": rows, "loss": float(loss), "grad_norm": float(norm)})
         self._probes.flush()
-        if self._watch is not None:
-            self._watch(self.step, self.state["trainable"])
-        self._mark = time.perf_counter()
+        if self.watch is not None:
+            self.watch(self.step, trainable)
+        self.mark = time.perf_counter()
 
     def snapshot(self) -> tuple[dict, dict]:
-        """See `Loop`."""
-        kept = {field: getattr(self._summary, field) for field in _KEPT}
-        kept["compile_seconds"] += self._compile_seconds
+        kept = {field: getattr(self.summary, field) for field in _KEPT}
+        kept["compile_seconds"] += self.compile_seconds
         return self.state, {"iterator": self._iterator.get_state(), "step": self.step, **kept}

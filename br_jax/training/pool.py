@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, pad_rank
+from br_jax.core.bounds import BATCH, require
 from br_jax.core.errors import UserError
 from br_jax.core.hashes import key_of
 from br_jax.core.hosts import agree, fetch, is_main
@@ -32,7 +33,7 @@ from br_jax.models.model import Model
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.config import TrainConfig
 from br_jax.training.folder import Folder, MetricWriter
-from br_jax.training.jobs import Job, JobState, Outcome, Reading, Taken
+from br_jax.training.jobs import Job, JobState, Outcome, Reading
 from br_jax.training.loop import Loop
 from br_jax.training.run import first_adapter, load_trained, run_identity, save_trained, trained_adapter
 from br_jax.training.schedule import Schedule, fill, fitting_lengths, step_shapes
@@ -80,7 +81,8 @@ class Pool(Loop):
         super().__init__()
         self.model, self.config, self.frozen = model, config, dict(frozen or {})
         self.mesh = make_mesh() if mesh is None else mesh
-        if slots < 1 or slots % (parts := batch_parts(self.mesh)):
+        require("slots", slots, BATCH)
+        if slots % (parts := batch_parts(self.mesh)):
             raise UserError(f"slots is {slots}: it must be a multiple of {parts}, the mesh's data and fsdp axes")
         for name, adapter in self.frozen.items():
             lora.require_base(adapter, model.fingerprint, f"pool, {name}")
@@ -92,6 +94,8 @@ class Pool(Loop):
         self.stage = Stage.of(model.decoder, dataclasses.replace(config, accumulation=1), self.mesh)
         bank = jax.eval_shape(functools.partial(first_adapter, _NAME, "user", model, config))
         self._one = jax.eval_shape(functools.partial(begin, seed=0), bank)
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", self._one)
+        self._shapes = key_of(str(shapes), (self.lengths, self.rows))  # what a checkpoint must have to go on from it
         self._base = place(frozen_collections(model.params, self.frozen, config.frozen), self.mesh)
         self._waiting: collections.deque[Reading] = collections.deque()
         self._resting: dict[str, tuple[dict, dict]] = {}  # of a checkpoint: jobs that have no slot yet
@@ -133,12 +137,26 @@ class Pool(Loop):
             shutil.rmtree(self.workdir / ".pool", ignore_errors=True)
 
     def begin(self) -> None:
-        """See `Loop`."""
         self._bar = progress(None, "pool", "turn", done=self.step)
-        self._open.callback(self._bar.close)
-        self._open.callback(self._let_go)
-        if self.workdir is not None:
-            self._restore(self.workdir / ".pool")
+        self.to_close.callback(self._bar.close)
+        self.to_close.callback(self._let_go)
+        if self.workdir is None:
+            return
+        folder = self.workdir / ".pool"
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        data = self.checkpoints.data()
+        if data and data.get("shapes") != self._shapes:
+            logging.warning("pool: its settings were changed: who was in training begins anew")
+            self.checkpoints.close()
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            self.checkpoints, data = Checkpoints(folder / "checkpoints"), None
+        self.to_close.callback(self.checkpoints.close)
+        if data:
+            state = self.checkpoints.restore({f"job{i}": self._one for i in range(len(data["jobs"]))}, self.mesh)
+            self.step = self.saved = data["turn"]
+            self._set_lengths(data["lengths"])
+            self._resting = {job["name"]: (job, state[f"job{i}"]) for i, job in enumerate(data["jobs"])}
 
     def _let_go(self) -> None:
         """Closes folders and files of those in slots, each whatever another one raises."""
@@ -147,7 +165,6 @@ class Pool(Loop):
                 stack.push(job.held)
 
     def advance(self) -> Iterator[list[Outcome]]:
-        """See `Loop`."""
         while self._ask() or not self.idle:
             gone = []
             while None in self.slots and (first := self._first()):
@@ -170,11 +187,13 @@ class Pool(Loop):
         while self._more and len(self._waiting) < self.most:
             job = next(self._source, self)
             self._more = job is not self
-            if not isinstance(job, Job):
+            if job is None or job is self:
                 # Jobs of a checkpoint that nobody has handed in again are let go.
                 names = {each.job.name for each in self._waiting}
                 self._resting = {name: rest for name, rest in self._resting.items() if name in names}
                 break
+            if not isinstance(job, Job):
+                raise UserError(f"jobs: got a {type(job).__name__}: give br.Job(name, rows), or a dict of rows by name")
             self._waiting.append(Reading(job, self.step, self.config, self.model, packing, share))
         return self._more
 
@@ -213,7 +232,7 @@ class Pool(Loop):
         self._waiting.remove(first)
         try:
             adapter = self._sit(self.slots.index(None), first.result())
-        except UserError as error:
+        except (UserError, OSError) as error:
             if is_of_the_machine(error):
                 raise
             return [Outcome(first.job.name, None, str(error))]
@@ -290,29 +309,24 @@ class Pool(Loop):
 
     def _step(self) -> list[Outcome]:
         """One pool step of all slots; returns who left with it."""
-        before = sum(job.tokens for job in self.slots if job)
-        length = self._schedule.choose([job.need if job else 0 for job in self.slots])
-        taken = [job.take(length, self.rows) if job else None for job in self.slots]
-        batch = place(fill(taken, length, self.rows), self.mesh)
-        self.state, metrics = self.call(pool_step, self.state, self._base, batch, self._as_turn(taken))
-        self._tokens += sum(job.tokens for job in self.slots if job) - before
-        steps = [(slot, self.slots[slot], each.rate) for slot, each in enumerate(taken) if each and each.due]
-        ended = [(slot, job, job.step, rate) for slot, job, rate in steps]
-        self._pending.append((ended, metrics))
-        self.step += 1
-        if len(self._pending) >= self.config.log_every or any(job.done for _, job, *_ in ended):
-            self.log()
-        return [self._leave(slot) for slot, job in enumerate(self.slots) if job and (job.wrong or job.done)]
-
-    def _as_turn(self, taken: list[Taken | None]) -> Turn:
-        hypers = [Hyper.of(job.config) if job else Hyper(*[np.float32(0)] * 4) for job in self.slots]
+        slots = list(self.slots)
+        length = self._schedule.choose([job.need if job else 0 for job in slots])
+        taken = [job.take(length, self.rows) if job else None for job in slots]
+        hypers = [Hyper.of(job.config) if job else Hyper(*[np.float32(0)] * 4) for job in slots]
         rates = np.float32([each.rate if each else 0 for each in taken])
         hyper = jax.tree.map(lambda *values: np.stack(values), *hypers)._replace(learning_rate=rates)
         flags = [np.array([bool(each and getattr(each, name)) for each in taken]) for name in ("restart", "due")]
-        return Turn(hyper, *flags)
+        batch = place(fill(taken, length, self.rows), self.mesh)
+        self.state, metrics = self.call(pool_step, self.state, self._base, batch, Turn(hyper, *flags))
+        ended = [(i, slots[i], slots[i].step, each.rate) for i, each in enumerate(taken) if each and each.due]
+        self._tokens += sum(len(row["tokens"]) for each in taken if each for row in each.rows)
+        self.pending.append((ended, metrics))
+        self.step += 1
+        if len(self.pending) >= self.config.log_every or any(job.done for _, job, *_ in ended):
+            self.log()
+        return [self._leave(slot) for slot, job in enumerate(slots) if job and (job.wrong or job.done)]
 
     def record(self, pending: list[tuple[list, dict]]) -> None:
-        """See `Loop`."""
         values = jax.device_get(fetch([metrics for _, metrics in pending]))
         for (ended, _), metrics in zip(pending, values, strict=True):
             for slot, job, step, rate in ended:
@@ -326,35 +340,10 @@ class Pool(Loop):
         for job in filter(None, self.slots):
             job.metrics.flush()
         now = time.perf_counter()
-        self.rate, self._tokens, self._mark = self._tokens / max(now - self._mark, 1e-9), 0, now
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _restore(self, folder: pathlib.Path) -> None:
-        self.checkpoints = Checkpoints(folder / "checkpoints")
-        self._open.callback(lambda: self.checkpoints.close())
-        if (data := self.checkpoints.data()) is None:
-            return
-        if data.get("shapes") != self._shapes:
-            logging.warning("pool: its settings were changed: who was in training begins anew")
-            self.checkpoints.close()
-            if is_main():
-                shutil.rmtree(folder, ignore_errors=True)
-            self.checkpoints = Checkpoints(folder / "checkpoints")
-            return
-        state = self.checkpoints.restore({f"job{i}": self._one for i in range(len(data["jobs"]))}, self.mesh)
-        self.step = self._saved = data["turn"]
-        self._set_lengths(data["lengths"])
-        self._resting = {job["name"]: (job, state[f"job{i}"]) for i, job in enumerate(data["jobs"])}
-
-    @property
-    def _shapes(self) -> str:
-        """A hash of what a checkpoint must have for this pool to go on from it."""
-        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", self._one)
-        return key_of(str(shapes), step_shapes(self.config, platform(self.mesh)))
+        self.rate, self._tokens, self.mark = self._tokens / max(now - self.mark, 1e-9), 0, now
 
     def snapshot(self) -> tuple[dict, dict] | None:
-        """See `Loop`; nothing when all have left, whose folders say so: Orbax writes no empty item."""
+        """Nothing where all have left, whose folders say so: Orbax writes no empty item."""
         fields = ("identity", "step", "row", "tokens", "answer_tokens")
         rests = [
             (
