@@ -21,8 +21,18 @@ from br_jax.models.io.load import read_spec
 from br_jax.models.masks import Attend
 from br_jax.models.spec import ModelSpec
 from br_jax.training.config import TrainConfig
-from br_jax.training.step import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
-from br_jax.training.users import Turn, begin, empty_state, pool_step
+from br_jax.training.step import (
+    Hyper,
+    Stage,
+    Turn,
+    empty_state,
+    first_state,
+    frozen_collections,
+    init_state,
+    pool_step,
+    train_step,
+    trainable_adapter,
+)
 
 TRAINING = ("buffer", "reinforce", "user", "sft", "pool")
 STAGES = (*TRAINING, "prefill", "decode")
@@ -94,7 +104,7 @@ def _training(config, stage, spec, params, dtype, mesh, batch, slots) -> Program
     def arrays(params):
         frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if beside else {}
         adapter = _adapter(params, train, "user")
-        state = empty_state(begin(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
+        state = empty_state(first_state(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
         return state, frozen_collections(params, frozen, train.frozen), Hyper.of(train)
 
     state, frozen, hyper = jax.eval_shape(arrays, params)

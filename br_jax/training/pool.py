@@ -4,7 +4,6 @@ Who sits where, in which order, and how long a pool step's rows are, follows fro
 read is waited for, or lets others pass by its size. So the same jobs give the same adapters, to the bit.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -33,12 +32,20 @@ from br_jax.models.model import Model
 from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.config import TrainConfig
 from br_jax.training.folder import Folder, MetricWriter
-from br_jax.training.jobs import Job, JobState, Outcome, Reading
+from br_jax.training.jobs import Job, JobState, Outcome, Reading, Schedule, fill, fitting_lengths, step_shapes
 from br_jax.training.loop import Loop
 from br_jax.training.run import first_adapter, load_trained, run_identity, save_trained, trained_adapter
-from br_jax.training.schedule import Schedule, fill, fitting_lengths, step_shapes
-from br_jax.training.step import Hyper, Stage, frozen_collections
-from br_jax.training.users import Turn, begin, empty_state, pool_step, put, take
+from br_jax.training.step import (
+    Hyper,
+    Stage,
+    Turn,
+    empty_state,
+    first_state,
+    frozen_collections,
+    pool_step,
+    put,
+    take,
+)  # fmt: skip
 
 _LOOK = 0.5  # seconds that rows are waited for before those who listen are heard again
 _LONG = 50  # steps that are worth a program for fewer slots
@@ -80,27 +87,26 @@ class Pool(Loop):
     ):
         super().__init__()
         self.model, self.config, self.frozen = model, config, dict(frozen or {})
-        self.mesh = make_mesh() if mesh is None else mesh
+        self.mesh, self.workdir = mesh or make_mesh(), None if workdir is None else pathlib.Path(workdir)
         require("slots", slots, BATCH)
         if slots % (parts := batch_parts(self.mesh)):
             raise UserError(f"slots is {slots}: it must be a multiple of {parts}, the mesh's data and fsdp axes")
         for name, adapter in self.frozen.items():
             lora.require_base(adapter, model.fingerprint, f"pool, {name}")
             lora.validate(adapter, model.params)
-        self.most = slots  # while few are in training, there are fewer
-        self.workdir = None if workdir is None else pathlib.Path(workdir)
         self.lengths, self.rows = step_shapes(config, platform(self.mesh))
         self._fitted = not config.packing  # whether the lengths are those of the rows that came
         self.stage = Stage.of(model.decoder, dataclasses.replace(config, accumulation=1), self.mesh)
         bank = jax.eval_shape(functools.partial(first_adapter, _NAME, "user", model, config))
-        self._one = jax.eval_shape(functools.partial(begin, seed=0), bank)
+        self._one = jax.eval_shape(functools.partial(first_state, seed=0), bank)
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", self._one)
         self._shapes = key_of(str(shapes), (self.lengths, self.rows))  # what a checkpoint must have to go on from it
         self._base = place(frozen_collections(model.params, self.frozen, config.frozen), self.mesh)
-        self._waiting: collections.deque[Reading] = collections.deque()
+        self._waiting: list[Reading] = []
         self._resting: dict[str, tuple[dict, dict]] = {}  # of a checkpoint: jobs that have no slot yet
         self.rate, self._tokens = 0.0, 0
         self.slots: list[JobState | None] = []
+        self._most = slots  # while few are in training, there are fewer
         self._resize(slots)
 
     @property
@@ -171,7 +177,9 @@ class Pool(Loop):
                 while not self._is_read(first):  # whoever is in training waits, too: time must not decide
                     yield gone
                     gone = []
+                self._waiting.remove(first)
                 gone += self._admit(first)
+                self._ask()
             self._fit_slots()
             if self.unfinished:
                 gone += self._step()
@@ -182,9 +190,9 @@ class Pool(Loop):
     # -- who comes and goes ----------------------------------------------------------------------------------------
 
     def _ask(self) -> bool:
-        """Asks for jobs while there is room to read ahead; returns whether there will be more."""
+        """Asks for jobs while there is room to read ahead, for large ones apart; whether there will be more."""
         packing, share = self.lengths[-1] if self.config.packing else 0, platform(self.mesh) != "tpu"
-        while self._more and len(self._waiting) < self.most:
+        while self._more and max(len(self._ready), len(self._waiting) - len(self._ready)) < self._most:
             job = next(self._source, self)
             self._more = job is not self
             if job is None or job is self:
@@ -197,23 +205,25 @@ class Pool(Loop):
             self._waiting.append(Reading(job, self.step, self.config, self.model, packing, share))
         return self._more
 
+    @property
+    def _ready(self) -> list[Reading]:
+        """Who has had its head start."""
+        return [each for each in self._waiting if each.due <= self.step]
+
     def _first(self) -> Reading | None:
-        """Who gets the next slot: the first that has had its head start; where nobody is in training, the soonest."""
-        ready = [each for each in self._waiting if each.due <= self.step]
-        if not ready and not self.unfinished:
-            ready = sorted(self._waiting, key=lambda each: each.due)
-        return ready[0] if ready else None
+        """Who gets the next slot; where nobody is in training or ready, who will be soonest."""
+        soonest = [] if self.unfinished else sorted(self._waiting, key=lambda each: each.due)
+        return next(iter(self._ready or soonest), None)
 
     def _is_read(self, first: Reading) -> bool:
         """Whether its rows are read, or will be in a moment.
 
-        Where rows are packed, also those of the first jobs: the lengths of steps are chosen by them, once, with longer
+        Where rows are packed, also those of the first jobs: by them the lengths of steps are chosen, once, with longer
         ones up to the longest.
         """
         wanted = [first]
         if not self._fitted:
-            others = [each for each in self._waiting if each.due <= self.step and each is not first]
-            wanted += others[: self.most - 1]
+            wanted += [each for each in self._ready if each is not first][: self._most - 1]
         done, _ = concurrent.futures.wait([each.future for each in wanted], _LOOK)
         if not agree(len(done) == len(wanted)):
             return False
@@ -228,70 +238,68 @@ class Pool(Loop):
         self._schedule = Schedule(self.lengths, len(self.slots))
 
     def _admit(self, first: Reading) -> list[Outcome]:
-        """Gives a free slot to a job; one that is done, or wrong, needs none."""
-        self._waiting.remove(first)
+        """Gives a free slot to a job; one that has finished, or is wrong, leaves at once."""
+        name = first.job.name
         try:
-            adapter = self._sit(self.slots.index(None), first.result())
+            job = first.result()
+            if name in self.users:
+                raise UserError(f"job {name}: another of this name is being trained: give it another")
+            rest = self._resting.pop(name, ({}, None))
+            identity = run_identity(_NAME, self.model, job.rows_hash, job.config, self.frozen)
+            if self.workdir is not None:
+                job.folder = Folder(self.workdir / name / _NAME, identity)
+                if not job.folder.finished:
+                    job.held.enter_context(job.folder.begin())
+                if job.folder.finished:
+                    job.held.close()
+                    return [Outcome(name, load_trained(job.folder.path, "user", self.model))]
+            self._sit(self.slots.index(None), job, key_of(identity), *rest)
         except (UserError, OSError) as error:
             if is_of_the_machine(error):
                 raise
-            return [Outcome(first.job.name, None, str(error))]
-        return [Outcome(first.job.name, adapter)] if adapter else []
+            return [Outcome(name, None, str(error))]
+        return []
 
-    def _sit(self, slot: int, state: JobState) -> Adapter | None:
-        """Puts a job into a slot, where it left off if it was there before; returns its adapter if it has finished."""
-        name, config = state.name, state.config
-        if name in self.users:
-            raise UserError(f"job {name}: another of this name is being trained: give it another")
-        identity = run_identity(_NAME, self.model, state.rows_hash, config, self.frozen)
-        cursor, arrays = self._resting.pop(name, ({}, None))
-        if self.workdir is not None:
-            state.folder = Folder(self.workdir / name / _NAME, identity)
-            if not state.folder.finished:
-                state.held.enter_context(state.folder.begin())
-            if state.folder.finished:
-                state.held.close()
-                return load_trained(state.folder.path, "user", self.model)
-        state.identity = key_of(identity)
-        if cursor.get("identity") == state.identity:
+    def _sit(self, slot: int, job: JobState, identity: str, cursor: dict, state: dict | None) -> None:
+        """Puts a job into a slot, where it left off if it was there before."""
+        job.identity = identity
+        if cursor.get("identity") == identity:
             for field in ("step", "row", "tokens", "answer_tokens"):
-                setattr(state, field, cursor[field])
+                setattr(job, field, cursor[field])
         else:
-            first = first_adapter(_NAME, "user", self.model, config)
-            arrays = begin(pad_rank(first, self.config.rank), config.seed)
-        self.state = put(self.state, np.int32(slot), place(arrays, self.mesh))
-        kept = state.folder.path if state.folder and is_main() else None
-        state.metrics = MetricWriter(kept, "metrics.jsonl", state.step)
-        state.held.callback(state.metrics.close)
-        self.slots[slot] = state
-        return None
+            first = first_adapter(_NAME, "user", self.model, job.config)
+            state = first_state(pad_rank(first, self.config.rank), job.config.seed)
+        self.state = put(self.state, np.int32(slot), place(state, self.mesh))
+        folder = job.folder.path if job.folder and is_main() else None
+        job.metrics = MetricWriter(folder, "metrics.jsonl", job.step)
+        job.held.callback(job.metrics.close)
+        self.slots[slot] = job
 
     def _leave(self, slot: int) -> Outcome:
         """Takes a job out of its slot."""
-        state, self.slots[slot] = self.slots[slot], None
-        name, folder = state.name, state.folder
-        with state.held:
-            if state.wrong:
-                return Outcome(name, None, state.wrong)
+        job, self.slots[slot] = self.slots[slot], None
+        with job.held:
+            if job.wrong:
+                return Outcome(job.name, None, job.wrong)
             trained = jax.device_get(fetch(take(self.state, np.int32(slot))["trainable"]))
-            adapter = trained_adapter(first_adapter(_NAME, "user", self.model, state.config), trained)
+            adapter = trained_adapter(first_adapter(_NAME, "user", self.model, job.config), trained)
             try:
                 lora.require_finite(adapter)
             except UserError as error:
-                return Outcome(name, None, f"job {name}: {error}")
-            if folder:
-                output = save_trained(folder.path, self.model, adapter, self.frozen)
-                cost = {"steps": state.total, "tokens": state.tokens, "answer_tokens": state.answer_tokens}
-                folder.finish({**cost, "loss": state.loss, **state.counts, "output": output})
-            return Outcome(name, adapter)
+                return Outcome(job.name, None, f"job {job.name}: {error}")
+            if job.folder:
+                output = save_trained(job.folder.path, self.model, adapter, self.frozen)
+                cost = {"steps": job.total, "tokens": job.tokens, "answer_tokens": job.answer_tokens, "loss": job.loss}
+                job.folder.finish({**cost, **job.counts, "output": output})
+            return Outcome(job.name, adapter)
 
     def _fit_slots(self) -> None:
         """Halves the slots while half of them would do for long, and has all of them again when somebody waits."""
         taken = [job for job in self.slots if job]
-        half, few = len(self.slots) // 2, len(self.slots) < self.most
+        half, few = len(self.slots) // 2, len(self.slots) < self._most
         spare = not self._waiting and 0 < len(taken) <= half and half % batch_parts(self.mesh) == 0
         if few and self._waiting and len(taken) == len(self.slots):
-            self._resize(self.most)
+            self._resize(self._most)
         elif spare and max(job.total - job.step for job in taken) >= _LONG:
             self._resize(half)
 
@@ -344,12 +352,9 @@ class Pool(Loop):
 
     def snapshot(self) -> tuple[dict, dict] | None:
         """Nothing where all have left, whose folders say so: Orbax writes no empty item."""
-        fields = ("identity", "step", "row", "tokens", "answer_tokens")
+        fields = ("name", "identity", "step", "row", "tokens", "answer_tokens")
         rests = [
-            (
-                {"name": job.name} | {field: getattr(job, field) for field in fields},
-                take(self.state, np.int32(slot)),
-            )
+            ({field: getattr(job, field) for field in fields}, take(self.state, np.int32(slot)))
             for slot, job in enumerate(self.slots)
             if job and not job.wrong
         ]

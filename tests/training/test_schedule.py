@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from br_jax.training.schedule import Schedule, fitting_lengths
+from br_jax.training.jobs import Schedule, fitting_lengths
 
 
 def serve(schedule, jobs, turns):
