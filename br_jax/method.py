@@ -52,9 +52,6 @@ def train_buffer(
         config: hyper-parameters; the default is the reference's protocol.
         name: of the run and its folder.
         workdir, mesh, probes: see `training.run.train_adapter`.
-
-    Returns:
-        The adapter, with role "buffer".
     """
     _require(model=model, config=config, name=name)
     run = {"workdir": workdir, "mesh": mesh, "probes": probes}
@@ -81,9 +78,6 @@ def train_reinforce(
         benign: rows of benign prompts with answers (or a JSONL file).
         model, config, name, workdir, mesh, probes: as in `train_buffer`.
 
-    Returns:
-        The adapter, with role "reinforce".
-
     Raises:
         UserError: `buffer` is no Buffer, or one of another base.
     """
@@ -105,7 +99,7 @@ def train_user(
     mesh: Mesh | None = None,
     probes: Mapping[str, Rows] | None = None,
 ) -> Adapter:
-    """Trains a user's LoRA on a user's rows, whatever they are, beside Buffer.
+    """Trains a user's LoRA on a user's rows, whatever they are, beside Buffer, which is no part of it.
 
     Args:
         rows: the user's rows, or the user's JSONL file.
@@ -113,9 +107,6 @@ def train_user(
         undefended: in its place, trains without a defence (plain SFT), as an experiment needs it.
         name: of the run and its folder; the default is "user", or "sft" where undefended.
         model, config, workdir, mesh, probes: as in `train_buffer`.
-
-    Returns:
-        The adapter, with role "user". Buffer is no part of it.
 
     Raises:
         UserError: neither Buffer nor `undefended`, or both; `buffer` is no Buffer, or one of another base.
@@ -140,8 +131,8 @@ def train_users(
     """Trains many users' LoRAs side by side, each as `train_user` would by itself.
 
     A user's adapter is the same as of `train_user` with the same rows, settings and seed, to the order of sums (and,
-    with dropout, its masks). What one user hands in touches no other: neither rows without end, nor a loss of NaN.
-    The same jobs in the same order give the same adapters, to the bit.
+    with dropout, its masks). What one user hands in touches no other: neither rows without end, nor a loss of NaN. The
+    same jobs in the same order give the same adapters, to the bit.
 
     Args:
         model, buffer, undefended, mesh: as in `train_user`.
@@ -167,8 +158,7 @@ def release(model: Model, user: Adapter, reinforce: Adapter, merge: MergeConfig 
     """What the user gets: Reinforce QR-merged into User; a function of (base, user, reinforce) alone.
 
     Args:
-        model: the aligned base that both were trained on.
-        user, reinforce: from `train_user` and `train_reinforce`.
+        model: the aligned base that both were trained on, by `train_user` and `train_reinforce`.
         merge: how they are merged; the default is the paper's.
 
     Returns:

@@ -89,11 +89,7 @@ def one_pass(
 ) -> list[dict]:
     """Batches of all rows, each cut at `max_length` tokens, of one length that 16 divides, placed as the model is.
 
-    Args:
-        count_alike: gives rows weights by which they count alike, see `batches.alike`.
-
-    Raises:
-        UserError: as `encode_rows`.
+    With `count_alike` rows have weights by which they count alike, see `batches.alike`. Raises as `encode_rows`.
     """
     examples, _ = encode_rows(rows, model.tokenizer, model.template, max_length)
     longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
@@ -115,14 +111,10 @@ def _add(total: Any, more: Any) -> Any:
 def gradient_norms(
     model: Model, rows: Sequence[Row], config: TrainConfig, frozen: Mapping[str, Adapter] | None = None
 ) -> Float[np.ndarray, " n"]:
-    """How much a model would still learn of each row: the norm of its gradient in an untrained adapter (of b alone).
+    """How much a model would still learn of each row: its gradient's norm in an untrained adapter (of b alone).
 
-    Args:
-        config: how long rows may be, and the adapter's rank, targets and seed.
-        frozen: adapters that are attached.
-
-    Returns:
-        f32, of each row's mean loss over its answer tokens; 0 for a row that is too long to have any.
+    f32, of each row's mean loss over its answer tokens; 0 for a row that is too long to have any. The config says how
+    long rows may be, and the adapter's rank, targets and seed; adapters in `frozen` are attached.
     """
     mesh = mesh_of(model.params) or make_mesh(devices=jax.devices()[:1])
     shapes = lora.target_shapes(model.params, config.targets)

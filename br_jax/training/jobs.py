@@ -139,14 +139,9 @@ class JobState:
 
     @classmethod
     def of(cls, job: Job, pool: TrainConfig, model: Model, packing: int, share: bool) -> "JobState":
-        """Reads and encodes a job's rows.
+        """Reads and encodes a job's rows; a `UserError` for what a run by itself would refuse, too.
 
-        Args:
-            packing: the most tokens of a packed row, 0 for none.
-            share: whether what all rows begin with is run once for those of a packed row.
-
-        Raises:
-            UserError: rows or settings that a run by itself would refuse, too.
+        A packed row has at most `packing` tokens (0: none is packed); with `share`, what all begin with is run once.
         """
         name, config = f"job {job.name}", job.config(pool)
         rows = as_rows(job.rows, f"{name}: rows")
@@ -240,11 +235,7 @@ class Schedule:
         self.lengths, self._waited = tuple(lengths), [0] * slots
 
     def choose(self, needs: Sequence[int]) -> int:
-        """The length of the next step.
-
-        Args:
-            needs: tokens of each slot's next row, 0 for a slot without one; at least one slot has one.
-        """
+        """The length of the next step; `needs` are tokens of each slot's next row, 0 for none, but not all."""
         fits = [next(length for length in self.lengths if length >= need) if need else 0 for need in needs]
 
         def worth(length: int) -> float:

@@ -169,7 +169,7 @@ def train_params(
     """Trains every param of a small model from where it stands: the demo's pre-training.
 
     Args:
-        name, model, rows, config, workdir, mesh: as in `train_adapter`, for a provider; no adapter takes part.
+        name, model, rows, config, workdir, mesh: as in `train_adapter`, for a provider.
         save: is given the trained params (f32) and writes them; called once, in process 0, before the run counts as
             finished.
     """

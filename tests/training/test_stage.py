@@ -172,6 +172,7 @@ def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapt
         ({"packing": 39}, "packing is 39: a row of max_length 40 must fit in"),
         ({"attention": "splosh"}, "'splosh'.*auto, xla"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"same_start": "yes"}, "same_start is 'yes': it must be True or False"),
     ],
 )
 def test_wrong_settings_are_named(quick, change, message):
