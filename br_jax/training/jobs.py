@@ -84,12 +84,12 @@ class Job:
 
         A file's size is known, and that of rows in memory by their number; others may have a `size` in bytes.
         """
-        size = getattr(self.rows, "size", 0)
-        if isinstance(self.rows, str | os.PathLike):
-            with contextlib.suppress(OSError, ValueError):  # reading it will tell
+        size = 0
+        with contextlib.suppress(OSError, ValueError):  # reading them will tell
+            if isinstance(self.rows, str | os.PathLike):
                 size = os.stat(self.rows).st_size
-        elif not size and isinstance(self.rows, Sequence):
-            size = len(self.rows) * _BYTES_A_ROW
+            elif not isinstance(size := getattr(self.rows, "size", None), int):
+                size = len(self.rows) * _BYTES_A_ROW if isinstance(self.rows, Sequence) else 0
         return size // _BYTES_A_STEP if size > _SMALL else 0
 
 

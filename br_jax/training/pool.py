@@ -187,8 +187,6 @@ class Pool(Loop):
                 self._bar.update(1)
             yield gone
 
-    # -- who comes and goes ----------------------------------------------------------------------------------------
-
     def _ask(self) -> bool:
         """Asks for jobs while there is room to read ahead, for large ones apart; whether there will be more."""
         packing, share = self.lengths[-1] if self.config.packing else 0, platform(self.mesh) != "tpu"
@@ -312,8 +310,6 @@ class Pool(Loop):
             state = put(state, np.int32(to), take(self.state, np.int32(slot)))
         self.state, self._schedule = state, Schedule(self.lengths, slots)
         self.slots = [job for _, job in taken] + [None] * (slots - len(taken))
-
-    # -- steps -----------------------------------------------------------------------------------------------------
 
     def _step(self) -> list[Outcome]:
         """One pool step of all slots; returns who left with it."""

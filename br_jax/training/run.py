@@ -44,6 +44,9 @@ class TrainExtras(NamedTuple):
     aux: Mapping[str, Adapter] = MappingProxyType({})
 
 
+_PLAIN = TrainExtras()
+
+
 def train_adapter(
     name: str,
     role: str,
@@ -102,7 +105,7 @@ def train_adapter(
     first = first_adapter(name, role, model, config)
     halves = trainable_adapter(first), frozen_collections(model.params, frozen, config.frozen)
     seen = watch and (lambda step, trainable: watch(step, trained_adapter(first, trainable)))
-    loop, counts = prepare(name, model, rows, config, *halves, mesh, extras, probes, seen)
+    loop, counts = _prepare(name, model, rows, config, halves, mesh, extras, probes, seen)
     with folder.begin() if folder else contextlib.nullcontext():
         if folder and folder.finished:  # by another process meanwhile
             return load_trained(folder.path, role, model)
@@ -179,7 +182,7 @@ def train_params(
     if folder.finished:
         return
     start = jax.jit(functools.partial(jax.tree.map, jnp.copy))(model.params)  # the step donates its state
-    loop, counts = prepare(name, model, rows, config, {"params": start}, {}, mesh)
+    loop, counts = _prepare(name, model, rows, config, ({"params": start}, {}), mesh, _PLAIN)
     with folder.begin():
         if not folder.finished:
             trained, summary = loop.fit(folder.path)
@@ -189,20 +192,9 @@ def train_params(
             folder.finish({**dataclasses.asdict(summary), **counts, "output": output})
 
 
-def prepare(
-    name: str,
-    model: Model,
-    rows: Sequence[Row],
-    config: TrainConfig,
-    trainable: dict,
-    frozen: dict,
-    mesh: Mesh | None = None,
-    extras: TrainExtras | None = None,
-    probes: Mapping[str, Rows] | None = None,
-    watch: Callable[[int, dict], None] | None = None,
-) -> tuple[SingleRun, dict[str, int]]:
+def _prepare(name, model, rows, config, halves, mesh, extras, probes=None, watch=None) -> tuple[SingleRun, dict]:
     """(The loop of a run, all of whose rows are encoded, counts of them as `encode_for` gives them)."""
-    mesh, extras = mesh or make_mesh(), extras or TrainExtras()
+    mesh, (trainable, frozen) = mesh or make_mesh(), halves
     examples, counts = encode_for(name, model, rows, config)
     probe_batches = {}
     for kind, some in ((probes or {}) if config.probe_every else {}).items():
@@ -228,15 +220,9 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
 
 
 def run_identity(
-    name: str,
-    model: Model,
-    rows: str,
-    config: TrainConfig,
-    frozen: Mapping[str, Adapter],
-    extras: TrainExtras | None = None,
+    name: str, model: Model, rows: str, config: TrainConfig, frozen: Mapping[str, Adapter], extras: TrainExtras = _PLAIN
 ) -> dict:
     """What makes a run this one, as JSON gives it back; `rows` by their fingerprint."""
-    extras = extras or TrainExtras()
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
     inputs = {"base": model.key, "template": model.template, "rows": rows}
     inputs |= {name: lora.fingerprint(adapter) for name, adapter in frozen.items()}

@@ -54,7 +54,7 @@ def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch):
     assert stage["tokens"] == sum(sum(len(text) + 1 for _, text in row.turns) for row in rows) * 2
     losses = [record["loss"] for record in read_jsonl(tmp_path / "sft" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    monkeypatch.setattr(run, "prepare", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "_prepare", lambda *args: pytest.fail("trained again"))
     again = train(tiny, rows, quick(log_every=3, checkpoint_every=7), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert again.roles == first.roles
