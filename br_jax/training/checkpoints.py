@@ -65,10 +65,7 @@ class Checkpoints:
             return self._manager.metadata(step).custom_metadata["data"]
 
     def restore(self, state: dict, mesh) -> dict:
-        """The newest checkpoint's state on a mesh, which need not be the one that saved it.
-
-        `state` is one of the same structure, real or abstract.
-        """
+        """The newest checkpoint's state, on any mesh; `state` is one of the same structure, real or abstract."""
         step = self._manager.latest_step()
         with self._restoring(step):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(state, mesh)))

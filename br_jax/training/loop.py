@@ -47,12 +47,7 @@ class Loop:
         self.to_close = contextlib.ExitStack()  # at the end, each whatever another one raises
 
     def run(self) -> Iterator[Any]:
-        """Does all steps; yields what `advance` does.
-
-        Raises:
-            UserError: a disk that is full, and what `advance` raises.
-            Stopped: SIGTERM came; the state was saved after the step at hand, where there is a folder.
-        """
+        """Does all steps, and yields what `advance` does; `Stopped` after the step at hand where SIGTERM came."""
         with jax.set_mesh(self.mesh), self.to_close, StopSignal() as stop:
             self.begin()
             for out in self.advance():
@@ -142,16 +137,9 @@ class SingleRun(Loop):
         self._iterator, self._step_seconds = iterate(self.batches), []
 
     def fit(self, folder: pathlib.Path | None = None) -> tuple[dict, Summary]:
-        """Trains.
+        """(The trained collections, whole in each process, what they cost); raises as `run`, and for a loss of NaN.
 
-        Args:
-            folder: gets metrics.jsonl, probes.jsonl and checkpoints/.
-
-        Returns:
-            The trained collections, whole in each process, and what they cost.
-
-        Raises:
-            UserError, Stopped: as `run`; and a loss that is not finite.
+        A folder gets metrics.jsonl, probes.jsonl and checkpoints/.
         """
         self._folder = folder
         for _ in self.run():

@@ -125,17 +125,10 @@ class Pool(Loop):
         return not (self.unfinished or self._waiting)
 
     def train(self, jobs: Iterable[Job | None]) -> Iterator[list[Outcome]]:
-        """Trains jobs as they come.
+        """Trains jobs as they come; yields after each pool step who left with it, also when there is nothing to do.
 
-        Args:
-            jobs: asked for another whenever fewer than `slots` wait; None is "not now", and its end is the pool's.
-                Those that an earlier call has left come before the first None, or begin anew.
-
-        Yields:
-            After each pool step, who left with it; and so when there is nothing to do.
-
-        Raises:
-            UserError, Stopped: as `Loop.run`.
+        `jobs` is asked for another whenever fewer than `slots` wait; None is "not now", and its end is the pool's.
+        Those that an earlier call has left come before the first None, or begin anew. Raises as `Loop.run`.
         """
         self._source, self._more = iter(jobs), True
         yield from self.run()

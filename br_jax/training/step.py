@@ -357,12 +357,10 @@ def user_axes(state: dict) -> dict:
 
 
 def empty_state(one: dict, slots: int) -> dict:
-    """A state of so many slots that hold nothing; `one` is a slot's, real or abstract, see `begin`."""
-
-    def slots_of(leaf, axis):
-        return jnp.zeros((*leaf.shape[:axis], slots, *leaf.shape[axis:]), leaf.dtype)
-
-    return jax.tree.map(slots_of, one, user_axes(one))
+    """A state of so many slots that hold nothing; `one` is a slot's, real or abstract, see `first_state`."""
+    return jax.tree.map(
+        lambda leaf, axis: jnp.zeros((*leaf.shape[:axis], slots, *leaf.shape[axis:]), leaf.dtype), one, user_axes(one)
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -186,9 +186,9 @@ def test_two_buckets_compile_twice_and_a_second_epoch_never(tmp_path, tiny, rows
 
 
 def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick):
-    """Batches that do not divide the rows; a packed row may be longer than all of them, or two micro-batches."""
-    whole, adapters, found, counts = make_mesh(devices=jax.devices()[:1]), [], [], []
-    for packing, parts, mesh in ((0, 1, whole), (400, 1, whole), (64, 2, make_mesh(2, 2, 2))):
+    """Batches that do not divide the rows, in two micro-batches."""
+    adapters, found, counts = [], [], []
+    for packing, parts, mesh in ((0, 1, make_mesh(devices=jax.devices()[:1])), (64, 2, make_mesh(2, 2, 2))):
         config = quick(batch_size=8, learning_rate=1e-3, max_length=26, packing=packing, accumulation=parts)
         folder = tmp_path / str(packing)
         adapters.append(train(tiny, rows[:13], config, folder, mesh=mesh, probes={"benign": rows[13:]}).weights)
@@ -196,11 +196,10 @@ def test_a_packed_run_is_the_unpacked_run(tmp_path, tiny, rows, quick):
         found.append([[r[k] for r in metrics] for k in ("step", "loss", "grad_norm", "learning_rate", "tokens")])
         found[-1] += [[r[k] for r in probes] for k in ("loss", "grad_norm")]
         counts.append([stage_of(folder)[name] for name in ("steps", "rows", "tokens", "answer_tokens")])
-    for adapter, values in zip(adapters[1:], found[1:], strict=True):  # the same sums in another order
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), adapter, adapters[0])
-        for one, expected in zip(values, found[0], strict=True):
-            np.testing.assert_allclose(one, expected, rtol=1e-5)
-    assert all(one == counts[0] for one in counts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *adapters)  # the same sums in another order
+    for one, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-5)
+    assert counts[0] == counts[1]
 
 
 def test_a_new_cycle_compiles_nothing_on_a_mesh(tmp_path, tiny, rows, quick, compiles):
