@@ -64,7 +64,7 @@ def test_arguments_of_another_kind_are_a_line_each_and_nothing_is_written(organi
         ("config is a dict: give a br.TrainConfig", lambda: br.train_user(tiny, rows, {"rank": 3}, **run)),
         ("buffer is a dict: give a Buffer, or the path of its folder", lambda: br.train_user(tiny, rows, buffer={})),
         ("buffer is a dict", lambda: br.train_reinforce(tiny, {}, rows, rows, workdir=inside)),
-        ("adapter_config.json", lambda: br.train_user(tiny, rows, buffer=tmp_path / "nowhere", workdir=inside)),
+        ("nowhere: no adapter there", lambda: br.train_user(tiny, rows, buffer=tmp_path / "nowhere", workdir=inside)),
         ("user is a dict: give what br.load_adapter", lambda: br.release(tiny, {}, reinforce)),
         ("reinforce is a PosixPath", lambda: br.release(tiny, user, tmp_path)),
         ("merge is a float", lambda: br.release(tiny, user, reinforce, 0.5)),

@@ -89,8 +89,8 @@ def test_another_config_or_other_inputs_are_refused(tmp_path, make_tiny, tiny, r
 OPEN = pathlib.Path.open
 
 
-def open_on_a_full_disk(path, *how):
-    return OPEN(pathlib.Path("/dev/full") if path.name == "metrics.jsonl" else path, *how)
+def open_on_a_full_disk(path, *how, **options):
+    return OPEN(pathlib.Path("/dev/full") if path.name == "metrics.jsonl" else path, *how, **options)
 
 
 def full(*args, **options):
