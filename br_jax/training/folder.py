@@ -137,4 +137,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes."""
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            with contextlib.suppress(OSError):  # which `flush` has raised
+                self._file.close()
