@@ -129,7 +129,7 @@ def test_a_refused_file_that_is_corrected_is_a_job_and_a_job_stays_one_whatever_
     put(tmp_path / "in", "a", rows_of(8), epochs=1)
     put(tmp_path / "in", "b", rows_of(8), epochs=2)
     (tmp_path / "in/b").write_text("no job, but of the same name")
-    turns, waits = Pool.turns, []
+    turns, waits = Pool.train, []
 
     def replaced(pool, jobs):
         for gone in turns(pool, jobs):
@@ -139,7 +139,7 @@ def test_a_refused_file_that_is_corrected_is_a_job_and_a_job_stays_one_whatever_
                 os.mkfifo(tmp_path / "in/b.jsonl")
             yield gone
 
-    monkeypatch.setattr(Pool, "turns", replaced)
+    monkeypatch.setattr(Pool, "train", replaced)
     status = serve(provider, tmp_path, policy)
     assert waits and status["released"] == 2
     found = ends(tmp_path)
