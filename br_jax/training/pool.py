@@ -130,7 +130,7 @@ class Pool(Loop):
         `jobs` is asked for another whenever fewer than `slots` wait; None is "not now", and its end is the pool's.
         Those that an earlier call has left come before the first None, or begin anew. Raises as `Loop.run`.
         """
-        self._source, self._more = iter(jobs), True
+        self._source, self._more, self._not_now = iter(jobs), True, False
         yield from self.run()
         if self.checkpoints and is_main():
             shutil.rmtree(self.workdir / ".pool", ignore_errors=True)
@@ -172,7 +172,8 @@ class Pool(Loop):
                     gone = []
                 self._waiting.remove(first)
                 gone += self._admit(first)
-                self._ask()
+                if not self._not_now:  # it was room that lacked
+                    self._ask()
             self._fit_slots()
             if self.unfinished:
                 gone += self._step()
@@ -185,7 +186,7 @@ class Pool(Loop):
         packing, share = self.lengths[-1] if self.config.packing else 0, platform(self.mesh) != "tpu"
         while self._more and max(len(self._ready), len(self._waiting) - len(self._ready)) < self._most:
             job = next(self._source, self)
-            self._more = job is not self
+            self._more, self._not_now = job is not self, job is None
             if job is None or job is self:
                 # Jobs of a checkpoint that nobody has handed in again are let go.
                 names = {each.job.name for each in self._waiting}
