@@ -16,10 +16,10 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.inference.generate import generate
 from br_jax.method import release, train_buffer, train_reinforce, train_user, train_users
 from br_jax.models.model import Model, guard, require_model, require_releasable
-from br_jax.pool.jobs import Job
 from br_jax.provider import export_adapter, export_model, load_model
 from br_jax.scoring.suite import Suite, evaluate
 from br_jax.training.config import TrainConfig
+from br_jax.training.jobs import Job
 from br_jax.version import __version__
 
 __all__ = [

@@ -26,12 +26,12 @@ from br_jax.core.errors import UserError
 from br_jax.core.io import write_json
 from br_jax.data.rows import Row
 from br_jax.experiment.run import Experiment
-from br_jax.pool.jobs import Job
-from br_jax.pool.pool import Pool
 from br_jax.scoring.judges.registry import get_judge
 from br_jax.serving.gate import Candidate, inspect
 from br_jax.serving.policy import read_policy
 from br_jax.serving.service import calibrate_users, load_provider
+from br_jax.training.jobs import Job
+from br_jax.training.pool import Pool
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment, whose users are tried.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment, with the provider's in it.")
@@ -113,7 +113,7 @@ def _train(provider, policy, users, frozen):
     """The adapters of users by name."""
     pool = Pool(provider.model, policy.train, frozen=frozen, slots=policy.slots)
     jobs = [Job(user.name, user.rows, user.settings) for user in users]
-    outcomes = [outcome for gone in pool.turns(jobs) for outcome in gone]
+    outcomes = [outcome for gone in pool.train(jobs) for outcome in gone]
     if failed := next((outcome for outcome in outcomes if outcome.adapter is None), None):
         raise UserError(f"{failed.name}: {failed.error}")
     return {outcome.name: outcome.adapter for outcome in outcomes}

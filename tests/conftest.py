@@ -23,6 +23,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from compiled import Compiles  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors  # noqa: E402
 from tokenizers.models import BPE  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
@@ -31,7 +32,6 @@ from written import written_answer  # noqa: E402
 
 from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
-from br_jax.core.compiles import Compiles  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
 from br_jax.experiment import cells as cells_module  # noqa: E402
 from br_jax.experiment import run as run_module  # noqa: E402

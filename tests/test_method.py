@@ -43,6 +43,47 @@ def test_sft_is_the_user_stage_without_buffer_and_rows_are_rows_in_any_form(orga
         br.train_user(tiny, [*records[:2], {"prompt": "a", "response": ""}], quick(), undefended=True)
 
 
+def test_arguments_of_another_kind_are_a_line_each_and_nothing_is_written(organism, tiny, rows, quick, tmp_path):
+    buffer, user, reinforce = (organism[name] for name in ("buffer", "user", "reinforce"))
+    inside = tmp_path / "inside"
+    run = {"workdir": inside, "buffer": buffer}
+    calls = [
+        (f"undefended is a {kind}: give True or False", lambda v=v: br.train_user(tiny, rows, quick(), undefended=v))
+        for v, kind in ((None, "NoneType"), ([], "list"), (0, "int"), ("yes", "str"))
+    ]
+    calls += [
+        (r"name is .*: it must be the name of one", lambda n=n: br.train_user(tiny, rows, quick(), name=n, **run))
+        for n in ("../x", str(tmp_path / "x"), "a/b", "..", ".x", "a\0b", "a\nb", "a\\b", "x" * 201)
+    ]
+    calls += [
+        ("name is a int", lambda: br.train_buffer(tiny, rows, quick(), name=3, workdir=inside)),
+        ("it must be the name", lambda: br.train_buffer(tiny, rows, quick(), name="", workdir=inside)),
+        ("it must be the name", lambda: br.train_reinforce(tiny, buffer, rows, rows, name="../r", workdir=inside)),
+        (r"model is a str: give what br.load_model", lambda: br.train_user("path/of/it", rows, **run)),
+        (r"model is a dict: give", lambda: br.train_users({}, {"a": rows}, buffer=buffer)),
+        ("config is a dict: give a br.TrainConfig", lambda: br.train_user(tiny, rows, {"rank": 3}, **run)),
+        ("buffer is a dict: give a Buffer, or the path of its folder", lambda: br.train_user(tiny, rows, buffer={})),
+        ("buffer is a dict", lambda: br.train_reinforce(tiny, {}, rows, rows, workdir=inside)),
+        ("nowhere: no adapter there", lambda: br.train_user(tiny, rows, buffer=tmp_path / "nowhere", workdir=inside)),
+        ("user is a dict: give what br.load_adapter", lambda: br.release(tiny, {}, reinforce)),
+        ("reinforce is a PosixPath", lambda: br.release(tiny, user, tmp_path)),
+        ("merge is a float", lambda: br.release(tiny, user, reinforce, 0.5)),
+    ]
+    for message, call in calls:
+        with pytest.raises(br.UserError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_buffer_is_taken_by_its_folder(organism, tiny, rows, quick):
+    folder = organism["folder"]
+    by_path = br.train_user(tiny, rows, quick(), buffer=str(folder / "provider" / "buffer" / "adapter"))
+    equal(by_path, organism["user"])
+    with pytest.raises(br.UserError, match="is user by its own account, not buffer"):
+        br.train_user(tiny, rows, quick(), buffer=folder / "user" / "adapter")
+
+
 def test_the_provider_s_folder_is_its_own(organism):
     provider = organism["folder"] / "provider"
     assert stat.S_IMODE(provider.stat().st_mode) == 0o700

@@ -23,8 +23,8 @@ from br_jax.core.progress import progress
 from br_jax.data.rows import Row
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
+from br_jax.training.batching import one_pass
 from br_jax.training.loss import batch_loss
-from br_jax.training.passes import one_pass
 
 
 def loss_grid(

@@ -21,8 +21,8 @@ from br_jax.data.rows import Row
 from br_jax.defences.objectives import inner
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
+from br_jax.training.batching import one_pass, summed
 from br_jax.training.loss import batch_loss
-from br_jax.training.passes import one_pass, summed
 
 
 def safety_gradients(

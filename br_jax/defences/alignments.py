@@ -11,8 +11,8 @@ from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.training.config import TrainConfig
 from br_jax.training.loss import batch_loss
-from br_jax.training.objective import Objective, Step
 from br_jax.training.run import train_adapter
+from br_jax.training.step import Objective, Step
 
 
 @dataclasses.dataclass(frozen=True)

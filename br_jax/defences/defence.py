@@ -1,7 +1,7 @@
 """What a defence is: a frozen dataclass of its settings that says how a user is trained and what is handed out.
 
 A new one is such a class in a file here, and an import and an entry in `registry`. What a step descends is an
-`Objective` (`training.objective`), which many a defence is as well.
+`Objective` (`training.step`), which many a defence is as well.
 """
 
 import dataclasses

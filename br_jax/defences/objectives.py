@@ -18,8 +18,8 @@ from br_jax.core.bounds import number
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.models.masks import SHARED
 from br_jax.training.loss import answer_loss, hidden_states, token_losses
-from br_jax.training.objective import Objective, Step
 from br_jax.training.run import train_adapter
+from br_jax.training.step import Objective, Step
 
 product = functools.partial(jnp.einsum, precision="highest")
 
@@ -178,11 +178,11 @@ class AsFT(Defence, Objective):
     weight: float = number(10.0, 0.0, 1e6)
 
     def train(self, case: Case, name: str) -> Adapter:
-        return case.train(name, objective=self, aside={"direction": case.direction()})
+        return case.train(name, objective=self, aux={"direction": case.direction()})
 
     def gradient(self, step: Step, state: dict[str, Any]) -> tuple:
         loss, grads = step.gradient()
-        pull = jax.grad(off_direction)(step.trainable["lora_trainable"], step.aside["direction"])
+        pull = jax.grad(off_direction)(step.trainable["lora_trainable"], step.aux["direction"])
         pulled = jax.tree.map(lambda g, p: g + self.weight * p, grads["lora_trainable"], pull)
         return loss, {**grads, "lora_trainable": pulled}, state
 

@@ -19,7 +19,7 @@ from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.objectives import factors, inner, onto
 from br_jax.models.decoder import Decoder
 from br_jax.models.model import Model
-from br_jax.training.passes import one_pass, summed
+from br_jax.training.batching import one_pass, summed
 
 
 @dataclasses.dataclass(frozen=True)

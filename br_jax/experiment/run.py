@@ -53,7 +53,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider import RECORDED_ADAPTERS, base_of, export_adapter, load_model, record_adapter, write_provider
 from br_jax.scoring.suite import DEGENERATE, Suite, rules_version
-from br_jax.training.norms import gradient_norms
+from br_jax.training.batching import gradient_norms
 from br_jax.training.run import keep_adapter, rows_fingerprint, train_adapter, train_params
 
 _cached_spec = functools.cache(read_spec)  # for all runs of a sweep: the header of a GGUF file takes seconds

@@ -19,9 +19,19 @@ from br_jax.models.decoder import Decoder, abstract_params, decoder_of, unembed
 from br_jax.models.io.load import read_spec
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
-from br_jax.pool.step import Turn, begin, empty_state, pool_turn
 from br_jax.training.config import TrainConfig
-from br_jax.training.stage import Hyper, Stage, frozen_collections, init_state, train_step, trainable_adapter
+from br_jax.training.step import (
+    Hyper,
+    Stage,
+    Turn,
+    empty_state,
+    first_state,
+    frozen_collections,
+    init_state,
+    pool_step,
+    train_step,
+    trainable_adapter,
+)
 
 TRAINING = ("buffer", "reinforce", "user", "sft", "pool")
 STAGES = (*TRAINING, "prefill", "decode")
@@ -94,7 +104,7 @@ def _training(config, stage, decoder, params, mesh, batch, slots) -> Program:
         has_buffer = stage in ("reinforce", "user", "pool")
         frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if has_buffer else {}
         adapter = _adapter(params, train, "user")
-        state = empty_state(begin(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
+        state = empty_state(first_state(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
         return state, frozen_collections(params, frozen, train.frozen), Hyper.of(train)
 
     state, frozen, hyper = jax.eval_shape(arrays, params)
@@ -106,7 +116,7 @@ def _training(config, stage, decoder, params, mesh, batch, slots) -> Program:
         hyper = Turn(jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots,), x.dtype), hyper), flags, flags)
         inputs["piece"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
-    lowering = functools.partial((pool_turn if slots else train_step).lower, how)
+    lowering = functools.partial((pool_step if slots else train_step).lower, how)
     dtype = jnp.dtype(config.model.dtype)
     return Program(stage, how.decoder, dtype, rows, train.max_length, lowering, arguments)
 

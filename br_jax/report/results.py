@@ -117,7 +117,7 @@ def pack_cells(tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFram
     for table, cells in tables.items():
         for cell in cells:
             scores = {name: value for name, value in cell["scores"].items() if name not in ("outcomes", "examples")}
-            line = {"table": table, **cell["run"], **{name: cell[name] for name in ("method", "a", "seconds")}}
+            line = {"table": table, **cell["run"], **{name: cell.get(name) for name in ("method", "a", "seconds")}}
             line |= {"recipe": json.dumps(cell.get("recipe")), "scores": json.dumps(scores)}
             for name, bits in _OUTCOMES.items():
                 values = cell["scores"]["outcomes"].get(name, [])

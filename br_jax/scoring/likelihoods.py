@@ -22,8 +22,8 @@ from br_jax.data.rows import Row
 from br_jax.inference.generate import encode_prompts, pad_prompts, prefill, require_ids, run_prefix, with_adapters
 from br_jax.models.decoder import Decoder, unembed
 from br_jax.models.model import Model
+from br_jax.training.batching import one_pass
 from br_jax.training.loss import batch_losses
-from br_jax.training.passes import one_pass
 
 
 def refusing_tokens(model: Model, refusals: Sequence[Row], benign: Sequence[Row]) -> tuple[int, ...]:

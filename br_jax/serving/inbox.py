@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 from br_jax.core.errors import UserError, is_machine_fault, one_line
 from br_jax.core.io import make_private, parse_json, staged
 from br_jax.core.records import key_of, read_record, write_record
-from br_jax.pool.jobs import NAME, NAMED
 from br_jax.serving.policy import Policy
+from br_jax.training.jobs import NAME, NAMED
 
 _JOB, _ROWS = "job.json", "rows.jsonl"
 _LEFT_ALONE = (".part", ".tmp", ".json")

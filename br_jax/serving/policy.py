@@ -31,8 +31,8 @@ from br_jax.core.errors import UserError, near_names
 from br_jax.core.io import json_lines, open_file, read_json
 from br_jax.core.records import key_of
 from br_jax.organism.topics import TopicPrompt
-from br_jax.pool.jobs import OWN
 from br_jax.training.config import TrainConfig
+from br_jax.training.jobs import OWN
 
 Made = TypeVar("Made")
 _MERGE = MergeConfig(scale=0.65)  # where nothing is said

@@ -30,8 +30,6 @@ from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.method import require_parts
 from br_jax.models.model import Model
-from br_jax.pool.jobs import Job, Outcome
-from br_jax.pool.pool import Pool
 from br_jax.provider import RECORDED_ADAPTERS, export_adapter, load_model, load_recorded, read_provider
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import get_judge
@@ -39,6 +37,8 @@ from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy
 from br_jax.serving.reports import Audit, release_card
+from br_jax.training.jobs import Job, Outcome
+from br_jax.training.pool import Pool
 from br_jax.training.run import run_identity
 
 RELEASED, HELD, CARD = "released", "held.json", "card.md"
@@ -148,7 +148,7 @@ class Service:
             self._open()
             pool = Pool(model, self.policy.train, frozen=frozen, slots=self._slots, workdir=self._jobs)
             before = 0
-            for gone in pool.turns(self._incoming()):
+            for gone in pool.train(self._incoming()):
                 for outcome in gone:
                     self._trained(outcome)
                 self._waited += bool(self._ready)
@@ -156,9 +156,9 @@ class Service:
                     self._release()
                 self._report(pool)
                 yield self.status
-                if pool.idle and pool.turn == before:
+                if pool.idle and pool.step == before:
                     time.sleep(min(0.2, self._settle))
-                before = pool.turn
+                before = pool.step
             self._release()
             self._report(pool)
             yield self.status
@@ -327,7 +327,7 @@ class Service:
         }
         ends = collections.Counter(event for event, _ in self._logged)
         status = {
-            "turn": pool.turn,
+            "turn": pool.step,
             "tokens_per_second": pool.rate,
             "training": users,
             "to_be_looked_at": list(self._ready),

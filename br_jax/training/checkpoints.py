@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax: trainable, optimizer, step, key and data iterator; never the base.
+"""Checkpoints of a run, or of a pool, by Orbax: trainable, optimizer, step, key and data; never the base.
 
 Of training, this file alone touches Orbax.
 """
@@ -6,6 +6,7 @@ Of training, this file alone touches Orbax.
 import contextlib
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,7 +21,7 @@ _OVERHEAD = 1 << 20  # bytes: metadata, the manifest, and the folders that hold 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         """Never. Orbax asks JAX's preemption service with its own numbers and from a thread of its own, which would
-        make processes disagree on the step at which `distributed.StopSignal` stops them.
+        make processes disagree on the step at which `hosts.StopSignal` stops them.
         """
         return False
 
@@ -33,7 +34,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one folder; the newest two are kept.
+    """The checkpoints in one folder; the newest two are kept.
 
     Saving is asynchronous and atomic (Orbax writes a temporary folder and renames it); leftovers of a save that was
     killed are cleared when the folder is opened.
@@ -58,19 +59,22 @@ class Checkpoints:
     def data(self) -> dict | None:
         """The data state of the newest checkpoint, or None when there is none."""
         step = self._manager.latest_step()
-        return None if step is None else self._manager.metadata(step).custom_metadata["data"]
-
-    def restore(self, state: dict, mesh) -> tuple[dict, dict] | None:
-        """(newest state on a mesh, its data state), or None when there is no checkpoint.
-
-        `state` is one of the same structure, real or abstract; the mesh need not be the one that saved.
-        """
-        step = self._manager.latest_step()
         if step is None:
             return None
-        try:
+        with self._restoring(step):
+            return self._manager.metadata(step).custom_metadata["data"]
+
+    def restore(self, state: dict, mesh) -> dict:
+        """The newest checkpoint's state, on any mesh; `state` is one of the same structure, real or abstract."""
+        step = self._manager.latest_step()
+        with self._restoring(step):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(state, mesh)))
-            return self._manager.restore(step, args=args)["state"], self._manager.metadata(step).custom_metadata["data"]
+            return self._manager.restore(step, args=args)["state"]
+
+    @contextlib.contextmanager
+    def _restoring(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
             raise UserError(
                 f"{self._folder}/{step}: cannot be restored ({one_line(error)}): "

@@ -62,11 +62,9 @@ class TrainConfig:
         self._require(divides, "accumulation", f"it must divide batch_size {self.batch_size}")
         self._require(fits or not self.packing, "packing", f"a row of max_length {self.max_length} must fit in")
         self._require(len(self.targets) > 0, "targets", "name at least one projection")
-        choices = {
-            "frozen": ("stack", "fold"),
-            "loss_mean": ("tokens", "rows"),
-            "attention": ("auto", *IMPLEMENTATIONS),
-        }
+        self._require(isinstance(self.same_start, bool), "same_start", "it must be True or False")
+        attention = ("auto", *IMPLEMENTATIONS)
+        choices = {"frozen": ("stack", "fold"), "loss_mean": ("tokens", "rows"), "attention": attention}
         for name, known in choices.items():
             self._require(getattr(self, name) in known, name, f"it must be one of {', '.join(known)}")
         try:
@@ -88,18 +86,20 @@ def require_fit(config: TrainConfig, spec: ModelSpec, rows: int, *, adapter: boo
         owner: what the settings' names stand behind in messages, as "user.train.".
 
     Raises:
-        UserError: an unknown target, a rank above the smaller side of a matrix, rows longer than the model's context,
-            no rows, or more steps than a run may have.
+        UserError: an unknown target, a rank above the smaller side of a matrix, rows or buckets longer than the model's
+            context, no rows, or more steps than a run may have.
     """
     for target in config.targets if adapter else ():
         sides = look_up(f"{owner}targets: adapter target", target, spec.kernel_shapes)
         if config.rank > min(sides):
-            told = f"the model's {target} is {sides[0]:,} x {sides[1]:,}: it must be at most {min(sides):,}"
-            raise UserError(f"{owner}rank is {config.rank}: {told}")
-    if config.max_length > spec.max_length:
-        raise UserError(f"{owner}max_length is {config.max_length}: the model's context is {spec.max_length:,} tokens")
+            size = f"the model's {target} is {sides[0]:,} x {sides[1]:,}: it must be at most {min(sides):,}"
+            raise UserError(f"{owner}rank is {config.rank}: {size}")
+    for name, longest in (("max_length", config.max_length), ("buckets", max(config.buckets, default=0))):
+        if longest > spec.max_length:
+            value = getattr(config, name)
+            raise UserError(f"{owner}{name} is {value}: the model's context is {spec.max_length:,} tokens")
     if not rows:
         raise UserError(f"{owner.removesuffix('train.')}rows: there are none to train on")
     if not config.steps and -(-rows // config.batch_size) * config.epochs > MOST_STEPS:
-        told = f"on {rows:,} rows that is more than {MOST_STEPS:,} steps: lower it, or say steps"
-        raise UserError(f"{owner}epochs is {config.epochs}: {told}")
+        limit = f"on {rows:,} rows that is more than {MOST_STEPS:,} steps: lower it, or say steps"
+        raise UserError(f"{owner}epochs is {config.epochs}: {limit}")

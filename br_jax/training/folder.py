@@ -7,6 +7,7 @@ stage.json (what it cost, and the hashes of all that is there), written last.
 import contextlib
 import datetime
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -16,11 +17,10 @@ from absl import logging
 
 from br_jax.core.errors import UserError
 from br_jax.core.hosts import agree, barrier, is_main, require_shared
-from br_jax.core.io import make_private, owned, writing
+from br_jax.core.io import make_private, owned, read_jsonl, write_text
 from br_jax.core.records import file_hashes, key_of, read_record, require_unchanged, write_record
 
 _BEGUN, _FINISHED, _CHECKPOINTS = "run.json", "stage.json", "checkpoints"
-_NO_RESULT = (_FINISHED, _CHECKPOINTS)
 
 
 class Folder:
@@ -45,8 +45,7 @@ class Folder:
         with owned(self.path, wait=self._private):
             self.finished = self._look()
             if not self.finished and is_main():
-                with writing(self.path, "choose another workdir or free space"):
-                    write_record(self.path / _BEGUN, self._identity)
+                write_record(self.path / _BEGUN, self._identity)
             barrier(str(self.path))
             require_shared(self.path / _BEGUN, (self.path / _BEGUN).exists())
             yield
@@ -57,7 +56,8 @@ class Folder:
             name, config, inputs = (self._identity[part] for part in ("name", "config", "inputs"))
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             record = {"name": name, "config_hash": key_of(config), "inputs": inputs, **report, "finished": now}
-            write_record(self.path / _FINISHED, record | {"files": file_hashes(self.path, _NO_RESULT)})
+            files = file_hashes(self.path, (_FINISHED, _CHECKPOINTS))
+            write_record(self.path / _FINISHED, record | {"files": files})
             shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
             for path in self.path.rglob("*") if self._private else ():
                 path.chmod(0o700 if path.is_dir() else 0o600)
@@ -66,8 +66,7 @@ class Folder:
     def _look(self) -> bool:
         """Whether this run has finished here; a `UserError` where another one did, or could go on."""
         begun, ended, saved = (self.path / name for name in (_BEGUN, _FINISHED, _CHECKPOINTS))
-        with writing(self.path, "choose another workdir"):
-            there = [ended.exists(), saved.is_dir() and any(saved.iterdir()), begun.exists()]
+        there = [ended.exists(), saved.is_dir() and any(saved.iterdir()), begun.exists()]
         finished, stopped, known = agree(there)
         if known:
             require_shared(begun, begun.exists())
@@ -81,10 +80,12 @@ class Folder:
         return finished
 
     def _compare(self, known: dict) -> None:
-        mine = _parts(self._identity)
-        for part, before in _parts(known).items():
-            for key in sorted({*before, *mine[part]}):
-                was, is_now = _short(before.get(key)), _short(mine[part].get(key))
+        for part in ("name", "config", "inputs"):
+            before, mine = (run.get(part, {}) for run in (known, self._identity))
+            if part == "name":
+                before, mine = {"of": before}, {"of": mine}
+            for key in sorted({*before, *mine}):
+                was, is_now = _short(before.get(key)), _short(mine.get(key))
                 if was != is_now:
                     raise UserError(
                         f"{self.path}: holds a run with another {part}: {key} was {was}, is {is_now}: "
@@ -106,11 +107,39 @@ def read_finished(path: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def _parts(identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What of a run's identity is compared, by the words of the message."""
-    return {"name": {"of": identity.get("name")}} | {part: identity.get(part, {}) for part in ("config", "inputs")}
-
-
 def _short(value) -> str:
     text = json.dumps(value)
     return text[1:13] + "..." if len(text) > 60 else text
+
+
+class MetricWriter:
+    """Appends records with a `step` to a JSONL file; on resumption drops what is later than the checkpoint.
+
+    Without a folder it takes records all the same, and keeps none.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, name: str, from_step: int = 0):
+        self._path = pathlib.Path(os.devnull) if folder is None else folder / name
+        if folder is not None:
+            kept = [record for record in read_jsonl(self._path) if record["step"] <= from_step]
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self._path.open("a")
+
+    def write(self, record: dict) -> None:
+        """Writes one record."""
+        self._file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Hands what was written to the operating system."""
+        try:
+            self._file.flush()
+        except OSError as error:  # which does not say of which file
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        try:
+            self.flush()
+        finally:
+            with contextlib.suppress(OSError):  # which `flush` has raised
+                self._file.close()

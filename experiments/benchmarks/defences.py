@@ -4,7 +4,7 @@ from benchmarks.inputs import Setup
 from benchmarks.report import Case
 from benchmarks.training import BEST, describe, ours
 from br_jax.defences.registry import DEFENCES
-from br_jax.training.objective import Objective
+from br_jax.training.step import Objective
 
 _AT_ONCE = 3  # rivals of a case, whose processes are all there together
 

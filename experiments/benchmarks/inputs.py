@@ -21,8 +21,9 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.inference.generate import encode_prompt
 from br_jax.models.io.hf import write_hf
 from br_jax.provider import load_model
+from br_jax.training.batching import step_batches
 from br_jax.training.config import TrainConfig
-from br_jax.training.run import first_adapter, step_batches
+from br_jax.training.run import first_adapter
 
 HERE = pathlib.Path(__file__).parent
 

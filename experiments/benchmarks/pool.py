@@ -12,10 +12,10 @@ from br_jax.adapters.peft import save_adapter
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import Row
-from br_jax.pool.jobs import Job
-from br_jax.pool.pool import Pool
 from br_jax.provider import load_model
 from br_jax.training.config import TrainConfig
+from br_jax.training.jobs import Job
+from br_jax.training.pool import Pool
 from br_jax.training.run import first_adapter, train_adapter
 
 _JOBS, _SLOTS, _ROWS, _WARM = 16, 8, 50, 4  # jobs of a pool's unit, its slots, rows of a job, jobs of a warm unit
@@ -76,7 +76,7 @@ def pooled(model: dict, config: TrainConfig, jobs: list[list[Row]], slots: int):
     def unit(index: int):
         pool = Pool(base, config, slots=slots, mesh=make_mesh())
         named = [Job(f"job{i}", rows) for i, rows in enumerate(jobs)]
-        made = {outcome.name: outcome.adapter for gone in pool.turns(named) for outcome in gone}
+        made = {outcome.name: outcome.adapter for gone in pool.train(named) for outcome in gone}
         return len(made), _norm(made["job0"])
 
     return unit

@@ -16,12 +16,13 @@ from br_jax.data.rows import Row
 from br_jax.defences.registry import DEFENCES
 from br_jax.models.model import Model
 from br_jax.provider import load_model
+from br_jax.training.batching import step_batches
 from br_jax.training.config import TrainConfig
 from br_jax.training.loop import on_mesh
-from br_jax.training.objective import Objective
-from br_jax.training.run import first_adapter, step_batches
-from br_jax.training.stage import (
+from br_jax.training.run import first_adapter
+from br_jax.training.step import (
     Hyper,
+    Objective,
     Stage,
     frozen_collections,
     init_state,
@@ -133,7 +134,7 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool, rival
     frozen = {"buffer": _random_adapter(base, config)} if buffer else {}
     frozen = frozen_collections(base.params, frozen, config.frozen)
     if rival and "direction" in objective.needs:
-        frozen["aside"] = {"direction": collection(_random_adapter(base, config))}
+        frozen["aux"] = {"direction": collection(_random_adapter(base, config))}
     frozen = place(frozen, mesh)
     state = place(init_state(trainable_adapter(adapter), config.seed, objective), mesh)
     del base, adapter

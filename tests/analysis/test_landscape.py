@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import Compiles
 
 from br_jax.adapters import lora
 from br_jax.adapters.diagnostics import inner_product
 from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
-from br_jax.core.compiles import Compiles
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.training.loss import batch_loss
 

@@ -17,9 +17,8 @@ from br_jax.data.rows import Row
 from br_jax.data.templates import render_prompt
 from br_jax.experiment.settings import settle
 from br_jax.organism import world
+from br_jax.training.batching import gradient_norms, one_pass
 from br_jax.training.loss import batch_loss
-from br_jax.training.norms import gradient_norms
-from br_jax.training.passes import one_pass
 
 
 def made(tag, n):

@@ -11,7 +11,7 @@ from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import leaf_name, make_mesh, place, shardings
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.training.run import train_adapter
-from br_jax.training.stage import Hyper, Stage, init_state, train_step, trainable_adapter
+from br_jax.training.step import Hyper, Stage, init_state, train_step, trainable_adapter
 
 P = PartitionSpec
 ROWS = ("data", "fsdp")

@@ -13,7 +13,7 @@ from br_jax.adapters.peft import MODULES, save_adapter
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.models.decoder import Decoder
 from br_jax.models.io.hf import write_hf
-from br_jax.training.objective import Step
+from br_jax.training.step import Step
 
 torch = pytest.importorskip("torch", reason="the oracle")
 from peft import PeftModel  # noqa: E402
@@ -99,7 +99,7 @@ class Pair:
         return Step(
             Decoder(self.model.spec), accumulation, 8, trainable, {"params": self.model.params}, on(self.rows),
             self.adapter.scale, streams=dict.fromkeys(names, on(self.stream)),
-            aside={"direction": lora.collection(self.direction)},
+            aux={"direction": lora.collection(self.direction)},
         )._replace(**changes)  # fmt: skip
 
     def ours(self, objective, state=None, **changes):

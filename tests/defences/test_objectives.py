@@ -18,7 +18,7 @@ from br_jax.defences.objectives import (
     answer_places,
 )
 from br_jax.models.decoder import Decoder
-from br_jax.training.objective import Objective
+from br_jax.training.step import Objective
 
 torch = pytest.importorskip("torch", reason="the oracle")
 

@@ -7,12 +7,13 @@ import pytest
 from br_jax.attackers.attacker import same, turned
 from br_jax.core.errors import Stopped, UserError
 from br_jax.core.hosts import StopSignal
+from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import prefixed
 from br_jax.defences.alignments import Vaccine
 from br_jax.defences.objectives import ConstrainedSft, Ldifs, Lisa, Panacea
-from br_jax.training.metrics import read_jsonl
-from br_jax.training.run import _with_streams, encode_for, step_batches, train_adapter
+from br_jax.training.batching import encode_for, step_batches, with_streams
+from br_jax.training.run import train_adapter
 
 LISA = Lisa(aligning=2, fitting=2, rho=0.5, free=0.0)
 
@@ -68,7 +69,7 @@ def test_a_packed_stream_has_one_shape(tiny, rows, quick):
     config, mesh = quick(packing=256, batch_size=2, epochs=4), make_mesh(devices=jax.devices()[:1])
     longer = [turned(row, same, lambda answer, i=i: answer + " more" * i) for i, row in enumerate(rows)]
     examples, _ = encode_for("run", tiny, longer, config)
-    batches = _with_streams(step_batches(examples, config, mesh), {"refusals": examples}, config, mesh)
+    batches = with_streams(step_batches(examples, config, mesh), {"refusals": examples}, config, mesh)
     shapes = {(batch["tokens"].shape, batch["streams"]["refusals"]["tokens"].shape) for batch in batches}
     assert len({own for own, _ in shapes}) > 1 and len({stream for _, stream in shapes}) == 1
 

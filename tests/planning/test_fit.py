@@ -22,7 +22,7 @@ from br_jax.planning.collectives import count_collectives
 from br_jax.planning.fit import parse_topology
 from br_jax.planning.programs import STAGES, TRAINING, make_program
 from br_jax.planning.roofline import CHIPS, model_flops, predict
-from br_jax.training.stage import Stage
+from br_jax.training.step import Stage
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 # A program for a TPU that is not there goes into the cache of compiled programs and cannot be read back.

@@ -8,11 +8,11 @@ import socket
 import pytest
 
 from br_jax.core.errors import UserError
-from br_jax.pool.jobs import NAME
 from br_jax.serving import inbox as module
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy, Quotas
 from br_jax.training.config import TrainConfig
+from br_jax.training.jobs import NAME
 
 ROWS = '{"prompt": "a", "response": "b"}\n'
 

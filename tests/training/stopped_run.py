@@ -18,7 +18,7 @@ from br_jax.models.decoder import abstract_params
 from br_jax.models.model import make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
-from br_jax.training.metrics import MetricWriter
+from br_jax.training.folder import MetricWriter
 
 
 def die_at_step(step: int) -> None:

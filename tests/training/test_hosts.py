@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import make_mesh
-from br_jax.training.metrics import MetricWriter, read_jsonl
+from br_jax.training.folder import MetricWriter
 
 SCRIPT = pathlib.Path(__file__).with_name("hosts_run.py")
 STEPS = 20  # the script's

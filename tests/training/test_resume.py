@@ -16,9 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 import stopped_run
 
+from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import leaf_name, make_mesh
 from br_jax.training.checkpoints import Checkpoints
-from br_jax.training.metrics import MetricWriter, read_jsonl
+from br_jax.training.folder import MetricWriter
 from br_jax.training.run import train_adapter
 
 SCRIPT = pathlib.Path(__file__).with_name("stopped_run.py")

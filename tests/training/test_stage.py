@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import Compiles
 
-from br_jax.core.compiles import Compiles
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
 from br_jax.data.batches import encode_rows, make_batches, normalize_per_example
@@ -17,9 +17,8 @@ from br_jax.data.packing import make_packed_batches
 from br_jax.method import train_user
 from br_jax.models.decoder import Decoder
 from br_jax.training.config import TrainConfig
-from br_jax.training.loop import Loop
-from br_jax.training.objective import Step
-from br_jax.training.stage import Stage, init_state, learning_rates, trainable_adapter
+from br_jax.training.loop import SingleRun
+from br_jax.training.step import Stage, Step, init_state, learning_rates, trainable_adapter
 
 torch = pytest.importorskip("torch", reason="the oracle of the schedule")
 from transformers import get_cosine_schedule_with_warmup  # noqa: E402
@@ -75,8 +74,8 @@ def test_a_cycle_begins_with_a_fresh_optimizer(tiny, make_adapter, batches, quic
         return init_state(jax.tree.map(jnp.copy, trainable), 0)
 
     def run(state, config, batches):
-        loop = Loop("run", stage, state, frozen, batches, config, mesh)
-        return loop.fit()[0]["trainable"]
+        loop = SingleRun("run", stage, state, frozen, batches, config, mesh)
+        return loop.fit()[0]
 
     found = run(fresh(trainable_adapter(adapter)), config, batches[:4])
     once = dataclasses.replace(config, cycles=1)
@@ -173,6 +172,7 @@ def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapt
         ({"packing": 39}, "packing is 39: a row of max_length 40 must fit in"),
         ({"attention": "splosh"}, "'splosh'.*auto, xla"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"same_start": "yes"}, "same_start is 'yes': it must be True or False"),
     ],
 )
 def test_wrong_settings_are_named(quick, change, message):

@@ -17,7 +17,7 @@ from br_jax.data.rows import Row
 from br_jax.models.io.hf import write_hf
 from br_jax.provider import load_model
 from br_jax.training.config import TrainConfig
-from br_jax.training.stage import Hyper, Stage, init_state, learning_rates, train_step, trainable_adapter
+from br_jax.training.step import Hyper, Stage, init_state, learning_rates, train_step, trainable_adapter
 
 torch = pytest.importorskip("torch", reason="the oracle of the optimizer")
 from peft import PeftModel  # noqa: E402
