@@ -1,19 +1,25 @@
 """The release step: QR-merge the reinforce adapter into the user's (arXiv 2605.24550)."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg.cython_lapack  # noqa: F401  # JAX loads it, and its BLAS, at the first factorization: too late to limit
 from absl import logging
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
+from threadpoolctl import threadpool_limits
 
 from br_jax.adapters import lora
-from br_jax.adapters.diagnostics import effective_basis, one_blas_thread
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import SHARE, number, require_bounds
 from br_jax.core.errors import UserError
+
+# Householder QR of f32 columns leaves about 1 eps (relative to the largest singular value) where the true value is 0;
+# four eps a column stands clear of that noise and far below any direction that f32 can still resolve.
+NOISE_A_COLUMN = 4 * float(np.finfo(np.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +101,52 @@ def _shared_paths(user: Adapter, reinforce: Adapter) -> Sequence[str]:
     for path in shared:
         lora.require_same_kernel(path, [user, reinforce])
     return shared
+
+
+def effective_basis(
+    a: Float[Array, "I R"], b: Float[Array, "R O"], tau: Float[Array, ""]
+) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
+    """Spans the subspace that an adapter effectively writes to (the paper's Q and its rank check).
+
+    The rule: eigenpairs (lambda, V) of A A^T, keep lambda > tau * lambda_max, Q = basis of B V_kept. The
+    pairs come from an SVD of A's triangular factor, where lambda = sigma^2: forming A A^T would square A's
+    condition number.
+
+    Returns:
+        Q, zero in its unused columns, and the number of eigenvalues kept.
+    """
+    triangle = jnp.linalg.qr(a, mode="r")
+    _, sigma, v = jnp.linalg.svd(triangle, full_matrices=False)  # rows of v, descending sigma
+    relative = jnp.maximum(jnp.sqrt(tau), NOISE_A_COLUMN * a.shape[1])
+    kept = sigma > relative * sigma[0]
+    columns = jnp.matmul(b.T, jnp.where(kept, v.T, 0), precision="highest")  # [O, K]
+    basis, _ = column_basis(columns)
+    return basis, kept.sum()
+
+
+def column_basis(columns: Float[Array, "O R"]) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
+    """Spans the columns of a matrix that may be rank-deficient, or zero, with static shapes.
+
+    Thin QR alone is not enough: it completes the basis with invented columns wherever the given ones are zero
+    or repeated, and without pivoting a small diagonal of R does not say which ones. So QR reduces the matrix
+    to its small triangle, an SVD of that orders the directions by size, and those at rounding level are
+    masked. For a matrix of full rank the span, and so the projector Q Q^T, is that of plain thin QR. Working
+    from the factor rather than from the Gram matrix keeps all the digits of f32.
+
+    Returns:
+        Q, K = min(O, R), with orthonormal or zero columns, the zero ones last; and the rank.
+    """
+    q, triangle = jnp.linalg.qr(columns)
+    u, sigma, _ = jnp.linalg.svd(triangle, full_matrices=False)
+    real = sigma > NOISE_A_COLUMN * columns.shape[1] * sigma[0]
+    # a choice, not a product: whatever an SVD returns for a zero matrix, masked columns are exactly zero
+    return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0), real.sum()
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager:
+    """While it lasts, BLAS does not thread the calls that it gets.
+
+    On a CPU factorizations are LAPACK's, called from XLA's own threads: a BLAS that threads each call once more has
+    them wait for one another, from seconds to forever. Wait for the results inside of it.
+    """
+    return threadpool_limits(limits=1, user_api="blas")

@@ -23,7 +23,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from br_jax.adapters import lora
-from br_jax.adapters.diagnostics import best_rank, inner_product
+from br_jax.adapters.diagnostics import best_rank, factors
 from br_jax.adapters.lora import Adapter
 from br_jax.core.errors import UserError
 
@@ -71,14 +71,17 @@ class Reference:
         Raises:
             UserError: numbers that are not finite, or columns that cancel each other, so that nothing can be told.
         """
-        mine = self.components.weights
-        shared = {path: other.weights[path] for path in sorted(mine.keys() & other.weights.keys())}
-        other, size, columns = _unit(other.replace(weights=shared))
-        cores = {path: _core_of_adapter(mine[path], pair, other.scale) for path, pair in other.weights.items()}
-        square = float(inner_product(other, other))
+        lora.require_finite(other)
+        mine, theirs = factors(self.components), factors(other)
+        cores, columns, square = {}, 0.0, 0.0
+        for path in sorted(mine.keys() & theirs.keys()):
+            (own_a, own_b), (a, b) = mine[path], theirs[path]
+            cores[path] = (own_a.mT @ a) @ (b @ own_b.mT)  # a_j^T (a @ b) b_k of the components' sides
+            columns += np.sum(np.sum(a**2, axis=1) * np.sum(b**2, axis=2))
+            square += np.sum((a.mT @ a) * (b @ b.mT))
         if square < _CANCELLED * columns:
             raise UserError("refused: the adapter's columns cancel each other, so nobody can tell what is in it")
-        return self._similarity(cores, square, size)
+        return self._similarity(cores, square, 1.0)
 
     def similarity_of_change(self, params: Mapping[str, Any], base: Mapping[str, Any]) -> Similarity:
         """How like it the difference between two trees of params is."""
@@ -176,49 +179,9 @@ def _divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.divide(values, by, where=by > 0, out=np.zeros(by.shape))
 
 
-def _unit(adapter: Adapter) -> tuple[Adapter, float, float]:
-    """The same delta over `size`, in factors whose products f32 can hold whatever those of the adapter are.
-
-    Each column of `a` and row of `b` gets length 1, and b's times how large their product is beside the largest one,
-    `size`. In numpy's float64, which takes no small number for 0.
-
-    Returns:
-        The adapter, `size`, and the sum of squares of what b's rows were multiplied by.
-    """
-    sides, scale = jax.device_get((adapter.weights, adapter.scale))
-    scale, units, lengths = np.float64(scale), {}, {}
-    for path, pair in sides.items():
-        norms = [
-            np.sqrt(np.square(pair[n], dtype=np.float64).sum(axis, keepdims=True)) for n, axis in (("a", 1), ("b", 2))
-        ]
-        units[path] = [pair[n] / np.where(norm > 0, norm, 1) for n, norm in zip("ab", norms, strict=True)]
-        lengths[path] = abs(scale) * norms[0].squeeze(1) * norms[1].squeeze(2)
-    if not all(np.isfinite(each).all() for each in lengths.values()):
-        lora.require_finite(adapter)  # says which of its numbers it is
-    size = max((float(each.max(initial=0)) for each in lengths.values()), default=0.0)
-    if size == 0:
-        return adapter.replace(weights={}), 0.0, 0.0
-    weights, square = {}, 0.0
-    for path, (a, b) in units.items():
-        part = lengths[path] / size
-        weights[path] = {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b * part[:, :, None], jnp.float32)}
-        square += float(np.square(part).sum())
-    return adapter.replace(weights=weights, scale=jnp.float32(np.sign(scale))), size, square
-
-
 @jax.jit
 def _largest(now: Float[Array, "L I O"], before: Float[Array, "L I O"]) -> Float[Array, ""]:
     return jnp.max(jnp.abs(now.astype(jnp.float32) - before.astype(jnp.float32)))
-
-
-@jax.jit
-def _core_of_adapter(
-    component: dict[str, Float[Array, "L ..."]], pair: dict[str, Float[Array, "L ..."]], scale: Float[Array, ""]
-) -> Float[Array, "L K K"]:
-    """a_j^T (scale * a @ b) b_k of the components' sides."""
-    inputs = jnp.einsum("lij,lir->ljr", component["a"], pair["a"], precision="highest")
-    outputs = jnp.einsum("lko,lro->lrk", component["b"], pair["b"], precision="highest")
-    return scale * jnp.matmul(inputs, outputs, precision="highest")
 
 
 @jax.jit

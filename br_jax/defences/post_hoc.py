@@ -10,8 +10,9 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from br_jax.adapters.diagnostics import best_rank, effective_basis
+from br_jax.adapters.diagnostics import best_rank
 from br_jax.adapters.lora import Adapter, collection, scaled, stack
+from br_jax.adapters.merge import effective_basis
 from br_jax.core.bounds import RANK, SHARE, number
 from br_jax.core.mesh import mesh_of, place
 from br_jax.data.rows import Row
