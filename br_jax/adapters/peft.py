@@ -22,7 +22,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft_config import PlainLora, ends_of, read_config
 from br_jax.core.errors import UserError, near_names, one_line
-from br_jax.core.io import PICKLES, make_private, open_safetensors, parse_json
+from br_jax.core.io import PICKLES, make_private, open_safetensors, parse_json, write_bytes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -229,25 +229,13 @@ def _write_folder(folder: Path, files: Mapping[str, bytes], private: bool) -> No
     near = folder if folder.is_dir() else folder.parent  # on the same disk
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=near) as new:  # its mode is 0700
         for name, data in files.items():
-            _write_file(Path(new, name), data, mode=0o600 if private else 0o666)
+            write_bytes(Path(new, name), data, mode=0o600 if private else 0o666)
         if private:
             make_private(folder)
         folder.mkdir(exist_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)
         for name in files:
             os.replace(Path(new, name), folder / name)
-
-
-def _write_file(path: Path, data: bytes, mode: int) -> None:
-    """Writes a new file of this mode, through to the disk."""
-    try:
-        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)  # which a full disk's error lacks
-        raise
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ class Store:
         self._records: dict[str, dict[str, Any]] = {}
         self._end = self._count = 0  # of the file's complete lines: where they end, and how many they are
         self._of_others: set[str] = set()  # keys that other runs have added since
-        if self.path is not None and self.path.exists():
+        if self.path is not None and os.path.lexists(self.path):
             with open_file(self.path, _MAX_BYTES) as file:
                 self._records = self._read(file)
 

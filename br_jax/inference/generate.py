@@ -210,6 +210,8 @@ def with_adapters(model: Model, adapters: Sequence[Adapter | None]) -> dict:
     held, mesh = [adapter for adapter in adapters if adapter is not None], mesh_of(model.params)
     embedding = model.params["embed"]["embedding"]
     variables = {"params": model.params}
+    if mesh is None:  # an adapter as it comes from training lies on a mesh of one device: programs of their own
+        held = jax.device_get(held)
     if len(adapters) > 1:
         if len(held) < len(adapters) or len({tuple(sorted(adapter.weights)) for adapter in held}) > 1:
             raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
@@ -219,8 +221,6 @@ def with_adapters(model: Model, adapters: Sequence[Adapter | None]) -> dict:
         variables = {"params": fold(model.params, held[0])}
     elif held:
         variables["lora"] = place(collection(held[0]), mesh)
-    if mesh is None:  # an adapter as it comes from training lies on a mesh of one device: programs of their own
-        variables = jax.device_put(variables, next(iter(embedding.devices())))
     return variables
 
 

@@ -155,7 +155,7 @@ CASES = [
     ({}, ".", "none of provider.json, adapter_config.json"),
     ({"weights.pt": PICKLED}, ".", "weights.pt is pickled, can run code and is not opened"),
     ({"weights.pt": PICKLED}, "weights.pt", "weights.pt: not known: .*a pickle, which can run code, is not opened"),
-    ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a whole safetensors"),
+    ({"x.safetensors": save({"x": np.ones(99)})[:-8]}, "x.safetensors", "x.safetensors: not a complete safetensors"),
     (ADAPTER | {WEIGHTS_FILE: save({KEY.format(10**8, "A"): np.ones((2, 2))})}, ".", "of layer 100,000,000"),
     (ADAPTER | {WEIGHTS_FILE: save({KEY.format(0, "A"): np.ones((2, 2))})}, ".", r"lacks .*lora_B"),
     ({CONFIG_FILE: json.dumps(FAR_CONFIG).encode(), WEIGHTS_FILE: FAR}, ".", "its 720,000 numbers, padded to all"),

@@ -66,6 +66,6 @@ def test_the_policy_of_an_experiment(load_script, config, calls, tmp_path):
     assert len({prompt for prompts in kinds for prompt in prompts}) == sum(map(len, kinds))
     assert policy.settings({"rank": train.rank, "learning_rate": train.learning_rate})
     config.eval.judges = "classifier@512"
-    write_policy(experiment, tmp_path / "policy.json")
+    write_policy(Experiment(config, tmp_path / "run"), tmp_path / "policy.json")
     expected = {"name": "classifier", "source": "PKU-Alignment/beaver-dam-7b", "max_length": 512}
     assert read_policy(tmp_path / "policy.json").judge == expected

@@ -173,7 +173,7 @@ def test_a_release_that_cannot_be_read_back_is_not_in_the_outbox(provider, polic
     put(tmp_path / "in", "a", rows_of(8), epochs=1)
 
     def cut(*args, **kwargs):
-        raise UserError("adapter_model.safetensors: not a whole safetensors file")
+        raise UserError("adapter_model.safetensors: not a complete safetensors file")
 
     monkeypatch.setattr(module, "load_adapter", cut)
     assert serve(provider, tmp_path, policy)["held"] == 1

@@ -111,7 +111,7 @@ class Large(list):
 
 def test_a_pool_follows_from_its_jobs_however_long_reading_takes(tiny, rows, config, buffer, monkeypatch):
     """Slots at each step, lengths, the order of leaving, and every bit of the adapters."""
-    wordy = [Row((("user", f"{i}?"), ("assistant", "it is " * (i % 5)))) for i in range(9)]
+    wordy = [Row((("user", f"{i}?"), ("assistant", "it is " * (i % 5) + "so"))) for i in range(9)]
     jobs = [
         Job("a", rows, {"steps": 4}),
         Job("large", Large(rows[1:]), {"steps": 5}),

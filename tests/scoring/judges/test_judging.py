@@ -51,7 +51,7 @@ def test_each_is_judged_once_and_shorter_ones_first(tmp_path, file, monkeypatch)
     file.unlink()
     monkeypatch.chdir(tmp_path)
     assert judge_all(Counting(), EXCHANGES) == EXPECTED
-    assert judge_all(Counting(), []) == [] and not list(tmp_path.iterdir()), "no store is no file"
+    assert judge_all(Counting(), []) == [] and not list(tmp_path.glob("[!.]*")), "no store is no file"
 
 
 def test_stopped_again_and_again_the_file_is_that_of_an_undisturbed_run(tmp_path, file):
