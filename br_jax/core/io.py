@@ -396,27 +396,3 @@ def _holder(file: pathlib.Path) -> str:
         return f"process {holder['pid']} on {holder['host']} (since {holder['since']}: {holder['command'][:80]})"
     except (ValueError, KeyError, TypeError, OSError):
         return "another process"
-
-
-# -- until the last caller has gone --
-
-
-@contextlib.contextmanager
-def reading(path, cure="check its permissions"):
-    yield
-
-
-@contextlib.contextmanager
-def writing(path, cure=""):
-    yield
-
-
-@contextlib.contextmanager
-def lock(file, wait=True):
-    yield
-
-
-def is_of_the_machine(error):
-    from br_jax.core.errors import is_machine_fault
-
-    return is_machine_fault(error)

@@ -16,8 +16,7 @@ import numpy as np
 from absl import logging
 
 from br_jax.adapters.lora import Adapter
-from br_jax.core.errors import UserError, near_names, one_line
-from br_jax.core.io import is_of_the_machine
+from br_jax.core.errors import UserError, is_machine_fault, near_names, one_line
 from br_jax.data.batches import Batch
 from br_jax.data.packing import packed_steps
 from br_jax.data.rows import Rows, as_rows
@@ -215,7 +214,7 @@ class Reading:
         try:
             return self.future.result()
         except Exception as error:
-            if isinstance(error, UserError) or is_of_the_machine(error):
+            if isinstance(error, UserError) or is_machine_fault(error):
                 raise
             name, what = self.job.name, f"{type(error).__name__}: {one_line(error)}"
             logging.exception("job %s: its rows cannot be read", name)

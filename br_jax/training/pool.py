@@ -22,9 +22,8 @@ from jax.sharding import Mesh
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter, pad_rank
 from br_jax.core.bounds import BATCH, require
-from br_jax.core.errors import UserError
+from br_jax.core.errors import UserError, is_machine_fault
 from br_jax.core.hosts import agree, fetch, is_main
-from br_jax.core.io import is_of_the_machine
 from br_jax.core.mesh import batch_parts, make_mesh, place, platform
 from br_jax.core.progress import progress
 from br_jax.core.records import key_of
@@ -247,7 +246,7 @@ class Pool(Loop):
                     return [Outcome(name, load_trained(job.folder.path, "user", self.model))]
             self._sit(self.slots.index(None), job, key_of(identity), *rest)
         except (UserError, OSError) as error:
-            if is_of_the_machine(error):
+            if is_machine_fault(error):
                 raise
             return [Outcome(name, None, str(error))]
         return []

@@ -14,7 +14,6 @@ import numpy as np
 from benchmarks.pairing import call
 from br_jax.adapters.peft import save_adapter
 from br_jax.core.errors import UserError
-from br_jax.core.io import reading
 from br_jax.core.mesh import make_mesh
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row, read_rows
@@ -100,7 +99,7 @@ def require_torch(case: str) -> None:
 def read_questions(path: pathlib.Path, count: int) -> list[Row]:
     """The first rows of a JSONL file in one of the project's layouts, or with GSM8K's `question` and `answer`."""
     try:
-        with reading(path), path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8") as file:
             records = [json.loads(line) for line in itertools.islice(file, count)]
         return [Row((("user", record["question"]), ("assistant", record["answer"]))) for record in records]
     except (ValueError, KeyError, TypeError):
