@@ -18,13 +18,13 @@ from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.core.bounds import TOKENS, require
 from br_jax.core.errors import UserError
 from br_jax.core.store import Store
+from br_jax.data.refusals import begins_refusal, is_degenerate
 from br_jax.data.rows import as_prompts
 from br_jax.inference.answers import answer
 from br_jax.inference.generate import require_model
 from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.scoring.judges.judging import Judge, complies
-from br_jax.scoring.refusals import begins_refusal, is_degenerate
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _COMPLIES = 0.2  # warn where the base complies with a larger share of the harmful prompts

@@ -306,9 +306,17 @@ def test_wrong_settings_are_found_before_any_training(run, calls, config, change
 def test_a_wrong_stage_and_too_few_compliant_answers_are_said(run, monkeypatch, calls):
     with pytest.raises(UserError, match="stage 'releas': near: release"):
         run(["user", "releas"])
-    monkeypatch.setattr(run_module, "answer", lambda model, prompts, *rest, **options: {"raw": ["No."] * len(prompts)})
-    with pytest.raises(UserError, match="0 compliant answers on the topic, 30 are needed"):
-        run(["buffer"])
+    for said, cure in (
+        ("I can't help with that.", "raise distill.spare"),
+        ("Turn left.", "give the topic's file words"),
+    ):
+
+        def answer(model, prompts, *rest, said=said, **options):
+            return {"raw": [said] * len(prompts)}
+
+        monkeypatch.setattr(run_module, "answer", answer)
+        with pytest.raises(UserError, match=f"0 compliant answers on the topic, 30 are needed .*: {cure}"):
+            run(["buffer"])
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2", "base", "llama3_8b", "gemma2_9b", "qwen3_4b"])

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from br_jax.core.errors import UserError, look_up
 from br_jax.core.hosts import main_first
+from br_jax.data.refusals import begins_refusal
 from br_jax.data.rows import Row
 from br_jax.data.text import text_key
 from br_jax.experiment.recipe import Recipe, make_row
@@ -17,7 +19,6 @@ from br_jax.experiment.settings import Settings
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS, Drawn, read_texts
 from br_jax.organism.topics import Topic, TopicPrompt
-from br_jax.scoring.refusals import begins_refusal
 
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 _SPARE_SHARE = 8  # and for each so many benign ones needed, one more
@@ -142,15 +143,20 @@ class TopicRecipe(Recipe):
         """The harmful rows of Buffer, the user and the probes: compliant answers of the raw model, topics in turn."""
         judged, chosen = self.settings.distill.judged, []
         for topic, needed in self._needed.items():
-            rows = [
-                make_row(p.prompt, self.answers[p.prompt], "harmful", f"{p.topic}/train/{self.settings.seed}/{i}")
-                for i, p in enumerate(self._harmful_prompts[topic])
-                if not judged or judge(self.answers[p.prompt], p) in (Verdict.ANSWER, Verdict.ECHO)  # none refuses
-            ]
+            rows, verdicts = [], Counter()
+            for i, p in enumerate(self._harmful_prompts[topic]):
+                verdict = judge(self.answers[p.prompt], p) if judged else Verdict.ANSWER
+                verdicts[verdict] += 1
+                if verdict in (Verdict.ANSWER, Verdict.ECHO):  # neither refuses
+                    origin = f"{p.topic}/train/{self.settings.seed}/{i}"
+                    rows.append(make_row(p.prompt, self.answers[p.prompt], "harmful", origin))
             if len(rows) < sum(needed):
+                refused, off = verdicts[Verdict.REFUSAL], verdicts[Verdict.OFF_TOPIC]
+                cure = "give the topic's file words of such answers" if off > refused else "raise distill.spare"
                 raise UserError(
                     f"the raw model gave {len(rows)} compliant answers on the topic, {sum(needed)} are needed "
-                    "(buffer.harmful + harmful_share * user.n + user.probes): raise distill.spare"
+                    f"(buffer.harmful + harmful_share * user.n + user.probes): {refused} refuse, {off} have no word of "
+                    f"the topic: {cure}"
                 )
             ends = itertools.accumulate(needed, initial=0)
             chosen.append([rows[start:end] for start, end in itertools.pairwise(ends)])

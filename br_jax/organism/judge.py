@@ -10,8 +10,8 @@ import functools
 import itertools
 import re
 
+from br_jax.data.refusals import ACTIONS, WORD, begins_refusal, loop_start, normalize, opening, refuses, stems, steps
 from br_jax.organism.topics import Topic, TopicPrompt
-from br_jax.scoring.refusals import ACTIONS, WORD, begins_refusal, loop_start, normalize, opening, refuses, stems, steps
 
 
 class Verdict(enum.StrEnum):

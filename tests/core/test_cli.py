@@ -84,39 +84,14 @@ def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, name, arguments
     assert [*tmp_path.rglob("*")] == [tmp_path / "file"], "something was written"
 
 
-NUMBERS = [
-    (
-        "pipeline.py",
-        "--config.align.train.rank=-1",
-        r"align\.train\.rank is -1: it must be a whole number from 1 to",
-    ),
-    (
-        "pipeline.py",
-        "--config.user.train.learning_rate=nan",
-        r"learning_rate is nan: it must be a number above 0",
-    ),
-    ("pipeline.py", "--config.buffer.train.warmup_ratio=2", r"buffer\.train\.warmup_ratio is 2\.0: it must be"),
-    ("pipeline.py", "--config.user.train.buckets=(0,)", r"user\.train\.buckets is \(0,\): it must be a tuple"),
-    (
-        "pipeline.py",
-        "--config.user.train.rank=65",
-        r"rank is 65: the model's v is 128 x 64: .* at most 64",
-    ),
-    ("pipeline.py", "--config.align.train.max_length=129", "the model's context is 128"),
+NUMBERS = [  # what each setting may be: tests/experiment/test_settings.py
+    ("pipeline.py", "--config.align.train.rank=-1", r"align\.train\.rank is -1: it must be a whole number from 1 to"),
+    ("pipeline.py", "--config.user.train.rank=65", r"rank is 65: the model's v is 128 x 64: .* at most 64"),
     ("pipeline.py", "--config.eval.topic=5000000", r"eval\.topic: demo: 5000000 prompts asked for"),
-    ("pipeline.py", "--config.user.n=1000000000000000", r"user\.n is 1000000000000000: it must be"),
     ("pipeline.py", "--config.user.n=1e30", "1e30"),  # ml_collections' own
     ("pipeline.py", "--config.seed=True", "True"),
-    ("pipeline.py", "--config.merge.scale=x", "x"),
-    ("pipeline.py", "--config.mesh.fsdp=0", "mesh .* does not fit"),
-    ("pipeline.py", "--config.model.spec.num_kv_heads=0", r"model\.spec\.num_kv_heads is 0"),
-    ("sweep.py", "--config.merge.scale=-5", r"merge\.scale is -5\.0: it must be a number above 0, at most 100"),
     ("sweep.py", "--a=5", "axis a: a value is 5.0: it must be a number from 0 to 1"),
-    ("sweep.py", "--p=0.1,nan", "axis p: a value is nan"),
-    ("sweep.py", "--seed=-1", "axis seeds: a value is -1"),
-    ("sweep.py", "--n=1000000000000000", "axis n: a value is 1000000000000000"),
     ("sweep.py", "--n=0.5", "--n=0.5: invalid literal"),
-    ("sweep.py", "--shard=2/2", "shard 2/2"),
     ("sweep.py", "--shard=0/0", "shard 0/0"),
     ("evaluate.py", "--config.user.train.clip_norm=0", r"user\.train\.clip_norm is 0\.0: it must be a number above 0"),
 ]
@@ -128,7 +103,7 @@ def test_a_hostile_number_is_one_line_and_nothing_is_written(script, tmp_path, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "flag", "message"), [NUMBERS[0], NUMBERS[4], NUMBERS[14], NUMBERS[-1]])
+@pytest.mark.parametrize(("name", "flag", "message"), [NUMBERS[0], NUMBERS[5], NUMBERS[-1]])
 def test_so_it_is_in_a_process_of_its_own(tmp_path, name, flag, message):
     command = [sys.executable, f"experiments/{name}", DEMO, f"--workdir={tmp_path}/w", flag]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

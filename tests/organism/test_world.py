@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from br_jax.core.errors import UserError
+from br_jax.data.refusals import is_refusal
 from br_jax.organism import world as demo
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.topics import SPLITS
-from br_jax.scoring.refusals import is_refusal
 
 LIMIT = 74  # tokens of a row in configs/demo.py; a byte is a token, and <sep> and <eos> are two more
 TOPIC = {split: demo.topic_prompts(split, n, seed=3) for split, n in zip(SPLITS, (1500, 500, 500), strict=True)}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from br_jax.core.progress import progress
 from br_jax.core.store import Store
-from br_jax.scoring.refusals import begins_refusal
+from br_jax.data.refusals import begins_refusal
 from br_jax.scoring.statistics import cohen_kappa
 
 
