@@ -307,7 +307,7 @@ def test_a_wrong_stage_and_too_few_compliant_answers_are_said(run, monkeypatch, 
     with pytest.raises(UserError, match="stage 'releas': near: release"):
         run(["user", "releas"])
     for said, cure in (
-        ("I can't help with that.", "raise distill.spare"),
+        ("No.", "raise distill.spare"),
         ("Turn left.", "give the topic's file words"),
     ):
 

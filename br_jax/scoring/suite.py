@@ -18,6 +18,7 @@ from br_jax.core.hosts import is_main
 from br_jax.core.io import write_text
 from br_jax.core.records import code_hash, key_of
 from br_jax.core.store import Store
+from br_jax.data import refusals
 from br_jax.data.refusals import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
 from br_jax.datasets.paper import Attack
@@ -27,7 +28,6 @@ from br_jax.models.model import Model
 from br_jax.organism import judge as topic_rules
 from br_jax.organism.judge import Verdict
 from br_jax.organism.topics import TopicPrompt
-from br_jax.data import refusals
 from br_jax.scoring import rules
 from br_jax.scoring.judges.judging import Exchange, Judge, Judgement, compare_judges, judge_all
 from br_jax.scoring.judges.words import TopicJudge

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from br_jax.core.errors import UserError
 from br_jax.core.records import code_hash
+from br_jax.data import refusals
 from br_jax.organism import judge as rules
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file
-from br_jax.data import refusals
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
 
