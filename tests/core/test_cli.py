@@ -46,7 +46,7 @@ def test_exit_statuses(capsys, outcome, status, said):
         run_main(lambda: 1 / 0)
 
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DEMO = "--config=configs/demo.py"
 
 
