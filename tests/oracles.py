@@ -9,3 +9,13 @@ def delta(adapter):
         path: np.float64(adapter.scale) * np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
         for path, pair in adapter.weights.items()
     }
+
+
+def logits_of_torch(network, ids, positions=None, **options):
+    """A transformers model's logits of one row, [T, V]."""
+    import torch
+
+    where = torch.tensor([range(len(ids)) if positions is None else positions])
+    with torch.no_grad():
+        logits = network(torch.tensor([[*ids]]), torch.ones_like(where), where, **options).logits
+    return logits[0].float().numpy()

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tampering import edit_json, edit_tensors
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
@@ -110,15 +111,8 @@ def folder(tmp_path, params, trained):
     return tmp_path / "user"
 
 
-def edit_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS_FILE)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
-
-
 def edit_config(folder, **fields):
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, **fields}))
+    edit_json(folder / CONFIG_FILE, lambda config: config.update(fields))
 
 
 def replaced(layer, half, value):
@@ -159,7 +153,10 @@ SPOILED = [
     # One bit of a weight, which is no other kind of error; or the scale.
     (damaged(lambda data: data[:-4] + bytes([data[-4] ^ 1]) + data[-3:]), "not those that were saved"),
     (lambda folder: edit_config(folder, lora_alpha=7.5), "not those that were saved"),
-    *((lambda folder, change=change: edit_tensors(folder, change), message) for change, message in TENSORS),
+    *(
+        (lambda folder, change=change: edit_tensors(folder / WEIGHTS_FILE, change), message)
+        for change, message in TENSORS
+    ),
     *((lambda folder, fields=fields: edit_config(folder, **fields), message) for fields, message in CONFIG),
     *((damaged(lambda data, keep=keep: data[:keep]), CUT) for keep in (0, 7, 300, -1)),
     *((damaged(lambda data, n=n: n.to_bytes(8, "little") + data[8:]), CUT) for n in (0, 10**8, 2**64 - 1)),
@@ -193,10 +190,10 @@ def test_another_model_s_shapes_and_fingerprint(folder, params):
 
 def test_where_the_config_has_an_expression_the_tensors_say_what_is_adapted(folder, params):
     edit_config(folder, target_modules=".*")
-    edit_tensors(folder, lambda tensors: [tensors.pop(KEY.format(1, half)) for half in "AB"])
+    edit_tensors(folder / WEIGHTS_FILE, lambda tensors: [tensors.pop(KEY.format(1, half)) for half in "AB"])
     adapter = load_adapter(folder, params)
     assert [bool(layer.any()) for layer in adapter.weights["layers/attn/q"]["b"]] == [True, False, True]
-    edit_tensors(folder, dict.clear)
+    edit_tensors(folder / WEIGHTS_FILE, dict.clear)
     with pytest.raises(UserError, match="holds no matrices"):
         load_adapter(folder, params)
 

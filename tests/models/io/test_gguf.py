@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from oracles import logits_of_torch
 
 from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate_ids
@@ -39,12 +40,6 @@ def oracle(path, **unread):
     return model.eval()
 
 
-def their_logits(model, ids, positions=None):
-    where = torch.tensor([range(len(ids)) if positions is None else positions])
-    with torch.no_grad():
-        return model(torch.tensor([ids]), torch.ones_like(where), where).logits[0].numpy()
-
-
 def our_logits(spec, params, ids, positions=None):
     tokens, where = jnp.asarray([ids]), jnp.asarray([range(len(ids)) if positions is None else positions])
     hidden, _ = jax.jit(Decoder(spec).apply)({"params": params}, tokens, where, jnp.ones_like(tokens))
@@ -60,7 +55,7 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
     spec, params, tokenizer, stops = read_gguf(path)
     assert ("head" in params) != tied and spec == read_gguf_spec(path) and spec.model_type == architecture
     assert (spec.max_length, spec.norm_eps, spec.rope_theta, stops) == (128, 3e-5, 5000.0, (258,))
-    expected = their_logits(oracle(path, **UNREAD.get(architecture, {})), IDS)
+    expected = logits_of_torch(oracle(path, **UNREAD.get(architecture, {})), IDS)
     # f32 sums in another order, of logits of size 5 or so.
     np.testing.assert_allclose(our_logits(spec, params, IDS), expected, atol=1e-4)
     write_hf(tmp_path / "folder", spec, params, tokenizer, stop_tokens=stops)
@@ -106,8 +101,8 @@ def test_rope_factors_are_llama_3_scaling(write_gguf, tmp_path):
     assert spec.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     # transformers' loader skips the tensor. Far apart, or what turns slowly does not turn at all.
     far = [0, 1, 500, 501, 3000, 7000, 7001, 9000]
-    expected = their_logits(oracle(path, rope_parameters=rope), IDS, far)
-    assert np.abs(expected - their_logits(oracle(path), IDS, far)).max() > 0.1
+    expected = logits_of_torch(oracle(path, rope_parameters=rope), IDS, far)
+    assert np.abs(expected - logits_of_torch(oracle(path), IDS, far)).max() > 0.1
     # Angles of thousands of radians have an error of 1e-4 in f32.
     np.testing.assert_allclose(our_logits(spec, params, IDS, far), expected, atol=3e-3)
 
@@ -210,7 +205,7 @@ def test_smollm2_is_the_model_that_transformers_loads(smollm2):
     prompts = [made.tokenizer.encode(text) for text in PROMPTS]
     continued = generate_ids(made, prompts, stops=(), max_new_tokens=16, batch_size=3)
     for ids, more in zip(prompts, continued, strict=True):
-        expected = their_logits(model, [*ids, *more])
+        expected = logits_of_torch(model, [*ids, *more])
         # The project's bar for f32; the logits reach 20 or so.
         np.testing.assert_allclose(our_logits(made.spec, made.params, ids), expected[: len(ids)], atol=1e-3, rtol=0)
         # Greedy, token for token: each of ours is what transformers puts first after all before it.

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tampering import edit_json, edit_tensors
 
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import read_hf, write_hf
@@ -47,26 +48,14 @@ def test_old_style_config_and_a_tied_head_written_out(folder):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
 
-    edit_tensors(folder, old)
+    edit_tensors(folder / "model.safetensors", old)
     edit_config(folder, rope_parameters=None, rope_scaling=None, rope_theta=5000.0)
     spec, params, *_ = read_hf(folder)
     assert spec.rope_theta == 5000.0 and "head" not in params
 
 
-def edit_json(path, edit):
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-
-
 def edit_config(folder, **changes):
     edit_json(folder / "config.json", lambda config: config.update(changes))
-
-
-def edit_tensors(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def cut(path, keep):
@@ -127,7 +116,7 @@ FILES = [
 ]
 DAMAGE = [
     *((lambda f, changes=changes: edit_config(f, **changes), message) for changes, message in CONFIG),
-    *((lambda f, edit=edit: edit_tensors(f, edit), message) for edit, message in TENSORS),
+    *((lambda f, edit=edit: edit_tensors(f / "model.safetensors", edit), message) for edit, message in TENSORS),
     *FILES,
 ]
 

@@ -45,7 +45,7 @@ CHANGES = [
     {"intermediate_size": 14},
     {"num_hidden_layers": 1},
     {"num_attention_heads": 2},
-    *({"num_key_value_heads": heads} for heads in (None, 3, 0)),
+    *({"num_key_value_heads": heads} for heads in (4, None, 3, 0)),
     *({"head_dim": width} for width in (6, None)),
     {"hidden_act": "gelu_pytorch_tanh"},
     *({"hidden_activation": name} for name in ("silu", None)),
