@@ -11,11 +11,11 @@ def delta(adapter):
     }
 
 
-def logits_of_torch(network, ids, positions=None, **options):
+def logits_of_torch(network, ids, positions=None):
     """A transformers model's logits of one row, [T, V]."""
     import torch
 
     where = torch.tensor([range(len(ids)) if positions is None else positions])
+    given = {"attention_mask": torch.ones_like(where), "position_ids": where}
     with torch.no_grad():
-        logits = network(torch.tensor([[*ids]]), torch.ones_like(where), where, **options).logits
-    return logits[0].float().numpy()
+        return network(torch.tensor([[*ids]]), **given).logits[0].float().numpy()

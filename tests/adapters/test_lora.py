@@ -47,9 +47,7 @@ def test_init_is_peft_s(key):
     for rank, alpha in ((0, 8), (4, 0), (4, float("nan"))):
         with pytest.raises(UserError, match=r"user': (rank|alpha) is .*: it must be"):
             lora.init(key, SHAPES, rank, alpha, "user")
-
-
-def test_a_draw_depends_on_its_own_path_only(key):
+    # a draw depends on its own path only
     both = lora.init(key, SHAPES | {V: SHAPES[Q]}, 4, 8, "user").weights
     one = lora.init(key, {DOWN: SHAPES[DOWN]}, 4, 8, "user").weights
     assert list(one) == [DOWN]
