@@ -117,14 +117,6 @@ def test_a_user_s_rows_are_trained_beside_the_buffer_or_not_by_mistake(tiny, org
             br.guard(tiny, wrong)
 
 
-def test_a_guard_that_would_pass_everything_is_none(tiny, make_adapter):
-    for buffers in ([], [lora.scaled(make_adapter("buffer"), 0.0)]):
-        with pytest.raises(br.UserError, match="nothing would be refused: give"):
-            br.guard(tiny, *buffers)
-    with pytest.raises(br.UserError, match="guard: needs an Adapter, got list"):
-        br.guard(tiny, [])
-
-
 def test_arguments_of_another_kind_are_one_line(tiny, make_adapter, tmp_path):
     user, order = make_adapter("user"), r"needs the path of a folder, got Model: the order is {}\("
     doors = {
@@ -136,6 +128,9 @@ def test_arguments_of_another_kind_are_one_line(tiny, make_adapter, tmp_path):
         "to: needs an Adapter, got dict": lambda: br.export_adapter(tiny, user.weights, tmp_path / "to"),
         "QR merge: needs an Adapter, got dict": lambda: br.qr_merge(user, {}),
         "guard: needs a Model, got str": lambda: br.guard("base", user),
+        "guard: needs an Adapter, got list": lambda: br.guard(tiny, []),
+        "nothing would be refused: give": lambda: br.guard(tiny),
+        "would be refused: give": lambda: br.guard(tiny, lora.scaled(make_adapter("buffer"), 0.0)),
         "a null character": lambda: br.save_adapter("to\0", user, tiny),
         "null .* in the folder": lambda: br.load_adapter("to\0", tiny),
     }

@@ -107,7 +107,7 @@ def test_degenerate_users(name):
             assert_merges_as_dense(user, reinforce, strength, tau=tau)
 
 
-def test_more_rank_than_the_matrix_has():
+def test_more_rank_than_the_matrix_has_and_none():
     rng = np.random.default_rng(9)
     user = adapter(rng.normal(size=(LAYERS, 5, 8)), rng.normal(size=(LAYERS, 8, FAN_OUT)))
     assert_merges_as_dense(user, random_adapter(rng, 4, role="reinforce", fan_in=5), 1.0)
@@ -118,10 +118,7 @@ def test_more_rank_than_the_matrix_has():
     np.testing.assert_allclose(delta(merged)[PATH], expected, atol=2e-6 * np.abs(expected).max())
     removed = merge_report(user, reinforce, MergeConfig())["matrices"][PATH]["removed_share"]
     np.testing.assert_allclose(removed, 1.0, rtol=1e-5)
-
-
-def test_an_untrained_user_leaves_reinforce_as_it_is():
-    rng = np.random.default_rng(10)
+    # an untrained user leaves reinforce as it is
     user = adapter(rng.normal(size=(LAYERS, FAN_IN, 8)), np.zeros((LAYERS, 8, FAN_OUT)))
     reinforce = random_adapter(rng, 8, scale=1.0, role="reinforce")
     merged = qr_merge(user, reinforce, MergeConfig(a=1.0, scale=1.0))

@@ -1,5 +1,7 @@
 """How much of one adapter is in another: against dense matrices in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,16 +83,12 @@ def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
     np.testing.assert_allclose(Reference.of(buffer).similarity(other), (1, min(a * b * scale, 1)), atol=1e-4)
 
 
-def test_columns_that_cancel_hide_nothing(adapters, make_adapter):
+def test_what_is_not_finite_or_cancels_is_refused(adapters, tiny, make_adapter):
     buffer, large = adapters["itself"], make_adapter("user", seed=1)
-    for size in (1e6, 1e12, 1e20):
+    for size in (1e6, 1e20):
         pair = [lora.scaled(large, size), lora.scaled(large, -size)]
         with pytest.raises(UserError, match="cancel each other"):
             Reference.of(buffer).similarity(lora.stack([*pair, buffer]))
-
-
-def test_what_is_not_finite_is_refused(adapters, tiny):
-    buffer = adapters["itself"]
     weights = jax.tree.map(lambda leaf: leaf.at[0, 0, 0].set(jnp.nan), buffer.weights)
     with pytest.raises(UserError, match="NaN or infinity"):
         Reference.of(buffer).similarity(buffer.replace(weights=weights))
@@ -99,16 +97,11 @@ def test_what_is_not_finite_is_refused(adapters, tiny):
         Reference.of(buffer).similarity_of_change(params, tiny.params)
 
 
-def test_nothing_is_like_nothing(adapters):
-    buffer = adapters["itself"]
+def test_nothing_is_like_nothing_and_what_only_the_other_has_hides_nothing(adapters, make_adapter):
+    some, user, buffer = adapters["some matrices"], make_adapter("user", seed=2), adapters["itself"]
     zero, empty = lora.scaled(buffer, 0.0), buffer.replace(weights={})
-    for one in (zero, empty):
-        for other in (zero, empty, buffer):
-            assert Reference.of(one).similarity(other) == Reference.of(other).similarity(one) == (0, 0)
-
-
-def test_matrices_that_only_the_other_has_do_not_hide_it(adapters, make_adapter):
-    some, user = adapters["some matrices"], make_adapter("user", seed=2)
+    for one, other in itertools.product((zero, empty), (zero, empty, buffer)):
+        assert Reference.of(one).similarity(other) == Reference.of(other).similarity(one) == (0, 0)
     more = {path: pair for path, pair in user.weights.items() if path not in some.weights}
     hidden = some.replace(weights={**some.weights, **jax.tree.map(lambda leaf: leaf * jnp.float32(100), more)})
     np.testing.assert_allclose(Reference.of(some).similarity(hidden), (1, 1), atol=1e-5)

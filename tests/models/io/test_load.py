@@ -98,10 +98,8 @@ def test_a_mesh_gets_the_same_weights_each_device_its_part(folder, raw):
     split = load_model(folder, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, split.params, raw.params)
     assert split.fingerprint == raw.fingerprint
-    wanted = shardings(split.params, mesh)
-    assert jax.tree.all(
-        jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), split.params, wanted)
-    )
+    for leaf, place in zip(*map(jax.tree.leaves, (split.params, shardings(split.params, mesh))), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 def test_a_device_s_part_alone_is_read(raw):
@@ -117,11 +115,9 @@ def test_a_device_s_part_alone_is_read(raw):
             asked[self.name] = asked.get(self.name, 0) + part.size
             return part
 
-    held = unstack_tensors(raw.spec, hf.tensor_names(raw.spec), raw.params)
-    arrays = {name: tensor.fetch() for name, tensor in held.items()}
-    tensors = {
-        name: Stored(array.shape, "memory", functools.partial(Recorded, name, array)) for name, array in arrays.items()
-    }
-    params = load_params(raw.spec, hf.tensor_names(raw.spec), tensors, "memory", jnp.dtype("float32"), mesh)
+    names = hf.tensor_names(raw.spec)
+    arrays = {name: tensor.fetch() for name, tensor in unstack_tensors(raw.spec, names, raw.params).items()}
+    tensors = {n: Stored(each.shape, "memory", functools.partial(Recorded, n, each)) for n, each in arrays.items()}
+    params = load_params(raw.spec, names, tensors, "memory", jnp.dtype("float32"), mesh)
     jax.tree.map(np.testing.assert_array_equal, params, raw.params)
     assert asked == {name: array.size for name, array in arrays.items()}
