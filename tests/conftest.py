@@ -1,5 +1,6 @@
 """Settings of all tests: CPU with 8 fake devices, strict promotion, no network; before JAX is used."""
 
+import copy
 import importlib.util
 import os
 import pathlib
@@ -81,15 +82,9 @@ def programs_go():
 
 # Every dimension that a mesh may split is a multiple of 8, and N * H is not D.
 SIZES = {
-    "vocab_size": 264,
-    "embed_dim": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "ffw_dim": 40,
-    "max_length": 128,
-}
+    "vocab_size": 264, "embed_dim": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+    "ffw_dim": 40, "max_length": 128,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -141,16 +136,9 @@ def rows():
 def quick():
     """quick(**changes) -> a `TrainConfig` of a few small steps."""
     settings = {
-        "rank": 3,
-        "alpha": 6.0,
-        "dropout": 0.0,
-        "learning_rate": 1e-2,
-        "steps": 4,
-        "max_length": 40,
-        "loss_chunk": 8,
-        "checkpoint_every": 0,
-        "log_every": 1,
-    }
+        "rank": 3, "alpha": 6.0, "dropout": 0.0, "learning_rate": 1e-2, "steps": 4, "max_length": 40,
+        "loss_chunk": 8, "checkpoint_every": 0, "log_every": 1,
+    }  # fmt: skip
     return lambda **changes: TrainConfig(**{**settings, **changes})
 
 
@@ -298,28 +286,14 @@ def script(monkeypatch, capfd):
 
 # Sizes of which none divides another by accident; N * H is not D.
 FAMILY_SIZES = {
-    "vocab_size": 263,
-    "hidden_size": 42,
-    "intermediate_size": 77,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "rope_theta": 5000.0,
-    "rms_norm_eps": 3e-5,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 257,
-    "pad_token_id": None,
-}
-ROPE_3_1 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+    "vocab_size": 263, "hidden_size": 42, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 5000.0, "rms_norm_eps": 3e-5,
+    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 257, "pad_token_id": None,
+}  # fmt: skip
+ROPE_3_1 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE_3_1 |= {"original_max_position_embeddings": 32}
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Each family with each of its switches on and off: model_type, and what its config says.
 FAMILIES = {
     "llama": ("llama", {"tie_word_embeddings": True}),
@@ -335,17 +309,9 @@ FAMILIES = {
     # Caps that bite on scores and logits of this size.
     "gemma2": (
         "gemma2",
-        {
-            "sliding_window": 8,
-            "query_pre_attn_scalar": 14,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 5.0,
-        },
+        {"sliding_window": 8, "query_pre_attn_scalar": 14, **dict(zip(CAPS, (2.0, 5.0), strict=True))},
     ),
-    "gemma2 plain": (
-        "gemma2",
-        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
-    ),
+    "gemma2 plain": ("gemma2", {**dict.fromkeys(CAPS), "tie_word_embeddings": False}),
 }
 
 
@@ -379,3 +345,21 @@ def make_family(tmp_path_factory):
 def family(request, make_family):
     """(transformers' model, its folder) of each family."""
     return make_family(request.param)
+
+
+@pytest.fixture(scope="session")
+def made_by_peft():
+    """made_by_peft(network, folder, std=1, **settings) -> PEFT's model with a random adapter, which is saved there."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft", reason="the oracle")
+
+    def make(network, folder, std=1.0, **settings):
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
+        adapted = peft.get_peft_model(copy.deepcopy(network), config).eval()
+        torch.manual_seed(settings.get("r", 0))
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=std)
+        adapted.save_pretrained(str(folder))
+        return adapted
+
+    return make

@@ -1,5 +1,21 @@
 """What can happen to a file that a run has finished with."""
 
+import json
+
+from safetensors.numpy import load_file, save_file
+
+
+def edit_json(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
 
 def _flip(path):
     content = bytearray(path.read_bytes())

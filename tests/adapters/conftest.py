@@ -1,7 +1,5 @@
 """What several tests of adapters share."""
 
-import copy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,23 +34,5 @@ def trained():
         rng = np.random.default_rng(seed)
         b = {path: jnp.asarray(rng.normal(size=pair["b"].shape), jnp.float32) for path, pair in adapter.weights.items()}
         return adapter.replace(weights={path: pair | {"b": b[path]} for path, pair in adapter.weights.items()})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def made_by_peft():
-    """made_by_peft(network, folder, std=1, **settings) -> PEFT's model with a random adapter, which is saved there."""
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft", reason="the oracle")
-
-    def make(network, folder, std=1.0, **settings):
-        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
-        adapted = peft.get_peft_model(copy.deepcopy(network), config).eval()
-        torch.manual_seed(settings.get("r", 0))
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(weight, std=std)
-        adapted.save_pretrained(str(folder))
-        return adapted
 
     return make

@@ -49,9 +49,8 @@ def test_users_pass_and_buffers_in_disguise_do_not(provider):
         config = e.settings.train("user", seed=seed, probe_every=0, **changes)
         user = train_user(e.aligned, rows_of(e, task, p, rng), config, buffer=buffer, mesh=e.mesh)
         users.append(reference.similarity(user))
-        disguised.append(
-            (name := next(names), reference.similarity(DISGUISES[name](buffer.replace(roles=("user",)), user)))
-        )
+        name = next(names)
+        disguised.append((name, reference.similarity(DISGUISES[name](buffer.replace(roles=("user",)), user))))
     cosines, shares = np.abs(np.array(users)).T
     print(f"{len(users)} users: cosine up to {cosines.max():.3f} (median {np.median(cosines):.3f}), share up to "
           f"{shares.max():.3f} (median {np.median(shares):.3f})")  # fmt: skip

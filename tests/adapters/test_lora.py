@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracles import delta
 
 from br_jax.adapters import lora
@@ -49,9 +47,7 @@ def test_init_is_peft_s(key):
     for rank, alpha in ((0, 8), (4, 0), (4, float("nan"))):
         with pytest.raises(UserError, match=r"user': (rank|alpha) is .*: it must be"):
             lora.init(key, SHAPES, rank, alpha, "user")
-
-
-def test_a_draw_depends_on_its_own_path_only(key):
+    # a draw depends on its own path only
     both = lora.init(key, SHAPES | {V: SHAPES[Q]}, 4, 8, "user").weights
     one = lora.init(key, {DOWN: SHAPES[DOWN]}, 4, 8, "user").weights
     assert list(one) == [DOWN]
@@ -97,22 +93,18 @@ def test_applied_folded_and_stacked_agree(base, make):
         assert_close(found, exact)
 
 
-def test_fold_leaves_all_else_the_same_objects(base, make):
-    before = jax.tree.map(np.array, base)
-    folded = lora.fold(base, make(8))
-    assert jax.tree.structure(folded) == jax.tree.structure(base)
-    changed = []
-    for (path, old), new in zip(jax.tree.leaves_with_path(base), jax.tree.leaves(folded), strict=True):
-        if new is not old:
-            changed.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-            assert new.dtype == old.dtype and not np.array_equal(new, old)
-    assert changed == ["layers/attn/q/kernel", "layers/mlp/down/kernel"]
-    jax.tree.map(np.testing.assert_array_equal, base, before)
-
-
-def test_fold_adds_in_f32_and_rounds_once(base, make):
+def test_fold_adds_in_f32_rounds_once_and_leaves_all_else_the_same_objects(base, make):
     base, adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base), lora.scaled(make(9), 0.02)
     folded = lora.fold(base, adapter)
+    changed = [
+        path
+        for (path, old), new in zip(jax.tree.leaves_with_path(base), jax.tree.leaves(folded), strict=True)
+        if new is not old
+    ]
+    assert [jax.tree_util.keystr(path, simple=True, separator="/") for path in changed] == [
+        "layers/attn/q/kernel",
+        "layers/mlp/down/kernel",
+    ]
     same = []
     for path, change in delta(adapter).items():
         _, part, name = path.split("/")
@@ -124,18 +116,6 @@ def test_fold_adds_in_f32_and_rounds_once(base, make):
     share = lora.unchanged_share(base, folded, adapter)
     assert share == pytest.approx(np.concatenate(same).mean()) and 0.05 < share < 0.95
     assert lora.unchanged_share(base, base, adapter) == 1.0
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_detach_undoes_attach(data):
-    names = data.draw(st.lists(st.text(max_size=8), unique=True, min_size=1, max_size=5))
-    name = data.draw(st.sampled_from(names))
-    pieces = {n: lora.Adapter({}, np.float32(i), (n,)) for i, n in enumerate(names)}
-    left = lora.detach(pieces, name)
-    assert list(pieces) == names  # the dict that came in is not written
-    assert list(left) == [n for n in names if n != name]
-    assert all(left[n] is pieces[n] for n in left)
 
 
 def test_validate_names_what_is_wrong(base, make):

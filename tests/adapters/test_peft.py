@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from tampering import edit_json, edit_tensors
 
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, read_provenance, save_adapter
@@ -73,28 +73,21 @@ def test_bf16_weights_are_read_as_f32(tmp_path, llama, made_by_peft):
     assert_same_weights(lora.fold(before, adapter), params_of(adapted.float().merge_and_unload()))
 
 
-RSLORA = {"use_rslora": True}
-
-
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2, ".*up_proj": 7}},
-        {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 1.5}},
         {
             "target_modules": ["q_proj", "k_proj", "down_proj"],
             "rank_pattern": {".*down_proj": 7, "layers.0.self_attn.q_proj": 2, "layers.1.self_attn.q_proj": 9},
             "alpha_pattern": {".*[01].mlp.down_proj": 20, "k_proj": 0, "layers.1.self_attn.q_proj": 1.5},
-            **RSLORA,
+            "use_rslora": True,
         },
         {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 0, "alpha_pattern": {"layers.2.self_attn.q_proj": 5}},
         {"target_modules": r"model\.layers\.\d\.(self_attn\.[qo]|mlp\.up)_proj"},
         {"target_modules": "all-linear", "exclude_modules": r".*\.1\.mlp.*|.*k_proj"},
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
-        {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": 0, **RSLORA},
         {"target_modules": ["v_proj", "gate_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
-        {"target_modules": ["self_attn.v_proj", "model.layers.0.mlp.up_proj", "2.mlp.up_proj", "attn.k_proj"]},
-        {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+        {"target_modules": ["self_attn.v_proj", "model.layers.0.mlp.up_proj"], "init_lora_weights": "mica"},
     ],
     ids=str,
 )
@@ -111,21 +104,18 @@ def test_we_load_every_form_of_peft_s_plain_lora(tmp_path, llama, made_by_peft, 
     assert_same_weights(merged_by_peft(llama, tmp_path / "ours"), expected)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", None])
-def test_targets_that_the_config_does_not_spell_out(tmp_path, llama, made_by_peft, targets):
+def test_targets_that_the_config_does_not_spell_out(tmp_path, llama, made_by_peft):
     before = params_of(llama)
     expected = params_of(made_by_peft(llama, tmp_path, target_modules="all-linear").merge_and_unload())
-    config = tmp_path / CONFIG_FILE
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": targets}))  # PEFT spells them out
-    assert_same_weights(lora.fold(before, load_adapter(tmp_path, before)), expected)
-    tensors = load_file(tmp_path / WEIGHTS_FILE)
-    del tensors[KEY.format(2, "A")]
-    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    for targets in ("all-linear", None):  # PEFT spells them out
+        edit_json(tmp_path / CONFIG_FILE, lambda config, targets=targets: config.update(target_modules=targets))
+        assert_same_weights(lora.fold(before, load_adapter(tmp_path, before)), expected)
+    edit_tensors(tmp_path / WEIGHTS_FILE, lambda tensors: tensors.pop(KEY.format(2, "A")))
     with pytest.raises(UserError, match=r"lacks .*layers\.2\.self_attn\.q_proj\.lora_A"):
         load_adapter(tmp_path, before)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(3, 0.7), (32, 64), (4, 0.0)])
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 0.7), (4, 0.0)])
 def test_round_trip_is_exact_to_the_bit(tmp_path, params, trained, rank, alpha):
     adapter = trained(params, rank, role="reinforce").replace(scale=jnp.float32(alpha / rank))
     save_adapter(tmp_path / "a", adapter, base_name="tiny", fingerprint="f00", extra={"stage": "reinforce"})

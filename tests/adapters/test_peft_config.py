@@ -30,12 +30,9 @@ def write(tmp_path):
     ("pattern", "rslora"),
     [
         ({}, True),
-        ({"proj": 3, "_proj": 5}, False),  # neither is a whole part of a name
-        ({"layers.1.self_attn.q_proj": 3, "1.mlp.down_proj": 5, "layers.7.self_attn": 4}, True),
-        ({".*down_proj": 3, "^model.layers.2.self_attn.q_proj": 5, "model.layers.2.self_attn.q_proj": 7}, False),
-        ({".*": 3, "q_proj": 5}, False),  # the first one counts
+        ({"proj": 3, "layers.1.self_attn.q_proj": 3, "1.mlp.down_proj": 5, "layers.7.self_attn": 4}, True),
+        ({".*down_proj": 3, "^model.layers.2.self_attn.q_proj": 5, ".*": 7, "q_proj": 9}, False),  # the first counts
         ({r"layers\.\d\.mlp.[dq].*": 5, r"^layers.1.mlp.up_proj": 3, "": 9, ".*[0-3].mlp.u._proj$": 6}, True),
-        ({r".*\.self_attn.o_proj": 4, "k_proj$": 6}, False),  # as PEFT writes them on converting a checkpoint
     ],
     ids=str,
 )
@@ -58,8 +55,6 @@ def test_ranks_and_scales_are_those_that_peft_matches(tmp_path, pattern, rslora)
     "settings",
     [
         {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [0, 11]},
-        {"target_modules": ["v_proj", "model.layers.2.self_attn.k_proj"], "layers_to_transform": 1},
-        {"target_modules": ["o_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
         {"target_modules": ["5.mlp.down_proj", "proj"], "layers_to_transform": []},
     ],
     ids=str,
@@ -104,12 +99,10 @@ def test_a_field_that_is_not_known_is_not_ignored(write):
         ({"r": 0}, '"r" is 0.*at least 1'),
         ({"r": 10**400}, '"r" is 10000.*at least 1'),
         ({"r": True}, '"r" is True'),
-        ({"lora_alpha": None}, '"lora_alpha" is None'),
         ({"lora_alpha": 1e39}, '"lora_alpha" is 1e\\+39.*finite'),
         ({"rank_pattern": {"q_proj": 0}}, "\"rank_pattern\" is {'q_proj': 0}.*at least 1"),
         ({"alpha_pattern": {"q_proj": math.nan}}, "\"alpha_pattern\" is {'q_proj': nan}"),
         ({"rank_pattern": [4]}, '"rank_pattern" is .*object'),
-        ({"layers_to_transform": "all"}, "\"layers_to_transform\" is 'all', but must be a layer's number or a list"),
         ({"layers_to_transform": [-1]}, '"layers_to_transform" is .-1., but must be'),
         ({"bias": "lora_only"}, '"bias" is'),
     ],
@@ -122,21 +115,9 @@ def test_values_of_the_wrong_kind_are_named(write, fields, message):
 
 
 # Python's `re` may take years for the first ones; ranks are in the tensors' shapes, whatever is said of them
-OTHER = [
-    "(a+)+b",
-    "(.*a){12}b",
-    "mlp|attn",
-    r"(q)_\1",
-    "q++_proj",
-    "q*",
-    r"q_proj\Z",
-    "[^q]_proj",
-    "[[:alpha:]]",
-    "\ud800",
-]
-
-
-@pytest.mark.parametrize("expression", OTHER)
+@pytest.mark.parametrize(
+    "expression", ["(a+)+b", "(.*a){12}b", "mlp|attn", r"(q)_\1", "q++_proj", "[^q]_proj", "\ud800"]
+)
 def test_other_expressions_are_refused_where_they_count(write, expression):
     read = read_config(write(rank_pattern={"k_proj": 4, expression: 3}))
     assert read.rank_of("model.layers.0.self_attn.k_proj") == 4

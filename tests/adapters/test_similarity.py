@@ -1,5 +1,7 @@
 """How much of one adapter is in another: against dense matrices in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +23,8 @@ def dense(buffer, change):
             pairs = [k for k in range(len(sigma)) if sigma[k] > 1e-6 * sigma[0]]
             for k in pairs:
                 own = u[:, k] @ other @ v[k]
-                beside = [u[:, k] @ other @ v[j] for j in pairs if j != k] + [
-                    u[:, j] @ other @ v[k] for j in pairs if j != k
-                ]
+                others = [j for j in pairs if j != k]
+                beside = [u[:, k] @ other @ v[j] for j in others] + [u[:, j] @ other @ v[k] for j in others]
                 sigmas.append(sigma[k])
                 part.append((own - np.sqrt(np.mean(np.square(beside)))) / sigma[k])
             inner, square = inner + (matrix * other).sum(), square + (other**2).sum()
@@ -44,7 +45,7 @@ def adapters(make_adapter):
         "turned around": lora.scaled(buffer, -2.0),
         "with a user's": lora.stack([lora.scaled(buffer, 0.4), user]),
         "some matrices": buffer.replace(weights=some),
-        "half the rank": jax.tree.map(lambda leaf: leaf, buffer).replace(
+        "half the rank": buffer.replace(
             weights={p: {"a": w["a"][..., :2], "b": w["b"][:, :2]} for p, w in buffer.weights.items()}
         ),
     }
@@ -57,8 +58,7 @@ def test_it_is_what_dense_matrices_say(adapters, tiny):
         # the Buffer's directions and all products are f32
         np.testing.assert_allclose(reference.similarity(adapter), expected, rtol=0, atol=2e-5, err_msg=name)
         folded = reference.similarity_of_change(lora.fold(tiny.params, adapter), tiny.params)
-        shared = dense(adapters["itself"], {path: each for path, each in delta(adapter).items()})
-        np.testing.assert_allclose(folded, shared, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
+        np.testing.assert_allclose(folded, expected, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
 
 
 def test_factors_do_not_count(adapters):
@@ -72,16 +72,7 @@ def test_factors_do_not_count(adapters):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "scale"),
-    [
-        (1e18, 1e-18, 1),
-        (1e-37, 1e37, 1),
-        (1e30, 1, 1),
-        (1, 1e-20, 1e20),
-        (1e-20, 1, 1),
-        (1e20, 1e20, 1e-38),
-        (1e-38, 1, 1),
-    ],
+    ("a", "b", "scale"), [(1e-37, 1e37, 1), (1e30, 1, 1), (1, 1e-20, 1e20), (1e20, 1e20, 1e-38), (1e-38, 1, 1)]
 )
 def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
     """Products of such factors are 0, infinite or NaN in f32. In numpy, as files are read: jax takes 1e-39 for 0."""
@@ -92,16 +83,12 @@ def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
     np.testing.assert_allclose(Reference.of(buffer).similarity(other), (1, min(a * b * scale, 1)), atol=1e-4)
 
 
-def test_columns_that_cancel_hide_nothing(adapters, make_adapter):
+def test_what_is_not_finite_or_cancels_is_refused(adapters, tiny, make_adapter):
     buffer, large = adapters["itself"], make_adapter("user", seed=1)
-    for size in (1e6, 1e12, 1e20):
+    for size in (1e6, 1e20):
         pair = [lora.scaled(large, size), lora.scaled(large, -size)]
         with pytest.raises(UserError, match="cancel each other"):
             Reference.of(buffer).similarity(lora.stack([*pair, buffer]))
-
-
-def test_what_is_not_finite_is_refused(adapters, tiny):
-    buffer = adapters["itself"]
     weights = jax.tree.map(lambda leaf: leaf.at[0, 0, 0].set(jnp.nan), buffer.weights)
     with pytest.raises(UserError, match="NaN or infinity"):
         Reference.of(buffer).similarity(buffer.replace(weights=weights))
@@ -110,16 +97,11 @@ def test_what_is_not_finite_is_refused(adapters, tiny):
         Reference.of(buffer).similarity_of_change(params, tiny.params)
 
 
-def test_nothing_is_like_nothing(adapters):
-    buffer = adapters["itself"]
+def test_nothing_is_like_nothing_and_what_only_the_other_has_hides_nothing(adapters, make_adapter):
+    some, user, buffer = adapters["some matrices"], make_adapter("user", seed=2), adapters["itself"]
     zero, empty = lora.scaled(buffer, 0.0), buffer.replace(weights={})
-    for one in (zero, empty):
-        for other in (zero, empty, buffer):
-            assert Reference.of(one).similarity(other) == Reference.of(other).similarity(one) == (0, 0)
-
-
-def test_matrices_that_only_the_other_has_do_not_hide_it(adapters, make_adapter):
-    some, user = adapters["some matrices"], make_adapter("user", seed=2)
+    for one, other in itertools.product((zero, empty), (zero, empty, buffer)):
+        assert Reference.of(one).similarity(other) == Reference.of(other).similarity(one) == (0, 0)
     more = {path: pair for path, pair in user.weights.items() if path not in some.weights}
     hidden = some.replace(weights={**some.weights, **jax.tree.map(lambda leaf: leaf * jnp.float32(100), more)})
     np.testing.assert_allclose(Reference.of(some).similarity(hidden), (1, 1), atol=1e-5)

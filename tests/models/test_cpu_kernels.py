@@ -37,19 +37,13 @@ def test_product_rounds_both_sides_and_sums_in_f32():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_turned_product_is_the_product(dtype):
-    x, w = jnp.asarray(X, dtype), jnp.asarray(RNG.normal(size=(7, 6)), dtype)
-    found = turned_product(x, w.T)
+def test_turned_product_and_low_rank(dtype):
+    """The adapter is f32, and so are its gradients."""
+    x, dy, w = (jnp.asarray(value, dtype) for value in (X, DY, RNG.normal(size=(7, 6))))
+    found, expected = turned_product(x, w.T), np.float64(x) @ np.float64(w)
     assert found.dtype == dtype and found.shape == (2, 5, 6)
-    expected = np.float64(x) @ np.float64(w)
     tolerance = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
     np.testing.assert_allclose(np.float64(found), expected, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_low_rank(dtype):
-    """The adapter is f32, and so are its gradients."""
-    x, dy = (jnp.asarray(value, dtype) for value in (X, DY))
     a, b = (jnp.asarray(value, dtype).astype(jnp.float32) for value in (A, B))
     x64, a64, b64, dy64 = map(np.float64, (x, a, b, dy))
     of_a, of_b = np.einsum("btd,bto,ro->dr", x64, dy64, b64), np.einsum("btd,dr,bto->ro", x64, a64, dy64)

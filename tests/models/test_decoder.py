@@ -98,15 +98,6 @@ def test_a_window_in_some_layers_is_the_same_by_every_kernel(make_tiny, make_ada
     assert np.abs(other - expected[0]).max() > 0.01, "which layers have the window makes no difference here"
 
 
-def test_adapters_beside_the_base_equal_a_fold(make_tiny, make_adapter, tokens):
-    model = make_tiny(tie_embeddings=False)
-    frozen, trained = make_adapter("buffer", 1), make_adapter("user", 2, rank=4)
-    found = states(model, tokens, lora=lora.collection(frozen), lora_trainable=lora.collection(trained))
-    folded = dataclasses.replace(model, params=lora.fold(model.params, lora.stack([frozen, trained])))
-    close(found, states(folded, tokens))
-    assert np.abs(found - states(model, tokens)).max() > 0.1, "the adapters do nothing here"
-
-
 def test_dropout_acts_on_the_trainable_adapter_and_with_a_key_only(tiny, tokens, make_adapter):
     adapter, same = lora.collection(make_adapter("user")), np.testing.assert_array_equal
 

@@ -1,4 +1,4 @@
-"""Every family against its makers' code: logits, KV cache, greedy answers, folders. The sizes are in conftest."""
+"""Every family against its makers' code: logits, KV cache, greedy answers, folders, PEFT's adapters; see conftest."""
 
 import functools
 import json
@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import logits_of_torch as theirs
 from safetensors.numpy import load_file
 
+from br_jax.adapters import lora
+from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, save_adapter
 from br_jax.inference.generate import decode, generate_ids, prefill
 from br_jax.models.cache import init_unstacked_cache, write_rows
 from br_jax.models.decoder import Decoder, unembed
@@ -39,32 +42,29 @@ def model(family):
     return load_model(family[1])
 
 
-def theirs(network, ids):
-    with torch.no_grad():
-        return network(torch.tensor([ids])).logits[0].float().numpy()
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def forward(spec, params, tokens, positions, segments):
-    hidden, _ = Decoder(spec).apply({"params": params}, tokens, positions, segments)
-    return unembed(spec, params, hidden)
+def forward(spec, variables, tokens, positions, segments):
+    hidden, _ = Decoder(spec).apply(variables, tokens, positions, segments)
+    return unembed(spec, variables["params"], hidden)
 
 
-def ours(model, rows, left=False):
+def ours(model, rows, left=False, **adapters):
     """Logits of each row [T, V], all run as one padded batch."""
     width = max(map(len, rows))
     tokens, positions, segments = (np.zeros((len(rows), width), np.int32) for _ in range(3))
     places = [slice(width - len(ids), width) if left else slice(len(ids)) for ids in rows]
     for i, (ids, place) in enumerate(zip(rows, places, strict=True)):
         tokens[i, place], positions[i, place], segments[i, place] = ids, np.arange(len(ids)), 1
-    logits = np.asarray(forward(model.spec, model.params, tokens, positions, segments))
+    logits = np.asarray(forward(model.spec, {"params": model.params, **adapters}, tokens, positions, segments))
     return [row[place] for row, place in zip(logits, places, strict=True)]
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_logits_are_those_of_transformers(network, model, rows, left):
-    for ids, logits in zip(rows, ours(model, rows, left), strict=True):
-        np.testing.assert_allclose(logits, theirs(network, ids), atol=1e-4, rtol=0)
+def test_logits_are_those_of_transformers(network, model, rows):
+    expected = [theirs(network, ids) for ids in rows]
+    for left in (False, True):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=0), ours(model, rows, left), expected
+        )
 
 
 @pytest.mark.slow
@@ -80,7 +80,11 @@ def test_bf16_is_as_near_to_f32_as_transformers_bf16(family, rows):
     assert distance(found) <= distance([theirs(rounded, ids) for ids in rows])
 
 
-def test_prefill_and_40_steps_equal_the_full_forward(network, model, rows):
+# No window, some layers' window, every layer's, and caps: the others' caches are the same code.
+@pytest.mark.parametrize("name", ["llama 3.1", "qwen3 bias window", "mistral", "gemma2"])
+def test_prefill_and_40_steps_equal_the_full_forward(make_family, name, rows):
+    network, folder = make_family(name)
+    model = load_model(folder)
     variables, decoder, prompts = {"params": model.params}, Decoder(model.spec), rows[:2]
     lengths = np.asarray([len(ids) for ids in prompts], np.int32)
     width, more = max(lengths), np.random.default_rng(1).integers(0, 256, (STEPS, len(prompts))).astype(np.int32)
@@ -118,10 +122,10 @@ def test_greedy_tokens_are_those_of_transformers(make_family, name, rows):
         assert (new[ended:] == eos).all()
 
 
-@pytest.mark.parametrize("like", [True, False])
-def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path, like):
+def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path):
+    """With a config of our own, or, of every other, like theirs."""
     network, folder = family
-    like = folder if like else None
+    like = folder if model.spec.tie_embeddings else None
     write_hf(tmp_path / "ours", model.spec, model.params, model.tokenizer, like=like, shard_bytes=30_000)
     before = load_file(folder / "model.safetensors")
     files = sorted((tmp_path / "ours").glob("*.safetensors"))
@@ -138,3 +142,25 @@ def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path, like):
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     np.testing.assert_array_equal(theirs(loaded, rows[-1]), theirs(network, rows[-1]))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_an_adapter_that_peft_made(family, model, rows, tmp_path, made_by_peft):
+    """Its logits beside the base, and the folder written again."""
+    projections, ids = [name.rsplit(".", 1)[-1] for name in MODULES.values()], rows[-1]
+    adapted = made_by_peft(family[0], tmp_path / "theirs", std=0.2, r=4, lora_alpha=6, target_modules=projections)
+    adapter = load_adapter(tmp_path / "theirs", model.params, role="user")
+    assert adapter.weights.keys() == MODULES.keys()
+    expected = theirs(adapted, ids)
+    assert np.abs(expected - theirs(family[0], ids)).max() > 0.1, "the adapter changes nothing here"
+    # 1e-4: f32's rounding over the layers
+    found = ours(model, [ids], lora=lora.collection(adapter))[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+    save_adapter(tmp_path / "ours", adapter, base_name="base")
+    after, before = (load_file(tmp_path / side / WEIGHTS_FILE) for side in ("ours", "theirs"))
+    assert len(after) == 2 * len(MODULES) * model.spec.num_layers
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), after, before)
+    after, before = (json.loads((tmp_path / side / CONFIG_FILE).read_text()) for side in ("ours", "theirs"))
+    assert (after["r"], after["lora_alpha"]) == (before["r"], before["lora_alpha"]) == (4, 6)
+    assert set(after["target_modules"]) == set(before["target_modules"]) == set(projections)

@@ -21,7 +21,6 @@ def test_ids_are_the_bytes_and_decode_back(text):
 
 
 def test_specials_are_single_distinct_tokens():
-    assert len(TOKENIZER) == 259
     assert (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id) == (256, 257)
     assert TOKENIZER.encode(f"a{SEP}b{EOS}") == [ord("a"), 258, ord("b"), 257]
     assert TOKENIZER.decode([97, 258, 98, 257, 256], skip_special_tokens=True) == "ab"
@@ -34,7 +33,7 @@ def test_saved_tokenizer_is_the_same_to_transformers(tmp_path):
     text = f" two  spaces\n\tüñí 漢字 🙂{SEP}ok{EOS}"
     assert loaded.encode(text) == TOKENIZER.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
-    assert (loaded.pad_token, loaded.eos_token) == (PAD, EOS)
+    assert (loaded.pad_token, loaded.eos_token, len(loaded)) == (PAD, EOS, 259)
     messages = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("user", "?"))]
     rendered = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == f"hi{SEP}yes{EOS}?{SEP}"

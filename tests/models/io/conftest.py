@@ -10,14 +10,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 
 TOKENS = [*map(bytes_to_unicode().get, range(256)), "Ġt", "he", "<|a|>", "<|endoftext|>"]
 SIZES = {
-    "context_length": 128,
-    "embedding_length": 64,
-    "block_count": 2,
-    "feed_forward_length": 96,
-    "attention.head_count": 4,
-    "attention.head_count_kv": 2,
-    "attention.layer_norm_rms_epsilon": 3e-5,
-    "rope.freq_base": 5000.0,
+    **{"context_length": 128, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96},
+    **{"attention.head_count": 4, "attention.head_count_kv": 2},
+    **{"attention.layer_norm_rms_epsilon": 3e-5, "rope.freq_base": 5000.0},
 }
 HEADS_OF_24 = {"attention.key_length": 24, "attention.value_length": 24}
 OWN_SIZES = {
@@ -106,23 +101,17 @@ def tiny_tensors(architecture, sizes):
     dim, ffw = sizes["embedding_length"], sizes["feed_forward_length"]
     head = sizes.get("attention.key_length", dim // sizes["attention.head_count"])
     heads, kv = (head * sizes[f"attention.{count}"] for count in ("head_count", "head_count_kv"))
-    layer = {
-        "attn_norm.weight": (dim,),
-        "attn_q.weight": (heads, dim),
-        "attn_k.weight": (kv, dim),
-        "attn_v.weight": (kv, dim),
-        "attn_output.weight": (dim, heads),
-        "ffn_norm.weight": (dim,),
-        "ffn_gate.weight": (ffw, dim),
-        "ffn_up.weight": (ffw, dim),
-        "ffn_down.weight": (dim, ffw),
+    norms = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (dim,))
+    attention = {"q": (heads, dim), "k": (kv, dim), "v": (kv, dim), "output": (dim, heads)}
+    ffn = {"gate": (ffw, dim), "up": (ffw, dim), "down": (dim, ffw)}
+    layer = norms | {f"attn_{n}.weight": shape for n, shape in attention.items()}
+    layer |= {f"ffn_{n}.weight": shape for n, shape in ffn.items()}
+    own = {
+        "qwen2": {f"attn_{n}.bias": attention[n][:1] for n in "qkv"},
+        "qwen3": dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (head,)),
+        "gemma2": dict.fromkeys(("post_attention_norm.weight", "post_ffw_norm.weight"), (dim,)),
     }
-    if architecture == "qwen2":
-        layer |= {"attn_q.bias": (heads,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
-    if architecture == "qwen3":
-        layer |= {"attn_q_norm.weight": (head,), "attn_k_norm.weight": (head,)}
-    if architecture == "gemma2":
-        layer |= {"post_attention_norm.weight": (dim,), "post_ffw_norm.weight": (dim,)}
+    layer |= own.get(architecture, {})
     shapes = {f"blk.{i}.{name}": shape for i in range(sizes["block_count"]) for name, shape in layer.items()}
     shapes |= {"token_embd.weight": (len(TOKENS), dim), "output_norm.weight": (dim,)}
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from oracles import logits_of_torch
 
 from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate_ids
@@ -39,12 +40,6 @@ def oracle(path, **unread):
     return model.eval()
 
 
-def their_logits(model, ids, positions=None):
-    where = torch.tensor([range(len(ids)) if positions is None else positions])
-    with torch.no_grad():
-        return model(torch.tensor([ids]), torch.ones_like(where), where).logits[0].numpy()
-
-
 def our_logits(spec, params, ids, positions=None):
     tokens, where = jnp.asarray([ids]), jnp.asarray([range(len(ids)) if positions is None else positions])
     hidden, _ = jax.jit(Decoder(spec).apply)({"params": params}, tokens, where, jnp.ones_like(tokens))
@@ -60,7 +55,7 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
     spec, params, tokenizer, stops = read_gguf(path)
     assert ("head" in params) != tied and spec == read_gguf_spec(path) and spec.model_type == architecture
     assert (spec.max_length, spec.norm_eps, spec.rope_theta, stops) == (128, 3e-5, 5000.0, (258,))
-    expected = their_logits(oracle(path, **UNREAD.get(architecture, {})), IDS)
+    expected = logits_of_torch(oracle(path, **UNREAD.get(architecture, {})), IDS)
     # f32 sums in another order, of logits of size 5 or so.
     np.testing.assert_allclose(our_logits(spec, params, IDS), expected, atol=1e-4)
     write_hf(tmp_path / "folder", spec, params, tokenizer, stop_tokens=stops)
@@ -106,8 +101,8 @@ def test_rope_factors_are_llama_3_scaling(write_gguf, tmp_path):
     assert spec.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     # transformers' loader skips the tensor. Far apart, or what turns slowly does not turn at all.
     far = [0, 1, 500, 501, 3000, 7000, 7001, 9000]
-    expected = their_logits(oracle(path, rope_parameters=rope), IDS, far)
-    assert np.abs(expected - their_logits(oracle(path), IDS, far)).max() > 0.1
+    expected = logits_of_torch(oracle(path, rope_parameters=rope), IDS, far)
+    assert np.abs(expected - logits_of_torch(oracle(path), IDS, far)).max() > 0.1
     # Angles of thousands of radians have an error of 1e-4 in f32.
     np.testing.assert_allclose(our_logits(spec, params, IDS, far), expected, atol=3e-3)
 
@@ -152,7 +147,9 @@ TOKENS = [f"<0x{byte:02X}>" for byte in range(256) if byte != 200]
 WRONG = [
     ({"general.architecture": "mamba"}, {}, "general.architecture is 'mamba', only llama, qwen2, qwen3"),
     ({"llama.rope.scaling.type": "yarn"}, {}, "llama.rope.scaling.type is 'yarn', only none"),
-    ({"llama.rope.dimension_count": 8}, {}, "llama.rope.dimension_count is 8, only 16"),
+    ({"llama.attention.head_count": 0}, {}, "num_attention_heads is 0: it must be a whole number from 1"),
+    ({"llama.attention.layer_norm_rms_epsilon": math.nan}, {}, "rms_norm_eps is nan: it must be a number above 0"),
+    ({"llama.rope.freq_base": 0.0}, {}, "rope_theta is 0.0: it must be"),
     ({"llama.attention.sliding_window": 4096}, {}, "sliding_window is 4096: br_jax does not know this key"),
     ({"llama.embedding_length": None}, {}, "llama.embedding_length is missing"),
     ({}, {UP: None}, f"{UP} is missing"),
@@ -162,36 +159,16 @@ WRONG = [
     ({}, {FREQS: np.full(8, np.nan, np.float32)}, f"{FREQS}: rope_scaling: factor is nan"),
     ({}, {UP: (np.ones((96, 64)), Kind.F64)}, rf"{UP} \(F64\) cannot be dequantized"),
     ({"eot_token_id": 9999}, {}, "eot_token_id is 9999, but there are 260"),
-    ({"eos_token_id": [259]}, {}, r"eos_token_id is \[259\], but there are 260"),
     ({"add_eos_token": True}, {}, "tokenizer.ggml.add_eos_token is True, only False"),
     ({"add_bos_token": True, "bos_token_id": None}, {}, "tokenizer.ggml.bos_token_id is missing"),
-    ({"merges": ["Ġ t", "x nowhere"]}, {}, "tokenizer.ggml.merges do not fit"),
     ({"merges": ["together"]}, {}, "tokenizer.ggml.merges do not fit"),
     ({"merges": [1, 2]}, {}, "tokenizer.ggml.merges is no list of str"),
-    ({"tokens": 260}, {}, "tokenizer.ggml.tokens is no list of str"),
     ({"token_type": "normal"}, {}, "tokenizer.ggml.token_type is no list of int"),
     ({"tokenizer.chat_template": ["a"]}, {}, "tokenizer.chat_template is no text"),
     ({"tokens": ["a", "b", "a"]}, {}, "3 tokens, 2 of them different, 260 token types and 260 embeddings"),
     ({"model": "llama", "scores": [0.0, 0.0]}, {}, "260 tokens and 2 tokenizer.ggml.scores"),
     ({"model": "llama", "tokens": TOKENS, "token_type": [6] * 255, "scores": [0.0] * 255}, {}, "has no <0xC8>"),
 ]
-
-SIZES = [
-    ({"attention.head_count": 0}, "num_attention_heads is 0: it must be a whole number from 1"),
-    ({"attention.head_count_kv": [2, 2]}, r"num_key_value_heads is \[2, 2\]: it must be"),
-    ({"attention.layer_norm_rms_epsilon": math.nan}, "rms_norm_eps is nan: it must be a number above 0"),
-    ({"embedding_length": "wide"}, "hidden_size is 'wide': it must be"),
-    ({"block_count": 10**9}, "num_hidden_layers is 1000000000: it must be"),
-    ({"rope.freq_base": 0.0}, "rope_theta is 0.0: it must be"),
-]
-
-
-@pytest.mark.parametrize(("sizes", "message"), SIZES, ids=[message for _, message in SIZES])
-def test_sizes_that_no_model_has_are_one_line(write_gguf, tmp_path, sizes, message):
-    metadata = {f"qwen2.{key}": value for key, value in sizes.items()}
-    path = write_gguf(tmp_path / "tiny.gguf", "qwen2", metadata, whole=False)
-    with pytest.raises(UserError, match=rf"tiny.gguf: [^\n]*{message}"):
-        read_gguf_spec(path)
 
 
 @pytest.mark.parametrize(("metadata", "tensors", "message"), WRONG, ids=[message for *_, message in WRONG])
@@ -207,7 +184,7 @@ def test_a_cut_anywhere_is_one_line(write_gguf, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf")
     content = path.read_bytes()
     # Every part of the file: magic, counts, metadata, lists, tensor table, data, the very last byte.
-    for length in [0, 3, 6, 20, 60, 500, 3000, 6000, 8000, len(content) // 2, len(content) - 40]:
+    for length in [0, 3, 6, 60, 3000, 8000, len(content) // 2, len(content) - 40]:
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match="not a GGUF file, or a truncated or damaged one"):
             read_gguf(path)
@@ -228,10 +205,9 @@ def test_smollm2_is_the_model_that_transformers_loads(smollm2):
     prompts = [made.tokenizer.encode(text) for text in PROMPTS]
     continued = generate_ids(made, prompts, stops=(), max_new_tokens=16, batch_size=3)
     for ids, more in zip(prompts, continued, strict=True):
-        expected = their_logits(model, [*ids, *more])
+        expected = logits_of_torch(model, [*ids, *more])
         # The project's bar for f32; the logits reach 20 or so.
-        found = our_logits(made.spec, made.params, ids)
-        np.testing.assert_allclose(found, expected[: len(ids)], atol=1e-3, rtol=0)
+        np.testing.assert_allclose(our_logits(made.spec, made.params, ids), expected[: len(ids)], atol=1e-3, rtol=0)
         # Greedy, token for token: each of ours is what transformers puts first after all before it.
         assert expected[len(ids) - 1 : -1].argmax(-1).tolist() == more.tolist()
 

@@ -31,9 +31,7 @@ def rebuild(path):
 def train(texts, pre_tokenizer, alphabet=(), normalizer=None):
     """(vocabulary, merges) of a BPE over whole texts: words are cut by the tokenizer under test alone."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizer, normalizer
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=list(alphabet), show_progress=False)
     seen = [text for text in texts if LONG not in text and SPELLED not in text]
     tokenizer.train_from_iterator([part for text in seen for part in re.split(ADDED, text)], trainer)
@@ -76,21 +74,19 @@ def byte_level(write_gguf, tmp_path, bytes_vocabulary):
 def makers(llama3_backend):
     """{pre: (vocabulary, merges) -> the makers' tokenizer}."""
 
-    def gpt2(vocab, merges):
-        return GPT2Tokenizer(vocab, merges).backend_tokenizer
-
-    def qwen2(vocab, merges):
-        return Qwen2Tokenizer(vocab, merges).backend_tokenizer
+    def of(kind):
+        return lambda vocab, merges: kind(vocab, merges).backend_tokenizer
 
     def smollm(vocab, merges):
         """As llama.cpp defines it: every \\p{N} alone, then GPT-2's pattern on what is between."""
-        backend = gpt2(vocab, merges)
+        backend = of(GPT2Tokenizer)(vocab, merges)
         digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
         return backend
 
     llama3 = dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), llama3_backend)
-    return {"smollm": smollm, "qwen2": qwen2, "gpt-2": gpt2, "default": gpt2, **llama3}
+    gpt2 = dict.fromkeys(("gpt-2", "default"), of(GPT2Tokenizer))
+    return {"smollm": smollm, "qwen2": of(Qwen2Tokenizer), **gpt2, **llama3}
 
 
 @pytest.mark.parametrize("pre", WORDS)

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tampering import edit_json, edit_tensors
 
 from br_jax.core.errors import UserError
 from br_jax.models.io.hf import read_hf, write_hf
@@ -47,30 +48,22 @@ def test_old_style_config_and_a_tied_head_written_out(folder):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
 
-    edit_tensors(folder, old)
+    edit_tensors(folder / "model.safetensors", old)
     edit_config(folder, rope_parameters=None, rope_scaling=None, rope_theta=5000.0)
     spec, params, *_ = read_hf(folder)
     assert spec.rope_theta == 5000.0 and "head" not in params
-
-
-def edit_json(path, edit):
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
 
 
 def edit_config(folder, **changes):
     edit_json(folder / "config.json", lambda config: config.update(changes))
 
 
-def edit_tensors(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 def cut(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
+
+
+def ends(folder, ids):
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
 
 
 def enlarge(folder):
@@ -93,16 +86,10 @@ def pickled(folder):
 UP, HEAD, EMBED = "model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.embed_tokens.weight"
 CONFIG = [
     ({"model_type": "mamba"}, "model_type is 'mamba', only llama, mistral"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5.0, "factor": 2.0}}, "rope_type is 'yarn'"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5.0}}, "transformers refuses it.*low_freq_factor"),
     ({"attention_bias": True}, r"k_proj\.bias is missing"),
     ({"attention_sink": 4}, "attention_sink is 4: br_jax does not know"),
-    ({"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0 is supported"),
-    ({"hidden_act": "gelu"}, "the activation is 'gelu'"),
     ({"model_type": ["llama"]}, r"model_type is \['llama'\], only llama"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: it must be a whole number from 1 to 1,000"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: it must be a number above 0"),
-    ({"num_key_value_heads": 4}, "num_kv_heads 4 does not divide"),
     ({"num_hidden_layers": 4}, r"model\.layers\.3.* is missing \(9 in all\)"),
 ]
 TENSORS = [
@@ -123,18 +110,13 @@ FILES = [
     (lambda f: sharded(f, "model-00002.safetensors"), r"model-00002\.safetensors: no such file"),
     (lambda f: sharded(f, "../secret"), "weight_map must give file names"),
     (pickled, r"pytorch_model\.bin is pickled and can run code"),
-    *(
-        (lambda f, ids=ids: (f / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}'), message)
-        for ids, message in (
-            ('"</s>"', r"config\.json: eos_token_id is \['</s>'\], not token ids below 263"),
-            ("[257, 263]", r"eos_token_id is \[257, 263\]"),
-            ("true", r"eos_token_id is \[True\]"),
-        )
-    ),
+    (lambda f: ends(f, '"</s>"'), r"config\.json: eos_token_id is \['</s>'\], not token ids below 263"),
+    (lambda f: ends(f, "[257, 263]"), r"eos_token_id is \[257, 263\]"),
+    (lambda f: ends(f, "true"), r"eos_token_id is \[True\]"),
 ]
 DAMAGE = [
     *((lambda f, changes=changes: edit_config(f, **changes), message) for changes, message in CONFIG),
-    *((lambda f, edit=edit: edit_tensors(f, edit), message) for edit, message in TENSORS),
+    *((lambda f, edit=edit: edit_tensors(f / "model.safetensors", edit), message) for edit, message in TENSORS),
     *FILES,
 ]
 

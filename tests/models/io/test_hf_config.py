@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -27,20 +28,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 torch.set_num_threads(1)  # several wait for each other longer than so small a model takes
 
 BASE = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "rope_theta": 500.0,
-    "rms_norm_eps": 1e-2,
-    "tie_word_embeddings": False,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "sliding_window": 50,
-}
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 500.0, "rms_norm_eps": 1e-2, "tie_word_embeddings": False,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 50,
+}  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 61, (1, 12))
 ABSENT = "<absent>"  # in place of a value: the file does not say
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -56,7 +47,7 @@ CHANGES = [
     {"num_hidden_layers": 1},
     {"num_attention_heads": 2},
     *({"num_key_value_heads": heads} for heads in (4, None, 3, 0)),
-    *({"head_dim": width} for width in (6, ABSENT, None)),
+    *({"head_dim": width} for width in (6, None)),
     {"hidden_act": "gelu_pytorch_tanh"},
     *({"hidden_activation": name} for name in ("silu", None)),
     {"max_position_embeddings": 16, "rope_scaling": UNSAID},
@@ -70,12 +61,9 @@ CHANGES = [
     {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 0},
     *({"sliding_window": window} for window in (3, None)),
     {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
-    *({"max_window_layers": layers, **WINDOW} for layers in (1, -5)),
+    {"max_window_layers": -5, **WINDOW},
     *({"layer_types": MIXED, "sliding_window": window} for window in (3, None)),
-    *(
-        {"layer_types": types, **WINDOW}
-        for types in (MIXED, ["chunked_attention", MIXED[1]], ["attention", MIXED[1]], None)
-    ),
+    *({"layer_types": types, **WINDOW} for types in (MIXED, ["chunked_attention", MIXED[1]], None)),
     *({"query_pre_attn_scalar": value} for value in (2, 0)),
     {"attn_logit_softcapping": 0.2},
     *({"final_logit_softcapping": value} for value in (0.2, ABSENT)),
@@ -96,7 +84,6 @@ UNSEEN = {
 REFUSED = [
     {"hidden_act": "relu"},
     {"hidden_activation": "relu"},
-    {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}},
     {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 7.0} for kind in MIXED}},
     *({"rope_scaling": {"type": kind, "factor": 4.0}} for kind in ("linear", "dynamic", "yarn")),
@@ -275,21 +262,14 @@ def test_their_code_asks_for_no_other_field(model_type, monkeypatch):
 
 HOSTILE = [np.nan, np.inf, -np.inf, -1, 0, 10**15, 10**400, 1e30, True, "8", [8]]
 WINDOWED = {"use_sliding_window": True, "max_window_layers": 0}
-
-
-NUMBERS = {*SAME.values(), "rope_theta", "sliding_window", "query_pre_attn_scalar"} - {
-    "model_type",
-    "tie_word_embeddings",
-}
+NUMBERS = {*SAME.values(), "rope_theta", "sliding_window", "query_pre_attn_scalar"}
+NUMBERS -= {"model_type", "tie_word_embeddings"}
 NESTED = LLAMA3.keys() - {"rope_type"}
 
 
-@pytest.mark.parametrize(
-    ("model_type", "name"),
-    [(family, name) for family in FAMILIES for name in sorted(NUMBERS & read_by(family)) + sorted(NESTED)],
-)
-def test_a_number_that_no_model_has_is_refused(model_type, name):
-    for value in HOSTILE:
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_number_that_no_model_has_is_refused(model_type):
+    for name, value in itertools.product((NUMBERS & read_by(model_type)) | NESTED, HOSTILE):
         changes = {"rope_scaling": LLAMA3 | {name: value}} if name in NESTED else WINDOWED | {name: value}
         with pytest.raises(UserError, match=r"^config\.json: [^\n]*$") as caught:
             read_config(make_config(model_type, changes), "config.json")

@@ -119,14 +119,11 @@ def gemma_tokenizer(rows, _):
     return tokenizer
 
 
-FAMILIES = {"llama3": llama3_tokenizer, "qwen2": qwen2_tokenizer, "gemma": gemma_tokenizer}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[llama3_tokenizer, qwen2_tokenizer, gemma_tokenizer])
 def pair(request, rows, llama3_backend, tmp_path_factory):
     """(the tokenizer that we read from a folder, transformers' of the same folder) of each family."""
-    folder = tmp_path_factory.mktemp(request.param)
-    FAMILIES[request.param](rows, llama3_backend).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    request.param(rows, llama3_backend).save_pretrained(folder)
     spec = ModelSpec(1000, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=8)
     return read_tokenizer(folder, spec), AutoTokenizer.from_pretrained(folder)
 
