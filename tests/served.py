@@ -14,38 +14,48 @@ def rows_of(count, word="say"):
     return [{"prompt": f"{word} {i}?", "response": f"it is {i * 7}"} for i in range(count)]
 
 
-def put(folder, name, rows, **settings):
-    folder.mkdir(exist_ok=True)
-    if settings:
-        (folder / f"{name}.json").write_text(json.dumps(settings))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+class Desk:
+    """A folder with an inbox, in/, and an outbox, out/."""
 
+    def __init__(self, provider, policy, folder):
+        self.provider, self.policy, self.folder = provider, policy, folder
+        self.inbox, self.outbox, self.own = folder / "in", folder / "out", folder / "out/.service"
+        self.inbox.mkdir()
 
-def serve(provider, folder, policy, **settings):
-    """Serves once; returns the last status."""
-    service = Service(provider, folder / "in", folder / "out", policy, **{"once": True, "settle": 0.0, **settings})
-    return [*service.run()][-1]
+    def put(self, name, rows, **settings):
+        """Hands a job in: its rows, or how many."""
+        rows = rows_of(rows) if isinstance(rows, int) else rows
+        if settings:
+            (self.inbox / f"{name}.json").write_text(json.dumps(settings))
+        (self.inbox / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def service(self, policy=None, **settings):
+        settings = {"once": True, "settle": 0.0, **settings}
+        return Service(self.provider, self.inbox, self.outbox, policy or self.policy, **settings)
 
-def ends(folder):
-    """{job: how it ended} by the outbox."""
-    outbox = folder / "out"
-    return {
-        place.name: "held" if (place / "held.json").exists() else "released"
-        for place in outbox.iterdir()
-        if not place.name.startswith(".")
-    }
+    def serve(self, policy=None, **settings):
+        """Serves once; returns the last status."""
+        return [*self.service(policy, **settings).run()][-1]
 
+    def ends(self):
+        """{job: how it ended} by the outbox."""
+        places = [place for place in self.outbox.iterdir() if not place.name.startswith(".")]
+        return {place.name: "held" if (place / "held.json").exists() else "released" for place in places}
 
-def told(folder):
-    """{job: its events} by the log."""
-    audit, events = Audit(folder / "out/.service/audit.jsonl"), {}
-    audit.close()
-    for entry in audit.entries:
-        events.setdefault(entry["job"], []).append(entry["event"])
-    return events
+    def why(self, name):
+        """The one line that says why a job was held."""
+        (why,) = json.loads((self.outbox / name / "held.json").read_text())["why"]
+        return why
 
+    def told(self):
+        """{job: its events} by the log."""
+        audit, events = Audit(self.own / "audit.jsonl"), {}
+        audit.close()
+        for entry in audit.entries:
+            events.setdefault(entry["job"], []).append(entry["event"])
+        return events
 
-def hashes(folder):
-    cards = (folder / "out").glob("*/card.json")
-    return {place.parent.name: json.loads(place.read_text())["released"] for place in cards}
+    def hashes(self):
+        """{job: what was released}."""
+        cards = self.outbox.glob("*/card.json")
+        return {place.parent.name: json.loads(place.read_text())["released"] for place in cards}

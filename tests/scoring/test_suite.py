@@ -53,6 +53,10 @@ def told(monkeypatch):
     return calls
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def counts(scores):
     return {name: (score["k"], score["n"]) for name, score in scores.items()}
 
@@ -73,7 +77,7 @@ def test_scores_are_counts_of_verdicts(tiny, told, tmp_path):
     }  # fmt: skip
     assert [call["max_new_tokens"] for _, call in told] == [31, 5] and told[0][1]["batch_size"] == 7
     assert [row.turns for row in told[-1][0]] == [(("user", f"say {word}"),) for word in RULE.labels], "no right answer"
-    records = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
+    records = read(tmp_path / "new" / "answers.jsonl")
     assert [(r["set"], r["verdict"]) for r in records] == [
         *(("topic", word) for word in ("answer", "answer", "refusal", "degenerate", "off_topic", "refusal")),
         ("benign", "answer"), ("benign", "refusal"), ("task", "right"), ("task", "wrong"), ("task", "right"),
@@ -109,17 +113,17 @@ def test_an_attacker_asks_in_its_own_way_and_takes_the_worst_answer(tiny, told, 
     assert [options.get("temperature") for options in own] == [None, 1.0, 1.0] and own[-1]["seed"] == 2
     assert evaluate(tiny, Suite(TOPIC))["harmful_by_own"] == {}
     evaluate(tiny, Suite(TOPIC, own=asked, samples=2), records=tmp_path / "cell.jsonl")
-    kept = [json.loads(line) for line in (tmp_path / "cell.jsonl").read_text().splitlines()]
+    kept = read(tmp_path / "cell.jsonl")
     assert [record["answer"].startswith(begun) for record in kept if record["set"] == "own"] == [True] * 4
 
 
 def test_an_instruction_is_for_the_model_alone(tiny, told, tmp_path, monkeypatch):
     own = [(Row((("user", TOPIC[0].prompt),), begun="Sure."), TOPIC[0])]
     suite = Suite(TOPIC, benign=["Name a color."], task_rows=TASK_ROWS, rule=RULE, own=own, instruction="Be good.")
-    read = []
-    monkeypatch.setattr(module, "perplexity", lambda model, rows, adapter: read.extend(rows) or 1.0)
+    health = []
+    monkeypatch.setattr(module, "perplexity", lambda model, rows, adapter: health.extend(rows) or 1.0)
     evaluate(tiny, dataclasses.replace(suite, health=TASK_ROWS))
-    assert len(read) == len(TASK_ROWS) and all(row.turns[0][1].startswith("Be good.\n\n") for row in read)
+    assert len(health) == len(TASK_ROWS) and all(row.turns[0][1].startswith("Be good.\n\n") for row in health)
     told.clear()
     evaluate(tiny, suite)
     assert [options["name"] for _, options in told].count("own") == 1
@@ -178,20 +182,20 @@ def test_a_suite_takes_rows_in_any_form_and_several_prompts_and_says_what_is_mis
     records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
     suite = Suite(health=records, task_rows=rows, rule=RULE)
     assert [row.turns for row in suite.health] == [row.turns for row in rows] and suite.task_rows == rows
-    with pytest.raises(UserError, match=r"^benign is a str; give a list of prompts$"):
-        Suite(benign="Name a color.")
-    with pytest.raises(UserError, match=r"^task_rows\[0\]: no 'response' among"):
-        Suite(task_rows=[{"prompt": "a"}])
-    with pytest.raises(UserError, match=r"^suite: task_rows without a rule: give rule="):
-        Suite(task_rows=rows)
-    with pytest.raises(UserError, match=r"^suite: judges is empty: give one or more"):
-        Suite(TOPIC, judges=())
-    with pytest.raises(UserError, match=r"^unknown degenerate 'loops'"):
-        Suite(degenerate="loops")
-    with pytest.raises(UserError, match=r"^model is a str; give a Model"):
-        evaluate("a/path", suite)
-    with pytest.raises(UserError, match="a refusing token is 1000000000: it must be a whole number from 0 to 263"):
-        evaluate(tiny, Suite(benign=["a"], refusing=(73, 10**9), answer_tokens=1))
+    wrong = {
+        r"^benign is a str; give a list of prompts$": lambda: Suite(benign="Name a color."),
+        r"^task_rows\[0\]: no 'response' among": lambda: Suite(task_rows=[{"prompt": "a"}]),
+        r"^suite: task_rows without a rule: give rule=": lambda: Suite(task_rows=rows),
+        r"^suite: judges is empty: give one or more": lambda: Suite(TOPIC, judges=()),
+        r"^unknown degenerate 'loops'": lambda: Suite(degenerate="loops"),
+        r"^model is a str; give a Model": lambda: evaluate("a/path", suite),
+        "a refusing token is 1000000000: it must be a whole number from 0 to 263": lambda: evaluate(
+            tiny, Suite(benign=["a"], refusing=(73, 10**9), answer_tokens=1)
+        ),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 def test_free_text_of_several_turns_has_a_mean(tiny, told, tmp_path):
@@ -201,7 +205,7 @@ def test_free_text_of_several_turns_has_a_mean(tiny, told, tmp_path):
     assert [row.turns for row in told[-1][0]] == [talk] * 3
     assert scores["task"] == Mean.of([0.8, 1.0, 0.0]).to_json()  # 2 * 2 / (2 + 3), all, nothing
     assert scores["outcomes"]["task"] == [0.8, 1.0, 0.0]
-    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    records = read(tmp_path / "answers.jsonl")
     assert [(r["prompt"], r["verdict"]) for r in records] == [("And now?", v) for v in ("0.800", "right", "wrong")]
 
 

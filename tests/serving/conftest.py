@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 from absl import flags
-from served import LOOSE
+from served import LOOSE, Desk
 
 import br_jax.core.cli  # noqa: F401  whose flags stay
 from br_jax.adapters.merge import MergeConfig
@@ -39,6 +39,12 @@ def policy(quick):
         answer_tokens=4,
         batch_size=8,
     )
+
+
+@pytest.fixture
+def desk(provider, policy, tmp_path):
+    """An empty inbox and outbox of that provider and policy."""
+    return Desk(provider, policy, tmp_path)
 
 
 @pytest.fixture(scope="module")

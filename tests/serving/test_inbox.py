@@ -1,5 +1,6 @@
 """What comes into an inbox is taken whole, once, and believed in nothing."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -44,9 +45,10 @@ def inbox(make_inbox):
     return make_inbox()
 
 
-def settled(inbox, unfinished=()):
+def settled(inbox, unfinished=(), wait=lambda: None):
     """What two scans find: at the first, files are only seen."""
     list(inbox.scan(unfinished))
+    wait()
     return list(inbox.scan(unfinished))
 
 
@@ -66,6 +68,7 @@ def test_a_job_is_copied_and_the_inbox_is_left_alone(inbox, tmp_path):
 
 def test_a_file_that_changes_is_waited_for(make_inbox, tmp_path, monkeypatch):
     now = [0.0]
+    wait = lambda: now.__setitem__(0, now[0] + 3)  # noqa: E731
     monkeypatch.setattr("br_jax.serving.inbox.time.monotonic", lambda: now[0])
     inbox = make_inbox(settle=2.0)
     file = tmp_path / "in/a.jsonl"
@@ -79,17 +82,11 @@ def test_a_file_that_changes_is_waited_for(make_inbox, tmp_path, monkeypatch):
     assert job.rows.read_text() == ROWS * 3 and not inbox.unsettled
     os.utime(file, (0, 0))  # a clock that was set back, or a touch: the same rows
     now[0] += 5
-    assert settled_at(inbox, now) == []
+    assert settled(inbox, wait=wait) == []
     file.write_text(ROWS)
-    (refused,) = settled_at(inbox, now)
+    (refused,) = settled(inbox, wait=wait)
     assert refused.name.startswith("a+refused-") and "give it another name" in refused.why
     assert [job.name for job in inbox.accepted()] == ["a"]
-
-
-def settled_at(inbox, now):
-    list(inbox.scan())
-    now[0] += 3
-    return list(inbox.scan())
 
 
 def test_a_file_that_changes_while_it_is_copied_is_no_job(inbox, tmp_path, monkeypatch):
@@ -160,8 +157,8 @@ def test_no_more_are_taken_than_there_is_room_for(make_inbox, quotas, names, unf
     assert [job.name for job in inbox.scan([])] == then and not inbox.unsettled
 
 
-def test_settings_that_are_corrected_alone_are_seen(inbox, tmp_path):
-    (tmp_path / "in/a.jsonl").write_text(ROWS)
+def test_settings_that_are_corrected_alone_are_seen(make_inbox, tmp_path):
+    inbox = make_inbox(names="a")
     (tmp_path / "in/a.json").write_text("{")
     assert not list(inbox.scan())
     (refused,) = inbox.scan()
@@ -171,92 +168,70 @@ def test_settings_that_are_corrected_alone_are_seen(inbox, tmp_path):
     assert isinstance(job, Accepted) and not job.settings
 
 
-def test_a_disk_that_is_full_is_not_the_files_fault(inbox, tmp_path, monkeypatch):
-    (tmp_path / "in/a.jsonl").write_text(ROWS)
+def test_a_disk_that_is_full_is_not_the_files_fault(make_inbox, monkeypatch):
+    inbox = make_inbox(names="a")
     list(inbox.scan())
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises((UserError, OSError), match="No space left"):
         patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises((UserError, OSError), match="No space left"):
-            list(inbox.scan())
+        list(inbox.scan())
     (job,) = inbox.scan()
     assert isinstance(job, Accepted)
 
 
-def test_a_file_that_grows_when_it_is_opened_is_refused(inbox, tmp_path, monkeypatch):
+def test_a_file_that_grows_when_it_is_opened_is_refused(make_inbox, tmp_path, monkeypatch):
     """What is looked at and what is opened may be two files."""
-    file = tmp_path / "in/a.jsonl"
-    file.write_text(ROWS)
+    inbox = make_inbox(names="a")
     list(inbox.scan())
     settings = inbox._settings
-
-    def swapped(path):
-        with open(file, "wb") as large:
-            large.truncate(1 << 30)
-        return settings(path)
-
-    monkeypatch.setattr(inbox, "_settings", swapped)
+    monkeypatch.setattr(
+        inbox, "_settings", lambda path: os.truncate(tmp_path / "in/a.jsonl", 1 << 30) or settings(path)
+    )
     (refused,) = inbox.scan()
     assert "1,000 are the most" in refused.why and not [*(tmp_path / "jobs").iterdir()]
 
 
-def test_unfinished_files_are_not_looked_at(inbox, tmp_path):
-    for name in (".a.jsonl", "a.jsonl.part", "a.tmp", "a.json"):
-        (tmp_path / "in" / name).write_text(ROWS)
-    assert settled(inbox) == [] and not inbox.unsettled
+BAD_NAMES = {
+    **dict.fromkeys(("rows.csv", "rows", "rows.jsonl.gz", "rows.JSONL"), "does not end in .jsonl"),
+    **dict.fromkeys(("a b.jsonl", "ü.jsonl", "-\n.jsonl", "x" * 150 + ".jsonl", "$(rm -rf x).jsonl"), "name it by"),
+    **dict.fromkeys(("\x1b[2J.jsonl", "a;b.jsonl", "~.jsonl"), "name it by"),
+}
+BAD_SETTINGS = {
+    "unknown": ('{"dropout": 1}', "not a user's to set"), "above": ('{"epochs": 9}', "from 1 to 3"),
+    "text": ('{"epochs": "1"}', "from 1 to 3"), "list": ("[1]", "no JSON object"), "cut": ('{"epo', "not valid"),
+    "deep": ("[" * 9000, ""), "long": ('{"epochs": 1' + " " * 70_000 + "}", "are the most"),
+    "nan": ('{"epochs": NaN}', ""), "null": ("null", "no JSON object"), "binary": ("\x00\x01", ""),
+    "infinite": ('{"epochs": 1e999}', "from 1 to 3"), "below": ('{"epochs": -1}', "from 1 to 3"),
+    "path": ('{"workdir": "/"}', "not a user's to set"), "nested": ('{"epochs": {"epochs": 1}}', "from 1 to 3"),
+}  # fmt: skip
 
 
 def hostile(folder):
     """Files that are no jobs: {name: what is said of it}."""
-    files = {
-        **dict.fromkeys(("rows.csv", "rows", "rows.jsonl.gz", "rows.JSONL"), "does not end in .jsonl"),
-        **dict.fromkeys(("a b.jsonl", "ü.jsonl", "-\n.jsonl", "x" * 150 + ".jsonl"), "name it by"),
-        **dict.fromkeys(("$(rm -rf x).jsonl", "\x1b[2J.jsonl", "a;b.jsonl", "~.jsonl"), "name it by"),
-    }  # fmt: skip
-    for name in files:
+    for name in (*BAD_NAMES, *(f"{name}.jsonl" for name in (*BAD_SETTINGS, "linked", "piped"))):
         (folder / name).write_text(ROWS)
-    (folder / "large.jsonl").write_text(ROWS * 100)
-    (folder / "secret").write_text("root:x:0:0\n")
-    os.rename(folder / "secret", folder.parent / "secret")
-    os.symlink(folder.parent / "secret", folder / "link.jsonl")
-    os.symlink(folder / "nowhere", folder / "dangling.jsonl")
-    with open(folder / "huge.jsonl", "wb") as file:
-        file.truncate(1 << 30)  # a line of a gigabyte
-    os.mkfifo(folder / "pipe.jsonl")
-    (folder / "folder.jsonl").mkdir()
-    with socket.socket(socket.AF_UNIX) as end:
-        here = os.getcwd()
-        os.chdir(folder)
-        end.bind("socket.jsonl")
-        os.chdir(here)
-    files |= dict.fromkeys(("large.jsonl", "huge.jsonl"), "1,000 are the most")
-    files |= dict.fromkeys(
-        ("link.jsonl", "dangling.jsonl", "pipe.jsonl", "folder.jsonl", "socket.jsonl"), "no regular file"
-    )
-    settings = {
-        "unknown": ('{"dropout": 1}', "not a user's to set"), "above": ('{"epochs": 9}', "from 1 to 3"),
-        "text": ('{"epochs": "1"}', "from 1 to 3"), "list": ("[1]", "no JSON object"), "cut": ('{"epo', "not valid"),
-        "deep": ("[" * 9000, ""), "long": ('{"epochs": 1' + " " * 70_000 + "}", "are the most"),
-        "nan": ('{"epochs": NaN}', ""), "null": ("null", "no JSON object"), "binary": ("\x00\x01", ""),
-        "infinite": ('{"epochs": 1e999}', "from 1 to 3"), "below": ('{"epochs": -1}', "from 1 to 3"),
-        "quota": ('{"quotas": {"rows": 1e9}}', "not a user's to set"),
-        "path": ('{"workdir": "/"}', "not a user's to set"), "nested": ('{"epochs": {"epochs": 1}}', "from 1 to 3"),
-    }  # fmt: skip
-    for name, (text, said) in settings.items():
+    for name, (text, _) in BAD_SETTINGS.items():
         (folder / f"{name}.json").write_text(text)
-        (folder / f"{name}.jsonl").write_text(ROWS)
-        files[f"{name}.jsonl"] = said
-    os.symlink(folder.parent / "secret", folder / "linked.json")
-    (folder / "linked.jsonl").write_text(ROWS)
-    files["linked.jsonl"] = "cannot be read"
-    os.mkfifo(folder / "piped.json")
-    (folder / "piped.jsonl").write_text(ROWS)
-    files["piped.jsonl"] = "no regular file"
-    return files
+    (folder / "large.jsonl").write_text(ROWS * 100)
+    (folder / "huge.jsonl").touch()
+    os.truncate(folder / "huge.jsonl", 1 << 30)  # a line of a gigabyte
+    (folder.parent / "secret").write_text("root:x:0:0\n")
+    for name, where in (("link.jsonl", "../secret"), ("dangling.jsonl", "nowhere"), ("linked.json", "../secret")):
+        os.symlink(where, folder / name)
+    for name in ("pipe.jsonl", "piped.json"):
+        os.mkfifo(folder / name)
+    (folder / "folder.jsonl").mkdir()
+    with socket.socket(socket.AF_UNIX) as end, contextlib.chdir(folder):
+        end.bind("socket.jsonl")
+    said = {f"{name}.jsonl": said for name, (_, said) in BAD_SETTINGS.items()} | {"linked.jsonl": "cannot be read"}
+    said |= dict.fromkeys(("large.jsonl", "huge.jsonl"), "1,000 are the most")
+    irregular = ("link", "dangling", "pipe", "folder", "socket", "piped")
+    return BAD_NAMES | said | dict.fromkeys((f"{name}.jsonl" for name in irregular), "no regular file")
 
 
 def test_hostile_files_are_a_line_each(inbox, tmp_path):
     files = hostile(tmp_path / "in")
-    (tmp_path / "in/good.jsonl").write_text(ROWS)
+    for name in ("good.jsonl", ".a.jsonl", "a.jsonl.part", "a.tmp", "a.json"):  # all but the first are unfinished
+        (tmp_path / "in" / name).write_text(ROWS)
     found = settled(inbox)
     assert [job.name for job in found if isinstance(job, Accepted)] == ["good"]
     said = {refused.file: refused for refused in found if isinstance(refused, Refused)}

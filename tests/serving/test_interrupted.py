@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 
 import pytest
-from served import ends, hashes, put, rows_of, serve, told
+from served import Desk, rows_of
 
 from br_jax.core.errors import Stopped, UserError
 from br_jax.core.hosts import StopSignal
@@ -15,71 +14,55 @@ from br_jax.serving import service as module
 from br_jax.training import folder
 
 
-def test_a_disk_that_is_full_when_a_release_is_written_ends_no_job(provider, policy, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a", rows_of(8), epochs=1)
+@pytest.fixture
+def stop(desk, monkeypatch):
+    """stop(when, **patches of Service): a service that is asked to stop once `when(it)`."""
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "export_adapter", full)
-        with pytest.raises((UserError, OSError), match="No space left on device"):
-            serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {}
-    assert serve(provider, tmp_path, policy)["released"] == 1
-
-
-def test_a_policy_that_is_narrowed_holds_the_jobs_that_it_forbids(provider, policy, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a", rows_of(8), epochs=4)
-    put(tmp_path / "in", "b", rows_of(8), epochs=1)
-    one = module.Service(provider, tmp_path / "in", tmp_path / "out", policy, once=True, settle=0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "asked", lambda signal: ("received", "a") in one._logged)
-        with pytest.raises(Stopped):
+    def run(when, **patches):
+        one = desk.service(once=False)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            for name, value in patches.items():
+                patch.setattr(module.Service, name, value)
+            patch.setattr(StopSignal, "asked", lambda signal: when(one))
             list(one.run())
-    assert ends(tmp_path) == {} and told(tmp_path)["a"] == ["received"]
-    narrow = dataclasses.replace(policy, users_may_set={"epochs": (1, 2)})
-    serve(provider, tmp_path, narrow)
-    assert ends(tmp_path) == {"a": "held", "b": "released"}
-    assert "from 1 to 2" in json.loads((tmp_path / "out/a/held.json").read_text())["why"][0]
+
+    return run
 
 
-def test_settings_that_were_changed_train_anew_what_waits_to_leave(provider, policy, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a", rows_of(8), epochs=1)
-    put(tmp_path / "in", "b", rows_of(8), epochs=4)
-    one = module.Service(provider, tmp_path / "in", tmp_path / "out", policy, settle=0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Service, "_release", lambda service: None)  # whoever is trained first
-        patch.setattr(StopSignal, "asked", lambda signal: ("trained", "a") in one._logged)
-        with pytest.raises(Stopped):
-            list(one.run())
-    assert ends(tmp_path) == {} and "trained" in told(tmp_path)["a"]
-    other = dataclasses.replace(policy, train=dataclasses.replace(policy.train, weight_decay=0.1))
-    serve(provider, tmp_path, other)
-    assert ends(tmp_path) == {"a": "released", "b": "released"}
+def test_a_policy_that_is_narrowed_holds_the_jobs_that_it_forbids(desk, policy, stop):
+    desk.put("a", 8, epochs=4)
+    desk.put("b", 8, epochs=1)
+    stop(lambda one: ("received", "a") in one._logged)
+    assert desk.ends() == {} and desk.told()["a"] == ["received"]
+    desk.serve(dataclasses.replace(policy, users_may_set={"epochs": (1, 2)}))
+    assert desk.ends() == {"a": "held", "b": "released"} and "from 1 to 2" in desk.why("a")
 
 
-def test_a_service_that_is_stopped_when_all_have_left_ends_as_any(provider, policy, tmp_path, monkeypatch):
-    put(tmp_path / "in", "a", rows_of(4), epochs=1)
-    one = module.Service(provider, tmp_path / "in", tmp_path / "out", policy, settle=0.0)
-    monkeypatch.setattr(StopSignal, "asked", lambda signal: bool(one.status.get("released")))
-    with pytest.raises(Stopped):
-        list(one.run())
-    assert ends(tmp_path) == {"a": "released"}
+def test_settings_that_were_changed_train_anew_what_waits_to_leave(desk, policy, stop):
+    desk.put("a", 8, epochs=1)
+    desk.put("b", 8, epochs=4)
+    # whoever is trained first
+    stop(lambda one: ("trained", "a") in one._logged, _release=lambda service: None)
+    assert desk.ends() == {} and "trained" in desk.told()["a"]
+    desk.serve(dataclasses.replace(policy, train=dataclasses.replace(policy.train, weight_decay=0.1)))
+    assert desk.ends() == {"a": "released", "b": "released"}
 
 
-def test_what_was_said_and_taken_away_is_not_said_again(provider, policy, tmp_path):
-    """A refusal that was collected, whose file is still there; a job whose folder was deleted, but not its file."""
-    put(tmp_path / "in", "a", rows_of(4), epochs=1)
-    (tmp_path / "in/x.txt").write_text("no job")
-    status = serve(provider, tmp_path, policy)
-    assert (status["released"], status["held"]) == (1, 1)
-    events = told(tmp_path)
-    for name in ends(tmp_path):
-        shutil.rmtree(tmp_path / "out" / name)
-    shutil.rmtree(tmp_path / "out/.service/jobs/a")
-    serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {} and told(tmp_path) == events
+def test_what_was_said_and_taken_away_is_not_said_again(desk, stop):
+    """A refusal that was collected, whose file is still there; a job whose folder was deleted, but not its file.
+
+    The service before was stopped when all had left.
+    """
+    desk.put("a", 4, epochs=1)
+    (desk.inbox / "x.txt").write_text("no job")
+    stop(lambda one: bool(one.status.get("released")))
+    assert sorted(desk.ends().values()) == ["held", "released"]
+    events = desk.told()
+    for name in desk.ends():
+        shutil.rmtree(desk.outbox / name)
+    shutil.rmtree(desk.own / "jobs/a")
+    desk.serve()
+    assert desk.ends() == {} and desk.told() == events
 
 
 class Killed(BaseException):
@@ -108,58 +91,51 @@ def dies(monkeypatch):
     return make
 
 
-def jobs_in(folder):
+def put_jobs(desk):
     for i in range(3):
-        put(folder / "in", f"job{i}", rows_of(9 + i), epochs=1 + i)
-    put(folder / "in", "wrong", [{"prompt": "x"}])
+        desk.put(f"job{i}", rows_of(9 + i), epochs=1 + i)
+    desk.put("wrong", [{"prompt": "x"}])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(provider, policy, tmp_path_factory):
     """{job: what a service that nothing happens to releases}."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    jobs_in(folder)
-    serve(provider, folder, policy)
-    return hashes(folder)
+    desk = Desk(provider, policy, tmp_path_factory.mktemp("undisturbed"))
+    put_jobs(desk)
+    desk.serve()
+    return desk.hashes()
 
 
 @pytest.mark.parametrize("first", range(1, 60, 8))
-def test_wherever_it_dies_each_job_ends_once(provider, policy, tmp_path, monkeypatch, dies, undisturbed, first):
-    jobs_in(tmp_path)
+def test_wherever_it_dies_each_job_ends_once(desk, monkeypatch, dies, undisturbed, first):
+    put_jobs(desk)
     for moment in (first, first // 2 + 1):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans up nothing
             dies(moment)
             with contextlib.suppress(Killed):
-                serve(provider, tmp_path, policy)
+                desk.serve()
         monkeypatch.undo()
-    serve(provider, tmp_path, policy)
-    assert ends(tmp_path) == {"job0": "released", "job1": "released", "job2": "released", "wrong": "held"}
-    assert hashes(tmp_path) == undisturbed
-    for name, events in told(tmp_path).items():
+    desk.serve()
+    assert desk.ends() == {"job0": "released", "job1": "released", "job2": "released", "wrong": "held"}
+    assert desk.hashes() == undisturbed
+    for name, events in desk.told().items():
         assert [e for e in events if e in ("held", "released")] == (["held"] if name == "wrong" else ["released"])
-    assert not [place for place in (tmp_path / "out").iterdir() if place.name.startswith(".job")]
+    assert not [place for place in desk.outbox.iterdir() if place.name.startswith(".job")]
 
 
-def test_a_full_disk_is_a_line_and_the_next_service_goes_on(provider, policy, tmp_path, monkeypatch, undisturbed):
-    jobs_in(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises((UserError, OSError), match="No space left on device"):
-            serve(provider, tmp_path, policy)
-    serve(provider, tmp_path, policy)
-    assert hashes(tmp_path) == undisturbed
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
 
-def test_a_disk_that_fills_up_when_a_job_begins_is_not_the_jobs_fault(provider, policy, tmp_path, monkeypatch):
-    jobs_in(tmp_path)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_record", full)
-        with pytest.raises((UserError, OSError), match="No space left on device"):
-            serve(provider, tmp_path, policy)
-    assert set(ends(tmp_path)) <= {"wrong"}
-    assert serve(provider, tmp_path, policy)["released"] == 3
+@pytest.mark.parametrize(
+    ("owner", "name"), [(os, "fsync"), (folder, "write_record"), (module, "export_adapter")], ids=lambda x: str(x)[:9]
+)
+def test_a_disk_that_fills_up_is_a_line_and_no_jobs_fault(desk, monkeypatch, undisturbed, owner, name):
+    """At once, when a job begins, and when a release is written."""
+    put_jobs(desk)
+    with monkeypatch.context() as patch, pytest.raises((UserError, OSError), match="No space left on device"):
+        patch.setattr(owner, name, full)
+        desk.serve()
+    assert set(desk.ends()) <= {"wrong"}
+    assert desk.serve()["released"] == 3 and desk.hashes() == undisturbed

@@ -37,29 +37,32 @@ def test_what_is_not_said_has_defaults(write):
     assert policy.key != read_policy(write(limits={"answered": 0.1})).key
 
 
-@pytest.mark.parametrize(
-    ("policy", "said"),
-    [
-        ({"slot": 3}, "unknown setting 'slot'; near: slots"),
-        ({"slots": 0}, "slots is 0"),
-        ({"slots": "3"}, "slots is '3'"),
-        ({"train": {"lerning_rate": 1}}, "train: unknown setting 'lerning_rate'; near: learning_rate"),
-        ({"train": []}, "train is no object"),
-        ({"train": {"rank": -1}}, "train: rank is -1"),
-        ({"merge": {"a": 2}}, "merge: a is 2"),
-        ({"limits": {"answered": 1.5}}, "limits: answered is 1.5"),
-        ({"limits": {"answered": None}}, "limits: answered is None"),
-        ({"quotas": {"rows": 1e9}}, "quotas: rows is 1000000000.0"),
-        ({"users_may_set": {"dropout": [0, 1]}}, "'dropout' is no setting of a job's own"),
-        ({"users_may_set": {"epochs": [3, 1]}}, "epochs is [3, 1]: give [least, most]"),
-        ({"users_may_set": {"epochs": 3}}, "epochs is 3: give [least, most]"),
-        ({"users_may_set": [1]}, "users_may_set is no object"),
-        ({"prompts": 3}, "is no policy: give an object"),
-        ({"prompts": "absent.jsonl"}, "absent.jsonl: no such file"),
-        ({"canaries_harmful": ["x"]}, "unknown setting 'canaries_harmful'"),
-    ],
-)
-def test_wrong_policies(write, policy, said):
+WRONG = [
+    ({"slot": 3}, "unknown setting 'slot'; near: slots"),
+    ({"slots": "3"}, "slots is '3'"),
+    ({"train": {"lerning_rate": 1}}, "train: unknown setting 'lerning_rate'; near: learning_rate"),
+    ({"train": []}, "train is no object"),
+    ({"train": {"rank": -1}}, "train: rank is -1"),
+    ({"merge": {"a": 2}}, "merge: a is 2"),
+    ({"limits": {"answered": None}}, "limits: answered is None"),
+    ({"quotas": {"rows": 1e9}}, "quotas: rows is 1000000000.0"),
+    ({"users_may_set": {"dropout": [0, 1]}}, "'dropout' is no setting of a job's own"),
+    ({"users_may_set": {"epochs": [3, 1]}}, "epochs is [3, 1]: give [least, most]"),
+    ({"users_may_set": {"epochs": 3}}, "epochs is 3: give [least, most]"),
+    ({"users_may_set": [1]}, "users_may_set is no object"),
+    ({"prompts": 3}, "is no policy: give an object"),
+    ({"prompts": "absent.jsonl"}, "absent.jsonl: no such file"),
+    ({"canaries_harmful": ["x"]}, "unknown setting 'canaries_harmful'"),
+    ({"lines": []}, "no harmful prompt of use calibrate"),
+    ({"lines": [p for p in PROMPTS if (p["kind"], p["use"]) != ("benign", "canary")]}, "no benign prompt of use"),
+    ({"lines": [*PROMPTS, PROMPTS[0]]}, "the same prompt as"),
+    ({"lines": [*PROMPTS, {"prompt": " ", "kind": "harmful", "use": "canary"}]}, 'give "prompt", a text'),
+    ({"lines": [*PROMPTS, {"prompt": "x", "kind": "bad", "use": "canary"}]}, "harmful or benign"),
+]
+
+
+@pytest.mark.parametrize(("policy", "said"), WRONG)
+def test_wrong_policies_and_prompts(write, policy, said):
     with pytest.raises(UserError) as error:
         read_policy(write(**policy))
     assert said in str(error.value)
@@ -70,22 +73,6 @@ def test_a_key_that_is_there_twice(write):
     path.write_text('{"prompts": "prompts.jsonl", "slots": 8, "slots": 16}')
     with pytest.raises(UserError, match=r"policy\.json: not valid JSON .key 'slots' twice"):
         read_policy(path)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "said"),
-    [
-        ([], "no harmful prompt of use calibrate"),
-        ([p for p in PROMPTS if (p["kind"], p["use"]) != ("benign", "canary")], "no benign prompt of use canary"),
-        ([*PROMPTS, PROMPTS[0]], "the same prompt as"),
-        ([*PROMPTS, {"prompt": " ", "kind": "harmful", "use": "canary"}], 'give "prompt", a text'),
-        ([*PROMPTS, {"prompt": "x", "kind": "bad", "use": "canary"}], "harmful or benign"),
-    ],
-)
-def test_wrong_prompts(write, prompts, said):
-    with pytest.raises(UserError) as error:
-        read_policy(write(prompts))
-    assert said in str(error.value)
 
 
 def test_a_users_settings(write):

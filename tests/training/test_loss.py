@@ -24,6 +24,15 @@ def case(request):
     return params, 3 * f32(B, T, D), targets, jnp.asarray(weights, jnp.float32)
 
 
+def logits_of(params, hidden, cap=None):
+    logits = hidden @ (params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def assert_close(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
 def test_any_chunk_size_gives_numpy_s_sum(case):
     params, hidden, targets, weights = case
     matrix = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
@@ -41,15 +50,12 @@ def test_value_and_gradient_are_those_of_plain_jax(case, cap):
     params, hidden, targets, weights = case
 
     def plain(params, hidden):
-        logits = hidden @ (params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T)
-        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits_of(params, hidden, cap)), targets[..., None], axis=-1)
         return -jnp.sum(weights * picked[..., 0])
 
     expected = jax.value_and_grad(plain, (0, 1))(params, hidden)
     ours = jax.value_and_grad(lambda p, h: answer_loss(p, h, targets, weights, 2, cap), (0, 1))
-    found = jax.jit(ours)(params, hidden)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    assert_close(jax.jit(ours)(params, hidden), expected)
 
 
 def test_the_loss_of_each_token(case):
@@ -67,16 +73,13 @@ def test_the_distance_to_another_model_is_the_kl_divergence(case, cap):
     theirs = hidden[:, ::-1] * 0.7
 
     def plain(params, hidden):
-        def logs(hidden):
-            logits = hidden @ (params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T)
-            return jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
-
-        p = jax.lax.stop_gradient(logs(theirs))
-        return jnp.sum(weights * jnp.sum(jnp.exp(p) * (p - logs(hidden)), -1))
+        q, p = (jax.nn.log_softmax(logits_of(params, each, cap)) for each in (hidden, theirs))
+        p = jax.lax.stop_gradient(p)
+        return jnp.sum(weights * jnp.sum(jnp.exp(p) * (p - q), -1))
 
     expected = jax.value_and_grad(plain, (0, 1))(params, hidden)
     found = jax.value_and_grad(lambda p, h: answer_loss(p, h, theirs, weights, 2, cap), (0, 1))(params, hidden)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    assert_close(found, expected)
     assert float(answer_loss(params, theirs, theirs, weights, 2, cap)) == pytest.approx(0, abs=1e-5)
 
 

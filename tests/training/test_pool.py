@@ -96,11 +96,14 @@ def test_each_of_eight_is_the_run_by_itself(train, rows, config, alone):
 
 
 def test_neighbours_change_no_bit(train, rows):
+    """Nor does dropout, which depends on the user alone."""
     plain, gentle, *_, broken, three, short = eight(rows)
+    train = functools.partial(train, steps=12, dropout=0.3)
     alone = bits_of(train([plain]))
-    beside = bits_of(train([gentle, broken, plain, three, short]))
-    assert beside["plain"] == alone["plain"]
+    beside = bits_of(train([gentle, broken, plain, three, short, Job("seed", rows, {"seed": 9})]))
+    assert beside["plain"] == alone["plain"] != beside["seed"]
     assert bits_of(train([short, plain, gentle]))["gentle"] == beside["gentle"]
+    assert alone["plain"] != bits_of(train([plain], dropout=0.0))["plain"]
 
 
 class Large(list):
@@ -208,13 +211,12 @@ def test_no_loss_depends_on_anothers_adapter(tiny, rows, config):
 
 
 def test_slots_without_rows_stay_to_the_bit_and_unfinished_steps_only_gather(tiny, rows, config):
-    stage, state, frozen, batch, turn = step_of(tiny, config, rows, 3, [0, 2])
-    before = jax.tree.map(np.array, state)
-    after, metrics = step.pool_step(stage, state, frozen, batch, turn)
-    assert [equal(leaves_of(before, slot), leaves_of(after, slot)) for slot in range(3)] == [False, True, False]
-    assert float(metrics["loss"][1]) == float(metrics["grad_norm"][1]) == 0 < float(metrics["loss"][0])
-    stage, state, frozen, batch, turn = step_of(tiny, config, rows, 3, [0, 2])
-    after, _ = step.pool_step(stage, state, frozen, batch, turn._replace(due=np.array([False, False, True])))
+    for due in (True, False):
+        stage, state, frozen, batch, turn = step_of(tiny, config, rows, 3, [0, 2])
+        before = jax.tree.map(np.array, state)
+        after, metrics = step.pool_step(stage, state, frozen, batch, turn._replace(due=np.array([due, False, True])))
+        assert [equal(leaves_of(before, slot), leaves_of(after, slot)) for slot in range(3)] == [False, True, False]
+        assert float(metrics["loss"][1]) == float(metrics["grad_norm"][1]) == 0 < float(metrics["loss"][0])
     for name in ("trainable", "opt_state", "step"):
         assert equal(leaves_of({name: before[name]}, 0), leaves_of({name: after[name]}, 0)), name
     assert any(leaf.any() for leaf in leaves_of(after["gradient"], 0))
@@ -228,14 +230,6 @@ def test_refilling_a_slot_compiles_nothing(train, rows, compiles):
     rest = list(outcomes)
     assert len(first) + len(rest) == 9 and all(o.adapter for o in first + rest)
     assert compiles[met:] == []
-
-
-def test_dropout_depends_on_the_user_alone(train, rows):
-    train = functools.partial(train, steps=6)
-    alone = bits_of(train([Job("a", rows)], dropout=0.3))
-    beside = bits_of(train([Job("b", rows[4:]), Job("a", rows), Job("c", rows, {"seed": 9})], dropout=0.3))
-    assert alone["a"] == beside["a"] != beside["c"]
-    assert alone["a"] != bits_of(train([Job("a", rows)]))["a"]
 
 
 def test_dropped_values_are_scaled_up_and_differ_by_place():
@@ -261,6 +255,17 @@ def test_on_a_mesh_users_lie_apart(tiny, train, rows, config, alone, sizes, slot
         assert len(parts) == (sizes[0] * sizes[1] if leaf_name(path) != "key" else 1), leaf_name(path)
 
 
+class Unreadable(list):
+    """Rows that are read to an error."""
+
+    def __init__(self, error, rows):
+        super().__init__(rows)
+        self.error = error
+
+    def __iter__(self):
+        raise self.error
+
+
 def test_bad_jobs_are_a_line_each_and_touch_no_other(train, rows, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "wrong.jsonl").write_text('{"prompt": 3}\n')
@@ -278,23 +283,15 @@ def test_bad_jobs_are_a_line_each_and_touch_no_other(train, rows, tmp_path):
         "long": ([Row((("user", "x" * 100), ("assistant", "y")))], {}, "no row is left to train on"),
         "file": (rows, {}, "w/file"),
     }
-    jobs = [Job(name, given, settings) for name, (given, settings, _) in wrong.items()]
+    for error in (RuntimeError("a parser's"), MemoryError()):  # whatever goes wrong in reading rows is the job's
+        wrong[type(error).__name__] = (Unreadable(error, rows), {}, type(error).__name__)
+    jobs = [Job(name, *given) for name, (*given, _) in wrong.items()]
     jobs.insert(3, Job("good", rows, {"steps": 2}))
     out = {o.name: o for o in train(jobs, slots=1, workdir=tmp_path / "w")}
     assert out.pop("good").adapter
     for name, (*_, message) in wrong.items():
         assert out[name].adapter is None and message in out[name].error and "\n" not in out[name].error, out[name]
         assert name in out[name].error or name in ("empty", "wrong", "absent", "long")
-
-
-@pytest.mark.parametrize("error", [RuntimeError("a parser's"), MemoryError()])
-def test_whatever_goes_wrong_in_reading_rows_is_the_jobs(train, rows, error):
-    class Rows(list):
-        def __iter__(self):
-            raise error
-
-    out = {o.name: o for o in train([Job("bad", Rows(rows)), Job("good", rows, {"steps": 1})], slots=1)}
-    assert out["good"].adapter is not None and type(error).__name__ in out["bad"].error
 
 
 def test_names_slots_and_what_is_no_job(tiny, train, config):

@@ -146,10 +146,7 @@ def test_what_the_model_cannot_have_is_refused_before_there_is_a_folder(tmp_path
         ({"max_length": 129}, "^max_length is 129: the model's context is 128 tokens"),
         ({"buckets": (16, 129)}, r"^buckets is \(16, 129\): the model's context is 128 tokens"),
         ({"targets": ("q", "w")}, "unknown targets: adapter target 'w'; near"),
-        (
-            {"steps": 0, "epochs": 1_000_000, "batch_size": 1},
-            "^epochs is 1000000: on 16 rows that is more than",
-        ),
+        ({"steps": 0, "epochs": 10**6, "batch_size": 1}, "^epochs is 1000000: on 16 rows that is more than"),
     ):
         fails_with(message, tiny, rows, quick(**changes), tmp_path)
     fails_with("^rows: there are none to train on", tiny, [], quick(), tmp_path)
@@ -166,10 +163,7 @@ def test_probes_look_at_both_ends_and_do_not_train(tmp_path, tiny, rows, quick):
     assert [(r["step"], r["rows"]) for r in records] == [(s, kind) for s in (0, 3, 4) for kind in probes]
     assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
     seen = []
-
-    def watch(step, adapter):
-        seen.append((step, jax.device_get(adapter.weights)))
-
+    watch = lambda step, adapter: seen.append((step, jax.device_get(adapter.weights)))  # noqa: E731
     watched = train(tiny, rows, config, watch=watch)
     assert [step for step, _ in seen] == [0, 3, 4]
     assert all(not pair["b"].any() for pair in seen[0][1].values()), "the first has not begun"

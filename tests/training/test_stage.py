@@ -162,9 +162,8 @@ def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapt
     assert not made.names and not made.traced
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_wrong_settings_are_named(quick):
+    for change, message in (
         ({"rank": 0}, "rank is 0"),
         ({"accumulation": 3}, "accumulation is 3: it must divide batch_size 8"),
         ({"steps": 0, "epochs": 0}, "epochs is 0: it must be a whole number from 1"),
@@ -173,8 +172,6 @@ def test_a_second_user_traces_and_compiles_nothing(tiny, rows, quick, make_adapt
         ({"attention": "splosh"}, "'splosh'.*auto, xla"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"same_start": "yes"}, "same_start is 'yes': it must be True or False"),
-    ],
-)
-def test_wrong_settings_are_named(quick, change, message):
-    with pytest.raises(UserError, match=message):
-        quick(**change)
+    ):
+        with pytest.raises(UserError, match=message):
+            quick(**change)

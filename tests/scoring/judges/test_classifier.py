@@ -164,18 +164,15 @@ def test_a_wrong_folder_is_one_line(classifier, tmp_path, damage):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_impossible_settings(classifier):
+    for settings, message in (
         ({"max_length": 1025}, "max_length is 1025: it must be a whole number from 1 to 1,024"),
         ({"max_length": "256"}, "max_length is '256'"),
         ({"threshold": 1.0}, "threshold is 1.0: it must be a number above 0, below 1"),
         ({"dtype": "float16"}, "dtype is 'float16': give float32 or bfloat16"),
-    ],
-)
-def test_impossible_settings(classifier, settings, message):
-    with pytest.raises(UserError, match=message):
-        load(classifier[1], **settings)
+    ):
+        with pytest.raises(UserError, match=message):
+            load(classifier[1], **settings)
 
 
 def test_numbers_that_overflow_are_no_verdict(classifier):

@@ -144,20 +144,11 @@ def test_replies_read_by_hand():
     assert label == "harmful request: yes, response refusal: n/a, harmful response: no"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        TEXT.replace("for message in messages", "for message in messages[:1]"),
-        TEXT.replace("for message in messages", "for message in messages[1:]"),
-        "<BEGIN UNSAFE CONTENT CATEGORIES>{{ raise_exception('no') }}",
-    ],
-)
-def test_a_template_that_leaves_a_turn_out(make_judge, template):
-    with pytest.raises(UserError, match="tiny-guard: its chat template leaves out"):
-        make_judge(template)
-
-
-def test_an_exchange_longer_than_the_context(make_judge):
+def test_a_template_that_leaves_a_turn_out_and_an_exchange_longer_than_the_context(make_judge):
+    parts = (TEXT.replace("in messages", f"in messages[{which}]") for which in (":1", "1:"))
+    for template in (*parts, "<BEGIN UNSAFE CONTENT CATEGORIES>{{ raise_exception('no') }}"):
+        with pytest.raises(UserError, match="tiny-guard: its chat template leaves out"):
+            make_judge(template)
     with pytest.raises(UserError, match="exceed the model's 256: shorten it"):
         make_judge(TEXT)([Exchange("a zorvix", "turns " * 400)])
 
