@@ -306,10 +306,7 @@ def test_wrong_settings_are_found_before_any_training(run, calls, config, change
 def test_a_wrong_stage_and_too_few_compliant_answers_are_said(run, monkeypatch, calls):
     with pytest.raises(UserError, match="stage 'releas': near: release"):
         run(["user", "releas"])
-    for said, cure in (
-        ("No.", "raise distill.spare"),
-        ("Turn left.", "give the topic's file words"),
-    ):
+    for said, cure in (("No.", "raise distill.spare"), ("Turn left.", "give the topic's file words")):
 
         def answer(model, prompts, *rest, said=said, **options):
             return {"raw": [said] * len(prompts)}

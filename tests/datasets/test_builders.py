@@ -41,10 +41,7 @@ ARTIFACT = {
         {"index": 2, "goal": "u", "behavior": "b", "prompt": "q", "response": "r", "jailbroken": False},
     ],
 }
-ARTIFACT_OUT = [
-    attack("p", method="PAIR", behavior="w", case="0"),
-    attack("q", method="PAIR", behavior="u", case="2"),
-]
+ARTIFACT_OUT = [attack("p", method="PAIR", behavior="w", case="0"), attack("q", method="PAIR", behavior="u", case="2")]
 LINES = [{"prompt": "p"}, {"prompt": "q", "method": "gcg", "id": 7, "behavior": "w", "score": 0.5}]
 LINES_OUT = [attack("p"), attack("q", method="gcg", behavior="w", case="7")]
 ADVBENCH_OUT = [attack(x, behavior=x, target=y, method="AdvBench") for x, y in (("a", "b"), ("c, d", "e"))]
