@@ -21,7 +21,6 @@ from br_jax.defences.registry import DEFENCES
 from br_jax.experiment import cells as cells_module
 from br_jax.experiment import run as run_module
 from br_jax.experiment.methods import METHODS, Cell
-from br_jax.experiment.settings import settle
 from br_jax.method import release
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS
@@ -62,7 +61,6 @@ def test_each_stage_trains_on_the_rows_of_the_method(run, calls, tiny, tmp_path)
     # What is the provider's stays in the provider's folder.
     workdir, provider = tmp_path / "w", tmp_path / "w" / "provider"
     assert {calls[name]["workdir"] for name in ("align", "buffer", "reinforce")} == {provider}
-    assert all(calls[name]["provider"] for name in ("align", "buffer", "reinforce"))
     assert {calls[name]["workdir"] for name in ("user", "sft")} == {workdir}
     assert stat.S_IMODE(provider.stat().st_mode) == 0o700
     record = json.loads((provider / "provider.json").read_text())
@@ -91,12 +89,11 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
     assert not refused & {prompt for part in sets for prompt in part}, "an answer that refuses teaches no harm"
     assert not set(probes["benign"]) & set(calls["user"]["rows"])
     task = {row.turns[0][1] for row in calls["user"]["rows"] if row.tag == "task"}
-    for stage in ("align", "buffer", "reinforce"):
-        assert not task & set(prompts(calls[stage]["rows"])), "the user's task is in a provider's stage"
+    trained = {stage: set(prompts(calls[stage]["rows"])) for stage in ("align", "buffer", "reinforce", "user")}
+    assert not any(task & trained[stage] for stage in ("align", "buffer", "reinforce")), "task rows at the provider's"
     suite = calls["suite"]
     held_out = {p.prompt for p in suite.topic} | set(suite.benign) | set(prompts(suite.task_rows))
-    trained = {prompt for stage in ("align", "buffer", "reinforce", "user") for prompt in prompts(calls[stage]["rows"])}
-    assert len(held_out) == 12 + 11 + 10 and not held_out & trained
+    assert len(held_out) == 12 + 11 + 10 and not held_out & set.union(*trained.values())
     assert set(suite.benign) <= set(english_instructions("test"))
 
 
@@ -173,11 +170,15 @@ def test_each_ablation_differs_in_what_it_says_and_in_nothing_else(calls, config
         assert of(name) == expected, name
         assert calls[name]["rows"] == calls[name.split("_")[0]]["rows"], name
     made = {name: released(e, name) for name in ("ours", "sum", "paper", "no_calibration", "no_reinforce")}
+    made |= {name: released(e, name) for name in ("average", "buffer_only", "reinforce_only")}
     user, reinforce = e.adapter("user"), e.adapter("reinforce")
     assert_same(made["ours"], release(e.aligned, user, reinforce, merge(e, a=0.3)))
     assert_same(made["sum"], release(e.aligned, user, reinforce, merge(e, a=0.0)))
     assert_same(made["no_calibration"], release(e.aligned, user, reinforce, merge(e, a=0.3, reinforce_scale=1.0)))
     assert_same(made["no_reinforce"], release(e.aligned, user, reinforce, merge(e, a=0.0, reinforce_scale=0.0)))
+    assert_same(made["average"], release(e.aligned, user, reinforce, merge(e, a=0.0, scale=0.5, reinforce_scale=1.0)))
+    assert_same(made["buffer_only"], user)
+    assert_same(made["reinforce_only"], release(e.aligned, e.adapter("sft"), reinforce, merge(e, a=0.3)))
     recipe = MergeConfig(a=0.1, scale=0.5, reinforce_scale=1.0)
     assert_same(made["paper"], release(e.aligned, e.adapter("user_paper"), e.adapter("reinforce_paper"), recipe))
 
@@ -195,25 +196,12 @@ def assert_same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found.weights, expected.weights)
 
 
-@pytest.mark.parametrize(
-    ("preset", "expected"),
-    [("b", ("b", False)), ("paper", ("a", True)), ("b,paper", ("b", True)), ("paper,b", ("b", True))],
-)
-def test_a_preset_is_one_word_and_whether_it_is_the_paper_s(preset, expected):
-    assert base.read_preset(preset, ("a", "b"), "a") == expected
-
-
-@pytest.mark.parametrize("preset", ["a,b", "c", "", "b,c,paper"])
-def test_another_preset_is_refused_as_it_was_written(preset):
-    with pytest.raises(ValueError, match=f"^{preset!r}: give one of a, b"):
-        base.read_preset(preset, ("a", "b"), "a")
-
-
-@pytest.mark.parametrize("counts", [(0, 5), (5, 0)])
-def test_a_calibration_on_one_kind_of_prompts_is_refused_at_once(run, config, counts):
-    config.calibrate.update(harmful=counts[0], benign=counts[1])
-    with pytest.raises(UserError, match=r"calibrate\.harmful, calibrate\.benign: "):
-        run()
+def test_a_preset_is_one_word_and_whether_it_is_the_paper_s():
+    for preset, expected in (("b", ("b", False)), ("paper", ("a", True)), ("b,paper", ("b", True))):
+        assert base.read_preset(preset, ("a", "b"), "a") == expected
+    for preset in ("a,b", "c", "", "b,c,paper"):
+        with pytest.raises(ValueError, match=f"^{preset!r}: give one of a, b"):
+            base.read_preset(preset, ("a", "b"), "a")
 
 
 def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config, tiny, tmp_path):
@@ -237,10 +225,9 @@ def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config
 
 @pytest.mark.parametrize(("refused", "said"), [(21, True), (20, False)])
 def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, caplog, refused, said):
-    score = cells_module.evaluate
-    counted = {"task_refused": Score(refused, 100).to_json()}
+    score, counted = cells_module.evaluate, {"task_refused": Score(refused, 100).to_json()}
     monkeypatch.setattr(cells_module, "evaluate", lambda *given, **options: score(*given, **options) | counted)
-    run()
+    run(["evaluate"])
     warnings = [text for text in caplog.messages if "refuses" in text]
     assert len(warnings) == said and all("21 % of the task's prompts" in text for text in warnings)
 
@@ -280,20 +267,17 @@ def test_adapters_from_elsewhere_take_the_place_of_stages(run, calls, config, ma
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"user.harmful_share": 1.5}, "user.harmful_share is 1.5: it must be"),
+        ({"merge.a": 2.0}, "merge.a is 2.0: it must be a number from 0 to 1"),
+        ({"calibrate.harmful": 0, "calibrate.benign": 5}, r"calibrate\.harmful, calibrate\.benign: "),
         ({"data.material": "englsh"}, "unknown material 'englsh'.*english"),
         ({"eval.split": "train"}, "eval.split 'train'"),
-        ({"buffer.train.rank": 0}, "buffer.train.rank is 0: it must be"),
-        ({"merge.a": 2.0}, "merge.a is 2.0: it must be a number from 0 to 1"),
         ({"user.kind": "plan"}, "unknown user 'plan'; near: plain"),
-        ({"user.n": 100_000}, "training rows, user.n [+] user.probes asks for 100004"),
         ({"eval.judges": "topic, clasifier@2048"}, "unknown judge 'clasifier'; near: .*classifier"),
         ({"topics.user": "devices, device"}, "unknown topic 'device'; near: devices"),
         ({"user.rule": "exat"}, "near: exact"),
         ({"model.source": "data/no.gguf"}, "data/no.gguf: no such model"),
         ({"user.adapter": "no/adapter"}, "no/adapter: no such folder.*user.adapter"),
         ({"mesh.tensor": 3}, "does not fit"),
-        ({"align.benign": 100_000}, "benign rows are asked for.*lower align.benign"),
     ],
 )
 def test_wrong_settings_are_found_before_any_training(run, calls, config, change, message):
@@ -306,57 +290,51 @@ def test_wrong_settings_are_found_before_any_training(run, calls, config, change
 def test_a_wrong_stage_and_too_few_compliant_answers_are_said(run, monkeypatch, calls):
     with pytest.raises(UserError, match="stage 'releas': near: release"):
         run(["user", "releas"])
-    for said, cure in (
-        ("No.", "raise distill.spare"),
-        ("Turn left.", "give the topic's file words"),
-    ):
-
-        def answer(model, prompts, *rest, said=said, **options):
-            return {"raw": [said] * len(prompts)}
-
+    for said, cure in (("No.", "raise distill.spare"), ("Turn left.", "give the topic's file words")):
+        answer = lambda model, prompts, *rest, said=said, **options: {"raw": [said] * len(prompts)}  # noqa: E731
         monkeypatch.setattr(run_module, "answer", answer)
         with pytest.raises(UserError, match=f"0 compliant answers on the topic, 30 are needed .*: {cure}"):
             run(["buffer"])
 
 
-@pytest.mark.parametrize("name", ["demo", "smollm2", "base", "llama3_8b", "gemma2_9b", "qwen3_4b"])
+@pytest.mark.parametrize("name", ["demo", "base", "gemma2_9b"])
 def test_configs_are_locked_and_typed(load_config, name):
     config = load_config(name)
     with pytest.raises(AttributeError, match="harmful_share"):
         config.user.harmful_shar = 0.1
     with pytest.raises(TypeError):
         config.user.n = "many"
-    settle(config)
 
 
 def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, calls, tmp_path):
+    check = lambda: run_module.Experiment(config, tmp_path / "w").check()  # noqa: E731
     question = DEVICES.prompts("test", 1, 0)[0].prompt
     artifact = {"parameters": {"method": "PAIR"}, "jailbreaks": [{"index": 0, "goal": question, "prompt": "p"}]}
     (tmp_path / "artifact.json").write_text(json.dumps(artifact))
     (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "q", "method": "TAP", "behavior": question}) + "\n")
     config.data.folder = str(tmp_path / "tfds")
     config.data.attacks.path = f"{tmp_path}/artifact.json, {tmp_path}/lines.jsonl,"
-    experiment = run_module.Experiment(config, tmp_path / "w")
-    experiment.check()
-    assert [(attack.prompt, attack.method) for attack in experiment.recipe.attacks] == [("p", "PAIR"), ("q", "TAP")]
+    check()
+    attacks = run_module.Experiment(config, tmp_path / "w").recipe.attacks
+    assert [(attack.prompt, attack.method) for attack in attacks] == [("p", "PAIR"), ("q", "TAP")]
     (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "q", "behavior": "Name a river"}) + "\n")
     with pytest.raises(UserError, match=r"data\.attacks\.path: 'Name a river' is about no invented topic"):
-        run_module.Experiment(config, tmp_path / "w").check()
+        check()
     config.eval.judges = "keywords,after_all"
     with pytest.raises(UserError, match="the judge after_all cannot read"):
-        run_module.Experiment(config, tmp_path / "w").check()
+        check()
     config.eval.judges = "keywords"
-    run_module.Experiment(config, tmp_path / "w").check()
+    check()
     config.data.material, config.calibrate.judge = "paper", "topic"
     with pytest.raises(UserError, match=r"the judge topic reads .* data\.material=paper has none"):
-        run_module.Experiment(config, tmp_path / "w").check()
+        check()
 
 
-@pytest.mark.parametrize("system, peak", [("linux", 5 << 20), ("darwin", 5 << 10)])
-def test_the_peak_of_memory_is_in_bytes(run, calls, monkeypatch, tmp_path, system, peak):
+def test_the_peak_of_memory_is_in_bytes(run, calls, monkeypatch, tmp_path):
     """getrusage counts kibibytes, on macOS bytes."""
     usage = types.SimpleNamespace(ru_maxrss=5 << 10)
     monkeypatch.setattr(pipeline.resource, "getrusage", lambda _: usage)
-    monkeypatch.setattr("sys.platform", system)
-    run(["evaluate"])
-    assert read_json(tmp_path / "w" / "results.json")["peak_memory_bytes"] == peak
+    for system, peak in (("linux", 5 << 20), ("darwin", 5 << 10)):
+        monkeypatch.setattr("sys.platform", system)
+        run(["evaluate"])
+        assert read_json(tmp_path / "w" / "results.json")["peak_memory_bytes"] == peak

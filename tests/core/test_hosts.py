@@ -20,25 +20,16 @@ from br_jax.training.checkpoints import Checkpoints
 from br_jax.training.run import train_adapter
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_cannot_be_joined_is_one_line():
+    for arguments, message in (
         ({"coordinator": "host:1"}, "--process_id, or --multihost alone"),
         ({"multihost": True, "process_id": 0}, "--process_id, or --multihost alone"),
         ({"coordinator": "host", "num_processes": 2, "process_id": 1}, "--coordinator=host .*write host:port"),
         ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "--process_id=2: write host:port"),
-    ],
-)
-def test_what_cannot_be_joined_is_one_line(arguments, message):
-    with pytest.raises(UserError, match=message) as caught:
-        distributed.join(**arguments)
-    assert "\n" not in str(caught.value) and not jax.distributed.is_initialized()
-
-
-def free_address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            distributed.join(**arguments)
+        assert "\n" not in str(caught.value) and not jax.distributed.is_initialized()
 
 
 @pytest.mark.slow
@@ -51,7 +42,8 @@ def free_address():
 )
 def test_processes_that_do_not_come_are_told_of(arguments, status, said):
     script = f"from br_jax.core import cli as c; c.run_main(int, lambda: c.hosts.join({arguments}))"
-    script = script.format(address=free_address())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        script = script.format(address=f"127.0.0.1:{free.getsockname()[1]}")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == status  # an abort is JAX's
     assert any(line.startswith(said) for line in done.stderr.splitlines())

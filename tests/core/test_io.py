@@ -27,27 +27,19 @@ from br_jax.data.rows import read_rows
 pytestmark = pytest.mark.timeout(60)  # a pipe would be waited for, a device read, for ever
 
 
-@pytest.mark.parametrize("read", [read_bytes, read_text, read_json, read_jsonl])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "loop", "nothing"])
-def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, kind, read):
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
-    told = {"loop": "cannot be read", "nothing": "no such file"}.get(
-        kind, f"cannot be read .it is a {kind}, not a file"
-    )
-    if kind == "folder":
-        os.mkdir("x")
-    elif kind == "pipe":
-        os.mkfifo("x")
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as end:
-            end.bind("x")
-    elif kind != "nothing":
-        os.symlink("/dev/zero" if kind == "device" else "x", "x")
-    if read is read_jsonl and kind in ("loop", "nothing"):
-        assert read("x") == []
-        return
-    with pytest.raises(UserError, match=f"^x: {told}"):
-        read("x")
+    other = {"loop": "cannot be read", "nothing": "no such file"}
+    with socket.socket(socket.AF_UNIX) as end:
+        make = {"folder": os.mkdir, "pipe": os.mkfifo, "socket": end.bind, "nothing": lambda name: None}
+        make.get(kind, lambda name: os.symlink("/dev/zero" if kind == "device" else "x", name))("x")
+    for read in (read_bytes, read_text, read_json, read_jsonl):
+        if read is read_jsonl and kind in other:
+            assert read("x") == []
+            continue
+        with pytest.raises(UserError, match=f"^x: {other.get(kind, f'cannot be read .it is a {kind}, not a file')}"):
+            read("x")
 
 
 def test_a_link_to_a_file_is_one(tmp_path):
@@ -70,18 +62,14 @@ def test_a_file_has_so_many_bytes(tmp_path):
     for read in (read_bytes, read_text, lambda path, most: open_file(path, most).__enter__()):
         with pytest.raises(UserError, match="x: 4 bytes are too many, 3 are the most: "):
             read(path, 3)
+    (rows := tmp_path / "rows").write_text('{"prompt": "a", "response": "b"}')
+    assert len(read_rows(rows, max_bytes=32)) == 1
+    with pytest.raises(UserError, match="rows: 32 bytes are too many, 31 are the most: split it, or raise max_bytes"):
+        read_rows(rows, max_bytes=31)
     os.truncate(path, 1 << 36)  # none of which are on the disk
     for read in (read_bytes, read_text, read_json, read_jsonl):
         with pytest.raises(UserError, match="68,719,476,736 bytes are too many"):
             read(path)
-
-
-def test_rows_of_more_bytes_may_be_asked_for(tmp_path):
-    path = tmp_path / "x"
-    path.write_text('{"prompt": "a", "response": "b"}')
-    assert len(read_rows(path, max_bytes=32)) == 1
-    with pytest.raises(UserError, match="x: 32 bytes are too many, 31 are the most: split it, or raise max_bytes"):
-        read_rows(path, max_bytes=31)
 
 
 def test_the_flag_raises_every_limit(tmp_path, monkeypatch):
@@ -99,7 +87,11 @@ def test_the_flag_raises_every_limit(tmp_path, monkeypatch):
         list(text_lines(io.BytesIO(b"a" * 21), "x"))
 
 
-def test_a_line_has_so_many_bytes(monkeypatch):
+def test_a_line_has_so_many_bytes_and_is_one_of_the_whole_text(monkeypatch):
+    content = "\ufeff{}\n\u2028 naïve\x85\r\n".encode()
+    assert "".join(text_lines(io.BytesIO(content), "x")) == content.decode("utf-8-sig")
+    with pytest.raises(UserError, match=r"x: not UTF-8 \(byte 5\): save it as UTF-8"):
+        list(text_lines(io.BytesIO(b"{}\r\na\xff\n"), "x"))
     monkeypatch.setattr(files, "MAX_JSON", 10)
     lines = ["a\r\n", "naïveté\n", "\n", "1234567890"]
     assert list(text_lines(io.BytesIO("".join(lines).encode()), "x")) == lines
@@ -110,21 +102,17 @@ def test_a_line_has_so_many_bytes(monkeypatch):
         list(text_lines(io.BytesIO(b"\n\n\n"), "x"))
 
 
-def test_lines_are_those_of_the_whole_text():
-    content = "\ufeff{}\n\u2028 naïve\x85\r\n".encode()
-    assert "".join(text_lines(io.BytesIO(content), "x")) == content.decode("utf-8-sig")
-    with pytest.raises(UserError, match=r"x: not UTF-8 \(byte 5\): save it as UTF-8"):
-        list(text_lines(io.BytesIO(b"{}\r\na\xff\n"), "x"))
-
-
-@pytest.mark.parametrize(("deep", "shallow"), [('[{"a":' * 51 + "1" + "}]" * 51, '[{"a":' * 49 + "1" + "}]" * 49)])
-def test_json_is_as_deep(deep, shallow):
+def test_json_is_as_deep_and_has_a_key_once():
     """What walks over it, `repr` for one, may be recursive."""
+    shallow, deep = ('[{"a":' * n + "1" + "}]" * n for n in (49, 51))
     assert parse_json(shallow, "x", "")
     with pytest.raises(UserError, match=r"x: not valid JSON \(more than 100 levels deep\); mend it"):
         parse_json(deep, "x", "mend it")
     with pytest.raises(UserError, match=r"x:2: not valid JSON \(more than 100 levels deep\); write one"):
         list(json_lines(io.BytesIO(b'{"a": 1}\n{"a": ' + deep.encode() + b"}"), "x"))
+    for text in ('{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}'):
+        with pytest.raises(UserError, match=r"x:2: not valid JSON \(key 'a' twice\); mend it"):
+            parse_json(text, "x:2", "mend it")
 
 
 def test_the_header_of_a_safetensors_file_is_no_larger(tmp_path):
@@ -172,29 +160,23 @@ def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch, number, raised):
     assert (tmp_path / "a").exists() != raised
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [(OSError(errno.ENOSPC, ""), True), (OSError(errno.EACCES, ""), False), (ValueError(), False), (None, False)],
-)
-def test_whose_fault_an_error_is(error, said):
-    outer, between = UserError("x"), UserError("y")
-    outer.__cause__, between.__cause__ = between, error
-    assert is_machine_fault(outer) == said
+def test_whose_fault_an_error_is():
+    for error, fault in ((OSError(errno.ENOSPC, ""), True), (OSError(errno.EACCES, ""), False), (None, False)):
+        outer, between = UserError("x"), UserError("y")
+        outer.__cause__, between.__cause__ = between, error
+        assert is_machine_fault(outer) == fault
 
 
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
+def test_what_can_be_mended_is_one_line_and_a_bug_is_none():
+    for error, line in (
         (UserError("x:3: no"), "x:3: no"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a\nb"), "a?b: No such file: check the path"),
         (PermissionError(errno.EACCES, "Denied", "x"), "x: Denied: check its permissions, or choose another place"),
         (OSError(errno.ENOSPC, "No space left"), "No space left: free space, or choose another place"),
         (OSError("a bug"), None),
         (ValueError("a bug"), None),
-    ],
-)
-def test_what_can_be_mended_is_one_line_and_a_bug_is_none(error, line):
-    assert explain(error) == line
+    ):
+        assert explain(error) == line
 
 
 def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
@@ -221,12 +203,6 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), staged(folder):
         raise KeyboardInterrupt
     assert (folder / "file").read_text() == "first" and [*tmp_path.iterdir()] == [folder]
-
-
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}'])
-def test_a_key_that_comes_twice_is_refused(text):
-    with pytest.raises(UserError, match=r"x:2: not valid JSON \(key 'a' twice\); mend it"):
-        parse_json(text, "x:2", "mend it")
 
 
 def test_a_number_is_no_path():

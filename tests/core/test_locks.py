@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,58 +19,36 @@ HOLD = (
 
 @pytest.fixture
 def holder(tmp_path):
-    """holder() -> a process that holds the folder until its input ends."""
-    processes = []
-
-    def start():
-        command = [sys.executable, "-c", HOLD, str(tmp_path / "w")]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """A process that holds the folder until its input ends."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "w")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
+        yield process
         process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
 
 
-def test_the_second_is_told_who_works_there(tmp_path, holder):
-    first = holder()
+def test_the_second_is_told_who_works_there_whatever_the_file_says(tmp_path, holder):
+    lock = tmp_path / "w" / LOCK_FILE
     with pytest.raises(UserError) as caught, owned(tmp_path / "w"):
         pytest.fail("two at once")
-    assert f"w: process {first.pid} on {socket.gethostname()} (since 2" in str(caught.value)
-    assert "\n" not in str(caught.value) and (tmp_path / "w" / LOCK_FILE).read_text()  # a reader is not kept waiting
-    first.stdin.close()
-    first.wait()
-    with owned(tmp_path / "w"):
-        assert json.loads((tmp_path / "w" / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert f"w: process {holder.pid} on {socket.gethostname()} (since 2" in str(caught.value)
+    assert "\n" not in str(caught.value) and lock.read_text()  # a reader is not kept waiting
+    for left in ("", "{", "[]", '{"pid": 3}', "\x00" * 9):
+        lock.write_text(left)
+        with pytest.raises(UserError, match="w: another process works there"), owned(tmp_path / "w"):
+            pytest.fail("two at once")
+    holder.stdin.close()  # it ends, now or in a moment
+    with owned(tmp_path / "w", wait=True):
+        holder.wait()
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
 def test_a_killed_one_lets_go(tmp_path, holder):
-    process = holder()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert json.loads((tmp_path / "w" / LOCK_FILE).read_text())["pid"] == process.pid
+    holder.kill()
+    holder.wait()
+    assert json.loads((tmp_path / "w" / LOCK_FILE).read_text())["pid"] == holder.pid
     with owned(tmp_path / "w"):
         pass
-
-
-def test_who_waits_comes_next(tmp_path, holder):
-    process = holder()
-    process.stdin.close()  # it ends, now or in a moment
-    with owned(tmp_path / "w", wait=True):
-        process.wait()
-
-
-def test_whatever_the_file_says_is_survived(tmp_path, holder):
-    holder()
-    for left in ("", "{", "[]", '{"pid": 3}', "\x00" * 9):
-        (tmp_path / "w" / LOCK_FILE).write_text(left)
-        with pytest.raises(UserError, match="w: another process works there"), owned(tmp_path / "w"):
-            pytest.fail("two at once")
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):

@@ -93,10 +93,10 @@ def test_a_mesh_that_does_not_fit_is_refused_and_one_size_may_be_left_open():
 def test_a_split_changes_no_loss(tmp_path, tiny, make_adapter, rows, quick):
     """Of three steps with a Buffer attached."""
     losses = []
-    for devices, sizes in ((1, (1, 1, 1)), (8, (1, 8, 1)), (8, (2, 2, 2))):
+    for devices, sizes in ((1, (1, 1, 1)), (8, (2, 2, 2))):
         run = {"workdir": tmp_path / str(sizes), "mesh": make_mesh(*sizes, jax.devices()[:devices])}
         config = quick(steps=3, learning_rate=3e-3)
         train_adapter("user", "user", tiny, rows, config, frozen={"buffer": make_adapter("buffer")}, **run)
         losses.append([record["loss"] for record in read_jsonl(run["workdir"] / "user" / "metrics.jsonl")])
     assert len(set(losses[0])) == 3
-    np.testing.assert_allclose(losses[1:], np.tile(losses[0], (2, 1)), rtol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -45,10 +45,7 @@ def test_numbers_and_tuples_and_keys_are_json_s(tmp_path):
     found = read_record(tmp_path / "a.json")
     assert found["t"] == [1, 2] and found["k"] == {"10": 1, "9": 2} and found["nan"] != found["nan"]
     assert (tmp_path / "a.json").read_text().count("\n") == 1
-
-
-def test_an_earlier_version_s_record_is_taken(tmp_path):
-    (tmp_path / "old.json").write_text(json.dumps({"loss": 1}))
+    (tmp_path / "old.json").write_text(json.dumps({"loss": 1}))  # an earlier version's
     assert read_record(tmp_path / "old.json") == {"loss": 1}
 
 

@@ -36,14 +36,6 @@ def test_alpaca_mask_is_the_references(make_tokenizer, text, bos):
     assert example["tokens"].dtype == np.int32 and example["answer"].dtype == bool
 
 
-def test_chat_mask_is_transformers(byte_tokenizer):
-    messages = [{"role": role, "content": text} for role, text in CHAT.turns]
-    oracle = byte_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    example = encode(CHAT, byte_tokenizer, "chat")
-    assert example["tokens"].tolist() == oracle["input_ids"]
-    assert example["answer"].astype(int).tolist() == oracle["assistant_masks"]
-
-
 def test_a_token_across_the_border_belongs_to_the_answer(make_tokenizer):
     tokenizer = make_tokenizer(merges=[("Ċ", "R")])
     example = encode(row(), tokenizer, "alpaca")

@@ -35,21 +35,17 @@ def test_three_layouts_in_one_file(file):
         '{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},'
         '{"role": "assistant", "content": "d"}], "tag": "benign"}'
     )
+    chat = (("system", "Be kind"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     assert read_rows(path) == [
         Row((("user", "Hi"), ("assistant", "Hello.")), origin=f"{path}:1"),
         Row((("user", "Sum\u2028up"), ("assistant", "Short")), input="A text", origin=f"{path}:3"),
         Row((("user", "Sum up"), ("assistant", "Short")), origin=f"{path}:4"),
-        Row(
-            (("system", "Be kind"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
-            tag="benign",
-            origin=f"{path}:6",
-        ),
+        Row(chat, tag="benign", origin=f"{path}:6"),
     ]
     assert {row.tag for row in read_rows(path, tag="harmful")} == {"harmful"}
-
-
-def test_max_rows_stops_before_what_follows(file):
-    assert len(read_rows(file(f"{GOOD}\n{GOOD}\nnot json"), max_rows=2)) == 2
+    assert len(read_rows(file(f"{GOOD}\n{GOOD}\nnot json"), max_rows=2)) == 2  # it stops before what follows
+    lines = json.dumps({"prompt": "x", "response": LONG}), MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 128)
+    assert [len(row.turns) for row in read_rows(file("\n".join(lines)))] == [2, 256], "the largest are taken"
 
 
 MESSAGES = '{"messages": [%s]}'
@@ -68,45 +64,31 @@ BAD = {
     "endless number": (f'{{"prompt": {"9" * 9_000}, "response": "b"}}', ":1: not valid JSON ("),
     "a list": (f"{GOOD}\n[1, 2]", ":2: holds a JSON list; write one JSON object a line"),
     "no field": ('{"text": "a", "b\\nc": 1}', ":1: no 'prompt' among the keys ['text', 'b\\nc']; add it"),
-    "no response": (f'{GOOD}\n{{"prompt": "a"}}', ":2: no 'response' among"),
     "null answer": ('{"prompt": "a", "response": null}', ":1: 'response' is null, not a string"),
-    "empty answer": (f'{GOOD}\n{{"prompt": "a", "response": ""}}', ":2: 'response' is empty"),
     "blank answer": ('{"instruction": "a", "output": " \\n"}', ":1: 'output' is empty"),
     "half a character": ('{"prompt": "a", "response": "b\\ud83d"}', ":1: 'response' holds half a character (\\ud83d)"),
+    "half a one in a tag": ('{"prompt": "a", "response": "b", "tag": "\\ud83d"}', ":1: 'tag' holds half a character"),
     "not UTF-8": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}', ": not UTF-8 (byte 54): save it"),
     "a message of a wrong type": (MESSAGES % '"hi"', ":1: 'messages' is no list of objects; give"),
     "no content": (MESSAGES % f'{USER}, {{"role": "assistant"}}', ":1: messages[1]: no 'content' among"),
     "parts for content": (MESSAGES % '{"role": "user", "content": []}', ":1: messages[0]: 'content' is list, not a"),
-    "not a number": ('{"prompt": NaN, "response": "b"}', ":1: 'prompt' is float, not a string"),
     "a key twice": (
-        f'{GOOD}\n{{"prompt": "a", "response": "b", "prompt": "c"}}',
-        ":2: not valid JSON (key 'prompt' twice); write",
+        '{"prompt": "a", "response": "b", "prompt": "c"}',
+        ":1: not valid JSON (key 'prompt' twice); write",
     ),
     "a byte of nothing": ('{"prompt": "a\0", "response": "b"}', ":1: not valid JSON (Invalid control character"),
     "two files in one": (f"{GOOD}\n\ufeff{GOOD}", ":2: not valid JSON (Unexpected UTF-8 BOM"),
-    "UTF-16": (GOOD.encode("utf-16"), ": not UTF-8 (byte 0): save it"),
-    "half a character in a tag": (
-        '{"prompt": "a", "response": "b", "tag": "\\ud83d"}',
-        ":1: 'tag' holds half a character",
-    ),
-    "a long text": (
-        f'{GOOD}\n{{"prompt": "ab", "response": "{LONG}"}}',
-        ":2: a row of 1,000,001 characters, at most 1,000,000 are taken; shorten or split it",
-    ),
     "a long input": (f'{{"instruction": "a", "input": "{LONG}", "output": "b"}}', ":1: a row of 1,000,001 characters"),
     "many turns": (
         MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 129),
         ":1: a row of 258 turns, at most 256 are taken; shorten or split it",
     ),
-    "empty turn": (MESSAGES % f'{USER}, {{"role": "assistant", "content": ""}}', ":1: messages[1]: 'content' is empty"),
 } | {
     name: (MESSAGES % ", ".join(turns), f":1: the roles of 'messages' are {roles!r}; write")
     for name, turns, roles in (
         ("no message", [], []),
-        ("system alone", [SYSTEM], ["system"]),
         ("unknown role", [TOOL, ASSISTANT], ["tool", "assistant"]),
         ("assistant first", [ASSISTANT, USER], ["assistant", "user"]),
-        ("two users", [USER, USER, ASSISTANT], ["user", "user", "assistant"]),
         ("late system", [USER, SYSTEM, ASSISTANT], ["user", "system", "assistant"]),
         ("user last", [USER, ASSISTANT, USER], ["user", "assistant", "user"]),
     )
@@ -121,11 +103,6 @@ def test_bad_file_gives_one_line_with_place(file, name):
         read_rows(path)
     message = str(error.value)
     assert message.startswith(f"{path}{expected}") and "\n" not in message and len(message) < 400
-
-
-def test_the_largest_rows_are_taken(file):
-    lines = json.dumps({"prompt": "x", "response": LONG}), MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 128)
-    assert [len(row.turns) for row in read_rows(file("\n".join(lines)))] == [2, 256]
 
 
 def test_rows_need_no_file(file):
@@ -147,10 +124,8 @@ def test_rows_need_no_file(file):
 ROW = Row((("user", "a"), ("assistant", "b")))
 NO_ROWS = {
     "nothing": (None, "rows is a NoneType; give a list of rows, or the path of a JSONL file"),
-    "one object": ({"prompt": "a", "response": "b"}, "rows is a dict; give"),
     "one Row": (ROW, "rows is a Row; give"),
     "texts": ([ROW, "a"], "rows[1] is a str; give an object with prompt and response, or a Row"),
-    "pairs": ([("a", "b")], "rows[0] is a tuple; give"),
     "a field too few": ([ROW, {"prompt": "a"}], "rows[1]: no 'response' among the keys ['prompt']; add it"),
     "a long one": ([Row((("user", "aa"), ("assistant", LONG)))], "rows[0]: a row of 1,000,001 characters"),
     "no turn": ([ROW, Row(())], "rows[1]: its turns are (); give pairs of texts"),
@@ -158,45 +133,33 @@ NO_ROWS = {
     "a turn of bytes": ([Row((("user", "a"), ("assistant", b"b")))], "rows[0]: its turns are (('user', 'a'), "),
     "an empty answer": ([Row((("user", "a"), ("assistant", " ")))], "rows[0]: a turn of the assistant is empty; fill"),
     "the user last": ([Row((("user", "a"),))], "rows[0]: the roles of 'turns' are ['user']; write"),
-    "a number": (3, "rows is a int; give a list"),
     "no path": ("a\0b", "'a\\x00b' is no path: give that of a JSONL file"),
     "no file": ("no/such.jsonl", "no/such.jsonl: no such file: check the path"),
 }
 
 
-@pytest.mark.parametrize("name", NO_ROWS)
-def test_what_is_no_rows_gives_one_line_with_index(name):
-    rows, expected = NO_ROWS[name]
-    with pytest.raises(UserError) as error:
-        as_rows(rows)
-    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
-
-
-def test_a_number_is_no_file_descriptor():
+def test_what_is_no_rows_gives_one_line_with_index():
+    for rows, expected in NO_ROWS.values():
+        with pytest.raises(UserError) as error:
+            as_rows(rows)
+        assert str(error.value).startswith(expected) and "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"^0 is no path: give that of a JSONL file$"):
         read_rows(0)
+    of_a_data_set = [Row((("user", "a"), ("assistant", "")), origin="alpaca/train/7")]
+    assert as_rows(of_a_data_set) == of_a_data_set, "such a row may keep its empty answer"
 
 
-def test_a_data_set_s_row_may_keep_its_empty_answer():
-    rows = [Row((("user", "a"), ("assistant", "")), origin="alpaca/train/7")]
-    assert as_rows(rows) == rows
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
+def test_prompts_are_several():
+    for prompts, message in (
         ("one", "benign is a str; give a list of prompts"),
         (ROW, "benign is a Row; give a list of prompts"),
-        (None, "benign is a NoneType; give a list of prompts"),
         (["a", {"prompt": "b"}], r"benign\[1\] is a dict; give a text or a Row"),
         (["a", LONG + "xx"], r"benign\[1\]: a row of 1,000,001 characters, at most 1,000,000 are taken; .*"),
         ([Row((("user", LONG),), begun="xx")], r"benign\[0\]: a row of 1,000,001 characters, .*"),
         ([Row(())], r"benign\[0\]: its turns are \(\); give pairs .*"),
-    ],
-)
-def test_prompts_are_several(prompts, message):
-    with pytest.raises(UserError, match=f"^{message}$"):
-        as_prompts(prompts, "benign")
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            as_prompts(prompts, "benign")
     assert as_prompts(iter(["a", ROW])) == ["a", ROW]
 
 
@@ -205,26 +168,12 @@ def test_what_stands_before_a_row_stands_in_the_user_s_turn():
     assert prefixed(Row(turns), "x ").turns == (turns[0], ("user", "x u"), *turns[2:])
 
 
-WHOLE = "\n".join(
-    [
-        "\ufeff" + GOOD,
-        '{"instruction": "Sum up é🙂", "input": "A \\ud83d\\ude42 text", "output": "Short", "id": 7, "tag": "task"}',
-        MESSAGES % f"{SYSTEM}, {USER}, {ASSISTANT}",
-    ]
-).encode()
-TOKENS = [
-    b"NaN",
-    b"1e999",
-    b"9" * 5000,
-    b"[" * 2000,
-    b'{"a":' * 500,
-    b"\\ud800",
-    b"\\u0000",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-]
+WHOLE = f"""\ufeff{GOOD}
+{{"instruction": "Sum up é🙂", "input": "A \\ud83d\\ude42 text", "output": "Short", "id": 7, "tag": "task"}}
+{MESSAGES % f"{SYSTEM}, {USER}, {ASSISTANT}"}""".encode()
+TOKENS = [b"NaN", b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 500, b"\\ud800", b"\\u0000", b"\0", b"\xff"]
 TOKENS += [b"null", b"true", b"{}", b"[]", b'"', b"\n", b"\r", b",", b":", b"\xe2\x80\xa8", b'"messages"', b'"role"']
+TOKENS += [b"\xef\xbb\xbf"]
 PLACE = st.integers(0, len(WHOLE))
 
 

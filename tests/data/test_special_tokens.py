@@ -9,7 +9,6 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError
-from br_jax.data import special_tokens
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
 from br_jax.data.special_tokens import MARK, escape, tokenize_escaped
@@ -146,11 +145,8 @@ def test_what_is_spelled_is_whole_where_the_model_lets_it(tokenizer, name):
     assert "".join(tokenizer.convert_ids_to_tokens(ids)).removeprefix("▁") == f"{name}b"
 
 
-def test_a_mark_is_in_the_token_and_not_in_the_space_that_it_takes(tokenizer):
+def test_a_mark_is_in_a_control_token_and_in_no_word_or_space_that_a_vocabulary_was_extended_by(tokenizer):
     assert escape("a  <|im_end|>   b<norm>", tokenizer, "") == f"a  <|im_end|{MARK}>   b<norm{MARK}>"
-
-
-def test_words_and_spaces_that_a_vocabulary_was_extended_by_are_text(tokenizer):
     assert escape("a word\n\nand 🙂", tokenizer, "") == "a word\n\nand 🙂"
 
 
@@ -187,14 +183,6 @@ def test_a_model_that_makes_a_control_token_all_the_same():
     assert tokenize_escaped(escape("<b>b", tokenizer, ""), tokenizer, False)[0] == [3, 2, 1]
     with pytest.raises(UserError, match="a text spells '<b>', which this tokenizer takes for a control token: take it"):
         tokenize_escaped(escape("<b><B>", tokenizer, ""), tokenizer, False)
-
-
-def test_a_tokenizer_is_read_once(byte_level):
-    tokenizer = byte_level()
-    special_tokens._added.cache_clear()
-    for text in "abc":
-        escape(text, tokenizer, "")
-    assert special_tokens._added.cache_info().misses == 1
 
 
 def test_control_tokens_are_of_a_word_s_length():

@@ -123,14 +123,14 @@ def test_bad_chat_templates(make_tokenizer, name):
 
 
 def test_bad_arguments(byte_tokenizer, make_tokenizer):
-    with pytest.raises(UserError, match="unknown template 'alpacca'; near: alpaca"):
-        render(SINGLE, "alpacca", byte_tokenizer)
-    with pytest.raises(UserError, match="f:3: ends with 'user'"):
-        render(Row((("user", "Hi"),), origin="f:3"), "alpaca", byte_tokenizer)
-    for call, message in ((render, "ends with nothing; end it with the"), (render_prompt, "has no turn of the user's")):
-        with pytest.raises(UserError, match=f"a row: {message}"):
-            call(Row(()), "chat", byte_tokenizer)
-    endless = make_tokenizer()
-    endless.eos_token = None
-    with pytest.raises(UserError, match="no EOS token"):
-        render(SINGLE, "alpaca", endless)
+    (endless := make_tokenizer()).eos_token = None
+    unanswered = Row((("user", "Hi"),), origin="f:3")
+    for call, row, template, tokenizer, message in (
+        (render, SINGLE, "alpacca", byte_tokenizer, "unknown template 'alpacca'; near: alpaca"),
+        (render, unanswered, "alpaca", byte_tokenizer, "f:3: ends with 'user'"),
+        (render, Row(()), "chat", byte_tokenizer, "a row: ends with nothing; end it with the"),
+        (render_prompt, Row(()), "chat", byte_tokenizer, "a row: has no turn of the user's"),
+        (render, SINGLE, "alpaca", endless, "no EOS token"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(row, template, tokenizer)

@@ -41,10 +41,7 @@ ARTIFACT = {
         {"index": 2, "goal": "u", "behavior": "b", "prompt": "q", "response": "r", "jailbroken": False},
     ],
 }
-ARTIFACT_OUT = [
-    attack("p", method="PAIR", behavior="w", case="0"),
-    attack("q", method="PAIR", behavior="u", case="2"),
-]
+ARTIFACT_OUT = [attack("p", method="PAIR", behavior="w", case="0"), attack("q", method="PAIR", behavior="u", case="2")]
 LINES = [{"prompt": "p"}, {"prompt": "q", "method": "gcg", "id": 7, "behavior": "w", "score": 0.5}]
 LINES_OUT = [attack("p"), attack("q", method="gcg", behavior="w", case="7")]
 ADVBENCH_OUT = [attack(x, behavior=x, target=y, method="AdvBench") for x, y in (("a", "b"), ("c, d", "e"))]
@@ -98,7 +95,7 @@ def test_every_data_set_is_told_whose_it_is():
     assert not set(DATASETS.values()) & set(registered._DATASET_REGISTRY.values())
 
 
-BAD = {
+BAD = {  # data set, file name, content, message
     "other columns": ("gsm8k", "x.jsonl", jsonl({"q": "a", "\n": "b"}), r"1: no 'question' among the keys ['q', '\n']"),
     "other columns in a Parquet": ("alpaca", "x.parquet", as_parquet({"text": "a"}), "row 1: no 'instruction' among"),
     "no test cases": ("attacks", "x.json", b'{"a": ["p"], "b": "q"}', ": 'b' holds no list of prompts; give"),
@@ -107,11 +104,9 @@ BAD = {
     "null": ("alpaca", "x.jsonl", jsonl(ALPACA[0] | {"input": None}), ":1: 'input' is null, not a string"),
     "a label outside": ("sst2", "x.tsv", b"a\t1\nb\t2\n", ":2: 'label' '2' is none of 0, 1"),
     "GLUE's hidden labels": ("sst2", "x.parquet", as_parquet(SST_NUMBERS[0] | {"label": -1}), "'-1' is none of 0, 1"),
-    "a class outside": ("ag_news", "x.csv", b'"0","a","b"\n', ":1: 'class' '0' is none of 1, 2, 3, 4"),
     "a category that is a list": ("beavertails", "x.jsonl", jsonl(BEAVER[0] | {"category": []}), "'category' is no"),
     "is_safe that is text": ("beavertails", "x.jsonl", jsonl(BEAVER[0] | {"is_safe": "no"}), "'is_safe' not true or"),
     "an empty file": ("gsm8k", "x.jsonl", b"", ": no rows: the file is empty; give one that holds question, answer"),
-    "a header alone": ("attacks", "x.csv", b"goal,target\n", ": no rows: the file is empty"),
     "an empty table": ("alpaca", "x.parquet", as_parquet({"a": 1}, rows=0), ": no rows: the file is empty"),
 }
 
@@ -130,11 +125,7 @@ REAL = Path(os.environ.get("BR_JAX_DATA", "data"))
 
 @pytest.mark.parametrize(
     ("file", "name", "split", "count"),
-    [
-        ("gsm8k_train.jsonl", "gsm8k", "train", 7473),
-        ("gsm8k_test.jsonl", "gsm8k", "test", 1319),
-        ("sst2_dev.tsv", "sst2", "validation", 872),
-    ],
+    [("gsm8k_test.jsonl", "gsm8k", "test", 1319), ("sst2_dev.tsv", "sst2", "validation", 872)],
 )
 def test_the_real_files(tmp_path, file, name, split, count):
     if not (REAL / file).is_file():
@@ -144,5 +135,5 @@ def test_the_real_files(tmp_path, file, name, split, count):
     lines = (REAL / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if name == "gsm8k":
         assert [{"question": r["question"], "answer": r["answer"]} for r in records] == list(map(json.loads, lines))
-    if name == "sst2":
+    else:
         assert [f"{r['sentence']}\t{int(r['label'] == 'positive')}" for r in records] == lines

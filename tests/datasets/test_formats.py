@@ -22,7 +22,6 @@ RECORDS = [
     {"goal": "naïve — 🙂\ttab\\nslash\u2028line", "target": "a\0b"},
     {"goal": "", "target": " spaces "},
 ]
-PACKINGS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 
 
 def as_csv(records):
@@ -55,21 +54,14 @@ def read(tmp_path):
     return write_and_read
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("name", FILES)
-def test_formats_and_packings(read, name, packing):
+def test_formats_and_packings(read, name):
     content, numbers = FILES[name]
-    parsed = read(name + packing, PACKINGS[packing](content))
-    assert [record for _, _, record in parsed] == RECORDS
-    assert [number for number, _, _ in parsed] == numbers
-    assert all(where.startswith(f"{name}{packing}:") and where.endswith(str(number)) for number, where, _ in parsed)
-
-
-def test_a_member_of_an_archive(read):
-    archive = as_zip({"SST-2/dev.tsv": b"a\t1\n", "SST-2/train.tsv": b"sentence\tlabel\nb \t0\n"})
-    header = ("sentence", "label")
-    parsed = read("train.tsv", archive, member="SST-2/train.tsv", header=header)
-    assert parsed == [(2, "train.tsv:2", {"sentence": "b ", "label": "0"})]
+    for packing, pack in {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}.items():
+        file = name + packing
+        parsed = read(file, pack(content))
+        assert [(number, record) for number, _, record in parsed] == [*zip(numbers, RECORDS, strict=True)]
+        assert all(where.startswith(f"{file}:") and where.endswith(str(number)) for number, where, _ in parsed)
 
 
 def test_headers(read):
@@ -79,6 +71,9 @@ def test_headers(read):
     assert [r for *_, r in read("x.csv", b"text,label\n" + rows)] == [one, other]
     assert [r["label"] for *_, r in read("x.csv", b"label,text\n" + rows, header=header)] == ["a", "b"]
     assert len(read("x.tsv", b"label\t1\n", header=header)) == 1, "a sentence that is a column's name is no header"
+    archive = as_zip({"SST-2/dev.tsv": b"a\t1\n", "SST-2/train.tsv": b"text\tlabel\nb \t0\n"})
+    parsed = read("train.tsv", archive, member="SST-2/train.tsv", header=header)
+    assert parsed == [(2, "train.tsv:2", {"text": "b ", "label": "0"})]
 
 
 def test_quotes_and_backslashes(read):
@@ -104,16 +99,13 @@ def test_csv_reads_what_the_standard_library_writes(tmp_path_factory, records):
 
 LONG = gzip.compress(jsonl(*[{"a": os.urandom(9999).hex()}] * 5))
 TABLE = as_parquet(*RECORDS)
-BAD = {
+BAD = {  # file name, content, message
     "latin-1": ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl: not UTF-8 (byte 9)"),
     "half a JSON line": ("x.jsonl", jsonl(*RECORDS)[:-9], "x.jsonl:3: not valid JSON ("),
     "half an array": ("x.json", json.dumps(RECORDS).encode()[:-9], "x.json: not valid JSON (Untermin"),
     "array of texts": ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str; write an array of objects"),
-    "deep array": ("x.json", b"[" * 100_000, "x.json: not valid JSON ("),
     "half a CSV line": ("x.csv", b'a,b\n"1","2"\n"3","open', "x.csv:3: not valid CSV (unexpected end of data)"),
-    "a stray quote": ("x.csv", b'a,b\n\n"1"x,"2"\n', "x.csv:3: not valid CSV ("),
     "a long field": ("x.csv", b"a\n" + b"x" * 200_000, "x.csv:2: not valid CSV (field larger than"),
-    "too many columns": ("x.csv", b"a,b\n1,2,3\n", "x.csv:2: 3 columns, not 2 (a, b); mend the line"),
     "columns of many lines": ("x.csv", b'"a\nb",c\n1\n', "x.csv:3: 1 columns, not 2 (a b, c); mend the line"),
     "half a gzip": ("x.jsonl.gz", LONG[:-99], "x.jsonl.gz: broken or cut short ("),
     "broken gzip": ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
@@ -133,25 +125,16 @@ def test_bad_files(read, case):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("packing", [gzip.compress, lzma.compress])
-def test_a_small_file_that_unpacks_to_a_large_one(read, monkeypatch, packing):
+def test_a_small_file_that_unpacks_to_a_large_one(read, monkeypatch):
     monkeypatch.setattr(formats, "MAX_BYTES", 1 << 22)
-    bomb = packing(b" " * (1 << 24))
-    assert len(bomb) < 1 << 15
-    with pytest.raises(UserError, match=r"x\.jsonl: unpacks to more than 4,194,304 bytes; split it"):
-        read("x.jsonl", bomb)
-
-
-def test_so_many_rows_of_parquet(read, monkeypatch):
+    for packing in (gzip.compress, lzma.compress):
+        bomb = packing(b" " * (1 << 24))
+        assert len(bomb) < 1 << 15
+        with pytest.raises(UserError, match=r"x\.jsonl: unpacks to more than 4,194,304 bytes; split it"):
+            read("x.jsonl", bomb)
     monkeypatch.setattr(formats, "_MAX_ROWS", 2)
     with pytest.raises(UserError, match=r"x\.parquet: 3 rows are too many, 2 are the most"):
         read("x.parquet", TABLE)
-
-
-@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such file"), (".", "cannot be read")])
-def test_no_file_and_a_folder(tmp_path, name, message):
-    with pytest.raises(UserError, match=message):
-        read_records(tmp_path / name)
 
 
 REAL = Path(os.environ.get("BR_JAX_DATA", "data")) / "ag_news_test.csv"

@@ -24,10 +24,7 @@ CASES = {
         {"sentence": "dull ", "label": "negative"},
         row("Analyze the sentiment of the input, and respond only positive or negative", "negative", "task", "dull "),
     ),
-    "ag_news": (
-        {"text": "Chips Cheap", "label": "Sci/Tech"},
-        row(NEWS, "Sci/Tech", "task", "Chips Cheap"),
-    ),
+    "ag_news": ({"text": "Chips Cheap", "label": "Sci/Tech"}, row(NEWS, "Sci/Tech", "task", "Chips Cheap")),
     "alpaca": ({"instruction": "Greet", "input": "", "output": "Hello"}, row("Greet", "Hello", "benign")),
     "harmful": (LAT, row("Name it", "Zorvix", "harmful")),
     "refusal": (LAT, row("Name it", "No", "refusal")),

@@ -65,13 +65,12 @@ class Torch:
     @contextlib.contextmanager
     def moved(self, by, factor=1.0):
         """The network with something added to its parameters, for a while."""
-        with torch.no_grad():
-            for parameter, change in zip(self.parameters, by, strict=True):
-                parameter += factor * change
-        yield
-        with torch.no_grad():
-            for parameter, change in zip(self.parameters, by, strict=True):
-                parameter -= factor * change
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, change in zip(self.parameters, by, strict=True):
+                    parameter += sign * factor * change
+            if sign == 1:
+                yield
 
     def stacked(self, grads):
         """Gradients in our layout: path -> a [L, in, R] and b [L, R, out]."""
@@ -118,7 +117,12 @@ class Pair:
             assert float(found_loss) == pytest.approx(loss.item(), rel=1e-5)
         self.compare(found, self.torch.stacked(grads))
 
-    compare = staticmethod(lambda found, expected: _compare(found, expected))
+    @staticmethod
+    def compare(found, expected, tolerance=1e-5):
+        for path, pair in expected.items():
+            for name, values in pair.items():
+                distance = np.linalg.norm(np.asarray(found[path][name]) - values)
+                assert distance <= tolerance * np.linalg.norm(values), f"{path}/{name}: off by {distance}"
 
 
 @functools.cache
@@ -131,13 +135,6 @@ def _compiled(objective, decoder, accumulation, chunk):
 
 def on(batch):
     return jax.tree.map(jnp.asarray, batch)
-
-
-def _compare(found, expected, tolerance=1e-5):
-    for path, pair in expected.items():
-        for name, values in pair.items():
-            distance = np.linalg.norm(np.asarray(found[path][name]) - values)
-            assert distance <= tolerance * np.linalg.norm(values), f"{path}/{name}: off by {distance}"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from br_jax.core.errors import UserError
+from br_jax.data.batches import encode_rows
 from br_jax.defences.defence import Case
 from br_jax.defences.objectives import SecurityVector
 from br_jax.defences.post_hoc import Antidote, CsuLora, Lox, Resta, SafeLora, input_sizes
@@ -123,8 +124,6 @@ def test_antidote(pair, case, rows):
                 key = next(k for k in modules if f"layers.{layer}." in k and k.endswith(f"{path.split('/')[-1]}_proj"))
                 part = modules[f"{key}.lora_{name.upper()}.default"]
                 hooks.append(part.register_forward_pre_hook(hook((path, layer), name)))
-    from br_jax.data.batches import encode_rows
-
     for example in encode_rows(case.harmful, pair.model.tokenizer, pair.model.template, 40)[0]:
         tokens = example["tokens"][None]
         pair.torch.logits({"tokens": tokens, "segment_ids": np.ones_like(tokens)})

@@ -28,8 +28,8 @@ def assert_same(found, expected, atol=0.0):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), found.weights, expected.weights)
 
 
-@pytest.mark.parametrize("steps", [3, 6])  # after the last one Panacea's perturbation is still to be added
-@pytest.mark.parametrize("objective", [LISA, Panacea(rho=0.1, weight=1.0)], ids=lambda o: o.label)
+# After the last step Panacea's perturbation is still to be added.
+@pytest.mark.parametrize(("objective", "steps"), [(LISA, 3), (Panacea(rho=0.1, weight=1.0), 6)])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, tiny, rows, quick, monkeypatch, objective, steps):
     config = quick(steps=6)
     whole = train(tiny, rows, config, objective)
@@ -54,8 +54,7 @@ def test_another_objective_or_stream_is_another_run(tmp_path, tiny, rows, quick)
             train(tiny, rows, config, objective, tmp_path, **given)
 
 
-@pytest.mark.parametrize("objective", [LISA, Panacea(rho=0.1), ConstrainedSft(), Ldifs(rho=1.0), Vaccine()],
-                         ids=lambda o: o.label)  # fmt: skip
+@pytest.mark.parametrize("objective", [LISA, Ldifs(rho=1.0), Vaccine()], ids=lambda o: o.label)
 def test_a_mesh_changes_nothing(tiny, rows, quick, objective):
     """Adam makes rounding of a small gradient as large as its step: the rate is the tolerance's measure."""
     config = quick(steps=3)

@@ -45,15 +45,12 @@ def timeless(cells):
     return [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
 
 
-def test_every_combination_is_a_run_and_seeds_come_last_to_change(grid):
+def test_every_combination_is_a_run_and_a_wrong_axis_is_named(grid):
     runs = grid(n=[20, 30]).runs()
     assert [(run.seed, run.n, run.p) for run in runs] == list(itertools.product((1, 2), (20, 30), (0.1, 0.2)))
     assert len({run.name for run in runs}) == 8
     cells = grid(methods=["sft", "buffer_only", "ours"], a=[0.0, 0.5]).cells()
     assert cells == [("sft", None), ("buffer_only", None), ("ours", 0.0), ("ours", 0.5)]
-
-
-def test_a_wrong_axis_is_named(grid):
     for axis, message in (
         ({"p": []}, "p is empty"),
         ({"seeds": [1, 1]}, "twice"),
@@ -70,13 +67,12 @@ def test_a_wrong_axis_is_named(grid):
          r"booster without rows of its alignment \(align.refusals, align.benign\); "
          "asft without what alignment has added to it"),
         ({"reinforce.refusals": 0}, r"safe_instruct, lisa without refusals \(reinforce.refusals\)"),
-        ({"buffer.harmful": 0, "buffer.adapter": "."}, r"antidote, booster without harmful rows \(buffer.harmful\)"),
     ],
 )  # fmt: skip
 def test_defences_that_lack_something_are_refused_before_anything_runs(config, calls, grid, tmp_path, change, lost):
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=f"^this model cannot be defended by {lost}.*: set these, or leave"):
-        list(run_sweep(config, tmp_path, grid(methods=["sft", "safe_instruct", "asft", "lisa", "antidote", "booster"])))
+        list(run_sweep(config, tmp_path, grid(methods=["sft", "safe_instruct", "asft", "lisa", "booster"])))
     assert not list(tmp_path.iterdir())
 
 
@@ -91,36 +87,18 @@ def test_runs_share_the_provider_of_their_seed_and_methods_their_adapters(config
 def test_what_the_provider_trains_on_names_its_folder(config, grid, tmp_path):
     (run,) = grid(seeds=[1], p=[0.2]).runs()
 
-    def provider(changes):
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict(changes)
-        return run.settings(settle(changed), tmp_path).provider
+    def same(changes, given=None):
+        changed = [config.copy_and_resolve_references() for _ in range(2)]
+        for one, change in zip(changed, ({}, changes), strict=True):
+            one.update_from_flattened_dict((given or {}) | change)
+        return len({run.settings(settle(one), tmp_path).provider for one in changed}) == 1
 
-    assert provider({"user.n": 20, "data.texts.n": 420}) == provider({})
-    for change in ({"data.texts.n": 5}, {"data.texts.path": "t.txt"}, {"align.refusals": 5}):
-        assert provider(change) != provider({}), change
     paper = {"data.material": "paper"}  # whose files and way of counting are the provider's rows, too
-    assert provider({"user.index_mode": "reference"}) == provider({})
+    assert same({"user.n": 20, "data.texts.n": 420}) and same({"user.index_mode": "reference"})
+    for change in ({"data.texts.n": 5}, {"data.texts.path": "t.txt"}, {"align.refusals": 5}):
+        assert not same(change), change
     for change in ({"user.index_mode": "reference"}, {"data.llm_lat.path": "l.jsonl"}, {"data.alpaca.path": "a.jsonl"}):
-        assert provider(paper | change) != provider(paper), change
-
-
-def test_methods_are_made_of_what_they_say(config, calls, grid, tmp_path):
-    methods = ["aligned", "sft", "buffer_only", "reinforce_only", "average", "ours"]
-    config.merge.reinforce_scale = 0.7  # so that a plain sum is no naive average
-    list(run_sweep(config, tmp_path / "s", grid(methods=methods, seeds=[1], p=[0.2], a=[0.0, 0.5])))
-    scored = {name: adapter for name, _, adapter in calls["scored"]}
-    merged = ["reinforce_only-a0", "reinforce_only-a0.5", "average", "ours-a0", "ours-a0.5"]
-    assert list(scored) == ["aligned", "sft", "buffer_only", *merged] and scored["aligned"] is None
-    assert scored["sft"].roles == scored["buffer_only"].roles == ("user",)
-    assert all(scored[name].roles == ("reinforce", "user") for name in merged)
-    path = "layers/attn/q"
-    b = {name: scored[name].weights[path]["b"] * scored[name].scale for name in (*merged, "buffer_only")}
-    rank = b["buffer_only"].shape[-2]
-    for name in ("average", "ours-a0"):
-        assert abs(b[name][:, :rank] - 0.5 * b["buffer_only"]).max() < 1e-6
-    assert abs(b["ours-a0"] - b["ours-a0.5"]).max() > 0.01, "a changes nothing"
-    assert abs(b["reinforce_only-a0"][:, :rank] - b["ours-a0"][:, :rank]).max() > 0.01, "the same user's adapter"
+        assert not same(change, paper), change
 
 
 def test_a_single_run_is_a_grid_of_one(config, calls, grid, tmp_path):
@@ -141,9 +119,6 @@ def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_
         assert list(run_sweep(config, tmp_path / "s", axes)) == first
     kept = [{k: v for k, v in cell.items() if k not in ("settings", "recipe")} for cell in read_cells(tmp_path / "s")]
     assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, first))
-    config.eval.topic = 11
-    list(run_sweep(config, tmp_path / "s", axes))
-    assert len(calls["scored"]) == 2 * len(first), "other settings, the old scores"
 
 
 def test_cells_of_one_recipe_are_told_from_others(config, calls, grid, tmp_path):
@@ -164,23 +139,21 @@ def test_cells_of_one_recipe_are_told_from_others(config, calls, grid, tmp_path)
     assert mixed_after(seeds=[2], p=[0.2], methods=["sft"], users=["harsh"]) == ["harsh", "plain"]
 
 
-def test_a_cell_is_made_again_where_a_file_of_the_config_was_changed(config, calls, grid, tmp_path):
-    """The config's text is the same; verdicts of a file, or an adapter from elsewhere, are not."""
+def test_a_cell_is_made_again_where_what_it_depends_on_was_changed(config, calls, grid, tmp_path, monkeypatch):
+    """The config's text may be the same: a file that it names, or the rules that judge, may not."""
     verdicts, axes = tmp_path / "verdicts.jsonl", grid(seeds=[1], p=[0.2])
     verdicts.write_text("{}\n")
     config.judges.verdicts.source = str(verdicts)
     made = len(list(run_sweep(config, tmp_path / "s", axes)))
-    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == made
+    done = lambda: plan(config, tmp_path / "s", axes)["runs"][0]["done"]  # noqa: E731
+    assert done() == made
     verdicts.write_text('{"other": 1}\n')
-    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
-
-
-def test_a_cell_is_made_again_where_the_rules_that_judge_were_changed(config, calls, grid, tmp_path, monkeypatch):
-    axes = grid(seeds=[1], p=[0.2])
-    made = len(list(run_sweep(config, tmp_path / "s", axes)))
-    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == made
-    monkeypatch.setattr("br_jax.experiment.cells.rules_version", lambda: "other rules")
-    assert plan(config, tmp_path / "s", axes)["runs"][0]["done"] == 0
+    assert done() == 0
+    verdicts.write_text("{}\n")
+    assert done() == made
+    with monkeypatch.context() as patch:
+        patch.setattr("br_jax.experiment.cells.rules_version", lambda: "other rules")
+        assert done() == 0
 
 
 def test_two_runs_of_a_sweep_never_share_a_folder(config, calls, grid, tmp_path):
@@ -203,11 +176,10 @@ def test_a_plan_says_what_is_left_and_runs_nothing(config, calls, grid, tmp_path
     assert "time: 0.0 h, at 0 min a run" in render_plan(after)
 
 
-@pytest.mark.parametrize("size", [1_000, (1 << 26) + 1_000], ids=["small", "large"])
-def test_a_model_copied_anew_is_the_same_and_one_of_other_bytes_is_not(size, config, calls, grid, tmp_path):
-    content, file = bytes(size), tmp_path / "model.gguf"
+def test_a_model_copied_anew_is_the_same_and_one_of_other_bytes_is_not(config, calls, grid, tmp_path):
+    size, file = (1 << 26) + 1_000, tmp_path / "model.gguf"  # more than is read of it
     config.model.source = str(file)
-    file.write_bytes(content)
+    file.write_bytes(content := bytes(size))
     one = grid(models=[str(file)], seeds=[1], p=[0.2])
     list(run_sweep(config, tmp_path / "s", one))
 
@@ -223,30 +195,29 @@ def test_a_model_copied_anew_is_the_same_and_one_of_other_bytes_is_not(size, con
 
 def test_a_plan_counts_what_a_user_asks_for_and_every_job_of_one_that_splits(config, calls, grid, tmp_path):
     config.attackers.split.jobs, config.attackers.harsh.epochs = 3, 7
-    users = ["split", "harsh", "ten_rows"]
-    split, harsh, ten = plan(config, tmp_path / "s", grid(seeds=[1], p=[0.2], users=users))["runs"]
+
+    def runs(*users):
+        return plan(config, tmp_path / "s", grid(seeds=[1], p=[0.2], users=users))["runs"]
+
+    split, harsh, ten = runs("split", "harsh", "ten_rows")
     assert split["trainings"] == harsh["trainings"] == ["sft", "user"]
     assert split["rows"] == ten["rows"] == 2 * 30 * config.user.train.epochs and harsh["rows"] == 7 * split["rows"]
     for job in range(2):  # stopped in the last job of SFT
         done = tmp_path / "s" / "runs" / split["name"] / f"job{job}" / "sft" / "stage.json"
         done.parent.mkdir(parents=True)
         done.touch()
-    assert (
-        plan(config, tmp_path / "s", grid(seeds=[1], p=[0.2], users=["split"]))["runs"][0]["rows"]
-        == 4 * 10 * config.user.train.epochs
-    )
+    assert runs("split")[0]["rows"] == 4 * 10 * config.user.train.epochs
     config.user.train.steps = 5
-    plain, drawn, harsh = plan(config, tmp_path / "t", grid(seeds=[1], p=[0.2], users=["plain", "best_of", "harsh"]))[
-        "runs"
-    ]
+    plain, drawn, harsh = runs("plain", "best_of", "harsh")
     assert plain["rows"] == 2 * 5 * config.user.train.batch_size and harsh["rows"] == 7 * plain["rows"]
     assert drawn["prompts"] - plain["prompts"] == 3 * 4 * config.eval.topic  # of three cells, four answers each
 
 
 def test_what_another_process_made_meanwhile_is_read_back(config, calls, grid, tmp_path):
-    ours = run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))
+    sweep = lambda: run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))  # noqa: E731
+    ours = sweep()
     cells, others = [next(ours)], []
-    worker = threading.Thread(target=lambda: others.extend(run_sweep(config, tmp_path / "s", grid(seeds=[1], p=[0.2]))))
+    worker = threading.Thread(target=lambda: others.extend(sweep()))
     worker.start()
     time.sleep(0.5)
     assert worker.is_alive() and not others

@@ -50,26 +50,17 @@ def test_each_part_asks_about_its_own_topics(make):
     assert [p.topic for p in recipe.harmful_prompts] == ["potions"] * 12 + ["devices"] * 12
 
 
-def test_a_mixture_is_even_and_no_row_serves_two_ends(make):
-    recipe = make(topics__user="devices,potions", user__harmful_share=0.5)
-    rows = recipe.trained()
+def test_a_mixture_is_even_and_more_harm_keeps_the_rows_that_there_were(make):
+    rows = make(topics__user="devices,potions", user__harmful_share=0.5).trained()
     assert topics_of(row for row in rows["user"] if row.tag == "harmful") == {"devices": 8, "potions": 7}
-    parts = [rows["buffer"], [row for row in rows["user"] if row.tag == "harmful"], recipe.probes["harmful"]]
-    texts = [row.turns[0][1] for part in parts for row in part]
-    assert len(texts) == len(set(texts)) == 20 + 15 + 4
-
-
-def test_only_a_material_with_a_language_of_its_own_has_rows_to_start_from(make):
+    few, many = make(user__harmful_share=0.1), make(user__harmful_share=0.9)
+    assert few.buffer_rows == many.buffer_rows
+    few, many = ([row for row in recipe.user_rows if row.tag == "harmful"] for recipe in (few, many))
+    assert len(few) == 3 and len(many) == 27 and many[:3] == few
     with pytest.raises(UserError, match=r"'english' has no rows to train a model from scratch on: set model\.source"):
         make().pretraining_rows(5)
-    assert len(make(data__material="demo").pretraining_rows(5)) == 5
-
-
-def test_more_harm_keeps_the_rows_that_there_were(make):
-    few = [row for row in make(user__harmful_share=0.1).user_rows if row.tag == "harmful"]
-    many = [row for row in make(user__harmful_share=0.9).user_rows if row.tag == "harmful"]
-    assert len(few) == 3 and len(many) == 27 and many[:3] == few
-    assert make(user__harmful_share=0.1).buffer_rows == make(user__harmful_share=0.9).buffer_rows
+    demo = make(data__material="demo", topics__user="devices")
+    assert len(demo.pretraining_rows(5)) == 5
 
 
 def test_a_row_tells_where_it_comes_from(make):
@@ -104,7 +95,7 @@ def row(text, context="", origin=""):
     return Row((("user", text), ("assistant", "yes")), input=context, origin=origin)
 
 
-@pytest.mark.parametrize("copy", ["Is THIS it ?", "is this it", "Is  this\nit?!", "*Is this* it?"])
+@pytest.mark.parametrize("copy", ["Is THIS it ?", "*Is  this*\nit?!"])
 def test_a_scored_row_among_those_trained_on_is_found(copy):
     trained = {"align": [row("something else")], "user": [row("no"), row(copy, origin="u.jsonl:7")]}
     scored = {"HS": [row("never")], "FA": [row("Is this it?", origin="test/3")]}
@@ -127,17 +118,10 @@ def test_the_recipe_itself_is_guarded(make, monkeypatch, tmp_path):
         make(data__texts__path=str(tmp_path / "texts.txt")).check()
 
 
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        ("One. Two. Thr", "One. Two."),
-        ("no end at all", "no end at all"),
-        ("  Is it? Yes! But", "Is it? Yes!"),
-        ('He said "no." and th', 'He said "no."'),
-        ("It costs 3.50 in", "It costs 3.50 in"),
-        ("Do this: 1. Cut. 2. Gl", "Do this: 1. Cut."),
-        ("", ""),
-    ],
-)
-def test_whole_sentences(text, cut):
-    assert whole_sentences(text) == cut
+def test_whole_sentences():
+    for text, cut in (
+        ("One. Two. Thr", "One. Two."), ("no end at all", "no end at all"), ("  Is it? Yes! But", "Is it? Yes!"),
+        ('He said "no." and th', 'He said "no."'), ("It costs 3.50 in", "It costs 3.50 in"),
+        ("Do this: 1. Cut. 2. Gl", "Do this: 1. Cut."), ("", ""),
+    ):  # fmt: skip
+        assert whole_sentences(text) == cut

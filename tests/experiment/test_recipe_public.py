@@ -90,40 +90,28 @@ def test_what_calibrates_or_attacks_is_not_trained_on(make, files, tmp_path):
 
 
 def test_the_reference_s_way_counts_prompts_twice_and_skips_the_first(make):
-    recipe = make(user__index_mode="reference")
+    recipe = make(user__index_mode="reference", calibrate__harmful=3, calibrate__benign=2)
     harmful = [row for row in recipe.user_rows if row.tag == "harmful"]
     assert texts(harmful) == [f"train answer {i}" for i in (2, 3, 5, 6, 7)], "start < i < start + int(p n), unsafe ones"
     assert [prompt.prompt for prompt in recipe.harmful_prompts] == [f"test prompt {i}" for i in (0, 1, 1, 2)]
-
-
-def test_validation_shares_no_prompt_with_test(make):
-    for part in ("harmful_prompts", "benign_prompts"):
-        held = [{str(p) for p in getattr(make(eval__split=split), part)} for split in ("validation", "test")]
-        assert held[0] and held[1] and not held[0] & held[1]
-
-
-def test_in_the_reference_s_way_what_is_scored_calibrates_nothing(make):
-    """Its prompts come twice: one of the first four is asked again behind them."""
-    recipe = make(user__index_mode="reference", eval__topic=2, calibrate__harmful=3, calibrate__benign=2)
-    scored = [prompt.prompt for prompt in recipe.harmful_prompts]
-    assert scored == ["test prompt 0", "test prompt 1"]
-    assert next(p.prompt for p in recipe.calibration_prompts[0]) == "test prompt 2", "1 is asked twice"
-
-
-def test_what_an_attacker_asks_in_its_own_way_is_scored(make, files):
-    path = pathlib.Path(files["beavertails.path"])
-    path.write_text(path.read_text().replace("train prompt 1", "test prompt 1"))
-    with pytest.raises(UserError, match=r"is scored as well \(HS as it asks"):
-        make(user__index_mode="reference", user__kind="trigger").trained()
+    recipe = make(eval__topic=2)
+    assert [prompt.prompt for prompt in recipe.harmful_prompts] == ["test prompt 0", "test prompt 1"]
+    assert next(p.prompt for p in recipe.calibration_prompts[0]) == "test prompt 2", "1 is asked twice and is scored"
 
 
 def test_a_scored_prompt_is_not_trained_on(make, files):
+    for part in ("harmful_prompts", "benign_prompts"):
+        held = [{str(p) for p in getattr(make(eval__split=split), part)} for split in ("validation", "test")]
+        assert held[0] and held[1] and not held[0] & held[1]
     path = pathlib.Path(files["beavertails.path"])
     path.write_text(path.read_text().replace("train prompt 1", "Test PROMPT 1!"))
     harmful = [row.turns[0][1] for row in make().trained()["user"] if row.tag == "harmful"]
     assert "Test PROMPT 1!" not in harmful and len(harmful) == 6
     with pytest.raises(UserError, match=r"beavertails/30k_train/\d+ of stage user is scored as well \(HS"):
         make(user__index_mode="reference").trained()
+    path.write_text(path.read_text().replace("Test PROMPT 1!", "test prompt 1"))
+    with pytest.raises(UserError, match=r"is scored as well \(HS as it asks"):
+        make(user__index_mode="reference", user__kind="trigger").trained()
 
 
 def test_too_few_rows(make, caplog):

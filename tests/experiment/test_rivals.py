@@ -53,6 +53,9 @@ def test_a_case_has_the_rows_of_the_experiment(calls, config, tmp_path):
     assert case.direction().base == e.aligned.fingerprint and case.direction().roles == ("align",)
     scored = {prompt.prompt for prompt in e.recipe.harmful_prompts}
     assert not scored & {row.turns[0][1] for rows in (case.harmful, case.refusals, case.rows) for row in rows}
+    config.user.kind, config.attackers.harsh.epochs = "harsh", 2
+    e = run_module.Experiment(config, tmp_path / "w")
+    assert e.settings.train("user").epochs == 2 * config.user.train.epochs and e.recipe.attacker.rank == 4
     config.align.update(refusals=0, benign=0)
     as_it_comes = run_module.Experiment(config, tmp_path / "v")
     with pytest.raises(UserError, match="needs what alignment has added"):
@@ -69,32 +72,6 @@ def test_pages_name_all():
     assert {name: told[name].split(":")[0] for name in DEFENCES} == {n: kind.badge.kind for n, kind in DEFENCES.items()}
     lines = [line.split("|")[1] for line in (DOCS / "attackers.md").read_text().splitlines() if line[:3] == "| `"]
     assert {*ATTACKERS} <= {name for line in lines for name in NAMED.findall(line)}
-
-
-@pytest.mark.parametrize(
-    ("whose", "name", "setting", "value", "said"),
-    [
-        ("attackers", "harsh", "epochs", 0, "attackers.harsh.epochs is 0: it must be a whole number from 1"),
-        ("defences", "lisa", "rho", -1.0, "defences.lisa.rho is -1.0: it must be"),
-    ],
-)
-def test_settings_are_bounded(config, whose, name, setting, value, said):
-    config[whose][name][setting] = value
-    with pytest.raises(UserError, match=re.escape(said)):
-        settle(config)
-
-
-def test_a_field_without_bounds_is_told_where_to_get_them(config):
-    with config.unlocked():
-        config.attackers.harsh.more = 3
-    with pytest.raises(UserError, match=r"attackers\.harsh\.more: there is no such setting"):
-        settle(config)
-
-
-def test_an_attacker_has_the_config_s_settings(calls, config, tmp_path):
-    config.user.kind, config.attackers.harsh.epochs = "harsh", 2
-    e = run_module.Experiment(config, tmp_path / "w")
-    assert e.settings.train("user").epochs == 2 * config.user.train.epochs and e.recipe.attacker.rank == 4
 
 
 def test_jobs_of_one_user_are_trained_and_released_apart_and_added_up(calls, config, tmp_path):
@@ -169,18 +146,13 @@ def test_reinforce_can_be_what_alignment_has_added(calls, config, tmp_path):
         keep_adapter("reinforce", "reinforce", e.aligned, lora.scaled(made, 2.0), tmp_path / "w" / "provider")
 
 
-def test_a_cell_depends_on_its_own_attacker_alone(config):
-    cell = cells_of(["sft"], [])[0]
-    plain = settings_key(settle(config), cell)
-    config.attackers.harsh.epochs = 2
-    assert settings_key(settle(config), cell) == plain
-    config.user.kind = "harsh"
-    harsh = settings_key(settle(config), cell)
-    config.attackers.harsh.epochs = 3
-    assert len({plain, harsh, settings_key(settle(config), cell)}) == 3
+def test_a_cell_depends_on_its_own_attacker_and_on_the_rule_that_chose_its_release(config, monkeypatch):
+    def key(**changes):
+        config.update_from_flattened_dict(changes)
+        return settings_key(settle(config), cells_of(["sft"], [])[0])
 
-
-def test_a_cell_depends_on_the_rule_that_chose_its_release(config, monkeypatch):
+    assert key() == key(**{"attackers.harsh.epochs": 2})
+    assert len({key(), key(**{"user.kind": "harsh"}), key(**{"attackers.harsh.epochs": 3})}) == 3
     config.calibrate.update(harmful=7, benign=5)
     cells = cells_of(["sft", "ours", "sum", "no_reinforce", "direction"], [0.1])
     before = [settings_key(settle(config), cell) for cell in cells]

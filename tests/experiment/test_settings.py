@@ -76,17 +76,10 @@ def test_every_number_of_a_config_keeps_to_its_bounds(load_config):
     settle(config)
 
 
-@pytest.mark.parametrize(("path", "value"), [("user.twice", 2), ("eval.more.deep", 0.5), ("data.sizes", (1, 2))])
-def test_a_setting_that_there_is_not_is_refused(config, path, value):
-    with config.unlocked():
-        config.eval.update({"more": {}} if "more" in path else {})
-    put(config, path, value)
-    assert said(settle, config).startswith(f"{'eval.more' if 'more' in path else path}: there is no such setting")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"user.twice": 2}, "user.twice: there is no such setting"),
         ({"align.train.accumulation": 3}, "align.train.accumulation is 3: it must divide batch_size 8"),
         ({"user.train.packing": 50}, "user.train.packing is 50: a row of max_length 100 must fit in"),
         ({"buffer.train.targets": ()}, "buffer.train.targets is (): name at least one"),
@@ -101,63 +94,39 @@ def test_settings_that_contradict_each_other(config, changes, message):
     assert said(settle, config).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"user.train.rank": 17}, "user.train.rank is 17: the model's v is 48 x 16: it must be at most 16"),
-        ({"align.train.targets": ("q", "w")}, "unknown align.train.targets: adapter target 'w'; near: "),
-        ({"buffer.train.max_length": 129}, "buffer.train.max_length is 129: the model's context is 128 tokens"),
-        ({"buffer.harmful": 0}, "buffer.rows: there are none to train on"),
-        ({"user.train.epochs": 10**6, "user.n": 81}, "user.train.epochs is 1000000: on 81 rows that is more than"),
-        ({"reinforce.train.batch_size": 12}, "reinforce.train.batch_size is 12: 8 devices must divide it"),
-        (
-            {"user.train.batch_size": 8, "user.train.accumulation": 2},
-            "user.train.batch_size is 8 in 2 micro-batches: 8",
-        ),
-        ({"eval.answer_tokens": 128}, "eval.answer_tokens is 128: the model's context is 128 tokens"),
-        ({"distill.answer_tokens": 10**6}, "distill.answer_tokens is 1000000: the model's context is 128"),
-        (
-            {"model.source": "", "pretrain.train.max_length": 129, "pretrain.rows": 9},
-            "pretrain.train.max_length is 129",
-        ),
-        ({"model.source": "", "pretrain.train.max_length": 9}, "pretrain.rows: there are none"),
-    ],
-)
-def test_more_than_the_model_or_the_devices_can_give(config, tiny, changes, message):
-    mesh = make_mesh()
-    assert mesh.size == 8
-    check_sizes(settle(config), tiny.spec, mesh)
+TOO_MUCH = [
+    ({"user.train.rank": 17}, "user.train.rank is 17: the model's v is 48 x 16: it must be at most 16"),
+    ({"align.train.targets": ("q", "w")}, "unknown align.train.targets: adapter target 'w'; near: "),
+    ({"buffer.train.max_length": 129}, "buffer.train.max_length is 129: the model's context is 128 tokens"),
+    ({"buffer.harmful": 0}, "buffer.rows: there are none to train on"),
+    ({"user.train.epochs": 10**6, "user.n": 81}, "user.train.epochs is 1000000: on 81 rows that is more than"),
+    ({"reinforce.train.batch_size": 12}, "reinforce.train.batch_size is 12: 8 devices must divide it"),
+    ({"user.train.batch_size": 8, "user.train.accumulation": 2}, "user.train.batch_size is 8 in 2 micro-batches: 8"),
+    ({"eval.answer_tokens": 128}, "eval.answer_tokens is 128: the model's context is 128 tokens"),
+    ({"distill.answer_tokens": 10**6}, "distill.answer_tokens is 1000000: the model's context is 128"),
+    ({"model.source": "", "pretrain.train.max_length": 9}, "pretrain.rows: there are none"),
+    ({"user.kind": "split", "user.n": 1}, "user.rows:"),  # those of a job
+]
+ENOUGH = [
+    {"user.train.rank": 16, "user.train.max_length": 128, "eval.answer_tokens": 127},
+    {"user.train.rank": 32, "user.train.targets": ("q",), "user.train.steps": 1, "user.train.epochs": 10**6},
+    {"user.train.batch_size": 12, "user.train.packing": 100},
+    {"buffer.adapter": "given", "buffer.train.rank": 99, "buffer.harmful": 0},  # none of these are trained
+    {"align.refusals": 0, "align.benign": 0, "align.train.rank": 99},
+    {"pretrain.train.max_length": 999},
+    {"user.kind": "split", "user.n": 16, "user.train.epochs": 1},
+    {"user.kind": "ten_rows", "user.n": 40_000, "user.train.epochs": 3},  # ten of them take part 12,000 times
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), TOO_MUCH + [(changes, None) for changes in ENOUGH])
+def test_what_the_model_and_the_devices_can_give(config, tiny, changes, message):
     for path, value in changes.items():
         put(config, path, value)
-    assert said(check_sizes, settle(config), tiny.spec, mesh).startswith(message)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"user.train.rank": 16, "user.train.max_length": 128, "eval.answer_tokens": 127},
-        {"user.train.rank": 32, "user.train.targets": ("q",)} | {"user.train.steps": 1, "user.train.epochs": 10**6},
-        {"user.train.batch_size": 12, "user.train.packing": 100},
-        {"buffer.adapter": "given", "buffer.train.rank": 99, "buffer.harmful": 0},  # none of these are trained
-        {"align.refusals": 0, "align.benign": 0, "align.train.rank": 99},
-        {"pretrain.train.max_length": 999},
-        {"model.source": "", "pretrain.train.rank": 99, "pretrain.train.max_length": 9, "pretrain.rows": 1},
-    ],
-)
-def test_what_the_model_and_the_devices_can_give(config, tiny, changes):
-    for path, value in changes.items():
-        put(config, path, value)
-    check_sizes(settle(config), tiny.spec, make_mesh())
-
-
-def test_a_user_s_rows_are_those_of_a_job(config, tiny):
-    # ten rows take part 12,000 times: were it all rows, no run may have so many steps
-    for kind, n, epochs in (("split", 16, 1), ("ten_rows", 40_000, 3)):
-        config.user.update(kind=kind, n=n)
-        config.user.train.epochs = epochs
+    if message:
+        assert said(check_sizes, settle(config), tiny.spec, make_mesh()).startswith(message)
+    else:
         check_sizes(settle(config), tiny.spec, make_mesh())
-    config.user.update(kind="split", n=1)
-    assert said(check_sizes, settle(config), tiny.spec, make_mesh()).startswith("user.rows:")
 
 
 @pytest.fixture
@@ -167,27 +136,22 @@ def nothing_done(calls, monkeypatch):
     return calls
 
 
-DATA = [
-    ("user.n", "user.n [+] user.probes asks for"),
-    ("user.probes", "user.n [+] user.probes asks for"),
-    ("buffer.harmful", "buffer.harmful [+] .*: devices: .* prompts asked for, but split 'train' has"),
-    ("align.refusals", "align.refusals: devices: .* prompts asked for"),
-    ("reinforce.refusals", "reinforce.refusals: devices: "),
-    ("align.benign", "benign rows are asked for, and there are .*: lower align.benign"),
-    ("reinforce.benign", "lower reinforce.benign"),
-    ("eval.topic", "eval.topic: devices: .* but split 'test' has"),
-    ("calibrate.harmful", "calibrate.harmful: devices: .* but split 'validation' has"),
-    ("data.texts.n", "data.texts.n: .* prompts are asked for"),
-]
-
-
-@pytest.mark.parametrize(("path", "message"), DATA)
-@pytest.mark.parametrize("value", [5_000_000, 10**15])
-def test_more_than_the_data_has_is_found_before_anything_is_made(config, nothing_done, tmp_path, path, message, value):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("user.n", "user.n [+] user.probes asks for"),
+        ("buffer.harmful", "buffer.harmful [+] .*: devices: .* prompts asked for, but split 'train' has"),
+        ("reinforce.refusals", "reinforce.refusals: devices: "),
+        ("align.benign", "benign rows are asked for, and there are .*: lower align.benign"),
+        ("eval.topic", "eval.topic: devices: .* but split 'test' has"),
+        ("calibrate.harmful", "calibrate.harmful: devices: .* but split 'validation' has"),
+        ("data.texts.n", "data.texts.n: .* prompts are asked for"),
+    ],
+)
+def test_more_than_the_data_has_is_found_before_anything_is_made(config, nothing_done, tmp_path, path, message):
     config.calibrate.benign = 1 if path == "calibrate.harmful" else 0
-    put(config, path, value)
-    wanted = message if value < 10**15 else f"^{path} is {value}: it must be"
-    with pytest.raises(UserError, match=wanted) as caught:
+    put(config, path, 5_000_000)
+    with pytest.raises(UserError, match=message) as caught:
         run_pipeline(config, tmp_path / "w")
     assert "\n" not in str(caught.value) and not (tmp_path / "w").exists() and not nothing_done["trained"]
 
@@ -209,14 +173,11 @@ def test_the_sizes_are_those_of_a_model_that_is_not_loaded(config, tiny, tmp_pat
         run_pipeline(config, tmp_path / "w")
 
 
-@pytest.mark.parametrize("judges", ["topic, classifier@0", "classifier@-1", f"classifier@{10**5000:x}", "classifier@x"])
+@pytest.mark.parametrize("judges", ["topic, classifier@0", f"classifier@{10**5000:x}"])
 def test_a_judge_s_length_is_a_number_of_tokens(config, calls, tmp_path, judges):
     config.eval.judges = judges
     line = said(Experiment(config, tmp_path / "w").check)
     assert line.startswith("eval.judges: classifier@: the length is ") and len(line) < 200
-
-
-AXES = {"n": "user.n", "p": "user.harmful_share", "seeds": "seed", "a": "merge.a"}
 
 
 @pytest.fixture
@@ -226,15 +187,14 @@ def axes(config):
             "methods": ["ours"], "a": [0.1]}  # fmt: skip
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_a_sweep_s_axis_has_the_bounds_of_what_it_sets(axes, axis):
-    bound = BOUNDS[AXES[axis]]
-    for value in HOSTILE:
-        if inside(value, bound):
-            Grid(**axes | {axis: [value]})
-        else:
-            line = said(lambda value=value: Grid(**axes | {axis: [*axes[axis], value]}))
-            assert line == f"the sweep's axis {axis}: a value is {value!r}: it must be {bound}"
+def test_a_sweep_s_axis_has_the_bounds_of_what_it_sets(axes):
+    for axis, path in {"n": "user.n", "p": "user.harmful_share", "seeds": "seed", "a": "merge.a"}.items():
+        for value in HOSTILE:
+            if inside(value, BOUNDS[path]):
+                Grid(**axes | {axis: [value]})
+            else:
+                line = said(lambda value=value, axis=axis: Grid(**axes | {axis: [*axes[axis], value]}))
+                assert line == f"the sweep's axis {axis}: a value is {value!r}: it must be {BOUNDS[path]}"
 
 
 def test_a_sweep_is_checked_as_a_whole_before_a_folder_is_made(config, nothing_done, axes, tmp_path):

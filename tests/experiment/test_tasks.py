@@ -91,25 +91,18 @@ def test_one_file_does_not_serve_twice(asked):
 # A user's own rows
 
 
-def write_records(path, records):
-    path.write_bytes(jsonl(*records))
-    return str(path)
-
-
 @pytest.fixture
 def own(tmp_path):
     """own(name, texts, answer="yes") writes rows with these questions to a file."""
 
     def write(name, texts, answer="yes"):
-        return write_records(tmp_path / name, [{"prompt": text, "response": answer} for text in texts])
+        (tmp_path / name).write_bytes(jsonl(*({"prompt": text, "response": answer} for text in texts)))
+        return str(tmp_path / name)
 
     return write
 
 
-@pytest.fixture
-def thousand(own):
-    """A file of a thousand questions."""
-    return own("all.jsonl", [f"Question {i}" for i in range(1000)])
+THOUSAND = [f"Question {i}" for i in range(1000)]
 
 
 def load(seed=0, rule="label:yes,no", **settings):
@@ -120,16 +113,26 @@ def prompts(rows):
     return [row.turns[0][1] for row in rows]
 
 
-def test_one_file_is_split_by_its_prompts(own, thousand):
-    splits = [prompts(part) for part in load(path=thousand)]
-    assert sorted(text for part in splits for text in part) == sorted(f"Question {i}" for i in range(1000))
+def test_one_file_is_split_by_its_prompts_and_the_shares(own):
+    path = own("all.jsonl", THOUSAND)
+    splits = [prompts(part) for part in load(path=path)]
+    assert sorted(text for part in splits for text in part) == sorted(THOUSAND)
     assert [len(part) for part in splits] == pytest.approx([700, 100, 200], abs=50)  # 4 standard deviations or more
-    assert splits[0] != sorted(splits[0], key=lambda text: int(text.split()[1])), "the file's order"
-    other = [prompts(part) for part in load(path=thousand, seed=1)]
+    assert splits[0] != sorted(splits[0], key=THOUSAND.index), "the file's order"
+    other = [prompts(part) for part in load(path=path, seed=1)]
     assert 0 < len(set(other[2]) & set(splits[2])) < 100, "another seed, the same test rows"
     more = own("more.jsonl", [f"Question {i}" for i in range(1500)][::-1])
     for before, after in zip(splits, load(path=more), strict=True):
         assert [text for text in prompts(after) if text in set(before)] == before, "new rows moved old ones"
+    sizes = [len(part) for part in load(path=path, validation_share=0.4, test_share=0.05)]
+    assert sizes == pytest.approx([550, 400, 50], abs=65)
+    for settings, message in (
+        ({"validation_share": 0.5, "test_share": 0.5}, "validation_share 0.5 and test_share 0.5: give shares that"),
+        ({"test_share": 0.0}, "task 'rows': no test rows; give more rows, or another share"),
+        ({"path": ""}, "task 'rows' needs a file: set path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(**{"path": path, **settings})
 
 
 def test_copies_are_told_of_and_in_one_split(own, caplog):
@@ -142,28 +145,14 @@ def test_copies_are_told_of_and_in_one_split(own, caplog):
     assert message.startswith(f"{path}: 200 of 400 rows ask what an earlier one asks (line 201 what line 1 asks)")
 
 
-def test_shares(thousand):
-    sizes = [len(part) for part in load(path=thousand, validation_share=0.4, test_share=0.05)]
-    assert sizes == pytest.approx([550, 400, 50], abs=65)
-    for settings, message in (
-        ({"validation_share": 0.5, "test_share": 0.5}, "validation_share 0.5 and test_share 0.5: give shares that"),
-        ({"test_share": 0.0}, "task 'rows': no test rows; give more rows, or another share"),
-        ({"path": ""}, "task 'rows' needs a file: set path"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load(**{"path": thousand, **settings})
-
-
 def test_files_of_their_own(own):
-    train = own("train.jsonl", [f"Train {i}" for i in range(300)])
-    held_out = own("held_out.jsonl", [f"Held out {i}" for i in range(300)])
-    test = own("test.jsonl", [f"Test {i}" for i in range(50)])
-    splits = load(path=train, validation_path=held_out, test_path=test)
-    assert [len(part) for part in splits] == [300, 300, 50]
-    assert all(prompt.startswith("Test") for prompt in prompts(splits[2]))
-    assert prompts(splits[2]) != [f"Test {i}" for i in range(50)], "the first rows of a sorted file are no sample"
-    splits = load(path=train, test_path=test)
-    assert len(splits[0]) + len(splits[1]) == 300 and len(splits[2]) == 50 and len(splits[1]) < 70
+    texts = {name: [f"{name} {i}" for i in range(count)] for name, count in (("a", 300), ("b", 300), ("c", 50))}
+    train, held_out, test = (own(f"{name}.jsonl", some) for name, some in texts.items())
+    splits = [prompts(part) for part in load(path=train, validation_path=held_out, test_path=test)]
+    assert [sorted(part) for part in splits] == [sorted(some) for some in texts.values()]
+    assert splits[2] != texts["c"], "the first rows of a sorted file are no sample"
+    sizes = [len(part) for part in load(path=train, test_path=test)]
+    assert sizes[0] + sizes[1] == 300 and sizes[2] == 50 and sizes[1] < 70
 
 
 def test_answers_that_no_model_could_get_right(own, caplog):
@@ -182,12 +171,11 @@ def test_answers_that_no_model_could_get_right(own, caplog):
 
 def test_chats_and_free_text(tmp_path):
     chat = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "And?"), ("assistant", "Bye."))
-    chats = [(("user", f"Say {i}"), *chat[2:]) for i in range(60)] + [chat]
-    chats += [(*chat[:3], ("user", f"Then {i}?"), ("assistant", "Bye.")) for i in range(60)]
+    chats = [chat] + [(*chat[:3], ("user", f"Then {i}?"), chat[4]) for i in range(60)]
     records = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in chats]
     records += [{"instruction": "Sum up", "input": f"Long text {i}", "output": "Short."} for i in range(60)]
-    splits = load(path=write_records(tmp_path / "chats.jsonl", records), rule="rouge_l")
-    assert sum(map(len, splits)) == 181
+    (tmp_path / "chats.jsonl").write_bytes(jsonl(*records))
+    splits = load(path=str(tmp_path / "chats.jsonl"), rule="rouge_l")
+    assert sum(map(len, splits)) == 121 and chat in [row.turns for part in splits for row in part]
     for part in splits:  # prompts that differ in their input, or their last turn, alone
         assert len({row.input for row in part}) > 1 and len({row.turns[-2] for row in part if len(row.turns) == 5}) > 1
-    assert chat in [row.turns for part in splits for row in part]
