@@ -16,7 +16,6 @@ from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import MergeConfig
 from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
 from br_jax.analysis.merging import overlaps, reach
 from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, safety_gradients
@@ -24,7 +23,7 @@ from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.experiment.run import Experiment
 from br_jax.report import plots
-from br_jax.report.markdown import code, image, table, write_document
+from br_jax.report.markdown import render, write_document
 from br_jax.training.run import train_adapter
 
 _COLORS = {
@@ -95,9 +94,9 @@ def write_analyses(
         lines = {case: (found[:, 0], found[:, 1:].sum(1)) for case, found in followed.items()}
         labels = "step of the user's training", "safety gradient score, all layers"
         drawn["safety_in_training"] = _score_figure(lines, *labels)
-    counts = {kind: len(some) for kind, some in kinds.items()}
-    text = _text(counts, scores, bool(followed), shares, merge, moved, command)
-    return str(write_document(folder / "analysis.md", text, drawn))
+    values = {"kinds": kinds, "followed": followed, "merge": merge, "moved": moved, "command": command}
+    values |= {"steps": _steps(scores), "spaces": _spaces(shares)}
+    return str(write_document(folder / "analysis.md", render("analysis.md.jinja", values), drawn))
 
 
 def _safety(e: Experiment) -> Adapter:
@@ -183,43 +182,21 @@ def _grid_figure(grids: Mapping[str, np.ndarray], axis: np.ndarray) -> Figure:
     return figure
 
 
-def _text(
-    counts: Mapping[str, int],
-    scores: Mapping[tuple[str, str], _Kind],
-    followed: bool,
-    shares: Mapping,
-    merge: MergeConfig,
-    moved: Mapping[str, float],
-    command: str,
-) -> str:
-    steps = []
+def _steps(scores: Mapping[tuple[str, str], _Kind]) -> list[dict[str, str]]:
+    lines = []
     for (kind, state), found in scores.items():
         above, below = found.score.clip(min=0).sum(), found.score.clip(max=0).sum()
-        score = f"{found.score.sum():+.3g} ({above:+.3g}, {below:+.3g})"
-        steps.append([kind, state, score, f"{found.norm:.3g}", f"{found.cosine:+.3f}"])
-    spaces = [
-        [path.removeprefix("layers/"), *(f"{100 * np.mean(values):.1f}" for values in (o.outputs, o.inputs, o.chance))]
+        line = {"rows": kind, "model": state, "score": f"{found.score.sum():+.3g} ({above:+.3g}, {below:+.3g})"}
+        lines.append(line | {"gradient": f"{found.norm:.3g}", "cosine": f"{found.cosine:+.3f}"})
+    return lines
+
+
+def _spaces(shares: Mapping) -> list[dict[str, str]]:
+    return [
+        {"matrix": path.removeprefix("layers/")}
+        | {
+            words: f"{100 * np.mean(each):.1f}"
+            for words, each in zip(("outputs", "inputs", "by chance"), (o.outputs, o.inputs, o.chance), strict=True)
+        }
         for path, o in shares.items()
     ]
-    parts = [
-        "# Analysis",
-        "## What a step does to safety",
-        "The Safety Gradient Score: what a step on these rows adds to a refusal LoRA's direction; summed over all "
-        "layers, and in brackets over those where it is above and below 0. Beside it the length of the gradient, and "
-        "the cosine between a step and that direction: what shrinks a gradient changes the one, what turns it the "
-        "other. " + ", ".join(f"{count} {kind} rows" for kind, count in counts.items()) + ".",
-        table(steps, ["rows", "model", "score", "gradient", "cosine"]),
-        image("safety_gradient", "Safety Gradient Score by layer"),
-        image("safety_in_training", "Safety Gradient Score over training") if followed else "",
-        "## The loss round the aligned base",
-        "Circle: the aligned base; triangle: with Buffer.",
-        image("landscape", "Loss landscapes"),
-        "## What the merge can change",
-        "Share of Reinforce (norm, mean over layers, in percent) in the user's output and input spaces, and what a "
-        "random matrix would have of the outputs.",
-        table(spaces, ["matrix", "outputs", "inputs", "by chance"]),
-        f"With Reinforce x {merge.reinforce_scale:.3g}, as released, from a = 0 to a = 1 the merged delta changes "
-        f"by {100 * moved['of_merged']:.2f} % of its norm ({100 * moved['of_user']:.2f} % of the user's).",
-        code(command, "sh") if command else "",
-    ]
-    return "\n\n".join(filter(None, parts)) + "\n"
