@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from br_jax.adapters.lora import Adapter
@@ -47,16 +46,13 @@ class _Kind(NamedTuple):
 def write_analyses(
     config: ConfigDict, workdir: str | os.PathLike, rows: int, points: int, looks: int, command: str = ""
 ) -> str:
-    """Analyses a run and writes analysis.md, analysis.npz and figures into its workdir.
+    """Analyses a run and writes analysis.md, whose path it gives, analysis.npz and figures into its workdir.
 
     Args:
         config, workdir: of a run of `pipeline.run_pipeline`; what it lacks is trained.
         rows: of each kind, at most.
         points: of the landscape's grid along each direction.
         looks: at the score while SFT and the user are trained once more; 0 leaves that out.
-
-    Returns:
-        The path of analysis.md.
     """
     if not config.user.probes:
         raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")
@@ -87,13 +83,13 @@ def write_analyses(
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     (folder / "analysis.npz").write_bytes(packed.getvalue())
-    layers = {case: (range(len(found.score)), found.score) for case, found in scores.items()}
+    lines = {case: (range(len(found.score)), found.score) for case, found in scores.items()}
     label = "safety gradient score\n(above 0: a step adds to safety)"
-    drawn = {"safety_gradient": _score_figure(layers, "layer", label), "landscape": _grid_figure(grids, axis)}
+    drawn = {"safety_gradient": _score_figure(lines, "layer", label), "landscape": _grid_figure(grids, axis)}
     if followed:
         lines = {case: (found[:, 0], found[:, 1:].sum(1)) for case, found in followed.items()}
-        labels = "step of the user's training", "safety gradient score, all layers"
-        drawn["safety_in_training"] = _score_figure(lines, *labels)
+        label = "safety gradient score, all layers"
+        drawn["safety_in_training"] = _score_figure(lines, "step of the user's training", label)
     values = {"kinds": kinds, "followed": followed, "merge": merge, "moved": moved, "command": command}
     values |= {"steps": _steps(scores), "spaces": _spaces(shares)}
     return str(write_document(folder / "analysis.md", render("analysis.md.jinja", values), drawn))
@@ -163,7 +159,7 @@ def _score_figure(lines: Mapping[tuple[str, str], tuple], across: str, label: st
     for axis, kind in zip(axes, kinds, strict=True):
         axis.axhline(0, color=plots.GRAY, linewidth=0.8)
         axis.set(title=f"{kind} rows", xlabel=across)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plots.whole_ticks(axis)
     axes[0].set_ylabel(label)
     axes[-1].legend()
     return figure
@@ -192,11 +188,9 @@ def _steps(scores: Mapping[tuple[str, str], _Kind]) -> list[dict[str, str]]:
 
 
 def _spaces(shares: Mapping) -> list[dict[str, str]]:
+    words = {"outputs": "outputs", "inputs": "inputs", "by chance": "chance"}
     return [
         {"matrix": path.removeprefix("layers/")}
-        | {
-            words: f"{100 * np.mean(each):.1f}"
-            for words, each in zip(("outputs", "inputs", "by chance"), (o.outputs, o.inputs, o.chance), strict=True)
-        }
-        for path, o in shares.items()
+        | {title: f"{100 * np.mean(getattr(found, name)):.1f}" for title, name in words.items()}
+        for path, found in shares.items()
     ]
