@@ -83,6 +83,7 @@ def values(run: Details, results: pd.DataFrame, examples: int) -> dict[str, Any]
         rows.append([name, *(number(value, ".3g") for value in numbers)])
     user, sft = (run.stages.get(name, {}).get("step_seconds_median") for name in ("user", "sft"))
     harmful, benign = (line for line in saturation if line["quantity"] == "grad_norm")
+    names = {name: {"stage": figures.STAGES.get(name, literal(name))} for name in run.stages}
     return {
         "warnings": warnings(run),
         "harmful": harmful,
@@ -90,10 +91,8 @@ def values(run: Details, results: pd.DataFrame, examples: int) -> dict[str, Any]
         "saturation": rows,
         "examples": _examples(results, examples),
         "slower": user / sft if is_finite(user) and is_finite(sft) and sft > 0 else None,
-        "costs": [{"stage": figures.STAGES.get(name, literal(name))} | _cost(run.stages[name]) for name in run.stages],
-        "stages": [
-            {"stage": figures.STAGES.get(name, literal(name))} | _origin(stage) for name, stage in run.stages.items()
-        ],
+        "costs": [names[name] | _cost(stage) for name, stage in run.stages.items()],
+        "stages": [names[name] | _origin(stage) for name, stage in run.stages.items()],
         "results": run.results,
         "config": json.dumps(run.results.get("config") or {}, indent=2),
     }
@@ -115,11 +114,10 @@ def saturation_lines(with_buffer: figures.Lines, without: figures.Lines) -> list
         )
         start = sft[0] if sft and is_finite(sft[0]) and sft[0] > 0 else None
         measured = start and buffer and all(map(is_finite, buffer))
-        ratios = (
-            {"ratio": buffer[0] / start, "peak": max(buffer) / start} if measured else {"ratio": None, "peak": None}
-        )
-        ends = {name: (found[0], found[-1]) if found else None for name, found in (("buffer", buffer), ("sft", sft))}
-        lines.append({"rows": rows, "quantity": quantity} | ends | ratios)
+        line = {"rows": rows, "quantity": quantity}
+        line |= {name: (found[0], found[-1]) if found else None for name, found in (("buffer", buffer), ("sft", sft))}
+        line |= {"ratio": buffer[0] / start if measured else None, "peak": max(buffer) / start if measured else None}
+        lines.append(line)
     return lines
 
 
