@@ -60,21 +60,19 @@ def write_analyses(
     e.check(one_job=True)
     e.begin()
     e.prepare()
-    user, buffer, reinforce, released = (
-        e.adapter("user"),
-        e.adapter("buffer"),
-        e.adapter("reinforce"),
-        e.merged("user", "reinforce", e.merge_of("user")),
-    )
+    user, buffer, reinforce = map(e.adapter, ("user", "buffer", "reinforce"))
+    merge = e.merge_of("user")
+    released = e.merged("user", "reinforce", merge)
     honest = e.recipe.task_rows[0][e.settings.user.n :]  # none of the user's own
     kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": honest[-rows:]}
     on = ({}, {"buffer": buffer}, {"sft": e.adapter("sft")}, {"user": user, "buffer": buffer}, {"user": user})
     states = dict(zip(_COLORS, (*on, {"ours": released}), strict=True))
-    safety = _safety(e)
+    refusals, stage = e.recipe.refusal_rows(e.settings.reinforce.refusals, "reinforce"), e.settings.train("reinforce")
+    # The direction of safety: a LoRA that was trained on refusals, without Buffer.
+    safety = train_adapter("safety", "reinforce", e.aligned, refusals, stage, provider=True, **e.provider_run)
     scores = {(kind, state): _look(e, safety, kinds[kind], states[state]) for kind in kinds for state in states}
     followed = _followed(e, safety, kinds, looks) if looks else {}
     grids, axis = _landscapes(e, kinds, buffer, points)
-    merge = e.merge_of("user")
     shares, moved = overlaps(user, reinforce, merge.tau), reach(user, reinforce, merge)
     arrays = {f"safety gradient, {kind}, {state}": found.score for (kind, state), found in scores.items()}
     arrays |= {f"safety gradient in training, {kind}, {state}": found for (kind, state), found in followed.items()}
@@ -93,13 +91,6 @@ def write_analyses(
     values = {"kinds": kinds, "followed": followed, "merge": merge, "moved": moved, "command": command}
     values |= {"steps": _steps(scores), "spaces": _spaces(shares)}
     return str(write_document(folder / "analysis.md", render("analysis.md.jinja", values), drawn))
-
-
-def _safety(e: Experiment) -> Adapter:
-    """The direction of safety: a LoRA that was trained on refusals, without Buffer."""
-    refusals = e.recipe.refusal_rows(e.settings.reinforce.refusals, "reinforce")
-    config = e.settings.train("reinforce")
-    return train_adapter("safety", "reinforce", e.aligned, refusals, config, provider=True, **e.provider_run)
 
 
 def _look(e: Experiment, safety: Adapter, rows: Sequence[Row], attached: dict) -> _Kind:
