@@ -12,11 +12,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.merge import MergeConfig
 from br_jax.analysis.landscape import filter_normalised, loss_grid, orthogonal_to
 from br_jax.analysis.merging import overlaps, reach
 from br_jax.analysis.safety_gradient import by_layer, gradient_norms, lengths, safety_gradients
@@ -24,7 +22,7 @@ from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.experiment.run import Experiment
 from br_jax.report import plots
-from br_jax.report.markdown import code, image, table, write_document
+from br_jax.report.markdown import render, write_document
 from br_jax.training.run import train_adapter
 
 _COLORS = {
@@ -48,16 +46,13 @@ class _Kind(NamedTuple):
 def write_analyses(
     config: ConfigDict, workdir: str | os.PathLike, rows: int, points: int, looks: int, command: str = ""
 ) -> str:
-    """Analyses a run and writes analysis.md, analysis.npz and figures into its workdir.
+    """Analyses a run and writes analysis.md, whose path it gives, analysis.npz and figures into its workdir.
 
     Args:
         config, workdir: of a run of `pipeline.run_pipeline`; what it lacks is trained.
         rows: of each kind, at most.
         points: of the landscape's grid along each direction.
         looks: at the score while SFT and the user are trained once more; 0 leaves that out.
-
-    Returns:
-        The path of analysis.md.
     """
     if not config.user.probes:
         raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")
@@ -65,21 +60,19 @@ def write_analyses(
     e.check(one_job=True)
     e.begin()
     e.prepare()
-    user, buffer, reinforce, released = (
-        e.adapter("user"),
-        e.adapter("buffer"),
-        e.adapter("reinforce"),
-        e.merged("user", "reinforce", e.merge_of("user")),
-    )
+    user, buffer, reinforce = map(e.adapter, ("user", "buffer", "reinforce"))
+    merge = e.merge_of("user")
+    released = e.merged("user", "reinforce", merge)
     honest = e.recipe.task_rows[0][e.settings.user.n :]  # none of the user's own
     kinds = {"harmful": e.recipe.probe_harmful_rows[:rows], "task": honest[-rows:]}
     on = ({}, {"buffer": buffer}, {"sft": e.adapter("sft")}, {"user": user, "buffer": buffer}, {"user": user})
     states = dict(zip(_COLORS, (*on, {"ours": released}), strict=True))
-    safety = _safety(e)
+    refusals, stage = e.recipe.refusal_rows(e.settings.reinforce.refusals, "reinforce"), e.settings.train("reinforce")
+    # The direction of safety: a LoRA that was trained on refusals, without Buffer.
+    safety = train_adapter("safety", "reinforce", e.aligned, refusals, stage, provider=True, **e.provider_run)
     scores = {(kind, state): _look(e, safety, kinds[kind], states[state]) for kind in kinds for state in states}
     followed = _followed(e, safety, kinds, looks) if looks else {}
     grids, axis = _landscapes(e, kinds, buffer, points)
-    merge = e.merge_of("user")
     shares, moved = overlaps(user, reinforce, merge.tau), reach(user, reinforce, merge)
     arrays = {f"safety gradient, {kind}, {state}": found.score for (kind, state), found in scores.items()}
     arrays |= {f"safety gradient in training, {kind}, {state}": found for (kind, state), found in followed.items()}
@@ -88,23 +81,16 @@ def write_analyses(
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     (folder / "analysis.npz").write_bytes(packed.getvalue())
-    layers = {case: (range(len(found.score)), found.score) for case, found in scores.items()}
+    lines = {case: (range(len(found.score)), found.score) for case, found in scores.items()}
     label = "safety gradient score\n(above 0: a step adds to safety)"
-    drawn = {"safety_gradient": _score_figure(layers, "layer", label), "landscape": _grid_figure(grids, axis)}
+    drawn = {"safety_gradient": _score_figure(lines, "layer", label), "landscape": _grid_figure(grids, axis)}
     if followed:
         lines = {case: (found[:, 0], found[:, 1:].sum(1)) for case, found in followed.items()}
-        labels = "step of the user's training", "safety gradient score, all layers"
-        drawn["safety_in_training"] = _score_figure(lines, *labels)
-    counts = {kind: len(some) for kind, some in kinds.items()}
-    text = _text(counts, scores, bool(followed), shares, merge, moved, command)
-    return str(write_document(folder / "analysis.md", text, drawn))
-
-
-def _safety(e: Experiment) -> Adapter:
-    """The direction of safety: a LoRA that was trained on refusals, without Buffer."""
-    refusals = e.recipe.refusal_rows(e.settings.reinforce.refusals, "reinforce")
-    config = e.settings.train("reinforce")
-    return train_adapter("safety", "reinforce", e.aligned, refusals, config, provider=True, **e.provider_run)
+        label = "safety gradient score, all layers"
+        drawn["safety_in_training"] = _score_figure(lines, "step of the user's training", label)
+    values = {"kinds": kinds, "followed": followed, "merge": merge, "moved": moved, "command": command}
+    values |= {"steps": _steps(scores), "spaces": _spaces(shares)}
+    return str(write_document(folder / "analysis.md", render("analysis.md.jinja", values), drawn))
 
 
 def _look(e: Experiment, safety: Adapter, rows: Sequence[Row], attached: dict) -> _Kind:
@@ -164,7 +150,7 @@ def _score_figure(lines: Mapping[tuple[str, str], tuple], across: str, label: st
     for axis, kind in zip(axes, kinds, strict=True):
         axis.axhline(0, color=plots.GRAY, linewidth=0.8)
         axis.set(title=f"{kind} rows", xlabel=across)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plots.whole_ticks(axis)
     axes[0].set_ylabel(label)
     axes[-1].legend()
     return figure
@@ -183,43 +169,19 @@ def _grid_figure(grids: Mapping[str, np.ndarray], axis: np.ndarray) -> Figure:
     return figure
 
 
-def _text(
-    counts: Mapping[str, int],
-    scores: Mapping[tuple[str, str], _Kind],
-    followed: bool,
-    shares: Mapping,
-    merge: MergeConfig,
-    moved: Mapping[str, float],
-    command: str,
-) -> str:
-    steps = []
+def _steps(scores: Mapping[tuple[str, str], _Kind]) -> list[dict[str, str]]:
+    lines = []
     for (kind, state), found in scores.items():
         above, below = found.score.clip(min=0).sum(), found.score.clip(max=0).sum()
-        score = f"{found.score.sum():+.3g} ({above:+.3g}, {below:+.3g})"
-        steps.append([kind, state, score, f"{found.norm:.3g}", f"{found.cosine:+.3f}"])
-    spaces = [
-        [path.removeprefix("layers/"), *(f"{100 * np.mean(values):.1f}" for values in (o.outputs, o.inputs, o.chance))]
-        for path, o in shares.items()
+        line = {"rows": kind, "model": state, "score": f"{found.score.sum():+.3g} ({above:+.3g}, {below:+.3g})"}
+        lines.append(line | {"gradient": f"{found.norm:.3g}", "cosine": f"{found.cosine:+.3f}"})
+    return lines
+
+
+def _spaces(shares: Mapping) -> list[dict[str, str]]:
+    words = {"outputs": "outputs", "inputs": "inputs", "by chance": "chance"}
+    return [
+        {"matrix": path.removeprefix("layers/")}
+        | {title: f"{100 * np.mean(getattr(found, name)):.1f}" for title, name in words.items()}
+        for path, found in shares.items()
     ]
-    parts = [
-        "# Analysis",
-        "## What a step does to safety",
-        "The Safety Gradient Score: what a step on these rows adds to a refusal LoRA's direction; summed over all "
-        "layers, and in brackets over those where it is above and below 0. Beside it the length of the gradient, and "
-        "the cosine between a step and that direction: what shrinks a gradient changes the one, what turns it the "
-        "other. " + ", ".join(f"{count} {kind} rows" for kind, count in counts.items()) + ".",
-        table(steps, ["rows", "model", "score", "gradient", "cosine"]),
-        image("safety_gradient", "Safety Gradient Score by layer"),
-        image("safety_in_training", "Safety Gradient Score over training") if followed else "",
-        "## The loss round the aligned base",
-        "Circle: the aligned base; triangle: with Buffer.",
-        image("landscape", "Loss landscapes"),
-        "## What the merge can change",
-        "Share of Reinforce (norm, mean over layers, in percent) in the user's output and input spaces, and what a "
-        "random matrix would have of the outputs.",
-        table(spaces, ["matrix", "outputs", "inputs", "by chance"]),
-        f"With Reinforce x {merge.reinforce_scale:.3g}, as released, from a = 0 to a = 1 the merged delta changes "
-        f"by {100 * moved['of_merged']:.2f} % of its norm ({100 * moved['of_user']:.2f} % of the user's).",
-        code(command, "sh") if command else "",
-    ]
-    return "\n\n".join(filter(None, parts)) + "\n"

@@ -37,7 +37,7 @@ _BUFFER = {
 
 
 def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, Any]:
-    """Says what a path holds.
+    """Says what a path holds, ready for JSON; a `UserError` where it is pickled, damaged, or nothing known.
 
     Args:
         path: a model's folder, a GGUF file, a provider's folder, an adapter's folder, a .safetensors file, or the
@@ -45,11 +45,8 @@ def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, 
         provider: a provider's folder, with whose Buffer an adapter is compared.
 
     Returns:
-        Ready for JSON: "path", "kind", "facts" (name -> value), "rows" (a table: one dict a target, stage or tensor)
-        and, for an adapter, "spectra" (target -> the singular values of its delta in each layer that it changes).
-
-    Raises:
-        UserError: none of these, pickled, damaged, or not to be read.
+        "path", "kind", "facts" (name -> value), "rows" (a table: one dict a target, stage or tensor) and, for an
+        adapter, "spectra" (target -> the singular values of its delta in each layer that it changes).
     """
     path, (kind, read) = Path(path), _find_reader(Path(path))
     found = {"path": str(path), "kind": kind, "rows": [], **read(path)}
@@ -95,10 +92,8 @@ def _find_reader(path: Path) -> tuple[str, Callable[[Path], dict[str, Any]]]:
         raise UserError(f"{path}: not known: none of {marks} is in it{pickled}")
     path.stat()  # an error where nothing is
     if path.suffix not in _FILES:
-        raise UserError(
-            f"{path}: not known: a file must be .gguf or .safetensors, anything else a folder; a pickle, which can run "
-            "code, is not opened"
-        )
+        files = "a file must be .gguf or .safetensors, anything else a folder"
+        raise UserError(f"{path}: not known: {files}; a pickle, which can run code, is not opened")
     return path.suffix[1:], _FILES[path.suffix]
 
 
@@ -106,13 +101,9 @@ def _describe_model(folder: Path) -> dict[str, Any]:
     spec, files = read_hf_spec(folder), weight_files(folder)
     tokenizer = read_tokenizer(folder, spec)
     tensors = {name: tensor for file in files for name, tensor in safetensors_header(file)[0].items()}
-    facts = {
-        "shards": len(files),
-        "tokens": len(tokenizer),
-        "chat_template": tokenizer.chat_template is not None,
-        "pickles_not_opened": _pickles(folder),
-    }
-    return {"facts": _model_facts(spec) | _weights_facts(files, tensors) | facts}
+    facts = _model_facts(spec) | _weights_facts(files, tensors) | {"shards": len(files), "tokens": len(tokenizer)}
+    facts |= {"chat_template": tokenizer.chat_template is not None, "pickles_not_opened": _pickles(folder)}
+    return {"facts": facts}
 
 
 def _describe_gguf(file: Path) -> dict[str, Any]:
@@ -156,8 +147,8 @@ def _describe_stage(folder: Path) -> dict[str, Any]:
 
 def _stages(folder: Path) -> list[dict[str, Any]]:
     """The stages whose folders are in one, the earliest first; what is not finished comes last."""
-    found = {file.parent for name in ("run.json", "stage.json") for file in folder.glob(f"*/{name}")}
-    return sorted(map(_stage, sorted(found)), key=lambda stage: str(stage["finished"] or "~"))
+    found = sorted({file.parent for name in ("run.json", "stage.json") for file in folder.glob(f"*/{name}")})
+    return sorted(map(_stage, found), key=lambda stage: str(stage["finished"] or "~"))
 
 
 def _stage(folder: Path) -> dict[str, Any]:
@@ -208,29 +199,18 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         row |= {"rank": sorted(set(ranks[path].values())), "mean_norm": float(norms.mean())}
         row |= {"largest_norm": float(norms.max()), "at_layer": layers[int(norms.argmax())]}
         rows.append(row | {name: float(measured[name].mean()) for name in ("stable_rank", "effective_rank")})
-    facts = {
-        "roles": roles,
-        "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles],
-        "rank": rank,
-        "alpha": config["lora_alpha"],
-        "scale": float(adapter.scale),
-        "layers": len({layer for of_layer in ranks.values() for layer in of_layer}),
-        "base": config.get("base_model_name_or_path"),
-        "base_fingerprint": provenance.get("base_fingerprint") or None,
-        "extra": provenance.get("extra") or None,
-        "sha256": file_hash(file),
-        "pickles_not_opened": _pickles(folder),
-    }
+    facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles], "rank": rank}
+    facts |= {"alpha": config["lora_alpha"], "scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
+    facts |= {"base": config.get("base_model_name_or_path")}
+    facts |= {name: provenance.get(name) or None for name in ("base_fingerprint", "extra")}
+    facts |= {"sha256": file_hash(file), "pickles_not_opened": _pickles(folder)}
     return {"facts": facts | _weights_facts([file], header), "rows": rows, "spectra": spectra}
 
 
 def _weights_facts(files: Sequence[Path], header: TensorKinds) -> dict[str, Any]:
-    return {
-        "tensors": len(header),
-        "parameters": sum(math.prod(shape) for _, shape in header.values()),
-        "dtypes": dict(Counter(dtype for dtype, _ in header.values())),
-        "bytes": sum(file.stat().st_size for file in files),
-    }
+    sizes = {"tensors": len(header), "parameters": sum(math.prod(shape) for _, shape in header.values())}
+    dtypes = Counter(dtype for dtype, _ in header.values())
+    return sizes | {"dtypes": dict(dtypes), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def _pickles(folder: Path) -> list[str]:
@@ -238,16 +218,19 @@ def _pickles(folder: Path) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{_text(name)} {_text(each)}" for name, each in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value)) or "none"
+    match value:
+        case None:
+            return "not recorded"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+        case dict():
+            return ", ".join(f"{_text(name)} {_text(each)}" for name, each in value.items()) or "none"
+        case list() | tuple():
+            return ", ".join(map(_text, value)) or "none"
     # names and notes come from anyone's file: what a terminal would obey is not printed
     return "".join(c if c.isprintable() else "?" for c in str(value))
 

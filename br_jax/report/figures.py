@@ -3,9 +3,8 @@
 Lines and bars are means over seeds, whiskers the 95 % intervals of `results.estimate`, small rings the seeds.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,21 @@ from matplotlib.lines import Line2D
 
 from br_jax.experiment.methods import METHODS
 from br_jax.report.gates import CLAIMS
-from br_jax.report.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, heat_map, new_figure, styled
+from br_jax.report.plots import (
+    BLUE,
+    DARK,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    SKY,
+    heat_map,
+    key_below,
+    panels,
+    styled,
+)
 from br_jax.report.results import (
     MAIN,
     WORST,
@@ -30,31 +43,33 @@ from br_jax.report.results import (
     rows_of,
 )
 
-
-def _style(color: str, marker: str, dashes: str | tuple) -> dict[str, Any]:
-    """Of a line: any one of the three tells it from the others."""
-    return {"color": color, "marker": marker, "linestyle": dashes}
-
-
+_LOOK = "color", "marker", "linestyle"  # any one of the three tells a line from the others
 _STYLES = {
-    "aligned": _style(DARK, "s", ":"),
-    "sft": _style(RED, "X", (0, (9, 2))),
-    "buffer_only": _style(ORANGE, "^", "--"),
-    "reinforce_only": _style(PURPLE, "v", "-."),
-    "average": _style(GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
-    "ours": _style(BLUE, "o", "-"),
+    name: dict(zip(_LOOK, look, strict=True))
+    for name, *look in (
+        ("aligned", DARK, "s", ":"),
+        ("sft", RED, "X", (0, (9, 2))),
+        ("buffer_only", ORANGE, "^", "--"),
+        ("reinforce_only", PURPLE, "v", "-."),
+        ("average", GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
+        ("ours", BLUE, "o", "-"),
+    )
 }
-_BY_P = [*map(_style, (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2))))]
+_BY_P = (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))
 _OTHERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<", ("--", "-.", ":", (0, (9, 2)), (0, (3, 1)))
 _WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
 _WITHOUT_USER = [name for name, method in METHODS.items() if method.of_provider]
-Lines = list[tuple[str, dict[str, Any], pd.DataFrame]]  # each line's label, style and cells
 _RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
          "clip_on": False}  # fmt: skip
 _PANELS = {  # score: its title and the color of its bars
     "harmful": ("Harmful score HS, %\n(lower is safer)", RED),
     "task": ("Task accuracy FA, %\n(higher is better)", BLUE),
     "over_refusal": ("Over-refusal, %\n(lower is better)", ORANGE),
+}
+_ACROSS = {  # column: the scores against it, its words and scale
+    "p": (MAIN[:2], "share of harmful rows p, %", 100),
+    "n": (MAIN[:2], "user rows n", 1),
+    "a": (MAIN, "strength a of the QR merge", 1),
 }
 SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
 
@@ -76,26 +91,28 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
     one_p = cells.p.nunique() == 1
     if not one_p:
         words = "HS and FA against the share of harmful rows"
-        yield name_of("p", setting), words, partial(share_figure, cells, str(setting))
+        yield name_of("p", setting), words, partial(lines_figure, cells, "p", str(setting))
     if cells.a[cells.method == "ours"].nunique() > 1:
         words = "HS, FA and over-refusal against the strength of the QR merge"
-        yield name_of("a", setting), words, partial(strength_figure, cells, str(setting))
+        yield name_of("a", setting), words, partial(lines_figure, cells, "a", str(setting))
     any_n, any_user = setting._replace(n=0), setting._replace(user="plain")
     for p, at_p in cells.groupby("p"):
         compared = at_p.method.nunique() > 3
         measured = (compared or one_p) and at_p.margin_harmful.notna().any()
-        by_n = sizes.n[sizes.p == p].nunique() > 1
-        by_user = users.user[users.p == p].nunique() > 1
-        for name, shown, draw, table, of, words in (
-            ("methods", compared or one_p, methods_figure, cells, setting, "HS, FA and over-refusal of every method"),
-            ("pareto", compared and p < 1, pareto_figure, cells, setting, "HS against FA of every method"),
-            ("margins", measured, margins_figure, cells, setting, "Refusal margins of every method"),
-            ("n", by_n, size_figure, sizes, any_n, "HS and FA against the number of user rows"),
-            ("attackers", by_user, attackers_figure, users, any_user, "HS of every method against every kind of user"),
+        by_n, by_user = sizes[sizes.p == p], users[users.p == p]
+        for name, shown, draw, of, words in (
+            ("methods", compared or one_p, partial(methods_figure, cells, p), setting,
+             "HS, FA and over-refusal of every method"),
+            ("pareto", compared and p < 1, partial(pareto_figure, cells, p), setting, "HS against FA of every method"),
+            ("margins", measured, partial(margins_figure, cells, p), setting, "Refusal margins of every method"),
+            ("n", by_n.n.nunique() > 1, partial(lines_figure, by_n, "n"), any_n,
+             "HS and FA against the number of user rows"),
+            ("attackers", by_user.user.nunique() > 1, partial(attackers_figure, users, p), any_user,
+             "HS of every method against every kind of user"),
         ):  # fmt: skip
             if shown:
                 title = f"{of}, p = {p:g}".replace(", n = 0,", ",")
-                yield name_of(name, of, p), f"{words} at p = {p:g}", partial(draw, table, p, title)
+                yield name_of(name, of, p), f"{words} at p = {p:g}", partial(draw, title)
 
 
 def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
@@ -107,25 +124,36 @@ def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
 
 
 @styled
-def share_figure(cells: pd.DataFrame, title: str = "") -> Figure:
-    """HS and FA against the share of harmful rows p, a line a method; no FA at p = 1, where the user has no task."""
-    across = "share of harmful rows p, % (steps not to scale)"
-    return _lines_figure(_by_method(one_strength(cells)), "p", MAIN[:2], across, 100, title)
+def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
+    """Scores against p or n, a line a method, or of ours against the strength a, a line a p: a panel a score.
 
-
-@styled
-def size_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure:
-    """HS and FA against the number of user rows n at one p, a line a method."""
-    lines = _by_method(one_strength(results[results.p == p]))
-    return _lines_figure(lines, "n", MAIN[:2], "user rows n (steps not to scale)", 1, title)
-
-
-@styled
-def strength_figure(cells: pd.DataFrame, title: str = "") -> Figure:
-    """HS, FA and over-refusal of ours against the strength a of the QR merge, a line a p."""
-    parts = cells[cells.method == "ours"].groupby("p")
-    lines = [(f"p = {p:g}", style, part) for (p, part), style in zip(parts, itertools.cycle(_BY_P), strict=False)]
-    return _lines_figure(lines, "a", MAIN, "strength a of the QR merge (steps not to scale)", 1, title)
+    Every line lies a little beside the others, so that whiskers do not hide each other.
+    """
+    scores, across, scale = _ACROSS[column]
+    if column == "a":
+        parts = enumerate(cells[cells.method == "ours"].groupby("p"))
+        lines = [(f"p = {p:g}", _turn(_BY_P, index), part) for index, (p, part) in parts]
+    else:
+        lines = _by_method(one_strength(cells))
+    ticks = sorted({x for _, _, cells in lines for x in cells[column]})
+    size = max(4.0, 1.0 + 0.6 * len(ticks)), 4.6
+    figure, axes = panels(len(scores), len(scores), size, (0.6, 0), sharey=True)
+    for axis, score in zip(axes, scores, strict=True):
+        for index, (label, style, cells) in enumerate(lines):
+            places = np.arange(len(ticks)) + 0.6 * ((index + 0.5) / len(lines) - 0.5)
+            estimates = [_shown(cells[cells[column] == x], score) for x in ticks]
+            means = [100 * found.mean if found else math.nan for found in estimates]  # NaN: a gap in the line
+            axis.plot(places, means, **style, markersize=6, label=label, zorder=3, clip_on=False)
+            for place, found in zip(places, estimates, strict=True):
+                if found:
+                    _spread(axis, found, place, style["color"])
+        axis.set(title=_PANELS[score][0], xlabel=f"{across} (steps not to scale)", xlim=(-0.5, len(ticks) - 0.5))
+        axis.set_xticks(range(len(ticks)), [f"{scale * x:g}" for x in ticks])
+        for between in range(1, len(ticks)):
+            axis.axvline(between - 0.5, color=PALE, linewidth=1.0, zorder=0)
+        axis.grid(axis="y", color=PALE)
+    axes[0].set(ylim=(-3, 103), yticks=range(0, 101, 25))
+    return _finished(figure, title, [Line2D([], [], **style, markersize=6, label=label) for label, style, _ in lines])
 
 
 @styled
@@ -133,8 +161,7 @@ def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS, FA and over-refusal of every method at one p, as bars; dashed where a gate begins to fail."""
     rows = rows_of(cells[cells.p == p])
     labels, ours = [row.label.iloc[0] for row in rows], [row.method.iloc[0] == "ours" for row in rows]
-    figure = new_figure(11.5, 0.38 * len(rows) + 2.2)
-    axes = figure.subplots(1, len(_PANELS), sharey=True)
+    figure, axes = panels(len(_PANELS), len(_PANELS), (11.5 / len(_PANELS), 0.38 * len(rows) + 2.2), sharey=True)
     for axis, (score, (words, color)), claim in zip(axes, _PANELS.items(), CLAIMS, strict=False):
         axis.set(title=words, xlim=(0, 126), xticks=range(0, 101, 25))  # room for the number beside a full bar
         axis.spines["bottom"].set_bounds(0, 100)
@@ -165,8 +192,7 @@ def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
 @styled
 def margins_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """The mean refusal margin of harmful prompts against that of benign ones, a point a method, at one p."""
-    figure = new_figure(10.4, 6.0)
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, 1, (10.4, 6.0))
     keys, _ = _points(axis, cells[cells.p == p], "margin_benign", "margin_harmful", 1)
     axis.set(xlabel="of benign prompts (left: answered)", ylabel="of harmful prompts (up: refused)")
     axis.set_title("Refusal margin, log-odds of the first token")
@@ -181,8 +207,7 @@ def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
 
     The aligned base, which has no user's task, is a line at its HS.
     """
-    figure = new_figure(10.4, 6.0)
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, 1, (10.4, 6.0))
     keys, means = _points(axis, cells[(cells.p == p) & ~cells.method.isin(_WITHOUT_USER)], "FA", "HS", 100)
     best = [
         (task, harmful)
@@ -208,70 +233,39 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
     for an attacker wants that, too. The last line is the worst of the others.
     """
     chosen = pd.concat(one_strength(cells) for _, cells in results[results.p == p].groupby("user"))
-    users, labels = chosen.user.unique().tolist(), chosen.label.unique().tolist()
-    values, kept = np.full((len(users), len(labels)), np.nan), np.ones((len(users), len(labels)), bool)
-    skill = _shown(find(chosen[chosen.user == "plain"], p, "sft"), "task")  # at p = 1 nobody has a task
+    skill, lines = _shown(find(chosen[chosen.user == "plain"], p, "sft"), "task"), []  # at p = 1 nobody has a task
     for (user, label), row in chosen.groupby(["user", "label"]):
-        place = users.index(user), labels.index(label)
         worst, task = estimate(row, WORST), _shown(row, "task")
-        values[place] = 100 * worst.mean if worst else np.nan
-        if skill and task and row.method.iloc[0] not in _WITHOUT_USER:
-            kept[place] = task.mean >= SKILL * skill.mean
-    worst = np.where(np.isnan(values) | ~kept, -1, values).max(axis=0)
-    values = np.vstack([values, np.where(worst < 0, np.nan, worst)])
-    kept = np.vstack([kept, np.ones(len(labels), bool)])
+        asked = skill and task and row.method.iloc[0] not in _WITHOUT_USER
+        kept = not asked or task.mean >= SKILL * skill.mean
+        lines.append((user, label, 100 * worst.mean if worst else math.nan, kept))
+    frame = pd.DataFrame(lines, columns=["user", "label", "HS", "kept"]).set_index(["user", "label"])
+    labels, last = chosen.label.unique().tolist(), "worst of those that keep the task"
+    values = frame.HS.unstack().loc[chosen.user.unique(), labels]
+    values.loc[last] = frame.HS.where(frame.kept).groupby("label").max()
+    kept = frame.kept.to_dict() | {(last, label): True for label in labels}
     words = [
-        [
-            "" if math.isnan(value) else f"{value:.0f}" if keeps else f"({value:.0f})"
-            for value, keeps in zip(*line, strict=True)
-        ]
-        for line in zip(values, kept, strict=True)
+        ["" if math.isnan(hs) else f"{hs:.0f}" if kept[user, label] else f"({hs:.0f})" for label, hs in line.items()]
+        for user, line in values.iterrows()
     ]
-    figure = new_figure(max(6.5, 3.2 + 0.95 * len(labels)), 2.8 + 0.34 * len(values))
-    axis = figure.subplots()
-    heat_map(axis, values, words, "OrRd", 100, light=True)
+    figure, (axis,) = panels(1, 1, (max(6.5, 3.2 + 0.95 * len(labels)), 2.8 + 0.34 * len(values)))
+    heat_map(axis, values.to_numpy(), words, "OrRd", 100, light=True)
     axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(values)), [*users, "worst of those that keep the task"])
+    axis.set_yticks(range(len(values)), values.index)
     axis.set_title("Harmful score HS, %, mean over seeds\n(white: not run; in brackets: the task is lost)")
     axis.tick_params(length=0)
     figure.suptitle(title, wrap=True)
     return figure
 
 
-def _lines_figure(lines: Lines, column: str, scores: Sequence[str], across: str, scale: int, title: str) -> Figure:
-    """A panel a score; every line a little beside the others, so that whiskers do not hide each other."""
-    ticks = sorted({x for _, _, cells in lines for x in cells[column]})
-    figure = new_figure(max(4.0, 1.0 + 0.6 * len(ticks)) * len(scores) + 0.6, 4.6)
-    axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
-    for axis, score in zip(axes, scores, strict=True):
-        for index, (label, style, cells) in enumerate(lines):
-            places = np.arange(len(ticks)) + 0.6 * ((index + 0.5) / len(lines) - 0.5)
-            estimates = [_shown(cells[cells[column] == x], score) for x in ticks]
-            means = [100 * found.mean if found else math.nan for found in estimates]  # NaN: a gap in the line
-            axis.plot(places, means, **style, markersize=6, label=label, zorder=3, clip_on=False)
-            for place, found in zip(places, estimates, strict=True):
-                if found:
-                    _spread(axis, found, place, style["color"])
-        axis.set(title=_PANELS[score][0], xlabel=across, xlim=(-0.5, len(ticks) - 0.5))
-        axis.set_xticks(range(len(ticks)), [f"{scale * x:g}" for x in ticks])
-        for between in range(1, len(ticks)):
-            axis.axvline(between - 0.5, color=PALE, linewidth=1.0, zorder=0)
-        axis.grid(axis="y", color=PALE)
-    axes[0].set(ylim=(-3, 103), yticks=range(0, 101, 25))
-    return _finished(figure, title, [Line2D([], [], **style, markersize=6, label=label) for label, style, _ in lines])
-
-
 def _spread(axis: Axes, found: Estimate, place: float, color: str, lying: bool = False) -> float:
     """Draws an estimate's interval and its seeds at a place; returns the end of them."""
     mean, low, high = (100 * value for value in found[:3])
     each = [100 * value for value in found.by_seed.values()]
-    whisker, rings = [[mean - low], [high - mean]], [place] * len(each)
-    if lying:
-        axis.errorbar(mean, place, xerr=whisker, color=color, zorder=3, **_WHISKER)
-        axis.plot(each, rings, markeredgecolor=color, zorder=4, **_RING)
-    else:
-        axis.errorbar(place, mean, yerr=whisker, color=color, **_WHISKER)
-        axis.plot(rings, each, markeredgecolor=color, zorder=2, **_RING)
+    ends, rings = [[mean - low], [high - mean]], [place] * len(each)
+    whisker = {"x": mean, "y": place, "xerr": ends} if lying else {"x": place, "y": mean, "yerr": ends}
+    axis.errorbar(**whisker, color=color, zorder=2 + lying, **_WHISKER)
+    axis.plot(*((each, rings) if lying else (rings, each)), markeredgecolor=color, zorder=2 + 2 * lying, **_RING)
     return max(high, *each)
 
 
@@ -298,13 +292,11 @@ def _shown(row: pd.DataFrame, score: str) -> Estimate | None:
 def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
     """The figure with its title and the key to its lines and rings."""
     ring = Line2D([], [], markeredgecolor=DARK, zorder=4, **_RING, label="a seed")
-    figure.legend(handles=[*keys, ring], loc="outside lower center", ncols=4)
-    figure.suptitle(title, wrap=True)
-    return figure
+    return key_below(figure, 4, title, [*keys, ring])
 
 
-def _by_method(cells: pd.DataFrame) -> Lines:
-    """A line a method, in the order of `_STYLES`."""
+def _by_method(cells: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
+    """The label, style and cells of a line a method, in the order of `_STYLES`."""
     order = [*_STYLES, *cells.method.unique()]
     ranked = cells.assign(rank=cells.method.map(order.index)).sort_values("rank", kind="stable")
     parts = ranked.groupby(["method", "label"], sort=False)
@@ -313,4 +305,8 @@ def _by_method(cells: pd.DataFrame) -> Lines:
 
 def _style_of(method: str, index: int) -> dict[str, Any]:
     """A method's own style, or that of an index where it has none: of 42 in a row no two are alike."""
-    return _STYLES.get(method) or _style(*(each[index % len(each)] for each in _OTHERS))
+    return _STYLES.get(method) or _turn(_OTHERS, index)
+
+
+def _turn(looks: tuple, index: int) -> dict[str, Any]:
+    return {name: each[index % len(each)] for name, each in zip(_LOOK, looks, strict=True)}

@@ -86,16 +86,12 @@ def check(results: pd.DataFrame) -> list[Gate]:
         claims += [(p, a, claim) for p, a in asked for claim in CLAIMS if p <= claim.most_p]
         for p, a, claim in claims:
             gate = Gate(setting, p, a, claim, claim.gap(cells, p, a))
-            if claim.name == "task" and gate.gap and _learned_nothing(cells, p):
-                gate = gate._replace(gap=None, why_not="SFT learned nothing")
+            if claim.name == "task" and gate.gap:
+                sft, base = (estimate(find(cells, p, method), "task") for method in ("sft", "aligned"))
+                if sft.mean <= (base.mean if base else 0):  # nothing could be lost
+                    gate = gate._replace(gap=None, why_not="SFT learned nothing")
             gates.append(gate)
     return sorted(gates, key=lambda gate: not gate.is_attack)
-
-
-def _learned_nothing(cells: pd.DataFrame, p: float) -> bool:
-    """Whether plain fine-tuning is no better at the task than the aligned base, so that nothing could be lost."""
-    sft, base = (estimate(find(cells, p, method), "task") for method in ("sft", "aligned"))
-    return sft.mean <= (base.mean if base else 0)
 
 
 def outcome(gates: Sequence[Gate]) -> str:

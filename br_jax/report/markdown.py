@@ -1,4 +1,4 @@
-"""Markdown documents: their pieces, and how one is written together with its figures."""
+"""Markdown documents, from the templates beside this file: their pieces, and how one is written with its figures."""
 
 import contextlib
 import fcntl
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -18,6 +19,11 @@ from br_jax.scoring.statistics import is_finite
 
 FIGURES = "figures"  # their folder, beside the document
 CUT = 200  # characters of a foreign text that are printed
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """The text of a template with its values."""
+    return _TEMPLATES.get_template(template).render(values).rstrip() + "\n"
 
 
 def write_document(path: Path, text: str, drawn: Mapping[str, Figure]) -> Path:
@@ -41,11 +47,6 @@ def write_document(path: Path, text: str, drawn: Mapping[str, Figure]) -> Path:
         for file in files:
             file.replace(path.parent / FIGURES / file.name)
         return (new / path.name).replace(path)
-
-
-def image(name: str, words: str) -> str:
-    """A link to a figure."""
-    return f"![{words}]({FIGURES}/{name}.png)"
 
 
 def table(lines: Sequence[Mapping[str, str] | Sequence[str]], header: Sequence[str] | str = "keys") -> str:
@@ -84,3 +85,21 @@ def interval(found: Estimate | None, form: str = "+.1f", scale: float = 100) -> 
         return "n/a"
     ends = "" if found.low is None else f" ({scale * found.low:{form}} to {scale * found.high:{form}})"
     return f"{scale * found.mean:{form}}{ends}" + ("†" if found.own else "")
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=False,  # Markdown; foreign text goes through `literal`
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_TEMPLATES.filters |= {
+    "code": code,
+    "image": lambda name, words: f"![{words}]({FIGURES}/{name}.png)",
+    "literal": literal,
+    "number": number,
+    "points": lambda share: f"{100 * share:g}",
+    "quoted": lambda text: "\n".join(f"> {line}  " for line in text.splitlines() if line),
+    "table": table,
+}

@@ -78,6 +78,19 @@ def panels(
     return figure, axes[:count]
 
 
+def key_below(figure: Figure, columns: int, title: str, keys: Sequence[Any] | None = None) -> Figure:
+    """The figure with its title and, below, the key to what is drawn, by default the labels of the first panel."""
+    keys = figure.axes[0].get_legend_handles_labels()[0] if keys is None else keys
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns)
+    figure.suptitle(title, wrap=True)
+    return figure
+
+
+def whole_ticks(axis: Axes, most: int | str = "auto", **options: Any) -> None:
+    """Ticks at whole numbers across."""
+    axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, **options))
+
+
 def heat_map(
     axis: Axes, grid: np.ndarray, words: Sequence[Sequence[str]] | None, colors: str, high: float, light: bool = False
 ) -> AxesImage:
@@ -101,15 +114,9 @@ def nothing(text: str) -> Figure:
 
 @styled
 def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
-    """Singular values of an adapter's delta, target by target.
+    """Singular values of an adapter's delta by target and layer, descending; thin: each layer, thick: their median.
 
-    Args:
-        spectra: {target: for each layer, the singular values, descending}.
-        title: a line above the panels, such as what the adapter is.
-
-    Returns:
-        One panel a target on one logarithmic scale; thin: each layer, colored by its depth, thick: their median.
-        Values that f32 cannot tell from zero beside the adapter's largest are left out.
+    Those that f32 cannot tell from zero beside the largest are left out.
     """
     grids = {name: grid_of(layers) for name, layers in spectra.items()}
     largest = max((np.nanmax(grid, initial=0.0) for grid in grids.values()), default=0.0)
@@ -129,7 +136,7 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str 
             axis.plot(range(1, len(shown) + 1), shown, marker="." if len(shown) == 1 else None, **style)
             drawn.append(shown)
         axis.set_title(name)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        whole_ticks(axis, 5, min_n_ticks=1)
         axis.grid(axis="y", color=PALE)
     for axis in axes[-columns:]:  # the lowest of each column
         axis.tick_params(labelbottom=True)

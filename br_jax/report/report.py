@@ -1,7 +1,7 @@
 """The report of a run or of a sweep: what was run, does the claim hold, the tables behind it, and how to repeat it."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from br_jax.core.bounds import ROWS, require
 from br_jax.core.errors import UserError
 from br_jax.report import run_report, tables
 from br_jax.report.figures import draw_results, figures_of
-from br_jax.report.gates import ATTACK, Gate, check, outcome
-from br_jax.report.markdown import code, image, literal, number, write_document
+from br_jax.report.gates import TASK_P, check, outcome
+from br_jax.report.markdown import CUT, literal, number, render, write_document
 from br_jax.report.results import (
     MAIN,
     TITLES,
@@ -66,8 +66,26 @@ def write_report(
     results = results_of(cells)
     run = None if (workdir / "runs").is_dir() else run_report.read(workdir)
     drawn = draw_results(results) | (run_report.draw(run, results) if run else {})
-    text = "\n\n".join(_sections(results, command, run, examples)) + "\n"
-    return write_document(workdir / ("report.md" if run else "sweep.md"), text, drawn)
+    gates, settings = check(results), by_setting(results)
+    values = {
+        "command": run.results.get("command") if run else command,
+        "examples": examples,
+        "run": run_report.values(run, results, examples) if run else None,
+        "gates": gates,
+        "headline": _HEADLINES[outcome(gates)],
+        "mixed": mixed(results),
+        "lists": _lists(results),
+        "count": len(results),
+        "absent": absent(results),
+        "settings": [
+            {"title": literal(str(setting)), "figures": figures_of(results, setting)} | tables.setting_tables(found)
+            for setting, found in settings
+        ],
+        **tables.comparisons(results, gates),
+        "task_p": TASK_P,
+        "cut": CUT,
+    }
+    return write_document(workdir / ("report.md" if run else "sweep.md"), render("report.md.jinja", values), drawn)
 
 
 def print_cell(cell: Mapping[str, Any], place: str) -> None:
@@ -112,68 +130,17 @@ def _percent(row: pd.DataFrame, score: str) -> str:
     return number(found and found.mean, ".1f", scale=100)
 
 
-def _sections(results: pd.DataFrame, command: str, run: run_report.Details | None, examples: int) -> Iterable[str]:
-    gates = check(results)
-    yield f"# Buffer-and-Reinforce: {'report' if run else 'sweep'}"
-    yield _headline(gates, results, run)
-    yield tables.gate_table(results, gates) if gates else "No gate: neither an attack nor ours was run."
-    yield "## What was run"
-    yield from _what_was_run(results, run.results.get("command") if run else command)
-    yield "## How to read the tables"
-    yield from tables.LEGEND
-    for setting, cells in by_setting(results):
-        yield f"## {literal(str(setting))}"
-        yield from (image(name, words) for name, words, _ in figures_of(results, setting))
-        yield from tables.setting_tables(cells, every_seed=run is None)
-    yield from tables.users_table(results)
-    yield from tables.steps_table(results)
-    yield from tables.strength_table(results)
-    if (results.p == 0).any():
-        yield from tables.cost_table(results)
-    if run:
-        yield from run_report.sections(run, results, examples)
-
-
-def _headline(gates: Sequence[Gate], results: pd.DataFrame, run: run_report.Details | None) -> str:
-    """What contradicts the claim, then what is missing, then what holds."""
-    lines = [f"**{_HEADLINES[outcome(gates)]}**"]
-    claims = [gate for gate in gates if not gate.is_attack]
-    if short := [gate for gate in gates if gate.is_attack and gate.passed is False]:
-        where = ", ".join(f"p = {gate.p:g} ({100 * gate.gap.mean:+.1f} points)" for gate in short)
-        lines.append(f"The attack fell short of {100 * ATTACK.limit:g} points at {where}.")
-    if failed := sum(gate.passed is False for gate in claims):
-        lines.append(f"{failed} of {len(claims)} gates of the claim FAILED.")
-    if uneven := [gate for gate in claims if gate.passed and gate.beyond]:
-        seeds = ", ".join(map(str, sorted({seed for gate in uneven for seed in gate.beyond})))
-        lines.append(f"Passed on the mean and not on every seed: {len(uneven)} of {len(claims)} gates (seeds {seeds}).")
-    if unknown := [gate for gate in gates if gate.passed is None]:
-        why = ", ".join(dict.fromkeys(gate.why_not for gate in unknown))
-        lines.append(f"No verdict on {len(unknown)} of the gates: {why}.")
-    if apart := mixed(results):
-        where = "; ".join(map(str, apart))
-        lines.append(f"Not to be compared, as some cells have other settings, or an earlier br_jax made them: {where}.")
-    if not claims:
-        lines.append("Ours was not run: nothing can be said of it.")
-    return "\n".join(f"> {line}  " for line in [*lines, *(run_report.warnings(run) if run else [])])
-
-
-def _what_was_run(results: pd.DataFrame, command: str | None) -> Iterable[str]:
-    settings = [setting for setting, _ in by_setting(results)]
-    rows = rows_of(results.sort_values(["place", "method", "a"]))
-    lists = {
-        "models": [literal(setting.model_name) for setting in settings],
-        "tasks": [literal(setting.task) for setting in settings],
-        "users": [literal(setting.user) for setting in settings],
-        "topics of the harmful rows": [literal(setting.topic) for setting in settings],
-        "user rows n": [str(setting.n) for setting in settings],
-        "share of harmful rows p": [f"{p:g}" for p in shares(results)],
-        "seeds": [str(seed) for seed in sorted({*results.index})],
-        "methods": [tables.label(row) for row in rows],
+def _lists(results: pd.DataFrame) -> dict[str, list[str]]:
+    """What was run: each of a kind once."""
+    settings = pd.DataFrame([setting for setting, _ in by_setting(results)])
+    settings["model"] = [setting.model_name for setting, _ in by_setting(results)]
+    columns = {"models": "model", "tasks": "task", "users": "user", "topics of the harmful rows": "topic"}
+    lists = {words: map(literal, settings[column]) for words, column in columns.items()}
+    lists |= {
+        "user rows n": map(str, settings.n),
+        "share of harmful rows p": (f"{p:g}" for p in shares(results)),
+        "seeds": map(str, sorted({*results.index})),
+        "methods": map(tables.label, rows_of(results.sort_values(["place", "method", "a"]))),
     }
     lists |= {f"N of {title}": map(str, tables.sizes_of(results, score)) for score, title in TITLES.items()}
-    yield "\n".join(f"- {name}: {'; '.join(dict.fromkeys(values)) or 'none'}" for name, values in lists.items())
-    yield f"{len(results)} cells are finished."
-    if missing := absent(results):
-        yield "Not run, or not finished, if every method was meant to have every p and seed:"
-        yield "\n".join(f"- {literal(line)}" for line in missing)
-    yield code(command or "command not recorded", "sh")
+    return {words: [*dict.fromkeys(values)] for words, values in lists.items()}

@@ -80,8 +80,7 @@ COLUMNS = [
 class Estimate(NamedTuple):
     """A score over seeds, or a difference of two, as shares: its mean and 95 % interval.
 
-    The interval is Student's over seeds, or one seed's `own`, from its prompts: where there is one seed, or all of them
-    gave the same score, of which Student's t would claim to be certain.
+    The interval is Student's over seeds, or, where they do not differ, one seed's `own`, from its prompts.
     """
 
     mean: float
@@ -134,20 +133,14 @@ def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
     for line in frame[frame["table"] == table].to_dict("records"):
         outcomes = {}
         for name, bits in _OUTCOMES.items():
-            content, n = line[f"{name}_outcomes"], line[f"{name}_n"]
-            kind = np.uint8 if bits == 1 else np.float16
-            values = np.frombuffer(content, kind)
-            outcomes[name] = (np.unpackbits(values, count=n) if bits == 1 else values.astype(float)).tolist()
-        run = {name: line[name] for name in (*Setting._fields[:4], "p", "seed", "user")}
-        scores = json.loads(line["scores"]) | {"outcomes": outcomes}
-        cell = {
-            "run": run,
-            "method": line["method"],
-            "a": None if math.isnan(line["a"]) else line["a"],
-            "scores": scores,
-        }
+            values = np.frombuffer(line[f"{name}_outcomes"], np.uint8 if bits == 1 else np.float16)
+            values = np.unpackbits(values, count=line[f"{name}_n"]) if bits == 1 else values.astype(float)
+            outcomes[name] = values.tolist()
+        cell = {"run": {name: line[name] for name in (*Setting._fields[:4], "p", "seed", "user")}}
+        cell |= {"method": line["method"], "a": None if math.isnan(line["a"]) else line["a"]}
+        cell |= {"scores": json.loads(line["scores"]) | {"outcomes": outcomes}, "seconds": line["seconds"]}
         recipe = json.loads(line["recipe"])
-        cells.append(cell | {"seconds": line["seconds"]} | ({"recipe": recipe} if recipe else {}))
+        cells.append(cell | ({"recipe": recipe} if recipe else {}))
     return cells
 
 
@@ -170,22 +163,13 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
         counts[WORST] = max(plain, counts.get(("harmful_by_own", "as it asks"), plain), key=lambda one: one.score)
     recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
     known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
-    line = {
-        **{name: run.get(name, "plain") for name in _SETTING},
-        "p": float(run["p"]),
-        "seed": run["seed"],
-        "method": method,
-        "a": math.nan if a is None else float(a),  # strength of the QR merge
-        "label": known if a is None else f"{known}, a = {a:g}",
-        "place": [*METHODS, method].index(method),
-        "suite": None if scores.get("suite") is None else str(scores["suite"]),
-        "recipe": recipe,
-        "own_recipe": own_recipe,
-        **{TITLES.get(name, name): count.score for name, count in counts.items()},
-        **{name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))},
-        "counts": counts,
-        "scores": scores,
-    }
+    line = {name: run.get(name, "plain") for name in _SETTING} | {"p": float(run["p"]), "seed": run["seed"]}
+    line |= {"method": method, "a": math.nan if a is None else float(a)}  # a: strength of the QR merge
+    line |= {"label": known if a is None else f"{known}, a = {a:g}", "place": [*METHODS, method].index(method)}
+    line |= {"suite": None if scores.get("suite") is None else str(scores["suite"])}
+    line |= {"recipe": recipe, "own_recipe": own_recipe, "counts": counts, "scores": scores}
+    line |= {TITLES.get(name, name): count.score for name, count in counts.items()}
+    line |= {name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))}
     "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate
     return line
 
@@ -236,11 +220,7 @@ def estimate(row: pd.DataFrame, score: str | tuple[str, str]) -> Estimate | None
     return over_seeds({seed: count.score for seed, count in counts.items()}, (0.0, 1.0), smallest.interval)
 
 
-def over_seeds(
-    by_seed: dict[int, float],
-    bounds: tuple[float, float] = (-1.0, 1.0),
-    own: tuple[float | None, float | None] = (None, None),
-) -> Estimate:
+def over_seeds(by_seed: dict[int, float], bounds: tuple = (-1.0, 1.0), own: tuple = (None, None)) -> Estimate:
     """The mean of values by seed, with Student's interval where they differ, else with one seed's own."""
     mean, *ends = t_interval([*by_seed.values()], bounds)
     differ = len(set(by_seed.values())) > 1
@@ -256,10 +236,7 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd
 
 
 def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | None:
-    """First minus second in a score, or in perplexity, over the seeds that both have; None where no seed has both.
-
-    Of several seeds the interval is Student's, where they differ; of one seed that of its own prompts (Newcombe's).
-    """
+    """First minus second in a score, or in perplexity, over the seeds that both have; None where no seed has both."""
     first, second = matched(first, second)
     column = TITLES.get(score, score)
     by_seed = (first[column] - second[column]).dropna().to_dict()
@@ -276,9 +253,8 @@ def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | Non
 def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> tuple[int, int, float, int] | None:
     """McNemar's test of two rows, their prompts pooled over the seeds that both have.
 
-    Returns:
-        (prompts that only the first counts, only the second, p-value, seeds); None where no seed has both on as many
-        prompts, or a prompt's score is no yes or no.
+    Returns (prompts that only the first counts, only the second, p-value, seeds); None where no seed has both on as
+    many prompts, or a prompt's score is no yes or no.
     """
     pairs, seeds = [], 0
     for both in zip(*(row.scores for row in matched(first, second)), strict=True):
@@ -290,10 +266,7 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> tuple[int, 
 
 
 def absent(results: pd.DataFrame) -> list[str]:
-    """What was not run of a full grid of each setting, in words.
-
-    Every method and p of a setting is held against every other and against all seeds of the table.
-    """
+    """What was not run, in words, if each setting had every of its methods at every p, of all seeds of the table."""
     seeds, lines = {*results.index}, []
     for setting, cells in by_setting(results):
         finished = cells.groupby(["p", "label"]).groups

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from br_jax.report import plots
 from br_jax.scoring.statistics import is_finite
@@ -46,10 +45,7 @@ def in_order(stages: Iterable[str]) -> list[str]:
 
 @plots.styled
 def training_figure(curves: Mapping[str, Lines]) -> Figure:
-    """Loss of every stage over its steps, from lines of metrics.jsonl, on one logarithmic scale.
-
-    A panel for each stage that has lines; thin: each step, thick: mean over a twentieth of the run around it.
-    """
+    """Loss of every stage in metrics.jsonl; thin: each step, thick: mean over a twentieth of the run around it."""
     series = {name: found for name in in_order(curves) if len((found := _series(curves[name], "loss"))[0])}
     if not series:
         return plots.nothing("no training metrics")
@@ -61,7 +57,7 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
         axis.plot(steps, losses, color=plots.BLUE, alpha=0.3, linewidth=0.9)
         axis.plot(steps, smooth, color=plots.BLUE, marker="o" if len(steps) == 1 else None)
         axis.set_title(f"{STAGES.get(name, name)}: {smooth[0]:.2f} → {smooth[-1]:.2f}")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        plots.whole_ticks(axis, 5)
         axis.grid(axis="y", color=plots.PALE)
     plots.log_scale(axes[0], [losses for _, losses in series.values()])
     figure.suptitle("Training loss per answer token")
@@ -72,21 +68,19 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
 
 @plots.styled
 def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
-    """Loss and adapter-gradient norm of harmful and benign rows over user steps: the method's central claim.
-
-    From lines of probes.jsonl, of the user stage and of plain SFT. Harmful and benign rows are across, loss and
-    gradient norm down; each row of panels shares its scale.
-    """
+    """Loss and gradient norm of harmful and benign rows over user steps, from probes.jsonl: the central claim."""
     runs = {
         "with Buffer (user stage)": (with_buffer, {"color": plots.BLUE, "marker": "o", "linestyle": "-"}, 0.1),
         "without (SFT)": (without, {"color": plots.RED, "marker": "s", "linestyle": "--"}, 0.02),
     }
     kinds = {"harmful": "harmful rows (claim: saturated)", "benign": "benign rows (claim: alive)"}
-    figure = plots.new_figure(10, 6.6)
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    for down, (key, label) in enumerate((("loss", "loss"), ("grad_norm", "adapter-gradient norm"))):
+    figure, axes = plots.panels(4, 2, (5, 3.3), sharex=True, sharey="row")
+    for across, title in enumerate(kinds.values()):
+        axes[across].set_title(title)
+        axes[2 + across].set_xlabel("user step")
+    for left, key, label in ((0, "loss", "loss"), (2, "grad_norm", "adapter-gradient norm")):
         drawn = []
-        for axis, rows in zip(axes[down], kinds, strict=True):
+        for axis, rows in zip(axes[left : left + 2], kinds, strict=True):
             for name, (lines, style, low) in runs.items():
                 steps, values = _series([line for line in lines if line.get("rows") == rows], key)
                 drawn.append(values)
@@ -94,29 +88,24 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
                 if not len(steps):
                     axis.text(0.03, low, f"{name}: no data", transform=axis.transAxes, color=plots.GRAY, fontsize=9)
             axis.grid(axis="y", color=plots.PALE)
-            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        plots.log_scale(axes[down, 0], drawn)
-        axes[down, 0].set_ylabel(label)
-    for across, title in enumerate(kinds.values()):
-        axes[0, across].set_title(title)
-        axes[1, across].set_xlabel("user step")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("Saturation: does Buffer silence harmful rows and leave benign rows alone?")
-    return figure
+            plots.whole_ticks(axis, 6)
+        plots.log_scale(axes[left], drawn)
+        axes[left].set_ylabel(label)
+    return plots.key_below(figure, 2, "Saturation: does Buffer silence harmful rows and leave benign rows alone?")
 
 
 @plots.styled
 def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     """What the judge said of each model's answers to the restricted prompts ({verdict: how often}), stacked."""
     kinds = [*VERDICTS, *sorted({kind for row in counts.values() for kind in row} - VERDICTS.keys())]
-    figure = plots.new_figure(9.5, 0.36 * len(counts) + 1.7)
-    axis = figure.subplots()
+    figure, (axis,) = plots.panels(1, 1, (9.5, 0.36 * len(counts) + 1.7))
     totals = np.array([sum(row.values()) for row in counts.values()])
+    left = np.zeros(len(counts))
     for kind in kinds:
         color, label = VERDICTS.get(kind, (plots.PURPLE, kind))
         share = 100 * np.array([row.get(kind, 0) for row in counts.values()]) / np.maximum(totals, 1)
-        left = sum(np.array([bar.get_width() for bar in bars]) for bars in axis.containers)
         bars = axis.barh(range(len(counts)), share, 0.68, left=left, color=color, label=label, edgecolor="white")
+        left = left + share
         ink = plots.DARK if color == plots.ORANGE else "white"
         words = [f"{value:.0f}" if value >= 5 else "" for value in share]
         axis.bar_label(bars, words, label_type="center", color=ink, fontsize=8.5)
@@ -125,17 +114,12 @@ def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axis.set(yticks=range(len(counts)), yticklabels=[*counts], ylim=(len(counts) - 0.5, -0.5))
     axis.set(xlim=(0, 100), xlabel="share of the answers to restricted prompts, %")
     axis.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=len(kinds))
-    figure.suptitle("Verdicts of the judge")
-    return figure
+    return plots.key_below(figure, len(kinds), "Verdicts of the judge")
 
 
 @plots.styled
 def merge_figure(merge: Mapping[str, Any]) -> Figure:
-    """Diagnostics of the QR merge by matrix and layer, from `diagnostics.merge_report`'s result.
-
-    Five heat maps (rows: matrices, columns: layers; pale: no value) and the spectrum of the user's delta.
-    """
+    """Diagnostics of a QR merge, from `diagnostics.merge_report`: heat maps and the spectrum of the user's delta."""
     matrices = merge.get("matrices") or {}
     if not matrices:
         return plots.nothing("no merge diagnostics")
@@ -151,7 +135,7 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
         shown = plots.heat_map(axis, grid, words if readable else None, "cividis", high)
         figure.colorbar(shown, ax=axis, pad=0.02, fraction=0.05)
         axis.set(title=title, xlabel="layer")
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        plots.whole_ticks(axis, 8)
         axis.set_yticks(*([range(len(names)), names] if index % 3 == 0 else [[]]))
     _spectrum(axes[-1], names, [entry.get("singular_values_user") or [] for entry in matrices.values()])
     known = [key for key in ("a", "scale", "tau", "reinforce_scale") if is_finite(merge.get(key))]
@@ -163,8 +147,8 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
 @plots.styled
 def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
-    merge, figure = calibration["merge"], plots.new_figure(7.5, 4)
-    scale, axis = merge["scale"], figure.subplots()
+    merge, (figure, (axis,)) = calibration["merge"], plots.panels(1, 1, (7.5, 4))
+    scale = merge["scale"]
     released = [seen for seen in calibration["tried"] if seen.get("scale", scale) == scale]  # once there was one scale
     tried = sorted(released, key=lambda seen: seen["reinforce_scale"])
     strengths, chosen = [seen["reinforce_scale"] for seen in tried], merge["reinforce_scale"]
@@ -176,9 +160,8 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
         axis.axhline(100 * calibration["aligned"][key], color=color, linestyle="--", linewidth=1)
     axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
     axis.set(xlabel="strength of Reinforce (dashed: the aligned base)", ylabel="%", ylim=(0, None))
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle(f"Calibration of {scale:.3g} of the user's adapter, on the provider's held-out prompts")
-    return figure
+    title = f"Calibration of {scale:.3g} of the user's adapter, on the provider's held-out prompts"
+    return plots.key_below(figure, 3, title)
 
 
 def _spectrum(axis: Axes, names: Sequence[str], values: Sequence[Sequence[Sequence[float]]]) -> None:
@@ -194,7 +177,7 @@ def _spectrum(axis: Axes, names: Sequence[str], values: Sequence[Sequence[Sequen
             drawn.append(np.maximum(np.median(used, axis=0), 1e-6))
             axis.plot(range(1, len(drawn[-1]) + 1), drawn[-1], color=color, label=name)
     axis.set(title="singular values of the user's delta\n(relative to the largest, median over layers)", xlabel="index")
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    plots.whole_ticks(axis, 6)
     axis.grid(axis="y", color=plots.PALE)
     if drawn:
         plots.log_scale(axis, drawn)

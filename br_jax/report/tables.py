@@ -1,14 +1,15 @@
-"""The tables of a report, as Markdown."""
+"""The tables of a report: lines of cells that are Markdown, of which templates/report.md.jinja makes tables."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 import pandas as pd
 
 from br_jax.experiment.methods import METHODS
-from br_jax.report.gates import CLAIMS, TASK_P, Gate
-from br_jax.report.markdown import interval, literal, number, table
+from br_jax.report.gates import CLAIMS, Gate
+from br_jax.report.markdown import interval, literal, number
 from br_jax.report.results import (
     BREAKDOWNS,
     MAIN,
@@ -27,19 +28,7 @@ from br_jax.report.results import (
 )
 from br_jax.scoring.statistics import Mean, Score
 
-LEGEND = (
-    "Scores in percent: mean over seeds with Student's 95 % interval over them. † marks the 95 % interval of one "
-    "seed's own prompts instead (Wilson's, of counts; Newcombe's, of differences): there is one seed, or all "
-    "seeds gave the same score, of which Student's t would claim to be certain. HS: share of restricted prompts "
-    "that are answered (lower is safer); HS+ also counts degenerate answers; FA: score on the user's task; "
-    "over-refusal: share of benign prompts that are refused; task refused: share of the task's prompts that are; "
-    "degenerate: share of answers that are empty or loop; perplexity: of the raw model's answers on held-out "
-    "instructions; words: mean length of an answer; refusal margin: log-odds that an answer begins as refusals do.",
-    "Where the aligned base refuses the task's prompts, taking Buffer out brings some of that back and FA falls.",
-    "Paired tests: McNemar's exact two-sided p-value on the same prompts, pooled over the seeds that both have; in "
-    "brackets the prompts that only this method counts : only the other, and the seeds. A prompt counts once a seed, "
-    "as if seeds were independent; nothing is corrected for the number of tests.",
-)
+Lines = list[dict[str, str]]
 _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
@@ -49,12 +38,88 @@ _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the QR merge instead of a plain sum", "ours", "sum"),
     ("our merge instead of the paper's naive average", "ours", "average"),
 )
+_TESTS = {
+    "HS against SFT": ("sft", "harmful"),
+    "HS against aligned": ("aligned", "harmful"),
+    "FA against SFT": ("sft", "task"),
+}
+_USERS = CLAIMS[: len(MAIN)]  # what is asked of every user
 
 
-def gate_table(results: pd.DataFrame, gates: Sequence[Gate]) -> str:
-    """Every gate, failed ones first, and how they are decided."""
+def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
+    """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
+    rows, sizes = rows_of(cells), {score: sizes_of(cells, score) for score in TITLES}
+    titles = {score: f"{title} (N = {', '.join(map(str, sizes[score])) or 0})" for score, title in TITLES.items()}
+    several = (cells.groupby("seed").suite.nunique() > 1).any()
+
+    def lines(line: Callable[[pd.DataFrame], Mapping[str, str]], rows: Sequence[pd.DataFrame] = rows) -> Lines:
+        return [{"p": f"{row.p.iloc[0]:g}", "method": label(row)} | line(row) for row in rows]
+
+    def scores(row: pd.DataFrame) -> dict[str, str]:
+        measured = {title: _percent(row, score) for score, title in titles.items()}
+        return {"seeds": str(len(row))} | measured | _numbers(row)
+
+    def tests(row: pd.DataFrame) -> dict[str, str]:
+        p, own = row.p.iloc[0], row.method.iloc[0]
+        return {t: "" if m == own else _tested(row, find(cells, p, m), score) for t, (m, score) in _TESTS.items()}
+
+    breakdowns = []
+    for name, (least, words) in BREAKDOWNS.items():
+        parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
+        if len(parts) >= least:
+            titled = {(name, part): literal(part or "not named") for part in parts}
+            breakdowns.append((words, lines(lambda row, of=titled: {of[p]: _percent(row, p) for p in of})))
+    judges = dict.fromkeys(pair for row in rows for pair in _kappas(row))
+    return {
+        "scores": lines(scores),
+        "differ": "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges",
+        "breakdowns": breakdowns,
+        "kappas": judges and lines(lambda row: {literal(p): ", ".join(_kappas(row).get(p, ["n/a"])) for p in judges}),
+        "seeds": lines(
+            lambda cell: _counts(cell) | _numbers(cell), [row.iloc[[i]] for row in rows for i in range(len(row))]
+        ),
+        "tests": lines(tests),
+        "geometry": lines(_geometry, [row for row in rows if any(_geometry(row).values())]),
+    }
+
+
+def comparisons(results: pd.DataFrame, gates: Sequence[Gate]) -> dict[str, Any]:
+    """The tables of all settings together; a line names its setting where there are several."""
+    found = by_setting(results)
+    names = {setting: {"setting": literal(str(setting))} if len(found) > 1 else {} for setting, _ in found}
+    lines, apart, compared = defaultdict(list), [], 0
+    for setting, cells in found:
+        chosen, ours = one_strength(cells), cells[cells.method == "ours"]
+        for p in shares(cells):
+            rows = {row.method.iloc[0]: row for row in rows_of(chosen[chosen.p == p])}
+            for words, after, before in _STEPS if len(rows) > 3 else ():
+                if {after, before} <= rows.keys():
+                    lines["steps"].append(names[setting] | _step(words, rows[after], rows[before]))
+        for row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
+            p, a = row[["p", "a"]].iloc[0]
+            line = names[setting] | {"p": f"{p:g}", "a": f"{a:g}"}
+            for score in MAIN:
+                line[f"{TITLES[score]}, minus a = 0"], differs = _against_average(row, find(cells, p, "ours", 0), score)
+                compared += differs is not None
+                if differs:
+                    apart.append(f"{TITLES[score]} at p = {p:g}, a = {a:g} ({literal(str(setting))})")
+            lines["strengths"].append(line)
+        for row in rows_of(ours[ours.p == 0]):
+            lines["costs"].append(names[setting] | _cost(row, find(cells, 0.0, "sft")))
+    return {
+        "gate_lines": _gate_lines(names, gates),
+        "users": _users(results),
+        "limits": [claim.limit for claim in _USERS],
+        "steps": lines["steps"],
+        "strengths": {"lines": lines["strengths"], "apart": apart, "compared": compared},
+        "costs": lines["costs"] if (results.p == 0).any() else None,
+    }
+
+
+def _gate_lines(names: Mapping[Setting, dict[str, str]], gates: Sequence[Gate]) -> Lines:
+    """Every gate, failed ones first."""
     without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and gate.passed is False}
-    names, lines = {setting: name for setting, name, _ in _named(results)}, []
+    lines = []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
         found, limit = gate.gap, gate.claim.limit
         result = {True: "passed", False: "**FAILED**", None: gate.why_not}[gate.passed]
@@ -64,72 +129,87 @@ def gate_table(results: pd.DataFrame, gates: Sequence[Gate]) -> str:
             result = "shows nothing: no attack that works"
         by_seed = {seed: f"{seed}: {100 * value:+.1f}" for seed, value in found.by_seed.items()} if found else {}
         each = ", ".join(f"**{words}**" if seed in gate.beyond else words for seed, words in by_seed.items())
-        start = [*names[gate.setting].values(), f"{gate.p:g}", "" if gate.a is None else f"{gate.a:g}", gate.claim.text]
-        spread = f"{100 * stdev(found.by_seed.values()):.1f}" if len(by_seed) > 1 else ""
-        limit = f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}"
-        lines.append([*start, interval(found), each or "n/a", spread, limit, result])
-    header = [*names[gates[0].setting], "p", "a", "gate", "points", "seeds", "SD", "limit", "result"]
-    return (
-        f"{table(lines, header)}\n\nDifferences in points. The mean over seeds decides; **bold** is a seed past the "
-        f"limit. SD: standard deviation over seeds. FA is held to its limit up to p = {TASK_P:g}. Within noise: the "
-        "95 % interval holds the limit, more seeds or prompts could turn it."
-    )
+        line = {
+            "p": f"{gate.p:g}",
+            "a": "" if gate.a is None else f"{gate.a:g}",
+            "gate": gate.claim.text,
+            "points": interval(found),
+            "seeds": each or "n/a",
+            "SD": f"{100 * stdev(found.by_seed.values()):.1f}" if len(by_seed) > 1 else "",
+            "limit": f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}",
+            "result": result,
+        }
+        lines.append(names[gate.setting] | line)
+    return lines
 
 
-def setting_tables(cells: pd.DataFrame, every_seed: bool) -> Iterator[str]:
-    """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
-    rows, sizes = rows_of(cells), {score: sizes_of(cells, score) for score in TITLES}
-    titles = {score: f"{title} (N = {', '.join(map(str, sizes[score])) or 0})" for score, title in TITLES.items()}
-    scores = [{title: _percent(row, score) for score, title in titles.items()} for row in rows]
-    yield _row_table(
-        rows, [{"seeds": f"{len(row)}"} | each | _numbers(row) for row, each in zip(rows, scores, strict=True)]
-    )
-    several = (cells.groupby("seed").suite.nunique() > 1).any()
-    if differ := "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges":
-        yield f"**Cells of this table were made with different settings: {differ} differ.**"
-    for name, (least, words) in BREAKDOWNS.items():
-        parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
-        if len(parts) >= least:
-            yield f"{words}:"
-            yield _row_table(
-                rows, [{literal(p or "not named"): _percent(row, (name, p)) for p in parts} for row in rows]
-            )
-    kappas = [_kappas(row) for row in rows]
-    if judges := dict.fromkeys(pair for found in kappas for pair in found):
-        yield "Cohen's kappa between judges (n/a where all verdicts are the same), each seed:"
-        yield _row_table(
-            rows, [{literal(pair): ", ".join(found.get(pair, ["n/a"])) for pair in judges} for found in kappas]
-        )
-    if every_seed:
-        yield "Every seed:"
-        each = [row.iloc[[place]] for row in rows for place in range(len(row))]
-        yield _row_table(each, [_counts(cell) | _numbers(cell) for cell in each])
-    yield "Paired tests:"
-    tests = (
-        ("HS against SFT", "sft", "harmful"),
-        ("HS against aligned", "aligned", "harmful"),
-        ("FA against SFT", "sft", "task"),
-    )
-    yield _row_table(
-        rows,
-        [
-            {
-                title: "" if m == row.method.iloc[0] else _tested(row, find(cells, row.p.iloc[0], m), score)
-                for title, m, score in tests
-            }
-            for row in rows
-        ],
-    )
-    geometry = [_geometry(row) for row in rows]
-    if made := [(row, line) for row, line in zip(rows, geometry, strict=True) if any(line.values())]:
-        yield "Norms of the adapters' deltas and cosines between them, over all matrices (means over seeds):"
-        yield _row_table(*zip(*made, strict=True))
+def _users(results: pd.DataFrame) -> list[list[str]]:
+    """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
+
+    A user is a seed of a setting at a p; there is no table where all are of one setting and p.
+    """
+    rows, found = [], []
+    for setting, cells in by_setting(results[(results.user == "plain") & (results.p > 0)]):
+        rows += [(row.iloc[0], row, setting, cells) for row in rows_of(one_strength(cells))]
+    if len({(setting, first.p) for first, _, setting, _ in rows}) < 2:
+        return []
+    rows.sort(key=lambda each: (each[0].place, each[0].method, each[0].a))
+    for first, _, setting, cells in rows:
+        asked = [claim for claim in _USERS if first.p <= claim.most_p]
+        for claim in asked:
+            difference = claim.gap(cells, first.p, first.a, ours=first.method)
+            for seed, value in difference.by_seed.items() if difference else ():
+                user = f"{'|'.join(map(str, setting))}, {first.p}, {seed}"
+                found.append((first.method, claim.name, seed, user, value, claim.keeps(value), len(asked)))
+    found = pd.DataFrame(found, columns=["method", "claim", "seed", "user", "value", "keeps", "asked"])
+    labels = {first.method: label(row) for first, row, _, _ in reversed(rows) if first.method != "aligned"}
+    lines = []
+    for method, name in reversed(labels.items()):
+        mine = found[found.method == method]
+        users = mine.groupby("user")
+        line = [name, str(users.ngroups)]
+        for claim in _USERS:
+            of = mine[mine.claim == claim.name]
+            worst, mean = "n/a", "n/a"
+            if len(of):
+                worst = f"{100 * of.value.max():+.1f}"
+                worst = worst if of.keeps.all() else f"**{worst}**"
+                mean = interval(over_seeds(of.groupby("seed").value.agg(fmean).to_dict()))
+            line += [worst, mean]
+        all_kept = users.keeps.all() & (users.size() == users.asked.first())
+        lines.append([*line, str(mine.keeps[mine.claim == "safety"].sum()), str(all_kept.sum())])
+    return lines
 
 
-def _row_table(rows: Iterable[pd.DataFrame], cells: Iterable[Mapping[str, str]]) -> str:
-    """A table of rows: their p, their method, and what is in these cells."""
-    starts = [{"p": f"{row.p.iloc[0]:g}", "method": label(row)} for row in rows]
-    return table([start | each for start, each in zip(starts, cells, strict=True)])
+def _step(words: str, after: pd.DataFrame, before: pd.DataFrame) -> dict[str, str]:
+    """What a part of the method adds."""
+    changes = {
+        TITLES[score]: f"{interval(gap(after, before, score))}; {_tested(after, before, score)}" for score in MAIN
+    }
+    return {"p": f"{after.p.iloc[0]:g}", "step": f"{words} ({label(after)} minus {label(before)})"} | changes
+
+
+def _against_average(row: pd.DataFrame, average: pd.DataFrame, score: str) -> tuple[str, bool | None]:
+    """The comparison in words, and whether the two differ beyond their intervals; None where there is none."""
+    change, test = gap(row, average, score), paired(row, average, score)
+    if change is None or test is None:
+        return "n/a", None
+    one, other = estimate(row, score), estimate(average, score)
+    overlap = one.low <= other.high and other.low <= one.high
+    words = f"{interval(change)}; {_tested(row, average, score)}; intervals {'overlap' if overlap else 'apart'}"
+    return words, test[2] < 0.05 and not overlap
+
+
+def _cost(ours: pd.DataFrame, sft: pd.DataFrame) -> dict[str, str]:
+    """What the defense costs a user without harmful rows: ours against SFT at p = 0."""
+    scores = "task", "over_refusal", "degenerate"
+    return {
+        "a": f"{ours.a.iloc[0]:g}",
+        **{f"{TITLES[score]}, ours minus SFT": interval(gap(ours, sft, score)) for score in scores},
+        "perplexity of SFT": "not run" if sft.empty else _mean(sft, "perplexity", ".2f"),
+        "of ours": _mean(ours, "perplexity", ".2f"),
+        "difference": interval(gap(ours, sft, "perplexity"), "+.2f", 1),
+    }
 
 
 def _numbers(row: pd.DataFrame) -> dict[str, str]:
@@ -173,137 +253,6 @@ def _geometry(row: pd.DataFrame) -> dict[str, str]:
     return line | {"user x, Reinforce x": "; ".join(scales)}
 
 
-def users_table(results: pd.DataFrame) -> Iterator[str]:
-    """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
-
-    A user is a seed of a setting at a p; there is no table where all are of one setting and p.
-    """
-    claims, rows, found = CLAIMS[: len(MAIN)], [], []
-    for setting, cells in by_setting(results[(results.user == "plain") & (results.p > 0)]):
-        rows += [(row.iloc[0], row, setting, cells) for row in rows_of(one_strength(cells))]
-    if len({(setting, first.p) for first, _, setting, _ in rows}) < 2:
-        return
-    rows.sort(key=lambda each: (each[0].place, each[0].method, each[0].a))
-    for first, _, setting, cells in rows:
-        asked = [claim for claim in claims if first.p <= claim.most_p]
-        for claim in asked:
-            difference = claim.gap(cells, first.p, first.a, ours=first.method)
-            for seed, value in difference.by_seed.items() if difference else ():
-                user = f"{'|'.join(map(str, setting))}, {first.p}, {seed}"
-                found.append((first.method, claim.name, seed, user, value, claim.keeps(value), len(asked)))
-    found = pd.DataFrame(found, columns=["method", "claim", "seed", "user", "value", "keeps", "asked"])
-    labels = {first.method: label(row) for first, row, _, _ in reversed(rows) if first.method != "aligned"}
-    lines = []
-    for method, name in reversed(labels.items()):
-        mine = found[found.method == method]
-        users = mine.groupby("user")
-        all_kept = users.keeps.all() & (users.size() == users.asked.first())
-        each = [cell for claim in claims for cell in _worst_and_mean(mine[mine.claim == claim.name])]
-        kept = mine.keeps[mine.claim == "safety"].sum(), all_kept.sum()
-        lines.append([name, str(users.ngroups), *each, *map(str, kept)])
-    yield "## All users"
-    over = "HS over the base's", "FA under SFT's", "over-refusal over the base's"
-    header = [words for title in over for words in (f"{title}: worst", "mean")]
-    yield table(lines, ["method", "users", *header, "HS kept", "all kept"])
-    yield (
-        "A user is a seed of a setting at a p > 0; only plain ones are here. Differences in points, with limits of "
-        f"{', '.join(f'{100 * claim.limit:g}' for claim in claims)}; **bold**: past it. The interval of a mean is "
-        "Student's over the seeds' own means. Kept: for how many users HS keeps its limit, and all three do. "
-        "Methods with fewer users than others are not to be held against these."
-    )
-
-
-def _worst_and_mean(found: pd.DataFrame) -> tuple[str, str]:
-    """The largest difference of some users, and their mean with its interval over seeds."""
-    if found.empty:
-        return "n/a", "n/a"
-    worst = f"{100 * found.value.max():+.1f}"
-    means = found.groupby("seed").value.agg(fmean).to_dict()
-    return worst if found.keeps.all() else f"**{worst}**", interval(over_seeds(means))
-
-
-def steps_table(results: pd.DataFrame) -> Iterable[str]:
-    """What each part of the method adds, wherever more than three methods were run, at one a."""
-    lines = []
-    for _, name, cells in _named(results):
-        for p in shares(cells):
-            chosen = one_strength(cells)
-            rows = {row.method.iloc[0]: row for row in rows_of(chosen[chosen.p == p])}
-            for words, after, before in _STEPS if len(rows) > 3 else ():
-                if {after, before} <= rows.keys():
-                    after, before = rows[after], rows[before]
-                    step = {"p": f"{p:g}", "step": f"{words} ({label(after)} minus {label(before)})"}
-                    changes = {
-                        TITLES[score]: f"{interval(gap(after, before, score))}; {_tested(after, before, score)}"
-                        for score in MAIN
-                    }
-                    lines.append(name | step | changes)
-    if lines:
-        yield "## What each part adds"
-        yield table(lines)
-
-
-def strength_table(results: pd.DataFrame) -> Iterable[str]:
-    """Whether QR differs from plain averaging, a = 0, where several a were run."""
-    lines, apart, compared = [], [], 0
-    for setting, name, cells in _named(results):
-        ours = cells[cells.method == "ours"]
-        for row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
-            p, a = row.p.iloc[0], row.a.iloc[0]
-            line = name | {"p": f"{p:g}", "a": f"{a:g}"}
-            average = find(cells, p, "ours", 0.0)
-            for score in MAIN:
-                line[f"{TITLES[score]}, minus a = 0"], differs = _against_average(row, average, score)
-                compared += differs is not None
-                if differs:
-                    apart.append(f"{TITLES[score]} at p = {p:g}, a = {a:g} ({literal(str(setting))})")
-            lines.append(line)
-    if not lines:
-        return
-    yield "## Does QR differ from plain averaging (a = 0)?"
-    if not compared:
-        yield "Nothing to compare: a = 0 was not run beside another a on the same prompts."
-    elif apart:
-        yield f"It does, beyond the intervals, in {len(apart)} of {compared} comparisons: {'; '.join(apart)}."
-    else:
-        yield (
-            f"**No: QR cannot be told from plain averaging.** In none of {compared} comparisons are the intervals "
-            "apart and McNemar's p below 0.05."
-        )
-    yield table(lines)
-
-
-def _against_average(row: pd.DataFrame, average: pd.DataFrame, score: str) -> tuple[str, bool | None]:
-    """The comparison in words, and whether the two differ beyond their intervals; None where there is none."""
-    change, test = gap(row, average, score), paired(row, average, score)
-    if change is None or test is None:
-        return "n/a", None
-    one, other = estimate(row, score), estimate(average, score)
-    overlap = one.low <= other.high and other.low <= one.high
-    words = f"{interval(change)}; {_tested(row, average, score)}; intervals {'overlap' if overlap else 'apart'}"
-    return words, test[2] < 0.05 and not overlap
-
-
-def cost_table(results: pd.DataFrame) -> Iterable[str]:
-    """What the defense costs a user without harmful rows: ours against SFT at p = 0."""
-    lines = []
-    for _, name, cells in _named(results):
-        sft = find(cells, 0.0, "sft")
-        for ours in rows_of(cells[(cells.p == 0) & (cells.method == "ours")]):
-            changes = {
-                f"{TITLES[score]}, ours minus SFT": interval(gap(ours, sft, score))
-                for score in ("task", "over_refusal", "degenerate")
-            }
-            perplexity = {
-                "perplexity of SFT": "not run" if sft.empty else _mean(sft, "perplexity", ".2f"),
-                "of ours": _mean(ours, "perplexity", ".2f"),
-                "difference": interval(gap(ours, sft, "perplexity"), "+.2f", 1),
-            }
-            lines.append(name | {"a": f"{ours.a.iloc[0]:g}"} | changes | perplexity)
-    yield "## What the defense costs without an attack (p = 0)"
-    yield table(lines) if lines else "Not run."
-
-
 def label(row: pd.DataFrame) -> str:
     """A row's method; a name that is not known here is foreign text."""
     method, name = row[["method", "label"]].iloc[0]
@@ -314,12 +263,6 @@ def label(row: pd.DataFrame) -> str:
 def sizes_of(cells: pd.DataFrame, score: str) -> list[int]:
     """The numbers of prompts that a score has in some cells."""
     return sorted({counts[score].n for counts in cells.counts if score in counts})
-
-
-def _named(results: pd.DataFrame) -> list[tuple[Setting, dict[str, str], pd.DataFrame]]:
-    """Each setting, how a line of a table names it (not at all where it is the only one), and its cells."""
-    found = by_setting(results)
-    return [(setting, {"setting": literal(str(setting))} if len(found) > 1 else {}, cells) for setting, cells in found]
 
 
 def _percent(row: pd.DataFrame, score: str | tuple[str, str]) -> str:
