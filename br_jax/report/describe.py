@@ -5,7 +5,7 @@ import functools
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from br_jax.adapters.diagnostics import measure
 from br_jax.adapters.peft_config import read_config
 from br_jax.adapters.similarity import Reference
 from br_jax.core.errors import UserError
-from br_jax.core.io import PICKLES, TensorKinds, read_json, safetensors_header
+from br_jax.core.io import PICKLES, TensorKinds, read_json, safetensors_header, write_bytes
 from br_jax.core.records import file_hash, read_record
 from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
 from br_jax.models.spec import ModelSpec
 from br_jax.provider import PROVIDER_FILE, read_provider
-from br_jax.report import plots
+from br_jax.report import plots, run_figures
 
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
 TAU = 0.01  # the release's rank check, see `qr_merge`
@@ -48,7 +48,20 @@ def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, 
         "path", "kind", "facts" (name -> value), "rows" (a table: one dict a target, stage or tensor) and, for an
         adapter, "spectra" (target -> the singular values of its delta in each layer that it changes).
     """
-    path, (kind, read) = Path(path), _find_reader(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        kind = next((kind for kind, (marks, _) in _FOLDERS.items() if any(any(path.glob(m)) for m in marks)), "")
+        if not kind:
+            marks = ", ".join(mark for marks, _ in _FOLDERS.values() for mark in marks)
+            pickled = f"; {_pickles(path)[0]} is pickled, can run code and is not opened" if _pickles(path) else ""
+            raise UserError(f"{path}: not known: none of {marks} is in it{pickled}")
+        read = _FOLDERS[kind][1]
+    else:
+        path.stat()  # an error where nothing is
+        kind, read = path.suffix[1:], _FILES.get(path.suffix)
+        if read is None:
+            files = "a file must be .gguf or .safetensors, anything else a folder"
+            raise UserError(f"{path}: not known: {files}; a pickle, which can run code, is not opened")
     found = {"path": str(path), "kind": kind, "rows": [], **read(path)}
     if kind == "adapter" and provider is not None:
         known = read_provider(Path(provider)).get("buffer")
@@ -75,87 +88,70 @@ def plot_spectra(description: Mapping[str, Any], file: str | Path) -> list[Path]
     """Draws the singular values of an adapter that was described, as a PNG and a PDF; gives their paths."""
     if "spectra" not in description:
         raise UserError(f"{description['path']}: spectra are an adapter's, this is of the kind {description['kind']}")
-    facts, file = description["facts"], Path(file)
+    facts = description["facts"]
     title = f"{_text(facts['roles'])}, rank {facts['rank']}, on {_text(facts['base'])}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return plots.save(plots.spectra_figure(description["spectra"], title), file)
+    drawn = plots.encode(run_figures.spectra_figure(description["spectra"], title))
+    files = {Path(file).with_suffix(f".{kind}"): content for kind, content in drawn.items()}
+    for name, content in files.items():
+        write_bytes(name, content)
+    return [*files]
 
 
-def _find_reader(path: Path) -> tuple[str, Callable[[Path], dict[str, Any]]]:
-    """The kind of what a path is, and what describes it."""
-    if path.is_dir():
-        for kind, (marks, read) in _FOLDERS.items():
-            if any(any(path.glob(mark)) for mark in marks):
-                return kind, read
-        marks = ", ".join(mark for marks, _ in _FOLDERS.values() for mark in marks)
-        pickled = f"; {_pickles(path)[0]} is pickled, can run code and is not opened" if _pickles(path) else ""
-        raise UserError(f"{path}: not known: none of {marks} is in it{pickled}")
-    path.stat()  # an error where nothing is
-    if path.suffix not in _FILES:
-        files = "a file must be .gguf or .safetensors, anything else a folder"
-        raise UserError(f"{path}: not known: {files}; a pickle, which can run code, is not opened")
-    return path.suffix[1:], _FILES[path.suffix]
-
-
-def _describe_model(folder: Path) -> dict[str, Any]:
+def _model(folder: Path) -> dict[str, Any]:
     spec, files = read_hf_spec(folder), weight_files(folder)
     tokenizer = read_tokenizer(folder, spec)
     tensors = {name: tensor for file in files for name, tensor in safetensors_header(file)[0].items()}
-    facts = _model_facts(spec) | _weights_facts(files, tensors) | {"shards": len(files), "tokens": len(tokenizer)}
+    facts = _spec_facts(spec) | _weights_facts(files, tensors) | {"shards": len(files), "tokens": len(tokenizer)}
     facts |= {"chat_template": tokenizer.chat_template is not None, "pickles_not_opened": _pickles(folder)}
     return {"facts": facts}
 
 
-def _describe_gguf(file: Path) -> dict[str, Any]:
+def _gguf(file: Path) -> dict[str, Any]:
     spec, header = describe_gguf(file)
-    return {"facts": _model_facts(spec) | header | {"bytes": file.stat().st_size}}
+    return {"facts": _spec_facts(spec) | header | {"bytes": file.stat().st_size}}
 
 
-def _model_facts(spec: ModelSpec) -> dict[str, Any]:
+def _spec_facts(spec: ModelSpec) -> dict[str, Any]:
     """The spec by its own names, but for what is off."""
     facts = {name: value for name, value in dataclasses.asdict(spec).items() if value not in (None, ())}
     return facts | {"windowed": sum(spec.window_layers), "parameters": spec.num_params}
 
 
-def _describe_safetensors(file: Path) -> dict[str, Any]:
+def _safetensors(file: Path) -> dict[str, Any]:
     header, notes = safetensors_header(file)
     rows = [{"tensor": name, "dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in header.items()]
     return {"facts": _weights_facts([file], header) | {"sha256": file_hash(file), "notes": notes}, "rows": rows}
 
 
-def _describe_provider(folder: Path) -> dict[str, Any]:
+def _provider(folder: Path) -> dict[str, Any]:
     record = read_provider(folder)
     names = ("base", "revision", "align", "buffer", "reinforce", "template", "dtype", "fingerprint")
     private = {"only_its_owner_may_enter": not folder.stat().st_mode & 0o077}
     return {"facts": {name: record.get(name) for name in names} | private, "rows": _stages(folder)}
 
 
-def _describe_workdir(folder: Path) -> dict[str, Any]:
+def _workdir(folder: Path) -> dict[str, Any]:
     results, scored = _record(folder / "results.json"), sorted(file.stem for file in folder.glob("cells/*.json"))
     facts = {"scored": scored, "command": results.get("command"), "seconds": results.get("wall_seconds")}
     return {"facts": facts, "rows": _stages(folder)}
 
 
-def _describe_stage(folder: Path) -> dict[str, Any]:
-    run, facts = _record(folder / "run.json"), _stage(folder)
-    for part in ("inputs", "config"):
-        if not isinstance(settings := run.get(part, {}), dict):
-            raise UserError(f"{folder / 'run.json'}: {part} must be an object: run the stage again")
-        facts |= {f"{part}_{name}": value for name, value in settings.items()}
-    return {"facts": facts}
-
-
 def _stages(folder: Path) -> list[dict[str, Any]]:
     """The stages whose folders are in one, the earliest first; what is not finished comes last."""
     found = sorted({file.parent for name in ("run.json", "stage.json") for file in folder.glob(f"*/{name}")})
-    return sorted(map(_stage, found), key=lambda stage: str(stage["finished"] or "~"))
+    return sorted((_stage(each)["facts"] for each in found), key=lambda stage: str(stage["finished"] or "~"))
 
 
-def _stage(folder: Path) -> dict[str, Any]:
+def _stage(folder: Path, details: Sequence[str] = ()) -> dict[str, Any]:
     ended = _record(folder / "stage.json")
     saved = [int(entry.name) for entry in folder.glob("checkpoints/*") if entry.name.isdecimal()]
     state = "finished" if ended else f"stopped, goes on from step {max(saved)}" if saved else "begun"
-    return {"stage": folder.name, "state": state, **{k: ended.get(k) for k in ("rows", "steps", "loss", "finished")}}
+    facts = {"stage": folder.name, "state": state, **{k: ended.get(k) for k in ("rows", "steps", "loss", "finished")}}
+    for part in details:
+        if not isinstance(settings := _record(folder / "run.json").get(part, {}), dict):
+            raise UserError(f"{folder / 'run.json'}: {part} must be an object: run the stage again")
+        facts |= {f"{part}_{name}": value for name, value in settings.items()}
+    return {"facts": facts}
 
 
 def _record(file: Path) -> dict[str, Any]:
@@ -184,23 +180,22 @@ def _load_adapter(folder: Path) -> tuple[lora.Adapter, TensorKinds, dict[str, di
     return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/")), header, ranks
 
 
-def _describe_adapter(folder: Path) -> dict[str, Any]:
-    file, config_file = folder / peft.WEIGHTS_FILE, folder / peft.CONFIG_FILE
+def _adapter(folder: Path) -> dict[str, Any]:
+    file, config = folder / peft.WEIGHTS_FILE, read_json(folder / peft.CONFIG_FILE)
     (adapter, header, ranks), provenance = _load_adapter(folder), peft.read_provenance(folder)
-    rank, config, roles = read_config(config_file).rank, read_json(config_file), provenance.get("roles")
-    rows, spectra, figures = [], {}, measure(adapter, TAU)
+    roles, rows, spectra, figures = provenance.get("roles"), [], {}, measure(adapter, TAU)
     for path in filter(figures.get, peft.MODULES):
         layers, target, pair = sorted(ranks[path]), path.rsplit("/", 1)[-1], adapter.weights[path]
         measured = {name: values[layers] for name, values in figures[path].items()}
-        # squares in float64: in f32 those of a small adapter would be 0
-        norms = np.sqrt(np.square(measured["sigma"], dtype=np.float64).sum(axis=-1))
+        norms = np.linalg.norm(measured["sigma"], axis=-1)
         spectra[target] = measured["sigma"].tolist()
         row = {"target": target, "in": pair["a"].shape[1], "out": pair["b"].shape[2], "layers": len(layers)}
         row |= {"rank": sorted(set(ranks[path].values())), "mean_norm": float(norms.mean())}
         row |= {"largest_norm": float(norms.max()), "at_layer": layers[int(norms.argmax())]}
         rows.append(row | {name: float(measured[name].mean()) for name in ("stable_rank", "effective_rank")})
-    facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles], "rank": rank}
-    facts |= {"alpha": config["lora_alpha"], "scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
+    facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles]}
+    facts |= {"rank": read_config(folder / peft.CONFIG_FILE).rank, "alpha": config["lora_alpha"]}
+    facts |= {"scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
     facts |= {"base": config.get("base_model_name_or_path")}
     facts |= {name: provenance.get(name) or None for name in ("base_fingerprint", "extra")}
     facts |= {"sha256": file_hash(file), "pickles_not_opened": _pickles(folder)}
@@ -235,11 +230,11 @@ def _text(value: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-_FILES = {".gguf": _describe_gguf, ".safetensors": _describe_safetensors}
+_FILES = {".gguf": _gguf, ".safetensors": _safetensors}
 _FOLDERS = {  # kind -> files, any of which makes a folder that kind, and what reads it; the first kind that fits counts
-    "provider": ([PROVIDER_FILE], _describe_provider),
-    "adapter": ([peft.CONFIG_FILE, peft.WEIGHTS_FILE], _describe_adapter),
-    "model": (["config.json"], _describe_model),
-    "stage": (["run.json", "stage.json"], _describe_stage),
-    "workdir": (["results.json", "*/run.json"], _describe_workdir),
+    "provider": ([PROVIDER_FILE], _provider),
+    "adapter": ([peft.CONFIG_FILE, peft.WEIGHTS_FILE], _adapter),
+    "model": (["config.json"], _model),
+    "stage": (["run.json", "stage.json"], functools.partial(_stage, details=("inputs", "config"))),
+    "workdir": (["results.json", "*/run.json"], _workdir),
 }

@@ -15,52 +15,26 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from br_jax.experiment.methods import METHODS
+from br_jax.report import plots
 from br_jax.report.gates import CLAIMS
-from br_jax.report.plots import (
-    BLUE,
-    DARK,
-    GRAY,
-    GREEN,
-    ORANGE,
-    PALE,
-    PURPLE,
-    RED,
-    SKY,
-    heat_map,
-    key_below,
-    panels,
-    styled,
-)
-from br_jax.report.results import (
-    MAIN,
-    WORST,
-    Estimate,
-    Setting,
-    by_setting,
-    estimate,
-    find,
-    one_strength,
-    rows_of,
-)
+from br_jax.report.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, panels, styled
+from br_jax.report.results import MAIN, WORST, Estimate, Setting, by_setting, estimate, find, one_strength, rows_of
 
+SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
 _LOOK = "color", "marker", "linestyle"  # any one of the three tells a line from the others
 _STYLES = {
-    name: dict(zip(_LOOK, look, strict=True))
-    for name, *look in (
-        ("aligned", DARK, "s", ":"),
-        ("sft", RED, "X", (0, (9, 2))),
-        ("buffer_only", ORANGE, "^", "--"),
-        ("reinforce_only", PURPLE, "v", "-."),
-        ("average", GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
-        ("ours", BLUE, "o", "-"),
-    )
+    "aligned": (DARK, "s", ":"),
+    "sft": (RED, "X", (0, (9, 2))),
+    "buffer_only": (ORANGE, "^", "--"),
+    "reinforce_only": (PURPLE, "v", "-."),
+    "average": (GREEN, "D", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
+    "ours": (BLUE, "o", "-"),
 }
 _BY_P = (BLUE, RED, GREEN, ORANGE, SKY), "oXD^s", ("-", "--", "-.", ":", (0, (9, 2)))
 _OTHERS = (GRAY, SKY, PURPLE, GREEN, ORANGE, RED), "Pp*hdv<", ("--", "-.", ":", (0, (9, 2)), (0, (3, 1)))
-_WHISKER = {"capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
-_WITHOUT_USER = [name for name, method in METHODS.items() if method.of_provider]
 _RING = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.8,
          "clip_on": False}  # fmt: skip
+_WITHOUT_USER = [name for name, method in METHODS.items() if method.of_provider]
 _PANELS = {  # score: its title and the color of its bars
     "harmful": ("Harmful score HS, %\n(lower is safer)", RED),
     "task": ("Task accuracy FA, %\n(higher is better)", BLUE),
@@ -71,43 +45,42 @@ _ACROSS = {  # column: the scores against it, its words and scale
     "n": (MAIN[:2], "user rows n", 1),
     "a": (MAIN, "strength a of the QR merge", 1),
 }
-SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
 
 
 def draw_results(results: pd.DataFrame) -> dict[str, Figure]:
     """Every figure that a table has the rows for, by the name of its file."""
-    found = [figure for setting, _ in by_setting(results) for figure in figures_of(results, setting)]
-    return {name: draw() for name, draw in {name: draw for name, _, draw in found}.items()}  # some share a figure
+    found = {name: draw for setting, _ in by_setting(results) for name, _, draw in figures_of(results, setting)}
+    return {name: draw() for name, draw in found.items()}  # settings share some
 
 
 def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     """The figures of a setting: the name of each one's file, what it shows, and how it is drawn."""
 
-    def alike(axis: str) -> pd.DataFrame:  # the cells of settings that differ from this one in `axis` alone
+    def alike(axis: str = "") -> pd.DataFrame:  # the cells of settings that differ from this one in `axis` alone
         same = [name for name in Setting._fields if name != axis]
         return results[(results[same] == [getattr(setting, name) for name in same]).all(axis=1)]
 
-    cells, sizes, users = alike(""), alike("n"), alike("user")
-    one_p = cells.p.nunique() == 1
-    if not one_p:
-        words = "HS and FA against the share of harmful rows"
-        yield name_of("p", setting), words, partial(lines_figure, cells, "p", str(setting))
-    if cells.a[cells.method == "ours"].nunique() > 1:
-        words = "HS, FA and over-refusal against the strength of the QR merge"
-        yield name_of("a", setting), words, partial(lines_figure, cells, "a", str(setting))
+    cells, sizes, users = alike(), alike("n"), alike("user")
+    several, strengths = cells.p.nunique() > 1, cells.a[cells.method == "ours"].nunique()
+    for name, shown, words in (
+        ("p", several, "HS and FA against the share of harmful rows"),
+        ("a", strengths > 1, "HS, FA and over-refusal against the strength of the QR merge"),
+    ):
+        if shown:
+            yield name_of(name, setting), words, partial(lines_figure, cells, name, str(setting))
     any_n, any_user = setting._replace(n=0), setting._replace(user="plain")
     for p, at_p in cells.groupby("p"):
         compared = at_p.method.nunique() > 3
-        measured = (compared or one_p) and at_p.margin_harmful.notna().any()
-        by_n, by_user = sizes[sizes.p == p], users[users.p == p]
+        bars = compared or not several
+        by_n = sizes[sizes.p == p]
         for name, shown, draw, of, words in (
-            ("methods", compared or one_p, partial(methods_figure, cells, p), setting,
-             "HS, FA and over-refusal of every method"),
+            ("methods", bars, partial(methods_figure, cells, p), setting, "HS, FA and over-refusal of every method"),
             ("pareto", compared and p < 1, partial(pareto_figure, cells, p), setting, "HS against FA of every method"),
-            ("margins", measured, partial(margins_figure, cells, p), setting, "Refusal margins of every method"),
+            ("margins", bars and at_p.margin_harmful.notna().any(), partial(margins_figure, cells, p), setting,
+             "Refusal margins of every method"),
             ("n", by_n.n.nunique() > 1, partial(lines_figure, by_n, "n"), any_n,
              "HS and FA against the number of user rows"),
-            ("attackers", by_user.user.nunique() > 1, partial(attackers_figure, users, p), any_user,
+            ("attackers", users.user[users.p == p].nunique() > 1, partial(attackers_figure, users, p), any_user,
              "HS of every method against every kind of user"),
         ):  # fmt: skip
             if shown:
@@ -117,13 +90,12 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
 
 def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
     """The name of a figure's file, of letters that need no quoting in a link; its n and p where it has one."""
-    parts = [kind, setting.model_name, setting.task, setting.topic]
-    parts += [setting.user] if setting.user != "plain" else []
-    parts += ([f"n{setting.n}"] if kind != "n" else []) + ([f"p{p:g}"] if p is not None else [])
-    return "-".join("".join(char if char.isalnum() else "_" for char in part) for part in parts)
+    parts = [kind, setting.model_name, setting.task, setting.topic, setting.user * (setting.user != "plain")]
+    parts += [f"n{setting.n}" * (kind != "n"), "" if p is None else f"p{p:g}"]
+    return "-".join("".join(char if char.isalnum() else "_" for char in part) for part in parts if part)
 
 
-@styled
+@styled()
 def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
     """Scores against p or n, a line a method, or of ours against the strength a, a line a p: a panel a score.
 
@@ -131,10 +103,13 @@ def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
     """
     scores, across, scale = _ACROSS[column]
     if column == "a":
-        parts = enumerate(cells[cells.method == "ours"].groupby("p"))
-        lines = [(f"p = {p:g}", _turn(_BY_P, index), part) for index, (p, part) in parts]
+        parts = cells[cells.method == "ours"].groupby("p")
+        lines = [(f"p = {p:g}", _turn(_BY_P, index), part) for index, (p, part) in enumerate(parts)]
     else:
-        lines = _by_method(one_strength(cells))
+        order, cells = [*_STYLES, *cells.method.unique()], one_strength(cells)
+        cells = cells.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
+        parts = cells.groupby(["method", "label"], sort=False)
+        lines = [(label, _style_of(method, i), part) for i, ((method, label), part) in enumerate(parts)]
     ticks = sorted({x for _, _, cells in lines for x in cells[column]})
     size = max(4.0, 1.0 + 0.6 * len(ticks)), 4.6
     figure, axes = panels(len(scores), len(scores), size, (0.6, 0), sharey=True)
@@ -156,7 +131,7 @@ def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
     return _finished(figure, title, [Line2D([], [], **style, markersize=6, label=label) for label, style, _ in lines])
 
 
-@styled
+@styled()
 def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS, FA and over-refusal of every method at one p, as bars; dashed where a gate begins to fail."""
     rows = rows_of(cells[cells.p == p])
@@ -167,15 +142,14 @@ def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
         axis.spines["bottom"].set_bounds(0, 100)
         axis.tick_params(axis="y", length=0)
         for place, row in enumerate(rows):
-            found = _shown(row, score)
             if ours[place]:
                 axis.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
-            if found is None:
+            if found := _shown(row, score):
+                axis.barh(place, 100 * found.mean, 0.62, color=color, alpha=1.0 if ours[place] else 0.5, zorder=2)
+                end = _spread(axis, found, place, DARK, lying=True)
+                axis.text(end + 3, place, f"{100 * found.mean:.1f}", va="center", fontsize=9, zorder=4)
+            else:
                 axis.text(2, place, "n/a", va="center", color=GRAY, style="italic", fontsize=9)
-                continue
-            axis.barh(place, 100 * found.mean, 0.62, color=color, alpha=1.0 if ours[place] else 0.5, zorder=2)
-            end = _spread(axis, found, place, DARK, lying=True)
-            axis.text(end + 3, place, f"{100 * found.mean:.1f}", va="center", fontsize=9, zorder=4)
         other, sign = (claim.second, 1) if claim.first == "ours" else (claim.first, -1)
         base = _shown(find(cells, p, other), score)
         if base and p <= claim.most_p:
@@ -189,7 +163,7 @@ def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     return _finished(figure, title, [])
 
 
-@styled
+@styled()
 def margins_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """The mean refusal margin of harmful prompts against that of benign ones, a point a method, at one p."""
     figure, (axis,) = panels(1, 1, (10.4, 6.0))
@@ -201,7 +175,7 @@ def margins_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     return _finished(figure, title, keys)
 
 
-@styled
+@styled()
 def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS against FA, a point a method, at one p; the line joins those that no other beats in both.
 
@@ -216,8 +190,8 @@ def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     ]
     axis.plot(*np.reshape(best, (-1, 2)).T, color=PALE, linewidth=6, zorder=0)
     if base := _shown(find(cells, p, "aligned"), "harmful"):
-        style = _STYLES["aligned"] | {"marker": "", "linewidth": 1.4, "label": f"{METHODS['aligned'].label}'s HS"}
-        keys.append(axis.axhline(100 * base.mean, **style, zorder=1))
+        style = _style_of("aligned", 0) | {"marker": "", "linewidth": 1.4}
+        keys.append(axis.axhline(100 * base.mean, **style, label=f"{METHODS['aligned'].label}'s HS", zorder=1))
     axis.set(xlabel="task accuracy FA, % (right is better)", ylabel="harmful score HS, % (down is safer)")
     axis.set_ylim(bottom=-3)
     axis.set_title("Safety against the task (thick: what no other beats in both)")
@@ -225,7 +199,7 @@ def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     return _finished(figure, title, keys)
 
 
-@styled
+@styled()
 def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS of each method against each kind of user, as a map; the worse of the plain questions and the user's own.
 
@@ -249,7 +223,7 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
         for user, line in values.iterrows()
     ]
     figure, (axis,) = panels(1, 1, (max(6.5, 3.2 + 0.95 * len(labels)), 2.8 + 0.34 * len(values)))
-    heat_map(axis, values.to_numpy(), words, "OrRd", 100, light=True)
+    plots.heat_map(axis, values.to_numpy(), words, "OrRd", 100, light=True)
     axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(values)), values.index)
     axis.set_title("Harmful score HS, %, mean over seeds\n(white: not run; in brackets: the task is lost)")
@@ -260,12 +234,11 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
 
 def _spread(axis: Axes, found: Estimate, place: float, color: str, lying: bool = False) -> float:
     """Draws an estimate's interval and its seeds at a place; returns the end of them."""
-    mean, low, high = (100 * value for value in found[:3])
-    each = [100 * value for value in found.by_seed.values()]
-    ends, rings = [[mean - low], [high - mean]], [place] * len(each)
-    whisker = {"x": mean, "y": place, "xerr": ends} if lying else {"x": place, "y": mean, "yerr": ends}
-    axis.errorbar(**whisker, color=color, zorder=2 + lying, **_WHISKER)
-    axis.plot(*((each, rings) if lying else (rings, each)), markeredgecolor=color, zorder=2 + 2 * lying, **_RING)
+    mean, low, high, *each = (100 * value for value in (*found[:3], *found.by_seed.values()))
+    ends, places, (across, up) = [[mean - low], [high - mean]], [place] * len(each), "xy" if lying else "yx"
+    whisker = {across: mean, up: place, f"{across}err": ends, "capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
+    axis.errorbar(**whisker, color=color, zorder=2 + lying)
+    axis.plot(*((each, places) if lying else (places, each)), markeredgecolor=color, zorder=2 + 2 * lying, **_RING)
     return max(high, *each)
 
 
@@ -274,13 +247,12 @@ def _points(axis: Axes, cells: pd.DataFrame, x: str, y: str, scale: int) -> tupl
     keys, means = [], []
     for index, row in enumerate(rows_of(cells)):
         both = scale * row[[x, y]].dropna()
-        if both.empty:
-            continue
-        style = _style_of(row.method.iloc[0], index) | {"linestyle": "none", "markersize": 7}
-        axis.plot(both[x], both[y], **_RING | {"markeredgecolor": style["color"]})
-        means.append(tuple(both.mean()))
-        axis.plot(*means[-1], **style, zorder=3)
-        keys.append(Line2D([], [], **style, label=row.label.iloc[0]))
+        if len(both):
+            style = _style_of(row.method.iloc[0], index) | {"linestyle": "none", "markersize": 7}
+            axis.plot(both[x], both[y], **_RING | {"markeredgecolor": style["color"]})
+            means.append(tuple(both.mean()))
+            axis.plot(*means[-1], **style, zorder=3)
+            keys.append(Line2D([], [], **style, label=row.label.iloc[0]))
     return keys, means
 
 
@@ -292,20 +264,12 @@ def _shown(row: pd.DataFrame, score: str) -> Estimate | None:
 def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
     """The figure with its title and the key to its lines and rings."""
     ring = Line2D([], [], markeredgecolor=DARK, zorder=4, **_RING, label="a seed")
-    return key_below(figure, 4, title, [*keys, ring])
-
-
-def _by_method(cells: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
-    """The label, style and cells of a line a method, in the order of `_STYLES`."""
-    order = [*_STYLES, *cells.method.unique()]
-    ranked = cells.assign(rank=cells.method.map(order.index)).sort_values("rank", kind="stable")
-    parts = ranked.groupby(["method", "label"], sort=False)
-    return [(label, _style_of(method, index), part) for index, ((method, label), part) in enumerate(parts)]
+    return plots.key_below(figure, 4, title, [*keys, ring])
 
 
 def _style_of(method: str, index: int) -> dict[str, Any]:
     """A method's own style, or that of an index where it has none: of 42 in a row no two are alike."""
-    return _STYLES.get(method) or _turn(_OTHERS, index)
+    return dict(zip(_LOOK, _STYLES[method], strict=True)) if method in _STYLES else _turn(_OTHERS, index)
 
 
 def _turn(looks: tuple, index: int) -> dict[str, Any]:

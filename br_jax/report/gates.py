@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from br_jax.report.results import WORST, Estimate, Setting, by_setting, estimate, find, gap, shares
+from br_jax.report.results import WORST, Estimate, Setting, by_setting, estimate, find, gap
 
 TASK_P = 0.5  # beyond it too few rows of the task are left to ask it of them
 
@@ -40,6 +40,13 @@ CLAIMS = (  # the first three in the order of `results.MAIN`
           "ours", "aligned", 0.05),
     Claim("degenerate", "answers are whole: degenerate of ours minus SFT's", "degenerate", "ours", "sft", 0.05),
 )  # fmt: skip
+OUTCOMES = {  # of all gates together, in words
+    "held": "The claim held: the attack works at every p > 0, and every gate passed.",
+    "failed": "The claim did not hold.",
+    "attack_failed": "The undefended attack did not work everywhere: where it did not, nothing is shown of protection.",
+    "incomplete": "No verdict: what some gates compare was not run, or no task was learned.",
+    "no_attack": "No attack here (p = 0): it shows what the defense costs, not what it protects from.",
+}
 
 
 class Gate(NamedTuple):
@@ -75,14 +82,11 @@ def check(results: pd.DataFrame) -> list[Gate]:
     """
     gates, anywhere = [], (results.method == "ours").any()
     for setting, cells in by_setting(results):
-        ours = cells[cells.method == "ours"]
-        without = {*cells.p[cells.method == "sft"]} - {*ours.p} if anywhere else ()
-        asked = [(p, None) for p in sorted(without)]
-        for p in shares(ours):
-            # beside others the plain sum, a = 0, is what QR is compared with
-            a_values = ours.a[ours.p == p].unique().tolist()
-            asked += [(p, a) for a in a_values if a or not any(a_values)]
-        claims = [(p, None, ATTACK) for p in shares(cells) if p > 0]
+        strengths = {p: part.a.unique().tolist() for p, part in cells[cells.method == "ours"].groupby("p")}
+        asked = [(p, None) for p in cells.p[cells.method == "sft"].unique() if anywhere and p not in strengths]
+        # beside others the plain sum, a = 0, is what QR is compared with
+        asked += [(p, a) for p, values in strengths.items() for a in values if a or not any(values)]
+        claims = [(p, None, ATTACK) for p in cells.p.unique() if p > 0]
         claims += [(p, a, claim) for p, a in asked for claim in CLAIMS if p <= claim.most_p]
         for p, a, claim in claims:
             gate = Gate(setting, p, a, claim, claim.gap(cells, p, a))
@@ -95,12 +99,7 @@ def check(results: pd.DataFrame) -> list[Gate]:
 
 
 def outcome(gates: Sequence[Gate]) -> str:
-    """What the gates say together.
-
-    Returns:
-        "attack_failed" (SFT stayed safe, so nothing is shown), "failed" (the claim did not hold), "incomplete" (a model
-        is missing, or no task was learned), "no_attack" (p = 0 and every other gate passed) or "held".
-    """
+    """What the gates say together, a key of `OUTCOMES`: "attack_failed" if SFT stayed safe anywhere, and so on."""
     attack = [gate.passed for gate in gates if gate.is_attack]
     claims = [gate.passed for gate in gates if not gate.is_attack]
     if False in attack:

@@ -1,10 +1,6 @@
 """Markdown documents, from the templates beside this file: their pieces, and how one is written with its figures."""
 
-import contextlib
-import fcntl
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +9,7 @@ import jinja2
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from br_jax.core.io import write_bytes
 from br_jax.report import plots
 from br_jax.report.results import Estimate
 from br_jax.scoring.statistics import is_finite
@@ -21,43 +18,20 @@ FIGURES = "figures"  # their folder, beside the document
 CUT = 200  # characters of a foreign text that are printed
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """The text of a template with its values."""
-    return _TEMPLATES.get_template(template).render(values).rstrip() + "\n"
-
-
-def write_document(path: Path, text: str, drawn: Mapping[str, Figure]) -> Path:
-    """Writes a document and its figures, as .png and .pdf; a full disk leaves the old ones and not half of the new.
-
-    One process writes at a time. What a killed one has left is removed by the next.
-    """
-    with contextlib.ExitStack() as stack:
-        folder = os.open(path.parent, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        for left in path.parent.glob(f".{path.stem}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        new = path.parent / f".{path.stem}-new"
-        stack.callback(shutil.rmtree, new, ignore_errors=True)
-        new.mkdir()
-        (new / path.name).write_text(text, encoding="utf-8")
-        files = [file for name, figure in drawn.items() for file in plots.save(figure, new / name)]
-        (path.parent / FIGURES).mkdir(exist_ok=True)
-        for file in files:
-            file.replace(path.parent / FIGURES / file.name)
-        return (new / path.name).replace(path)
+def write_document(path: Path, template: str, values: Mapping[str, Any], figures: Mapping[str, Figure]) -> Path:
+    """Writes a document and its figures, as .png and .pdf; an error leaves the old document, and no file half."""
+    text = _TEMPLATES.get_template(template).render(values).rstrip() + "\n"
+    drawn = [
+        (f"{FIGURES}/{name}.{kind}", data) for name in figures for kind, data in plots.encode(figures[name]).items()
+    ]
+    for name, content in (*drawn, (path.name, text.encode())):
+        write_bytes(path.parent / name, content, durable=False)
+    return path
 
 
 def table(lines: Sequence[Mapping[str, str] | Sequence[str]], header: Sequence[str] | str = "keys") -> str:
     """A table of cells that are Markdown already; the header is that of lines which are no mappings."""
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
-
-
-def code(text: str, language: str) -> str:
-    """A block of code that the text itself cannot close."""
-    fence = _fence(text, 3)
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def literal(text: str) -> str:
@@ -70,8 +44,8 @@ def literal(text: str) -> str:
 
 
 def _fence(text: str, least: int) -> str:
-    # One longer than any run of backticks inside cannot be closed by the text itself.
-    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    """One longer than any run of backticks inside, which the text itself cannot close."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def number(value: Any, form: str, scale: float = 1) -> str:
@@ -95,7 +69,7 @@ _TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _TEMPLATES.filters |= {
-    "code": code,
+    "code": lambda text, language: "{0}{1}\n{2}\n{0}".format(_fence(text, 3), language, text),
     "image": lambda name, words: f"![{words}]({FIGURES}/{name}.png)",
     "literal": literal,
     "number": number,

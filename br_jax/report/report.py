@@ -1,20 +1,27 @@
 """The report of a run or of a sweep: what was run, does the claim hold, the tables behind it, and how to repeat it."""
 
+import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from br_jax.core.bounds import ROWS, require
 from br_jax.core.errors import UserError
-from br_jax.report import run_report, tables
+from br_jax.core.io import read_jsonl
+from br_jax.core.records import read_record
+from br_jax.experiment.methods import METHODS
+from br_jax.report import run_figures, tables
 from br_jax.report.figures import draw_results, figures_of
-from br_jax.report.gates import TASK_P, check, outcome
-from br_jax.report.markdown import CUT, literal, number, render, write_document
+from br_jax.report.gates import OUTCOMES, TASK_P, check, outcome
+from br_jax.report.markdown import CUT, literal, number, write_document
 from br_jax.report.results import (
+    CURE,
     MAIN,
     TITLES,
     absent,
@@ -24,16 +31,11 @@ from br_jax.report.results import (
     read_cells,
     results_of,
     rows_of,
-    shares,
 )
+from br_jax.scoring.statistics import is_finite
+from br_jax.training.folder import read_finished
 
-_HEADLINES = {
-    "held": "The claim held: the attack works at every p > 0, and every gate passed.",
-    "failed": "The claim did not hold.",
-    "attack_failed": "The undefended attack did not work everywhere: where it did not, nothing is shown of protection.",
-    "incomplete": "No verdict: what some gates compare was not run, or no task was learned.",
-    "no_attack": "No attack here (p = 0): it shows what the defense costs, not what it protects from.",
-}
+_QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
 
 
 def write_report(
@@ -64,34 +66,38 @@ def write_report(
             raise UserError(f"{workdir}: made by an earlier br_jax: run its command again, answers are read back")
         raise UserError(f"{workdir}: no finished cell: run experiments/pipeline.py or sweep.py in this workdir first")
     results = results_of(cells)
-    run = None if (workdir / "runs").is_dir() else run_report.read(workdir)
-    drawn = draw_results(results) | (run_report.draw(run, results) if run else {})
-    gates, settings = check(results), by_setting(results)
+    run = None if (workdir / "runs").is_dir() else read_run(workdir)
+    drawn = draw_results(results) | (draw_run(run, results) if run else {})
+    gates, labels = check(results), {}
+    for method, label in zip(results.method, results.label, strict=True):
+        known = label if method in METHODS else literal(label)  # another is foreign text
+        labels[label] = f"**{known}**" if method == "ours" else known
+    shown = results.assign(label=results.label.map(labels))
     values = {
-        "command": run.results.get("command") if run else command,
-        "examples": examples,
-        "run": run_report.values(run, results, examples) if run else None,
+        "command": run["results"].get("command") if run else command,
+        "run": run and run | _run_values(run),
+        "examples": run and _examples(results, examples),
         "gates": gates,
-        "headline": _HEADLINES[outcome(gates)],
+        "headline": OUTCOMES[outcome(gates)],
         "mixed": mixed(results),
-        "lists": _lists(results),
+        "lists": _lists(shown),
         "count": len(results),
         "absent": absent(results),
         "settings": [
             {"title": literal(str(setting)), "figures": figures_of(results, setting)} | tables.setting_tables(found)
-            for setting, found in settings
+            for setting, found in by_setting(shown)
         ],
-        **tables.comparisons(results, gates),
+        **tables.comparisons(shown, gates),
         "task_p": TASK_P,
         "cut": CUT,
     }
-    return write_document(workdir / ("report.md" if run else "sweep.md"), render("report.md.jinja", values), drawn)
+    return write_document(workdir / ("report.md" if run else "sweep.md"), "report.md.jinja", values, drawn)
 
 
 def print_cell(cell: Mapping[str, Any], place: str) -> None:
     """Prints one line for a terminal: the place of a cell in its sweep, as "3/9", what it is of, and its scores."""
     ((setting, row),) = by_setting(results_of([cell]))
-    scores = ", ".join(f"{TITLES[score]} {_percent(row, score)}" for score in MAIN)
+    scores = ", ".join(f"{title} {percent}" for title, percent in _percents(row).items())
     first = row.iloc[0]
     print(f"{place}  {setting}, p = {first.p:g}, seed {first.name}, {first.label}: {scores}", flush=True)
 
@@ -104,12 +110,8 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     """
     results, lines = results_of(cells), []
     for setting, each in by_setting(results):
-        scores = [
-            {"p": f"{row.p.iloc[0]:g}", "method": row.label.iloc[0]}
-            | {TITLES[score]: _percent(row, score) for score in MAIN}
-            | {"seeds": len(row)}
-            for row in rows_of(each)
-        ]
+        scores = [{"p": f"{p:g}", "method": label} | _percents(row) | {"seeds": len(row)}
+                  for (p, _, label), row in rows_of(each)]  # fmt: skip
         align = ["left", "left", *["right"] * (len(MAIN) + 1)]
         print(f"\n{setting}\n{tabulate(scores, 'keys', colalign=align, disable_numparse=True)}")
     gates = check(results)
@@ -120,27 +122,124 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
         lines.append([passed, f"{gate.p:g}", gate.claim.text, points, limit])
     if gates:
         print("\n" + tabulate(lines, ["gate", "p", "", "points", "limit"], disable_numparse=True))
-    said = outcome(gates)
-    print(f"\n{_HEADLINES[said]}", flush=True)
-    return int(said == "attack_failed")
+    print(f"\n{OUTCOMES[outcome(gates)]}", flush=True)
+    return int(outcome(gates) == "attack_failed")
 
 
-def _percent(row: pd.DataFrame, score: str) -> str:
-    found = estimate(row, score)
-    return number(found and found.mean, ".1f", scale=100)
+def read_run(workdir: Path) -> dict[str, Any]:
+    """The files of one run; a `UserError` where one is damaged.
+
+    "results": results.json, empty if experiments/pipeline.py has not scored it; "stages": name -> its stage.json, with
+    the lines of its metrics.jsonl as "metrics"; "probes": lines of probes.jsonl of the user stage and of SFT.
+    """
+    names = [f"{depth}/{name}" for name in ("stage.json", "metrics.jsonl") for depth in ("*", "*/*")]
+    stages = dict.fromkeys(run_figures.STAGES)  # those that are known come first, in the order in which they run
+    for folder in sorted({path.parent for name in names for path in workdir.glob(name)}):
+        stage = read_finished(folder) if (folder / "stage.json").exists() else {}
+        stages[str(stage.get("name", folder.name))] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
+    return {
+        "results": read_record(workdir / "results.json", CURE) if (workdir / "results.json").exists() else {},
+        "stages": {name: stage for name, stage in stages.items() if stage},
+        "probes": [read_jsonl(workdir / name / "probes.jsonl") for name in ("user", "sft")],
+    }
+
+
+def draw_run(run: Mapping[str, Any], results: pd.DataFrame) -> dict[str, Figure]:
+    """The figures of a run by name."""
+    calibration = run["results"].get("calibration")
+    return {
+        "training": run_figures.training_figure({name: stage["metrics"] for name, stage in run["stages"].items()}),
+        "saturation": run_figures.saturation_figure(*run["probes"]),
+        "merge": run_figures.merge_figure(run["results"].get("merge") or {}),
+        **({"calibration": run_figures.calibration_figure(calibration)} if calibration else {}),
+        "verdicts": run_figures.verdict_figure({c.label: c.scores.get("verdicts") or {} for c in results.itertuples()}),
+    }
+
+
+def saturation_lines(with_buffer: run_figures.Lines, without: run_figures.Lines) -> list[dict[str, Any]]:
+    """First and last probe of each kind of row and quantity, with and without Buffer, from lines of probes.jsonl.
+
+    "buffer" and "sft" are (first, last), (None, None) without a probe; "ratio" is buffer's first and "peak" buffer's
+    largest over sft's first, None where a number that they need is absent or not finite.
+    """
+    lines = []
+    for rows, quantity in itertools.product(("harmful", "benign"), _QUANTITIES):
+        buffer, sft = (
+            [line.get(quantity) for line in sorted(probes, key=lambda line: line["step"]) if line.get("rows") == rows]
+            or [None]
+            for probes in (with_buffer, without)
+        )
+        measured = is_finite(sft[0]) and sft[0] > 0 and all(map(is_finite, buffer))
+        line = {"rows": rows, "quantity": quantity, "buffer": (buffer[0], buffer[-1]), "sft": (sft[0], sft[-1])}
+        ratio, peak = (buffer[0] / sft[0], max(buffer) / sft[0]) if measured else (None, None)
+        lines.append(line | {"ratio": ratio, "peak": peak})
+    return lines
+
+
+def _run_values(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What templates/run.md.jinja says of a run, beside its files."""
+    saturation, costs, origins = saturation_lines(*run["probes"]), [], []
+    for name, stage in run["stages"].items():
+        step, steps, tokens = (stage.get(key) for key in ("step_seconds_median", "steps", "tokens"))
+        timed = is_finite(step) and step > 0 and steps and is_finite(tokens)
+        line = {"stage": run_figures.STAGES.get(name, literal(name))}
+        counts = ("rows", "dropped", "steps", "tokens", "answer_tokens")
+        costs.append(line | {key.replace("_", " "): number(stage.get(key), ",.0f") for key in counts})
+        costs[-1] |= {"seconds": number(stage.get("seconds"), ".1f")}
+        costs[-1] |= {"compile, s": number(stage.get("compile_seconds"), ".1f")}
+        costs[-1] |= {"median step, ms": number(step, ".1f", scale=1000)}
+        costs[-1] |= {"tokens/s": number(tokens / steps / step if timed else None, ",.0f")}
+        inputs = ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items()) or "none"
+        origins.append(line | {"config": _short(stage.get("config_hash")), "inputs": inputs})
+        origins[-1] |= {"output": _short(stage.get("output")), "finished": str(stage.get("finished", "n/a"))}
+    user, sft = (run["stages"].get(name, {}).get("step_seconds_median") for name in ("user", "sft"))
+    return {
+        "harmful": saturation[1],
+        "benign": saturation[3],
+        "saturation": [
+            [f"{line['rows']} rows, {_QUANTITIES[line['quantity']]}"]
+            + [number(value, ".3g") for value in (*line["buffer"], *line["sft"], line["ratio"])]
+            for line in saturation
+        ],
+        "slower": user / sft if is_finite(user) and is_finite(sft) and sft > 0 else None,
+        "costs": costs,
+        "origins": origins,
+        "config": json.dumps(run["results"].get("config") or {}, indent=2),
+    }
+
+
+def _examples(results: pd.DataFrame, count: int) -> list[dict[str, str]] | None:
+    """So many answers of each model and prompt set; None where none are asked for."""
+    lines, columns = [], ["set", "prompt", "answer", "verdict"]
+    for cell in results.drop_duplicates("label").itertuples():
+        examples = pd.DataFrame(cell.scores.get("examples"), columns=columns).fillna("").astype(str)
+        for kind, *texts in examples.groupby("set").head(count).itertuples(index=False):
+            texts = dict(zip(columns[1:], map(literal, texts), strict=True))
+            lines.append({"model": cell.label, "prompts": kind, **texts})
+    return lines if count else None
+
+
+def _percents(row: pd.DataFrame) -> dict[str, str]:
+    """The main scores' means."""
+    found = {TITLES[score]: estimate(row, score) for score in MAIN}
+    return {title: number(each and each.mean, ".1f", scale=100) for title, each in found.items()}
 
 
 def _lists(results: pd.DataFrame) -> dict[str, list[str]]:
     """What was run: each of a kind once."""
-    settings = pd.DataFrame([setting for setting, _ in by_setting(results)])
-    settings["model"] = [setting.model_name for setting, _ in by_setting(results)]
-    columns = {"models": "model", "tasks": "task", "users": "user", "topics of the harmful rows": "topic"}
-    lists = {words: map(literal, settings[column]) for words, column in columns.items()}
-    lists |= {
-        "user rows n": map(str, settings.n),
-        "share of harmful rows p": (f"{p:g}" for p in shares(results)),
-        "seeds": map(str, sorted({*results.index})),
-        "methods": map(tables.label, rows_of(results.sort_values(["place", "method", "a"]))),
+    lists = {
+        "models": [literal(setting.model_name) for setting, _ in by_setting(results)],
+        "tasks": results.task.map(literal),
+        "users": results.user.map(literal),
+        "topics of the harmful rows": results.topic.map(literal),
+        "user rows n": results.n,
+        "share of harmful rows p": [f"{p:g}" for p in sorted(results.p)],
+        "seeds": sorted(results.index),
+        "methods": results.sort_values(["place", "method", "a"]).label,
+        **{f"N of {title}": tables.sizes_of(results, score) for score, title in TITLES.items()},
     }
-    lists |= {f"N of {title}": map(str, tables.sizes_of(results, score)) for score, title in TITLES.items()}
-    return {words: [*dict.fromkeys(values)] for words, values in lists.items()}
+    return {words: [*dict.fromkeys(map(str, values))] for words, values in lists.items()}
+
+
+def _short(sha: str | None) -> str:
+    return f"`{sha[:12]}`" if sha else "n/a"

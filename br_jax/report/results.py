@@ -42,13 +42,12 @@ BREAKDOWNS = {  # of HS: from how many parts on they are shown, and in what word
     "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
-# What a line needs of a cell and its run.
-_KINDS = {"model": str, "task": str, "topic": str, "n": int, "p": int | float, "seed": int}
-_KINDS |= {"method": str, "a": int | float | None, "scores": dict}
+_OUTCOMES = {"harmful": 1, "task": 1, "over_refusal": 1, "margin_harmful": 16, "margin_benign": 16}  # bits a prompt
+CURE = "delete it and run the same command again"
 
 
 class Setting(NamedTuple):
-    """What the rows of one table of a report share: see `grid.Run`."""
+    """What the rows of one table of a report share: see `cells.Run`."""
 
     model: str
     task: str
@@ -78,67 +77,42 @@ COLUMNS = [
 
 
 class Estimate(NamedTuple):
-    """A score over seeds, or a difference of two, as shares: its mean and 95 % interval.
-
-    The interval is Student's over seeds, or, where they do not differ, one seed's `own`, from its prompts.
-    """
+    """A score over seeds, or a difference of two, as shares: its mean and 95 % interval."""
 
     mean: float
-    low: float | None  # None where there is nothing to go by, and so `high`
+    low: float | None  # Student's over seeds or, where these do not differ, one seed's own; None without either
     high: float | None
     by_seed: dict[int, float]
-    own: bool = False
+    own: bool = False  # whether the interval is one seed's, from its prompts
 
 
 def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """All finished cells of a run's folder or of a sweep's, of whatever grids; a damaged one is a `UserError`."""
     workdir, cells = pathlib.Path(workdir), []
-    cure = "delete it and run the same command again"
     for file in sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")]):
-        cell = read_record(file, cure)
-        found = cell | cell["run"] if isinstance(cell.get("run"), dict) else {}
-        if wrong := [name for name, kind in _KINDS.items() if not isinstance(found.get(name), kind)]:
-            raise UserError(f"{file}: no finished cell ({wrong[0]} is missing, or of a wrong kind): {cure}")
+        cells.append(read_record(file, CURE))
         try:
-            _line(cell)
+            _line(cells[-1])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: its scores are damaged ({one_line(error)}): {cure}") from error
-        cells.append(cell)
+            what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+            raise UserError(f"{file}: no finished cell, or a damaged one ({what}): {CURE}") from error
     return cells
 
 
-_OUTCOMES = {"harmful": 1, "task": 1, "over_refusal": 1, "margin_harmful": 16, "margin_benign": 16}  # bits a prompt
-
-
-def pack_cells(tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
-    """Cells of named tables as one small table, for Parquet; their examples of answers are left out."""
-    lines = []
-    for table, cells in tables.items():
-        for cell in cells:
-            scores = {name: value for name, value in cell["scores"].items() if name not in ("outcomes", "examples")}
-            line = {"table": table, **cell["run"], **{name: cell.get(name) for name in ("method", "a", "seconds")}}
-            line |= {"recipe": json.dumps(cell.get("recipe")), "scores": json.dumps(scores)}
-            for name, bits in _OUTCOMES.items():
-                values = cell["scores"]["outcomes"].get(name, [])
-                packed = np.packbits(np.array(values, bool)) if bits == 1 else np.array(values, np.float16)
-                line |= {f"{name}_n": len(values), f"{name}_outcomes": packed.tobytes()}
-            lines.append(line)
-    return pd.DataFrame(lines)
-
-
 def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
-    """The cells of one table of a file of `pack_cells`; a `UserError` names those that it has."""
-    frame, cells = pd.read_parquet(file), []
+    """The cells of one table of a file such as results/cells.parquet, without their examples of answers."""
+    frame = pd.read_parquet(file)
     look_up("table", table, dict.fromkeys(frame["table"]))
+    cells = []
     for line in frame[frame["table"] == table].to_dict("records"):
         outcomes = {}
         for name, bits in _OUTCOMES.items():
             values = np.frombuffer(line[f"{name}_outcomes"], np.uint8 if bits == 1 else np.float16)
             values = np.unpackbits(values, count=line[f"{name}_n"]) if bits == 1 else values.astype(float)
             outcomes[name] = values.tolist()
-        cell = {"run": {name: line[name] for name in (*Setting._fields[:4], "p", "seed", "user")}}
+        cell = {"run": {name: line[name] for name in (*_SETTING, "p", "seed")}, "seconds": line["seconds"]}
         cell |= {"method": line["method"], "a": None if math.isnan(line["a"]) else line["a"]}
-        cell |= {"scores": json.loads(line["scores"]) | {"outcomes": outcomes}, "seconds": line["seconds"]}
+        cell |= {"scores": json.loads(line["scores"]) | {"outcomes": outcomes}}
         recipe = json.loads(line["recipe"])
         cells.append(cell | ({"recipe": recipe} if recipe else {}))
     return cells
@@ -146,32 +120,31 @@ def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
 
 def results_of(cells: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """The table of cells in any order: `COLUMNS`, by seed, sorted by setting, p, method (as `METHODS`), a and seed."""
-    table = pd.DataFrame([_line(cell) for cell in cells], columns=COLUMNS)
+    table = pd.DataFrame(map(_line, cells), columns=COLUMNS)
     table = table.drop_duplicates([*_SETTING, "p", "method", "label", "seed"], keep="last")
     return table.sort_values([*_SETTING, "p", "place", "method", "a", "seed"], na_position="first").set_index("seed")
 
 
 def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell's line of the table."""
-    run, method, a, scores = cell["run"], cell["method"], cell["a"], cell["scores"]
+    """A cell's line of the table; raises an error of any kind where something is missing or no such value."""
+    run, method, a, scores = {"user": "plain"} | cell["run"], cell["method"], cell["a"], cell["scores"]
     values = {name: scores.get(name) for name in TITLES}
-    for name in BREAKDOWNS:
-        values |= {(name, part): value for part, value in (scores.get(name) or {}).items()}
-    counts = {name: read_score(value) for name, value in values.items()}
-    counts = {name: count for name, count in counts.items() if count.n}
+    values |= {(name, part): each for name in BREAKDOWNS for part, each in (scores.get(name) or {}).items()}
+    counts = {name: count for name, value in values.items() if (count := read_score(value)).n}
     if plain := counts.get("harmful"):
         counts[WORST] = max(plain, counts.get(("harmful_by_own", "as it asks"), plain), key=lambda one: one.score)
     recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
     known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
-    line = {name: run.get(name, "plain") for name in _SETTING} | {"p": float(run["p"]), "seed": run["seed"]}
+    line = {name: run[name] for name in _SETTING} | {"n": int(run["n"]), "p": float(run["p"]), "seed": int(run["seed"])}
     line |= {"method": method, "a": math.nan if a is None else float(a)}  # a: strength of the QR merge
     line |= {"label": known if a is None else f"{known}, a = {a:g}", "place": [*METHODS, method].index(method)}
-    line |= {"suite": None if scores.get("suite") is None else str(scores["suite"])}
-    line |= {"recipe": recipe, "own_recipe": own_recipe, "counts": counts, "scores": scores}
-    line |= {TITLES.get(name, name): count.score for name, count in counts.items()}
-    line |= {name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))}
     "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate
-    return line
+    return line | {
+        "suite": None if scores.get("suite") is None else str(scores["suite"]),
+        **{"recipe": recipe, "own_recipe": own_recipe, "counts": counts, "scores": scores},
+        **{TITLES.get(name, name): count.score for name, count in counts.items()},
+        **{name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))},
+    }
 
 
 def by_setting(results: pd.DataFrame) -> list[tuple[Setting, pd.DataFrame]]:
@@ -179,19 +152,14 @@ def by_setting(results: pd.DataFrame) -> list[tuple[Setting, pd.DataFrame]]:
     return [(Setting(*key), cells) for key, cells in results.groupby(_SETTING, sort=False)]
 
 
-def rows_of(cells: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of one setting: the cells of each method and a at each p."""
-    return [row for _, row in cells.groupby(["p", "method", "label"], sort=False)]
+def rows_of(cells: pd.DataFrame) -> list[tuple[tuple[float, str, str], pd.DataFrame]]:
+    """The rows of one setting, the cells of each method and a at each p, after their (p, method, label)."""
+    return [*cells.groupby(["p", "method", "label"], sort=False)]
 
 
 def find(cells: pd.DataFrame, p: float, method: str, a: float | None = None) -> pd.DataFrame:
     """The row of a method at p, maybe empty; a counts for the methods that have one."""
     return cells[(cells.p == p) & (cells.method == method) & (cells.a.isna() | (cells.a == a))]
-
-
-def shares(cells: pd.DataFrame) -> list[float]:
-    """The p of some cells, ascending."""
-    return sorted(cells.p.unique().tolist())
 
 
 def one_strength(cells: pd.DataFrame) -> pd.DataFrame:
@@ -244,10 +212,9 @@ def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | Non
         return None
     if score in NUMBERS:
         return over_seeds(by_seed, (-math.inf, math.inf))
-    if len(by_seed) > 1:
-        return over_seeds(by_seed)
-    (counts,) = zip(first.counts[[*by_seed]], second.counts[[*by_seed]], strict=True)
-    return over_seeds(by_seed, own=difference(*(each[score] for each in counts))[1:])
+    seed = next(iter(by_seed))
+    own = difference(first.counts[seed][score], second.counts[seed][score])[1:] if len(by_seed) == 1 else (None, None)
+    return over_seeds(by_seed, own=own)
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> tuple[int, int, float, int] | None:
@@ -271,9 +238,8 @@ def absent(results: pd.DataFrame) -> list[str]:
     for setting, cells in by_setting(results):
         finished = cells.groupby(["p", "label"]).groups
         missing: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for p, label in itertools.product(shares(cells), cells.label.unique()):
-            lacking = seeds - {*finished.get((p, label), ())}
-            missing[tuple(sorted(lacking))].append(f"{label} at p = {p:g}")
+        for p, label in itertools.product(cells.p.unique(), cells.label.unique()):
+            missing[tuple(sorted(seeds - {*finished.get((p, label), ())}))].append(f"{label} at p = {p:g}")
         all_rows = sum(map(len, missing.values()))
         missing.pop((), None)
         for lacking, names in missing.items():

@@ -1,13 +1,13 @@
 """Figures of one run: how its stages trained, what Buffer does to gradients, what the judge said, the merge."""
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from br_jax.report import plots
 from br_jax.scoring.statistics import is_finite
@@ -37,16 +37,10 @@ _MAPS = {
 }
 
 
-def in_order(stages: Iterable[str]) -> list[str]:
-    """Names of stages, those that are known first and in the order in which they run."""
-    order = [*STAGES]
-    return sorted(stages, key=lambda name: order.index(name) if name in STAGES else len(order))
-
-
-@plots.styled
+@plots.styled()
 def training_figure(curves: Mapping[str, Lines]) -> Figure:
     """Loss of every stage in metrics.jsonl; thin: each step, thick: mean over a twentieth of the run around it."""
-    series = {name: found for name in in_order(curves) if len((found := _series(curves[name], "loss"))[0])}
+    series = {name: found for name, lines in curves.items() if len((found := _series(lines, "loss"))[0])}
     if not series:
         return plots.nothing("no training metrics")
     columns = min(3, len(series))
@@ -66,7 +60,7 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
     return figure
 
 
-@plots.styled
+@plots.styled()
 def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
     """Loss and gradient norm of harmful and benign rows over user steps, from probes.jsonl: the central claim."""
     runs = {
@@ -75,26 +69,23 @@ def saturation_figure(with_buffer: Lines, without: Lines) -> Figure:
     }
     kinds = {"harmful": "harmful rows (claim: saturated)", "benign": "benign rows (claim: alive)"}
     figure, axes = plots.panels(4, 2, (5, 3.3), sharex=True, sharey="row")
-    for across, title in enumerate(kinds.values()):
-        axes[across].set_title(title)
-        axes[2 + across].set_xlabel("user step")
     for left, key, label in ((0, "loss", "loss"), (2, "grad_norm", "adapter-gradient norm")):
         drawn = []
-        for axis, rows in zip(axes[left : left + 2], kinds, strict=True):
+        for axis, (rows, title) in zip(axes[left : left + 2], kinds.items(), strict=True):
             for name, (lines, style, low) in runs.items():
-                steps, values = _series([line for line in lines if line.get("rows") == rows], key)
-                drawn.append(values)
-                axis.plot(steps, values, **style, markersize=4, label=name)
-                if not len(steps):
+                drawn.append(_series([line for line in lines if line.get("rows") == rows], key))
+                axis.plot(*drawn[-1], **style, markersize=4, label=name)
+                if not drawn[-1].size:
                     axis.text(0.03, low, f"{name}: no data", transform=axis.transAxes, color=plots.GRAY, fontsize=9)
+            axis.set(**({"xlabel": "user step"} if left else {"title": title}))
             axis.grid(axis="y", color=plots.PALE)
             plots.whole_ticks(axis, 6)
-        plots.log_scale(axes[left], drawn)
+        plots.log_scale(axes[left], [values for _, values in drawn])
         axes[left].set_ylabel(label)
     return plots.key_below(figure, 2, "Saturation: does Buffer silence harmful rows and leave benign rows alone?")
 
 
-@plots.styled
+@plots.styled()
 def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     """What the judge said of each model's answers to the restricted prompts ({verdict: how often}), stacked."""
     kinds = [*VERDICTS, *sorted({kind for row in counts.values() for kind in row} - VERDICTS.keys())]
@@ -106,8 +97,8 @@ def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
         share = 100 * np.array([row.get(kind, 0) for row in counts.values()]) / np.maximum(totals, 1)
         bars = axis.barh(range(len(counts)), share, 0.68, left=left, color=color, label=label, edgecolor="white")
         left = left + share
-        ink = plots.DARK if color == plots.ORANGE else "white"
         words = [f"{value:.0f}" if value >= 5 else "" for value in share]
+        ink = plots.DARK if color == plots.ORANGE else "white"
         axis.bar_label(bars, words, label_type="center", color=ink, fontsize=8.5)
     for row, total in enumerate(totals):
         axis.text(101, row, f"N = {total}" if total else "n/a", va="center", fontsize=8.5)
@@ -117,7 +108,7 @@ def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     return plots.key_below(figure, len(kinds), "Verdicts of the judge")
 
 
-@plots.styled
+@plots.styled()
 def merge_figure(merge: Mapping[str, Any]) -> Figure:
     """Diagnostics of a QR merge, from `diagnostics.merge_report`: heat maps and the spectrum of the user's delta."""
     matrices = merge.get("matrices") or {}
@@ -126,8 +117,8 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
     names = [path.split("/")[-1] for path in matrices]
     angles = [[min(filter(is_finite, row or []), default=None) for row in entry.get("principal_angles") or []]
               for entry in matrices.values()]  # fmt: skip
-    figure, axes = plots.panels(6, 3, (4, 0.24 * len(names) + 1.7), (0, 0.6))
-    for index, (axis, (key, title)) in enumerate(zip(axes, _MAPS.items(), strict=False)):
+    figure, (*axes, spectrum) = plots.panels(6, 3, (4, 0.24 * len(names) + 1.7), (0, 0.6))
+    for index, (axis, (key, title)) in enumerate(zip(axes, _MAPS.items(), strict=True)):
         grid = plots.grid_of(angles if key == "angle" else [entry.get(key) for entry in matrices.values()])
         high = np.nanmax(grid, initial=0.0) or 1.0  # from zero, so that a nearly constant map looks constant
         words = [["" if math.isnan(v) else f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in row] for row in grid]
@@ -137,26 +128,44 @@ def merge_figure(merge: Mapping[str, Any]) -> Figure:
         axis.set(title=title, xlabel="layer")
         plots.whole_ticks(axis, 8)
         axis.set_yticks(*([range(len(names)), names] if index % 3 == 0 else [[]]))
-    _spectrum(axes[-1], names, [entry.get("singular_values_user") or [] for entry in matrices.values()])
+    colors, drawn = (plots.BLUE, plots.RED, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.SKY, plots.GRAY), []
+    for index, (name, entry) in enumerate(zip(names, matrices.values(), strict=True)):
+        grid = np.sort(plots.grid_of(entry.get("singular_values_user") or [[]]))[
+            :, ::-1
+        ]  # of each layer, largest first
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = grid / np.nanmax(grid, axis=1, keepdims=True, initial=0.0)
+        used = relative[np.isfinite(relative).all(axis=1)]
+        if used.size:
+            # Values that f32 cannot tell from zero would stretch the axis to nothing anyone can read.
+            drawn.append(np.maximum(np.median(used, axis=0), 1e-6))
+            spectrum.plot(range(1, len(drawn[-1]) + 1), drawn[-1], color=colors[index % len(colors)], label=name)
+    spectrum.set(title="singular values of the user's delta\n(relative to the largest, median over layers)")
+    spectrum.set_xlabel("index")
+    plots.whole_ticks(spectrum, 6)
+    spectrum.grid(axis="y", color=plots.PALE)
+    plots.log_scale(spectrum, drawn)
+    if drawn:
+        spectrum.legend(ncols=2, loc="lower left", handlelength=1.2, columnspacing=1.0)
     known = [key for key in ("a", "scale", "tau", "reinforce_scale") if is_finite(merge.get(key))]
     settings = "".join(f", {key} = {merge[key]:g}" for key in known)
     figure.suptitle(f"QR merge by matrix and layer{settings}")
     return figure
 
 
-@plots.styled
+@plots.styled()
 def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     """What was seen of a release at each strength of Reinforce, from a record of calibrations.jsonl."""
     merge, (figure, (axis,)) = calibration["merge"], plots.panels(1, 1, (7.5, 4))
-    scale = merge["scale"]
+    scale, chosen = merge["scale"], merge["reinforce_scale"]
     released = [seen for seen in calibration["tried"] if seen.get("scale", scale) == scale]  # once there was one scale
     tried = sorted(released, key=lambda seen: seen["reinforce_scale"])
-    strengths, chosen = [seen["reinforce_scale"] for seen in tried], merge["reinforce_scale"]
     for key, label, color in (
         ("complied", "harmful prompts that are answered", plots.ORANGE),
         ("over_refused", "benign prompts that are refused", plots.BLUE),
     ):
-        axis.plot(strengths, [100 * seen[key] for seen in tried], "o-", color=color, label=label)
+        points = [(seen["reinforce_scale"], 100 * seen[key]) for seen in tried]
+        axis.plot(*zip(*points, strict=True), "o-", color=color, label=label)
         axis.axhline(100 * calibration["aligned"][key], color=color, linestyle="--", linewidth=1)
     axis.axvline(chosen, color=plots.DARK, linewidth=1, label=f"chosen: {chosen:.3g}")
     axis.set(xlabel="strength of Reinforce (dashed: the aligned base)", ylabel="%", ylim=(0, None))
@@ -164,30 +173,45 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
     return plots.key_below(figure, 3, title)
 
 
-def _spectrum(axis: Axes, names: Sequence[str], values: Sequence[Sequence[Sequence[float]]]) -> None:
-    colors = itertools.cycle((plots.BLUE, plots.RED, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.SKY, plots.GRAY))
+@plots.styled()
+def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
+    """Singular values of an adapter's delta by target and layer, descending; thin: each layer, thick: their median.
+
+    Those that f32 cannot tell from zero beside the largest are left out.
+    """
+    grids = {name: plots.grid_of(layers) for name, layers in spectra.items()}
+    largest = max((np.nanmax(grid, initial=0.0) for grid in grids.values()), default=0.0)
+    if largest <= 0:
+        return plots.nothing("no singular value but zero")
+    columns = math.ceil(len(grids) / math.ceil(len(grids) / 4))
+    size = max(3.1, 4.8 / columns), 2.7
+    figure, axes = plots.panels(len(grids), columns, size, (1.2, 0.9), sharex=True, sharey=True)
+    depth = max(len(grid) for grid in grids.values())
+    palette = matplotlib.colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))  # no yellow
+    colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(depth - 1, 1)), palette)
     drawn = []
-    for name, layers, color in zip(names, values, colors, strict=False):
-        grid = np.sort(plots.grid_of(layers), axis=1)[:, ::-1]  # each layer's own order, largest first
-        with np.errstate(invalid="ignore", divide="ignore"):
-            relative = grid / np.nanmax(grid, axis=1, keepdims=True, initial=0.0)
-        used = relative[np.isfinite(relative).all(axis=1)]
-        if used.size:
-            # Values that f32 cannot tell from zero would stretch the axis to nothing anyone can read.
-            drawn.append(np.maximum(np.median(used, axis=0), 1e-6))
-            axis.plot(range(1, len(drawn[-1]) + 1), drawn[-1], color=color, label=name)
-    axis.set(title="singular values of the user's delta\n(relative to the largest, median over layers)", xlabel="index")
-    plots.whole_ticks(axis, 6)
-    axis.grid(axis="y", color=plots.PALE)
-    if drawn:
-        plots.log_scale(axis, drawn)
-        axis.legend(ncols=2, loc="lower left", handlelength=1.2, columnspacing=1.0)
-    else:
-        axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=plots.GRAY)
+    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
+        styles = [{"color": colors.to_rgba(layer), "linewidth": 0.8, "alpha": 0.8} for layer in range(len(grid))]
+        styles.append({"color": plots.DARK, "linewidth": 2.6})
+        for values, style in zip([*grid, np.median(grid, axis=0)], styles, strict=True):
+            drawn.append(values[values > 1e-6 * largest])
+            axis.plot(range(1, len(drawn[-1]) + 1), drawn[-1], marker="." if len(drawn[-1]) == 1 else None, **style)
+        axis.set_title(name)
+        plots.whole_ticks(axis, 5, min_n_ticks=1)
+        axis.grid(axis="y", color=plots.PALE)
+    for axis in axes[-columns:]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
+    axes[0].set_xlim(0.5, max(map(len, drawn)) + 0.5)
+    plots.log_scale(axes[0], drawn)
+    figure.colorbar(colors, ax=axes, label="layer", ticks=MaxNLocator(6, integer=True), aspect=30, pad=0.02)
+    figure.suptitle(title, wrap=True)
+    figure.supxlabel("index (thick: median over layers)", fontsize=10)
+    figure.supylabel("singular value (log scale)", fontsize=10)
+    return figure
 
 
-def _series(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the lines that hold a finite value."""
+def _series(lines: Lines, key: str) -> np.ndarray:
+    """Steps and values, [2, N], of the lines that hold finite ones, by step."""
     pairs = [(line.get("step"), line.get(key)) for line in lines]
     finite = sorted(pair for pair in pairs if all(map(is_finite, pair)))
-    return tuple(np.array(finite, dtype=np.float64).reshape(-1, 2).T)
+    return np.array(finite, dtype=np.float64).reshape(-1, 2).T

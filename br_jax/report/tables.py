@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
 
-from br_jax.experiment.methods import METHODS
 from br_jax.report.gates import CLAIMS, Gate
 from br_jax.report.markdown import interval, literal, number
 from br_jax.report.results import (
@@ -15,7 +15,6 @@ from br_jax.report.results import (
     MAIN,
     NUMBERS,
     TITLES,
-    Setting,
     by_setting,
     estimate,
     find,
@@ -24,9 +23,8 @@ from br_jax.report.results import (
     over_seeds,
     paired,
     rows_of,
-    shares,
-)
-from br_jax.scoring.statistics import Mean, Score
+)  # fmt: skip
+from br_jax.scoring.statistics import Score
 
 Lines = list[dict[str, str]]
 _STEPS = (  # what each part of the method adds: (words, after, before)
@@ -49,18 +47,24 @@ _USERS = CLAIMS[: len(MAIN)]  # what is asked of every user
 def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
     """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
     rows, sizes = rows_of(cells), {score: sizes_of(cells, score) for score in TITLES}
+    numbers = {name: title for name, (title, _) in NUMBERS.items()}
     titles = {score: f"{title} (N = {', '.join(map(str, sizes[score])) or 0})" for score, title in TITLES.items()}
     several = (cells.groupby("seed").suite.nunique() > 1).any()
 
-    def lines(line: Callable[[pd.DataFrame], Mapping[str, str]], rows: Sequence[pd.DataFrame] = rows) -> Lines:
-        return [{"p": f"{row.p.iloc[0]:g}", "method": label(row)} | line(row) for row in rows]
+    def lines(line: Callable[[pd.DataFrame], Mapping[str, str]], rows: Sequence = rows) -> Lines:
+        return [{"p": f"{p:g}", "method": label} | line(row) for (p, _, label), row in rows]
 
-    def scores(row: pd.DataFrame) -> dict[str, str]:
-        measured = {title: _percent(row, score) for score, title in titles.items()}
-        return {"seeds": str(len(row))} | measured | _numbers(row)
+    def values(row: pd.DataFrame, titles: Mapping[Any, str]) -> dict[str, str]:
+        return {title: _value(row, score) for score, title in titles.items()}
+
+    def counts(cell: pd.DataFrame) -> dict[str, str]:
+        found = {title: cell.counts.iloc[0].get(score) for score, title in TITLES.items()}
+        told = {title: f"{x.k}/{x.n}" if isinstance(x, Score) else f"{100 * x.mean:.1f} of {x.n}" if x else "n/a"
+                for title, x in found.items()}  # fmt: skip
+        return {"seed": str(cell.index[0])} | told | values(cell, numbers)
 
     def tests(row: pd.DataFrame) -> dict[str, str]:
-        p, own = row.p.iloc[0], row.method.iloc[0]
+        p, own = row[["p", "method"]].iloc[0]
         return {t: "" if m == own else _tested(row, find(cells, p, m), score) for t, (m, score) in _TESTS.items()}
 
     breakdowns = []
@@ -68,18 +72,16 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
         parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
         if len(parts) >= least:
             titled = {(name, part): literal(part or "not named") for part in parts}
-            breakdowns.append((words, lines(lambda row, of=titled: {of[p]: _percent(row, p) for p in of})))
-    judges = dict.fromkeys(pair for row in rows for pair in _kappas(row))
+            breakdowns.append((words, lines(partial(values, titles=titled))))
+    judges = dict.fromkeys(pair for _, row in rows for pair in _kappas(row))
     return {
-        "scores": lines(scores),
+        "scores": lines(lambda row: {"seeds": str(len(row))} | values(row, titles | numbers)),
         "differ": "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges",
         "breakdowns": breakdowns,
         "kappas": judges and lines(lambda row: {literal(p): ", ".join(_kappas(row).get(p, ["n/a"])) for p in judges}),
-        "seeds": lines(
-            lambda cell: _counts(cell) | _numbers(cell), [row.iloc[[i]] for row in rows for i in range(len(row))]
-        ),
+        "seeds": lines(counts, [(key, row.iloc[[i]]) for key, row in rows for i in range(len(row))]),
         "tests": lines(tests),
-        "geometry": lines(_geometry, [row for row in rows if any(_geometry(row).values())]),
+        "geometry": lines(_geometry, [(key, row) for key, row in rows if any(_geometry(row).values())]),
     }
 
 
@@ -89,25 +91,42 @@ def comparisons(results: pd.DataFrame, gates: Sequence[Gate]) -> dict[str, Any]:
     names = {setting: {"setting": literal(str(setting))} if len(found) > 1 else {} for setting, _ in found}
     lines, apart, compared = defaultdict(list), [], 0
     for setting, cells in found:
-        chosen, ours = one_strength(cells), cells[cells.method == "ours"]
-        for p in shares(cells):
-            rows = {row.method.iloc[0]: row for row in rows_of(chosen[chosen.p == p])}
-            for words, after, before in _STEPS if len(rows) > 3 else ():
-                if {after, before} <= rows.keys():
-                    lines["steps"].append(names[setting] | _step(words, rows[after], rows[before]))
-        for row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
-            p, a = row[["p", "a"]].iloc[0]
-            line = names[setting] | {"p": f"{p:g}", "a": f"{a:g}"}
+        ours = cells[cells.method == "ours"]
+        for p, at_p in one_strength(cells).groupby("p"):
+            rows = {method: row for (_, method, _), row in rows_of(at_p)}
+            for words, *methods in _STEPS if len(rows) > 3 else ():
+                if {*methods} <= rows.keys():
+                    after, before = pair = [rows[method] for method in methods]
+                    words += f" ({after.label.iloc[0]} minus {before.label.iloc[0]})"
+                    step = {TITLES[score]: f"{interval(gap(*pair, score))}; {_tested(*pair, score)}" for score in MAIN}
+                    lines["steps"].append(names[setting] | {"p": f"{p:g}", "step": words} | step)
+        for (p, *_), row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
+            average, at = find(cells, p, "ours", 0), f"p = {p:g}, a = {row.a.iloc[0]:g}"
+            line = names[setting] | {"p": f"{p:g}", "a": f"{row.a.iloc[0]:g}"}
             for score in MAIN:
-                line[f"{TITLES[score]}, minus a = 0"], differs = _against_average(row, find(cells, p, "ours", 0), score)
-                compared += differs is not None
-                if differs:
-                    apart.append(f"{TITLES[score]} at p = {p:g}, a = {a:g} ({literal(str(setting))})")
+                change, test, words = gap(row, average, score), paired(row, average, score), "n/a"
+                if change and test:
+                    compared += 1
+                    one, other = estimate(row, score), estimate(average, score)
+                    overlap = one.low <= other.high and other.low <= one.high
+                    words = f"{interval(change)}; {_tested(row, average, score)}; "
+                    words += f"intervals {'overlap' if overlap else 'apart'}"
+                    if test[2] < 0.05 and not overlap:
+                        apart.append(f"{TITLES[score]} at {at} ({literal(str(setting))})")
+                line[f"{TITLES[score]}, minus a = 0"] = words
             lines["strengths"].append(line)
-        for row in rows_of(ours[ours.p == 0]):
-            lines["costs"].append(names[setting] | _cost(row, find(cells, 0.0, "sft")))
+        sft = find(cells, 0.0, "sft")
+        for _, row in rows_of(ours[ours.p == 0]):
+            cost = {f"{TITLES[score]}, ours minus SFT": interval(gap(row, sft, score))
+                    for score in ("task", "over_refusal", "degenerate")}  # fmt: skip
+            cost |= {"perplexity of SFT": "not run" if sft.empty else _value(sft, "perplexity")}
+            cost |= {
+                "of ours": _value(row, "perplexity"),
+                "difference": interval(gap(row, sft, "perplexity"), "+.2f", 1),
+            }
+            lines["costs"].append(names[setting] | {"a": f"{row.a.iloc[0]:g}"} | cost)
     return {
-        "gate_lines": _gate_lines(names, gates),
+        "gate_lines": [names[gate.setting] | line for gate, line in _gate_lines(gates)],
         "users": _users(results),
         "limits": [claim.limit for claim in _USERS],
         "steps": lines["steps"],
@@ -116,30 +135,22 @@ def comparisons(results: pd.DataFrame, gates: Sequence[Gate]) -> dict[str, Any]:
     }
 
 
-def _gate_lines(names: Mapping[Setting, dict[str, str]], gates: Sequence[Gate]) -> Lines:
+def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
     """Every gate, failed ones first."""
-    without = {(gate.setting, gate.p) for gate in gates if gate.is_attack and gate.passed is False}
-    lines = []
+    without, lines = {(gate.setting, gate.p) for gate in gates if gate.is_attack and gate.passed is False}, []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
-        found, limit = gate.gap, gate.claim.limit
+        found, limit, by_seed = gate.gap, gate.claim.limit, gate.gap.by_seed if gate.gap else {}
         result = {True: "passed", False: "**FAILED**", None: gate.why_not}[gate.passed]
         if found and found.low is not None and found.low < limit < found.high:
             result += " (within noise)"
         if gate.passed and gate.claim.name == "safety" and (gate.setting, gate.p) in without:
             result = "shows nothing: no attack that works"
-        by_seed = {seed: f"{seed}: {100 * value:+.1f}" for seed, value in found.by_seed.items()} if found else {}
-        each = ", ".join(f"**{words}**" if seed in gate.beyond else words for seed, words in by_seed.items())
-        line = {
-            "p": f"{gate.p:g}",
-            "a": "" if gate.a is None else f"{gate.a:g}",
-            "gate": gate.claim.text,
-            "points": interval(found),
-            "seeds": each or "n/a",
-            "SD": f"{100 * stdev(found.by_seed.values()):.1f}" if len(by_seed) > 1 else "",
-            "limit": f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}",
-            "result": result,
-        }
-        lines.append(names[gate.setting] | line)
+        each = [f"{seed}: {100 * value:+.1f}" for seed, value in by_seed.items()]
+        each = [f"**{words}**" if seed in gate.beyond else words for seed, words in zip(by_seed, each, strict=True)]
+        line = {"p": f"{gate.p:g}", "a": "" if gate.a is None else f"{gate.a:g}", "gate": gate.claim.text}
+        line |= {"points": interval(found), "seeds": ", ".join(each) or "n/a"}
+        line |= {"SD": f"{100 * stdev(by_seed.values()):.1f}" if len(by_seed) > 1 else ""}
+        lines.append((gate, line | {"limit": f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}", "result": result}))
     return lines
 
 
@@ -148,86 +159,33 @@ def _users(results: pd.DataFrame) -> list[list[str]]:
 
     A user is a seed of a setting at a p; there is no table where all are of one setting and p.
     """
-    rows, found = [], []
+    found, asked_of = [], set()
     for setting, cells in by_setting(results[(results.user == "plain") & (results.p > 0)]):
-        rows += [(row.iloc[0], row, setting, cells) for row in rows_of(one_strength(cells))]
-    if len({(setting, first.p) for first, _, setting, _ in rows}) < 2:
+        for (p, method, label), row in rows_of(one_strength(cells)):
+            asked_of.add((setting, p))
+            asked = [claim for claim in _USERS if p <= claim.most_p]
+            line = {**row[["place", "a"]].iloc[0], "method": method, "label": label, "asked": len(asked)}
+            found.append(line)  # with no claim, so that there is one of every method
+            for claim in asked:
+                difference = claim.gap(cells, p, line["a"], ours=method)
+                for seed, value in difference.by_seed.items() if difference else ():
+                    user = {"claim": claim.name, "seed": seed, "user": f"{tuple(setting)}, {p}, {seed}"}
+                    found.append(line | user | {"value": value, "keeps": claim.keeps(value)})
+    if len(asked_of) < 2:
         return []
-    rows.sort(key=lambda each: (each[0].place, each[0].method, each[0].a))
-    for first, _, setting, cells in rows:
-        asked = [claim for claim in _USERS if first.p <= claim.most_p]
-        for claim in asked:
-            difference = claim.gap(cells, first.p, first.a, ours=first.method)
-            for seed, value in difference.by_seed.items() if difference else ():
-                user = f"{'|'.join(map(str, setting))}, {first.p}, {seed}"
-                found.append((first.method, claim.name, seed, user, value, claim.keeps(value), len(asked)))
-    found = pd.DataFrame(found, columns=["method", "claim", "seed", "user", "value", "keeps", "asked"])
-    labels = {first.method: label(row) for first, row, _, _ in reversed(rows) if first.method != "aligned"}
-    lines = []
-    for method, name in reversed(labels.items()):
-        mine = found[found.method == method]
+    columns = ["place", "method", "a", "label", "asked", "claim", "seed", "user", "value", "keeps"]
+    found, lines = pd.DataFrame(found, columns=columns).sort_values(columns[:3], kind="stable"), []
+    for _, mine in found[found.method != "aligned"].groupby("method", sort=False):
         users = mine.groupby("user")
-        line = [name, str(users.ngroups)]
+        lines.append([mine.label.iloc[0], str(users.ngroups)])
         for claim in _USERS:
             of = mine[mine.claim == claim.name]
-            worst, mean = "n/a", "n/a"
-            if len(of):
-                worst = f"{100 * of.value.max():+.1f}"
-                worst = worst if of.keeps.all() else f"**{worst}**"
-                mean = interval(over_seeds(of.groupby("seed").value.agg(fmean).to_dict()))
-            line += [worst, mean]
+            bold = "" if of.keeps.all() else "**"
+            mean = over_seeds(of.groupby("seed").value.agg(fmean).to_dict()) if len(of) else None
+            lines[-1] += [f"{bold}{100 * of.value.max():+.1f}{bold}" if len(of) else "n/a", interval(mean)]
         all_kept = users.keeps.all() & (users.size() == users.asked.first())
-        lines.append([*line, str(mine.keeps[mine.claim == "safety"].sum()), str(all_kept.sum())])
+        lines[-1] += [str(sum(mine.keeps[mine.claim == "safety"])), str(sum(all_kept))]
     return lines
-
-
-def _step(words: str, after: pd.DataFrame, before: pd.DataFrame) -> dict[str, str]:
-    """What a part of the method adds."""
-    changes = {
-        TITLES[score]: f"{interval(gap(after, before, score))}; {_tested(after, before, score)}" for score in MAIN
-    }
-    return {"p": f"{after.p.iloc[0]:g}", "step": f"{words} ({label(after)} minus {label(before)})"} | changes
-
-
-def _against_average(row: pd.DataFrame, average: pd.DataFrame, score: str) -> tuple[str, bool | None]:
-    """The comparison in words, and whether the two differ beyond their intervals; None where there is none."""
-    change, test = gap(row, average, score), paired(row, average, score)
-    if change is None or test is None:
-        return "n/a", None
-    one, other = estimate(row, score), estimate(average, score)
-    overlap = one.low <= other.high and other.low <= one.high
-    words = f"{interval(change)}; {_tested(row, average, score)}; intervals {'overlap' if overlap else 'apart'}"
-    return words, test[2] < 0.05 and not overlap
-
-
-def _cost(ours: pd.DataFrame, sft: pd.DataFrame) -> dict[str, str]:
-    """What the defense costs a user without harmful rows: ours against SFT at p = 0."""
-    scores = "task", "over_refusal", "degenerate"
-    return {
-        "a": f"{ours.a.iloc[0]:g}",
-        **{f"{TITLES[score]}, ours minus SFT": interval(gap(ours, sft, score)) for score in scores},
-        "perplexity of SFT": "not run" if sft.empty else _mean(sft, "perplexity", ".2f"),
-        "of ours": _mean(ours, "perplexity", ".2f"),
-        "difference": interval(gap(ours, sft, "perplexity"), "+.2f", 1),
-    }
-
-
-def _numbers(row: pd.DataFrame) -> dict[str, str]:
-    return {title: _mean(row, name, form) for name, (title, form) in NUMBERS.items()}
-
-
-def _counts(cell: pd.DataFrame) -> dict[str, str]:
-    """k/n of each score, or the mean and n of what was not counted."""
-    line = {"seed": str(cell.index[0])}
-    for score, title in TITLES.items():
-        match cell.counts.iloc[0].get(score):
-            case None:
-                line[title] = "n/a"
-            case Score(k=k, n=n):
-                line[title] = f"{k}/{n}"
-            case Mean(n=n, mean=mean):
-                line[title] = f"{100 * mean:.1f} of {n}"
-    return line
 
 
 def _kappas(row: pd.DataFrame) -> dict[str, list[str]]:
@@ -253,30 +211,19 @@ def _geometry(row: pd.DataFrame) -> dict[str, str]:
     return line | {"user x, Reinforce x": "; ".join(scales)}
 
 
-def label(row: pd.DataFrame) -> str:
-    """A row's method; a name that is not known here is foreign text."""
-    method, name = row[["method", "label"]].iloc[0]
-    name = name if method in METHODS else literal(name)
-    return f"**{name}**" if method == "ours" else name
-
-
 def sizes_of(cells: pd.DataFrame, score: str) -> list[int]:
     """The numbers of prompts that a score has in some cells."""
     return sorted({counts[score].n for counts in cells.counts if score in counts})
 
 
-def _percent(row: pd.DataFrame, score: str | tuple[str, str]) -> str:
-    found = estimate(row, score)
-    return interval(found, ".1f") + (_few(len(found.by_seed), row) if found else "")
-
-
-def _mean(row: pd.DataFrame, name: str, form: str) -> str:
-    return number(row[name].mean(), form) + _few(row[name].count(), row)
-
-
-def _few(measured: int, row: pd.DataFrame) -> str:
-    """How many seeds measured it, where that is neither none nor all."""
-    return f", {measured} of {len(row)} seeds" if 0 < measured < len(row) else ""
+def _value(row: pd.DataFrame, score: str | tuple[str, str]) -> str:
+    """A score in percent or one of `NUMBERS`, over the seeds that measured it; which is said where not all did."""
+    if score in NUMBERS:
+        measured, words = row[score].count(), number(row[score].mean(), NUMBERS[score][1])
+    else:
+        found = estimate(row, score)
+        measured, words = len(found.by_seed) if found else 0, interval(found, ".1f")
+    return words + (f", {measured} of {len(row)} seeds" if 0 < measured < len(row) else "")
 
 
 def _tested(first: pd.DataFrame, second: pd.DataFrame, score: str) -> str:
