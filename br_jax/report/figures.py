@@ -21,8 +21,7 @@ from br_jax.report.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, R
 from br_jax.report.results import MAIN, WORST, Estimate, Setting, by_setting, estimate, find, one_strength, rows_of
 
 SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
-_LOOK = "color", "marker", "linestyle"  # any one of the three tells a line from the others
-_STYLES = {
+_STYLES = {  # color, marker and linestyle, any one of which tells a line from the others
     "aligned": (DARK, "s", ":"),
     "sft": (RED, "X", (0, (9, 2))),
     "buffer_only": (ORANGE, "^", "--"),
@@ -61,31 +60,31 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
         return results[(results[same] == [getattr(setting, name) for name in same]).all(axis=1)]
 
     cells, sizes, users = alike(), alike("n"), alike("user")
-    several, strengths = cells.p.nunique() > 1, cells.a[cells.method == "ours"].nunique()
-    for name, shown, words in (
-        ("p", several, "HS and FA against the share of harmful rows"),
-        ("a", strengths > 1, "HS, FA and over-refusal against the strength of the QR merge"),
-    ):
-        if shown:
-            yield name_of(name, setting), words, partial(lines_figure, cells, name, str(setting))
     any_n, any_user = setting._replace(n=0), setting._replace(user="plain")
+    several, strengths = cells.p.nunique() > 1, cells.a[cells.method == "ours"].nunique()
+    words = (
+        "HS and FA against the share of harmful rows",
+        "HS, FA and over-refusal against the strength of the QR merge",
+    )
+    found = [("p", several, lines_figure, cells, setting, None, words[0])]
+    found += [("a", strengths > 1, lines_figure, cells, setting, None, words[1])]
     for p, at_p in cells.groupby("p"):
-        compared = at_p.method.nunique() > 3
-        bars = compared or not several
-        by_n = sizes[sizes.p == p]
-        for name, shown, draw, of, words in (
-            ("methods", bars, partial(methods_figure, cells, p), setting, "HS, FA and over-refusal of every method"),
-            ("pareto", compared and p < 1, partial(pareto_figure, cells, p), setting, "HS against FA of every method"),
-            ("margins", bars and at_p.margin_harmful.notna().any(), partial(margins_figure, cells, p), setting,
-             "Refusal margins of every method"),
-            ("n", by_n.n.nunique() > 1, partial(lines_figure, by_n, "n"), any_n,
-             "HS and FA against the number of user rows"),
-            ("attackers", users.user[users.p == p].nunique() > 1, partial(attackers_figure, users, p), any_user,
+        compared, by_n, by_user = at_p.method.nunique() > 3, sizes[sizes.p == p], users[users.p == p]
+        shown, margins = compared or not several, at_p.margin_harmful.notna().any()
+        found += [
+            ("methods", shown, methods_figure, cells, setting, p, "HS, FA and over-refusal of every method"),
+            ("pareto", compared and p < 1, pareto_figure, cells, setting, p, "HS against FA of every method"),
+            ("margins", shown and margins, margins_figure, cells, setting, p, "Refusal margins of every method"),
+            ("n", by_n.n.nunique() > 1, lines_figure, by_n, any_n, p, "HS and FA against the number of user rows"),
+            ("attackers", by_user.user.nunique() > 1, attackers_figure, users, any_user, p,
              "HS of every method against every kind of user"),
-        ):  # fmt: skip
-            if shown:
-                title = f"{of}, p = {p:g}".replace(", n = 0,", ",")
-                yield name_of(name, of, p), f"{words} at p = {p:g}", partial(draw, title)
+        ]  # fmt: skip
+    for name, shown, draw, part, of, p, words in found:
+        if shown:
+            title, at = str(of).removesuffix(", n = 0"), "" if p is None else f"p = {p:g}"
+            first = name if draw is lines_figure else p
+            title, words = (f"{title}, {at}", f"{words} at {at}") if at else (title, words)
+            yield name_of(name, of, p), words, partial(draw, part, first, title)
 
 
 def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
@@ -104,7 +103,7 @@ def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
     scores, across, scale = _ACROSS[column]
     if column == "a":
         parts = cells[cells.method == "ours"].groupby("p")
-        lines = [(f"p = {p:g}", _turn(_BY_P, index), part) for index, (p, part) in enumerate(parts)]
+        lines = [(f"p = {p:g}", _look(*(each[i % 5] for each in _BY_P)), part) for i, (p, part) in enumerate(parts)]
     else:
         order, cells = [*_STYLES, *cells.method.unique()], one_strength(cells)
         cells = cells.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
@@ -135,13 +134,13 @@ def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
 def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS, FA and over-refusal of every method at one p, as bars; dashed where a gate begins to fail."""
     rows = rows_of(cells[cells.p == p])
-    labels, ours = [row.label.iloc[0] for row in rows], [row.method.iloc[0] == "ours" for row in rows]
+    labels, ours = [label for (_, _, label), _ in rows], [method == "ours" for (_, method, _), _ in rows]
     figure, axes = panels(len(_PANELS), len(_PANELS), (11.5 / len(_PANELS), 0.38 * len(rows) + 2.2), sharey=True)
     for axis, (score, (words, color)), claim in zip(axes, _PANELS.items(), CLAIMS, strict=False):
         axis.set(title=words, xlim=(0, 126), xticks=range(0, 101, 25))  # room for the number beside a full bar
         axis.spines["bottom"].set_bounds(0, 100)
         axis.tick_params(axis="y", length=0)
-        for place, row in enumerate(rows):
+        for place, (_, row) in enumerate(rows):
             if ours[place]:
                 axis.axhspan(place - 0.5, place + 0.5, color=PALE, zorder=0)
             if found := _shown(row, score):
@@ -166,8 +165,7 @@ def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
 @styled()
 def margins_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     """The mean refusal margin of harmful prompts against that of benign ones, a point a method, at one p."""
-    figure, (axis,) = panels(1, 1, (10.4, 6.0))
-    keys, _ = _points(axis, cells[cells.p == p], "margin_benign", "margin_harmful", 1)
+    figure, axis, keys, _ = _points(cells[cells.p == p], "margin_benign", "margin_harmful", 1)
     axis.set(xlabel="of benign prompts (left: answered)", ylabel="of harmful prompts (up: refused)")
     axis.set_title("Refusal margin, log-odds of the first token")
     for line in (axis.axvline, axis.axhline):
@@ -181,14 +179,9 @@ def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
 
     The aligned base, which has no user's task, is a line at its HS.
     """
-    figure, (axis,) = panels(1, 1, (10.4, 6.0))
-    keys, means = _points(axis, cells[(cells.p == p) & ~cells.method.isin(_WITHOUT_USER)], "FA", "HS", 100)
-    best = [
-        (task, harmful)
-        for task, harmful in sorted(means)
-        if not any(t >= task and h <= harmful and (t, h) != (task, harmful) for t, h in means)
-    ]
-    axis.plot(*np.reshape(best, (-1, 2)).T, color=PALE, linewidth=6, zorder=0)
+    figure, axis, keys, means = _points(cells[(cells.p == p) & ~cells.method.isin(_WITHOUT_USER)], "FA", "HS", 100)
+    beaten = {(t, h) for t, h in means for other in means if other[0] >= t and other[1] <= h and other != (t, h)}
+    axis.plot(*np.reshape(sorted({*means} - beaten), (-1, 2)).T, color=PALE, linewidth=6, zorder=0)
     if base := _shown(find(cells, p, "aligned"), "harmful"):
         style = _style_of("aligned", 0) | {"marker": "", "linewidth": 1.4}
         keys.append(axis.axhline(100 * base.mean, **style, label=f"{METHODS['aligned'].label}'s HS", zorder=1))
@@ -212,24 +205,21 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
         worst, task = estimate(row, WORST), _shown(row, "task")
         asked = skill and task and row.method.iloc[0] not in _WITHOUT_USER
         kept = not asked or task.mean >= SKILL * skill.mean
-        lines.append((user, label, 100 * worst.mean if worst else math.nan, kept))
-    frame = pd.DataFrame(lines, columns=["user", "label", "HS", "kept"]).set_index(["user", "label"])
-    labels, last = chosen.label.unique().tolist(), "worst of those that keep the task"
-    values = frame.HS.unstack().loc[chosen.user.unique(), labels]
-    values.loc[last] = frame.HS.where(frame.kept).groupby("label").max()
-    kept = frame.kept.to_dict() | {(last, label): True for label in labels}
-    words = [
-        ["" if math.isnan(hs) else f"{hs:.0f}" if kept[user, label] else f"({hs:.0f})" for label, hs in line.items()]
-        for user, line in values.iterrows()
-    ]
+        words = "" if worst is None else f"{100 * worst.mean:.0f}"
+        lines.append((user, label, 100 * worst.mean if worst else math.nan, kept, words if kept else f"({words})"))
+    frame = pd.DataFrame(lines, columns=["user", "label", "HS", "kept", "words"]).set_index(["user", "label"])
+    labels, users = chosen.label.unique(), [*chosen.user.unique(), "worst of those that keep the task"]
+    values, words = (frame[name].unstack().reindex(users, columns=labels) for name in ("HS", "words"))
+    values.loc[users[-1]] = frame.HS.where(frame.kept).groupby("label").max()
+    words.loc[users[-1]] = [f"{hs:.0f}" for hs in values.loc[users[-1]]]
+    words = words.where(values.notna(), "").to_numpy()
     figure, (axis,) = panels(1, 1, (max(6.5, 3.2 + 0.95 * len(labels)), 2.8 + 0.34 * len(values)))
     plots.heat_map(axis, values.to_numpy(), words, "OrRd", 100, light=True)
     axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(values)), values.index)
     axis.set_title("Harmful score HS, %, mean over seeds\n(white: not run; in brackets: the task is lost)")
     axis.tick_params(length=0)
-    figure.suptitle(title, wrap=True)
-    return figure
+    return plots.finish(figure, title)
 
 
 def _spread(axis: Axes, found: Estimate, place: float, color: str, lying: bool = False) -> float:
@@ -242,18 +232,18 @@ def _spread(axis: Axes, found: Estimate, place: float, color: str, lying: bool =
     return max(high, *each)
 
 
-def _points(axis: Axes, cells: pd.DataFrame, x: str, y: str, scale: int) -> tuple[list[Line2D], list[tuple]]:
-    """Draws rows as their mean with a ring a seed; returns the key and the mean of those that have any."""
-    keys, means = [], []
-    for index, row in enumerate(rows_of(cells)):
+def _points(cells: pd.DataFrame, x: str, y: str, scale: int) -> tuple[Figure, Axes, list[Line2D], list[tuple]]:
+    """A figure of rows as their mean with a ring a seed; the key and the mean of those that have any."""
+    (figure, (axis,)), keys, means = panels(1, 1, (10.4, 6.0)), [], []
+    for index, ((_, method, label), row) in enumerate(rows_of(cells)):
         both = scale * row[[x, y]].dropna()
         if len(both):
-            style = _style_of(row.method.iloc[0], index) | {"linestyle": "none", "markersize": 7}
+            style = _style_of(method, index) | {"linestyle": "none", "markersize": 7}
             axis.plot(both[x], both[y], **_RING | {"markeredgecolor": style["color"]})
             means.append(tuple(both.mean()))
             axis.plot(*means[-1], **style, zorder=3)
-            keys.append(Line2D([], [], **style, label=row.label.iloc[0]))
-    return keys, means
+            keys.append(Line2D([], [], **style, label=label))
+    return figure, axis, keys, means
 
 
 def _shown(row: pd.DataFrame, score: str) -> Estimate | None:
@@ -264,13 +254,13 @@ def _shown(row: pd.DataFrame, score: str) -> Estimate | None:
 def _finished(figure: Figure, title: str, keys: list[Line2D]) -> Figure:
     """The figure with its title and the key to its lines and rings."""
     ring = Line2D([], [], markeredgecolor=DARK, zorder=4, **_RING, label="a seed")
-    return plots.key_below(figure, 4, title, [*keys, ring])
+    return plots.finish(figure, title, columns=4, keys=[*keys, ring])
 
 
 def _style_of(method: str, index: int) -> dict[str, Any]:
     """A method's own style, or that of an index where it has none: of 42 in a row no two are alike."""
-    return dict(zip(_LOOK, _STYLES[method], strict=True)) if method in _STYLES else _turn(_OTHERS, index)
+    return _look(*(_STYLES[method] if method in _STYLES else (each[index % len(each)] for each in _OTHERS)))
 
 
-def _turn(looks: tuple, index: int) -> dict[str, Any]:
-    return {name: each[index % len(each)] for name, each in zip(_LOOK, looks, strict=True)}
+def _look(color: str, marker: str, linestyle: Any) -> dict[str, Any]:
+    return {"color": color, "marker": marker, "linestyle": linestyle}

@@ -1,4 +1,4 @@
-"""How figures look: one style and palette, and how they are written. Nothing here touches pyplot or a display."""
+"""How figures look: one style and palette, and the parts that they share. Nothing here touches pyplot or a display."""
 
 import contextlib
 import io
@@ -25,6 +25,10 @@ _STYLE = {
     "axes.labelcolor": DARK, "xtick.color": DARK, "ytick.color": DARK, "legend.frameon": False,
     "pdf.fonttype": 42, "lines.linewidth": 1.8,
 }  # fmt: skip
+_FILES = {  # without times or versions
+    "png": {"dpi": 150, "metadata": {"Software": None}},
+    "pdf": {"metadata": {"CreationDate": None, "Creator": None, "Producer": None}},
+}
 
 
 @contextlib.contextmanager
@@ -38,16 +42,11 @@ def styled() -> Iterator[None]:
 
 @styled()
 def encode(figure: Figure) -> dict[str, bytes]:
-    """A figure's files by kind, "png" (150 dpi) and "pdf", without times or versions: the same data, the same bytes."""
-    files = {}
-    for kind, settings in (
-        ("png", {"dpi": 150, "metadata": {"Software": None}}),
-        ("pdf", {"metadata": {"CreationDate": None, "Creator": None, "Producer": None}}),
-    ):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind, **settings)
-        files[kind] = drawn.getvalue()
-    return files
+    """A figure's files by kind, "png" (150 dpi) and "pdf": the same data, the same bytes."""
+    files = {kind: io.BytesIO() for kind in _FILES}
+    for kind, file in files.items():
+        figure.savefig(file, format=kind, **_FILES[kind])
+    return {kind: file.getvalue() for kind, file in files.items()}
 
 
 def panels(
@@ -71,17 +70,30 @@ def nothing(text: str) -> Figure:
     return figure
 
 
-def key_below(figure: Figure, columns: int, title: str, keys: Sequence[Any] | None = None) -> Figure:
-    """The figure with its title and, below, the key to what is drawn, by default the labels of the first panel."""
-    keys = figure.axes[0].get_legend_handles_labels()[0] if keys is None else keys
-    figure.legend(handles=keys, loc="outside lower center", ncols=columns)
+def finish(
+    figure: Figure, title: str, across: str = "", up: str = "", columns: int = 0, keys: Sequence | None = None
+) -> Figure:
+    """The figure with its title, its axes' common words and, in so many columns below, the key to what is drawn.
+
+    That is by default of the first panel's labels.
+    """
+    if columns:
+        keys = figure.axes[0].get_legend_handles_labels()[0] if keys is None else keys
+        figure.legend(handles=keys, loc="outside lower center", ncols=columns)
     figure.suptitle(title, wrap=True)
+    if across:
+        figure.supxlabel(across, fontsize=10)
+        figure.supylabel(up, fontsize=10)
     return figure
 
 
-def whole_ticks(axis: Axes, most: int | str = "auto", **options: Any) -> None:
-    """Ticks at whole numbers across."""
-    axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, **options))
+def draw_lines(axis: Axes, lines: Sequence[tuple], ticks: dict[str, Any] | int = 5, **labels: Any) -> None:
+    """Draws lines, (x, y, style) each, over at most so many whole numbers, on a pale grid."""
+    for x, y, style in lines:
+        axis.plot(x, y, **style)
+    axis.set(**labels)
+    axis.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
+    axis.grid(axis="y", color=PALE)
 
 
 def heat_map(
@@ -90,7 +102,7 @@ def heat_map(
     """Draws a grid (pale: NaN) on a scale from 0 with words in its cells, white on the dark half of the colors."""
     scale = matplotlib.colormaps[colors].with_extremes(bad="white" if light else PALE)
     image = axis.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap=scale, vmin=0.0, vmax=high)
-    for (row, column), value in np.ndenumerate(grid) if words else ():
+    for (row, column), value in np.ndenumerate(grid) if words is not None else ():
         dark = value > 0.6 * high if light else value < 0.5 * high
         ink = "white" if dark else DARK if light else "black"
         axis.text(column, row, words[row][column], ha="center", va="center", fontsize=8 + light, color=ink)
@@ -108,8 +120,7 @@ def log_scale(axis: Axes, values: Sequence[np.ndarray]) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,), numticks=12))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set(minor_locator=NullLocator(), minor_formatter=NullFormatter())
     around = 1.15 * (1.6 if decades < 0.5 else 1)  # a nearly flat curve still needs a labeled tick or two around it
     axis.set_ylim(low / around, high * around)
 

@@ -73,24 +73,14 @@ def write_report(
         known = label if method in METHODS else literal(label)  # another is foreign text
         labels[label] = f"**{known}**" if method == "ours" else known
     shown = results.assign(label=results.label.map(labels))
-    values = {
-        "command": run["results"].get("command") if run else command,
-        "run": run and run | _run_values(run),
-        "examples": run and _examples(results, examples),
-        "gates": gates,
-        "headline": OUTCOMES[outcome(gates)],
-        "mixed": mixed(results),
-        "lists": _lists(shown),
-        "count": len(results),
-        "absent": absent(results),
-        "settings": [
-            {"title": literal(str(setting)), "figures": figures_of(results, setting)} | tables.setting_tables(found)
-            for setting, found in by_setting(shown)
-        ],
-        **tables.comparisons(shown, gates),
-        "task_p": TASK_P,
-        "cut": CUT,
-    }
+    values = {"command": run["results"].get("command") if run else command, "run": run and run | _run_values(run)}
+    values |= {"examples": run and _examples(results, examples), "gates": gates, "headline": OUTCOMES[outcome(gates)]}
+    values |= {"mixed": mixed(results), "lists": _lists(shown), "count": len(results), "absent": absent(results)}
+    values["settings"] = [
+        {"title": literal(str(setting)), "figures": figures_of(results, setting)} | tables.setting_tables(found)
+        for setting, found in by_setting(shown)
+    ]
+    values |= tables.comparisons(shown, gates) | {"task_p": TASK_P, "cut": CUT}
     return write_document(workdir / ("report.md" if run else "sweep.md"), "report.md.jinja", values, drawn)
 
 
@@ -117,7 +107,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     gates = check(results)
     for gate in gates:
         points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else gate.why_not
-        limit = f"{'>=' if gate.is_attack else '<='} {100 * gate.claim.limit:g}"
+        limit = f"{'>=' if gate.claim.is_attack else '<='} {100 * gate.claim.limit:g}"
         passed = {True: "passed", False: "FAILED", None: "-"}[gate.passed]
         lines.append([passed, f"{gate.p:g}", gate.claim.text, points, limit])
     if gates:
@@ -146,14 +136,13 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 def draw_run(run: Mapping[str, Any], results: pd.DataFrame) -> dict[str, Figure]:
     """The figures of a run by name."""
-    calibration = run["results"].get("calibration")
-    return {
-        "training": run_figures.training_figure({name: stage["metrics"] for name, stage in run["stages"].items()}),
-        "saturation": run_figures.saturation_figure(*run["probes"]),
-        "merge": run_figures.merge_figure(run["results"].get("merge") or {}),
-        **({"calibration": run_figures.calibration_figure(calibration)} if calibration else {}),
-        "verdicts": run_figures.verdict_figure({c.label: c.scores.get("verdicts") or {} for c in results.itertuples()}),
-    }
+    found, verdicts = run["results"], {cell.label: cell.scores.get("verdicts") or {} for cell in results.itertuples()}
+    figures = {"training": run_figures.training_figure({name: each["metrics"] for name, each in run["stages"].items()})}
+    figures |= {"saturation": run_figures.saturation_figure(*run["probes"])}
+    figures |= {"merge": run_figures.merge_figure(found.get("merge") or {})}
+    if found.get("calibration"):
+        figures["calibration"] = run_figures.calibration_figure(found["calibration"])
+    return figures | {"verdicts": run_figures.verdict_figure(verdicts)}
 
 
 def saturation_lines(with_buffer: run_figures.Lines, without: run_figures.Lines) -> list[dict[str, Any]]:
@@ -178,34 +167,30 @@ def saturation_lines(with_buffer: run_figures.Lines, without: run_figures.Lines)
 
 def _run_values(run: Mapping[str, Any]) -> dict[str, Any]:
     """What templates/run.md.jinja says of a run, beside its files."""
-    saturation, costs, origins = saturation_lines(*run["probes"]), [], []
+    costs, origins, short = [], [], lambda sha: f"`{sha[:12]}`" if sha else "n/a"
     for name, stage in run["stages"].items():
         step, steps, tokens = (stage.get(key) for key in ("step_seconds_median", "steps", "tokens"))
         timed = is_finite(step) and step > 0 and steps and is_finite(tokens)
-        line = {"stage": run_figures.STAGES.get(name, literal(name))}
         counts = ("rows", "dropped", "steps", "tokens", "answer_tokens")
+        line = {"stage": run_figures.STAGES.get(name, literal(name))}
         costs.append(line | {key.replace("_", " "): number(stage.get(key), ",.0f") for key in counts})
         costs[-1] |= {"seconds": number(stage.get("seconds"), ".1f")}
         costs[-1] |= {"compile, s": number(stage.get("compile_seconds"), ".1f")}
         costs[-1] |= {"median step, ms": number(step, ".1f", scale=1000)}
         costs[-1] |= {"tokens/s": number(tokens / steps / step if timed else None, ",.0f")}
-        inputs = ", ".join(f"{key} {_short(sha)}" for key, sha in (stage.get("inputs") or {}).items()) or "none"
-        origins.append(line | {"config": _short(stage.get("config_hash")), "inputs": inputs})
-        origins[-1] |= {"output": _short(stage.get("output")), "finished": str(stage.get("finished", "n/a"))}
+        inputs = ", ".join(f"{key} {short(sha)}" for key, sha in (stage.get("inputs") or {}).items()) or "none"
+        origins.append(line | {"config": short(stage.get("config_hash")), "inputs": inputs})
+        origins[-1] |= {"output": short(stage.get("output")), "finished": str(stage.get("finished", "n/a"))}
     user, sft = (run["stages"].get(name, {}).get("step_seconds_median") for name in ("user", "sft"))
-    return {
-        "harmful": saturation[1],
-        "benign": saturation[3],
-        "saturation": [
-            [f"{line['rows']} rows, {_QUANTITIES[line['quantity']]}"]
-            + [number(value, ".3g") for value in (*line["buffer"], *line["sft"], line["ratio"])]
-            for line in saturation
-        ],
-        "slower": user / sft if is_finite(user) and is_finite(sft) and sft > 0 else None,
-        "costs": costs,
-        "origins": origins,
-        "config": json.dumps(run["results"].get("config") or {}, indent=2),
-    }
+    slower = user / sft if is_finite(user) and is_finite(sft) and sft > 0 else None
+    _, harmful, _, benign = lines = saturation_lines(*run["probes"])
+    saturation = []
+    for line in lines:
+        values = [number(value, ".3g") for value in (*line["buffer"], *line["sft"], line["ratio"])]
+        saturation.append([f"{line['rows']} rows, {_QUANTITIES[line['quantity']]}", *values])
+    config = json.dumps(run["results"].get("config") or {}, indent=2)
+    found = {"costs": costs, "origins": origins, "slower": slower, "config": config}
+    return found | {"harmful": harmful, "benign": benign, "saturation": saturation}
 
 
 def _examples(results: pd.DataFrame, count: int) -> list[dict[str, str]] | None:
@@ -239,7 +224,3 @@ def _lists(results: pd.DataFrame) -> dict[str, list[str]]:
         **{f"N of {title}": tables.sizes_of(results, score) for score, title in TITLES.items()},
     }
     return {words: [*dict.fromkeys(map(str, values))] for words, values in lists.items()}
-
-
-def _short(sha: str | None) -> str:
-    return f"`{sha[:12]}`" if sha else "n/a"

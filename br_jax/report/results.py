@@ -20,22 +20,12 @@ from br_jax.core.records import read_record
 from br_jax.experiment.methods import METHODS
 from br_jax.scoring.statistics import difference, is_finite, mcnemar, read_score, t_interval
 
-TITLES = {  # of the scores, in the order of every table
-    "harmful": "HS",
-    "harmful_plus": "HS+",
-    "task": "FA",
-    "over_refusal": "over-refusal",
-    "task_refused": "task refused",
-    "degenerate": "degenerate",
-}
+TITLES = {"harmful": "HS", "harmful_plus": "HS+", "task": "FA"}  # of the scores, in the order of every table
+TITLES |= {"over_refusal": "over-refusal", "task_refused": "task refused", "degenerate": "degenerate"}
 MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 WORST = "harmful_worst"  # the larger of HS and HS by the user's own questions
-NUMBERS = {  # title and format
-    "perplexity": ("perplexity", ".2f"),
-    "mean_words": ("words", ".1f"),
-    "margin_harmful": ("margin, harmful", "+.2f"),
-    "margin_benign": ("margin, benign", "+.2f"),
-}
+NUMBERS = {"perplexity": ("perplexity", ".2f"), "mean_words": ("words", ".1f")}  # title and format
+NUMBERS |= {f"margin_{kind}": (f"margin, {kind}", "+.2f") for kind in ("harmful", "benign")}
 BREAKDOWNS = {  # of HS: from how many parts on they are shown, and in what words
     "harmful_by_topic": (2, "HS by topic"),
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
@@ -66,14 +56,11 @@ class Setting(NamedTuple):
 
 
 _SETTING = [*Setting._fields]
-COLUMNS = [
-    *_SETTING, "p", "method", "a", "label", "seed",
-    "place",  # of the method in `METHODS`
-    "suite", "recipe", "own_recipe",  # hashes: of prompts and judges, of the shared settings, of the method's own
-    *TITLES.values(), WORST, *NUMBERS,  # shares and numbers; NaN where they were not measured
-    "counts",  # {score, or (breakdown, part): its `Score` or `Mean`}, of those that were measured
-    "scores",  # as `scoring.suite.evaluate` gave them
-]  # fmt: skip
+# place: of the method in `METHODS`; suite, recipe, own_recipe: hashes of prompts and judges, of the shared settings, of
+# the method's own; shares and numbers, NaN where they were not measured; counts: {score, or (breakdown, part): its
+# `Score` or `Mean`}, of those that were measured; scores: as `scoring.suite.evaluate` gave them.
+COLUMNS = [*_SETTING, "p", "method", "a", "label", "seed", "place", "suite", "recipe", "own_recipe"]
+COLUMNS += [*TITLES.values(), WORST, *NUMBERS, "counts", "scores"]
 
 
 class Estimate(NamedTuple):
@@ -182,10 +169,9 @@ def mixed(results: pd.DataFrame) -> list[Setting]:
 def estimate(row: pd.DataFrame, score: str | tuple[str, str]) -> Estimate | None:
     """A score, or a (breakdown, part), of a row over its seeds, or None where none measured it."""
     counts = {seed: each[score] for seed, each in row.counts.items() if score in each}
-    if not counts:
-        return None
-    smallest = min(counts.values(), key=lambda count: count.n)
-    return over_seeds({seed: count.score for seed, count in counts.items()}, (0.0, 1.0), smallest.interval)
+    smallest = min(counts.values(), key=lambda count: count.n, default=None)
+    by_seed = {seed: count.score for seed, count in counts.items()}
+    return over_seeds(by_seed, (0.0, 1.0), smallest.interval) if smallest else None
 
 
 def over_seeds(by_seed: dict[int, float], bounds: tuple = (-1.0, 1.0), own: tuple = (None, None)) -> Estimate:

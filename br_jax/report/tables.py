@@ -137,7 +137,7 @@ def comparisons(results: pd.DataFrame, gates: Sequence[Gate]) -> dict[str, Any]:
 
 def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
     """Every gate, failed ones first."""
-    without, lines = {(gate.setting, gate.p) for gate in gates if gate.is_attack and gate.passed is False}, []
+    without, lines = {(gate.setting, gate.p) for gate in gates if gate.claim.is_attack and gate.passed is False}, []
     for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
         found, limit, by_seed = gate.gap, gate.claim.limit, gate.gap.by_seed if gate.gap else {}
         result = {True: "passed", False: "**FAILED**", None: gate.why_not}[gate.passed]
@@ -150,7 +150,9 @@ def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
         line = {"p": f"{gate.p:g}", "a": "" if gate.a is None else f"{gate.a:g}", "gate": gate.claim.text}
         line |= {"points": interval(found), "seeds": ", ".join(each) or "n/a"}
         line |= {"SD": f"{100 * stdev(by_seed.values()):.1f}" if len(by_seed) > 1 else ""}
-        lines.append((gate, line | {"limit": f"{'≥' if gate.is_attack else '≤'} {100 * limit:g}", "result": result}))
+        lines.append(
+            (gate, line | {"limit": f"{'≥' if gate.claim.is_attack else '≤'} {100 * limit:g}", "result": result})
+        )
     return lines
 
 
