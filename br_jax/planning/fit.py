@@ -16,9 +16,8 @@ from tabulate import tabulate
 
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import leaf_name, make_mesh, shardings
-from br_jax.planning.collectives import count_collectives
 from br_jax.planning.programs import TRAINING, Program, make_program, train_section
-from br_jax.planning.roofline import CHIPS, Chip, Prediction, predict
+from br_jax.planning.roofline import CHIPS, Chip, Prediction, count_collectives, predict
 
 _GIB = 1 << 30
 _RESERVED = _GIB // 4  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
@@ -32,12 +31,8 @@ _CURES = {
     "cache": "a smaller eval.batch_size or eval.answer_tokens, or more chips",
 }
 # What libtpu would otherwise ask a metadata server for, which is not there, and its lock: no chip is held.
-_ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+_ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _HEADER = ["stage", "rows", "tokens\na chip", "args\nGiB", "temps\nGiB", "output\nGiB", "total\nGiB", "fits"]
 _HEADER += ["attention", "compile\ns", "step *\nms", "MFU *\n%", "users *\nan hour"]
 
@@ -46,17 +41,15 @@ def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
     """(chip, its name, chips along each axis) of a name such as "v5e:2x4" or "v5p:4x4x4"."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        raise UserError(
-            f"topology {topology!r}: write KIND:SHAPE with KIND one of {', '.join(CHIPS)}, as v5e:2x4 or v5p:4x4x4"
-        )
+        known = ", ".join(CHIPS)
+        raise UserError(f"topology {topology!r}: write KIND:SHAPE with KIND one of {known}, as v5e:2x4 or v5p:4x4x4")
     return CHIPS[kind], kind, tuple(int(n) for n in shape.split("x"))
 
 
 def compile_only_devices(topology: str) -> Sequence[jax.Device]:
     """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on.
 
-    Raises:
-        UserError: no such slice, or libtpu is not installed.
+    A `UserError` where there is no such slice, or libtpu is not installed.
     """
     _, kind, shape = parse_topology(topology)
     options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
@@ -96,9 +89,8 @@ class Fit:
     @property
     def users_an_hour(self) -> float | None:
         """Whose training a slice can do at the predicted time; None where that is not known, or no user is trained."""
-        if self.prediction is None or not self.calls:
-            return None
-        return 3600 * max(self.slots, 1) / (self.calls * self.prediction.seconds)
+        known = self.prediction is not None and self.calls
+        return 3600 * max(self.slots, 1) / (self.calls * self.prediction.seconds) if known else None
 
     @property
     def total(self) -> int | None:
@@ -114,25 +106,15 @@ class Fit:
 def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8) -> Fit:
     """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid.
 
-    Raises:
-        UserError: bad settings, no such slice, no TPU compiler.
+    A `UserError` for bad settings, no such slice, or no TPU compiler.
     """
-    chip = parse_topology(topology)[0]
+    chip, *_ = parse_topology(topology)
     mesh = make_mesh(**config.mesh, devices=compile_only_devices(topology))
     program = make_program(config, stage, mesh, batch, slots)
-    fit = Fit(
-        stage=stage,
-        topology=topology,
-        mesh=dict(mesh.shape),
-        batch=program.batch,
-        tokens=program.tokens // mesh.size,
-        attention=program.attention,
-        remat=program.decoder.remat,
-        arguments=argument_bytes(program, mesh),
-        hbm=chip.hbm_bytes,
-        slots=slots if stage == "pool" else 0,
-        calls=calls_of_user(config, stage),
-    )
+    size = {"batch": program.batch, "tokens": program.tokens // mesh.size, "hbm": chip.hbm_bytes}
+    size |= {"slots": slots if stage == "pool" else 0, "calls": calls_of_user(config, stage)}
+    how = {"attention": program.attention, "remat": program.decoder.remat}
+    fit = Fit(stage, topology, dict(mesh.shape), arguments=argument_bytes(program, mesh), **size, **how)
     start = time.perf_counter()
     try:
         compiled = program.lower(mesh).compile()
@@ -158,11 +140,9 @@ def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: 
 
 def calls_of_user(config: ConfigDict, stage: str) -> int:
     """Optimizer steps of a user's training; a pool's micro-batches are steps of their own. 0 for any other stage."""
-    if stage not in ("user", "sft", "pool"):
-        return 0
     train = config.user.train
     steps = train.steps or -(-config.user.n // train.batch_size) * train.epochs
-    return steps * (train.accumulation if stage == "pool" else 1)
+    return steps * {"user": 1, "sft": 1, "pool": train.accumulation}.get(stage, 0)
 
 
 def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> Fit:
@@ -185,10 +165,9 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
         if fit.problem:
             worst = guess
             guess = (best.batch + worst) // 2
-            continue
-        slope = (fit.total - best.total) / (fit.batch - best.batch)
-        best = fit
-        guess = best.batch + int((best.hbm - _RESERVED - best.total) / max(slope, 1))
+        else:
+            slope, best = (fit.total - best.total) / (fit.batch - best.batch), fit
+            guess = best.batch + int((best.hbm - _RESERVED - best.total) / max(slope, 1))
     return best
 
 
@@ -216,36 +195,24 @@ def _advice(fit: Fit, temporaries: int) -> str:
 def render(fits: Sequence[Fit]) -> str:
     """A table of memory and predicted time, then the collectives, then what does not fit."""
 
-    def row(fit: Fit) -> list:
-        sizes = (sum(fit.arguments.values()), fit.temporaries, fit.output, fit.total)
-        memory = ["?" if size is None else f"{size / _GIB:.2f}" for size in sizes]
-        times, users = ["-", "-", "-"], fit.users_an_hour
-        if fit.prediction:
-            times = [f"{1e3 * fit.prediction.seconds:,.1f}", f"{100 * fit.prediction.mfu:.0f}"]
-            times += [f"{users:,.0f}" if users else "-"]
-        name = f"{fit.stage} of {fit.slots}" if fit.slots else fit.stage
-        fits = "NO" if fit.problem else "yes"
-        seconds = f"{fit.compile_seconds:.0f}"
-        return [name, fit.batch, f"{fit.tokens:,}", *memory, fits, fit.attention, seconds, *times]
-
     def table(rows: list[list], header: list[str], left: int) -> str:
         align = ["left"] * left + ["right"] * (len(header) - left)
         return tabulate(rows, header, colalign=align, disable_numparse=True)
 
-    first = fits[0]
+    first, rows, moved = fits[0], [], []
+    for fit in fits:
+        sizes = (sum(fit.arguments.values()), fit.temporaries, fit.output, fit.total)
+        rows.append([f"{fit.stage} of {fit.slots}" if fit.slots else fit.stage, fit.batch, f"{fit.tokens:,}"])
+        rows[-1] += ["?" if size is None else f"{size / _GIB:.2f}" for size in sizes]
+        rows[-1] += ["NO" if fit.problem else "yes", fit.attention, f"{fit.compile_seconds:.0f}"]
+        found, users = fit.prediction, fit.users_an_hour
+        rows[-1] += [f"{1e3 * found.seconds:,.1f}", f"{100 * found.mfu:.0f}"] if found else ["-", "-"]
+        rows[-1] += [f"{users:,.0f}" if users else "-"]
+        for kind, sums in fit.collectives.items():
+            moved.append([fit.stage, kind, sums["calls"], f"{sums['bytes'] / 1e6:,.1f}"])
     mesh = ", ".join(f"{axis} {size}" for axis, size in first.mesh.items())
-    chips = math.prod(first.mesh.values())
-    lines = [
-        f"{first.topology}: {chips} chip(s) of {first.hbm / _GIB:.0f} GiB, mesh {mesh}\n",
-        table([row(fit) for fit in fits], _HEADER, left=1),
-        "\n* predicted by a roofline from published peaks (docs/pods.md), not measured\n",
-    ]
-    moved = [
-        [fit.stage, kind, sums["calls"], f"{sums['bytes'] / 1e6:,.1f}"]
-        for fit in fits
-        for kind, sums in fit.collectives.items()
-    ]
-    if moved:
-        lines.append(table(moved, ["stage", "collective", "calls\na call", "MB\nto a chip"], left=2))
-    lines += [f"\n{fit.stage} does not fit: {fit.problem}" for fit in fits if fit.problem]
-    return "\n".join(lines)
+    lines = [f"{first.topology}: {math.prod(first.mesh.values())} chip(s) of {first.hbm / _GIB:.0f} GiB, mesh {mesh}\n"]
+    lines += [table(rows, _HEADER, left=1)]
+    lines += ["\n* predicted by a roofline from published peaks (docs/pods.md), not measured\n"]
+    lines += [table(moved, ["stage", "collective", "calls\na call", "MB\nto a chip"], left=2)] if moved else []
+    return "\n".join([*lines, *(f"\n{fit.stage} does not fit: {fit.problem}" for fit in fits if fit.problem)])

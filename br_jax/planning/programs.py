@@ -19,19 +19,8 @@ from br_jax.models.decoder import Decoder, abstract_params, decoder_of, unembed
 from br_jax.models.io.load import read_spec
 from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
+from br_jax.training import step
 from br_jax.training.config import TrainConfig
-from br_jax.training.step import (
-    Hyper,
-    Stage,
-    Turn,
-    empty_state,
-    first_state,
-    frozen_collections,
-    init_state,
-    pool_step,
-    train_step,
-    trainable_adapter,
-)
 
 TRAINING = ("buffer", "reinforce", "user", "sft", "pool")
 STAGES = (*TRAINING, "prefill", "decode")
@@ -67,7 +56,7 @@ class Program:
 
 
 def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0, slots: int = 8) -> Program:
-    """A stage of a config as it would run on a mesh.
+    """A stage of a config as it would run on a mesh; a `UserError` for bad settings, or no model.
 
     Args:
         config: see configs/base.py; sizes come from `model.spec`, or from the metadata of `model.source`.
@@ -75,9 +64,6 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0, slo
             of the user stage's `max_length`, "decode" a token each behind `eval.answer_tokens` more.
         batch: rows of a call instead of the config's.
         slots: users of a pool; each has an equal part of the rows.
-
-    Raises:
-        UserError: bad settings, or no model.
     """
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
@@ -104,21 +90,21 @@ def _training(config, stage, decoder, params, mesh, batch, slots) -> Program:
         has_buffer = stage in ("reinforce", "user", "pool")
         frozen = {"buffer": _adapter(params, config.buffer.train, "buffer")} if has_buffer else {}
         adapter = _adapter(params, train, "user")
-        state = empty_state(first_state(adapter, 0), slots) if slots else init_state(trainable_adapter(adapter), 0)
-        return state, frozen_collections(params, frozen, train.frozen), Hyper.of(train)
+        one = step.first_state(adapter, 0) if slots else step.init_state(step.trainable_adapter(adapter), 0)
+        state = step.empty_state(one, slots) if slots else one
+        return state, step.frozen_collections(params, frozen, train.frozen), step.Hyper.of(train)
 
     state, frozen, hyper = jax.eval_shape(arrays, params)
-    dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segment_ids": "int32"}
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), "int32") | {"weights": "float32"}
     inputs = {name: jax.ShapeDtypeStruct((rows, train.max_length), each) for name, each in dtypes.items()}
-    how = Stage.of(decoder, train, mesh)
+    how = step.Stage.of(decoder, train, mesh)
     if slots:
         how, flags = how._replace(accumulation=1), jax.ShapeDtypeStruct((slots,), jnp.bool_)
-        hyper = Turn(jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots,), x.dtype), hyper), flags, flags)
+        hyper = step.Turn(jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots,), x.dtype), hyper), flags, flags)
         inputs["piece"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = {"state": state, "frozen": frozen, "batch": inputs, "hyper": hyper}
-    lowering = functools.partial((pool_step if slots else train_step).lower, how)
-    dtype = jnp.dtype(config.model.dtype)
-    return Program(stage, how.decoder, dtype, rows, train.max_length, lowering, arguments)
+    lowering = functools.partial((step.pool_step if slots else step.train_step).lower, how)
+    return Program(stage, how.decoder, jnp.dtype(config.model.dtype), rows, train.max_length, lowering, arguments)
 
 
 def _generation(config, stage, decoder, params, batch) -> Program:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from br_jax.core.mesh import make_mesh
-from br_jax.planning.collectives import count_collectives
+from br_jax.planning.roofline import count_collectives
 
 P = jax.sharding.PartitionSpec
 

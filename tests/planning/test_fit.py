@@ -18,10 +18,9 @@ from br_jax.core.errors import UserError
 from br_jax.core.mesh import abstract, make_mesh
 from br_jax.models.spec import ModelSpec
 from br_jax.planning import fit as fitting
-from br_jax.planning.collectives import count_collectives
 from br_jax.planning.fit import parse_topology
 from br_jax.planning.programs import STAGES, TRAINING, make_program
-from br_jax.planning.roofline import CHIPS, model_flops, predict
+from br_jax.planning.roofline import CHIPS, count_collectives, model_flops, predict
 from br_jax.training.step import Stage
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
