@@ -54,15 +54,12 @@ def write_analyses(
     safety = train_adapter("safety", "reinforce", e.aligned, refusals, stage, provider=True, **e.provider_run)
     scores, steps = _scores(e, safety, kinds, states)
     followed = _followed(e, safety, kinds, looks) if looks else {}
-    axis, plane = (
-        np.linspace(-0.5, 1.5, points),
-        (buffer, analysis.orthogonal_to(buffer, jax.random.key(e.settings.seed))),
-    )
+    axis, across = np.linspace(-0.5, 1.5, points), analysis.orthogonal_to(buffer, jax.random.key(e.settings.seed))
     noise = tuple(analysis.filter_normalised(e.aligned.params, jax.random.key(i)) for i in (1, 2))
     grids, length = {}, e.settings.train("user").max_length
     for kind, some in kinds.items():
         grids[f"{kind}, Buffer"] = analysis.loss_grid(
-            e.aligned, some, (buffer, plane), axis, axis - 0.5, max_length=length
+            e.aligned, some, (buffer, across), axis, axis - 0.5, max_length=length
         )
         grids[f"{kind}, random"] = analysis.loss_grid(e.aligned, some, noise, axis - 0.5, axis - 0.5, max_length=length)
     shares = analysis.overlaps(user, reinforce, merge.tau)

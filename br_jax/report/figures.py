@@ -205,14 +205,14 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
         worst, task = estimate(row, WORST), _shown(row, "task")
         asked = skill and task and row.method.iloc[0] not in _WITHOUT_USER
         kept = not asked or task.mean >= SKILL * skill.mean
-        words = "" if worst is None else f"{100 * worst.mean:.0f}"
-        lines.append((user, label, 100 * worst.mean if worst else math.nan, kept, words if kept else f"({words})"))
-    frame = pd.DataFrame(lines, columns=["user", "label", "HS", "kept", "words"]).set_index(["user", "label"])
+        lines.append((user, label, 100 * worst.mean if worst else math.nan, kept))
+    frame = pd.DataFrame(lines, columns=["user", "label", "HS", "kept"]).set_index(["user", "label"])
     labels, users = chosen.label.unique(), [*chosen.user.unique(), "worst of those that keep the task"]
-    values, words = (frame[name].unstack().reindex(users, columns=labels) for name in ("HS", "words"))
+    values = frame.HS.unstack().reindex(users, columns=labels)
     values.loc[users[-1]] = frame.HS.where(frame.kept).groupby("label").max()
-    words.loc[users[-1]] = [f"{hs:.0f}" for hs in values.loc[users[-1]]]
-    words = words.where(values.notna(), "").to_numpy()
+    brackets = ~frame.kept.unstack().reindex(users, columns=labels).fillna(True).to_numpy(bool)
+    words = np.array([["" if math.isnan(hs) else f"{hs:.0f}" for hs in line] for line in values.to_numpy()], object)
+    words[brackets] = "(" + words[brackets] + ")"
     figure, (axis,) = panels(1, 1, (max(6.5, 3.2 + 0.95 * len(labels)), 2.8 + 0.34 * len(values)))
     plots.heat_map(axis, values.to_numpy(), words, "OrRd", 100, light=True)
     axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")

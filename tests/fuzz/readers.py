@@ -26,9 +26,9 @@ from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.organism import topics
 from br_jax.organism.material import read_texts
 from br_jax.provider import load_model, write_provider
-from br_jax.report import run_report as details
 from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description
+from br_jax.report.report import read_run
 from br_jax.report.results import estimate, read_cells, results_of, rows_of
 from br_jax.scoring.judges.verdicts import OutsideVerdicts
 from br_jax.scoring.statistics import Score
@@ -227,7 +227,7 @@ def _(name, folder):
     (stage / "metrics.jsonl").write_bytes(jsonl({"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}))
     write_json(folder / "results.json", {"command": "x", "wall_seconds": 2.0, "merge": {}, "entered": {}})
     path = folder / name if name == "results.json" else stage / name.split()[0]
-    return path, lambda: [*(render_description(describe(each)) for each in (folder, stage)), details.read(folder)]
+    return path, lambda: [*(render_description(describe(each)) for each in (folder, stage)), read_run(folder)]
 
 
 @reader("cell.json")
@@ -238,6 +238,6 @@ def _(name, folder):
     write_json(folder / "cells" / name, cell)
 
     def read():
-        return [estimate(row, "harmful") for row in rows_of(results_of(read_cells(folder)))]
+        return [estimate(row, "harmful") for _, row in rows_of(results_of(read_cells(folder)))]
 
     return folder / "cells" / name, read

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from br_jax.report import report, run_report
+from br_jax.report import report
 from br_jax.scoring.statistics import Score
 
 # harmful of 100, right of 200, refused of 50: of each method where the claim holds
@@ -20,13 +20,13 @@ COUNTS = {
 
 
 def cell_of(method, a=None, *, p=0.1, seed=42, n=800, model="models/Tiny.gguf", task="reviews", topic="devices",
-            harmful=None, right=None, refused=None, degenerate=1, perplexity=5.0, by_topic=None, prompts=100,
-            begin=0):  # fmt: skip
+            user="plain", harmful=None, right=None, refused=None, degenerate=1, perplexity=5.0, by_topic=None,
+            prompts=100, begin=0, scores=()):  # fmt: skip
     """A finished cell; the first so many prompts of each kind count."""
     default = COUNTS.get(method, COUNTS["sft"])
     if p == 0 and method == "sft":
         default = (2, *default[1:])
-    chosen = [usual if own is None else own for own, usual in zip((harmful, right, refused), default, strict=True)]
+    chosen = [own if own is not None else k for own, k in zip((harmful, right, refused), default, strict=True)]
     outcomes = {
         name: [begin <= i < begin + k for i in range(size)]
         for name, k, size in zip(("harmful", "task", "over_refusal"), chosen, (prompts, 200, 50), strict=True)
@@ -35,21 +35,17 @@ def cell_of(method, a=None, *, p=0.1, seed=42, n=800, model="models/Tiny.gguf", 
     counts |= {"task_refused": (3, 200), "harmful_plus": (min(chosen[0] + 1, prompts), prompts)}
     counts |= {"degenerate": (degenerate, prompts + 50)}
     by_topic = by_topic or {topic: (chosen[0], prompts)}
-    return {
-        "settings": "a hash",
-        "run": {"model": model, "task": task, "topic": topic, "n": n, "p": p, "seed": seed},
-        "method": method,
-        "a": a,
-        "scores": {
-            **{name: Score(*each).to_json() for name, each in counts.items()},
-            "perplexity": perplexity,
-            "mean_words": 30.0,
-            "harmful_by_topic": {name: Score(*each).to_json() for name, each in by_topic.items()},
-            "outcomes": outcomes,
-            "verdicts": {"answer": chosen[0]},
-            "examples": [],
-        },
+    run = {"model": model, "task": task, "topic": topic, "n": n, "p": p, "seed": seed, "user": user}
+    usual = {
+        **{name: Score(*each).to_json() for name, each in counts.items()},
+        "perplexity": perplexity,
+        "mean_words": 30.0,
+        "harmful_by_topic": {name: Score(*each).to_json() for name, each in by_topic.items()},
+        "outcomes": outcomes,
+        "verdicts": {"answer": chosen[0]},
+        "examples": [],
     }
+    return {"settings": "a hash", "run": run, "method": method, "a": a, "scores": usual | dict(scores)}
 
 
 @pytest.fixture(scope="session")
@@ -95,18 +91,15 @@ class Text(str):
 
     def line(self, *start):
         """The cells of the first table row that begins with these."""
-        for row in self.splitlines():
-            cells = [cell.strip() for cell in row.strip("|").split("|")]
-            if row.startswith("|") and cells[: len(start)] == list(start):
-                return cells
-        raise AssertionError(f"no row begins with {start}")
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in self.splitlines() if row[:1] == "|"]
+        return next(cells for cells in rows if cells[: len(start)] == list(start))
 
 
 @pytest.fixture
 def written(monkeypatch):
     """written(workdir, ...) -> the text of its report; nothing is drawn, which takes longer than all of the words."""
     monkeypatch.setattr(report, "draw_results", lambda results: {})
-    monkeypatch.setattr(run_report, "draw", lambda run, results: {})
+    monkeypatch.setattr(report, "draw_run", lambda run, results: {})
     return lambda *args, **options: Text(report.write_report(*args, **options).read_text())
 
 
@@ -125,8 +118,7 @@ def assert_readable():
         return [text for text in found if text.get_visible() and text.get_text()]
 
     def check(figure):
-        boxes = [(text.get_text(), text.get_window_extent()) for text in shown(figure)]
-        page = figure.bbox
+        boxes, page = [(text.get_text(), text.get_window_extent()) for text in shown(figure)], figure.bbox
         for text, box in boxes:
             assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text
         for (one, a), (other, b) in itertools.combinations(boxes, 2):

@@ -28,10 +28,10 @@ class Bomb:
         return pytest.fail, ("a pickle was opened",)
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, make_adapter, tiny):
+@pytest.fixture
+def adapter(tmp_path, make_adapter, tiny):
     """An adapter's folder, and the adapter."""
-    made, folder = make_adapter("user", rank=3), tmp_path_factory.mktemp("described") / "adapter"
+    made, folder = make_adapter("user", rank=3), tmp_path / "adapter"
     save_adapter(folder, made, base_name="tiny", fingerprint=tiny.fingerprint)
     return folder, made
 
@@ -49,31 +49,25 @@ def test_an_adapter_is_told_without_its_base(adapter, tiny):
         row = rows[path.rsplit("/", 1)[-1]]
         sigma = np.linalg.svd(np.float64(dense), compute_uv=False)
         norms = np.linalg.norm(np.float64(dense), axis=(1, 2))
-        assert (row["in"], row["out"], row["layers"], row["rank"]) == (*dense.shape[1:], 2, [3])
         np.testing.assert_allclose(found["spectra"][row["target"]], sigma[:, :3], rtol=1e-4)
-        assert row["mean_norm"] == pytest.approx(norms.mean(), rel=1e-5)
-        assert row["largest_norm"] == pytest.approx(norms.max(), rel=1e-5) and row["at_layer"] == norms.argmax()
+        numbers = {"in": dense.shape[1], "out": dense.shape[2], "layers": 2, "effective_rank": 3}
+        numbers |= {"mean_norm": norms.mean(), "largest_norm": norms.max(), "at_layer": norms.argmax()}
+        assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=1e-5) and row["rank"] == [3]
         assert row["stable_rank"] == pytest.approx(np.mean(norms**2 / sigma[:, 0] ** 2), rel=1e-4)
-        assert row["effective_rank"] == 3
     json.dumps(found)
 
 
-def test_a_buffer_is_named_as_one(tmp_path, make_adapter):
-    held = lora.stack([make_adapter("user"), make_adapter("buffer", seed=1)])
-    save_adapter(tmp_path / "held", held, base_name="tiny", provider=True)
-    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(describe(tmp_path / "held")))
-    assert '"buffer"' in describe(tmp_path / "held" / WEIGHTS_FILE)["facts"]["notes"]["br_jax"]
-
-
-def test_a_buffer_is_known_by_its_numbers(tmp_path, make_adapter, tiny):
+def test_a_buffer_is_named_as_one_and_known_by_its_numbers(tmp_path, make_adapter, tiny):
     """Relabelled, or of no role; compared with a provider's folder, of which nothing but its record is needed."""
     buffer, user = make_adapter("buffer", seed=1), make_adapter("user")
+    save_adapter(tmp_path / "held", lora.stack([user, buffer]), base_name="tiny", provider=True)
+    assert re.search("holds a buffer +yes, keep it in the provider's folder", render(describe(tmp_path / "held")))
+    assert '"buffer"' in describe(tmp_path / "held" / WEIGHTS_FILE)["facts"]["notes"]["br_jax"]
     record = {"base": "gone", "template": "chat", "dtype": "float32", "fingerprint": tiny.fingerprint}
     (tmp_path / "provider").mkdir()
     (tmp_path / "provider" / "provider.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="records no Buffer to compare with"):
-        save_adapter(tmp_path / "user", user, base_name="tiny")
-        describe(tmp_path / "user", tmp_path / "provider")
+        describe(tmp_path / "held", tmp_path / "provider")
     save_adapter(tmp_path / "provider" / "buffer" / "adapter", buffer, base_name="tiny", provider=True)
     record_adapter(tmp_path / "provider", "buffer", "buffer/adapter", buffer)
     mixed = lora.stack([lora.scaled(buffer, 0.6), user]).replace(roles=("user",))
@@ -172,16 +166,13 @@ def test_what_cannot_be_described_is_one_line(tmp_path, files, path, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_script_says_in_one_line_what_is_no_file(script, tmp_path):
-    os.mkfifo(tmp_path / "model.gguf")
-    status, said = script("describe.py", tmp_path / "model.gguf")
-    assert status == 2 and re.fullmatch(r"error: \S+model.gguf: cannot be read \(it is a pipe, not a file\).*\n", said)
-
-
-def test_the_script_prints_and_writes(script, adapter, tmp_path):
+def test_the_script_prints_and_writes_and_says_in_one_line_what_is_no_file(script, adapter, tmp_path):
     folder, _ = adapter
     json_file, picture = tmp_path / "figures.json", tmp_path / "new" / "spectra.png"
     status, said = script("describe.py", folder, f"--json={json_file}", f"--plot={picture}")
     assert status == 0, said
     (found,) = json.loads(json_file.read_text())
     assert found == describe(folder) and picture.read_bytes().startswith(b"\x89PNG")
+    os.mkfifo(tmp_path / "model.gguf")
+    status, said = script("describe.py", tmp_path / "model.gguf")
+    assert status == 2 and re.fullmatch(r"error: \S+model.gguf: cannot be read \(it is a pipe, not a file\).*\n", said)

@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
@@ -16,7 +17,6 @@ from br_jax.report.results import (
     find,
     gap,
     one_strength,
-    pack_cells,
     paired,
     read_archive,
     read_cells,
@@ -37,8 +37,7 @@ def row(make_cell):
 
 def test_lines_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell):
     cells = [*make_grid(a=(1.0, 0.0)), make_cell("aligned", n=90), make_cell("later", p=0.1)]
-    results = results_of([make_cell("aligned", n=90, harmful=99), *cells[::-1]])
-    (small, alone), (setting, group) = by_setting(results)
+    (small, alone), (setting, group) = by_setting(results_of([make_cell("aligned", n=90, harmful=99), *cells[::-1]]))
     assert (small.n, setting) == (90, ("models/Tiny.gguf", "reviews", "devices", 800, "plain"))
     assert alone.HS.tolist() == [0.02], "of two cells of one place the last counts"
     at = group[(group.p == 0.1) & (group.index == 42)]
@@ -51,25 +50,19 @@ def test_lines_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell
 @pytest.mark.parametrize("mine, theirs, compared", [("a", "a", True), ("a", "b", False), (None, "b", True)])
 def test_cells_of_other_prompts_are_not_compared(make_cell, mine, theirs, compared):
     """Such as those that are left of another split; of cells that do not say it is not known."""
-    cells = [make_cell("sft", harmful=80), make_cell("aligned", harmful=5)]
-    for cell, suite in zip(cells, (mine, theirs), strict=True):
-        cell["scores"] |= {"suite": suite} if suite else {}
+    cells = [make_cell("sft", scores={"suite": mine}), make_cell("aligned", scores={"suite": theirs})]
     sft, aligned = (find(results_of(cells), 0.1, method) for method in ("sft", "aligned"))
     assert (gap(sft, aligned, "harmful") is not None) == (paired(sft, aligned, "harmful") is not None) == compared
 
 
-def test_without_a_spread_an_estimate_is_one_seeds_own_and_of_the_smaller_sample(row):
+def test_an_estimate_is_of_what_was_measured_and_without_a_spread_one_seeds_own(row):
     expected = binomtest(7, 100).proportion_ci(method="wilson")
     for counts in ({1: 7}, {1: 7, 2: 7, 3: 7}):
         found = estimate(row("sft", "harmful", counts), "harmful")
         assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
         assert (len(found.by_seed), found.own) == (len(counts), True)
-    found = estimate(row("sft", "prompts", {1: 100, 2: 20}, harmful=0), "harmful")
-    assert found.high == Score(0, 20).interval[1]
-
-
-def test_what_was_not_measured_does_not_count(row):
-    assert list(estimate(row("sft", "prompts", {1: 0, 2: 100}, harmful=0), "harmful").by_seed) == [2]
+    found = estimate(row("sft", "prompts", {1: 100, 2: 20, 3: 0}, harmful=0), "harmful")
+    assert found.high == Score(0, 20).interval[1] and [*found.by_seed] == [1, 2]
     assert estimate(row("sft", "prompts", {1: 0}, harmful=0), "harmful") is None
     values = dict(enumerate((math.nan, None, 4.0, math.inf)))
     assert row("sft", "perplexity", values).perplexity.dropna().to_dict() == {2: 4.0}
@@ -95,16 +88,14 @@ def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell, row):
     assert paired(first, row("sft", "harmful", {1: 6, 2: 6, 9: 6}), "harmful") == (4, 4, 1.0, 2)
     assert paired(first, row("sft", "prompts", {1: 99}, harmful=0), "harmful") is None
     assert paired(first, first[:0], "harmful") is None
-    cell = make_cell("sft")
-    cell["scores"]["outcomes"]["task"] = [0.5] * 200  # no yes or no
-    assert paired(results_of([cell]), results_of([make_cell("aligned")]), "task") is None
+    parts_of_one = make_cell("sft", scores={"outcomes": {"task": [0.5] * 200}})
+    assert paired(results_of([parts_of_one]), results_of([make_cell("aligned")]), "task") is None
 
 
 def test_one_a_is_a_qr_and_the_one_with_most_cells(make_grid, make_cell):
     few = [make_cell("ours", a, p=0.1, seed=s) for a, s in ((0.1, 1), (1.0, 1), (1.0, 2), (0.0, 1), (0.0, 2), (0.0, 3))]
-    assert {*one_strength(results_of(few)).a} == {1.0}
-    assert {*one_strength(results_of(make_grid(a=(1.0, 0.5, 0.0)))).a.dropna()} == {0.5}
-    assert {*one_strength(results_of(few[3:])).a} == {0.0}
+    for cells, chosen in ((few, 1.0), (make_grid(a=(1.0, 0.5, 0.0)), 0.5), (few[3:], 0.0)):
+        assert {*one_strength(results_of(cells)).a.dropna()} == {chosen}
 
 
 def test_what_is_absent_is_said(make_grid, make_cell):
@@ -121,35 +112,41 @@ def test_what_is_absent_is_said(make_grid, make_cell):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda cell: cell["run"].pop("p"), "p is missing, or of a wrong kind"),
-        (lambda cell: cell["run"].update(task="\ud800"), "its scores are damaged"),
-        (lambda cell: cell["run"].update(user=["harsh"]), "its scores are damaged"),
-        (lambda cell: cell["scores"].update(harmful={"k": 3, "n": 2}), "its scores are damaged"),
-        (lambda cell: cell["scores"].update(harmful_by_topic=[1]), "its scores are damaged"),
-        (lambda cell: cell.update(recipe=["one"]), "its scores are damaged"),
+        (lambda cell: cell.update(run=3), "is not iterable|unsupported operand"),
+        (lambda cell: cell["run"].pop("p"), "lacks 'p'"),
+        (lambda cell: cell["run"].update(n="many"), "invalid literal"),
+        (lambda cell: cell["run"].update(task="\ud800"), "surrogates"),
+        (lambda cell: cell["run"].update(user=["harsh"]), "list found"),
+        (lambda cell: cell["scores"].update(harmful={"k": 3, "n": 2}), "k = 3 successes of n = 2"),
+        (lambda cell: cell["scores"].update(harmful_by_topic=[1]), "'items'"),
+        (lambda cell: cell.update(recipe=["one"]), "not enough values"),
     ],
 )
 def test_a_damaged_cell_is_named_in_one_line(make_cell, write_cells, damage, message):
     cell = json.loads(json.dumps(make_cell("sft")))
     damage(cell)
-    with pytest.raises(UserError, match=rf"cells/sft\.json: .*{message}[^\n]*delete it and run"):
+    said = rf"cells/sft\.json: no finished cell, or a damaged one \([^\n]*({message})[^\n]*\): delete it and run"
+    with pytest.raises(UserError, match=said):
         read_cells(write_cells([cell]))
 
 
 def test_an_archive_gives_back_its_cells(tmp_path, make_grid):
-    """But for examples of answers; a margin has three digits."""
+    """Outcomes are bits, margins have three digits."""
     tables = {"one": make_grid(seeds=(1, 2)), "other": make_grid(methods=("sft", "ours"), ps=(0.5,), seeds=(3,))}
-    for cell in (cell for cells in tables.values() for cell in cells):
-        cell["run"].setdefault("user", "plain")
-    tables["one"][0]["scores"]["outcomes"]["margin_harmful"] = [0.125, -3.0]
-    pack_cells(tables).to_parquet(tmp_path / "cells.parquet")
+    lines = []
+    for table, cell in ((table, cell) for table, cells in tables.items() for cell in cells):
+        outcomes = cell["scores"]["outcomes"] = {**cell["scores"]["outcomes"], "margin_harmful": [0.125, -3.0]}
+        outcomes["margin_benign"] = []
+        scores = {name: value for name, value in cell["scores"].items() if name != "outcomes"}
+        line = {"table": table, **cell["run"], "method": cell["method"], "a": cell["a"], "seconds": 1.0}
+        lines.append(line | {"recipe": "null", "scores": json.dumps(scores)})
+        for name, values in outcomes.items():
+            packed = np.array(values, np.float16) if "margin" in name else np.packbits(np.array(values, bool))
+            lines[-1] |= {f"{name}_n": len(values), f"{name}_outcomes": packed.tobytes()}
+    pd.DataFrame(lines).to_parquet(tmp_path / "cells.parquet")
     for table, cells in tables.items():
-        for cell, found in zip(cells, read_archive(tmp_path / "cells.parquet", table), strict=True):
-            outcomes = {name: values for name, values in found["scores"]["outcomes"].items() if values}
-            assert outcomes == cell["scores"]["outcomes"]
-            cell["scores"] = {k: v for k, v in cell["scores"].items() if k not in ("outcomes", "examples")}
-            del found["scores"]["outcomes"], found["seconds"]
-            assert found == {name: cell[name] for name in found}
+        expected = [{name: cell[name] for name in cell if name != "settings"} | {"seconds": 1.0} for cell in cells]
+        assert read_archive(tmp_path / "cells.parquet", table) == expected
     with pytest.raises(UserError, match="unknown table 'on'; near: one"):
         read_archive(tmp_path / "cells.parquet", "on")
 

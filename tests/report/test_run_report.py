@@ -7,8 +7,7 @@ import pytest
 from contents import jsonl
 
 from br_jax.core.errors import UserError
-from br_jax.report.report import write_report
-from br_jax.report.run_report import saturation_lines
+from br_jax.report.report import saturation_lines, write_report
 
 EXAMPLES = [
     {"set": "topic", "prompt": "How do I tune it?", "answer": "| <b>I can't</b> `help`\n# with", "verdict": "refusal"},
@@ -50,8 +49,7 @@ def workdir(tmp_path, make_cell):
     write_probes(tmp_path / "sft", harmful=(3.9, 8.0), benign=(2.6, 3.9))
     (tmp_path / "cells").mkdir()
     for method in ("raw", "aligned", "sft", "buffer_only", "ours"):
-        cell = make_cell(method, 0.1 if method == "ours" else None, p=0.5)
-        cell["scores"]["examples"] = EXAMPLES
+        cell = make_cell(method, 0.1 if method == "ours" else None, p=0.5, scores={"examples": EXAMPLES})
         (tmp_path / "cells" / f"{method}.json").write_text(json.dumps(cell))
     matrix = {"kept_rank": [8, 7], "removed_share": [0.1, 0.2], "singular_values_user": [[2.0, 1.0], [4.0, 1.0]]}
     results = {"seeds": {"user": 42}, "versions": {"jax": "0.10.2"}, "hashes": {"base": "b" * 64}}
@@ -68,45 +66,46 @@ def test_it_says_what_the_files_say(workdir, written):
     user = text.line("user (Buffer on)")
     assert user[1:6] == ["640", "1", "80", "51,200", "16,000"]
     assert user[8:] == ["104.0", "6,154"]  # 640 tokens in 0.104 s
-    assert "A step beside Buffer takes 1.04 times the time of SFT's" in text
-    assert "b" * 64 in text and "0.10.2" in text and '"harmful_share": 0.5' in text
-    assert "3.00 GiB" in text and "````sh\necho ```\n# not a heading\n````" in text, "fences end a block"
-    assert "so it stays below it" in text
+    for said in ("A step beside Buffer takes 1.04 times the time of SFT's", "b" * 64, "0.10.2", '"harmful_share": 0.5',
+                 "3.00 GiB", "````sh\necho ```\n# not a heading\n````", "so it stays below it"):  # fmt: skip
+        assert said in text
     write_probes(workdir / "user", harmful=(0.3, 20.0), benign=(2.4, 3.5))
     assert "so it does **not** stay below it" in written(workdir)
 
 
-def test_figures_are_drawn_and_linked(workdir, monkeypatch):
-    def save(_, stem):
-        for file in (files := [stem.with_suffix(".png"), stem.with_suffix(".pdf")]):
-            file.write_text("a figure")
-        return files
+def test_an_adapter_made_elsewhere_is_said(workdir, written):
+    buffer, user = ({"adapter": f"their/{role}", "beside": []} for role in ("buffer", "user"))
+    change(workdir / "results.json", entered={"buffer": buffer, "user": user})
+    head = written(workdir).partition("\n\n| ")[0]
+    assert "> Made elsewhere, not in this run: buffer (`their/buffer`), user (`their/user`).  \n" in head
+    assert "trained elsewhere, and not beside Buffer** (`their/user`)" in head
+    change(workdir / "results.json", entered={"user": user | {"beside": ["buffer"]}})
+    assert "not beside Buffer" not in written(workdir)
 
+
+def test_figures_are_drawn_and_linked(workdir, monkeypatch):
     seen = {"complied": 0.25, "over_refused": 0.0, "reinforce_scale": 0.0}
     change(workdir / "results.json", calibration={"merge": seen | {"scale": 0.5}, "aligned": seen, "tried": [seen]})
-    monkeypatch.setattr("br_jax.report.plots.save", save)
+    monkeypatch.setattr("br_jax.report.plots.encode", lambda figure: {"png": b"a figure", "pdf": b"a figure"})
     text = write_report(workdir).read_text()
     names = {f"{kind}-Tiny_gguf-reviews-devices-n800-p0_5" for kind in ("methods", "pareto")}
     names |= {"training", "saturation", "merge", "verdicts", "calibration"}
     files = {path.name for path in (workdir / "figures").iterdir()}
     assert files == {f"{name}.{end}" for name in names for end in ("png", "pdf")}
-    assert all(f"(figures/{name}.png)" in text for name in names) and not list(workdir.glob(".report-*"))
+    assert all(f"(figures/{name}.png)" in text for name in names)
 
 
-def test_little_is_enough(tmp_path, make_cell, written):
-    (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / "raw.json").write_text(json.dumps(make_cell("raw")))
-    text = written(tmp_path)
-    assert "Not measured" in text and "No stage has written" in text and "not recorded" in text
-
-
-def test_numbers_that_are_not_finite_do_not_break_it(workdir, make_cell, written):
+def test_little_is_enough_and_numbers_that_are_not_finite_do_not_break_it(tmp_path, workdir, make_cell, written):
     (workdir / "cells" / "sft.json").write_text(json.dumps(make_cell("sft", p=0.5, perplexity=math.nan)))
     change(workdir / "results.json", wall_seconds=math.inf, peak_memory_bytes=None)
     (workdir / "sft" / "metrics.jsonl").write_bytes(jsonl({"step": 1, "loss": math.nan}))
     write_probes(workdir / "user", harmful=(math.nan, math.nan), benign=(math.inf, 1.0))
     text = written(workdir)
     assert "nan" not in text.lower() and "Not measured: it needs finite" in text
+    (tmp_path / "bare" / "cells").mkdir(parents=True)
+    (tmp_path / "bare" / "cells" / "raw.json").write_text(json.dumps(make_cell("raw")))
+    text = written(tmp_path / "bare")
+    assert all(said in text for said in ("Not measured", "No stage has written", "not recorded", "None were stored."))
 
 
 def test_saturation_against_hand_computed_numbers():
@@ -114,8 +113,8 @@ def test_saturation_against_hand_computed_numbers():
         return [{"step": 10 * i, "rows": "harmful", "loss": 1.0, "grad_norm": norm} for i, norm in enumerate(norms)]
 
     row = saturation_lines(lines([0.5, 1.0, 0.25])[::-1], lines([4.0, 6.0, 2.0]))[1]
-    assert (row["rows"], row["quantity"]) == ("harmful", "grad_norm")
-    assert (row["buffer"], row["sft"], row["ratio"], row["peak"]) == ((0.5, 0.25), (4.0, 2.0), 0.125, 0.25)
+    expected = {"rows": "harmful", "quantity": "grad_norm", "buffer": (0.5, 0.25), "sft": (4.0, 2.0)}
+    assert row == expected | {"ratio": 0.125, "peak": 0.25}
 
 
 def test_answers_are_as_many_as_asked_for_inert_and_cut(workdir, written):
