@@ -1,4 +1,4 @@
-"""Programs and their sizes against XLA's own figures; the TPU's compiler where libtpu is installed."""
+"""Programs, their sizes and what they move, against XLA's own figures; the TPU's compiler where libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -43,16 +43,22 @@ def config(tiny):
     return config
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_argument_bytes_are_what_xla_says(config, stage):
-    mesh = make_mesh(**config.mesh)
-    program = make_program(config, stage, mesh)
-    compiled = program.lower(mesh).compile()
-    counted = fitting.argument_bytes(program, mesh)
-    assert sum(counted.values()) == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, abs=64)
-    kinds = {"base", "adapters", "batch", *(["optimizer"] if stage in TRAINING else ["cache"] * (stage == "decode"))}
-    assert set(counted) == kinds
-    assert program.attention == "xla"  # of rows this short, and of a step behind a cache
+def test_argument_bytes_are_what_xla_says_and_a_pools_adapters_do_not_cross_chips(config):
+    """What is summed over chips in a turn is less than one user's adapter; in a user's own step it is more."""
+    mesh, moved, programs = make_mesh(**config.mesh), {}, {stage: None for stage in STAGES if stage != "sft"}
+    for stage in programs:
+        program = programs[stage] = make_program(config, stage, mesh)
+        compiled, counted = program.lower(mesh).compile(), fitting.argument_bytes(program, mesh)
+        expected = compiled.memory_analysis().argument_size_in_bytes
+        assert sum(counted.values()) == pytest.approx(expected, abs=64), stage
+        own = {"optimizer"} if stage in TRAINING else {"cache"} if stage == "decode" else set()
+        assert set(counted) == {"base", "adapters", "batch"} | own, stage
+        assert program.attention == "xla"  # of rows this short, and of a step behind a cache
+        kinds = count_collectives(compiled.as_text())
+        moved[stage] = sum(kinds.get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter"))
+    state = programs["pool"].arguments["state"]["trainable"]
+    adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 8
+    assert moved["pool"] < adapter / 10 < adapter <= moved["user"], (moved, adapter)
 
 
 def test_sizes_of_published_models():
@@ -79,27 +85,23 @@ def test_model_flops_agree_with_xla(config):
     assert model_flops(program) == pytest.approx(counted, rel=0.1)
 
 
-def test_the_slowest_resource_bounds(config):
-    program = make_program(config, "user", make_mesh(**config.mesh))
-    quiet, busy = (predict(program, CHIPS["v5e"], 8, received) for received in (0, 10**12))
-    assert quiet.seconds == max(quiet.compute, quiet.memory)
-    assert busy.seconds == busy.links == 10**12 / CHIPS["v5e"].ici_rate
-    assert busy.mfu < quiet.mfu <= 1
+def test_the_slowest_resource_bounds_and_remat_repeats_what_is_not_saved(config):
+    mesh, chip = make_mesh(**config.mesh), CHIPS["v5e"]
 
-
-def test_remat_repeats_what_is_not_saved(config):
-    mesh = make_mesh(**config.mesh)
-
-    def flops(remat):
+    def predicted(remat, received=0):
         config.user.train.remat = remat
-        return predict(make_program(config, "user", mesh), CHIPS["v5e"], 8, 0).compute
+        return predict(make_program(config, "user", mesh), chip, 8, received)
 
+    quiet, busy = predicted("full"), predicted("full", received=10**12)
+    assert quiet.seconds == max(quiet.compute, quiet.memory)
+    assert busy.seconds == busy.links == 10**12 / chip.ici_rate and busy.mfu < quiet.mfu <= 1
+    kinds = ("none", "matmuls", "offload", "q,k,v,o", "q", "full", "q,k,v,o,gate,up")
+    none, matmuls, offload, most, one, full, all_but_down = (predicted(remat).compute for remat in kinds)
     spec, tokens = ModelSpec(**config.model.spec), 8 * 128
     weights = spec.num_layers * sum(a * b for a, b in spec.kernel_shapes.values())
     attention = spec.num_layers * 4 * spec.num_heads * spec.head_dim * 128 / 2  # of whole rows
-    assert flops("none") == pytest.approx(2 * tokens * (2 * weights + attention) / 8 / CHIPS["v5e"].flops)
-    assert flops("none") == flops("matmuls") == flops("offload") < flops("q,k,v,o") < flops("q") < flops("full")
-    assert flops("full") < 1.5 * flops("none") and flops("q,k,v,o,gate,up") == flops("none")
+    assert none == pytest.approx(2 * tokens * (2 * weights + attention) / 8 / chip.flops)
+    assert none == matmuls == offload == all_but_down < most < one < full < 1.5 * none
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,17 @@ def test_a_wrong_topology_and_stage_are_named(config):
         make_program(config, "usr", make_mesh())
 
 
+def test_users_an_hour(config):
+    fit = fitting.Fit("pool", "", {}, 64, 0, "", "", {}, 1, slots=8, calls=100)
+    assert fit.users_an_hour is None
+    fit.prediction = fitting.Prediction(1.0, 1.0, 1.0, 2.0, 0.5)
+    assert fit.users_an_hour == 8 * 3600 / 200
+    config.user.update(n=90)
+    config.user.train.update(steps=0, epochs=3, batch_size=8, accumulation=2)
+    calls = {"user": 36, "pool": 72, "prefill": 0}
+    assert {stage: fitting.calls_of_user(config, stage) for stage in calls} == calls
+
+
 WINDOW = {"window": 100, "windowed": (True, False), "attention_soft_cap": 50.0}
 
 
@@ -140,7 +153,7 @@ WINDOW = {"window": 100, "windowed": (True, False), "attention_soft_cap": 50.0}
 @pytest.mark.parametrize(
     ("topology", "stage", "changes"),
     [
-        *((topology, "user", {}) for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:1x1")),
+        *((topology, "user", {}) for topology in ("v5p:2x2x1", "v6e:1x1")),
         *(("v5e:2x2", stage, WINDOW) for stage in ("user", "prefill")),
     ],
 )
@@ -148,9 +161,8 @@ def test_a_stage_compiles_for_the_tpu(config, topology, stage, changes):
     with config.unlocked():
         config.model.spec.update(changes)
     found = fitting.check(config, topology, stage)
-    assert not found.problem and found.attention == "splash"
+    assert not found.problem and found.attention == "splash" and found.total < found.hbm
     assert np.prod([*found.mesh.values()]) == np.prod(parse_topology(topology)[2])
-    assert found.total < found.hbm
     assert bool(found.collectives) == (np.prod([*found.mesh.values()]) > 1)
     assert 0 < found.prediction.mfu <= 1
 
@@ -187,27 +199,3 @@ def test_the_script(tmp_path):
     too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=1000000")
     assert too_large.returncode == 1 and "decode does not fit: " in too_large.stdout
     assert "largest part" in too_large.stdout and "try a smaller batch_size" in too_large.stdout
-
-
-def test_a_pools_adapters_do_not_cross_chips(config):
-    """What is summed over chips in a turn is less than one user's adapter; in a user's own step it is more."""
-    mesh, moved = make_mesh(**config.mesh), {}
-    for stage in ("user", "pool"):
-        program = make_program(config, stage, mesh, slots=8)
-        kinds = count_collectives(program.lower(mesh).compile().as_text())
-        moved[stage] = sum(kinds.get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter"))
-        state = program.arguments["state"]["trainable"]
-    adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 8
-    assert moved["pool"] < adapter / 10 < adapter <= moved["user"], (moved, adapter)
-
-
-def test_users_an_hour(config):
-    fit = fitting.Fit("pool", "", {}, 64, 0, "", "", {}, 1, slots=8, calls=100)
-    assert fit.users_an_hour is None
-    fit.prediction = fitting.Prediction(1.0, 1.0, 1.0, 2.0, 0.5)
-    assert fit.users_an_hour == 8 * 3600 / 200
-    config.user.update(n=90)
-    config.user.train.update(steps=0, epochs=3, batch_size=8)
-    assert fitting.calls_of_user(config, "user") == fitting.calls_of_user(config, "pool") == 36
-    config.user.train.accumulation = 2
-    assert (fitting.calls_of_user(config, "user"), fitting.calls_of_user(config, "pool")) == (36, 72)
