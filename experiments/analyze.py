@@ -28,7 +28,7 @@ LOOKS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Flags and one call."""
     require_flags(argv, CONFIG, WORKDIR)
-    from br_jax.report.analyses import write_analyses
+    from br_jax.analysis import write_analyses
 
     sizes = ROWS.value, POINTS.value, LOOKS.value
     print(write_analyses(CONFIG.value, WORKDIR.value, *sizes, command=" ".join(sys.argv)))

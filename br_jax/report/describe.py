@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,9 @@ from br_jax.report import plots, run_figures
 
 MAX_LAYERS = 1000  # a file that says more would have as many made up in memory
 TAU = 0.01  # the release's rank check, see `qr_merge`
-_BUFFER = {
-    True: "yes, keep it in the provider's folder",
-    False: "no, by its own account: its numbers were not compared, see --provider",
-    None: "not recorded: its numbers were not compared, see --provider",
-}
+_OTHERS = "its numbers were not compared, see --provider"
+_BUFFER = {False: f"no, by its own account: {_OTHERS}", None: f"not recorded: {_OTHERS}"}
+_BUFFER |= {True: "yes, keep it in the provider's folder"}
 
 
 def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, Any]:
@@ -53,9 +51,9 @@ def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, 
         kind = next((kind for kind, (marks, _) in _FOLDERS.items() if any(any(path.glob(m)) for m in marks)), "")
         if not kind:
             marks = ", ".join(mark for marks, _ in _FOLDERS.values() for mark in marks)
-            pickled = f"; {_pickles(path)[0]} is pickled, can run code and is not opened" if _pickles(path) else ""
+            pickled = "".join(f"; {name} is pickled, can run code and is not opened" for name in _pickles(path)[:1])
             raise UserError(f"{path}: not known: none of {marks} is in it{pickled}")
-        read = _FOLDERS[kind][1]
+        _, read = _FOLDERS[kind]
     else:
         path.stat()  # an error where nothing is
         kind, read = path.suffix[1:], _FILES.get(path.suffix)
@@ -101,9 +99,9 @@ def _model(folder: Path) -> dict[str, Any]:
     spec, files = read_hf_spec(folder), weight_files(folder)
     tokenizer = read_tokenizer(folder, spec)
     tensors = {name: tensor for file in files for name, tensor in safetensors_header(file)[0].items()}
-    facts = _spec_facts(spec) | _weights_facts(files, tensors) | {"shards": len(files), "tokens": len(tokenizer)}
+    facts = _weights_facts(files, tensors) | {"shards": len(files), "tokens": len(tokenizer)}
     facts |= {"chat_template": tokenizer.chat_template is not None, "pickles_not_opened": _pickles(folder)}
-    return {"facts": facts}
+    return {"facts": _spec_facts(spec) | facts}
 
 
 def _gguf(file: Path) -> dict[str, Any]:
@@ -165,16 +163,14 @@ def _load_adapter(folder: Path) -> tuple[lora.Adapter, TensorKinds, dict[str, di
     """
     peft.read_provenance(folder)  # which refuses a folder of pickles
     header, _ = safetensors_header(file := folder / peft.WEIGHTS_FILE)
-    widths, ranks = {}, {}
+    widths, ranks = defaultdict(lambda: {"A": 0, "B": 0}), defaultdict(dict)
     for key, (_, shape) in header.items():
         match = peft.KEY.fullmatch(key)
         if match and match[2] in peft.PATHS and len(shape) == 2:
             path, layer, half = peft.PATHS[match[2]], int(match[1]), match[3]
             if layer >= MAX_LAYERS:
                 raise UserError(f"{file}: has a tensor of layer {layer:,}: no model has as many")
-            rank, width = shape if half == "A" else reversed(shape)
-            widths.setdefault(path, {"A": 0, "B": 0})[half] = width
-            ranks.setdefault(path, {})[layer] = rank
+            ranks[path][layer], widths[path][half] = shape if half == "A" else reversed(shape)
     layers = 1 + max((layer for of_layer in ranks.values() for layer in of_layer), default=-1)
     kernels = {f"{p}/kernel": jax.ShapeDtypeStruct((layers, *each.values()), np.float32) for p, each in widths.items()}
     return peft.load_adapter(folder, traverse_util.unflatten_dict(kernels, sep="/")), header, ranks
@@ -196,10 +192,13 @@ def _adapter(folder: Path) -> dict[str, Any]:
     facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles]}
     facts |= {"rank": read_config(folder / peft.CONFIG_FILE).rank, "alpha": config["lora_alpha"]}
     facts |= {"scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
-    facts |= {"base": config.get("base_model_name_or_path")}
-    facts |= {name: provenance.get(name) or None for name in ("base_fingerprint", "extra")}
-    facts |= {"sha256": file_hash(file), "pickles_not_opened": _pickles(folder)}
-    return {"facts": facts | _weights_facts([file], header), "rows": rows, "spectra": spectra}
+    facts |= {
+        "base": config.get("base_model_name_or_path"),
+        "base_fingerprint": provenance.get("base_fingerprint") or None,
+    }
+    facts |= {"extra": provenance.get("extra") or None, "sha256": file_hash(file)}
+    facts |= {"pickles_not_opened": _pickles(folder)} | _weights_facts([file], header)
+    return {"facts": facts, "rows": rows, "spectra": spectra}
 
 
 def _weights_facts(files: Sequence[Path], header: TensorKinds) -> dict[str, Any]:
@@ -213,19 +212,14 @@ def _pickles(folder: Path) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    match value:
-        case None:
-            return "not recorded"
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.4g}"
-        case dict():
-            return ", ".join(f"{_text(name)} {_text(each)}" for name, each in value.items()) or "none"
-        case list() | tuple():
-            return ", ".join(map(_text, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "not recorded", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_text(name)} {_text(each)}" for name, each in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
     # names and notes come from anyone's file: what a terminal would obey is not printed
     return "".join(c if c.isprintable() else "?" for c in str(value))
 

@@ -73,14 +73,15 @@ def write_report(
         known = label if method in METHODS else literal(label)  # another is foreign text
         labels[label] = f"**{known}**" if method == "ours" else known
     shown = results.assign(label=results.label.map(labels))
+    settings = dict(by_setting(shown))
     values = {"command": run["results"].get("command") if run else command, "run": run and run | _run_values(run)}
     values |= {"examples": run and _examples(results, examples), "gates": gates, "headline": OUTCOMES[outcome(gates)]}
     values |= {"mixed": mixed(results), "lists": _lists(shown), "count": len(results), "absent": absent(results)}
     values["settings"] = [
         {"title": literal(str(setting)), "figures": figures_of(results, setting)} | tables.setting_tables(found)
-        for setting, found in by_setting(shown)
+        for setting, found in settings.items()
     ]
-    values |= tables.comparisons(shown, gates) | {"task_p": TASK_P, "cut": CUT}
+    values |= tables.comparisons(settings, gates) | {"task_p": TASK_P, "cut": CUT}
     return write_document(workdir / ("report.md" if run else "sweep.md"), "report.md.jinja", values, drawn)
 
 

@@ -15,7 +15,7 @@ from br_jax.report.results import (
     MAIN,
     NUMBERS,
     TITLES,
-    by_setting,
+    Setting,
     estimate,
     find,
     gap,
@@ -36,11 +36,7 @@ _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the QR merge instead of a plain sum", "ours", "sum"),
     ("our merge instead of the paper's naive average", "ours", "average"),
 )
-_TESTS = {
-    "HS against SFT": ("sft", "harmful"),
-    "HS against aligned": ("aligned", "harmful"),
-    "FA against SFT": ("sft", "task"),
-}
+_TESTS = (("harmful", "sft"), ("harmful", "aligned"), ("task", "sft"))  # score, and the method to test against
 _USERS = CLAIMS[: len(MAIN)]  # what is asked of every user
 
 
@@ -65,7 +61,8 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
 
     def tests(row: pd.DataFrame) -> dict[str, str]:
         p, own = row[["p", "method"]].iloc[0]
-        return {t: "" if m == own else _tested(row, find(cells, p, m), score) for t, (m, score) in _TESTS.items()}
+        words = ["" if other == own else _tested(row, find(cells, p, other), score) for score, other in _TESTS]
+        return dict(zip(("HS against SFT", "HS against aligned", "FA against SFT"), words, strict=True))
 
     breakdowns = []
     for name, (least, words) in BREAKDOWNS.items():
@@ -85,12 +82,11 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def comparisons(results: pd.DataFrame, gates: Sequence[Gate]) -> dict[str, Any]:
+def comparisons(settings: Mapping[Setting, pd.DataFrame], gates: Sequence[Gate]) -> dict[str, Any]:
     """The tables of all settings together; a line names its setting where there are several."""
-    found = by_setting(results)
-    names = {setting: {"setting": literal(str(setting))} if len(found) > 1 else {} for setting, _ in found}
+    names = {setting: {"setting": literal(str(setting))} if len(settings) > 1 else {} for setting in settings}
     lines, apart, compared = defaultdict(list), [], 0
-    for setting, cells in found:
+    for setting, cells in settings.items():
         ours = cells[cells.method == "ours"]
         for p, at_p in one_strength(cells).groupby("p"):
             rows = {method: row for (_, method, _), row in rows_of(at_p)}
@@ -125,14 +121,10 @@ def comparisons(results: pd.DataFrame, gates: Sequence[Gate]) -> dict[str, Any]:
                 "difference": interval(gap(row, sft, "perplexity"), "+.2f", 1),
             }
             lines["costs"].append(names[setting] | {"a": f"{row.a.iloc[0]:g}"} | cost)
-    return {
-        "gate_lines": [names[gate.setting] | line for gate, line in _gate_lines(gates)],
-        "users": _users(results),
-        "limits": [claim.limit for claim in _USERS],
-        "steps": lines["steps"],
-        "strengths": {"lines": lines["strengths"], "apart": apart, "compared": compared},
-        "costs": lines["costs"] if (results.p == 0).any() else None,
-    }
+    found = {"gate_lines": [names[gate.setting] | line for gate, line in _gate_lines(gates)], "users": _users(settings)}
+    found |= {"limits": [claim.limit for claim in _USERS], "steps": lines["steps"]}
+    found |= {"strengths": {"lines": lines["strengths"], "apart": apart, "compared": compared}}
+    return found | {"costs": lines["costs"] if any((cells.p == 0).any() for cells in settings.values()) else None}
 
 
 def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
@@ -156,13 +148,14 @@ def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
     return lines
 
 
-def _users(results: pd.DataFrame) -> list[list[str]]:
+def _users(settings: Mapping[Setting, pd.DataFrame]) -> list[list[str]]:
     """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
 
     A user is a seed of a setting at a p; there is no table where all are of one setting and p.
     """
     found, asked_of = [], set()
-    for setting, cells in by_setting(results[(results.user == "plain") & (results.p > 0)]):
+    harmed = {setting: cells[(cells.user == "plain") & (cells.p > 0)] for setting, cells in settings.items()}
+    for setting, cells in harmed.items():
         for (p, method, label), row in rows_of(one_strength(cells)):
             asked_of.add((setting, p))
             asked = [claim for claim in _USERS if p <= claim.most_p]

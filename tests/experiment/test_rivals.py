@@ -11,6 +11,7 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.adapters.merge import qr_merge
+from br_jax.analysis import write_analyses
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
@@ -24,7 +25,6 @@ from br_jax.experiment.methods import COMPARED, METHODS, OF_PROVIDER, OF_USER, C
 from br_jax.experiment.settings import bounds, settle
 from br_jax.pipeline import run_pipeline
 from br_jax.provider import load_recorded, read_provider
-from br_jax.report.analyses import write_analyses
 from br_jax.training.run import keep_adapter
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
