@@ -232,13 +232,11 @@ _COLORS |= {"user, Buffer on": plots.SKY, "user, Buffer out": plots.BLUE, "ours"
 def write_analyses(
     config: ConfigDict, workdir: str | os.PathLike, rows: int, points: int, looks: int, command: str = ""
 ) -> str:
-    """Analyses a run and writes analysis.md, whose path it gives, analysis.npz and figures into its workdir.
+    """Analyses a run of `pipeline.run_pipeline`; what it lacks is trained.
 
-    Args:
-        config, workdir: of a run of `pipeline.run_pipeline`; what it lacks is trained.
-        rows: of each kind, at most.
-        points: of the landscape's grid along each direction.
-        looks: at the score while SFT and the user are trained once more; 0 leaves that out.
+    Writes analysis.md, whose path it gives, analysis.npz and figures into its workdir. `rows` are of each kind, at
+    most, `points` of the landscape's grid along each direction; `looks` are at the score while SFT and the user are
+    trained once more, which 0 leaves out.
     """
     if not config.user.probes:
         raise UserError("user.probes is 0: the analyses look at held-out harmful rows: set it to some")

@@ -56,14 +56,11 @@ class Program:
 
 
 def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0, slots: int = 8) -> Program:
-    """A stage of a config as it would run on a mesh; a `UserError` for bad settings, or no model.
+    """A stage of a config as it would run on a mesh, from `model.spec` or from the metadata of `model.source`.
 
-    Args:
-        config: see configs/base.py; sizes come from `model.spec`, or from the metadata of `model.source`.
-        stage: one of `STAGES`. "pool" is a turn of `slots` users beside Buffer, "prefill" takes prompts
-            of the user stage's `max_length`, "decode" a token each behind `eval.answer_tokens` more.
-        batch: rows of a call instead of the config's.
-        slots: users of a pool; each has an equal part of the rows.
+    "pool" is a turn of `slots` users beside Buffer, with an equal part of the rows each, "prefill" takes prompts of the
+    user stage's `max_length`, "decode" a token each behind `eval.answer_tokens` more. `batch` is rows of a call instead
+    of the config's. A `UserError` for bad settings, or no model.
     """
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")

@@ -78,11 +78,10 @@ def predict(program: Program, chip: Chip, chips: int, received: int, tensor: int
 
 
 def model_flops(program: Program) -> float:
-    """FLOPs of a call: 2 a matmul weight and token forward, as many again for a frozen base's backward pass.
+    """FLOPs of a call: 2 a matmul weight and token forward, and back, for a frozen base has no gradient of weights.
 
-    The base's weights get no gradient, so training costs 4 N a token, not 6 N. Attention's two matmuls see half of the
-    context on average when whole rows run. Adapters are left out (r / D of the rest), and so are logits, which are made
-    for a few tokens only, unless it decodes.
+    Attention's two matmuls see half of the context on average when whole rows run. Adapters are left out (r / D of the
+    rest), and so are logits, which are made for a few tokens only, unless it decodes.
     """
     spec, decodes = program.decoder.spec, program.stage == "decode"
     weights = spec.num_layers * sum(a * b for a, b in spec.kernel_shapes.values())
@@ -106,9 +105,8 @@ def _passes(program: Program) -> tuple[int, float]:
 def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
     """Sums over a call, from `compiled.as_text()`: kind -> {"calls", "bytes"}, bytes as they reach a chip, on a ring.
 
-    A loop's body counts as often as the loop runs. An asynchronous collective of a TPU appears in every fusion that it
-    overlaps with, under one channel id: it is counted once, where it is started. A kind is the HLO's; "... in pieces"
-    when the compiler took it apart into permutes between slices of a matmul.
+    A loop's body counts as often as it runs; what a TPU shows in every fusion that it overlaps with, under one channel
+    id, once, where it is started. "... in pieces" is what the compiler took apart into permutes between slices.
     """
     bodies, times = _executions(hlo)
     fused, by_key = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", hlo)), {}

@@ -37,14 +37,9 @@ _BUFFER |= {True: "yes, keep it in the provider's folder"}
 def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, Any]:
     """Says what a path holds, ready for JSON; a `UserError` where it is pickled, damaged, or nothing known.
 
-    Args:
-        path: a model's folder, a GGUF file, a provider's folder, an adapter's folder, a .safetensors file, or the
-            folder of a run or of one stage of it.
-        provider: a provider's folder, with whose Buffer an adapter is compared.
-
-    Returns:
-        "path", "kind", "facts" (name -> value), "rows" (a table: one dict a target, stage or tensor) and, for an
-        adapter, "spectra" (target -> the singular values of its delta in each layer that it changes).
+    A path is a model's folder, a GGUF or .safetensors file, an adapter's folder, a provider's, a run's or one stage's.
+    With a provider's folder an adapter is compared with its Buffer. "kind", "facts" (name -> value) and "rows" (a dict
+    a target, stage or tensor) are in it; of an adapter "spectra": target -> singular values of its delta by layer.
     """
     path = Path(path)
     if path.is_dir():

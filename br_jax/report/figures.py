@@ -62,12 +62,11 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
     cells, sizes, users = alike(), alike("n"), alike("user")
     any_n, any_user = setting._replace(n=0), setting._replace(user="plain")
     several, strengths = cells.p.nunique() > 1, cells.a[cells.method == "ours"].nunique()
-    words = (
-        "HS and FA against the share of harmful rows",
-        "HS, FA and over-refusal against the strength of the QR merge",
-    )
-    found = [("p", several, lines_figure, cells, setting, None, words[0])]
-    found += [("a", strengths > 1, lines_figure, cells, setting, None, words[1])]
+    found = [
+        ("p", several, lines_figure, cells, setting, None, "HS and FA against the share of harmful rows"),
+        ("a", strengths > 1, lines_figure, cells, setting, None,
+         "HS, FA and over-refusal against the strength of the QR merge"),
+    ]  # fmt: skip
     for p, at_p in cells.groupby("p"):
         compared, by_n, by_user = at_p.method.nunique() > 3, sizes[sizes.p == p], users[users.p == p]
         shown, margins = compared or not several, at_p.margin_harmful.notna().any()

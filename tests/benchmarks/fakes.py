@@ -33,6 +33,4 @@ def ends(fails=None, dies=None):
             os._exit(7)
         return 1, None
 
-    if fails == -1:
-        unit(-1)
-    return unit
+    return unit(-1) if fails == -1 else unit

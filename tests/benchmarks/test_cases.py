@@ -7,9 +7,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from benchmarks import defences, generation, inputs, limits, merge, stages, switches, training
+from benchmarks import defences, generation, inputs, limits, merge, report, stages, switches, training
 from benchmarks.inputs import Setup, read_questions
-from benchmarks.report import run_case
+from benchmarks.pairing import Contender, Record
+from benchmarks.report import Case, run_case
 
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
@@ -18,11 +19,12 @@ from br_jax.models.io.hf import write_hf
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory, quick):
+def setup(tmp_path_factory, quick, tiny):
     folder = tmp_path_factory.mktemp("bench")
     questions = [{"question": f"{'and ' * (i % 5)}{i}?", "answer": f"{i * 7}{'!' * (i % 3)}"} for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     model = {"source": folder / "tiny", "template": "chat", "dtype": "float32", "matmul_precision": "float32"}
+    write_hf(model["source"], tiny.spec, tiny.params, tiny.tokenizer)
     train = quick(batch_size=4, warmup_ratio=0.5)
     return Setup(model, folder / "rows.jsonl", folder, rounds=2, prompts=5, new_tokens=7, threads=1, train=train)
 
@@ -41,8 +43,7 @@ MERGED = {"layers/attn/q": (2, 48, 64), "layers/attn/v": (2, 48, 40)}
         (stages, (), ""),
     ],
 )
-def test_both_sides_do_the_same_work(setup, tiny, module, arguments, said):
-    write_hf(setup.model["source"], tiny.spec, tiny.params, tiny.tokenizer)
+def test_both_sides_do_the_same_work(setup, module, arguments, said):
     for case in module.cases(setup, *arguments):
         result = run_case(case, rounds=2)
         assert re.search(said, "\n".join(result["checks"]))
@@ -50,22 +51,14 @@ def test_both_sides_do_the_same_work(setup, tiny, module, arguments, said):
 
 
 @pytest.mark.slow
-def test_the_machine_is_measured(setup, tiny, monkeypatch):
+def test_the_machine_is_measured_and_every_rival_with_an_objective_takes_a_step(setup, monkeypatch):
     monkeypatch.setattr(limits, "_FLOPS", 1.0)
     monkeypatch.setattr(limits, "_BYTES", 4e3)
-    write_hf(setup.model["source"], tiny.spec, tiny.params, tiny.tokenizer)
     (case,) = limits.cases(setup)
-    work = limits.measure(case.contenders[0].arguments["shapes"])
-    _, rates = work(0)
-    lines = limits.table(rates)
+    lines = limits.table(limits.measure(case.contenders[0].arguments["shapes"])(0)[1])
     assert lines[0].startswith("copy: ") and len(lines) == 2 + 4 * len(limits.ROWS)
-
-
-@pytest.mark.slow
-def test_every_rival_with_an_objective_takes_a_step(setup, tiny, monkeypatch):
     mesh = make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(training, "make_mesh", lambda: mesh)
-    write_hf(setup.model["source"], tiny.spec, tiny.params, tiny.tokenizer)
     raced = [contender for case in defences.cases(setup) for contender in case.contenders]
     assert {"SFT", "lisa", "security_vector", "vaccine"} < {contender.name for contender in raced}
     for contender in raced[1:]:
@@ -78,7 +71,6 @@ def test_a_switch_changes_its_own_fields_of_the_best(setup):
     best = dataclasses.asdict(dataclasses.replace(setup.steps, **training.BEST))
     fields = {"layout": {"packing", "buckets"}, "loss": {"loss_chunk"}, "remat": {"remat"}, "attention": {"attention"}}
     cases = switches.cases(setup)
-
     assert [case.name for case in cases] == [f"switch {switch}" for switch in fields]
     for case, own in zip(cases, fields.values(), strict=True):
         configs = [contender.arguments["config"] for contender in case.contenders]
@@ -87,22 +79,16 @@ def test_a_switch_changes_its_own_fields_of_the_best(setup):
             assert {name for name, value in dataclasses.asdict(config).items() if value != best[name]} <= own
 
 
-def test_other_work_is_refused():
+def test_other_work_is_refused_and_ties_are_told_from_errors():
     for other in (1.002, float("nan")):
         with pytest.raises(UserError, match=r"not the same work: a 1\.000000, b"):
             training.same_losses({"a": [1.0, 0.5], "b": [other, 0.5]}, 1e-3)
     with pytest.raises(UserError, match=r"differs by 1\.0e-04"):
         merge.same_matrices({"ours": [np.array([1.0, 0.5001])], "dense": [np.array([1.0, 0.5])]})
-
-
-def test_generation_tells_ties_from_errors():
+    gaps = np.array([[1, 1, 1], [1, 1e-5, 1], [1, 1, 1]])
     ours = {"tokens": np.array([[1, 2, 3], [1, 2, 3], [4, 5, 6]])}
-    other = {
-        "tokens": np.array([[1, 2, 3], [1, 9, 3], [4, 5, 9]]),
-        "gaps": np.array([[1, 1, 1], [1, 1e-5, 1], [1, 1, 1]]),
-    }
+    other = {"tokens": np.array([[1, 2, 3], [1, 9, 3], [4, 5, 9]]), "gaps": gaps}
     lines = generation.same_tokens({"ours": [ours], "other": [other]})
-
     assert lines[0].endswith("1 of 3")
     assert lines[1].startswith("prompt 1 differs from token 1") and lines[1].endswith("a tie within 1e-4")
     assert lines[2].startswith("prompt 2 differs from token 2") and lines[2].endswith("no tie")
@@ -120,3 +106,27 @@ def test_rows_in_either_layout_and_what_is_missing(setup, tmp_path, monkeypatch)
     monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="benchmark merge: torch, peft not installed"):
         merge.cases(setup)
+
+
+def test_ratios_are_taken_in_each_round_and_printed(monkeypatch, capsys):
+    """Speed-ups by round 2, 4, 3: their median is 3, though the ratio of the medians (4 and 12 s) is not."""
+    ours = Record(1.0, 9.0, 2, 0, 2.0, [1.0, 4.0, 10.0], [2.0, 8.0, 20.0], [10.0, 10.0, 10.0], [0.1, 0.2])
+    other = Record(3.0, 8.0, 0, 1, 8.0, [2.0, 16.0, 12.0], [4.0, 9.0, 8.0], [10.0, 10.0, 4.0], [0.1, 0.4])
+    monkeypatch.setattr(report, "race", lambda contenders, rounds, name: {"ours": ours, "other": other})
+    names = [Contender(name, None, "", {}) for name in ("ours", "other")]
+    case = Case("c", "how it is done", names, "token", lambda got: [f"saw {got['other'][1]}"], 10**12, "TPU v4")
+    figures = run_case(case, 3)["contenders"]
+    assert figures["ours"]["speedup"] == {"median": 1, "least": 1, "most": 1}
+    expected = {
+        "seconds": 12,
+        "busy": 8,
+        "work": 5,
+        "peak_ratio": 0.25,
+        "speedup": {"median": 3, "least": 2, "most": 4},
+    }
+    assert {name: figures["other"][name] for name in expected} == expected
+    assert figures["ours"]["per_second"] == figures["ours"]["tflops"] == 2.5
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in ("c: how it is done", "token/s", "3.000x (2.000 to 4.000)", "0+1", "saw 0.4", "0.25x"):
+        assert text in printed
+    assert "ours 2.500 (MFU 0.9%)" in printed  # of 275 TFLOP/s

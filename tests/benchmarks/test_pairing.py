@@ -28,25 +28,19 @@ def alive(pid: str) -> bool:
 def test_contenders_take_turns_and_the_order_rotates(tmp_path):
     log = tmp_path / "log"
     records = race([fake(name, "writes", log=str(log), name=name) for name in "abc"], 3, "test")
-
     events = [line.split() for line in log.read_text().splitlines()]
     begins, ends = events[::2], events[1::2]
     assert [event[2] for event in begins + ends] == ["begin"] * 12 + ["end"] * 12  # nobody worked beside another
     assert [event[:2] for event in begins] == [event[:2] for event in ends]
-    order = " ".join(name + index for name, index, *_ in begins)
-    assert order == "a0 b0 c0 a1 b1 c1 b2 c2 a2 c3 a3 b3"
+    assert " ".join(name + index for name, index, *_ in begins) == "a0 b0 c0 a1 b1 c1 b2 c2 a2 c3 a3 b3"
     pids = {(name, pid) for name, _, _, pid in events}
     assert len(pids) == 3 and not any(alive(pid) for _, pid in pids)
-
     record = records["a"]
     assert record.outcomes == ["a0", "a1", "a2", "a3"]  # functions were called
-    assert record.amounts == [2.0] * 3
+    assert record.amounts == [2.0] * 3 and record.compiles == record.recompiles == 0
     assert len(record.seconds) == len(record.busy) == 3 and min(record.first, *record.seconds) >= 0.04
     assert 0 < record.loaded <= record.peak
-    assert record.compiles == record.recompiles == 0
-
-
-def test_a_contender_does_not_carry_the_package_that_its_file_lies_in():
+    # A contender does not carry the package that its file lies in.
     assert not {"jax", "br_jax", "numpy"} & set(call(FAKES, "modules"))
 
 
@@ -62,7 +56,6 @@ def test_the_end_of_one_is_told_in_one_line_and_ends_the_others(tmp_path, end, s
     contenders = [fake("good", "writes", log=str(log), name="good"), fake("bad", "ends", **end)]
     with pytest.raises(UserError, match=rf"^benchmark bad: {said}$"):
         race(contenders, 3, "test")
-
     assert not alive(log.read_text().split()[-1])
 
 
