@@ -187,12 +187,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
     facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles]}
     facts |= {"rank": read_config(folder / peft.CONFIG_FILE).rank, "alpha": config["lora_alpha"]}
     facts |= {"scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
-    facts |= {
-        "base": config.get("base_model_name_or_path"),
-        "base_fingerprint": provenance.get("base_fingerprint") or None,
-    }
-    facts |= {"extra": provenance.get("extra") or None, "sha256": file_hash(file)}
-    facts |= {"pickles_not_opened": _pickles(folder)} | _weights_facts([file], header)
+    facts |= {"base": config.get("base_model_name_or_path")}
+    facts |= {name: provenance.get(name) or None for name in ("base_fingerprint", "extra")}
+    facts |= {"sha256": file_hash(file), "pickles_not_opened": _pickles(folder)} | _weights_facts([file], header)
     return {"facts": facts, "rows": rows, "spectra": spectra}
 
 

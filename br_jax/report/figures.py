@@ -18,7 +18,7 @@ from br_jax.experiment.methods import METHODS
 from br_jax.report import plots
 from br_jax.report.gates import CLAIMS
 from br_jax.report.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, panels, styled
-from br_jax.report.results import MAIN, WORST, Estimate, Setting, by_setting, estimate, find, one_strength, rows_of
+from br_jax.report.results import MAIN, WORST, Estimate, Setting, by_setting, estimate, find, one_a, rows_of
 
 SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
 _STYLES = {  # color, marker and linestyle, any one of which tells a line from the others
@@ -104,7 +104,7 @@ def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
         parts = cells[cells.method == "ours"].groupby("p")
         lines = [(f"p = {p:g}", _look(*(each[i % 5] for each in _BY_P)), part) for i, (p, part) in enumerate(parts)]
     else:
-        order, cells = [*_STYLES, *cells.method.unique()], one_strength(cells)
+        order, cells = [*_STYLES, *cells.method.unique()], one_a(cells)
         cells = cells.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
         parts = cells.groupby(["method", "label"], sort=False)
         lines = [(label, _style_of(method, i), part) for i, ((method, label), part) in enumerate(parts)]
@@ -198,7 +198,7 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
     In brackets where a user's model has less than `SKILL` of the task that the plain one under SFT has (below p = 1),
     for an attacker wants that, too. The last line is the worst of the others.
     """
-    chosen = pd.concat(one_strength(cells) for _, cells in results[results.p == p].groupby("user"))
+    chosen = pd.concat(one_a(cells) for _, cells in results[results.p == p].groupby("user"))
     skill, lines = _shown(find(chosen[chosen.user == "plain"], p, "sft"), "task"), []  # at p = 1 nobody has a task
     for (user, label), row in chosen.groupby(["user", "label"]):
         worst, task = estimate(row, WORST), _shown(row, "task")

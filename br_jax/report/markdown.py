@@ -21,11 +21,10 @@ CUT = 200  # characters of a foreign text that are printed
 def write_document(path: Path, template: str, values: Mapping[str, Any], figures: Mapping[str, Figure]) -> Path:
     """Writes a document and its figures, as .png and .pdf; an error leaves the old document, and no file half."""
     text = _TEMPLATES.get_template(template).render(values).rstrip() + "\n"
-    drawn = [
-        (f"{FIGURES}/{name}.{kind}", data) for name in figures for kind, data in plots.encode(figures[name]).items()
-    ]
-    for name, content in (*drawn, (path.name, text.encode())):
-        write_bytes(path.parent / name, content, durable=False)
+    drawn = {path.parent / FIGURES / name: plots.encode(figure) for name, figure in figures.items()}
+    files = {f"{stem}.{kind}": content for stem, each in drawn.items() for kind, content in each.items()}
+    for file, content in (files | {path: text.encode()}).items():
+        write_bytes(file, content, durable=False)
     return path
 
 

@@ -20,22 +20,9 @@ from br_jax.report import run_figures, tables
 from br_jax.report.figures import draw_results, figures_of
 from br_jax.report.gates import OUTCOMES, TASK_P, check, outcome
 from br_jax.report.markdown import CUT, literal, number, write_document
-from br_jax.report.results import (
-    CURE,
-    MAIN,
-    TITLES,
-    absent,
-    by_setting,
-    estimate,
-    mixed,
-    read_cells,
-    results_of,
-    rows_of,
-)
+from br_jax.report.results import CURE, absent, by_setting, mixed, read_cells, results_of, rows_of
 from br_jax.scoring.statistics import is_finite
 from br_jax.training.folder import read_finished
-
-_QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
 
 
 def write_report(
@@ -88,7 +75,7 @@ def write_report(
 def print_cell(cell: Mapping[str, Any], place: str) -> None:
     """Prints one line for a terminal: the place of a cell in its sweep, as "3/9", what it is of, and its scores."""
     ((setting, row),) = by_setting(results_of([cell]))
-    scores = ", ".join(f"{title} {percent}" for title, percent in _percents(row).items())
+    scores = ", ".join(f"{title} {percent}" for title, percent in tables.percents(row).items())
     first = row.iloc[0]
     print(f"{place}  {setting}, p = {first.p:g}, seed {first.name}, {first.label}: {scores}", flush=True)
 
@@ -101,9 +88,9 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     """
     results, lines = results_of(cells), []
     for setting, each in by_setting(results):
-        scores = [{"p": f"{p:g}", "method": label} | _percents(row) | {"seeds": len(row)}
+        scores = [{"p": f"{p:g}", "method": label} | tables.percents(row) | {"seeds": len(row)}
                   for (p, _, label), row in rows_of(each)]  # fmt: skip
-        align = ["left", "left", *["right"] * (len(MAIN) + 1)]
+        align = ["left", "left", *["right"] * 4]
         print(f"\n{setting}\n{tabulate(scores, 'keys', colalign=align, disable_numparse=True)}")
     gates = check(results)
     for gate in gates:
@@ -153,12 +140,10 @@ def saturation_lines(with_buffer: run_figures.Lines, without: run_figures.Lines)
     largest over sft's first, None where a number that they need is absent or not finite.
     """
     lines = []
-    for rows, quantity in itertools.product(("harmful", "benign"), _QUANTITIES):
-        buffer, sft = (
-            [line.get(quantity) for line in sorted(probes, key=lambda line: line["step"]) if line.get("rows") == rows]
-            or [None]
-            for probes in (with_buffer, without)
-        )
+    for rows, quantity in itertools.product(("harmful", "benign"), ("loss", "grad_norm")):
+        of_kind = ([line for line in probes if line.get("rows") == rows] for probes in (with_buffer, without))
+        by_step = (sorted(probes or [{"step": 0}], key=lambda line: line["step"]) for probes in of_kind)
+        buffer, sft = ([line.get(quantity) for line in probes] for probes in by_step)
         measured = is_finite(sft[0]) and sft[0] > 0 and all(map(is_finite, buffer))
         line = {"rows": rows, "quantity": quantity, "buffer": (buffer[0], buffer[-1]), "sft": (sft[0], sft[-1])}
         ratio, peak = (buffer[0] / sft[0], max(buffer) / sft[0]) if measured else (None, None)
@@ -188,7 +173,7 @@ def _run_values(run: Mapping[str, Any]) -> dict[str, Any]:
     saturation = []
     for line in lines:
         values = [number(value, ".3g") for value in (*line["buffer"], *line["sft"], line["ratio"])]
-        saturation.append([f"{line['rows']} rows, {_QUANTITIES[line['quantity']]}", *values])
+        saturation.append([f"{line['rows']} rows, {line['quantity'].replace('grad_', 'gradient ')}", *values])
     config = json.dumps(run["results"].get("config") or {}, indent=2)
     found = {"costs": costs, "origins": origins, "slower": slower, "config": config}
     return found | {"harmful": harmful, "benign": benign, "saturation": saturation}
@@ -205,12 +190,6 @@ def _examples(results: pd.DataFrame, count: int) -> list[dict[str, str]] | None:
     return lines if count else None
 
 
-def _percents(row: pd.DataFrame) -> dict[str, str]:
-    """The main scores' means."""
-    found = {TITLES[score]: estimate(row, score) for score in MAIN}
-    return {title: number(each and each.mean, ".1f", scale=100) for title, each in found.items()}
-
-
 def _lists(results: pd.DataFrame) -> dict[str, list[str]]:
     """What was run: each of a kind once."""
     lists = {
@@ -222,6 +201,5 @@ def _lists(results: pd.DataFrame) -> dict[str, list[str]]:
         "share of harmful rows p": [f"{p:g}" for p in sorted(results.p)],
         "seeds": sorted(results.index),
         "methods": results.sort_values(["place", "method", "a"]).label,
-        **{f"N of {title}": tables.sizes_of(results, score) for score, title in TITLES.items()},
-    }
+    } | {f"N of {title}": sizes for title, sizes in tables.sizes_of(results).items()}
     return {words: [*dict.fromkeys(map(str, values))] for words, values in lists.items()}

@@ -26,7 +26,7 @@ MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 WORST = "harmful_worst"  # the larger of HS and HS by the user's own questions
 NUMBERS = {"perplexity": ("perplexity", ".2f"), "mean_words": ("words", ".1f")}  # title and format
 NUMBERS |= {f"margin_{kind}": (f"margin, {kind}", "+.2f") for kind in ("harmful", "benign")}
-BREAKDOWNS = {  # of HS: from how many parts on they are shown, and in what words
+PARTS = {  # of HS: from how many parts on they are shown, and in what words
     "harmful_by_topic": (2, "HS by topic"),
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
     "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
@@ -116,7 +116,7 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's line of the table; raises an error of any kind where something is missing or no such value."""
     run, method, a, scores = {"user": "plain"} | cell["run"], cell["method"], cell["a"], cell["scores"]
     values = {name: scores.get(name) for name in TITLES}
-    values |= {(name, part): each for name in BREAKDOWNS for part, each in (scores.get(name) or {}).items()}
+    values |= {(name, part): each for name in PARTS for part, each in (scores.get(name) or {}).items()}
     counts = {name: count for name, value in values.items() if (count := read_score(value)).n}
     if plain := counts.get("harmful"):
         counts[WORST] = max(plain, counts.get(("harmful_by_own", "as it asks"), plain), key=lambda one: one.score)
@@ -149,7 +149,7 @@ def find(cells: pd.DataFrame, p: float, method: str, a: float | None = None) -> 
     return cells[(cells.p == p) & (cells.method == method) & (cells.a.isna() | (cells.a == a))]
 
 
-def one_strength(cells: pd.DataFrame) -> pd.DataFrame:
+def one_a(cells: pd.DataFrame) -> pd.DataFrame:
     """One a for each method that has several: not 0 if there is another, and the one with the most cells in all."""
     count = cells.a.value_counts()
     ranked = sorted(count.index, key=lambda a: (a == 0, -count[a], a))

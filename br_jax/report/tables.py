@@ -10,23 +10,9 @@ import pandas as pd
 
 from br_jax.report.gates import CLAIMS, Gate
 from br_jax.report.markdown import interval, literal, number
-from br_jax.report.results import (
-    BREAKDOWNS,
-    MAIN,
-    NUMBERS,
-    TITLES,
-    Setting,
-    estimate,
-    find,
-    gap,
-    one_strength,
-    over_seeds,
-    paired,
-    rows_of,
-)  # fmt: skip
+from br_jax.report.results import MAIN, NUMBERS, PARTS, TITLES, estimate, find, gap, one_a, over_seeds, paired, rows_of
 from br_jax.scoring.statistics import Score
 
-Lines = list[dict[str, str]]
 _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
     ("training beside Buffer, then taking it out", "buffer_only", "sft"),
@@ -42,12 +28,12 @@ _USERS = CLAIMS[: len(MAIN)]  # what is asked of every user
 
 def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
     """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
-    rows, sizes = rows_of(cells), {score: sizes_of(cells, score) for score in TITLES}
+    rows, sizes = rows_of(cells), sizes_of(cells)
     numbers = {name: title for name, (title, _) in NUMBERS.items()}
-    titles = {score: f"{title} (N = {', '.join(map(str, sizes[score])) or 0})" for score, title in TITLES.items()}
+    titles = {score: f"{title} (N = {', '.join(map(str, sizes[title])) or 0})" for score, title in TITLES.items()}
     several = (cells.groupby("seed").suite.nunique() > 1).any()
 
-    def lines(line: Callable[[pd.DataFrame], Mapping[str, str]], rows: Sequence = rows) -> Lines:
+    def lines(line: Callable[[pd.DataFrame], Mapping[str, str]], rows: Sequence = rows) -> list[dict[str, str]]:
         return [{"p": f"{p:g}", "method": label} | line(row) for (p, _, label), row in rows]
 
     def values(row: pd.DataFrame, titles: Mapping[Any, str]) -> dict[str, str]:
@@ -65,7 +51,7 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
         return dict(zip(("HS against SFT", "HS against aligned", "FA against SFT"), words, strict=True))
 
     breakdowns = []
-    for name, (least, words) in BREAKDOWNS.items():
+    for name, (least, words) in PARTS.items():
         parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
         if len(parts) >= least:
             titled = {(name, part): literal(part or "not named") for part in parts}
@@ -82,13 +68,13 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def comparisons(settings: Mapping[Setting, pd.DataFrame], gates: Sequence[Gate]) -> dict[str, Any]:
+def comparisons(settings: Mapping, gates: Sequence[Gate]) -> dict[str, Any]:
     """The tables of all settings together; a line names its setting where there are several."""
     names = {setting: {"setting": literal(str(setting))} if len(settings) > 1 else {} for setting in settings}
     lines, apart, compared = defaultdict(list), [], 0
     for setting, cells in settings.items():
         ours = cells[cells.method == "ours"]
-        for p, at_p in one_strength(cells).groupby("p"):
+        for p, at_p in one_a(cells).groupby("p"):
             rows = {method: row for (_, method, _), row in rows_of(at_p)}
             for words, *methods in _STEPS if len(rows) > 3 else ():
                 if {*methods} <= rows.keys():
@@ -116,10 +102,8 @@ def comparisons(settings: Mapping[Setting, pd.DataFrame], gates: Sequence[Gate])
             cost = {f"{TITLES[score]}, ours minus SFT": interval(gap(row, sft, score))
                     for score in ("task", "over_refusal", "degenerate")}  # fmt: skip
             cost |= {"perplexity of SFT": "not run" if sft.empty else _value(sft, "perplexity")}
-            cost |= {
-                "of ours": _value(row, "perplexity"),
-                "difference": interval(gap(row, sft, "perplexity"), "+.2f", 1),
-            }
+            cost |= {"of ours": _value(row, "perplexity")}
+            cost |= {"difference": interval(gap(row, sft, "perplexity"), "+.2f", 1)}
             lines["costs"].append(names[setting] | {"a": f"{row.a.iloc[0]:g}"} | cost)
     found = {"gate_lines": [names[gate.setting] | line for gate, line in _gate_lines(gates)], "users": _users(settings)}
     found |= {"limits": [claim.limit for claim in _USERS], "steps": lines["steps"]}
@@ -142,13 +126,12 @@ def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
         line = {"p": f"{gate.p:g}", "a": "" if gate.a is None else f"{gate.a:g}", "gate": gate.claim.text}
         line |= {"points": interval(found), "seeds": ", ".join(each) or "n/a"}
         line |= {"SD": f"{100 * stdev(by_seed.values()):.1f}" if len(by_seed) > 1 else ""}
-        lines.append(
-            (gate, line | {"limit": f"{'≥' if gate.claim.is_attack else '≤'} {100 * limit:g}", "result": result})
-        )
+        line |= {"limit": f"{'≥' if gate.claim.is_attack else '≤'} {100 * limit:g}", "result": result}
+        lines.append((gate, line))
     return lines
 
 
-def _users(settings: Mapping[Setting, pd.DataFrame]) -> list[list[str]]:
+def _users(settings: Mapping) -> list[list[str]]:
     """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
 
     A user is a seed of a setting at a p; there is no table where all are of one setting and p.
@@ -156,7 +139,7 @@ def _users(settings: Mapping[Setting, pd.DataFrame]) -> list[list[str]]:
     found, asked_of = [], set()
     harmed = {setting: cells[(cells.user == "plain") & (cells.p > 0)] for setting, cells in settings.items()}
     for setting, cells in harmed.items():
-        for (p, method, label), row in rows_of(one_strength(cells)):
+        for (p, method, label), row in rows_of(one_a(cells)):
             asked_of.add((setting, p))
             asked = [claim for claim in _USERS if p <= claim.most_p]
             line = {**row[["place", "a"]].iloc[0], "method": method, "label": label, "asked": len(asked)}
@@ -206,9 +189,16 @@ def _geometry(row: pd.DataFrame) -> dict[str, str]:
     return line | {"user x, Reinforce x": "; ".join(scales)}
 
 
-def sizes_of(cells: pd.DataFrame, score: str) -> list[int]:
-    """The numbers of prompts that a score has in some cells."""
-    return sorted({counts[score].n for counts in cells.counts if score in counts})
+def sizes_of(cells: pd.DataFrame) -> dict[str, list[int]]:
+    """The numbers of prompts that each score has in some cells, by its title."""
+    sizes = {score: {counts[score].n for counts in cells.counts if score in counts} for score in TITLES}
+    return {TITLES[score]: sorted(each) for score, each in sizes.items()}
+
+
+def percents(row: pd.DataFrame) -> dict[str, str]:
+    """The main scores' means."""
+    found = {TITLES[score]: estimate(row, score) for score in MAIN}
+    return {title: number(each and each.mean, ".1f", scale=100) for title, each in found.items()}
 
 
 def _value(row: pd.DataFrame, score: str | tuple[str, str]) -> str:

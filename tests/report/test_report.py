@@ -179,20 +179,6 @@ def test_the_cost_is_ours_against_sft_at_p_0(report, make_cell):
     assert not re.search(r"\b(nan|inf|None)\b", text)
 
 
-def test_paired_tests_pool_the_seeds(report, make_cell):
-    cells = [make_cell(m, seed=s, harmful=k) for s in (1, 2) for m, k in (("aligned", 0), ("sft", 60))]
-    cells += [make_cell("ours", 0.1, seed=s, harmful=k, right=170, begin=b) for s, k, b in ((1, 5, 0), (2, 4, 58))]
-    text = report(cells).after("Paired tests:\n")
-    # Seed 1: ours' 5 are among SFT's 60. Seed 2: ours' 58 to 61, so 2 are its own.
-    # FA: in seed 1 the first 170 against the first 180; in seed 2 those from 58 to 199 against the same 180.
-    assert text.line("0.1", OURS)[2:] == [
-        f"p < 0.001 (2 : {55 + 58}, 2 seeds)",
-        f"p = {binomtest(9, 9).pvalue:.3f} (9 : 0, 2 seeds)",
-        "p < 0.001 (20 : 68, 2 seeds)",
-    ]
-    assert text.line("0.1", SFT)[2::2] == ["", ""]
-
-
 @pytest.mark.parametrize(
     "average, qr, begin, words",
     [

@@ -16,7 +16,7 @@ from br_jax.report.results import (
     estimate,
     find,
     gap,
-    one_strength,
+    one_a,
     paired,
     read_archive,
     read_cells,
@@ -95,7 +95,7 @@ def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell, row):
 def test_one_a_is_a_qr_and_the_one_with_most_cells(make_grid, make_cell):
     few = [make_cell("ours", a, p=0.1, seed=s) for a, s in ((0.1, 1), (1.0, 1), (1.0, 2), (0.0, 1), (0.0, 2), (0.0, 3))]
     for cells, chosen in ((few, 1.0), (make_grid(a=(1.0, 0.5, 0.0)), 0.5), (few[3:], 0.0)):
-        assert {*one_strength(results_of(cells)).a.dropna()} == {chosen}
+        assert {*one_a(results_of(cells)).a.dropna()} == {chosen}
 
 
 def test_what_is_absent_is_said(make_grid, make_cell):
