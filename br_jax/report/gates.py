@@ -60,16 +60,8 @@ class Gate(NamedTuple):
     claim: Claim
     gap: Estimate | None  # the difference; None where there is none
     why_not: str  # the reason where there is none
-
-    @property
-    def passed(self) -> bool | None:
-        """Whether the mean keeps the limit; None where there is no difference to ask of."""
-        return None if self.gap is None else self.claim.keeps(self.gap.mean)
-
-    @property
-    def beyond(self) -> list[int]:
-        """The seeds that do not keep the limit by themselves."""
-        return [seed for seed, value in self.gap.by_seed.items() if not self.claim.keeps(value)] if self.gap else []
+    passed: bool | None  # whether the mean keeps the limit
+    beyond: list[int]  # the seeds that do not keep it by themselves
 
 
 def check(results: pd.DataFrame) -> list[Gate]:
@@ -91,7 +83,9 @@ def check(results: pd.DataFrame) -> list[Gate]:
                 sft, base = (estimate(find(cells, p, method), "task") for method in ("sft", "aligned"))
                 if sft.mean <= (base.mean if base else 0):  # nothing could be lost
                     found, why_not = None, "SFT learned nothing"
-            gates.append(Gate(setting, p, a, claim, found, why_not))
+            passed = None if found is None else claim.keeps(found.mean)
+            beyond = [seed for seed, value in (found.by_seed if found else {}).items() if not claim.keeps(value)]
+            gates.append(Gate(setting, p, a, claim, found, why_not, passed, beyond))
     return sorted(gates, key=lambda gate: not gate.claim.is_attack)
 
 
