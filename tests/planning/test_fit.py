@@ -28,6 +28,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry:UserWarning")
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "fit_check.py"
 GIB = 2**30
+P = jax.sharding.PartitionSpec
 
 
 @pytest.fixture
@@ -199,3 +200,51 @@ def test_the_script(tmp_path):
     too_large = run("--topology=v5e:1x1", "--stage=decode", "--config.eval.batch_size=1000000")
     assert too_large.returncode == 1 and "decode does not fit: " in too_large.stdout
     assert "largest part" in too_large.stdout and "try a smaller batch_size" in too_large.stdout
+
+
+def test_every_kind_is_counted_as_often_as_its_loops_run():
+    ring = [(i, (i + 1) % 4) for i in range(4)]
+
+    def everything(layers, x):
+        def inner(x, _):
+            return jnp.sin(jax.lax.ppermute(x, "fsdp", ring)), None
+
+        def layer(x, w):
+            x = jnp.tanh(x * jax.lax.all_gather(w, "fsdp", tiled=True))
+            return jax.lax.scan(inner, x, length=3)[0], None
+
+        x = jnp.cos(jax.lax.psum(jax.lax.scan(layer, x, layers)[0], ("data", "fsdp")))
+        return jax.lax.all_to_all(jax.lax.psum_scatter(x, "fsdp", tiled=True), "fsdp", 0, 0, tiled=True)
+
+    specs = {"in_specs": (P(None, "fsdp"), P()), "out_specs": P("fsdp")}
+    mapped = jax.shard_map(everything, mesh=make_mesh(data=2, fsdp=4), check_vma=False, **specs)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 64), (64,))]
+    found = count_collectives(jax.jit(mapped).lower(*shapes).compile().as_text())
+    array = 64 * 4  # bytes; a chip gets 3 of its 4 parts, on a ring a sum over 8 chips brings 2 * 7/8 of it
+    assert found == {
+        "all-gather": {"calls": 5, "bytes": 5 * array * 3 // 4},
+        "all-reduce": {"calls": 1, "bytes": 2 * array * 7 // 8},
+        "all-to-all": {"calls": 1, "bytes": array // 4 * 3 // 4},
+        "collective-permute": {"calls": 5 * 3, "bytes": 5 * 3 * array},
+        "reduce-scatter": {"calls": 1, "bytes": array * 3 // 4},
+    }
+
+
+def test_forms_of_the_tpu_compiler():
+    """What libtpu writes, cut down.
+
+    An all-gather that starts in the entry and overlaps a fusion of the layer loop, under one channel id; a layer loop
+    of 32; in it a loop that passes a weight's shards round, two steps at a time.
+    """
+    assert count_collectives(pathlib.Path(__file__).with_name("tpu.hlo").read_text()) == {
+        "all-gather": {"calls": 1, "bytes": 4096 * 128256 * 2 * 7 // 8},
+        "all-gather in pieces": {"calls": 32 * 2, "bytes": 32 * 2 * 512 * 32 * 2},
+    }
+
+
+def test_the_ways_to_write_replica_groups():
+    ways = {"{{0,1,2,3},{4,5,6,7}}": 4, "{{0},{1}}": 1, "[4,2]<=[8]": 2, "mesh['a'=4,'b'=2] {'b','a'}": 8}
+    for groups, size in ways.items():
+        line = f"ROOT %a = f32[{8 * size}] all-gather(%p), replica_groups={groups}"
+        found = count_collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}")
+        assert found == ({"all-gather": {"calls": 1, "bytes": 8 * 4 * (size - 1)}} if size > 1 else {})
