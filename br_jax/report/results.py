@@ -6,6 +6,7 @@ A *row* of a report is a method at a share of harm in one setting; its cells, on
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 from collections import defaultdict
@@ -122,7 +123,8 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
         counts[WORST] = max(plain, counts.get(("harmful_by_own", "as it asks"), plain), key=lambda one: one.score)
     recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
     known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
-    line = {name: run[name] for name in _SETTING} | {"n": int(run["n"]), "p": float(run["p"]), "seed": int(run["seed"])}
+    line = {name: run[name] for name in _SETTING} | {"p": 1.0 * run["p"]}
+    line |= {name: operator.index(run[name]) for name in ("n", "seed")}
     line |= {"method": method, "a": math.nan if a is None else float(a)}  # a: strength of the QR merge
     line |= {"label": known if a is None else f"{known}, a = {a:g}", "place": [*METHODS, method].index(method)}
     "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate

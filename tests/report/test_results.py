@@ -114,7 +114,8 @@ def test_what_is_absent_is_said(make_grid, make_cell):
     [
         (lambda cell: cell.update(run=3), "is not iterable|unsupported operand"),
         (lambda cell: cell["run"].pop("p"), "lacks 'p'"),
-        (lambda cell: cell["run"].update(n="many"), "invalid literal"),
+        (lambda cell: cell["run"].update(p="0.1"), "multiply"),
+        (lambda cell: cell["run"].update(n="many"), "as an integer"),
         (lambda cell: cell["run"].update(task="\ud800"), "surrogates"),
         (lambda cell: cell["run"].update(user=["harsh"]), "list found"),
         (lambda cell: cell["scores"].update(harmful={"k": 3, "n": 2}), "k = 3 successes of n = 2"),
