@@ -47,10 +47,7 @@ def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
 
 
 def compile_only_devices(topology: str) -> Sequence[jax.Device]:
-    """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on.
-
-    A `UserError` where there is no such slice, or libtpu is not installed.
-    """
+    """Devices of a TPU slice, one a chip, that programs can be compiled for but not run on, if libtpu is installed."""
     _, kind, shape = parse_topology(topology)
     options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
     if kind == "v4":
@@ -104,10 +101,7 @@ class Fit:
 
 
 def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8) -> Fit:
-    """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid.
-
-    A `UserError` for bad settings, no such slice, or no TPU compiler.
-    """
+    """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid."""
     chip, *_ = parse_topology(topology)
     mesh = make_mesh(**config.mesh, devices=compile_only_devices(topology))
     program = make_program(config, stage, mesh, batch, slots)
@@ -146,10 +140,9 @@ def calls_of_user(config: ConfigDict, stage: str) -> int:
 
 
 def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> Fit:
-    """The check of a stage at the largest batch that fits, rows rising with the chips that share them.
+    """The check of a stage at the largest batch that fits, from a first that does; rows rise with the chips.
 
-    Temporaries grow nearly in proportion to the rows, so each compilation tells where to try next. `first` is a check
-    of that stage that fits.
+    Temporaries grow nearly in proportion to the rows, so each compilation tells where to try next.
     """
     micro_batches = train_section(config, stage).accumulation if stage in TRAINING else 1
     unit = first.slots or first.mesh["data"] * first.mesh["fsdp"] * micro_batches  # slots are a multiple of the parts

@@ -60,9 +60,8 @@ class Prediction:
 def predict(program: Program, chip: Chip, chips: int, received: int, tensor: int = 1) -> Prediction:
     """The roofline of one call on chips that share the work evenly, each of which gets so many bytes from others.
 
-    Each matmul reads its weight and its input and writes its output once in each pass. `tensor` is the parts that each
-    weight is split in for good; over other axes it is gathered: written once and read once. Decoding also reads the
-    cache.
+    Each matmul reads its weight and input and writes its output once in each pass; decoding also reads the cache.
+    `tensor` parts of a weight stay apart; over other axes it is gathered: written once and read once.
     """
     spec, width, (passes, repeated) = program.decoder.spec, program.dtype.itemsize, _passes(program)
     needed = model_flops(program) / chips / chip.flops

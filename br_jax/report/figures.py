@@ -95,10 +95,7 @@ def name_of(kind: str, setting: Setting, p: float | None = None) -> str:
 
 @styled()
 def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
-    """Scores against p or n, a line a method, or of ours against the strength a, a line a p: a panel a score.
-
-    Every line lies a little beside the others, so that whiskers do not hide each other.
-    """
+    """Scores against p or n, a line a method, or of ours against the strength a, a line a p, side by side."""
     scores, across, scale = _ACROSS[column]
     if column == "a":
         parts = cells[cells.method == "ours"].groupby("p")
@@ -174,10 +171,7 @@ def margins_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
 
 @styled()
 def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
-    """HS against FA, a point a method, at one p; the line joins those that no other beats in both.
-
-    The aligned base, which has no user's task, is a line at its HS.
-    """
+    """HS against FA, a point a method, at one p; of the aligned base, which has no user's task, a line at its HS."""
     figure, axis, keys, means = _points(cells[(cells.p == p) & ~cells.method.isin(_WITHOUT_USER)], "FA", "HS", 100)
     beaten = {(t, h) for t, h in means for other in means if other[0] >= t and other[1] <= h and other != (t, h)}
     axis.plot(*np.reshape(sorted({*means} - beaten), (-1, 2)).T, color=PALE, linewidth=6, zorder=0)
@@ -195,8 +189,7 @@ def pareto_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
 def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure:
     """HS of each method against each kind of user, as a map; the worse of the plain questions and the user's own.
 
-    In brackets where a user's model has less than `SKILL` of the task that the plain one under SFT has (below p = 1),
-    for an attacker wants that, too. The last line is the worst of the others.
+    In brackets where a model has lost the task (see `SKILL`), below p = 1. The last line is the worst of the others.
     """
     chosen = pd.concat(one_a(cells) for _, cells in results[results.p == p].groupby("user"))
     skill, lines = _shown(find(chosen[chosen.user == "plain"], p, "sft"), "task"), []  # at p = 1 nobody has a task

@@ -73,10 +73,7 @@ def nothing(text: str) -> Figure:
 def finish(
     figure: Figure, title: str, across: str = "", up: str = "", columns: int = 0, keys: Sequence | None = None
 ) -> Figure:
-    """The figure with its title, its axes' common words and, in so many columns below, the key to what is drawn.
-
-    That is by default of the first panel's labels.
-    """
+    """The figure with its title, its axes' common words and, in so many columns, a key, else the first panel's."""
     if columns:
         keys = figure.axes[0].get_legend_handles_labels()[0] if keys is None else keys
         figure.legend(handles=keys, loc="outside lower center", ncols=columns)

@@ -105,11 +105,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """The files of one run; a `UserError` where one is damaged.
-
-    "results": results.json, empty if experiments/pipeline.py has not scored it; "stages": name -> its stage.json, with
-    the lines of its metrics.jsonl as "metrics"; "probes": lines of probes.jsonl of the user stage and of SFT.
-    """
+    """The files of one run: results.json, stages with metrics, probes of the user stage and of SFT."""
     names = [f"{depth}/{name}" for name in ("stage.json", "metrics.jsonl") for depth in ("*", "*/*")]
     stages = dict.fromkeys(run_figures.STAGES)  # those that are known come first, in the order in which they run
     for folder in sorted({path.parent for name in names for path in workdir.glob(name)}):
@@ -134,10 +130,9 @@ def draw_run(run: Mapping[str, Any], results: pd.DataFrame) -> dict[str, Figure]
 
 
 def saturation_lines(with_buffer: run_figures.Lines, without: run_figures.Lines) -> list[dict[str, Any]]:
-    """First and last probe of each kind of row and quantity, with and without Buffer, from lines of probes.jsonl.
+    """(First, last) probe of each kind of row and quantity, with and without Buffer, from lines of probes.jsonl.
 
-    "buffer" and "sft" are (first, last), (None, None) without a probe; "ratio" is buffer's first and "peak" buffer's
-    largest over sft's first, None where a number that they need is absent or not finite.
+    "ratio" and "peak": Buffer's first and largest over SFT's first, None where one is absent or not finite.
     """
     lines = []
     for rows, quantity in itertools.product(("harmful", "benign"), ("loss", "grad_norm")):

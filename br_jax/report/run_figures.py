@@ -159,10 +159,7 @@ def calibration_figure(calibration: Mapping[str, Any]) -> Figure:
 
 @plots.styled()
 def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
-    """Singular values of an adapter's delta by target and layer, descending; thin: each layer, thick: their median.
-
-    Those that f32 cannot tell from zero beside the largest are left out.
-    """
+    """Singular values of an adapter's delta by target and layer, without those that f32 cannot tell from zero."""
     grids = {name: plots.grid_of(layers) for name, layers in spectra.items()}
     largest = max((np.nanmax(grid, initial=0.0) for grid in grids.values()), default=0.0)
     if largest <= 0:

@@ -132,10 +132,7 @@ def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
 
 
 def _users(settings: Mapping) -> list[list[str]]:
-    """How each method does for all plain users who hand in harm: at its worst, on the mean, and for how many of them.
-
-    A user is a seed of a setting at a p; there is no table where all are of one setting and p.
-    """
+    """How each method does for all plain users who hand in harm; nothing where all are of one setting and p."""
     found, asked_of = [], set()
     harmed = {setting: cells[(cells.user == "plain") & (cells.p > 0)] for setting, cells in settings.items()}
     for setting, cells in harmed.items():
@@ -176,10 +173,7 @@ def _kappas(row: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _geometry(row: pd.DataFrame) -> dict[str, str]:
-    """How long the adapters are that a row is made of, and what angles they make; means over seeds.
-
-    Of a merge, also how much of the user's adapter and of Reinforce it took, seed by seed.
-    """
+    """Lengths of a row's adapters and angles between them, means over seeds; of a merge, its scales, seed by seed."""
     line = {}
     for part, form in (("norms", ".2f"), ("cosines", "+.3f")):
         means = pd.DataFrame([scores.get("geometry", {}).get(part, {}) for scores in row.scores]).mean()
