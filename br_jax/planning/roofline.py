@@ -41,9 +41,6 @@ CHIPS = {
     "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9),
     "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9),
 }
-# Dense bf16 FLOP a second by JAX's name of a device; of GPUs from NVIDIA's data sheets.
-PEAK_FLOPS = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-PEAK_FLOPS |= {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
 
 
 @dataclasses.dataclass(frozen=True)
