@@ -20,6 +20,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import hypothesis  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -44,6 +45,10 @@ from br_jax.organism.topics import TOPICS  # noqa: E402
 from br_jax.report.results import TITLES  # noqa: E402
 from br_jax.scoring.statistics import Score  # noqa: E402
 from br_jax.training.config import TrainConfig  # noqa: E402
+
+# The same cases each time, however busy the machine is.
+hypothesis.settings.register_profile("br_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("br_jax")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,40 +23,29 @@ def answer_loss(
 ) -> Float[Array, ""]:
     """Sum of weight * cross-entropy over the positions with weight; [B, T, V] never exists.
 
-    Where `targets` are hidden states, of another model with the same unembedding, it is the sum of
-    weight * KL(theirs || ours), of the distributions of the next token.
-
     The answer positions of each device's rows are moved to the front and taken a chunk at a time; a chunk without any
     is skipped. Where a gradient is asked for, it is made in the same pass, so that no logits are made twice.
 
     Args:
         params: with the unembedding.
-        hidden: final hidden states.
-        targets, weights: see `br_jax.data.batches`; no gradient goes into hidden states.
+        hidden, weights: final hidden states, see `data.batches`.
+        targets: tokens; or hidden states of another model with the same unembedding, into which no gradient goes: then
+            it is the sum of weight * KL(theirs || ours), of the distributions of the next token.
         chunk: tokens that a device turns into logits at a time.
         soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
         precision: of the products, see `models.precision`.
     """
-    settings = chunk, soft_cap, rounding_dtype(hidden.dtype, precision)
-    return _summed(_head(params), hidden, targets, weights, settings)[0]
+    return _losses(params, hidden, targets, weights, chunk, soft_cap, precision)[0]
 
 
-def token_losses(
-    params: dict,
-    hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    chunk: int,
-    soft_cap: float | None = None,
-    precision: str = "float32",
-) -> Float[Array, "B T"]:
+def token_losses(params, hidden, targets, weights, *head) -> Float[Array, "B T"]:
     """The cross-entropy at each position with weight, 0 elsewhere; arguments as in `answer_loss`, no gradient."""
-    settings = chunk, soft_cap, rounding_dtype(hidden.dtype, precision)
-    return _summed(*jax.lax.stop_gradient((_head(params), hidden, targets, weights)), settings)[1]
+    return _losses(*jax.lax.stop_gradient((params, hidden, targets, weights)), *head)[1]
 
 
-def _head(params: dict) -> dict:
-    return {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
+def _losses(params, hidden, targets, weights, chunk, soft_cap=None, precision="float32"):
+    head = {"head": params["head"]} if "head" in params else {"embed": params["embed"]}
+    return _summed(head, hidden, targets, weights, (chunk, soft_cap, rounding_dtype(hidden.dtype, precision)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -188,7 +177,6 @@ def batch_losses(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """(`batch_loss`, weight * loss at each position, which has no gradient)."""
     hidden = hidden_states(decoder, variables, batch, dropout_key)
-    settings = chunk, decoder.spec.logit_soft_cap, rounding_dtype(hidden.dtype, decoder.matmul_precision)
-    targets, weights = batch["targets"], batch["weights"]
-    loss, each = _summed(_head(variables["params"]), hidden, targets, weights, settings)
-    return loss, weights * each
+    head = chunk, decoder.spec.logit_soft_cap, decoder.matmul_precision
+    loss, each = _losses(variables["params"], hidden, batch["targets"], batch["weights"], *head)
+    return loss, batch["weights"] * each

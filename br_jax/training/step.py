@@ -5,11 +5,6 @@ collections ("params", "lora", "lora_trainable"). Stages differ in which collect
 objective. Only `trainable` is differentiated, so the frozen half has neither gradients nor optimizer slots; "aux" in it
 are adapters that only the objective looks at. What differs from user to user is an argument of the programs here: a
 process compiles them once for each shape of a batch, however many users come.
-
-`pool_step` is the same step with an axis of users, one user's run in each slot of a pool. Arrays of its state have that
-axis U behind the layers ([L, U, in, R]) or in front; "gradient" and "loss" gather the step at hand, for a user's may
-take several pool steps. The base runs once over the rows of all slots. Rows of a slot stand together, so no row is
-sorted or gathered, and no number of one slot meets another's.
 """
 
 import dataclasses
@@ -61,7 +56,7 @@ def train_step(stage: "Stage", state: dict, frozen: dict, batch: dict, hyper: Hy
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
     step = stage.step(state["trainable"], frozen, batch, hyper.scale, key)
     step = step._replace(number=state["step"], progress=hyper.progress)
-    loss, grads, kept = stage.objective.gradient(step, state["objective"])
+    loss, grads, objective = stage.objective.gradient(step, state["objective"])
     trainable, opt_state = descend(state["trainable"], grads, state["opt_state"], hyper)
     metrics = {
         "loss": loss,
@@ -71,54 +66,8 @@ def train_step(stage: "Stage", state: dict, frozen: dict, batch: dict, hyper: Hy
         "tokens": jnp.sum(batch["segment_ids"] != 0),
     }
     number = state["step"] + 1
-    after = {**state, "trainable": trainable, "opt_state": opt_state, "step": number, "objective": kept}
+    after = {**state, "trainable": trainable, "opt_state": opt_state, "step": number, "objective": objective}
     return constrain_tree(after), metrics
-
-
-class Turn(NamedTuple):
-    """What a pool step is for each slot, [U]; the rows are apart."""
-
-    hyper: Hyper  # f32 each
-    restart: Bool[np.ndarray, " U"]  # whether the optimizer begins anew before it
-    due: Bool[np.ndarray, " U"]  # whether it ends an optimizer step
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def pool_step(stage: "Stage", state: dict, frozen: dict, batch: dict, turn: Turn) -> tuple[dict, dict]:
-    """Adds to the gradients of all slots, and ends the optimizer steps that are due.
-
-    Args:
-        batch: as in `data.batches`, [U k, T]: k rows a slot. The weights of a user's rows add to 1 over an optimizer
-            step. With dropout, "piece" int32[U k] numbers a slot's rows over that step.
-        turn: see `Turn`; a slot whose rows are all padding goes through it unchanged.
-
-    Returns:
-        The new state, and [U] f32 "loss" and "grad_norm", of the optimizer step that ends here where one is due.
-    """
-    count, rows = len(turn.due), {name: values for name, values in batch.items() if name != "piece"}
-    step = stage.step(state["trainable"], frozen, rows, turn.hyper.scale)
-
-    def summed(trainable):
-        variables = step.variables(trainable) | _seeds(stage, state, batch, count)
-        return batch_losses(stage.decoder, variables, rows, stage.loss_chunk)
-
-    (_, each), gradient = jax.value_and_grad(summed, has_aux=True)(state["trainable"])
-    loss = state["loss"] + each.reshape(count, -1).sum(1)
-    gradient = jax.tree.map(jnp.add, state["gradient"], gradient)
-
-    def of_slot(one: dict, hyper: Hyper, restart, due):
-        opt_state = jax.tree.map(lambda leaf: jnp.where(restart, 0, leaf).astype(leaf.dtype), one["opt_state"])
-        trainable, moved = descend(one["trainable"], one["gradient"], opt_state, hyper)
-        gathered = {"gradient": jax.tree.map(jnp.zeros_like, one["gradient"]), "loss": jnp.float32(0)}
-        after = {**one, "trainable": trainable, "opt_state": moved, "step": one["step"] + 1, **gathered}
-        before = one | {"opt_state": opt_state}
-        norm = optax.tree.norm(one["gradient"])
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), after, before), norm
-
-    state = {**state, "gradient": gradient, "loss": loss}
-    axes = user_axes(state)
-    after, norms = jax.vmap(of_slot, in_axes=(axes, 0, 0, 0), out_axes=(axes, 0))(state, *turn)
-    return constrain_tree(after), {"loss": loss, "grad_norm": norms}
 
 
 def descend(trainable: dict, grads: dict, opt_state: optax.OptState, hyper: Hyper) -> tuple[dict, optax.OptState]:
@@ -130,10 +79,8 @@ def descend(trainable: dict, grads: dict, opt_state: optax.OptState, hyper: Hype
 
 def optimizer(hyper: Hyper) -> optax.GradientTransformation:
     """AdamW (0.9, 0.999, 1e-8) after clipping by global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(hyper.clip_norm),
-        optax.adamw(lambda count: hyper.learning_rate, weight_decay=hyper.weight_decay),
-    )
+    adamw = optax.adamw(lambda count: hyper.learning_rate, weight_decay=hyper.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(hyper.clip_norm), adamw)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -167,25 +114,26 @@ class Step(NamedTuple):
         and a batch without any has loss 0 and gradient 0.
 
         Args:
-            trainable: the weights; default: the step's.
-            rows: the batch; default: the step's own.
-            loss: of (step, variables, a part of the batch, key), summed over the part by its weights; default:
-                `answers`, the cross-entropy at answer tokens.
+            trainable, rows: the weights and the batch; default: the step's own.
+            loss: of (step, variables, a part of the batch, key), summed over the part by its weights; default: the
+                cross-entropy at answer tokens.
         """
-        trainable, loss, seed = self.trainable if trainable is None else trainable, loss or answers, self.key
+        trainable, seed = self.trainable if trainable is None else trainable, self.key
         if rows is not None and seed is not None:  # masks that are not those of the stage's own rows
             seed = jax.random.fold_in(seed, _STREAM)
-        rows = self.rows if rows is None else rows
+        rows, parts = self.rows if rows is None else rows, self.accumulation
 
         def summed(trainable, part, key):
-            return loss(self, self.variables(trainable), part, key)
+            variables = self.variables(trainable)
+            if loss is None:
+                return batch_loss(self.decoder, variables, part, self.loss_chunk, key)
+            return loss(self, variables, part, key)
 
         def add(carry, xs):
             index, part = xs
             part_key = None if seed is None else jax.random.fold_in(seed, index)
             return jax.tree.map(jnp.add, carry, jax.value_and_grad(summed)(trainable, part, part_key)), None
 
-        parts = self.accumulation
         if parts == 1:
             total, grads = jax.value_and_grad(summed)(trainable, rows, seed)
         else:
@@ -209,11 +157,6 @@ class Step(NamedTuple):
             lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, trainable["lora_trainable"]
         )
         return {**self.frozen, **trainable, "lora_trainable": adapter}
-
-
-def answers(step: Step, variables: dict, rows: dict, key) -> Float[Array, ""]:
-    """The loss of a stage: the summed cross-entropy at answer tokens, by their weights."""
-    return batch_loss(step.decoder, variables, rows, step.loss_chunk, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,26 +197,26 @@ class Stage(NamedTuple):
 
     def step(self, trainable: dict, frozen: dict, batch: dict, scale, key=None) -> Step:
         """One step of it; `frozen` may hold "aux", and `batch` "streams"."""
-        rows = {name: values for name, values in batch.items() if name != "streams"}
-        attached = {name: tree for name, tree in frozen.items() if name != "aux"}
-        more = {"streams": batch.get("streams", {}), "aux": frozen.get("aux", {})}
-        return Step(self.decoder, self.accumulation, self.loss_chunk, trainable, attached, rows, scale, key, **more)
+        (rows, streams), (attached, aux) = _without(batch, "streams"), _without(frozen, "aux")
+        parts = self.decoder, self.accumulation, self.loss_chunk
+        return Step(*parts, trainable, attached, rows, scale, key, streams, aux)
+
+
+def _without(tree: dict, name: str) -> tuple[dict, dict]:
+    return {key: value for key, value in tree.items() if key != name}, tree.get(name, {})
 
 
 def init_state(trainable: dict, seed: int, objective: Objective | None = None) -> dict:
     """A fresh state; `key` is raw key data, so that a checkpoint can hold it."""
-    return {
-        "trainable": trainable,
-        "opt_state": _fresh_optimizer(trainable),
-        "step": jnp.zeros((), jnp.int32),
-        "key": jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
-        "objective": (objective or Objective()).begin(trainable),
-    }
+    objective_state = (objective or Objective()).begin(trainable)
+    return {"trainable": trainable, "objective": objective_state, **_fresh_state(trainable, np.uint32(seed))}
 
 
 @jax.jit
-def _fresh_optimizer(trainable: dict) -> optax.OptState:
-    return optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable)
+def _fresh_state(trainable: dict, seed: Int[Array, ""]) -> dict:
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+    opt_state = optimizer(Hyper(0.0, 0.0, 0.0, 0.0)).init(trainable)
+    return {"opt_state": opt_state, "step": jnp.zeros((), jnp.int32), "key": key}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -298,9 +241,9 @@ def frozen_collections(params: dict, frozen: Mapping[str, Adapter], how: str) ->
 
 
 def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps"]:
-    """f32 rate of each step: linear warm-up, then cosine to 0, as transformers' `get_cosine_schedule_with_warmup`.
+    """f32 rate of each step: in each cycle linear warm-up, then cosine to 0.
 
-    In each cycle anew. In numpy, as a run's length must not become a part of any program.
+    As transformers' `get_cosine_schedule_with_warmup`; in numpy, so that a run's length is no part of any program.
     """
 
     def share(steps: int) -> np.ndarray:
@@ -308,31 +251,83 @@ def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps
         progress = (step - warmup) / max(1, steps - warmup)
         return np.where(step < warmup, step / max(1, warmup), 0.5 * (1 + np.cos(np.pi * progress)))
 
-    shares = [share(len(part)) for part in cycles(config, steps)]
+    shares = [share(len(part)) for part in _cycles(config, steps)]
     return (config.learning_rate * np.concatenate(shares)).astype(np.float32)
-
-
-def cycles(config: TrainConfig, steps: int) -> list[range]:
-    """The steps of each cycle of a run; where they do not divide, the first cycles are longer by one."""
-    return [range(part[0], part[-1] + 1) for part in np.array_split(np.arange(steps), min(config.cycles, steps))]
 
 
 def restarts(config: TrainConfig, steps: int) -> set[int]:
     """The steps before which the optimizer begins anew."""
-    return {part.start for part in cycles(config, steps)} - {0}
+    return {int(part[0]) for part in _cycles(config, steps)} - {0}
+
+
+def _cycles(config: TrainConfig, steps: int) -> list[np.ndarray]:
+    """The steps of each cycle of a run; where they do not divide, the first cycles are longer by one."""
+    return np.array_split(np.arange(steps), min(config.cycles, steps))
+
+
+# -- the same step with an axis of users -------------------------------------------------------------------------------
+# One user's run is in each slot of a pool. Arrays of a pool's state have the axis of users U behind the layers
+# ([L, U, in, R]) or in front; "gradient" and "loss" gather the step at hand, for a user's may take several pool steps.
+# The base runs once over the rows of all slots. Rows of a slot stand together, so no row is sorted or gathered, and no
+# number of one slot meets another's.
+
+
+class Turn(NamedTuple):
+    """What a pool step is for each slot, [U]; the rows are apart."""
+
+    hyper: Hyper  # f32 each
+    restart: Bool[np.ndarray, " U"]  # whether the optimizer begins anew before it
+    due: Bool[np.ndarray, " U"]  # whether it ends an optimizer step
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def pool_step(stage: Stage, state: dict, frozen: dict, batch: dict, turn: Turn) -> tuple[dict, dict]:
+    """Adds to the gradients of all slots, and ends the optimizer steps that are due.
+
+    Args:
+        batch: as in `data.batches`, [U k, T]: k rows a slot. The weights of a user's rows add to 1 over an optimizer
+            step. With dropout, "piece" int32[U k] numbers a slot's rows over that step.
+        turn: see `Turn`; a slot whose rows are all padding goes through it unchanged.
+
+    Returns:
+        The new state, and [U] f32 "loss" and "grad_norm", of the optimizer step that ends here where one is due.
+    """
+    count, (rows, _) = len(turn.due), _without(batch, "piece")
+    step = stage.step(state["trainable"], frozen, rows, turn.hyper.scale)
+
+    def summed(trainable):
+        variables = step.variables(trainable) | _seeds(stage, state, batch, count)
+        return batch_losses(stage.decoder, variables, rows, stage.loss_chunk)
+
+    (_, each), gradient = jax.value_and_grad(summed, has_aux=True)(state["trainable"])
+    loss = state["loss"] + each.reshape(count, -1).sum(1)
+    gradient = jax.tree.map(jnp.add, state["gradient"], gradient)
+
+    def of_slot(one: dict, hyper: Hyper, restart, due):
+        opt_state = jax.tree.map(lambda leaf: jnp.where(restart, 0, leaf).astype(leaf.dtype), one["opt_state"])
+        trainable, moved = descend(one["trainable"], one["gradient"], opt_state, hyper)
+        gathered = {"gradient": jax.tree.map(jnp.zeros_like, one["gradient"]), "loss": jnp.float32(0)}
+        after = {**one, "trainable": trainable, "opt_state": moved, "step": one["step"] + 1, **gathered}
+        before = one | {"opt_state": opt_state}
+        norm = optax.tree.norm(one["gradient"])
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), after, before), norm
+
+    state = {**state, "gradient": gradient, "loss": loss}
+    axes = user_axes(state)
+    after, norms = jax.vmap(of_slot, in_axes=(axes, 0, 0, 0), out_axes=(axes, 0))(state, *turn)
+    return constrain_tree(after), {"loss": loss, "grad_norm": norms}
 
 
 def _seeds(stage: Stage, state: dict, batch: dict, count: int) -> dict:
     """The collection by which dropout is drawn: of a user's key, its step, its row's number, and the matrix."""
     if not stage.decoder.dropout:
         return {}
-    rows = batch["piece"].reshape(count, -1)
 
     def of_slot(key, step, pieces):
         key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
         return jax.vmap(lambda piece: jax.random.fold_in(key, piece))(pieces)
 
-    keys = jax.vmap(of_slot)(state["key"], state["step"], rows).reshape(-1)
+    keys = jax.vmap(of_slot)(state["key"], state["step"], batch["piece"].reshape(count, -1)).reshape(-1)
 
     def of_matrix(path, layers):
         of_row = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, zlib.crc32(path.encode())), (layers,)))
@@ -346,8 +341,7 @@ def _seeds(stage: Stage, state: dict, batch: dict, count: int) -> dict:
 
 def first_state(adapter: Adapter, seed: int) -> dict:
     """One slot's state before its first step."""
-    state = init_state(trainable_adapter(adapter), seed)
-    del state["objective"]
+    state, _ = _without(init_state(trainable_adapter(adapter), seed), "objective")
     return state | {"gradient": jax.tree.map(jnp.zeros_like, state["trainable"]), "loss": jnp.float32(0)}
 
 
@@ -366,16 +360,15 @@ def empty_state(one: dict, slots: int) -> dict:
 @functools.partial(jax.jit, donate_argnums=0)
 def put(state: dict, slot: Int[Array, ""], one: dict) -> dict:
     """The state with one slot's set."""
-
-    def write(leaf, new, axis):
-        return jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), slot, axis)
-
-    return constrain_tree(jax.tree.map(write, state, one, user_axes(one)))
+    update = jax.lax.dynamic_update_index_in_dim
+    written = jax.tree.map(
+        lambda leaf, new, axis: update(leaf, new.astype(leaf.dtype), slot, axis), state, one, user_axes(one)
+    )
+    return constrain_tree(written)
 
 
 @jax.jit
 def take(state: dict, slot: Int[Array, ""]) -> dict:
     """One slot's state."""
-    return jax.tree.map(
-        lambda leaf, axis: jax.lax.dynamic_index_in_dim(leaf, slot, axis, keepdims=False), state, user_axes(state)
-    )
+    take_one = functools.partial(jax.lax.dynamic_index_in_dim, index=slot, keepdims=False)
+    return jax.tree.map(lambda leaf, axis: take_one(leaf, axis=axis), state, user_axes(state))
