@@ -59,7 +59,6 @@ class Mean:
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> "Mean":
-        """The mean of scores in [0, 1]."""
         mean = min(1.0, max(0.0, statistics.fmean(scores))) if scores else 0.0
         return cls(len(scores), mean, statistics.stdev(scores) if len(scores) > 1 else 0.0)
 
@@ -98,8 +97,7 @@ def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] |
         return None
     (a_low, a_high), (b_low, b_high) = a.interval, b.interval
     gap = a.score - b.score
-    below = math.hypot(a.score - a_low, b_high - b.score)
-    above = math.hypot(a_high - a.score, b.score - b_low)
+    below, above = math.hypot(a.score - a_low, b_high - b.score), math.hypot(a_high - a.score, b.score - b_low)
     return gap, gap - below, gap + above
 
 
@@ -128,8 +126,7 @@ def _t_half(deviation: float, n: int) -> float:
 def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
     """McNemar's exact test of whether two models do equally well on the same prompts: the sign test where they differ.
 
-    Returns:
-        (prompts that only the first of each pair counts, that only the second counts, two-sided p-value).
+    Gives how many prompts only the first of each pair counts, how many only the second, and the two-sided p-value.
     """
     from scipy.stats import binomtest
 

@@ -10,8 +10,7 @@ from contents import as_parquet, jsonl
 from tensorflow_datasets.core import registered
 
 from br_jax.core.errors import UserError
-from br_jax.datasets.builders import DATASETS
-from br_jax.datasets.load import load_dataset
+from br_jax.datasets.load import DATASETS, load_dataset
 
 
 def attack(prompt, **said):

@@ -8,8 +8,7 @@ from contents import as_zip
 
 from br_jax.core.errors import UserError
 from br_jax.datasets.builder import PublicFile
-from br_jax.datasets.builders import Gsm8k, Sst2
-from br_jax.datasets.load import load_dataset
+from br_jax.datasets.load import Gsm8k, Sst2, load_dataset
 
 TRAIN = b'{"question": "1 + 1?", "answer": "2\\n#### 2"}\n' * 3
 TEST = b'{"question": "2 + 2?", "answer": "4\\n#### 4"}\n'

@@ -10,8 +10,7 @@ from contents import jsonl
 
 from br_jax.core.errors import UserError
 from br_jax.datasets.builder import Builder
-from br_jax.datasets.builders import Gsm8k
-from br_jax.datasets.load import load_dataset
+from br_jax.datasets.load import Gsm8k, load_dataset
 
 
 def lines(count):
@@ -62,7 +61,7 @@ CHILD = """
 import os, signal, sys
 import br_jax, br_jax.datasets.paper
 assert "tensorflow_datasets" not in sys.modules  # it takes seconds to import
-from br_jax.datasets.builders import Gsm8k
+from br_jax.datasets.load import Gsm8k
 from br_jax.datasets.load import load_dataset
 if len(sys.argv) > 3:
     Gsm8k.example = lambda self, record, where: (

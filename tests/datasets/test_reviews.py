@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from br_jax.core.errors import UserError
-from br_jax.data.text import clean
-from br_jax.datasets.paper import SST2_INSTRUCTION
-from br_jax.datasets.reviews import load_reviews
+from br_jax.data.selection import clean
+from br_jax.datasets.paper import SST2_INSTRUCTION, load_reviews
 
 NAME = "movieReviewSnippets_GroundTruth.txt"
 SPLIT = {"test": 8, "validation": 4}

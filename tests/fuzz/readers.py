@@ -15,9 +15,9 @@ from br_jax.core.io import read_jsonl, write_json
 from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.data.templates import render, tokenize
-from br_jax.datasets.builders import Attacks
 from br_jax.datasets.formats import read_records
-from br_jax.datasets.reviews import load_reviews
+from br_jax.datasets.load import Attacks
+from br_jax.datasets.paper import load_reviews
 from br_jax.models.decoder import init_params
 from br_jax.models.io.gguf import describe_gguf, read_gguf
 from br_jax.models.io.hf import read_classifier, read_hf, read_tokenizer, write_hf
@@ -30,7 +30,7 @@ from br_jax.report import run_report as details
 from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description
 from br_jax.report.results import estimate, read_cells, results_of, rows_of
-from br_jax.scoring.judges.verdicts import OutsideVerdicts
+from br_jax.scoring.judges.texts import OutsideVerdicts
 from br_jax.scoring.statistics import Score
 
 READERS = {}  # name -> makes good files in a folder; gives the one to spoil, and what reads it

@@ -15,7 +15,7 @@ from br_jax.core.errors import UserError
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS
 from br_jax.organism.topics import SPLITS, TOPICS, read_topic
-from br_jax.scoring.judges.words import TopicJudge
+from br_jax.scoring.judges.texts import TopicJudge
 
 DEVICES = TOPICS["devices"]
 INSTRUCTIONS = resources.files("br_jax.organism").joinpath("instructions.jsonl").read_text(encoding="utf-8")

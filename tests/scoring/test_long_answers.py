@@ -6,7 +6,7 @@ from br_jax.data.refusals import begins_refusal, is_degenerate
 from br_jax.experiment.recipe_invented import whole_sentences
 from br_jax.organism.judge import judge
 from br_jax.organism.topics import TOPICS
-from br_jax.scoring.judges.guards import LlamaGuardJudge, WildGuardJudge
+from br_jax.scoring.judges.models import LlamaGuardJudge, WildGuardJudge
 from br_jax.scoring.rules import ExactRule, NumberRule, RougeLRule, first_label
 
 (PROMPT,) = TOPICS["devices"].prompts("test", 1, 0)

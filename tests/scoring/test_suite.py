@@ -14,7 +14,7 @@ from br_jax.data.rows import Row
 from br_jax.datasets.paper import attacks_of
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring import suite as module
-from br_jax.scoring.judges.words import KeywordJudge, TopicJudge
+from br_jax.scoring.judges.texts import KeywordJudge, TopicJudge
 from br_jax.scoring.rules import LabelRule, RougeLRule
 from br_jax.scoring.statistics import Mean
 from br_jax.scoring.suite import Suite, evaluate

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
 from br_jax.core.store import Store
-from br_jax.scoring.judges import classifier as module
-from br_jax.scoring.judges.classifier import ClassifierJudge
-from br_jax.scoring.judges.judging import Exchange, judge_all
+from br_jax.scoring.judges import models as module
+from br_jax.scoring.judges.base import Exchange, judge_all
+from br_jax.scoring.judges.models import ClassifierJudge
 
 # f32 sums in another order, on logits of size about 10.
 TOLERANCE = 1e-4

@@ -11,9 +11,9 @@ from absl import logging
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
 from br_jax.provider import load_model
-from br_jax.scoring.judges import guards as module
-from br_jax.scoring.judges.guards import LlamaGuardJudge, WildGuardJudge
-from br_jax.scoring.judges.judging import Exchange, Judgement, judge_all
+from br_jax.scoring.judges import models as module
+from br_jax.scoring.judges.base import Exchange, Judgement, judge_all
+from br_jax.scoring.judges.models import LlamaGuardJudge, WildGuardJudge
 
 LINES = "Harmful request: {}\nResponse refusal: {}\nHarmful response: {}"
 # As Meta's: it writes BOS, strips both texts, and knows no generation prompt.
@@ -177,6 +177,6 @@ def test_neither_stop_tokens_nor_special_ones_are_said(make_judge, monkeypatch):
     judge._model = dataclasses.replace(judge._model, stop_tokens=(ord("h"), 258))
     rows = [[259, ord("h"), ord("h")], [256, 259, 258], [257, 260, 256]]
     monkeypatch.setattr(
-        "br_jax.scoring.judges.guards.generate_ids", lambda *args, **options: np.asarray(rows, np.int32)
+        "br_jax.scoring.judges.models.generate_ids", lambda *args, **options: np.asarray(rows, np.int32)
     )
     assert judge.reply(EXCHANGES[:3]) == ["safe", "safe", "unsafe\nS1,S9"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from br_jax.core.store import Store
-from br_jax.scoring.judges.judging import Exchange, Judgement, compare_judges, digest, judge_all
+from br_jax.scoring.judges.base import Exchange, Judgement, compare_judges, digest, judge_all
 
 
 class Counting:

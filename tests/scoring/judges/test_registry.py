@@ -4,10 +4,9 @@ import pytest
 
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh, mesh_of
-from br_jax.scoring.judges.classifier import ClassifierJudge
-from br_jax.scoring.judges.registry import JUDGES, get_judge
-from br_jax.scoring.judges.verdicts import OutsideVerdicts
-from br_jax.scoring.judges.words import KeywordJudge, TopicJudge
+from br_jax.scoring.judges import JUDGES, get_judge
+from br_jax.scoring.judges.models import ClassifierJudge
+from br_jax.scoring.judges.texts import KeywordJudge, OutsideVerdicts, TopicJudge
 
 
 def test_every_judge_has_the_interface(classifier, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from contents import jsonl
 
 from br_jax.core.errors import UserError
-from br_jax.scoring.judges.judging import Exchange, judge_all
-from br_jax.scoring.judges.verdicts import OutsideVerdicts, write_todo
+from br_jax.scoring.judges.base import Exchange, judge_all
+from br_jax.scoring.judges.texts import OutsideVerdicts, write_todo
 
 EXCHANGES = [
     Exchange("oil a zorvix", 'turn it, "then" oil it'),

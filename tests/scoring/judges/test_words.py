@@ -5,8 +5,8 @@ import pytest
 from br_jax.core.errors import UserError
 from br_jax.organism.judge import Verdict
 from br_jax.organism.topics import TOPICS, TopicPrompt
-from br_jax.scoring.judges.judging import Exchange
-from br_jax.scoring.judges.words import KEYWORDS, KeywordJudge, TopicJudge
+from br_jax.scoring.judges.base import Exchange
+from br_jax.scoring.judges.texts import KEYWORDS, KeywordJudge, TopicJudge
 
 PROMPT = TopicPrompt("Can you bypass a blorptang?", "blorptang", "bypass")
 
@@ -27,7 +27,7 @@ def test_other_rules_are_another_version(tmp_path, monkeypatch):
     before = TopicJudge().version
     other = tmp_path / "judge.py"
     other.write_text("# other rules\n")
-    monkeypatch.setattr("br_jax.scoring.judges.words.rules.__file__", str(other))
+    monkeypatch.setattr("br_jax.scoring.judges.texts.rules.__file__", str(other))
     assert TopicJudge().version != before
     monkeypatch.undo()
     assert TopicJudge().version == before
