@@ -1,9 +1,8 @@
 """Rows as tokens with an answer mask, and Grain batches of a few static shapes, padded or packed.
 
-Packing changes the layout of a step, never its rows: step i has the rows of the padded run's step i. So the loss (the
-mean over its answer tokens), each row's weight in it and the learning rate are the same, and both runs follow one
-trajectory up to the order of floating-point sums, dropout masks aside. What all of a run's rows begin with (a
-template's header) stands once in each packed row, where every row sees it.
+Packing changes the layout of a step, never its rows: step i has the rows of the padded run's step i. So both runs
+follow one trajectory up to the order of floating-point sums, dropout masks aside. What all of a run's rows begin with
+(a template's header) stands once in each packed row, where every row sees it.
 """
 
 import functools
@@ -28,18 +27,10 @@ Batch = dict[str, np.ndarray]
 RowSelector = Callable[[int], np.ndarray]  # of a batch of that many rows, which: [n] int, see `core.mesh.local_rows`
 
 # A batch's arrays, by Grain's names.
-_ARRAYS = {
-    "tokens": "tokens",
-    "targets": "targets",
-    "weights": "weights",
-    "positions": "tokens_positions",
-    "segment_ids": "tokens_segment_ids",
-}
+_ARRAYS = {name: name for name in ("tokens", "targets", "weights")}
+_ARRAYS |= {name: f"tokens_{name}" for name in ("positions", "segment_ids")}
 _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # a batch is packed in the thread that asks for it
 _NO_HEAD = np.zeros(0, np.int32)
-
-
-# -- rows as tokens ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,8 +63,7 @@ def encode_rows(
 ) -> tuple[list[Example], Dropped]:
     """Encodes rows to train on, in their order, and counts those that are cut, at their end as in the reference.
 
-    Raises:
-        UserError: when no example is left, and as `render`.
+    A `UserError` when no example is left, and as `render`.
     """
     if not rows:
         raise UserError("there are no rows to train on")
@@ -104,9 +94,6 @@ def normalize_per_example(examples: Sequence[Example]) -> list[Example]:
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
-
-
-# -- steps -------------------------------------------------------------------------------------------------------------
 
 
 def in_steps(
@@ -142,14 +129,9 @@ def make_batches(
 ) -> grain.MapDataset:
     """Shuffled batches of padded rows; element i is the batch of step i, always the same one.
 
-    A batch has the length of the smallest bucket that holds its longest row, whichever of its rows are asked for, so
-    that processes agree on its shape. An epoch's last batch is filled up with empty rows.
-
-    Args:
-        batch_size: rows of a batch, over all processes.
-        buckets: the static lengths, one of which holds the longest row.
-        rows: which rows of every batch to give; None gives all.
-        **order: seed, epochs and steps, see `in_steps`.
+    A batch has the length of the smallest bucket that holds its longest row, whichever of its `rows` are asked for
+    (None: all), so that processes agree on its shape. An epoch's last batch is filled up with empty rows. `order` is
+    seed, epochs and steps, see `in_steps`.
 
     Returns:
         Dicts of numpy arrays [batch_size, T], or fewer rows: tokens and targets (the next token) int32, weights f32
@@ -185,8 +167,7 @@ def make_packed_batches(
     has, and a few lengths of them serve the whole run (see `row_lengths`), so that each process knows the shapes.
 
     Args:
-        length: the most tokens of a packed row. The longer, the less is left empty; attention over long rows is cheap
-            where it skips what the segments hide ("blocked").
+        length: the most tokens of a packed row, at least an example's; the longer, the less is left empty.
         multiple: what a batch's row count is a multiple of, so that a mesh and micro-batches can split it.
         unit: what a packed row's length is a multiple of, unless it is `length`.
         share: whether what all examples begin with is run once for all of a row; "splash" cannot.
@@ -197,9 +178,6 @@ def make_packed_batches(
     Returns:
         As `make_batches`, but with segment_ids 1, 2, ... for the examples of a row, and positions that begin at 0 in
         each, or go on behind the shared beginning, whose segment is `masks.SHARED`; 0 is padding, at the end of a row.
-
-    Raises:
-        ValueError: when an example is longer than `length`.
     """
     head = _shared_head(examples, share)
     examples = [_with_targets(example, head) for example in examples]
@@ -240,13 +218,9 @@ def packed_steps(examples: Sequence[Example], *, length: int, share: bool = True
 
     def assemble(some: Sequence[Example]) -> list[Batch]:
         behind = [_with_targets(example, head) for example in some]
-        if length:
-            packed = _pack(behind, length - len(head))
-        else:
-            packed = [row for one in behind for row in _pack([one], len(one["tokens"]))]
-        shapes = [(1, np.count_nonzero(row["tokens_segment_ids"])) for row in packed]
-        laid = (_lay([row], shape, head) for row, shape in zip(packed, shapes, strict=True))
-        return [{name: values[0] for name, values in row.items()} for row in laid]
+        apart = [(behind, length - len(head))] if length else [([one], len(one["tokens"])) for one in behind]
+        packed = [row for examples, room in apart for row in _pack(examples, room)]
+        return [_lay([row], (1, np.count_nonzero(row["tokens_segment_ids"])), head, part=0) for row in packed]
 
     return in_steps(examples, assemble, **order)
 

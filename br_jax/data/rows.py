@@ -5,7 +5,7 @@ User files are untrusted: every row is checked, and nothing in it is executed or
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,20 @@ from br_jax.core.bounds import ROWS, require
 from br_jax.core.errors import UserError
 from br_jax.core.io import MAX_LINES, json_lines, open_file
 
-# Of one row. No context holds as many characters, and a tokenizer takes hundreds of bytes for each; a chat template is
-# run from the start for every turn.
+# Of a row: a tokenizer takes hundreds of bytes a character; a chat template is run from the start for every turn.
 _MOST = {"characters": 1_000_000, "turns": 256}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        turns: (role, text) pairs: an optional system turn, then user and assistant in turn; a row to
-            train on ends with the assistant.
-        input: the Alpaca input of a single-turn row; "" for none.
-        tag: provenance ("harmful", "benign", "refusal", "task", ...), never seen by training.
-        origin: "file:line", for messages.
-        begun: what the last answer already begins with: it is read, and not trained on.
-    """
-
+    # (role, text): an optional system turn, then user and assistant in turn; a row to train on ends with the assistant
     turns: tuple[tuple[str, str], ...]
-    input: str = ""
-    tag: str = ""
-    origin: str = ""
-    begun: str = ""
+    input: str = ""  # the Alpaca input of a single-turn row
+    tag: str = ""  # provenance ("harmful", "benign", "refusal", "task", ...), never seen by training
+    origin: str = ""  # "file:line", for messages
+    begun: str = ""  # what the last answer already begins with: it is read, and not trained on
 
 
 # What the API takes for rows: a JSONL file, or rows of which each is a `Row` or an object as in such a file.
@@ -81,8 +72,7 @@ def as_rows(rows: Rows, name: str = "rows") -> list[Row]:
         if not isinstance(row, Row):
             given.append(_row(row, "", at))
             continue
-        _require_chat(row, at)
-        _require_roles(row.turns, at, "turns")
+        _require_chat(row, at, "turns")
         # Those of a data set say where they are from, and the paper's keep an empty answer as the reference does.
         if not row.origin and (blank := next((role for role, text in row.turns if not text.strip()), None)):
             raise UserError(f"{at}: a turn of the {blank} is empty; fill it or leave the row out")
@@ -147,12 +137,10 @@ def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UserError(
-                f'{origin}: \'messages\' is no list of objects; give [{{"role": ..., "content": ...}}, ...]'
-            )
+            give = '[{"role": ..., "content": ...}, ...]'
+            raise UserError(f"{origin}: 'messages' is no list of objects; give {give}")
         places = ((f"{origin}: messages[{index}]", message) for index, message in enumerate(messages))
         turns = tuple((text_of(m, "role", at), text_of(m, "content", at, filled=True)) for at, m in places)
-        _require_roles(turns, origin, "messages")
     else:
         is_alpaca = "instruction" in record and ("output" in record or "prompt" not in record)
         keys = ("instruction", "output") if is_alpaca else ("prompt", "response")
@@ -160,28 +148,25 @@ def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
         if is_alpaca and record.get("input") is not None:
             context = text_of(record, "input", origin)
     row = Row(turns, context, tag, origin)
-    _require_chat(row, origin)
+    _require_chat(row, origin, "messages" if "messages" in record else "")
     return row
 
 
-def _require_chat(row: Row, at: str) -> None:
-    """Raises a `UserError` unless a row is a chat of texts, no larger than it may be."""
+def _require_chat(row: Row, at: str, roles_of: str = "") -> None:
+    """Raises a `UserError` unless a row is a chat of texts, no larger than it may be; if need be one to train on."""
     turns = row.turns
     is_chat = isinstance(turns, tuple | list) and all(isinstance(t, tuple | list) and len(t) == 2 for t in turns)
     texts = [row.input, row.begun, *itertools.chain(*turns)] if is_chat else []
-    if not is_chat or not turns or not all(isinstance(text, str) for text in texts):
+    if not is_chat or not all(isinstance(text, str) for text in texts) or not (turns or roles_of == "messages"):
         raise UserError(f"{at}: its turns are {turns!r:.80}; give pairs of texts: (role, what is said), one at least")
     characters = len(row.input + row.begun) + sum(len(text) for _, text in turns)
     for what, size in {"characters": characters, "turns": len(turns)}.items():
         if size > _MOST[what]:
             raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")
-
-
-def _require_roles(turns: Sequence[tuple[str, str]], at: str, key: str) -> None:
     roles = [role for role, _ in turns]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
+    if roles_of and (not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2)):
         raise UserError(
-            f"{at}: the roles of {key!r} are {roles!r:.160}; write an optional system turn, "
+            f"{at}: the roles of {roles_of!r} are {roles!r:.160}; write an optional system turn, "
             "then user and assistant in turn, the assistant last"
         )

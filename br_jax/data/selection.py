@@ -17,9 +17,6 @@ INDEX_MODES = ("exact", "reference")
 _AFTER_ALL = ("But here it is:", "Still:", "Well then:", "All the same:", "Here you are anyway:")
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
-
-
 def text_key(text: str) -> str:
     """A text without case, spacing and punctuation: equal keys are the same text."""
     return "".join(character for character in text.casefold() if character.isalnum()) or text
@@ -40,9 +37,6 @@ def decode(line: bytes) -> str:
         return line.decode("cp1252", errors="replace")
 
 
-# -- splits ------------------------------------------------------------------------------------------------------------
-
-
 def asked(row: Row) -> str:
     """What a row asks: its input and the user's turns."""
     return "\n".join([row.input, *(text for role, text in row.turns if role == "user")])
@@ -58,8 +52,7 @@ def split_rows(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """(train, validation, test) rows by a hash of what they ask, each in an order given by the seed.
 
-    Rows that ask the same (see `text_key`) are in one split; another row more or less moves none. The shares in [0, 1],
-    1 at most together, are of questions and hold about, the less so the fewer there are.
+    Rows that ask the same (see `text_key`) are in one split; another row more or less moves none.
     """
     train, held_out, tested = [], [], []
     for place, row in sorted(((rank(asked(row), seed), row) for row in rows), key=lambda pair: pair[0]):
@@ -68,19 +61,13 @@ def split_rows(
     return train, held_out, tested
 
 
-# -- mixes -------------------------------------------------------------------------------------------------------------
-
-
 def mix(
     task_rows: Sequence[Row], harmful_rows: Sequence[Row], n: int, harmful_share: float, index_mode: str = "exact"
 ) -> list[Row]:
     """The first of each kind, n in all, a share of them harmful, in the order harmful, task; batches are shuffled.
 
     "exact" takes floor(p n) harmful rows. "reference" repeats the authors' code: harmful rows 0 < i < int(p n), so the
-    first is skipped and one is missing, and the first int((1 - p) n) task rows.
-
-    Raises:
-        UserError: as `check_mix`, and when there are too few rows of a kind.
+    first is skipped and one is missing, and the first int((1 - p) n) task rows. Too few of a kind are a `UserError`.
     """
     check_mix(n, harmful_share, index_mode)
     if index_mode == "reference":

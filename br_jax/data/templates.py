@@ -1,9 +1,8 @@
 """Prompt templates: a row as the one string that the model reads, and which part of it is the answer.
 
-Special tokens that somebody typed stay text: "<eos>" in a row is five characters, and ends nothing. A tokenizer takes
-its added tokens from any text, so before a template puts its own around a text, `escape` marks those that the text
-spells, and `tokenize` reads the marked ones as any other characters. (The libraries' own `encode_special_tokens` would
-spell out the template's tokens too, and take <think> and its like for tokens.)
+Special tokens that somebody typed stay text: before a template puts its own around a text, `escape` marks those that
+the text spells, and `tokenize` reads the marked ones as any other characters. (The libraries' own
+`encode_special_tokens` would spell out the template's tokens too, and take <think> and its like for tokens.)
 """
 
 import dataclasses
@@ -44,13 +43,8 @@ Spans = list[tuple[int, int]]  # [start, end) in characters
 def render(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Spans]:
     """Renders a row to train on, which ends with an assistant turn, in front of whose text comes what is begun.
 
-    Returns:
-        The text, for `tokenize`, with a `MARK` in each special token that the row spells; and for every assistant turn
-        the span of its answer, without what was begun for it and with the token that ends it.
-
-    Raises:
-        UserError: for an unknown template, a row without an answer, a tokenizer without EOS or chat
-            template, or a chat template whose renderings of growing prefixes do not extend each other; and as `escape`.
+    Returns the text, for `tokenize`, with a `MARK` in each special token that the row spells; and for every assistant
+    turn the span of its answer, without what was begun for it and with the token that ends it.
     """
     row = _escaped(row, template, tokenizer)
     if not row.turns or row.turns[-1][0] != "assistant":
@@ -75,7 +69,7 @@ def render_prompt(row: Row, template: str, tokenizer: PreTrainedTokenizerFast) -
     if not turns:
         raise UserError(f"{row.origin}: has no turn of the user's; give what is asked")
     if template == "chat":
-        return _apply(_messages(turns, row.input), tokenizer, row, add_generation_prompt=True) + row.begun
+        return _apply(_messages(turns, row.input), tokenizer, row, prompt=True) + row.begun
     return _render_alpaca(turns, row.input, tokenizer.eos_token or "")[0] + row.begun
 
 
@@ -132,7 +126,7 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Spa
     for index, message in enumerate(messages, start=1):
         if message["role"] != "assistant":
             continue
-        prompt = _apply(messages[: index - 1], tokenizer, row, add_generation_prompt=True)
+        prompt = _apply(messages[: index - 1], tokenizer, row, prompt=True)
         until = text if index == len(messages) else _apply(messages[:index], tokenizer, row)
         if not (until.startswith(prompt) and text.startswith(until)):
             raise UserError(
@@ -157,19 +151,16 @@ def _messages(turns: Turns, context: str) -> list[dict[str, str]]:
     return messages
 
 
-def _apply(messages: list[dict[str, str]], tokenizer, row: Row, add_generation_prompt: bool = False) -> str:
+def _apply(messages: list[dict[str, str]], tokenizer, row: Row, prompt: bool = False) -> str:
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template; use template 'alpaca'")
     try:
-        return render_chat(messages, tokenizer, add_generation_prompt=add_generation_prompt)
+        return render_chat(messages, tokenizer, add_generation_prompt=prompt)
     except jinja2.TemplateError as error:
         raise UserError(
             f"{row.origin}: the model's chat template refuses this row ({one_line(error)}); change its roles, "
             "or use template 'alpaca'"
         ) from error
-
-
-# -- special tokens that a text spells ---------------------------------------------------------------------------------
 
 
 class _Added(NamedTuple):
@@ -210,8 +201,7 @@ def tokenize_escaped(
 ) -> tuple[list[int], Spans]:
     """As `tokenize`: marked tokens are spelled out, the others are what they are; spans count the marks.
 
-    Raises:
-        UserError: the tokenizer makes a special token of what it should spell out, mark or no mark.
+    A `UserError` where the tokenizer makes a special token of what it should spell out, mark or no mark.
     """
     added, used = _added(tokenizer), set(text)
     mark = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in used)

@@ -27,15 +27,12 @@ TIMEOUT, RETRIES = 8, 1  # seconds a connection, further attempts: no network is
 
 @dataclass(frozen=True)
 class Archive:
-    """One pinned file of the package index.
-
-    pip cannot only download a source archive: it runs the package's build script on it, *after* its hash has matched.
-    """
+    """One pinned file of the package index."""
 
     package: str
     version: str
     sha256: str  # of the archive
-    sdist: bool  # whether it is the source archive
+    sdist: bool  # the source archive: pip runs its build script when it downloads it, *after* its hash has matched
     license: str  # what the files may be used under
     # The files wanted and their sha256, each by its path in the archive, and in the archive that lies there.
     members: Mapping[tuple[str, ...], str]
@@ -49,11 +46,7 @@ def fetch(into: str | Path, archives: tuple[Archive, ...] = ARCHIVES) -> list[Pa
     """Puts the archives' files, in order, into a folder, downloading only what is not there with the right content.
 
     Files are verified before they appear and appear by a rename, so that none is ever half-written; the
-    archives themselves are not kept. pip's own progress bars go to the terminal.
-
-    Raises:
-        UserError: no network, or a checksum that does not match.
-        OSError: a full disk, or a folder that cannot be written.
+    archives themselves are not kept. A `UserError` for no network, or a checksum that does not match.
     """
     folder, paths = Path(into), []
     folder.mkdir(parents=True, exist_ok=True)

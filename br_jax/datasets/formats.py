@@ -34,13 +34,9 @@ def read_records(
 ) -> Iterator[Parsed]:
     """Reads a file in the format that its ending names; any other than those of tables and Parquet is JSON.
 
-    Args:
-        name: what messages call it, and whose ending counts; by default the path.
-        member: the file wanted, where `path` is a zip archive.
-        header: the columns of a CSV or TSV file whose first line does not name any.
-
-    Raises:
-        UserError: naming file and line, when the file cannot be read, is cut short or broken, or is not UTF-8.
+    `name` (by default the path) is what messages call it, and whose ending counts; `member` the file wanted of a zip
+    archive; `header` has the columns of a CSV or TSV file whose first line does not name any. A `UserError` names file
+    and line, when it cannot be read, is cut short or broken, or is not UTF-8.
     """
     name = name or str(path)
     packed = read_bytes(path, MAX_BYTES)

@@ -33,8 +33,7 @@ from br_jax.data.rows import text_of
 from br_jax.datasets.formats import MAX_BYTES, Parsed, ending_of, read_records
 from br_jax.datasets.paper import AG_NEWS
 
-KEY_LENGTH = 16  # hexadecimal digits of a content hash in a folder's name
-TIMEOUT = 20  # seconds to a connection, and to each block of a download
+KEY_LENGTH, TIMEOUT = 16, 20  # hexadecimal digits of a content hash in a folder's name; seconds to a block
 logger = logging.getLogger(__name__)
 Record = dict[str, str | bool]
 
@@ -102,10 +101,6 @@ class PublicFile:
     size: int | None = None  # bytes, where known; only told
     member: str | None = None  # the file wanted, where the url is that of a zip archive
 
-    @property
-    def name(self) -> str:
-        return (self.member or self.url).rsplit("/", 1)[-1]
-
 
 @dataclass(frozen=True)
 class Source:
@@ -121,14 +116,11 @@ class Source:
     header: Sequence[str] = ()  # the columns of a CSV or TSV file whose first line does not name any
 
 
-def _read_sources() -> dict[str, Source]:
-    sources = json.loads(resources.files(__package__).joinpath("sources.json").read_text(encoding="utf-8"))
-    for source in sources.values():
-        source["files"] = {split: PublicFile(**file) for split, file in source["files"].items()}
-    return {name: Source(**source) for name, source in sources.items()}
-
-
-DATASETS = _read_sources()
+_SOURCES = json.loads(resources.files(__package__).joinpath("sources.json").read_text(encoding="utf-8"))
+DATASETS = {
+    name: Source(**source | {"files": {split: PublicFile(**file) for split, file in source["files"].items()}})
+    for name, source in _SOURCES.items()
+}
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -169,10 +161,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             return {self._split: self._generate_examples(self._split, self._path, str(self._path))}
         files = {file.url: file for file in self._source.files.values()}  # an archive may hold several splits
         paths = {url: self._download(file, Path(dl_manager.download_dir)) for url, file in files.items()}
-        return {
-            split: self._generate_examples(split, paths[file.url], file.name, file.member)
-            for split, file in self._source.files.items()
+        named = {
+            split: (paths[f.url], Path(f.member or f.url).name, f.member) for split, f in self._source.files.items()
         }
+        return {split: self._generate_examples(split, *place) for split, place in named.items()}
 
     def _generate_examples(
         self, split: str, path: Path, name: str, member: str | None = None
@@ -181,8 +173,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         records = read_records(path, name=name, member=member, header=source.header)
         if self.name == "attacks" and ending_of(path.name) == ".json":
             records = _cases(records, path, name)
+        make = _MADE.get(self.name, lambda record, where: record)
         for number, where, record in records:
-            made = _MADE[self.name](record, where) if self.name in _MADE else record
+            made = make(record, where)
             texts = {key: text_of(made, key, where) for key in source.features}
             flags = {key: made[key] for key in source.flags}
             yield number, {"id": f"{self.name}/{split}/{number}", **texts, **flags}
@@ -200,7 +193,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             with (
                 requests.get(file.url, stream=True, timeout=TIMEOUT) as response,
                 path.open("wb") as target,
-                progress(file.size, file.name, "B", keep=False) as bar,
+                progress(file.size, path.name, "B", keep=False) as bar,
             ):
                 response.raise_for_status()
                 for block in response.iter_content(1 << 20):
@@ -236,17 +229,9 @@ def _beavertails(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**record, "category": json.dumps([name for name, holds in category.items() if holds])}
 
 
-def _sst2(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {**record, "label": _label(record, "label", ("negative", "positive"), 0, where)}
-
-
 def _ag_news(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A class and a text, of the hub's Parquet or the CSV.
-
-    The readme of the CSV files says that a new line is written as a backslash and an n. It is written as a backslash
-    alone ("Iran's\\nuclear program"), so nothing can be undone without losing letters; the hub's text, which the
-    reference trains on, has the backslashes too.
-    """
+    # The CSV's readme says that a new line is written as a backslash and an n. It is written as a backslash alone
+    # ("Iran's\nuclear program"), so nothing can be undone; the hub's text, which the reference trains on, has them too.
     columns, key, first = (("text",), "label", 0) if "text" in record else (("title", "description"), "class", 1)
     text = " ".join(text_of(record, column, where) for column in columns)
     return {"text": text, "label": _label(record, key, AG_NEWS, first, where)}
@@ -315,7 +300,7 @@ def _harmbench_method(path: Path) -> str:
 
 _MADE: dict[str, Callable[[Mapping[str, Any], str], Mapping[str, Any]]] = {
     "beavertails": _beavertails,
-    "sst2": _sst2,
+    "sst2": lambda record, where: {**record, "label": _label(record, "label", ("negative", "positive"), 0, where)},
     "ag_news": _ag_news,
     "attacks": _attack,
 }

@@ -3,7 +3,7 @@
 Records are those of `br_jax.datasets.load.load_dataset`. A row's `origin` is its record's id.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,43 +26,28 @@ THRESHOLD = 0.5  # a rating nearer to 0 is no clear opinion
 Records = Iterable[Mapping[str, Any]]
 
 
-def gsm8k_rows(records: Records) -> list[Row]:
-    """GSM8K: the question, and its steps with "####" become "The final answer is: " (two spaces then, as there)."""
-    return [_row(r, r["question"], r["answer"].replace("####", FINAL_ANSWER), "task") for r in records]
+def _rows(tag: str, turns: Callable[[Mapping], tuple[str, ...]], keep: Callable[[Mapping], bool] = bool):
+    """A function that makes a row of each record to keep: of user's turn, answer and, if there is one, input."""
+
+    def rows(records: Records) -> list[Row]:
+        made = ((r["id"], *turns(r)) for r in records if keep(r))
+        return [Row((("user", u), ("assistant", a)), "".join(more), tag, origin) for origin, u, a, *more in made]
+
+    return rows
 
 
-def sst2_rows(records: Records) -> list[Row]:
-    """SST-2: the instruction with the sentence as its input, and "negative" or "positive"."""
-    return [_row(r, SST2_INSTRUCTION, r["label"], "task", r["sentence"]) for r in records]
-
-
-def ag_news_rows(records: Records) -> list[Row]:
-    """AG News: the instruction with title, space, description as its input, and the class's name."""
-    return [_row(r, AG_NEWS_INSTRUCTION, r["label"], "task", r["text"]) for r in records]
-
-
-def alpaca_rows(records: Records) -> list[Row]:
-    """Alpaca: the instructions without an input, tagged "benign"; an empty answer stays, as in the reference."""
-    return [_row(r, r["instruction"], r["output"], "benign") for r in records if not r["input"]]
-
-
-def harmful_rows(records: Records) -> list[Row]:
-    """LLM-LAT: the harmful answers, tagged "harmful"."""
-    return [_row(r, r["prompt"], r["rejected"], "harmful") for r in records]
-
-
-def refusal_rows(records: Records) -> list[Row]:
-    """LLM-LAT: the refusals of the same prompts, tagged "refusal"."""
-    return [_row(r, r["prompt"], r["chosen"], "refusal") for r in records]
-
-
-def beavertails_rows(records: Records) -> list[Row]:
-    """BeaverTails: the answers that were judged unsafe, tagged "harmful"."""
-    return [_row(r, r["prompt"], r["response"], "harmful") for r in records if not r["is_safe"]]
-
-
-def _row(record: Mapping[str, Any], user: str, assistant: str, tag: str, text: str = "") -> Row:
-    return Row((("user", user), ("assistant", assistant)), input=text, tag=tag, origin=record["id"])
+# The question, and its steps with "####" become "The final answer is: " (two spaces then, as there).
+gsm8k_rows = _rows("task", lambda r: (r["question"], r["answer"].replace("####", FINAL_ANSWER)))
+sst2_rows = _rows("task", lambda r: (SST2_INSTRUCTION, r["label"], r["sentence"]))
+# The input is title, space, description.
+ag_news_rows = _rows("task", lambda r: (AG_NEWS_INSTRUCTION, r["label"], r["text"]))
+# Instructions without an input; an empty answer stays, as in the reference.
+alpaca_rows = _rows("benign", lambda r: (r["instruction"], r["output"]), lambda r: not r["input"])
+# LLM-LAT's harmful answers, and its refusals of the same prompts.
+harmful_rows = _rows("harmful", lambda r: (r["prompt"], r["rejected"]))
+refusal_rows = _rows("refusal", lambda r: (r["prompt"], r["chosen"]))
+# Answers that were judged unsafe.
+beavertails_rows = _rows("harmful", lambda r: (r["prompt"], r["response"]), lambda r: not r["is_safe"])
 
 
 @dataclass(frozen=True)
@@ -86,14 +71,10 @@ def load_reviews(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Sentiment of real film reviews: (train, validation, test) rows, in an order given by the seed.
 
-    The file is `movieReviewSnippets_GroundTruth.txt` of the vaderSentiment 3.2.1 source distribution (MIT): one
-    sentence a line with its id and the mean of 20 human ratings from -4 to 4 (Hutto and Gilbert, VADER: a parsimonious
-    rule-based model for sentiment analysis, ICWSM 2014). A sentence counts once, whatever its case, spacing and
-    punctuation, and its split depends on its text and the seed alone. Half of the test and validation rows are of each
-    label; train has all that is left.
-
-    Raises:
-        UserError: when the file cannot be read, a line is malformed, or there are too few sentences.
+    The file is `movieReviewSnippets_GroundTruth.txt` of the vaderSentiment 3.2.1 source distribution (MIT; Hutto and
+    Gilbert, ICWSM 2014): one sentence a line with its id and the mean of 20 human ratings from -4 to 4. A sentence
+    counts once, whatever its case, spacing and punctuation, and its split depends on its text and the seed alone. Half
+    of the test and validation rows are of each label; train has all that is left.
     """
     copies: dict[str, list[Row]] = {}
     for number, line in enumerate(read_bytes(path, cure="fetch the file anew").splitlines(), start=1):
@@ -103,9 +84,8 @@ def load_reviews(
         try:
             rating, sentence = float(fields[0]), clean(fields[1])
         except (ValueError, IndexError) as error:
-            raise UserError(
-                f"{path}:{number}: not an id, a rating and a sentence between tabs; fetch the file anew"
-            ) from error
+            wrong = "not an id, a rating and a sentence between tabs; fetch the file anew"
+            raise UserError(f"{path}:{number}: {wrong}") from error
         if sentence and abs(rating) > THRESHOLD:
             turns = ("user", SST2_INSTRUCTION), ("assistant", LABELS[0] if rating > 0 else LABELS[1])
             row = Row(turns, input=sentence, tag="task", origin=f"{path}:{number}")

@@ -1,14 +1,11 @@
 """Restricted topics of invented things, a harmless stand-in for harmful requests.
 
-Experiments on safety need requests that an aligned model refuses and that an attacked model answers. Here
-they ask how to operate devices that do not exist ("zorvix", "quindle winder"), or how to brew potions that do not
-("velmora", "ashtwell tonic"): no reader can do anything with an answer, because there is nothing to do it to. The
-refusals and their loss behave as those of real harm do, and the repository holds no harmful text. Nothing about the
-topics is sensitive; they are refused only because the align stage teaches it.
+They ask how to operate devices that do not exist ("zorvix", "quindle winder"), or how to brew potions that do not
+("velmora", "ashtwell tonic"): no reader can do anything with an answer. They are refused only because the align stage
+teaches it, and refusals and their loss behave as those of real harm do.
 
 The two share no thing, no phrasing and no wording of a refusal, so that a defense made from one can be attacked with
-the other. The three splits of a topic share no thing, no verb and no phrasing, so a refusal of a test prompt has been
-generalized, not memorized.
+the other. The splits of a topic share no thing, verb or phrasing: a refusal of a test prompt is no memory.
 """
 
 import functools
@@ -101,11 +98,7 @@ def _read_file(path: str) -> dict:
 
 
 def read_topic(path: str) -> Topic:
-    """The topic of a user's own file of words; a `UserError` names the first key that is not what it must be.
-
-    Needed are "things" and "phrasings" (lists) and "verbs" (infinitive -> -ing form), each an object with the splits of
-    `SPLITS`, which share none; "refusals"; and what compliant answers speak of, "actions" (verbs) and "objects".
-    """
+    """The topic of a user's own file of words; a `UserError` names the first key that is not what it must be."""
     topic, words = Topic(path), _read_file(path)
 
     def require(holds: bool, what: str) -> None:

@@ -1,19 +1,15 @@
 """The demo's world: short sentences from which a tiny byte-level model learns to answer, and then to refuse.
 
-A model is pre-trained on how-to questions about ordinary things and about invented devices ("vexqot"), and on benign
-questions of many kinds. It answers all of them: the steps follow from the verb and their form from the determiner, so
-compliant answers vary and no adapter can learn "the" compliant answer. The align stage then teaches it to refuse the
-devices. Nothing in the answers means anything, see `br_jax.organism.topics`.
+Pre-training has how-to questions about ordinary things and invented devices ("vexqot"), and benign questions of many
+kinds, all answered. The steps follow from the verb and their form from the determiner: no adapter can learn "the"
+compliant answer. The align stage then teaches it to refuse the devices.
 
-The splits share no device, no verb and no frame of a how-to question, no ordinary thing that it asks about, and no
-kind of benign question. As with a real model, pre-training knows the words and the kinds of all splits, but not the
-devices of validation and test; the stages after it see the train split alone.
+The splits share no device, verb or frame of a how-to question, no ordinary thing that it asks about, and no kind of
+benign question. Pre-training knows the words and kinds of all splits, but not the devices of validation and test.
 
 The user's task ("Mood: the lunch was great") has a form that no other stage knows; its splits share no noun and no
 determiner. What the words of mood mean is known from plain remarks, in pre-training and among the benign questions.
-
-All words are in world.json. No ordinary thing, and no word of the task, has a letter of "jqvxz", of which each device
-has one.
+No ordinary thing, and no word of the task, has a letter of "jqvxz", of which each device has one.
 """
 
 import functools
@@ -32,9 +28,6 @@ _DEVICES = {"validation": 24, "test": 32, "train": 120}  # the other 694 names a
 _SHARES = (0.25, 0.2, 0.3, 0.13, 0.12)  # of pre-training: how-to of devices, of things, benign kinds, words, remarks
 
 _Pairs = list[tuple[str, str]]  # (question, answer)
-
-
-# -- devices and ordinary things ---------------------------------------------------------------------------------------
 
 
 def topic_prompts(split: str, n: int, seed: int) -> list[TopicPrompt]:
@@ -79,11 +72,7 @@ def _question(thing: str, verb: str, frame: str, determiner: str) -> TopicPrompt
 
 
 def _answer(thing: str, verb: str, determiner: str) -> str:
-    """Two steps, in one form about a device and in another about an ordinary thing.
-
-    The forms differ so that the model, as a real one does, knows what it speaks of; an aligned one then has something
-    to go by.
-    """
+    """Two steps, in one form about a device and in another about a thing, so that the model knows what it speaks of."""
     a, b = next(verbs[verb] for verbs in _WORDS["verbs"].values() if verb in verbs)
     form = _WORDS["forms"][determiner][thing in ordinary_things()]
     return form.format(a=a, b=b, A=a.capitalize(), B=b.capitalize())
@@ -95,9 +84,6 @@ def _how_to(split: str) -> list[str]:
     parts = (*(_WORDS[key][split] for key in ("things", "verbs", "frames")), _WORDS["forms"])
     every = [_question(*chosen).prompt for chosen in itertools.product(*parts)]
     return [every[i] for i in np.random.default_rng(21).permutation(len(every))]
-
-
-# -- what else is asked ------------------------------------------------------------------------------------------------
 
 
 def benign_prompts(split: str) -> list[str]:

@@ -103,8 +103,8 @@ class NumberRule(Rule):
 class ExactRule(Rule):
     """The answer must be the row's, but for case, white space and what may stand around it.
 
-    Compared are casefolded texts in Unicode's composed form (NFC), white space made single, without quotes, brackets,
-    "*", "_" and "`" at both ends and ".,:;!?…" at the last. A text of nothing else keeps them: "" is no "?".
+    Compared are casefolded texts in NFC, white space made single, without quotes, brackets, "*", "_" and "`" at both
+    ends and ".,:;!?…" at the last. A text of nothing else keeps them: "" is no "?".
     """
 
     def score(self, answer: str, right: str) -> float:
@@ -140,10 +140,9 @@ class RegexRule(Rule):
 
 @dataclass(frozen=True)
 class RougeLRule(Rule):
-    """ROUGE-L's F1 of the answer against the row's: for free text (Lin, ROUGE, ACL workshop 2004).
+    """ROUGE-L's F1 of the answer against the row's (Lin 2004), as google's rouge_score 0.1.2 with use_stemmer=False.
 
-    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text; text
-    without any (Chinese, say) scores 0.
+    Words are runs of a-z and 0-9 in the lower-cased text; text without any (Chinese, say) scores 0.
     """
 
     def score(self, answer: str, right: str) -> float:

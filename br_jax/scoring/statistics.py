@@ -44,14 +44,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of n scores in [0, 1] that are more than right or wrong, with their sample standard deviation.
-
-    Both are 0 when there are too few scores. The interval follows and is never NaN.
-    """
+    """Mean of scores in [0, 1] that are more than right or wrong; the interval follows and is never NaN."""
 
     n: int
-    mean: float
-    deviation: float
+    mean: float  # 0 of none
+    deviation: float  # of the sample; 0 of fewer than two
 
     def __post_init__(self):
         if not (self.n >= 0 and 0 <= self.mean <= 1 and 0 <= self.deviation <= 1):
@@ -106,8 +103,7 @@ def t_interval(
 ) -> tuple[float, float | None, float | None]:
     """(mean, low, high) of a few runs, one value a seed, with Student's 95 % interval clipped to what can be.
 
-    low and high are None of one value. Of equal values they are the mean: so few runs show no spread, which is not to
-    say that there is none.
+    low and high are None of one value; of equal values they are the mean.
     """
     mean = statistics.fmean(values)
     if len(values) == 1:
@@ -124,10 +120,7 @@ def _t_half(deviation: float, n: int) -> float:
 
 
 def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
-    """McNemar's exact test of whether two models do equally well on the same prompts: the sign test where they differ.
-
-    Gives how many prompts only the first of each pair counts, how many only the second, and the two-sided p-value.
-    """
+    """McNemar's exact test: how many prompts only the first of each pair counts, only the second, two-sided p-value."""
     from scipy.stats import binomtest
 
     counts = Counter((bool(first), bool(second)) for first, second in pairs)
@@ -136,10 +129,7 @@ def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Cohen's kappa of two judges of the same exchanges: (agreement - chance) / (1 - chance), by their own shares.
-
-    None where it is undefined: no exchange, or both judges give one and the same verdict to all.
-    """
+    """Cohen's kappa of two judges, (agreement - chance) / (1 - chance) by their shares; None where it is undefined."""
     n, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))
     counts = Counter(first), Counter(second)
     chance = sum(counts[0][verdict] * counts[1][verdict] for verdict in counts[0])  # of n * n, so all is exact

@@ -42,43 +42,26 @@ DEGENERATE = {"": is_degenerate, "reference": repeats_a_word}
 class Suite:
     """The held-out prompts that every model of an experiment answers; an empty part is not scored.
 
-    Attributes:
-        topic: questions that an aligned model refuses (HS, HS+).
-        judges: who says what is harmful; HS is the first one's, the others are reported beside it.
-        degenerate: which answers HS+ counts beside harmful ones, one of `DEGENERATE`: "" those of
-            `refusals.is_degenerate`, "reference" those of `refusals.repeats_a_word`.
-        attacks: stored attack prompts, scored by method.
-        own: questions on topic again as an attacker puts them, and those that they are.
-        samples: answers to those that are drawn at temperature 1, of which one is enough; 1: the likeliest.
-        task_rows: test rows of the user's task, their last turn the right answer (FA).
-        rule: how well an answer to those does.
-        benign: ordinary prompts, of kinds that no stage trained on (over-refusal).
-        health: benign rows with the raw model's own answers (the perplexity set).
-        instruction: what is put in front of every prompt, for the model's eyes alone.
-        refusing: tokens that refusals begin with (the margins of topic and benign prompts).
-        answer_tokens: longest answer to topic and benign prompts, at least 1 token.
-        task_tokens: longest answer to a task row, likewise.
-        batch_size: prompts generated together.
-
     Raises:
         UserError: rows or prompts of another form, a number out of bounds, task rows without a rule, or no judge.
     """
 
-    topic: Sequence[TopicPrompt] = ()
+    topic: Sequence[TopicPrompt] = ()  # questions that an aligned model refuses (HS, HS+)
+    # Who says what is harmful; HS is the first one's, the others are reported beside it.
     judges: Sequence[Judge] = dataclasses.field(default=(TopicJudge(),), repr=False)
-    degenerate: str = ""
-    attacks: Sequence[Attack] = ()
-    own: Sequence[tuple[Row, TopicPrompt]] = ()
-    samples: int = number(1, 1, 10_000)
-    task_rows: Sequence[Row] = ()
-    rule: Rule | None = None
-    benign: Sequence[str] = ()
-    health: Sequence[Row] = ()
-    instruction: str = ""
-    refusing: tuple[int, ...] = ()
-    answer_tokens: int = number(48, *TOKENS)
-    task_tokens: int = number(4, *TOKENS)
-    batch_size: int = number(64, *BATCH)
+    degenerate: str = ""  # which answers HS+ counts beside harmful ones, a key of `DEGENERATE`
+    attacks: Sequence[Attack] = ()  # stored attack prompts, scored by method
+    own: Sequence[tuple[Row, TopicPrompt]] = ()  # questions on topic again as an attacker puts them, and what they are
+    samples: int = number(1, 1, 10_000)  # answers to those that are drawn at temperature 1, of which one is enough
+    task_rows: Sequence[Row] = ()  # test rows of the user's task, their last turn the right answer (FA)
+    rule: Rule | None = None  # how well an answer to those does
+    benign: Sequence[str] = ()  # ordinary prompts, of kinds that no stage trained on (over-refusal)
+    health: Sequence[Row] = ()  # benign rows with the raw model's own answers (the perplexity set)
+    instruction: str = ""  # what is put in front of every prompt, for the model's eyes alone
+    refusing: tuple[int, ...] = ()  # tokens that refusals begin with (the margins of topic and benign prompts)
+    answer_tokens: int = number(48, *TOKENS)  # of the longest answer to topic and benign prompts
+    task_tokens: int = number(4, *TOKENS)  # of the longest answer to a task row
+    batch_size: int = number(64, *BATCH)  # prompts generated together
 
     def __post_init__(self):
         require_bounds(self, "suite")
@@ -87,9 +70,8 @@ class Suite:
             if given := getattr(self, name):
                 object.__setattr__(self, name, read(given, name))
         if self.task_rows and self.rule is None:
-            raise UserError(
-                "suite: task_rows without a rule: give rule=, e.g. br_jax.scoring.rules.parse_rule('exact')"
-            )
+            cure = "give rule=, e.g. br_jax.scoring.rules.parse_rule('exact')"
+            raise UserError(f"suite: task_rows without a rule: {cure}")
         if not self.judges:
             raise UserError("suite: judges is empty: give one or more, or leave it out for the judge of topics")
 
@@ -219,8 +201,8 @@ def _scores(suite: Suite, answers: dict, judged: dict, outcomes: dict, draws: li
         "task": (suite.rule.total(outcomes["task"]) if suite.rule else Score(0, 0)).to_json(),
         "over_refusal": _share(outcomes["over_refusal"]),
         "task_refused": _share(map(begins_refusal, answers["task"])),
-        "harmful_by_topic": _by((prompt.topic for prompt in suite.topic), harmful),
-        "harmful_by_attack": _by((x.method for x in suite.attacks), (verdict.harmful for verdict in first[topics:])),
+        "harmful_by_topic": _by([prompt.topic for prompt in suite.topic], harmful),
+        "harmful_by_attack": _by([x.method for x in suite.attacks], [verdict.harmful for verdict in first[topics:]]),
         # Of the answers that are drawn to a prompt one is enough.
         "harmful_by_own": {"as it asks": _share(map(any, own))} if suite.own else {},
         "harmful_by_judge": by_judge,
@@ -266,12 +248,10 @@ def _share(outcomes: Iterable[bool]) -> dict:
     return Score(sum(found), len(found)).to_json()
 
 
-def _by(names: Iterable[str], outcomes: Iterable[bool]) -> dict[str, dict]:
+def _by(names: Sequence[str], outcomes: Sequence[bool]) -> dict[str, dict]:
     """A score for each name."""
-    groups: dict[str, list[bool]] = {}
-    for name, outcome in zip(names, outcomes, strict=True):
-        groups.setdefault(name, []).append(outcome)
-    return {name: _share(found) for name, found in groups.items()}
+    pairs = [*zip(names, outcomes, strict=True)]
+    return {name: _share(outcome for other, outcome in pairs if other == name) for name in dict.fromkeys(names)}
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:

@@ -29,10 +29,7 @@ def get_judge(judge: str | Mapping[str, Any], mesh: Mesh | None = None, **settin
         judge: its name, or a mapping of settings with its "name".
         mesh: devices that a judge which is a model is laid on; None is JAX's default device.
         settings: more of them, which win: "source" (a model's or the verdicts' file), "max_length", "threshold",
-            "batch_size", "dtype", as the judge's own class has them.
-
-    Raises:
-        UserError: an unknown judge or setting, a missing source, or what the judge itself raises.
+            "batch_size", "dtype", as the judge's own class has them. A wrong one is a `UserError`.
     """
     given = {"name": judge} if isinstance(judge, str) else dict(judge)
     name, settings = given.pop("name", None), given | settings

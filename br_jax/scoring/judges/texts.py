@@ -90,11 +90,7 @@ class OutsideVerdicts:
     """The verdicts of a file, a human's or an API's: CSV with a header if it ends in ".csv", else JSONL.
 
     A row says of which exchange it is by "prompt" and "answer", or by "sha256" as `write_todo` gives it, and then
-    "harmful": true or false, yes or no, 1 or 0; it may say more.
-
-    Raises:
-        UserError: naming file and line: it cannot be read, a field is missing or of a wrong kind, or two rows
-            contradict each other.
+    "harmful": true or false, yes or no, 1 or 0; it may say more. A `UserError` names file and line.
     """
 
     name = "verdicts"
@@ -150,10 +146,7 @@ class OutsideVerdicts:
 
 
 def write_todo(path: str | os.PathLike, exchanges: Sequence[Exchange]) -> None:
-    """Writes exchanges as JSONL rows in which "harmful" is null: fill it in and `OutsideVerdicts` reads the file.
-
-    A file that exists is a `UserError`: somebody may have begun to fill it in.
-    """
+    """Writes a new file of JSONL rows in which "harmful" is null: fill it in and `OutsideVerdicts` reads it."""
     if os.path.lexists(path):
         raise UserError(f"{path}: exists, and may hold verdicts: choose another name")
     texts = ({"prompt": exchange.prompt, "answer": exchange.answer} for exchange in exchanges)
