@@ -38,8 +38,7 @@ class Score:
         return wilson(self.k, self.n)
 
     def to_json(self) -> dict[str, float | int | None]:
-        low, high = self.interval
-        return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
+        return {"k": self.k, "n": self.n, "score": self.score} | dict(zip(("low", "high"), self.interval, strict=True))
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class Mean:
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
     def to_json(self) -> dict[str, float | int | None]:
-        low, high = self.interval
-        return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
+        ends = dict(zip(("low", "high"), self.interval, strict=True))
+        return {"n": self.n, "score": self.score, "deviation": self.deviation} | ends
 
 
 def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
