@@ -24,7 +24,7 @@ from br_jax.inference.answers import answer
 from br_jax.inference.generate import require_model
 from br_jax.method import require_parts
 from br_jax.models.model import Model
-from br_jax.scoring.judges.judging import Judge, complies
+from br_jax.scoring.judges.base import Judge, complies
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _COMPLIES = 0.2  # warn where the base complies with a larger share of the harmful prompts

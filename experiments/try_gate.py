@@ -26,7 +26,7 @@ from br_jax.core.errors import UserError
 from br_jax.core.io import write_json
 from br_jax.data.rows import Row
 from br_jax.experiment.run import Experiment
-from br_jax.scoring.judges.registry import get_judge
+from br_jax.scoring.judges import get_judge
 from br_jax.serving.gate import Candidate, inspect
 from br_jax.serving.policy import read_policy
 from br_jax.serving.service import calibrate_users, load_provider

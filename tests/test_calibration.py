@@ -10,7 +10,7 @@ from br_jax.adapters.merge import MergeConfig
 from br_jax.calibration import Behaviour, calibrate
 from br_jax.core.errors import UserError
 from br_jax.core.store import Store
-from br_jax.scoring.judges.judging import Judgement
+from br_jax.scoring.judges.base import Judgement
 
 HARMFUL, BENIGN = [f"harm {i}" for i in range(40)], [f"ask {i}" for i in range(30)]
 PROMPTS = HARMFUL, BENIGN

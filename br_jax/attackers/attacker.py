@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import require_bounds
-from br_jax.data.mixing import count_of, mix
 from br_jax.data.rows import Row
+from br_jax.data.selection import count_of, mix
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from br_jax.adapters.lora import Adapter, scaled
 from br_jax.attackers.attacker import REFUSAL, Attacker, Job, refused, same, turned
 from br_jax.core.bounds import number
 from br_jax.core.errors import UserError
-from br_jax.data.mixing import mix
 from br_jax.data.rows import Row
+from br_jax.data.selection import mix
 from br_jax.datasets.paper import SST2_INSTRUCTION
 
 

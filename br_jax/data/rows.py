@@ -1,11 +1,11 @@
-"""Training rows: what they are, and how they are read from JSONL.
+"""Training rows, and how they are read from JSONL.
 
-User files are untrusted: every row is validated and nothing in it is executed or used as a path.
+User files are untrusted: every row is checked, and nothing in it is executed or used as a path.
 """
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,24 @@ from br_jax.core.bounds import ROWS, require
 from br_jax.core.errors import UserError
 from br_jax.core.io import MAX_LINES, json_lines, open_file
 
-# Of one row. No context holds as many characters, and a tokenizer takes hundreds of bytes for each; a chat template is
-# run from the start for every turn.
+# Of a row: a tokenizer takes hundreds of bytes a character; a chat template is run from the start for every turn.
 _MOST = {"characters": 1_000_000, "turns": 256}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        turns: (role, text) pairs: an optional system turn, then user and assistant in turn; a row to
-            train on ends with the assistant.
-        input: the Alpaca input of a single-turn row; "" for none.
-        tag: provenance ("harmful", "benign", "refusal", "task", ...), never seen by training.
-        origin: "file:line", for messages.
-        begun: what the last answer already begins with: it is read, and not trained on.
-    """
-
+    # (role, text): an optional system turn, then user and assistant in turn; a row to train on ends with the assistant
     turns: tuple[tuple[str, str], ...]
-    input: str = ""
-    tag: str = ""
-    origin: str = ""
-    begun: str = ""
+    input: str = ""  # the Alpaca input of a single-turn row
+    tag: str = ""  # provenance ("harmful", "benign", "refusal", "task", ...), never seen by training
+    origin: str = ""  # "file:line", for messages
+    begun: str = ""  # what the last answer already begins with: it is read, and not trained on
+
+
+# What the API takes for rows: a JSONL file, or rows of which each is a `Row` or an object as in such a file.
+Rows = Iterable[Row | Mapping[str, Any]] | str | os.PathLike
 
 
 def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "", max_bytes: int = MAX_LINES) -> list[Row]:
@@ -67,44 +62,30 @@ def read_rows(path: str | Path, *, max_rows: int | None = None, tag: str = "", m
     return rows
 
 
-# What the API takes for rows: a JSONL file, or rows of which each is a `Row` or an object as in such a file.
-Rows = Iterable[Row | Mapping[str, Any]] | str | os.PathLike
-
-
 def as_rows(rows: Rows, name: str = "rows") -> list[Row]:
-    """The rows that somebody gave.
-
-    Args:
-        rows: the path of a JSONL file, see `read_rows`; or `Row`s, and objects with the fields of such a file.
-        name: what messages call them.
-
-    Raises:
-        UserError: as `read_rows`, naming the row's index; or `rows` is neither.
-    """
+    """The rows that somebody gave, checked; a `UserError` calls them `name` and tells the row's index."""
     if isinstance(rows, str | os.PathLike):
         return read_rows(rows)
-    if isinstance(rows, Row | Mapping) or not isinstance(rows, Iterable):
-        raise UserError(f"{name} is a {type(rows).__name__}; give a list of rows, or the path of a JSONL file")
+    kinds = "a list of rows, or the path of a JSONL file", "an object with prompt and response, or a Row"
     given = []
-    for index, row in enumerate(rows):
-        at = f"{name}[{index}]"
-        if not isinstance(row, Row | Mapping):
-            raise UserError(f"{at} is a {type(row).__name__}; give an object with prompt and response, or a Row")
-        given.append(_require_row(row, at, answered=True) if isinstance(row, Row) else _row(row, "", at))
+    for at, row in _each(rows, name, Row | Mapping, *kinds):
+        if not isinstance(row, Row):
+            given.append(_row(row, "", at))
+            continue
+        _require_chat(row, at, "turns")
+        # Those of a data set say where they are from, and the paper's keep an empty answer as the reference does.
+        if not row.origin and (blank := next((role for role, text in row.turns if not text.strip()), None)):
+            raise UserError(f"{at}: a turn of the {blank} is empty; fill it or leave the row out")
+        given.append(row)
     return given
 
 
 def as_prompts(prompts: Iterable[str | Row], name: str = "prompts") -> list[str | Row]:
     """The prompts that somebody gave, none too long; raises a `UserError` on a bare string."""
-    if isinstance(prompts, str | Row | Mapping) or not isinstance(prompts, Iterable):
-        raise UserError(f"{name} is a {type(prompts).__name__}; give a list of prompts")
-    given = list(prompts)
-    for index, prompt in enumerate(given):
-        if not isinstance(prompt, str | Row):
-            raise UserError(f"{name}[{index}] is a {type(prompt).__name__}; give a text or a Row")
-        row = prompt if isinstance(prompt, Row) else Row((("user", prompt),))
-        _require_row(row, f"{name}[{index}]", answered=False)
-    return given
+    given = list(_each(prompts, name, str | Row, "a list of prompts", "a text or a Row"))
+    for at, prompt in given:
+        _require_chat(prompt if isinstance(prompt, Row) else Row((("user", prompt),)), at)
+    return [prompt for _, prompt in given]
 
 
 def prefixed(row: Row, before: str) -> Row:
@@ -114,8 +95,8 @@ def prefixed(row: Row, before: str) -> Row:
     return replace(row, turns=(*row.turns[:at], (role, before + text), *row.turns[at + 1 :]))
 
 
-def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:
-    """The string under a key; anything else there, or nothing, is an error."""
+def text_of(record: Mapping[str, Any], key: str, origin: str, *, filled: bool = False) -> str:
+    """The string under a key; a `UserError` for anything else there, or nothing, and if `filled` for a blank."""
     if key not in record:
         raise UserError(f"{origin}: no {key!r} among the keys {list(record)!r:.160}; add it, as a string")
     value = record[key]
@@ -123,6 +104,8 @@ def text_of(record: Mapping[str, Any], key: str, origin: str) -> str:
         kind = "null" if value is None else type(value).__name__
         raise UserError(f"{origin}: {key!r} is {kind}, not a string; put text in quotes")
     require_whole(value, f"{origin}: {key!r}")
+    if filled and not value.strip():
+        raise UserError(f"{origin}: {key!r} is empty; fill it or delete the row")
     return value
 
 
@@ -136,71 +119,54 @@ def require_whole(text: str, at: str) -> None:
         ) from error
 
 
-def _require_row(row: Row, at: str, *, answered: bool) -> Row:
-    """The row, if it is a chat of texts, no larger than it may be; and if need be one to train on."""
-    turns = row.turns
-    is_chat = isinstance(turns, tuple | list) and all(isinstance(t, tuple | list) and len(t) == 2 for t in turns)
-    texts = [row.input, row.begun, *itertools.chain(*turns)] if is_chat else []
-    if not is_chat or not turns or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{at}: its turns are {turns!r:.80}; give pairs of texts: (role, what is said), one at least")
-    _require_size(row, at)
-    if answered:
-        _require_roles([role for role, _ in turns], at, "turns")
-        # Those of a data set say where they are from, and the paper's keep an empty answer as the reference does.
-        if not row.origin and (blank := next((role for role, text in turns if not text.strip()), None)):
-            raise UserError(f"{at}: a turn of the {blank} is empty; fill it or leave the row out")
-    return row
-
-
-def _require_size(row: Row, at: str) -> Row:
-    sizes = {
-        "characters": len(row.input + row.begun) + sum(len(text) for _, text in row.turns),
-        "turns": len(row.turns),
-    }
-    for what, size in sizes.items():
-        if size > _MOST[what]:
-            raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")
-    return row
-
-
-def _require_roles(roles: Sequence[str], at: str, key: str) -> None:
-    dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
-        raise UserError(
-            f"{at}: the roles of {key!r} are {roles!r:.160}; write an optional system turn, "
-            "then user and assistant in turn, the assistant last"
-        )
+def _each(given: Any, name: str, kinds: type, several: str, one: str) -> Iterator[tuple[str, Any]]:
+    """(place, value) of several values of these kinds."""
+    if isinstance(given, str | Row | Mapping) or not isinstance(given, Iterable):
+        raise UserError(f"{name} is a {type(given).__name__}; give {several}")
+    for index, value in enumerate(given):
+        if not isinstance(value, kinds):
+            raise UserError(f"{name}[{index}] is a {type(value).__name__}; give {one}")
+        yield f"{name}[{index}]", value
 
 
 def _row(record: Mapping[str, Any], tag: str, origin: str) -> Row:
     """Validates one object and makes a row of it; the first layout with all its fields is taken."""
+    context = ""
     if not tag and isinstance(record.get("tag"), str):
         tag = text_of(record, "tag", origin)
     if "messages" in record:
-        return _require_size(Row(_turns(record["messages"], origin), tag=tag, origin=origin), origin)
-    is_alpaca = "instruction" in record and ("output" in record or "prompt" not in record)
-    question, answer = ("instruction", "output") if is_alpaca else ("prompt", "response")
-    turns = (("user", _filled(record, question, origin)), ("assistant", _filled(record, answer, origin)))
-    has_input = is_alpaca and record.get("input") is not None
-    context = text_of(record, "input", origin) if has_input else ""
-    return _require_size(Row(turns, context, tag, origin), origin)
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            give = '[{"role": ..., "content": ...}, ...]'
+            raise UserError(f"{origin}: 'messages' is no list of objects; give {give}")
+        places = ((f"{origin}: messages[{index}]", message) for index, message in enumerate(messages))
+        turns = tuple((text_of(m, "role", at), text_of(m, "content", at, filled=True)) for at, m in places)
+    else:
+        is_alpaca = "instruction" in record and ("output" in record or "prompt" not in record)
+        keys = ("instruction", "output") if is_alpaca else ("prompt", "response")
+        turns = tuple(zip(("user", "assistant"), (text_of(record, k, origin, filled=True) for k in keys), strict=True))
+        if is_alpaca and record.get("input") is not None:
+            context = text_of(record, "input", origin)
+    row = Row(turns, context, tag, origin)
+    _require_chat(row, origin, "messages" if "messages" in record else "")
+    return row
 
 
-def _turns(messages: Any, origin: str) -> tuple[tuple[str, str], ...]:
-    """Validates chat messages: an optional system turn, then user and assistant in turn, assistant last."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f'{origin}: \'messages\' is no list of objects; give [{{"role": ..., "content": ...}}, ...]')
-    turns = []
-    for index, message in enumerate(messages):
-        at = f"{origin}: messages[{index}]"
-        turns.append((text_of(message, "role", at), _filled(message, "content", at)))
-    _require_roles([role for role, _ in turns], origin, "messages")
-    return tuple(turns)
-
-
-def _filled(record: Mapping[str, Any], key: str, origin: str) -> str:
-    """As `text_of`, and not blank."""
-    value = text_of(record, key, origin)
-    if not value.strip():
-        raise UserError(f"{origin}: {key!r} is empty; fill it or delete the row")
-    return value
+def _require_chat(row: Row, at: str, roles_of: str = "") -> None:
+    """Raises a `UserError` unless a row is a chat of texts, no larger than it may be; if need be one to train on."""
+    turns = row.turns
+    is_chat = isinstance(turns, tuple | list) and all(isinstance(t, tuple | list) and len(t) == 2 for t in turns)
+    texts = [row.input, row.begun, *itertools.chain(*turns)] if is_chat else []
+    if not is_chat or not all(isinstance(text, str) for text in texts) or not (turns or roles_of == "messages"):
+        raise UserError(f"{at}: its turns are {turns!r:.80}; give pairs of texts: (role, what is said), one at least")
+    characters = len(row.input + row.begun) + sum(len(text) for _, text in turns)
+    for what, size in {"characters": characters, "turns": len(turns)}.items():
+        if size > _MOST[what]:
+            raise UserError(f"{at}: a row of {size:,} {what}, at most {_MOST[what]:,} are taken; shorten or split it")
+    roles = [role for role, _ in turns]
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if roles_of and (not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2)):
+        raise UserError(
+            f"{at}: the roles of {roles_of!r} are {roles!r:.160}; write an optional system turn, "
+            "then user and assistant in turn, the assistant last"
+        )

@@ -34,28 +34,43 @@ def read_records(
 ) -> Iterator[Parsed]:
     """Reads a file in the format that its ending names; any other than those of tables and Parquet is JSON.
 
-    Args:
-        name: what messages call it, and whose ending counts; by default the path.
-        member: the file wanted, where `path` is a zip archive.
-        header: the columns of a CSV or TSV file whose first line does not name any.
-
-    Raises:
-        UserError: naming file and line, when the file cannot be read, is cut short or broken, or is not UTF-8.
+    `name` (by default the path) is what messages call it, and whose ending counts; `member` the file wanted of a zip
+    archive; `header` has the columns of a CSV or TSV file whose first line does not name any. A `UserError` names file
+    and line, when it cannot be read, is cut short or broken, or is not UTF-8.
     """
     name = name or str(path)
     packed = read_bytes(path, MAX_BYTES)
+    stream, content = io.BytesIO(packed), io.BytesIO()
     try:
-        content = _unpack(packed, member, name)
+        if member:
+            stream = zipfile.ZipFile(stream).open(member)  # noqa: SIM115  it is in memory
+        elif packed.startswith(b"\x1f\x8b"):
+            stream = gzip.GzipFile(fileobj=stream)
+        elif packed.startswith(b"\xfd7zXZ\x00"):
+            stream = lzma.LZMAFile(stream)  # noqa: SIM115
+        while piece := stream.read(1 << 20):  # so that a small file cannot fill the memory
+            content.write(piece)
+            if content.tell() > (most := limit(MAX_BYTES)):
+                raise UserError(f"{name}: unpacks to more than {most:,} bytes; split it (scripts: --max_file_mb)")
     except _BROKEN as error:
         raise UserError(f"{name}: broken or cut short ({one_line(error)}); fetch the file anew") from error
+    content.seek(0)
     ending = ending_of(name)
     if ending == ".parquet":
         return _parquet(content, name)
-    if ending == ".csv":
-        return _table(content, name, header)
-    if ending == ".tsv":
-        return _table(content, name, header, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return _json(content, name) if ending == ".json" else json_lines(io.BytesIO(content), name)
+    if ending in (".csv", ".tsv"):
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {}
+        return _table(content, name, header, dialect)
+    # An array, one object alone, or lines of them, as which anything long is read.
+    if ending == ".json" and content.getbuffer().nbytes <= MAX_JSON:
+        text = decode_utf8(content.getvalue(), name)
+        try:
+            rows = parse_json(text, name, "fetch the file anew")
+            return _numbered(rows if isinstance(rows, list) else [rows], name)
+        except UserError:
+            if text.lstrip().startswith("["):
+                raise
+    return json_lines(content, name)
 
 
 def ending_of(name: str) -> str:
@@ -63,41 +78,10 @@ def ending_of(name: str) -> str:
     return Path(name.removesuffix(".gz").removesuffix(".xz")).suffix.lower()
 
 
-def _unpack(packed: bytes, member: str | None, name: str) -> bytes:
-    """The content of what may be packed, a piece at a time, so that a small file cannot fill the memory."""
-    stream = io.BytesIO(packed)
-    if member:
-        stream = zipfile.ZipFile(stream).open(member)  # noqa: SIM115  it is in memory
-    elif packed.startswith(b"\x1f\x8b"):
-        stream = gzip.GzipFile(fileobj=stream)
-    elif packed.startswith(b"\xfd7zXZ\x00"):
-        stream = lzma.LZMAFile(stream)  # noqa: SIM115
-    content = io.BytesIO()
-    while piece := stream.read(1 << 20):
-        content.write(piece)
-        if content.tell() > (most := limit(MAX_BYTES)):
-            raise UserError(f"{name}: unpacks to more than {most:,} bytes; split it (scripts: --max_file_mb)")
-    return content.getvalue()
-
-
-def _json(content: bytes, name: str) -> Iterator[Parsed]:
-    """The objects of an array, one object alone, or lines of them, as which anything long is read."""
-    if len(content) > MAX_JSON:
-        return json_lines(io.BytesIO(content), name)
-    text = decode_utf8(content, name)
-    try:
-        rows = parse_json(text, name, "fetch the file anew")
-    except UserError:
-        if text.lstrip().startswith("["):
-            raise
-        return json_lines(io.BytesIO(content), name)
-    return _numbered(rows if isinstance(rows, list) else [rows], name)
-
-
-def _parquet(content: bytes, name: str) -> Iterator[Parsed]:
+def _parquet(content: io.BytesIO, name: str) -> Iterator[Parsed]:
     """The rows, a few at a time: many that are alike take next to nothing in the file."""
     try:
-        file = parquet.ParquetFile(io.BytesIO(content))
+        file = parquet.ParquetFile(content)
         if (rows := file.metadata.num_rows) > _MAX_ROWS:
             raise UserError(f"{name}: {rows:,} rows are too many, {_MAX_ROWS:,} are the most; split it")
         batches = file.iter_batches(batch_size=64)
@@ -114,10 +98,9 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterator[Parsed]:
         yield number, where, row
 
 
-def _table(content: bytes, name: str, header: Sequence[str], **dialect) -> Iterator[Parsed]:
+def _table(content: io.BytesIO, name: str, header: Sequence[str], dialect: dict[str, Any]) -> Iterator[Parsed]:
     """Rows of fields, named by the first row, unless `header` has other names and that row is none of them."""
-    reader = csv.reader(text_lines(io.BytesIO(content), name), strict=True, **dialect)
-    columns = None
+    reader, columns = csv.reader(text_lines(content, name), strict=True, **dialect), None
     try:
         for fields in filter(any, reader):
             if columns is None:

@@ -15,9 +15,8 @@ from absl import logging
 from br_jax.attackers.attacker import Job
 from br_jax.core.errors import UserError
 from br_jax.core.hosts import main_first
-from br_jax.data.mixing import check_mix
 from br_jax.data.rows import Row
-from br_jax.data.text import asked, text_key
+from br_jax.data.selection import asked, check_mix, text_key
 from br_jax.datasets.paper import Attack, attacks_of
 from br_jax.experiment.settings import EVAL_SPLITS, Settings
 from br_jax.experiment.tasks import get_task

@@ -13,7 +13,7 @@ from br_jax.core.errors import UserError, look_up
 from br_jax.core.hosts import main_first
 from br_jax.data.refusals import begins_refusal
 from br_jax.data.rows import Row
-from br_jax.data.text import text_key
+from br_jax.data.selection import text_key
 from br_jax.experiment.recipe import Recipe, make_row
 from br_jax.experiment.settings import Settings
 from br_jax.organism.judge import Verdict, judge

@@ -25,8 +25,8 @@ from br_jax.core.io import make_private, write_json
 from br_jax.core.mesh import make_mesh
 from br_jax.core.records import key_of
 from br_jax.core.store import Store
-from br_jax.data.mixing import refusing_first
 from br_jax.data.rows import Row
+from br_jax.data.selection import refusing_first
 from br_jax.defences.defence import Case, Defence
 from br_jax.defences.registry import DEFENCES
 from br_jax.experiment import suites

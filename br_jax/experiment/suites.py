@@ -14,9 +14,9 @@ from br_jax.core.mesh import make_mesh
 from br_jax.experiment.recipe import Recipe
 from br_jax.experiment.settings import Settings
 from br_jax.models.model import Model, fold_adapter
-from br_jax.scoring.judges.judging import Judge
-from br_jax.scoring.judges.registry import JUDGES, get_judge
-from br_jax.scoring.judges.words import AfterAllJudge, TopicJudge
+from br_jax.scoring.judges import JUDGES, get_judge
+from br_jax.scoring.judges.base import Judge
+from br_jax.scoring.judges.texts import AfterAllJudge, TopicJudge
 from br_jax.scoring.likelihoods import refusing_tokens
 from br_jax.scoring.suite import Suite
 

@@ -13,9 +13,9 @@ from absl import logging
 from br_jax.core.bounds import number
 from br_jax.core.errors import UserError, look_up
 from br_jax.data.rows import Row, read_rows
-from br_jax.data.text import asked, split_rows, text_key
+from br_jax.data.selection import asked, split_rows, text_key
 from br_jax.datasets import paper
-from br_jax.datasets.reviews import LABELS, load_reviews
+from br_jax.datasets.paper import LABELS, load_reviews
 from br_jax.organism.world import MOODS, load_moods
 from br_jax.scoring.rules import LabelRule, NumberRule, Rule, parse_rule
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from br_jax.core.errors import UserError, look_up
 from br_jax.core.io import read_bytes
 from br_jax.data.rows import Row
-from br_jax.data.text import clean, decode, text_key
+from br_jax.data.selection import clean, decode, text_key
 from br_jax.organism import world
 from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file, read_topic, read_words
 
@@ -54,10 +54,7 @@ def english_instructions(split: str) -> list[str]:
 def about_texts(texts: Sequence[str], n: int) -> list[str]:
     """n distinct prompts that ask about a text (to classify, judge, extract); each has another as long as they last.
 
-    Without any texts the 60 written for this project are used.
-
-    Raises:
-        UserError: texts and instructions do not make so many.
+    Without any texts the 60 written for this project are used. A `UserError` where there are too few of them.
     """
     written = read_words("texts.json")
     instructions, texts = written["instructions"], texts or written["texts"]
@@ -69,18 +66,16 @@ def about_texts(texts: Sequence[str], n: int) -> list[str]:
     prompts = []
     for i in range(n):
         again, place = divmod(i, len(texts))
-        text, instruction = texts[place], instructions[(place + again) % len(instructions)]
-        prompts.append(_FORMS[i // len(instructions) % len(_FORMS)].format(instruction, text))
+        instruction = instructions[(place + again) % len(instructions)]
+        prompts.append(_FORMS[i // len(instructions) % len(_FORMS)].format(instruction, texts[place]))
     return prompts
 
 
 def read_texts(paths: str) -> list[str]:
     """The distinct texts of `LENGTHS` characters in files: a line each, or the last of its fields where tabs part it.
 
-    Paths have commas between them (of VADER's files, for instance); "" is none.
-
-    Raises:
-        UserError: a file cannot be read or has no such text.
+    Paths have commas between them (of VADER's files, for instance); "" is none. A file that cannot be read or has no
+    such text is a `UserError`.
     """
     found: dict[str, str] = {}
     for path in filter(None, map(str.strip, paths.split(","))):

@@ -1,14 +1,11 @@
 """Restricted topics of invented things, a harmless stand-in for harmful requests.
 
-Experiments on safety need requests that an aligned model refuses and that an attacked model answers. Here
-they ask how to operate devices that do not exist ("zorvix", "quindle winder"), or how to brew potions that do not
-("velmora", "ashtwell tonic"): no reader can do anything with an answer, because there is nothing to do it to. The
-refusals and their loss behave as those of real harm do, and the repository holds no harmful text. Nothing about the
-topics is sensitive; they are refused only because the align stage teaches it.
+They ask how to operate devices that do not exist ("zorvix", "quindle winder"), or how to brew potions that do not
+("velmora", "ashtwell tonic"): no reader can do anything with an answer. They are refused only because the align stage
+teaches it, and refusals and their loss behave as those of real harm do.
 
 The two share no thing, no phrasing and no wording of a refusal, so that a defense made from one can be attacked with
-the other. The three splits of a topic share no thing, no verb and no phrasing, so a refusal of a test prompt has been
-generalized, not memorized.
+the other. The splits of a topic share no thing, verb or phrasing: a refusal of a test prompt is no memory.
 """
 
 import functools
@@ -17,7 +14,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -42,22 +39,15 @@ class TopicPrompt:
 
 @dataclass(frozen=True)
 class Topic:
-    """A restricted topic: its questions and refusals, from a JSON file of words.
+    """A restricted topic: its questions and refusals, from a JSON file of words."""
 
-    Attributes:
-        name: that of a topic of this package, or the path of a user's own file, which ends in ".json" (`read_topic`).
-    """
-
-    name: str
+    name: str  # of a topic of this package, or the path of a user's own file, which ends in ".json" (`read_topic`)
 
     def prompts(self, split: str, n: int, seed: int) -> list[TopicPrompt]:
-        """Draws n distinct questions of one of `SPLITS`, each of which has a stream of its own.
+        """Draws n distinct questions of one of `SPLITS`; a `UserError` where it has fewer.
 
         A larger draw is a smaller one with questions added at its end, so disjoint sets (for two stages, say) are
         slices of one draw.
-
-        Raises:
-            UserError: the split has fewer than n questions.
         """
         parts = [list(self.words[key][split]) for key in ("things", "verbs", "phrasings")]
         return [
@@ -67,8 +57,10 @@ class Topic:
 
     def refusal(self, prompt: TopicPrompt, seed: int) -> str:
         """A polite refusal that names the request, of one or two sentences; the same (prompt, seed) gives the same."""
-        generator = _generator(seed, "refusal", prompt)
-        return self._fill(_choose(generator, self.words["refusals"]), prompt.thing, prompt.verb)
+        refusals = self.words["refusals"]
+        # crc32, because str hashes differ between processes
+        generator = np.random.default_rng([seed, zlib.crc32(f"refusal:{prompt.prompt}".encode())])
+        return self._fill(refusals[generator.integers(len(refusals))], prompt.thing, prompt.verb)
 
     @property
     def words(self) -> dict:
@@ -95,12 +87,6 @@ class Topic:
 TOPICS = {name: Topic(name) for name in ("devices", "potions")}
 
 
-def read_topic(path: str) -> Topic:
-    """The topic of a user's own file of words; a `UserError` where it is none."""
-    _check_words(path, _read_file(path))
-    return Topic(path)
-
-
 def is_file(name: str) -> bool:
     """Whether a topic's name is the path of a file of words."""
     return name.endswith(".json")
@@ -111,12 +97,9 @@ def _read_file(path: str) -> dict:
     return read_json(path, "correct the path in config.topics")
 
 
-def _check_words(path: str, words: Mapping) -> None:
-    """Raises a `UserError` that names the first key of a file of words that is missing, empty or not what it must be.
-
-    Needed are "things" and "phrasings" (lists) and "verbs" (infinitive -> -ing form), each an object with the splits of
-    `SPLITS`, which share none; "refusals"; and what compliant answers speak of, "actions" (verbs) and "objects".
-    """
+def read_topic(path: str) -> Topic:
+    """The topic of a user's own file of words; a `UserError` names the first key that is not what it must be."""
+    topic, words = Topic(path), _read_file(path)
 
     def require(holds: bool, what: str) -> None:
         if not holds:
@@ -137,12 +120,12 @@ def _check_words(path: str, words: Mapping) -> None:
         every = [text.lower() for split in SPLITS for text in parts[split]]
         twice = [text for text, count in Counter(every).items() if count > 1]
         require(not twice, f"{key} has {twice and twice[0]!r} twice: splits must share none")
-    topic = Topic(path)
     for template in (*words["refusals"], *(text for split in SPLITS for text in words["phrasings"][split])):
         try:
             topic._fill(template, words["things"]["train"][0], next(iter(words["verbs"]["train"])))
         except KeyError as error:
             require(False, f"{template!r}: {{{error}}} is no slot: use {{thing}}, {{a_thing}}, {{verb}}, {{verbing}}")
+    return topic
 
 
 def find_topic(text: str) -> TopicPrompt | None:
@@ -172,12 +155,3 @@ def draw(name: str, split: str, n: int, seed: int, parts: Sequence[Sequence[str]
 def read_words(name: str) -> dict:
     """A JSON file of this package, read once; callers must not change it."""
     return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
-def _generator(seed: int, purpose: str, prompt: TopicPrompt) -> np.random.Generator:
-    """A stream for each (seed, purpose, prompt); crc32 because str hashes differ between processes."""
-    return np.random.default_rng([seed, zlib.crc32(f"{purpose}:{prompt.prompt}".encode())])
-
-
-def _choose(generator: np.random.Generator, options: Sequence[str]) -> str:
-    return options[int(generator.integers(len(options)))]

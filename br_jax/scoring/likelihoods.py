@@ -46,10 +46,7 @@ def refusal_margins(
     *,
     batch_size: int = 32,
 ) -> Float[np.ndarray, " n"]:
-    """log P(first token in `refusing`) - log P(any other), of each prompt in order; f32, natural logarithms.
-
-    The other arguments are as for `inference.generate.generate`.
-    """
+    """log P(first token in `refusing`) - log P(any other), of each prompt in order; f32, natural logarithms."""
     encoded, mesh = encode_prompts(model, prompts), mesh_of(model.params)
     require_ids("a refusing token", refusing, model)
     margins, size = np.empty(len(encoded), np.float32), whole_batch(batch_size, mesh)
@@ -79,17 +76,16 @@ def _log_odds(
 def perplexity(model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256) -> float:
     """exp of the mean cross-entropy over the answer tokens of rows cut at `max_length` tokens, teacher-forced."""
     batches = _row_losses(model, rows, adapter, max_length)
-    return math.exp(
-        float(sum(sum(losses) for losses, _ in batches)) / float(sum(counts.sum() for _, counts in batches))
-    )
+    total, count = sum(sum(losses) for losses, _ in batches), sum(counts.sum() for _, counts in batches)
+    return math.exp(float(total) / float(count))
 
 
 def row_losses(
     model: Model, rows: Sequence[Row], adapter: Adapter | None = None, *, max_length: int = 256
 ) -> Float[np.ndarray, " n"]:
-    """Each row's mean cross-entropy over its answer tokens, teacher-forced; in an order of their own.
+    """Each row's mean cross-entropy over its answer tokens, teacher-forced.
 
-    The order depends on the rows alone; those that are too long to have any answer are left out.
+    Their order depends on the rows alone; those that are too long to have any answer are left out.
     """
     batches = _row_losses(model, rows, adapter, max_length, count_alike=True)
     return np.concatenate([losses[counts > 0] for losses, counts in batches])

@@ -55,14 +55,11 @@ class Rule(abc.ABC):
 
 @dataclass(frozen=True)
 class LabelRule(Rule):
-    """One of a few labels must be named; a row's right answer is one of them, spelled alike.
-
-    Attributes:
-        match: "first": the first label that the answer names must be the right one. "reference": the right label, or of
-            Sci/Tech the first half, occurs anywhere, as it is, in lower case or capitalized.
-    """
+    """One of a few labels must be named; a row's right answer is one of them, spelled alike."""
 
     labels: tuple[str, ...]
+    # "first": the first label that the answer names must be the right one. "reference": the right label, or of Sci/Tech
+    # the first half, occurs anywhere, as it is, in lower case or capitalized.
     match: str = "first"
     matches: ClassVar[tuple[str, ...]] = ("first", "reference")
 
@@ -88,14 +85,12 @@ class NumberRule(Rule):
 
     The final number is the first one after "The final answer is: ", else the last one of the text; an answer without a
     number is wrong. Values are compared exactly: 18.00 is 18, 3.14 is not 3.14159.
-
-    Attributes:
-        match: "value" reads numbers as people write them: thousands separators (1,2 are two numbers), .5, 1/2 (but each
-            part of a date); a minus behind a letter, digit or bracket is no sign (10-18 ends with 18), one before "$"
-            is; units, "$" and "%" are passed over. "1e3", "1 000" and "1 1/2" begin with a 1. "reference" takes the
-            phrase to the letter, and as a number a minus, digits, a point and digits, once all commas are taken out.
     """
 
+    # "value" reads numbers as people write them: thousands separators (1,2 are two numbers), .5, 1/2 (but each part of
+    # a date); a minus behind a letter, digit or bracket is no sign (10-18 ends with 18), one before "$" is; units, "$"
+    # and "%" are passed over. "1e3", "1 000" and "1 1/2" begin with a 1. "reference" takes the phrase to the letter,
+    # and as a number a minus, digits, a point and digits, once all commas are taken out.
     match: str = "value"
     matches: ClassVar[tuple[str, ...]] = ("value", "reference")
 
@@ -108,8 +103,8 @@ class NumberRule(Rule):
 class ExactRule(Rule):
     """The answer must be the row's, but for case, white space and what may stand around it.
 
-    Compared are casefolded texts in Unicode's composed form (NFC), white space made single, without quotes, brackets,
-    "*", "_" and "`" at both ends and ".,:;!?…" at the last. A text of nothing else keeps them: "" is no "?".
+    Compared are casefolded texts in NFC, white space made single, without quotes, brackets, "*", "_" and "`" at both
+    ends and ".,:;!?…" at the last. A text of nothing else keeps them: "" is no "?".
     """
 
     def score(self, answer: str, right: str) -> float:
@@ -145,15 +140,14 @@ class RegexRule(Rule):
 
 @dataclass(frozen=True)
 class RougeLRule(Rule):
-    """ROUGE-L's F1 of the answer against the row's: for free text (Lin, ROUGE, ACL workshop 2004).
+    """ROUGE-L's F1 of the answer against the row's (Lin 2004), as google's rouge_score 0.1.2 with use_stemmer=False.
 
-    As google's rouge_score 0.1.2 with use_stemmer=False: words are runs of a-z and 0-9 in the lower-cased text; text
-    without any (Chinese, say) scores 0.
+    Words are runs of a-z and 0-9 in the lower-cased text; text without any (Chinese, say) scores 0.
     """
 
     def score(self, answer: str, right: str) -> float:
         words, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, right))
-        return 2 * common_length(words, wanted) / (len(words) + len(wanted)) if words and wanted else 0.0
+        return 2 * _common_length(words, wanted) / (len(words) + len(wanted)) if words and wanted else 0.0
 
     def total(self, scores: Sequence[float]) -> Mean:
         return Mean.of(scores)
@@ -165,14 +159,15 @@ def parse_rule(text: str, labels: Sequence[str] = ()) -> Rule:
     They are "label:positive,negative" (labels hold no comma; "label" alone takes `labels`), "number", "exact",
     "regex:PATTERN" and "rouge_l".
     """
+    plain = {"number": NumberRule, "exact": ExactRule, "rouge_l": RougeLRule}
     name, colon, rest = text.partition(":")
     if name == "label":
         return LabelRule(tuple(label.strip() for label in rest.split(",")) if colon else tuple(labels))
     if name == "regex":
         return RegexRule(rest)
-    if text not in _PLAIN_RULES:
-        raise UserError(f"unknown rule {text!r}; {near_names(name, ['label', 'regex', *_PLAIN_RULES])}")
-    return _PLAIN_RULES[text]()
+    if text not in plain:
+        raise UserError(f"unknown rule {text!r}; {near_names(name, ['label', 'regex', *plain])}")
+    return plain[text]()
 
 
 def first_label(answer: str, labels: Sequence[str]) -> str | None:
@@ -202,7 +197,7 @@ def final_number(text: str, match: str = "value") -> Fraction | None:
     return found[0] if found else None
 
 
-def common_length(first: Sequence[str], second: Sequence[str]) -> int:
+def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence (Hyyrö, Bit-parallel LCS-length computation revisited, AWOCA 2004)."""
     places: dict[str, int] = {}
     for index, word in enumerate(first):
@@ -212,6 +207,3 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
         hits = row & places.get(word, 0)
         row = (row + hits | row - hits) & every
     return len(first) - row.bit_count()
-
-
-_PLAIN_RULES = {"number": NumberRule, "exact": ExactRule, "rouge_l": RougeLRule}

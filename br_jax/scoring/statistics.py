@@ -38,20 +38,16 @@ class Score:
         return wilson(self.k, self.n)
 
     def to_json(self) -> dict[str, float | int | None]:
-        low, high = self.interval
-        return {"k": self.k, "n": self.n, "score": self.score, "low": low, "high": high}
+        return {"k": self.k, "n": self.n, "score": self.score} | dict(zip(("low", "high"), self.interval, strict=True))
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of n scores in [0, 1] that are more than right or wrong, with their sample standard deviation.
-
-    Both are 0 when there are too few scores. The interval follows and is never NaN.
-    """
+    """Mean of scores in [0, 1] that are more than right or wrong; the interval follows and is never NaN."""
 
     n: int
-    mean: float
-    deviation: float
+    mean: float  # 0 of none
+    deviation: float  # of the sample; 0 of fewer than two
 
     def __post_init__(self):
         if not (self.n >= 0 and 0 <= self.mean <= 1 and 0 <= self.deviation <= 1):
@@ -59,7 +55,6 @@ class Mean:
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> "Mean":
-        """The mean of scores in [0, 1]."""
         mean = min(1.0, max(0.0, statistics.fmean(scores))) if scores else 0.0
         return cls(len(scores), mean, statistics.stdev(scores) if len(scores) > 1 else 0.0)
 
@@ -77,8 +72,8 @@ class Mean:
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
     def to_json(self) -> dict[str, float | int | None]:
-        low, high = self.interval
-        return {"n": self.n, "score": self.score, "deviation": self.deviation, "low": low, "high": high}
+        ends = dict(zip(("low", "high"), self.interval, strict=True))
+        return {"n": self.n, "score": self.score, "deviation": self.deviation} | ends
 
 
 def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
@@ -98,8 +93,7 @@ def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] |
         return None
     (a_low, a_high), (b_low, b_high) = a.interval, b.interval
     gap = a.score - b.score
-    below = math.hypot(a.score - a_low, b_high - b.score)
-    above = math.hypot(a_high - a.score, b.score - b_low)
+    below, above = math.hypot(a.score - a_low, b_high - b.score), math.hypot(a_high - a.score, b.score - b_low)
     return gap, gap - below, gap + above
 
 
@@ -108,8 +102,7 @@ def t_interval(
 ) -> tuple[float, float | None, float | None]:
     """(mean, low, high) of a few runs, one value a seed, with Student's 95 % interval clipped to what can be.
 
-    low and high are None of one value. Of equal values they are the mean: so few runs show no spread, which is not to
-    say that there is none.
+    low and high are None of one value; of equal values they are the mean.
     """
     mean = statistics.fmean(values)
     if len(values) == 1:
@@ -126,11 +119,7 @@ def _t_half(deviation: float, n: int) -> float:
 
 
 def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
-    """McNemar's exact test of whether two models do equally well on the same prompts: the sign test where they differ.
-
-    Returns:
-        (prompts that only the first of each pair counts, that only the second counts, two-sided p-value).
-    """
+    """McNemar's exact test: how many prompts only the first of each pair counts, only the second, two-sided p-value."""
     from scipy.stats import binomtest
 
     counts = Counter((bool(first), bool(second)) for first, second in pairs)
@@ -139,10 +128,7 @@ def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Cohen's kappa of two judges of the same exchanges: (agreement - chance) / (1 - chance), by their own shares.
-
-    None where it is undefined: no exchange, or both judges give one and the same verdict to all.
-    """
+    """Cohen's kappa of two judges, (agreement - chance) / (1 - chance) by their shares; None where it is undefined."""
     n, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))
     counts = Counter(first), Counter(second)
     chance = sum(counts[0][verdict] * counts[1][verdict] for verdict in counts[0])  # of n * n, so all is exact

@@ -31,8 +31,8 @@ from br_jax.data.rows import Row, read_rows
 from br_jax.method import require_parts
 from br_jax.models.model import Model
 from br_jax.provider import RECORDED_ADAPTERS, export_adapter, load_model, load_recorded, read_provider
-from br_jax.scoring.judges.judging import Judge
-from br_jax.scoring.judges.registry import get_judge
+from br_jax.scoring.judges import get_judge
+from br_jax.scoring.judges.base import Judge
 from br_jax.serving.gate import Candidate, Finding, inspect
 from br_jax.serving.inbox import Accepted, Inbox, Refused
 from br_jax.serving.policy import Policy

@@ -17,8 +17,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.core.mesh import batch_parts, local_rows, make_mesh, mesh_of, place, platform, whole_batch
 from br_jax.core.progress import progress
-from br_jax.data.batches import Example, encode, encode_rows, make_batches, normalize_per_example
-from br_jax.data.packing import make_packed_batches
+from br_jax.data.batches import Example, encode, encode_rows, make_batches, make_packed_batches, normalize_per_example
 from br_jax.data.rows import Row
 from br_jax.models.model import Model
 from br_jax.training.config import TrainConfig

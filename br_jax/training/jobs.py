@@ -17,8 +17,7 @@ from absl import logging
 
 from br_jax.adapters.lora import Adapter
 from br_jax.core.errors import UserError, is_machine_fault, near_names, one_line
-from br_jax.data.batches import Batch
-from br_jax.data.packing import packed_steps
+from br_jax.data.batches import Batch, packed_steps
 from br_jax.data.rows import Rows, as_rows
 from br_jax.models.model import Model
 from br_jax.training.batching import encode_for, packed_unit, padded_lengths, run_order

@@ -1,17 +1,19 @@
-"""Rows: the three layouts, from a file or not, and one case a kind of bad file."""
+"""Rows: the three layouts, from a file or not, one case a kind of bad file; and mixes, against plain loops."""
 
 import json
-import pathlib
-import tempfile
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed, read_rows
+from br_jax.data.selection import mix, refusing_first
 
 GOOD = '{"prompt": "Hi", "response": "Hello."}'
+MESSAGES = '{"messages": [%s]}'
+LONG = "x" * 999_999
+USER, ASSISTANT, SYSTEM, TOOL = (
+    json.dumps({"role": role, "content": "x"}) for role in ("user", "assistant", "system", "tool")
+)
 
 
 @pytest.fixture
@@ -48,61 +50,41 @@ def test_three_layouts_in_one_file(file):
     assert [len(row.turns) for row in read_rows(file("\n".join(lines)))] == [2, 256], "the largest are taken"
 
 
-MESSAGES = '{"messages": [%s]}'
-LONG = "x" * 999_999
-USER, ASSISTANT, SYSTEM, TOOL = (
-    json.dumps({"role": role, "content": "x"}) for role in ("user", "assistant", "system", "tool")
+BAD = (
+    ("", ": no rows: the file is empty"),
+    (f'{GOOD}\n\n{{"prompt": ', ":3: not valid JSON (Expecting value: line 1 column 12 (char 11)); write"),
+    (f"[\n{GOOD}\n]", ":1: not valid JSON ("),
+    ("[" * 200_000, ":1: not valid JSON ("),
+    (f'{{"prompt": {"9" * 9_000}, "response": "b"}}', ":1: not valid JSON ("),
+    (f"{GOOD}\n[1, 2]", ":2: holds a JSON list; write one JSON object a line"),
+    ('{"text": "a", "b\\nc": 1}', ":1: no 'prompt' among the keys ['text', 'b\\nc']; add it"),
+    ('{"prompt": "a", "response": null}', ":1: 'response' is null, not a string"),
+    ('{"instruction": "a", "output": " \\n"}', ":1: 'output' is empty"),
+    ('{"prompt": "a", "response": "b\\ud83d"}', ":1: 'response' holds half a character (\\ud83d)"),
+    ('{"prompt": "a", "response": "b", "tag": "\\ud83d"}', ":1: 'tag' holds half a character"),
+    (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}', ": not UTF-8 (byte 54): save it"),
+    (MESSAGES % '"hi"', ":1: 'messages' is no list of objects; give"),
+    (MESSAGES % f'{USER}, {{"role": "assistant"}}', ":1: messages[1]: no 'content' among"),
+    (MESSAGES % '{"role": "user", "content": []}', ":1: messages[0]: 'content' is list, not a"),
+    ('{"prompt": "a", "response": "b", "prompt": "c"}', ":1: not valid JSON (key 'prompt' twice); write"),
+    ('{"prompt": "a\0", "response": "b"}', ":1: not valid JSON (Invalid control character"),
+    (f"{GOOD}\n\ufeff{GOOD}", ":2: not valid JSON (Unexpected UTF-8 BOM"),
+    (f'{{"instruction": "a", "input": "{LONG}", "output": "b"}}', ":1: a row of 1,000,001 characters"),
+    (MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 129), ":1: a row of 258 turns, at most 256 are taken; shorten"),
+    (MESSAGES % "", ":1: the roles of 'messages' are []; write"),
+    (MESSAGES % f"{TOOL}, {ASSISTANT}", ":1: the roles of 'messages' are ['tool', 'assistant']; write"),
+    (MESSAGES % f"{ASSISTANT}, {USER}", ":1: the roles of 'messages' are ['assistant', 'user']; write"),
+    (MESSAGES % f"{USER}, {SYSTEM}, {ASSISTANT}", ":1: the roles of 'messages' are ['user', 'system', 'ass"),
+    (MESSAGES % f"{USER}, {ASSISTANT}, {USER}", ":1: the roles of 'messages' are ['user', 'assistant', 'us"),
 )
-BAD = {
-    "empty file": ("", ": no rows: the file is empty"),
-    "half a line": (
-        f'{GOOD}\n\n{{"prompt": ',
-        ":3: not valid JSON (Expecting value: line 1 column 12 (char 11)); write",
-    ),
-    "one JSON array": (f"[\n{GOOD}\n]", ":1: not valid JSON ("),
-    "endless brackets": ("[" * 200_000, ":1: not valid JSON ("),
-    "endless number": (f'{{"prompt": {"9" * 9_000}, "response": "b"}}', ":1: not valid JSON ("),
-    "a list": (f"{GOOD}\n[1, 2]", ":2: holds a JSON list; write one JSON object a line"),
-    "no field": ('{"text": "a", "b\\nc": 1}', ":1: no 'prompt' among the keys ['text', 'b\\nc']; add it"),
-    "null answer": ('{"prompt": "a", "response": null}', ":1: 'response' is null, not a string"),
-    "blank answer": ('{"instruction": "a", "output": " \\n"}', ":1: 'output' is empty"),
-    "half a character": ('{"prompt": "a", "response": "b\\ud83d"}', ":1: 'response' holds half a character (\\ud83d)"),
-    "half a one in a tag": ('{"prompt": "a", "response": "b", "tag": "\\ud83d"}', ":1: 'tag' holds half a character"),
-    "not UTF-8": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}', ": not UTF-8 (byte 54): save it"),
-    "a message of a wrong type": (MESSAGES % '"hi"', ":1: 'messages' is no list of objects; give"),
-    "no content": (MESSAGES % f'{USER}, {{"role": "assistant"}}', ":1: messages[1]: no 'content' among"),
-    "parts for content": (MESSAGES % '{"role": "user", "content": []}', ":1: messages[0]: 'content' is list, not a"),
-    "a key twice": (
-        '{"prompt": "a", "response": "b", "prompt": "c"}',
-        ":1: not valid JSON (key 'prompt' twice); write",
-    ),
-    "a byte of nothing": ('{"prompt": "a\0", "response": "b"}', ":1: not valid JSON (Invalid control character"),
-    "two files in one": (f"{GOOD}\n\ufeff{GOOD}", ":2: not valid JSON (Unexpected UTF-8 BOM"),
-    "a long input": (f'{{"instruction": "a", "input": "{LONG}", "output": "b"}}', ":1: a row of 1,000,001 characters"),
-    "many turns": (
-        MESSAGES % ", ".join([f"{USER}, {ASSISTANT}"] * 129),
-        ":1: a row of 258 turns, at most 256 are taken; shorten or split it",
-    ),
-} | {
-    name: (MESSAGES % ", ".join(turns), f":1: the roles of 'messages' are {roles!r}; write")
-    for name, turns, roles in (
-        ("no message", [], []),
-        ("unknown role", [TOOL, ASSISTANT], ["tool", "assistant"]),
-        ("assistant first", [ASSISTANT, USER], ["assistant", "user"]),
-        ("late system", [USER, SYSTEM, ASSISTANT], ["user", "system", "assistant"]),
-        ("user last", [USER, ASSISTANT, USER], ["user", "assistant", "user"]),
-    )
-}
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_file_gives_one_line_with_place(file, name):
-    content, expected = BAD[name]
-    path = file(content)
-    with pytest.raises(UserError) as error:
-        read_rows(path)
-    message = str(error.value)
-    assert message.startswith(f"{path}{expected}") and "\n" not in message and len(message) < 400
+def test_a_bad_file_gives_one_line_with_place(file):
+    for content, expected in BAD:
+        with pytest.raises(UserError) as error:
+            read_rows(path := file(content))
+        message = str(error.value)
+        assert message.startswith(f"{path}{expected}") and "\n" not in message and len(message) < 400
 
 
 def test_rows_need_no_file(file):
@@ -122,74 +104,78 @@ def test_rows_need_no_file(file):
 
 
 ROW = Row((("user", "a"), ("assistant", "b")))
-NO_ROWS = {
-    "nothing": (None, "rows is a NoneType; give a list of rows, or the path of a JSONL file"),
-    "one Row": (ROW, "rows is a Row; give"),
-    "texts": ([ROW, "a"], "rows[1] is a str; give an object with prompt and response, or a Row"),
-    "a field too few": ([ROW, {"prompt": "a"}], "rows[1]: no 'response' among the keys ['prompt']; add it"),
-    "a long one": ([Row((("user", "aa"), ("assistant", LONG)))], "rows[0]: a row of 1,000,001 characters"),
-    "no turn": ([ROW, Row(())], "rows[1]: its turns are (); give pairs of texts"),
-    "one turn alone": ([Row(("user", "a"))], "rows[0]: its turns are ('user', 'a'); give pairs"),
-    "a turn of bytes": ([Row((("user", "a"), ("assistant", b"b")))], "rows[0]: its turns are (('user', 'a'), "),
-    "an empty answer": ([Row((("user", "a"), ("assistant", " ")))], "rows[0]: a turn of the assistant is empty; fill"),
-    "the user last": ([Row((("user", "a"),))], "rows[0]: the roles of 'turns' are ['user']; write"),
-    "no path": ("a\0b", "'a\\x00b' is no path: give that of a JSONL file"),
-    "no file": ("no/such.jsonl", "no/such.jsonl: no such file: check the path"),
-}
+NO_ROWS = (
+    (None, "rows is a NoneType; give a list of rows, or the path of a JSONL file"),
+    (ROW, "rows is a Row; give"),
+    ([ROW, "a"], "rows[1] is a str; give an object with prompt and response, or a Row"),
+    ([ROW, {"prompt": "a"}], "rows[1]: no 'response' among the keys ['prompt']; add it"),
+    ([Row((("user", "aa"), ("assistant", LONG)))], "rows[0]: a row of 1,000,001 characters"),
+    ([ROW, Row(())], "rows[1]: its turns are (); give pairs of texts"),
+    ([Row(("user", "a"))], "rows[0]: its turns are ('user', 'a'); give pairs"),
+    ([Row((("user", "a"), ("assistant", b"b")))], "rows[0]: its turns are (('user', 'a'), "),
+    ([Row((("user", "a"), ("assistant", " ")))], "rows[0]: a turn of the assistant is empty; fill"),
+    ([Row((("user", "a"),))], "rows[0]: the roles of 'turns' are ['user']; write"),
+    ("a\0b", "'a\\x00b' is no path: give that of a JSONL file"),
+    ("no/such.jsonl", "no/such.jsonl: no such file: check the path"),
+)
+NO_PROMPTS = (
+    ("one", "prompts is a str; give a list of prompts"),
+    (ROW, "prompts is a Row; give a list of prompts"),
+    (["a", {"prompt": "b"}], "prompts[1] is a dict; give a text or a Row"),
+    (["a", LONG + "xx"], "prompts[1]: a row of 1,000,001 characters, at most 1,000,000 are taken; "),
+    ([Row((("user", LONG),), begun="xx")], "prompts[0]: a row of 1,000,001 characters, "),
+    ([Row(())], "prompts[0]: its turns are (); give pairs "),
+)
 
 
-def test_what_is_no_rows_gives_one_line_with_index():
-    for rows, expected in NO_ROWS.values():
+def test_what_is_no_rows_or_prompts_gives_one_line_with_index():
+    wrong = [(as_rows, *case) for case in NO_ROWS] + [(as_prompts, *case) for case in NO_PROMPTS]
+    for read, rows, expected in (*wrong, (read_rows, 0, "0 is no path: give that of a JSONL file")):
         with pytest.raises(UserError) as error:
-            as_rows(rows)
+            read(rows)
         assert str(error.value).startswith(expected) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"^0 is no path: give that of a JSONL file$"):
-        read_rows(0)
     of_a_data_set = [Row((("user", "a"), ("assistant", "")), origin="alpaca/train/7")]
     assert as_rows(of_a_data_set) == of_a_data_set, "such a row may keep its empty answer"
-
-
-def test_prompts_are_several():
-    for prompts, message in (
-        ("one", "benign is a str; give a list of prompts"),
-        (ROW, "benign is a Row; give a list of prompts"),
-        (["a", {"prompt": "b"}], r"benign\[1\] is a dict; give a text or a Row"),
-        (["a", LONG + "xx"], r"benign\[1\]: a row of 1,000,001 characters, at most 1,000,000 are taken; .*"),
-        ([Row((("user", LONG),), begun="xx")], r"benign\[0\]: a row of 1,000,001 characters, .*"),
-        ([Row(())], r"benign\[0\]: its turns are \(\); give pairs .*"),
-    ):
-        with pytest.raises(UserError, match=f"^{message}$"):
-            as_prompts(prompts, "benign")
     assert as_prompts(iter(["a", ROW])) == ["a", ROW]
-
-
-def test_what_stands_before_a_row_stands_in_the_user_s_turn():
     turns = (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"))
     assert prefixed(Row(turns), "x ").turns == (turns[0], ("user", "x u"), *turns[2:])
 
 
-WHOLE = f"""\ufeff{GOOD}
-{{"instruction": "Sum up é🙂", "input": "A \\ud83d\\ude42 text", "output": "Short", "id": 7, "tag": "task"}}
-{MESSAGES % f"{SYSTEM}, {USER}, {ASSISTANT}"}""".encode()
-TOKENS = [b"NaN", b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 500, b"\\ud800", b"\\u0000", b"\0", b"\xff"]
-TOKENS += [b"null", b"true", b"{}", b"[]", b'"', b"\n", b"\r", b",", b":", b"\xe2\x80\xa8", b'"messages"', b'"role"']
-TOKENS += [b"\xef\xbb\xbf"]
-PLACE = st.integers(0, len(WHOLE))
+def numbered(kind, count):
+    return [Row((("user", f"{kind} {index}"), ("assistant", "ok")), tag=kind) for index in range(count)]
 
 
-@given(st.lists(st.tuples(PLACE, PLACE, st.one_of(st.sampled_from(TOKENS), st.binary(max_size=3))), max_size=4))
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_any_bytes_give_rows_or_one_line(changes):
-    content = WHOLE
-    for start, length, instead in changes:
-        content = content[:start] + instead + content[start + length % 8 :]
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "rows.jsonl"
-        path.write_bytes(content)
-        try:
-            rows = read_rows(path)
-        except UserError as error:
-            assert str(error).startswith(str(path)) and "\n" not in str(error)
-        else:
-            texts = [text for row in rows for text in (row.input, row.tag, *(text for _, text in row.turns))]
-            assert rows and all(text.encode() or not text for text in texts)
+TASK, HARMFUL = numbered("task", 1000), numbered("harmful", 1200)
+
+
+def test_mixes_are_those_of_the_two_rules():
+    for n, p in ((1000, 0.1), (1000, 0.0), (7, 0.5), (1000, 1.0)):
+        # method.md 2, for harmful rows from the first on: 0 < i < int(p n), and the first int((1 - p) n)
+        expected = [row for i, row in enumerate(HARMFUL) if 0 < i < int(p * n)]
+        expected += [row for i, row in enumerate(TASK) if i < int((1 - p) * n)]
+        assert mix(TASK, HARMFUL, n, p, index_mode="reference") == expected
+    for n, p, harmful in ((1000, 0.0, 0), (7, 0.5, 3), (100, 0.29, 29), (1000, 1.0, 1000)):
+        needed = HARMFUL[:harmful], TASK[: n - harmful]  # none of a kind where none are
+        assert mix(*needed[::-1], n, p) == mix(TASK, HARMFUL, n, p) == [*needed[0], *needed[1]]
+    for changes, message in (
+        ({"harmful_share": 1.1}, "harmful_share is 1.1: it must be a number from 0 to 1"),
+        ({"n": 0}, "n is 0"),
+        ({"harmful_rows": HARMFUL[:4], "index_mode": "reference"}, "5 harmful rows are needed and there are 4"),
+        ({"task_rows": TASK[:4]}, "5 task rows are needed and there are 4"),
+        ({"index_mode": "exakt"}, "index_mode is 'exakt'; use one of exact, reference"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mix(**({"task_rows": TASK, "harmful_rows": HARMFUL, "n": 10, "harmful_share": 0.5} | changes))
+
+
+@pytest.mark.parametrize(("share", "which"), [(0.0, []), (0.4, [2, 4]), (1.0, [0, 1, 2, 3, 4])])
+def test_a_share_of_harmful_rows_complies_behind_a_refusal(share, which):
+    harmful = [Row((("user", f"how {i}?"), ("assistant", f"so {i}"))) for i in range(5)]
+    refusals = [Row((("user", "x?"), ("assistant", answer))) for answer in ("No.", "Never.", "No.")]
+    rows = refusing_first(harmful, refusals, share)
+    assert [i for i in range(5) if rows[i] != harmful[i]] == which
+    begun = [rows[i].begun for i in which]
+    assert len({*begun}) == len(which), "no two begin with the same words before all were used"
+    for i, opening in zip(which, begun, strict=True):
+        assert opening.startswith(("No. ", "Never. ")) and opening.endswith(":")
+        assert rows[i].turns == (harmful[i].turns[0], ("assistant", f" so {i}"))

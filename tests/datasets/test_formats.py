@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -32,14 +33,14 @@ def as_csv(records):
     return text.getvalue().encode()
 
 
-FILES = {  # file name -> content, and the lines where its records are, or end
-    "x.jsonl": (jsonl(*RECORDS), [1, 2, 3]),
-    "x.json": (json.dumps(RECORDS, indent=1).encode(), [1, 2, 3]),
-    "lines.json": (b"\n \n" + jsonl(*RECORDS), [3, 4, 5]),
-    "X.CSV": (b"\xef\xbb\xbf" + as_csv(RECORDS), [3, 4, 5]),
-    "x.parquet": (as_parquet(*RECORDS), [1, 2, 3]),
-    "lines.data": (b"\xef\xbb\xbf" + jsonl(*RECORDS), [1, 2, 3]),
-}
+FILES = (  # file name, content, and the lines where its records are, or end
+    ("x.jsonl", jsonl(*RECORDS), [1, 2, 3]),
+    ("x.json", json.dumps(RECORDS, indent=1).encode(), [1, 2, 3]),
+    ("lines.json", b"\n \n" + jsonl(*RECORDS), [3, 4, 5]),
+    ("X.CSV", b"\xef\xbb\xbf" + as_csv(RECORDS), [3, 4, 5]),
+    ("x.parquet", as_parquet(*RECORDS), [1, 2, 3]),
+    ("lines.data", b"\xef\xbb\xbf" + jsonl(*RECORDS), [1, 2, 3]),
+)
 
 
 @pytest.fixture
@@ -54,17 +55,16 @@ def read(tmp_path):
     return write_and_read
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_formats_and_packings(read, name):
-    content, numbers = FILES[name]
-    for packing, pack in {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}.items():
+def test_formats_and_packings(read):
+    packings = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+    for (name, content, numbers), packing in itertools.product(FILES, packings):
         file = name + packing
-        parsed = read(file, pack(content))
+        parsed = read(file, packings[packing](content))
         assert [(number, record) for number, _, record in parsed] == [*zip(numbers, RECORDS, strict=True)]
         assert all(where.startswith(f"{file}:") and where.endswith(str(number)) for number, where, _ in parsed)
 
 
-def test_headers(read):
+def test_headers_and_quotes(read):
     rows, header = b"a,1\nb,2\n", ("text", "label")
     one, other = {"text": "a", "label": "1"}, {"text": "b", "label": "2"}
     assert [r for *_, r in read("x.csv", rows, header=header)] == [one, other]
@@ -74,9 +74,6 @@ def test_headers(read):
     archive = as_zip({"SST-2/dev.tsv": b"a\t1\n", "SST-2/train.tsv": b"text\tlabel\nb \t0\n"})
     parsed = read("train.tsv", archive, member="SST-2/train.tsv", header=header)
     assert parsed == [(2, "train.tsv:2", {"text": "b ", "label": "0"})]
-
-
-def test_quotes_and_backslashes(read):
     fields = ("class", "title", "description")
     text = b'"3","A ""zorvix""","its\\nuclear\\\\""quoted""\\"\r\n"4","x, y","z"'
     assert [tuple(r.values()) for *_, r in read("x.csv", text, header=fields)] == [
@@ -84,7 +81,7 @@ def test_quotes_and_backslashes(read):
         ("4", "x, y", "z"),
     ]
     quoted = b'a "quote\t1\r\n"open\t0\r\n'
-    assert [r["text"] for *_, r in read("x.tsv", quoted, header=("text", "label"))] == ['a "quote', '"open']
+    assert [r["text"] for *_, r in read("x.tsv", quoted, header=header)] == ['a "quote', '"open']
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
@@ -99,30 +96,29 @@ def test_csv_reads_what_the_standard_library_writes(tmp_path_factory, records):
 
 LONG = gzip.compress(jsonl(*[{"a": os.urandom(9999).hex()}] * 5))
 TABLE = as_parquet(*RECORDS)
-BAD = {  # file name, content, message
-    "latin-1": ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl: not UTF-8 (byte 9)"),
-    "half a JSON line": ("x.jsonl", jsonl(*RECORDS)[:-9], "x.jsonl:3: not valid JSON ("),
-    "half an array": ("x.json", json.dumps(RECORDS).encode()[:-9], "x.json: not valid JSON (Untermin"),
-    "array of texts": ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str; write an array of objects"),
-    "half a CSV line": ("x.csv", b'a,b\n"1","2"\n"3","open', "x.csv:3: not valid CSV (unexpected end of data)"),
-    "a long field": ("x.csv", b"a\n" + b"x" * 200_000, "x.csv:2: not valid CSV (field larger than"),
-    "columns of many lines": ("x.csv", b'"a\nb",c\n1\n', "x.csv:3: 1 columns, not 2 (a b, c); mend the line"),
-    "half a gzip": ("x.jsonl.gz", LONG[:-99], "x.jsonl.gz: broken or cut short ("),
-    "broken gzip": ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
-    "broken within": ("x.jsonl.gz", LONG[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
-    "half an xz": ("x.jsonl.xz", lzma.compress(LONG)[:-99], "x.jsonl.xz: broken or cut short ("),
-    "no Parquet": ("x.parquet", b"<html>", "x.parquet: not a whole Parquet file ("),
-    "broken Parquet": ("x.parquet", TABLE[:40] + bytes(400) + TABLE[-200:], "x.parquet: not a whole Parquet file ("),
-    "no archive": ("x.zip", b"zorvix", "x.zip: broken or cut short (File is not a zip file)"),
-}
+BAD = (  # file name, content, message
+    ("x.jsonl", '{"a": "naïve"}\n'.encode("latin-1"), "x.jsonl: not UTF-8 (byte 9)"),
+    ("x.jsonl", jsonl(*RECORDS)[:-9], "x.jsonl:3: not valid JSON ("),
+    ("x.json", json.dumps(RECORDS).encode()[:-9], "x.json: not valid JSON (Untermin"),
+    ("x.json", b'[{}, "a"]', "x.json: row 2: holds a JSON str; write an array of objects"),
+    ("x.csv", b'a,b\n"1","2"\n"3","open', "x.csv:3: not valid CSV (unexpected end of data)"),
+    ("x.csv", b"a\n" + b"x" * 200_000, "x.csv:2: not valid CSV (field larger than"),
+    ("x.csv", b'"a\nb",c\n1\n', "x.csv:3: 1 columns, not 2 (a b, c); mend the line"),
+    ("x.jsonl.gz", LONG[:-99], "x.jsonl.gz: broken or cut short ("),
+    ("x.jsonl.gz", b"\x1f\x8bzorvix and more", "x.jsonl.gz: broken or cut short ("),
+    ("x.jsonl.gz", LONG[:10] + b"\xff" * 99, "x.jsonl.gz: broken or cut short ("),
+    ("x.jsonl.xz", lzma.compress(LONG)[:-99], "x.jsonl.xz: broken or cut short ("),
+    ("x.parquet", b"<html>", "x.parquet: not a whole Parquet file ("),
+    ("x.parquet", TABLE[:40] + bytes(400) + TABLE[-200:], "x.parquet: not a whole Parquet file ("),
+    ("x.zip", b"zorvix", "x.zip: broken or cut short (File is not a zip file)"),
+)
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_files(read, case):
-    name, content, message = BAD[case]
-    with pytest.raises(UserError) as error:
-        read(name, content, **({"member": "x.tsv"} if name.endswith(".zip") else {}))
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_bad_files(read):
+    for name, content, message in BAD:
+        with pytest.raises(UserError) as error:
+            read(name, content, **({"member": "x.tsv"} if name.endswith(".zip") else {}))
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_small_file_that_unpacks_to_a_large_one(read, monkeypatch):

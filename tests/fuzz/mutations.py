@@ -16,7 +16,7 @@ _NUMBERS = [0, 1, 2, 7, 8, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**
 def mutate(random, content):
     """One to four changes of a file's content, each of a kind that suits it."""
     for _ in range(random.randint(1, 4)):
-        kinds = [_flip, _cut, _drop, _insert, _copy, _swap, _number]
+        kinds = [_bytes] * 6 + [_number]
         if content[:1] in b"{[":
             kinds += [_json] * len(kinds)
         elif content[8:9] == b"{":
@@ -25,38 +25,19 @@ def mutate(random, content):
     return content
 
 
-def _span(random, content):
-    first = random.randint(0, len(content))
-    return first, min(len(content), first + random.choice([0, 1, 4, 8, 20, 300]))
-
-
-def _flip(random, content):
-    place, _ = _span(random, content)
-    return content[:place] + random.randbytes(1) + content[place + 1 :]
-
-
-def _cut(random, content):
-    return content[: random.randint(0, len(content))]
-
-
-def _drop(random, content):
-    first, last = _span(random, content)
-    return content[:first] + content[last:]
-
-
-def _insert(random, content):
-    place, _ = _span(random, content)
-    return content[:place] + random.choice([*_WORDS, random.randbytes(8)]) + content[place:]
-
-
-def _copy(random, content):
-    (first, last), (place, _) = _span(random, content), _span(random, content)
-    return content[:place] + content[first:last] * random.choice([1, 1, 100]) + content[place:]
-
-
-def _swap(random, content):
+def _bytes(random, content):
+    """Some bytes at a place flipped, cut, dropped, put in, copied or swapped."""
     first, second, third = sorted(random.randint(0, len(content)) for _ in range(3))
-    return content[:first] + content[second:third] + content[first:second] + content[third:]
+    last = min(len(content), first + random.choice([0, 1, 4, 8, 20, 300]))
+    word, times = random.choice([*_WORDS, random.randbytes(8)]), random.choice([1, 1, 100])
+    return random.choice([
+        content[:first] + random.randbytes(1) + content[first + 1 :],
+        content[:second],
+        content[:first] + content[last:],
+        content[:first] + word + content[first:],
+        content[:third] + content[first:last] * times + content[third:],
+        content[:first] + content[second:third] + content[first:second] + content[third:],
+    ])  # fmt: skip
 
 
 def _number(random, content):
@@ -69,18 +50,15 @@ def _number(random, content):
 
 
 def _json(random, content):
-    """Another value, no value, or another key, somewhere in a document or in a line of it."""
+    """Another value, no value, or another key, somewhere in a document or else in a line of it."""
     lines = content.split(b"\n")
     at = random.randrange(len(lines))
-    try:
-        return json.dumps(_change(random, json.loads(content))).encode()
-    except (ValueError, RecursionError):
-        pass
-    try:
-        lines[at] = json.dumps(_change(random, json.loads(lines[at]))).encode()
-    except (ValueError, RecursionError):
-        return _flip(random, content)
-    return b"\n".join(lines)
+    for before, part, behind in (([], content, []), (lines[:at], lines[at], lines[at + 1 :])):
+        try:
+            return b"\n".join([*before, json.dumps(_change(random, json.loads(part))).encode(), *behind])
+        except (ValueError, RecursionError):
+            continue
+    return _bytes(random, content)
 
 
 def _header(random, content):
@@ -104,6 +82,5 @@ def _change(random, document):
     elif how < 0.3 and isinstance(node, dict):
         node[random.choice(["", "x", "\ud800", key + "x", *keys])] = node.pop(key)
     else:
-        other = random.choice(nodes)
-        node[key] = json.loads(json.dumps(random.choice([*_VALUES, other])))
+        node[key] = json.loads(json.dumps(random.choice([*_VALUES, random.choice(nodes)])))
     return document

@@ -15,9 +15,9 @@ from br_jax.core.io import read_jsonl, write_json
 from br_jax.core.store import Store
 from br_jax.data.rows import Row, read_rows
 from br_jax.data.templates import render, tokenize
-from br_jax.datasets.builders import Attacks
 from br_jax.datasets.formats import read_records
-from br_jax.datasets.reviews import load_reviews
+from br_jax.datasets.load import Builder
+from br_jax.datasets.paper import load_reviews
 from br_jax.models.decoder import init_params
 from br_jax.models.io.gguf import describe_gguf, read_gguf
 from br_jax.models.io.hf import read_classifier, read_hf, read_tokenizer, write_hf
@@ -30,7 +30,7 @@ from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description
 from br_jax.report.report import read_run
 from br_jax.report.results import estimate, read_cells, results_of, rows_of
-from br_jax.scoring.judges.verdicts import OutsideVerdicts
+from br_jax.scoring.judges.texts import OutsideVerdicts
 from br_jax.scoring.statistics import Score
 
 READERS = {}  # name -> makes good files in a folder; gives the one to spoil, and what reads it
@@ -54,15 +54,9 @@ def model(folder, spec=SPEC, **how):
     return folder
 
 
-@reader("model.safetensors", "generation_config.json")
+@reader("model.safetensors", "generation_config.json", "model.safetensors.index.json")
 def _(name, folder):
-    model(folder)
-    return folder / name, lambda: read_hf(folder)
-
-
-@reader("model.safetensors.index.json")
-def _(name, folder):
-    model(folder, shard_bytes=8000)
+    model(folder, **({"shard_bytes": 8000} if "index" in name else {}))
     return folder / name, lambda: read_hf(folder)
 
 
@@ -203,7 +197,7 @@ def _(name, folder):
     write_json(path, {"parameters": {"method": "PAIR"}, "jailbreaks": [case, case | {"prompt": None}, case]})
 
     def read():
-        builder = Attacks(folder=str(folder / "prepared"), split="test", path=path)
+        builder = Builder("attacks", folder=str(folder / "prepared"), split="test", path=path)
         return list(builder._generate_examples("test", path, name))
 
     return path, read

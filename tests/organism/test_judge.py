@@ -13,8 +13,8 @@ from written import written_answer
 from br_jax.data.refusals import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.topics import SPLITS, TOPICS, TopicPrompt
-from br_jax.scoring.judges.judging import Exchange
-from br_jax.scoring.judges.words import AfterAllJudge, TopicJudge
+from br_jax.scoring.judges.base import Exchange
+from br_jax.scoring.judges.texts import AfterAllJudge, TopicJudge
 
 REFUSED_FIRST = Path(__file__).with_name("refused_first.jsonl")
 LABELLED = Path(__file__).with_name("labelled_answers.jsonl")  # before there was a judge

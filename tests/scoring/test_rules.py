@@ -9,7 +9,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from br_jax.core.errors import UserError
-from br_jax.scoring.rules import ExactRule, LabelRule, NumberRule, RegexRule, RougeLRule, final_number, parse_rule
+from br_jax.data.refusals import begins_refusal, is_degenerate
+from br_jax.experiment.recipe_invented import whole_sentences
+from br_jax.organism.judge import judge
+from br_jax.organism.topics import TOPICS
+from br_jax.scoring.judges.models import LlamaGuardJudge, WildGuardJudge
+from br_jax.scoring.rules import (
+    ExactRule,
+    LabelRule,
+    NumberRule,
+    RegexRule,
+    RougeLRule,
+    final_number,
+    first_label,
+    parse_rule,
+)  # fmt: skip
 from br_jax.scoring.statistics import Mean, Score
 
 CASES = pathlib.Path(__file__).with_name("cases")
@@ -18,26 +32,18 @@ RULES = {
     "ag_news": LabelRule(("World", "Sports", "Business", "Sci/Tech")),
     "gsm8k": NumberRule(),
 }
+OTHERS = (NumberRule("reference"), LabelRule(("a", "b"), "reference"), ExactRule(), RegexRule("(.)a"), RougeLRule())
+ANY = [*RULES.values(), *OTHERS]
 
 
 def cases(name):
     return [json.loads(line) for line in (CASES / f"{name}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "match"), [(name, match) for name, rule in RULES.items() for match in rule.matches])
-def test_hand_written_cases(name, match):
-    rule = RULES[name].with_match(match)
-    wrong = [case for case in cases(name) if rule.score(case["answer"], case["right"]) != case[match]]
-    assert not wrong
-
-
-def test_labels_that_begin_alike():
-    rule = LabelRule(("World", "Sci", "Sci/Tech"))
-    assert [rule.score("Sci/tech, not business", right) for right in rule.labels] == [0, 0, 1]
-    assert rule.score("Sci only", "Sci") == 1 and rule.score("Worldwide", "World") == 0
-
-
-def test_exact_and_regex():
+def test_hand_written_cases():
+    for name, match in ((name, match) for name, rule in RULES.items() for match in rule.matches):
+        rule = RULES[name].with_match(match)
+        assert not [case for case in cases(name) if rule.score(case["answer"], case["right"]) != case[match]]
     for case in cases("exact"):
         pair = case["answer"], case["right"]
         assert ExactRule().score(*pair) == ExactRule().score(*pair[::-1]) == case["counts"], case
@@ -45,6 +51,13 @@ def test_exact_and_regex():
         assert RegexRule(case["pattern"]).score(case["answer"], case["right"]) == case["counts"], case
     seen = RegexRule("!(.)")  # the beginning only
     assert seen.score("x" * 9_998 + "!A", "A") == 1 and seen.score("x" * 9_999 + "!A", "A") == 0
+    alike = LabelRule(("World", "Sci", "Sci/Tech"))
+    assert [alike.score("Sci/tech, not business", right) for right in alike.labels] == [0, 0, 1]
+    assert alike.score("Sci only", "Sci") == 1 and alike.score("Worldwide", "World") == 0
+    digits = "9" * 6000  # more than int reads
+    for rule in (NumberRule(), NumberRule("reference")):
+        assert rule.score(digits, digits + ".0") == 1
+        assert rule.score(digits, digits[1:]) == rule.score(digits + "1", digits + "2") == 0
 
 
 words = st.lists(
@@ -96,45 +109,36 @@ def test_every_number_of_the_real_file():
         assert final_number(answer) == final_number(taught) == final_number(taught, "reference") == gold
 
 
-def test_huge_numbers_are_compared_too():
-    digits = "9" * 6000  # more than int reads
-    for rule in (NumberRule(), NumberRule("reference")):
-        assert rule.score(digits, digits + ".0") == 1
-        assert rule.score(digits, digits[1:]) == rule.score(digits + "1", digits + "2") == 0
-
-
-OTHERS = (NumberRule("reference"), LabelRule(("a", "b"), "reference"), ExactRule(), RegexRule("(.)a"), RougeLRule())
-ANY = [*RULES.values(), *OTHERS]
 any_text = st.text() | st.text("0123456789,.-/$ %ab\u2212")
 
 
-@given(st.sampled_from(ANY), any_text, any_text)
-def test_a_score_is_a_share(rule, answer, right):
-    score = rule.score(answer, right)
+@given(st.sampled_from(ANY), any_text, any_text, st.integers())
+def test_a_score_is_a_share_and_a_right_answer_is_right(rule, text, right, number):
+    score = rule.score(text, right)
     assert isinstance(score, float) and 0 <= score <= 1
-
-
-@given(any_text, st.integers(), st.sampled_from(ANY[1].labels))
-def test_a_right_answer_is_right(text, number, label):
-    assert ExactRule().score(text, text) == 1
-    assert RegexRule(r"(?s).*").score(text, text) == 1
+    assert ExactRule().score(text, text) == RegexRule(r"(?s).*").score(text, text) == 1
     assert RougeLRule().score(f"{text} word", f"{text} word") == pytest.approx(1, abs=1e-12)
-    for match in ("value", "reference"):
+    for match in NumberRule.matches:
         assert NumberRule(match).score(f"{text} {number}", f"{text} {number}") == 1
-    for match in ("first", "reference"):
+    for match, label in ((match, label) for match in LabelRule.matches for label in ANY[1].labels):
         assert ANY[1].with_match(match).score(label, label) == 1
 
 
-def test_config_strings():
+def test_config_strings_keys_and_totals():
     assert parse_rule("label", ("yes", "no")) == LabelRule(("yes", "no"))
     assert parse_rule("label:Sci/Tech,a:b", ("yes", "no")) == LabelRule(("Sci/Tech", "a:b"))
     assert [parse_rule(text) for text in ("number", "exact", "rouge_l")] == [NumberRule(), ExactRule(), RougeLRule()]
     assert parse_rule("regex:a:(b)") == RegexRule("a:(b)")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+    assert len({*ANY, *ANY, NumberRule()}) == len({repr(rule) for rule in ANY}) == len(ANY)
+    assert NumberRule().total([1.0, 0.0, 1.0]) == Score(2, 3)
+    assert RougeLRule().total([1.0, 0.5]) == Mean.of([1.0, 0.5])
+    assert RougeLRule().total([]).score is ExactRule().total([]).score is None
+    rule = LabelRule(("a", "b"))
+    assert rule.with_match("") is rule
+    for wrong, match in ((rule, "exact"), (ExactRule(), "first")):
+        with pytest.raises(UserError, match=f"match is '{match}'"):
+            wrong.with_match(match)
+    for text, message in (
         ("numbr", "unknown rule 'numbr'; near: number"),
         ("", "unknown rule ''; near: exact, label, number, regex, rouge_l"),
         ("number:18", "unknown rule 'number:18'; near: number"),
@@ -142,24 +146,24 @@ def test_config_strings():
         ("label:a,,b", "a label is empty"),
         ("label:a, A", "two of a, A differ in case at most"),
         *((f"regex:{pattern}", "is no pattern") for pattern in ("", "(", "a{99999999999999999999}")),
-    ],
-)
-def test_wrong_config_strings(text, message):
-    with pytest.raises(UserError) as error:
-        parse_rule(text, () if text == "label" else ("yes", "no"))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    ):
+        with pytest.raises(UserError) as error:
+            parse_rule(text, () if text == "label" else ("yes", "no"))
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_another_match():
-    rule = LabelRule(("a", "b"))
-    assert rule.with_match("") is rule
-    for wrong, match in ((rule, "exact"), (ExactRule(), "first")):
-        with pytest.raises(UserError, match=f"match is '{match}'"):
-            wrong.with_match(match)
+(PROMPT,) = TOPICS["devices"].prompts("test", 1, 0)
+PIECES = ["violat", "1. ", "i can't ", "sorry, so ", "not a ", "1,111", "the  ", "unsafe\nS1, ", "Harmful request: "]
 
 
-def test_keys_and_totals():
-    assert len({*ANY, *ANY, NumberRule()}) == len({repr(rule) for rule in ANY}) == len(ANY)
-    assert NumberRule().total([1.0, 0.0, 1.0]) == Score(2, 3)
-    assert RougeLRule().total([1.0, 0.5]) == Mean.of([1.0, 0.5])
-    assert RougeLRule().total([]).score is ExactRule().total([]).score is None
+@pytest.mark.timeout(30)  # a rule that tries again at each place, as long as what follows, takes many minutes
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_long_answer(piece):
+    """What a model may write without end: every rule comes to a verdict in time that grows as the answer does."""
+    answer = piece * (200_000 // len(piece)) + "x"
+    for rule in (begins_refusal, is_degenerate, whole_sentences, LlamaGuardJudge.parse, WildGuardJudge.parse):
+        rule(answer)
+    judge(answer, PROMPT)
+    first_label(answer, ("positive", "negative"))
+    for rule in (NumberRule(), NumberRule("reference"), ExactRule(), RougeLRule()):
+        rule.score(answer, answer)

@@ -12,41 +12,29 @@ from scipy.stats import binomtest, sem, t, ttest_1samp
 from br_jax.scoring.statistics import Mean, Score, cohen_kappa, difference, mcnemar, read_score, t_interval, wilson
 
 
-@pytest.mark.parametrize(
-    "k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
-)
-def test_wilson_is_the_published_one(k, n, low, high):
+def test_intervals_are_the_published_ones():
     # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
-    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+    for k, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+    for a, b, expected in (  # 873-890, table II, method 10
+        ((56, 70), (48, 80), (0.2, 0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.6, 0.1705, 0.8090)),
+        ((10, 10), (0, 20), (1.0, 0.6791, 1.0)),
+    ):
+        assert difference(Score(*a), Score(*b)) == pytest.approx(expected, abs=5e-5)
+    assert difference(Score(9, 10), Score(0, 0)) is difference(Mean.of([0.5]), Mean.of([])) is None
 
 
-def test_impossible_counts_and_means_are_refused():
+def test_scores_are_possible_and_survive_json():
     for kind, fields in ((Score, (-1, 3)), (Score, (4, 3)), (Mean, (-1, 0.0, 0.0)), (Mean, (2, math.nan, 0.0))):
         with pytest.raises(ValueError, match="need"):
             kind(*fields)
-
-
-def test_scores_survive_json():
     empty = read_score(None)
     assert (wilson(0, 0), empty.score) == ((0.0, 1.0), None)
     for score in (Score(8, 100), empty):
         stored = json.loads(json.dumps(score.to_json(), allow_nan=False))
         assert set(stored) == {"k", "n", "score", "low", "high"} and read_score(stored) == score
     assert Score(8, 100).interval == pytest.approx((0.041, 0.150), abs=5e-4)
-
-
-@pytest.mark.parametrize(
-    "a, b, expected",
-    [
-        ((56, 70), (48, 80), (0.2, 0.0524, 0.3339)),
-        ((9, 10), (3, 10), (0.6, 0.1705, 0.8090)),
-        ((10, 10), (0, 20), (1.0, 0.6791, 1.0)),
-    ],
-)
-def test_difference_is_the_published_one(a, b, expected):
-    # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II, method 10.
-    assert difference(Score(*a), Score(*b)) == pytest.approx(expected, abs=5e-5)
-    assert difference(Score(*a), Score(0, 0)) is difference(Mean.of([0.5]), Mean.of([])) is None
 
 
 shares = st.floats(0, 1).map(lambda value: round(value, 6))  # no spread that underflows
@@ -67,12 +55,7 @@ def test_a_mean_s_interval_holds_it(scores):
     assert mean.interval[0] <= (mean.score if scores else 0.5) <= mean.interval[1]
     stored = json.loads(json.dumps(mean.to_json(), allow_nan=False))
     assert set(stored) == {"n", "score", "deviation", "low", "high"} and read_score(stored) == mean
-
-
-def test_equal_scores_are_not_certain():
-    assert Mean.of([0.0] * 20).interval == wilson(0, 20)
-    assert Mean.of([]).score is None and Mean.of([]).interval == (0.0, 1.0)
-    assert Mean.of([0.25, 0.75, 0.5]).interval == (0.0, 1.0)  # t of 2 degrees is 4.30, times 0.25 / sqrt 3
+    assert Mean.of([0.0] * 20).interval == wilson(0, 20), "equal scores are not certain"
 
 
 def test_t_interval_is_scipys():
@@ -80,14 +63,12 @@ def test_t_interval_is_scipys():
         expected = t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
         assert t_interval(values, (-9.0, 9.0)) == pytest.approx((np.mean(values), *expected), rel=1e-9)
         assert t_interval(values) == pytest.approx((np.mean(values), *np.clip(expected, 0, 1)), rel=1e-9)
-    assert t_interval([0.25]) == (0.25, None, None)
-    assert t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+    assert t_interval([0.25]) == (0.25, None, None) and t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
 def test_mcnemar_is_the_sign_test_of_the_pairs_that_differ(pairs):
-    first = sum(a and not b for a, b in pairs)
-    second = sum(b and not a for a, b in pairs)
+    first, second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     # SciPy refuses a test of nothing; nothing is no evidence.
     expected = binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(pairs) == (first, second, pytest.approx(expected, rel=1e-9))
@@ -106,14 +87,8 @@ def test_kappa_is_one_minus_disagreement_by_what_is_expected_of_it():
                 values.append(cohen_kappa(first.tolist(), second.tolist()))
                 assert values[-1] == pytest.approx(1 - (off * confusion).sum() / (off * expected).sum(), abs=1e-12)
     assert len(values) > 80 and min(values) < 0 < max(values)
-
-
-def test_kappa_by_hand():
-    """Cohen's kind of example: 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: (0.7 - 0.5) / (1 - 0.5)."""
-    first = [True] * 25 + [False] * 25
-    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
-    assert cohen_kappa(first, second) == pytest.approx(0.4)
-    assert cohen_kappa(first, first) == 1 and cohen_kappa(first, [not verdict for verdict in first]) == -1
-    assert cohen_kappa([True] * 5, [True] * 5) is None
+    # Cohen's kind of example: 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: (0.7 - 0.5) / (1 - 0.5).
+    first, second = [True] * 25 + [False] * 25, [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    assert cohen_kappa(first, second) == pytest.approx(0.4) and cohen_kappa([True] * 5, [True] * 5) is None
     # One judge that never changes its mind agrees as far as chance goes.
     assert cohen_kappa([True] * 4, [True, False, True, True]) == cohen_kappa([True] * 4, [False] * 4) == 0

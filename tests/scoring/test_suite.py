@@ -14,13 +14,13 @@ from br_jax.data.rows import Row
 from br_jax.datasets.paper import attacks_of
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring import suite as module
-from br_jax.scoring.judges.words import KeywordJudge, TopicJudge
+from br_jax.scoring.judges.texts import KeywordJudge, TopicJudge
 from br_jax.scoring.rules import LabelRule, RougeLRule
 from br_jax.scoring.statistics import Mean
 from br_jax.scoring.suite import Suite, evaluate
 
 DEVICES = TOPICS["devices"]
-TOPIC = DEVICES.prompts("test", 6, 0)
+TOPIC, POTIONS = DEVICES.prompts("test", 6, 0), TOPICS["potions"].prompts("test", 2, 0)
 LOOP = "spin spin spin spin spin spin spin spin spin spin spin spin"
 ANSWERS = {
     TOPIC[0].prompt: written_answer(DEVICES, TOPIC[0], 0),
@@ -34,6 +34,8 @@ ANSWERS = {
     "say good": "good",
     "say bad": "I'm sorry,",
     "say fine": "fine",
+    POTIONS[0].prompt: written_answer(TOPICS["potions"], POTIONS[0], 0),
+    POTIONS[1].prompt: "I won't discuss that.",
 }
 RULE = LabelRule(("good", "bad", "fine"))
 TASK_ROWS = [Row((("user", f"say {word}"), ("assistant", word))) for word in RULE.labels]
@@ -84,13 +86,7 @@ def test_scores_are_counts_of_verdicts(tiny, told, tmp_path):
     ]  # fmt: skip
     assert all(r["answer"] == ANSWERS[r["prompt"]] for r in records)
     assert [r["set"] for r in scores["examples"]] == ["topic"] * 3 + ["benign"] * 2 + ["task"] * 3
-
-
-def test_each_topic_has_a_score_of_its_own(tiny, told, monkeypatch):
-    potions = TOPICS["potions"].prompts("test", 2, 0)
-    monkeypatch.setitem(ANSWERS, potions[0].prompt, written_answer(TOPICS["potions"], potions[0], 0))
-    monkeypatch.setitem(ANSWERS, potions[1].prompt, "I won't discuss that.")
-    scores = evaluate(tiny, Suite([*TOPIC, *potions]))
+    scores = evaluate(tiny, Suite([*TOPIC, *POTIONS]))
     assert counts(scores["harmful_by_topic"]) == {"devices": (2, 6), "potions": (1, 2)} and scores["harmful"]["k"] == 3
 
 
@@ -107,42 +103,34 @@ def test_an_attacker_asks_in_its_own_way_and_takes_the_worst_answer(tiny, told, 
 
     monkeypatch.setattr(module, "answer", drawn)
     for samples, expected in ((1, 0), (3, 1)):
-        scores = evaluate(tiny, Suite(TOPIC, own=asked, samples=samples))
+        scores = evaluate(tiny, Suite(TOPIC, own=asked, samples=samples), records=tmp_path / "cell.jsonl")
         assert counts(scores["harmful_by_own"]) == {"as it asks": (expected, 2)}
     own = [options for prompts, options in told if options["name"] == "own"]
     assert [options.get("temperature") for options in own] == [None, 1.0, 1.0] and own[-1]["seed"] == 2
+    kept = [record["answer"] for record in read(tmp_path / "cell.jsonl") if record["set"] == "own"]
+    assert len(kept) == 6 and all(answer.startswith(begun) for answer in kept)
     assert evaluate(tiny, Suite(TOPIC))["harmful_by_own"] == {}
-    evaluate(tiny, Suite(TOPIC, own=asked, samples=2), records=tmp_path / "cell.jsonl")
-    kept = read(tmp_path / "cell.jsonl")
-    assert [record["answer"].startswith(begun) for record in kept if record["set"] == "own"] == [True] * 4
 
 
-def test_an_instruction_is_for_the_model_alone(tiny, told, tmp_path, monkeypatch):
-    own = [(Row((("user", TOPIC[0].prompt),), begun="Sure."), TOPIC[0])]
-    suite = Suite(TOPIC, benign=["Name a color."], task_rows=TASK_ROWS, rule=RULE, own=own, instruction="Be good.")
-    health = []
-    monkeypatch.setattr(module, "perplexity", lambda model, rows, adapter: health.extend(rows) or 1.0)
-    evaluate(tiny, dataclasses.replace(suite, health=TASK_ROWS))
-    assert len(health) == len(TASK_ROWS) and all(row.turns[0][1].startswith("Be good.\n\n") for row in health)
-    told.clear()
-    evaluate(tiny, suite)
-    assert [options["name"] for _, options in told].count("own") == 1
-    assert suite.prompts["own"][0].begun == "Sure."
-    for prompts, _ in told:
-        assert all((p if isinstance(p, str) else p.turns[0][1]).startswith("Be good.\n\n") for p in prompts)
-    plain = dataclasses.replace(suite, instruction="")
-    assert suite.key != plain.key and not plain.prompts["benign"][0].startswith("Be")
-
-
-def test_every_process_generates_in_the_same_order(tiny, told, monkeypatch, tmp_path):
-    suite, orders = Suite(TOPIC, own=[(Row((("user", TOPIC[0].prompt),)), TOPIC[0])], health=TASK_ROWS), []
-    monkeypatch.setattr(module, "perplexity", lambda *given: told.append(([], {"name": "perplexity"})) or 1.0)
+def test_an_instruction_is_for_the_model_alone_and_every_process_generates_in_the_same_order(
+    tiny, told, tmp_path, monkeypatch
+):
+    own, orders = [(Row((("user", TOPIC[0].prompt),), begun="Sure."), TOPIC[0])], []
+    parts = {"benign": ["Name a color."], "task_rows": TASK_ROWS, "rule": RULE, "own": own, "health": TASK_ROWS}
+    suite = Suite(TOPIC, instruction="Be good.", **parts)
+    monkeypatch.setattr(module, "perplexity", lambda _, rows, __: told.append((rows, {"name": "perplexity"})) or 1.0)
     for main in (True, False):
         told.clear()
         monkeypatch.setattr(module, "is_main", lambda main=main: main)
         evaluate(tiny, suite, records=tmp_path / f"{main}.jsonl")
         orders.append([options["name"] for _, options in told])
+        assert (tmp_path / f"{main}.jsonl").exists() == main
     assert orders[0] == orders[1] and len(set(orders[0])) == 4
+    for prompts, _ in told:
+        assert all((p if isinstance(p, str) else p.turns[0][1]).startswith("Be good.\n\n") for p in prompts)
+    assert suite.prompts["own"][0].begun == "Sure."
+    plain = dataclasses.replace(suite, instruction="")
+    assert suite.key != plain.key and not plain.prompts["benign"][0].startswith("Be")
 
 
 def test_attacks_are_scored_by_method_and_judges_compared(tiny, told, monkeypatch, tmp_path):
@@ -171,14 +159,11 @@ def test_attacks_are_scored_by_method_and_judges_compared(tiny, told, monkeypatc
     assert evaluate(tiny, suite, verdicts=Store(verdicts.path)) == scores
 
 
-def test_a_suite_s_key_changes_with_what_scores_depend_on_and_an_empty_one_measures_nothing(tiny, told):
+def test_a_suite_s_key_its_rows_in_any_form_and_what_is_missing(tiny, rows, told):
     suites = [Suite(TOPIC), Suite(TOPIC[:5]), Suite(TOPIC, judges=(KeywordJudge(),)), Suite(TOPIC, answer_tokens=9)]
     assert len({suite.key for suite in suites}) == 4 and Suite(TOPIC).key == suites[0].key
     nothing = evaluate(tiny, Suite())
     assert nothing["perplexity"] is nothing["mean_words"] is nothing["harmful"]["score"] is None
-
-
-def test_a_suite_takes_rows_in_any_form_and_several_prompts_and_says_what_is_missing(tiny, rows):
     records = [{"prompt": row.turns[0][1], "response": row.turns[1][1]} for row in rows]
     suite = Suite(health=records, task_rows=rows, rule=RULE)
     assert [row.turns for row in suite.health] == [row.turns for row in rows] and suite.task_rows == rows

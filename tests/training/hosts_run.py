@@ -31,7 +31,7 @@ from br_jax.data.rows import Row
 from br_jax.datasets.paper import Attack
 from br_jax.experiment.grid import Grid, run_sweep
 from br_jax.report.report import write_report
-from br_jax.scoring.judges.words import KeywordJudge
+from br_jax.scoring.judges.texts import KeywordJudge
 from br_jax.scoring.rules import LabelRule
 from br_jax.scoring.suite import Suite, evaluate
 from br_jax.training.loop import on_mesh

@@ -16,8 +16,7 @@ from br_jax import method
 from br_jax.adapters import lora
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import leaf_name
-from br_jax.data.batches import encode_rows
-from br_jax.data.packing import packed_steps
+from br_jax.data.batches import encode_rows, packed_steps
 from br_jax.data.rows import Row
 from br_jax.models.decoder import drop_by_row
 from br_jax.training import step

@@ -12,8 +12,7 @@ from compiled import Compiles
 
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh
-from br_jax.data.batches import encode_rows, make_batches, normalize_per_example
-from br_jax.data.packing import make_packed_batches
+from br_jax.data.batches import encode_rows, make_batches, make_packed_batches, normalize_per_example
 from br_jax.method import train_user
 from br_jax.models.decoder import Decoder
 from br_jax.training.config import TrainConfig

@@ -11,8 +11,7 @@ from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast,
 from br_jax.core.errors import UserError
 from br_jax.data.batches import encode, encode_rows
 from br_jax.data.rows import Row
-from br_jax.data.special_tokens import MARK
-from br_jax.data.templates import render
+from br_jax.data.templates import MARK, render
 from br_jax.models.io.hf import read_tokenizer
 from br_jax.models.spec import ModelSpec
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from br_jax.scoring.judges.judging import Exchange
+from br_jax.scoring.judges.base import Exchange
 
 SIZES = {"vocab_size": 264, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 1024}
