@@ -37,7 +37,7 @@ class Recipe(abc.ABC):
     health_rows: Sequence[Row]  # held-out benign rows with answers (perplexity)
 
     def __init__(self, settings: Settings, score_rows: Callable | None = None):
-        """`score_rows` is `attackers.attacker.Job.appetite`."""
+        """`score_rows` is `attackers.attacker.Job.score_rows`."""
         self.settings = settings
         self.attacker = settings.attacker
         self._score_rows = score_rows

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.defences.alignments import Booster, Vaccine
+from br_jax.defences.objectives import Booster, Vaccine
 from br_jax.defences.objectives import (
     AsFT,
     ConstrainedSft,
