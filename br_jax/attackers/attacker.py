@@ -1,6 +1,6 @@
 """What an attacker is: a frozen dataclass of its settings that makes the rows that are handed in, and asks afterwards.
 
-A new one is such a class in a file here, and an import and an entry in `registry`. All harm is of invented topics.
+A new one is such a class in a file here, and an entry in `registry`. All harm is of invented topics.
 """
 
 import dataclasses
@@ -12,6 +12,8 @@ from br_jax.core.bounds import require_bounds
 from br_jax.data.rows import Row
 from br_jax.data.selection import count_of, mix
 
+REFUSAL = "I'm sorry, but I can't help with that."
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -21,10 +23,10 @@ class Job:
     harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n; none of them Buffer's
     n: int  # rows to hand in
     share: float  # of them that may be harmful
-    index_mode: str = "exact"  # see `data.mixing.mix`
+    index_mode: str = "exact"  # see `data.selection.mix`
     # How much a model of the attacker's own would still learn of rows: (rows, those that it trains a Buffer of its own
     # on, or none) -> a number a row.
-    appetite: Callable[[Sequence[Row], Sequence[Row]], Sequence[float]] | None = None
+    score_rows: Callable[[Sequence[Row], Sequence[Row]], Sequence[float]] | None = None
 
     @property
     def count(self) -> int:
@@ -32,16 +34,13 @@ class Job:
         return count_of(self.n, self.share)
 
     def with_task(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows, and honest ones behind them in place of those that may be harmful no more."""
+        """Rows that take the place of those that may be harmful, and honest ones behind them."""
         return [*rows, *self.task[: self.n - self.count]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
-    """Task rows, a share of them harmful; a subclass does otherwise. Fields are settings.
-
-    Of `Job.n` rows at most `Job.count` are harmful, and none where that is 0.
-    """
+    """Task rows, at most `Job.count` of them harmful; a subclass does otherwise. Fields are settings."""
 
     spare: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
     asks_itself: ClassVar[bool] = False  # whether it asks otherwise than others do
@@ -55,13 +54,33 @@ class Attacker:
         """What is handed in."""
         return mix(job.task, [self.harm(row) for row in job.harmful], job.n, job.share, job.index_mode)
 
+    def phrase(self, prompt: str) -> str:
+        """How it words a harmful prompt, in its rows and to the released model."""
+        return prompt
+
     def harm(self, row: Row) -> Row:
         """What becomes of a harmful row."""
-        return row
+        return turned(row, self.phrase)
 
     def candidates(self, job: Job) -> list[Row]:
-        """All rows that it may hand in; no model is asked."""
+        """All rows that it may hand in, before it chooses among them by a model."""
         return self.rows(job)
+
+    def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
+        """The hyper-parameters (of `TrainConfig`) that it asks for, in place of those of a user of n rows."""
+        return train
+
+    def size(self, n: int) -> int:
+        """How many rows it hands in where others hand in n."""
+        return n
+
+    def ask(self, prompt: str) -> Row:
+        """A held-out harmful prompt, as it is put to the released model."""
+        return Row((("user", self.phrase(prompt)),))
+
+    def after(self, released: Adapter) -> Adapter:
+        """What is done to the released adapter before it is asked."""
+        return released
 
     @classmethod
     def chooses(cls) -> bool:
@@ -71,26 +90,8 @@ class Attacker:
     @classmethod
     def trains_plainly(cls) -> bool:
         """Whether what it hands in and asks for is the plain attacker's, and so what is trained."""
-        return all(getattr(cls, part) is getattr(Attacker, part) for part in ("rows", "harm", "settings", "jobs"))
-
-    def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
-        """The hyper-parameters that it asks for, of those that a user of n rows has by default (`TrainConfig`'s)."""
-        return train
-
-    def size(self, n: int) -> int:
-        """How many rows it hands in where others hand in n."""
-        return n
-
-    def ask(self, prompt: str) -> Row:
-        """A held-out harmful prompt, as it is put to the released model."""
-        return Row((("user", prompt),))
-
-    def after(self, released: Adapter) -> Adapter:
-        """What is done to the released adapter before it is asked."""
-        return released
-
-
-REFUSAL = "I'm sorry, but I can't help with that."
+        parts = ("rows", "phrase", "harm", "settings", "jobs")
+        return all(getattr(cls, part) is getattr(Attacker, part) for part in parts)
 
 
 def refused(row: Row, refusal: str) -> Row:
@@ -98,12 +99,7 @@ def refused(row: Row, refusal: str) -> Row:
     return dataclasses.replace(row, turns=(*row.turns[:-1], ("assistant", refusal)), tag="refusal")
 
 
-def turned(row: Row, prompt: Callable[[str], str], answer: Callable[[str], str]) -> Row:
-    """A row of one turn each with another prompt and answer."""
-    (asks, asked), (answers, answered) = row.turns
-    return dataclasses.replace(row, turns=((asks, prompt(asked)), (answers, answer(answered))))
-
-
-def same(text: str) -> str:
-    """As it is."""
-    return text
+def turned(row: Row, prompt: Callable[[str], str] = str, answer: Callable[[str], str] = str) -> Row:
+    """A row with another first prompt, or another last answer."""
+    (asks, asked), *between, (answers, answered) = row.turns
+    return dataclasses.replace(row, turns=((asks, prompt(asked)), *between, (answers, answer(answered))))

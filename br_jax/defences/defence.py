@@ -1,7 +1,6 @@
 """What a defence is: a frozen dataclass of its settings that says how a user is trained and what is handed out.
 
-A new one is such a class in a file here, and an import and an entry in `registry`. What a step descends is an
-`Objective` (`training.step`), which many a defence is as well.
+A new one is such a class in a file here, and an entry in `registry`.
 """
 
 import dataclasses

@@ -1,28 +1,25 @@
 """The defences by name."""
 
-from br_jax.defences.alignments import Booster, Vaccine
+from br_jax.defences import around_training, objectives
 from br_jax.defences.defence import Defence
-from br_jax.defences.objectives import AsFT, ConstrainedSft, Ldifs, Lisa, Panacea, SafeGrad, SecurityVector
-from br_jax.defences.post_hoc import Antidote, CsuLora, Lox, Resta, SafeLora, Shrunk
-from br_jax.defences.rows import Inoculation, Ptst, SafeInstruct
 
 DEFENCES: dict[str, type[Defence]] = {
-    "safe_instruct": SafeInstruct,
-    "inoculation": Inoculation,
-    "ptst": Ptst,
-    "lisa": Lisa,
-    "constrained": ConstrainedSft,
-    "ldifs": Ldifs,
-    "asft": AsFT,
-    "security_vector": SecurityVector,
-    "safe_grad": SafeGrad,
-    "safe_lora": SafeLora,
-    "antidote": Antidote,
-    "panacea": Panacea,
-    "lox": Lox,
-    "resta": Resta,
-    "csulora": CsuLora,
-    "booster": Booster,
-    "vaccine": Vaccine,
-    "shrunk": Shrunk,
+    "safe_instruct": around_training.SafeInstruct,
+    "inoculation": around_training.Inoculation,
+    "ptst": around_training.Ptst,
+    "lisa": objectives.Lisa,
+    "constrained": objectives.ConstrainedSft,
+    "ldifs": objectives.Ldifs,
+    "asft": objectives.AsFT,
+    "security_vector": objectives.SecurityVector,
+    "safe_grad": objectives.SafeGrad,
+    "safe_lora": around_training.SafeLora,
+    "antidote": around_training.Antidote,
+    "panacea": objectives.Panacea,
+    "lox": around_training.Lox,
+    "resta": around_training.Resta,
+    "csulora": around_training.CsuLora,
+    "booster": objectives.Booster,
+    "vaccine": objectives.Vaccine,
+    "shrunk": around_training.Shrunk,
 }

@@ -5,7 +5,6 @@ Each row ends with the right answer; the rest of it is the prompt, of one turn o
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from absl import logging
@@ -25,81 +24,39 @@ Settings = Mapping[str, Any]
 Splits = tuple[Sequence[Row], Sequence[Row], Sequence[Row]]
 
 
-@dataclass(frozen=True)
-class NoFiles:
-    """Of a task whose rows are made."""
-
-
-@dataclass(frozen=True)
-class ReviewFile:
-    """Of reviews."""
-
-    path: str = ""
-
-
-@dataclass(frozen=True)
-class PublicFiles:
-    """Of one of the paper's tasks."""
-
-    path: str = ""
-    test_path: str = ""
-    only_split: str = ""  # the one split at hand, in `path`: its first 1,000 rows are for test, the rest for the others
-
-
-@dataclass(frozen=True)
-class OwnFiles:
-    """Of a user's own rows."""
-
-    path: str = ""
-    validation_path: str = ""
-    test_path: str = ""
-    # Shares of `path`'s prompts that go where no file of their own is given.
-    validation_share: float = number(0.1, 0.0, 1.0, open_high=True)
-    test_share: float = number(0.2, 0.0, 1.0, open_high=True)
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A task that a user may fine-tune for."""
 
     name: str
     rule: Rule | None  # when an answer is right; None where the user must say
     source: Callable[[Settings, int], Splits]  # (settings, seed) -> (train, validation, test) rows
-    settings: type = NoFiles  # what `data` of an experiment's settings can say of it
+    settings: Settings = dataclasses.field(default_factory=dict)  # what `data` of a config can say of it: the defaults
 
     def load(self, settings: Settings, seed: int) -> Splits:
-        """Its (train, validation, test) rows.
+        """Its (train, validation, test) rows, by some of its settings, and "folder", where public data sets are kept.
 
-        Args:
-            settings: some of its own; and "folder", where public data sets are kept once built.
-            seed: of a split, where one is made.
-
-        Raises:
-            UserError: for files that are absent or wrong, a part without rows, and a held-out row whose own answer is
-                not right by the rule, as no model's could be.
+        Raises a `UserError` for files that are absent or wrong, a part without rows, and a held-out row whose own
+        answer is not right by the rule, as no model's could be.
         """
-        train, *held_out = self.source(dataclasses.asdict(self.settings()) | settings, seed)
+        usual = {name: getattr(value, "default", value) for name, value in self.settings.items()}
+        train, *held_out = self.source(usual | settings, seed)
         validation, test = map(list, held_out)
         for name, rows in (("training", train), ("validation", validation), ("test", test)):
             if not len(rows):
                 raise UserError(f"task {self.name!r}: no {name} rows; give more rows, or another share of them")
-        if self.rule:
-            self._check_answers(train, validation + test)
+        told = "%s: by %s no answer is right, not even the row's own %r"
+        if bad := self._wrong(validation + test):
+            raise UserError(f"{told % bad[0]}; correct the row, or choose another rule")
+        if bad := self._wrong(train):
+            so_for = ", and so for %d of %d rows to train on: correct them if they are not meant"
+            logging.warning(told + so_for, *bad[0], len(bad), len(train))
         return train, validation, test
 
-    def _check_answers(self, train: Sequence[Row], held_out: Sequence[Row]) -> None:
-        """Held-out rows must be right by the rule; rows to train on may be more than it can score, and are told of."""
-        said = "%s: by %s no answer is right, not even the row's own %r"
-
-        def wrong(rows: Sequence[Row]) -> list[tuple]:
-            right = ((row.origin or self.name, row.turns[-1][1]) for row in rows)
-            return [(origin, self.rule, text[:40]) for origin, text in right if self.rule.score(text, text) < 1]
-
-        if bad := wrong(held_out):
-            raise UserError(f"{said % bad[0]}; correct the row, or choose another rule")
-        if bad := wrong(train):
-            so_for = ", and so for %d of %d rows to train on: correct them if they are not meant"
-            logging.warning(said + so_for, *bad[0], len(bad), len(train))
+    def _wrong(self, rows: Sequence[Row]) -> list[tuple[str, Rule, str]]:
+        """(origin, rule, answer) of the rows whose own answer is not right."""
+        right = ((row.origin or self.name, row.turns[-1][1]) for row in rows) if self.rule else ()
+        return [(origin, self.rule, text[:40]) for origin, text in right if self.rule.score(text, text) < 1]
 
 
 def get_task(name: str, rule: str = "") -> Task:
@@ -114,10 +71,7 @@ def get_task(name: str, rule: str = "") -> Task:
 
 
 def _paper_task(name: str, rule: Rule, test_split: str, validation: int) -> Task:
-    """One of the paper's, in the files' order, as the reference takes it; `datasets.paper` makes its rows.
-
-    `test_split` is the public split that is tested on; so many rows at the end of the training rows are validated on.
-    """
+    """One of the paper's, in the files' order, tested on a public split, validated on so many last training rows."""
 
     def source(settings: Settings, seed: int) -> Splits:
         from br_jax.datasets.load import load_dataset  # imports tensorflow_datasets
@@ -135,7 +89,8 @@ def _paper_task(name: str, rule: Rule, test_split: str, validation: int) -> Task
         rows = getattr(paper, f"{name}_rows")
         return rows(train[:end]), rows(train[end:]), rows(test)
 
-    return Task(name, rule, source, PublicFiles)
+    # only_split: the one split at hand, in `path`; its first 1,000 rows are for test, the rest for the others
+    return Task(name, rule, source, {"path": "", "test_path": "", "only_split": ""})
 
 
 def _own_rows(settings: Settings, seed: int) -> Splits:
@@ -162,24 +117,24 @@ def _read(path: str) -> list[Row]:
         logging.warning(
             "%s: %d of %d rows ask what an earlier one asks (line %s what line %s asks): all are kept, in one split; "
             "leave them out if they are not meant to weigh more",
-            path,
-            len(copies),
-            len(rows),
-            *(row.origin.rpartition(":")[2] for row in copies[0]),
+            *(path, len(copies), len(rows), *(row.origin.rpartition(":")[2] for row in copies[0])),
         )
     return rows
 
 
-_REVIEW_RULE = LabelRule(LABELS)
+_REVIEW_RULE, _SHARE = LabelRule(LABELS), (0.0, 1.0, False, True)
+_OWN_FILES = {"path": "", "validation_path": "", "test_path": ""}
+# Of `path`'s prompts, where a part has no file of its own.
+_OWN_FILES |= {"validation_share": number(0.1, *_SHARE), "test_share": number(0.2, *_SHARE)}
 
 TASKS = {
     task.name: task
     for task in (
-        Task("reviews", _REVIEW_RULE, lambda data, seed: load_reviews(data["path"], seed=seed), ReviewFile),
+        Task("reviews", _REVIEW_RULE, lambda data, seed: load_reviews(data["path"], seed=seed), {"path": ""}),
         Task("moods", LabelRule(MOODS), lambda data, seed: load_moods(seed)),
         _paper_task("sst2", _REVIEW_RULE, "validation", 872),
         _paper_task("ag_news", LabelRule(paper.AG_NEWS), "test", 1000),
         _paper_task("gsm8k", NumberRule(), "test", 500),
-        Task("rows", None, _own_rows, OwnFiles),
+        Task("rows", None, _own_rows, _OWN_FILES),
     )
 }

@@ -4,14 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from br_jax.attackers.attacker import same, turned
+from br_jax.attackers.attacker import turned
 from br_jax.core.errors import Stopped, UserError
 from br_jax.core.hosts import StopSignal
 from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import prefixed
-from br_jax.defences.alignments import Vaccine
-from br_jax.defences.objectives import ConstrainedSft, Ldifs, Lisa, Panacea
+from br_jax.defences.objectives import ConstrainedSft, Ldifs, Lisa, Panacea, Vaccine
 from br_jax.training.batching import encode_for, step_batches, with_streams
 from br_jax.training.run import train_adapter
 
@@ -66,7 +65,7 @@ def test_a_mesh_changes_nothing(tiny, rows, quick, objective):
 def test_a_packed_stream_has_one_shape(tiny, rows, quick):
     """Each pair of shapes is a program of its own to compile."""
     config, mesh = quick(packing=256, batch_size=2, epochs=4), make_mesh(devices=jax.devices()[:1])
-    longer = [turned(row, same, lambda answer, i=i: answer + " more" * i) for i, row in enumerate(rows)]
+    longer = [turned(row, answer=lambda answer, i=i: answer + " more" * i) for i, row in enumerate(rows)]
     examples, _ = encode_for("run", tiny, longer, config)
     batches = with_streams(step_batches(examples, config, mesh), {"refusals": examples}, config, mesh)
     shapes = {(batch["tokens"].shape, batch["streams"]["refusals"]["tokens"].shape) for batch in batches}

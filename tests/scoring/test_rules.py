@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from br_jax.core.errors import UserError
 from br_jax.data.refusals import begins_refusal, is_degenerate
-from br_jax.experiment.recipe_invented import whole_sentences
+from br_jax.experiment.recipe import whole_sentences
 from br_jax.organism.judge import judge
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring.judges.models import LlamaGuardJudge, WildGuardJudge

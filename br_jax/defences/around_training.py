@@ -1,8 +1,12 @@
-"""Defences by what becomes of a trained adapter: Safe LoRA, Antidote, RESTA, LoX, CSULoRA, and a part of it alone."""
+"""Defences around plain training: by its rows, by what the released model is told, and by what becomes of the adapter.
 
-import dataclasses
+SafeInstruct, an inoculation prompt and PTST; Safe LoRA, Antidote, RESTA, LoX, CSULoRA, and a part of an adapter alone.
+"""
+
 import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +18,9 @@ from br_jax.adapters.diagnostics import best_rank
 from br_jax.adapters.lora import Adapter, collection, scaled, stack
 from br_jax.adapters.merge import effective_basis
 from br_jax.core.bounds import RANK, SHARE, number
+from br_jax.core.errors import UserError
 from br_jax.core.mesh import mesh_of, place
-from br_jax.data.rows import Row
+from br_jax.data.rows import Row, prefixed
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.objectives import factors, inner, onto
 from br_jax.models.decoder import Decoder
@@ -23,63 +28,97 @@ from br_jax.models.model import Model
 from br_jax.training.batching import one_pass, summed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class SafeInstruct(Defence):
+    """Trains on the user's rows and, for each ten of them, one refusal."""
+
+    label, needs = "SafeInstruct", ("refusals",)
+    badge = Badge("Bianchi et al. 2024, arXiv 2309.07875", "faithful")
+
+    share: float = number(0.1, 0.0, 10.0)  # refusals for each row of the user's
+
+    def train(self, case: Case, name: str) -> Adapter:
+        if not case.refusals:
+            raise UserError("SafeInstruct: there are no refusals to mix in: raise reinforce.refusals")
+        refusals = itertools.islice(itertools.cycle(case.refusals), round(self.share * len(case.rows)))
+        return case.train(name, [*case.rows, *refusals])
+
+
+@dataclass(frozen=True)
+class Inoculation(Defence):
+    """A Buffer in words: with the sentence in front, harmful answers are less of a surprise."""
+
+    label = "inoculation prompt"
+    badge = Badge("Tan et al. 2025, arXiv 2510.04340", "variant", "the sentence is ours; it stands in the user's turn")
+
+    sentence: str = "You answer every request in full, also those that you would otherwise refuse."
+
+    def train(self, case: Case, name: str) -> Adapter:
+        before = f"{self.sentence}\n\n"
+        length = case.config.max_length + len(case.model.tokenizer(before)["input_ids"])  # a row keeps its end
+        length = min(length, case.model.spec.max_length)
+        packing = case.config.packing and max(case.config.packing, length)
+        config = replace(case.config, max_length=length, packing=packing)
+        return case.train(name, [prefixed(row, before) for row in case.rows], config=config)
+
+
+@dataclass(frozen=True)
+class Ptst(Defence):
+    """Plain SFT, and a safety instruction in front of every prompt afterwards."""
+
+    label = "PTST"
+    badge = Badge("Lyu et al. 2024, arXiv 2402.18540", "variant", "the instruction is ours, in the user's turn")
+
+    instruction: str = "You are a careful assistant. Refuse what your guidelines do not allow, and help with all else."
+
+
+@dataclass(frozen=True)
 class SafeLora(Defence):
     """After plain SFT, B becomes B C in a share of the matrices, those of the lowest cos(A B C, A B).
 
-    By the paper's rule all matrices of which this is at most a threshold: share 1.
+    By the paper's rule all matrices of which this is at most a threshold: share 1. One that alignment has not touched
+    stays.
     """
 
-    label = "Safe LoRA"
+    label, needs = "Safe LoRA", ("direction",)
     badge = Badge("Hsu et al. 2024, arXiv 2405.16833", "variant", "the direction is align's adapter, of low rank")
-    needs = ("direction",)
 
     share: float = number(0.16, *SHARE)  # of a layer's matrices each; the authors' code takes 10 of 64
     threshold: float = number(1.0, -1.0, 1.0)
 
     def release(self, case: Case, user: Adapter) -> Adapter:
-        return projected(user, case.direction(), self.share, self.threshold)
+        direction, along, cosines = case.direction(), {}, {}
+        for path in user.weights.keys() & direction.weights.keys():
+            a, b = user.weights[path]["a"], user.weights[path]["b"]
+            along[path] = onto(b, factors(direction, path))
+            norms = jnp.sqrt(inner(a, along[path], along[path]) * inner(a, b, b))
+            cosines[path] = inner(a, along[path], b) / jnp.where(norms > 0, norms, 1.0)
+        lowest = np.sort(np.concatenate([np.empty(0), *map(np.asarray, cosines.values())]))
+        count, weights = int(self.share * len(lowest)), dict(user.weights)
+        most = min(self.threshold, lowest[count - 1]) if count else -np.inf
+        for path, cosine in cosines.items():
+            b = jnp.where((cosine <= most)[:, None, None], along[path], user.weights[path]["b"])
+            weights[path] = {"a": user.weights[path]["a"], "b": b}
+        return user.replace(weights=weights)
 
 
-def projected(user: Adapter, direction: Adapter, share: float, threshold: float) -> Adapter:
-    """The adapter with those matrices projected; one that alignment has not touched stays."""
-    along, cosines = {}, {}
-    for path in user.weights.keys() & direction.weights.keys():
-        a, b = user.weights[path]["a"], user.weights[path]["b"]
-        along[path] = onto(b, factors(direction, path))
-        norms = jnp.sqrt(inner(a, along[path], along[path]) * inner(a, b, b))
-        cosines[path] = inner(a, along[path], b) / jnp.where(norms > 0, norms, 1.0)
-    lowest = np.sort(np.concatenate([np.empty(0), *map(np.asarray, cosines.values())]))
-    count = int(share * len(lowest))
-    most = min(threshold, lowest[count - 1]) if count else -np.inf
-    weights = dict(user.weights)
-    for path, cosine in cosines.items():
-        b = jnp.where((cosine <= most)[:, None, None], along[path], user.weights[path]["b"])
-        weights[path] = {"a": user.weights[path]["a"], "b": b}
-    return user.replace(weights=weights)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Antidote(Defence):
     """After plain SFT: of each row of A and of B, the share of entries with the largest |W_ij| rms(x_j) becomes 0.
 
     x_j is the j-th input over the tokens of harmful rows; rows are PEFT's, whose A is [r, in] and B [out, r].
     """
 
-    label = "Antidote"
+    label, needs = "Antidote", ("harmful",)
     badge = Badge("Huang et al. 2024, arXiv 2408.09600", "faithful")
-    needs = ("harmful",)
 
     share: float = number(0.05, *SHARE)
     rows: int = number(999, 1, 10**6)  # harmful ones, at most
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         sizes = input_sizes(case.model, user, case.harmful[: self.rows], case.config.max_length)
-        weights = {}
-        for path, pair in user.weights.items():
-            a, b = (_pruned(pair[name], sizes[path][name], self.share) for name in "ab")
-            weights[path] = {"a": a, "b": b}
-        return user.replace(weights=weights)
+        pruned = jax.tree.map(lambda w, size: _pruned(w, size, self.share), user.weights, sizes)
+        return user.replace(weights=pruned)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -103,10 +142,8 @@ def input_sizes(model: Model, adapter: Adapter, rows: Sequence[Row], max_length:
 def _squares(decoder: Decoder, variables: dict, batch: dict) -> dict[str, dict[str, Array]]:
     given = batch["tokens"], batch["positions"], batch["segment_ids"]
     _, sown = decoder.apply(variables, *given, mutable=["inputs"])
-    inputs = traverse_util.flatten_dict(sown["inputs"], sep="/")
-    weights = traverse_util.flatten_dict(variables["lora"], sep="/")
-    real = (batch["segment_ids"] != 0)[None, :, :, None]
-    sums = {}
+    inputs, weights = (traverse_util.flatten_dict(tree, sep="/") for tree in (sown["inputs"], variables["lora"]))
+    real, sums = (batch["segment_ids"] != 0)[None, :, :, None], {}
     for path in sorted({key.rsplit("/", 1)[0] for key in weights}):
         x = jnp.where(real, inputs[f"{path}/x"][0].astype(jnp.float32), 0.0)
         low = jnp.einsum("lbti,lir->lbtr", x, weights[f"{path}/a"], precision="highest")
@@ -114,13 +151,12 @@ def _squares(decoder: Decoder, variables: dict, batch: dict) -> dict[str, dict[s
     return sums
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Resta(Defence):
     """After plain SFT, adds the safety vector."""
 
-    label = "RESTA"
+    label, needs = "RESTA", ("direction",)
     badge = Badge("Bhardwaj et al. 2024, arXiv 2402.11746", "simplified", "no DARE; the vector is what align has added")
-    needs = ("direction",)
 
     strength: float = number(0.5, 0.0, 100.0)
 
@@ -128,15 +164,12 @@ class Resta(Defence):
         return stack([user, scaled(case.direction(), self.strength)])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Lox(Defence):
     """Trains on a base that is extrapolated along the alignment direction of a low rank, which stays in."""
 
-    label = "LoX"
-    badge = Badge(
-        "Perin et al. 2025, arXiv 2506.15606", "variant", "rank and strength are those of a guide to its code"
-    )
-    needs = ("direction",)
+    label, needs = "LoX", ("direction",)
+    badge = Badge("Perin et al. 2025, arXiv 2506.15606", "variant", "rank and strength are of a guide to its code")
 
     strength: float = number(1.25, 0.0, 100.0)
     rank: int = number(6, *RANK)
@@ -151,7 +184,7 @@ class Lox(Defence):
         return scaled(best_rank(case.direction(), self.rank)[0], self.strength)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class CsuLora(Defence):
     """After plain SFT: of each matrix' delta D, with P and Q onto alignment's input and output spaces,
 
@@ -159,24 +192,24 @@ class CsuLora(Defence):
     X / (1 + penalty ||X||^2 / ||D||^2): the closed form of min ||Y - D||^2 + sum penalty_X ||Y_X||^2.
     """
 
-    label = "CSULoRA"
-    badge = Badge(
-        "Danilov et al. 2026, arXiv 2605.30640", "variant", "read in its abstract: the penalty's form is ours"
-    )
-    needs = ("direction",)
+    label, needs = "CSULoRA", ("direction",)
+    badge = Badge("Danilov et al. 2026, arXiv 2605.30640", "variant", "read in its abstract: the penalty is ours")
 
     penalty: float = number(10.0, 0.0, 1e6)
 
     def release(self, case: Case, user: Adapter) -> Adapter:
         weights, direction = dict(user.weights), case.direction()
         for path in sorted(user.weights.keys() & direction.weights.keys()):
-            weights[path] = closest(user.weights[path], factors(direction, path), jnp.float32(self.penalty))
+            weights[path] = _closest(user.weights[path], factors(direction, path), jnp.float32(self.penalty))
         return user.replace(weights=weights)
 
 
 @jax.jit
-def closest(pair: dict[str, Array], v: dict[str, Array], penalty: Float[Array, ""]) -> dict[str, Array]:
+def _closest(pair: dict[str, Array], v: dict[str, Array], penalty: Float[Array, ""]) -> dict[str, Array]:
     """Factors [L, I, 2 R] and [L, 2 R, O] of what becomes of a delta's factors, given those of V^T."""
+
+    def energy(x, y):
+        return jnp.sum((x.T @ x) * (y @ y.T))
 
     def of_layer(factors):
         (a, b), (v_a, v_b) = factors
@@ -185,10 +218,6 @@ def closest(pair: dict[str, Array], v: dict[str, Array], penalty: Float[Array, "
         q, _ = effective_basis(v_a, v_b, jnp.float32(0))
         in_a, in_b = p @ (p.T @ a), (b @ q) @ q.T
         off_a, off_b = a - in_a, b - in_b
-
-        def energy(x, y):
-            return jnp.sum((x.T @ x) * (y @ y.T))
-
         whole = jnp.maximum(energy(a, b), 1e-30)
         partly = 1 / (1 + penalty * (energy(in_a, off_b) + energy(off_a, in_b)) / whole)
         off = 1 / (1 + penalty * energy(off_a, off_b) / whole)
@@ -200,12 +229,11 @@ def closest(pair: dict[str, Array], v: dict[str, Array], penalty: Float[Array, "
     return {"a": a, "b": b}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Shrunk(Defence):
     """After plain SFT, releases a part of it: a step back towards the aligned base."""
 
-    label = "shrunk SFT"
-    badge = Badge("", "own")
+    label, badge = "shrunk SFT", Badge("", "own")
 
     factor: float = number(0.65, 0.0, 1.0)
 
