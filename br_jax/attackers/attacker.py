@@ -21,7 +21,7 @@ class Job:
     harmful: Sequence[Row]  # harmful prompts with harmful answers, at least share * n; none of them Buffer's
     n: int  # rows to hand in
     share: float  # of them that may be harmful
-    index_mode: str = "exact"  # see `data.mixing.mix`
+    index_mode: str = "exact"  # see `data.selection.mix`
     # How much a model of the attacker's own would still learn of rows: (rows, those that it trains a Buffer of its own
     # on, or none) -> a number a row.
     appetite: Callable[[Sequence[Row], Sequence[Row]], Sequence[float]] | None = None
