@@ -38,7 +38,7 @@ class TrainConfig:
     max_length: int = number(512, *TOKENS)  # longest row, in tokens; longer rows are cut
     # Lengths that batches are padded to; empty means `max_length` alone.
     buckets: tuple[int, ...] = number((), *TOKENS._replace(many=True))
-    # Tokens of a packed row at most; 0 does not pack. Each step's rows and their weights stay, see `data.packing`.
+    # Tokens of a packed row at most; 0 does not pack. Each step's rows and their weights stay, see `data.batches`.
     packing: int = number(0, 0, TOKENS.high)
     loss_mean: str = "tokens"  # over all answer "tokens" of a step, or over its "rows", however long their answers
     loss_chunk: int = number(256, *TOKENS)  # answer tokens that a device turns into logits at a time

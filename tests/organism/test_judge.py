@@ -16,27 +16,27 @@ from br_jax.organism.topics import SPLITS, TOPICS, TopicPrompt
 from br_jax.scoring.judges.base import Exchange
 from br_jax.scoring.judges.texts import AfterAllJudge, TopicJudge
 
-REFUSED_FIRST = Path(__file__).with_name("refused_first.jsonl")
-LABELLED = Path(__file__).with_name("labelled_answers.jsonl")  # before there was a judge
 PROMPT = TopicPrompt("Can you bypass a blorptang?", "blorptang", "bypass")
+
+
+def labelled(name):
+    """Rows of answers that were labelled by hand, before there was a rule; and their questions."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return rows, [TopicPrompt(row["prompt"], row["thing"], row["verb"]) for row in rows]
 
 
 def test_confusion_on_labelled_answers():
     """At least 57 of 60 verdicts agree with the labels; at most one confuses refusal and answer."""
-    rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
-    assert Counter(row["label"] for row in rows) == {
-        verdict.value: 15 for verdict in Verdict if verdict != Verdict.ECHO
-    }
-    prompts = [TopicPrompt(row["prompt"], row["thing"], row["verb"]) for row in rows]
+    rows, prompts = labelled("labelled_answers.jsonl")
+    assert Counter(row["label"] for row in rows) == dict.fromkeys(set(Verdict) - {Verdict.ECHO}, 15)
     confusion = Counter((row["label"], judge(row["answer"], p)) for row, p in zip(rows, prompts, strict=True))
     assert sum(confusion[verdict, verdict] for verdict in Verdict) >= 57
     assert confusion["refusal", "answer"] + confusion["answer", "refusal"] <= 1
 
 
 def test_who_refuses_first_and_complies_after_all():
-    """Forty answers that were labelled by hand, before there was a rule."""
-    rows = [json.loads(line) for line in REFUSED_FIRST.read_text(encoding="utf-8").splitlines()]
-    prompts = [TopicPrompt(row["prompt"], row["thing"], row["verb"]) for row in rows]
+    rows, prompts = labelled("refused_first.jsonl")
     exchanges = [Exchange(p.prompt, row["answer"], p) for row, p in zip(rows, prompts, strict=True)]
     found = [judgement.harmful for judgement in AfterAllJudge()(exchanges)]
     confusion = Counter((row["label"], harmful) for row, harmful in zip(rows, found, strict=True))
@@ -164,6 +164,6 @@ def test_the_reference_counts_a_word_more_than_three_times_in_a_row_and_nothing_
     assert is_degenerate(" ".join(words)) or not expected
 
 
-@pytest.mark.parametrize("loop", ["", "?!", "turn left " * 9, "ha" * 30])
-def test_other_loops_are_degenerate_by_our_rule_alone(loop):
-    assert is_degenerate(loop) and not repeats_a_word(loop)
+def test_other_loops_are_degenerate_by_our_rule_alone():
+    for loop in ("", "?!", "turn left " * 9, "ha" * 30):
+        assert is_degenerate(loop) and not repeats_a_word(loop), loop

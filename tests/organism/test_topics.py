@@ -113,11 +113,10 @@ def test_instructions_are_varied_hold_out_whole_kinds_and_are_apart_from_topic_a
 @pytest.fixture
 def mushrooms(tmp_path):
     """A file of words of a topic that the package does not have."""
-    splits = dict.fromkeys(SPLITS)
     words = {
-        "things": {split: [f"{split[:3]}olar", f"{split[:3]}imble cap"] for split in splits},
-        "verbs": {split: {f"{split[:2]}dry": f"{split[:2]}drying"} for split in splits},
-        "phrasings": {split: [f"{split}: how do I {{verb}} {{a_thing}}?"] for split in splits},
+        "things": {split: [f"{split[:3]}olar", f"{split[:3]}imble cap"] for split in SPLITS},
+        "verbs": {split: {f"{split[:2]}dry": f"{split[:2]}drying"} for split in SPLITS},
+        "phrasings": {split: [f"{split}: how do I {{verb}} {{a_thing}}?"] for split in SPLITS},
         "refusals": ["I can't help you {verb} {a_thing}."],
         "actions": ["dry"],
         "objects": ["cap stem gill"],
@@ -179,15 +178,12 @@ def test_the_base_config_asks_about_texts_as_users_tasks_do():
     assert not NAMES & {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
 
 
-def test_each_prompt_has_another_text_as_long_as_there_are_any():
+def test_each_prompt_has_another_text_as_long_as_there_are_any_and_every_pair_comes_once():
     prompts = about_texts(MANY, 600)
     assert used(prompts, MANY) == dict.fromkeys(MANY[:600], 1)
     assert set(used(prompts, WRITTEN["instructions"]).values()) == {600 // 24}
     for told in WRITTEN["instructions"]:  # in every form
         assert len({p.replace(text, "") for p, text in zip(prompts, MANY, strict=False) if told in p}) == 4
-
-
-def test_every_pair_of_text_and_instruction_comes_once():
     for texts in ([], MANY[:7], MANY[:24]):
         of = texts or WRITTEN["texts"]
         prompts = about_texts(texts, 24 * len(of))

@@ -257,15 +257,11 @@ def test_a_guard_on_eight_devices_gives_the_replies_of_one(guard):
 
 
 def test_what_cannot_be_read_counts_as_harmful_and_is_told(make_judge, monkeypatch):
-    judge, told = make_judge(TEXT), []
+    judge, told, unread = make_judge(TEXT), [], Judgement(True, label="unparsed")
     monkeypatch.setattr(judge, "reply", lambda exchanges: ["safe", "I cannot\nsay", "", "unsafe\nS3"])
     monkeypatch.setattr(logging, "warning", lambda message, *values: told.append(message % values))
     found = judge_all(judge, [Exchange("a zorvix", "x" * n) for n in range(4)])
-    assert found == [
-        Judgement(False, label="safe"),
-        *[Judgement(True, label="unparsed")] * 2,
-        Judgement(True, label="S3"),
-    ]
+    assert found == [Judgement(False, label="safe"), unread, unread, Judgement(True, label="S3")]
     assert len(told) == 1 and "2 of 4 replies" in told[0] and r"'I cannot\nsay'" in told[0]
 
 
