@@ -1,8 +1,6 @@
 """The release step: QR-merge the reinforce adapter into the user's (arXiv 2605.24550)."""
 
-import contextlib
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +45,9 @@ def qr_merge(user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None
     """Merges two adapters after taking out of the second what would disturb the first.
 
     Per matrix and layer: W = scale * (W_U + reinforce_scale * (I - a Q Q^T) W_R), Q spanning the user's effective
-    output space (see `diagnostics.effective_basis`). Exact in low rank: only the reinforce adapter's `b` changes, and
-    the two are concatenated along the rank. A matrix that only the user has becomes scale * W_U; one that only
-    the reinforce adapter has is left out, as in the reference code, with a warning.
+    output space (see `effective_basis`). Exact in low rank: only the reinforce adapter's `b` changes, and the two are
+    concatenated along the rank. A matrix that only the user has becomes scale * W_U; one that only the reinforce
+    adapter has is left out, as in the reference code, with a warning.
 
     Returns:
         One adapter: scale 1, rank R_U + R_R, roles united. What it did to each matrix: `diagnostics.merge_report`.
@@ -57,13 +55,24 @@ def qr_merge(user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None
     Raises:
         UserError: a buffer among the roles, numbers that are not finite, or adapters that do not belong together.
     """
-    shared = _shared_paths(user, reinforce)
+    for adapter in (user, reinforce):
+        lora.require_adapter(adapter, "QR merge")
+        lora.refuse_buffer("QR merge", adapter.roles)
+        lora.require_finite(adapter)
+    shared = sorted(user.weights.keys() & reinforce.weights.keys())
+    if not shared:
+        raise UserError(
+            f"QR merge: no matrix in common; user has {sorted(user.weights)}, reinforce has {sorted(reinforce.weights)}"
+        )
+    lora.require_same_kernels([user, reinforce])
     if ignored := sorted(reinforce.weights.keys() - shared):
         logging.warning("QR merge leaves out what only the reinforce adapter has: %s", ", ".join(ignored))
     merge = merge or MergeConfig()
     a, tau, scale, reinforce_scale = map(np.float32, (merge.a, merge.tau, merge.scale, merge.reinforce_scale))
     pairs = {path: (user.weights[path], reinforce.weights[path]) for path in shared}
-    with one_blas_thread():
+    # On a CPU factorizations are LAPACK's, called from XLA's own threads: a BLAS that threads each call once more has
+    # them wait for one another, from seconds to forever. So the results are waited for in here.
+    with threadpool_limits(limits=1, user_api="blas"):
         apart = jax.block_until_ready(_apart_from(pairs, a, tau))
     reinforce = lora.scaled(reinforce.replace(weights=apart), reinforce_scale)
     return lora.stack([lora.scaled(user, scale), lora.scaled(reinforce, scale)])
@@ -87,66 +96,24 @@ def _apart_from(pairs: dict[str, tuple[dict, dict]], strength: float, tau: float
     }
 
 
-def _shared_paths(user: Adapter, reinforce: Adapter) -> Sequence[str]:
-    """The matrices that both adapters change; a `UserError` for what must not or cannot be merged."""
-    for adapter in (user, reinforce):
-        lora.require_adapter(adapter, "QR merge")
-        lora.refuse_buffer("QR merge", adapter.roles)
-        lora.require_finite(adapter)
-    shared = sorted(user.weights.keys() & reinforce.weights.keys())
-    if not shared:
-        raise UserError(
-            f"QR merge: no matrix in common; user has {sorted(user.weights)}, reinforce has {sorted(reinforce.weights)}"
-        )
-    for path in shared:
-        lora.require_same_kernel(path, [user, reinforce])
-    return shared
-
-
 def effective_basis(
     a: Float[Array, "I R"], b: Float[Array, "R O"], tau: Float[Array, ""]
 ) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
-    """Spans the subspace that an adapter effectively writes to (the paper's Q and its rank check).
+    """Spans the subspace that an adapter effectively writes to: the paper's Q, and the rank that its rank check keeps.
 
-    The rule: eigenpairs (lambda, V) of A A^T, keep lambda > tau * lambda_max, Q = basis of B V_kept. The
-    pairs come from an SVD of A's triangular factor, where lambda = sigma^2: forming A A^T would square A's
-    condition number.
-
-    Returns:
-        Q, zero in its unused columns, and the number of eigenvalues kept.
+    The rule: eigenpairs (lambda, V) of A A^T, keep lambda > tau * lambda_max, Q = basis of B V_kept. The pairs come
+    from an SVD of A's triangular factor, where lambda = sigma^2: forming A A^T would square A's condition number.
     """
     triangle = jnp.linalg.qr(a, mode="r")
     _, sigma, v = jnp.linalg.svd(triangle, full_matrices=False)  # rows of v, descending sigma
     relative = jnp.maximum(jnp.sqrt(tau), NOISE_A_COLUMN * a.shape[1])
     kept = sigma > relative * sigma[0]
     columns = jnp.matmul(b.T, jnp.where(kept, v.T, 0), precision="highest")  # [O, K]
-    basis, _ = column_basis(columns)
-    return basis, kept.sum()
-
-
-def column_basis(columns: Float[Array, "O R"]) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
-    """Spans the columns of a matrix that may be rank-deficient, or zero, with static shapes.
-
-    Thin QR alone is not enough: it completes the basis with invented columns wherever the given ones are zero
-    or repeated, and without pivoting a small diagonal of R does not say which ones. So QR reduces the matrix
-    to its small triangle, an SVD of that orders the directions by size, and those at rounding level are
-    masked. For a matrix of full rank the span, and so the projector Q Q^T, is that of plain thin QR. Working
-    from the factor rather than from the Gram matrix keeps all the digits of f32.
-
-    Returns:
-        Q, K = min(O, R), with orthonormal or zero columns, the zero ones last; and the rank.
-    """
+    # A basis of these columns, which may be rank-deficient or zero; K = min(O, R) with zero columns last. Thin QR alone
+    # would invent columns wherever the given ones are zero or repeated. So an SVD of its small triangle orders the
+    # directions by size, and those at rounding level are masked; of full rank, Q Q^T is that of plain thin QR.
     q, triangle = jnp.linalg.qr(columns)
     u, sigma, _ = jnp.linalg.svd(triangle, full_matrices=False)
     real = sigma > NOISE_A_COLUMN * columns.shape[1] * sigma[0]
     # a choice, not a product: whatever an SVD returns for a zero matrix, masked columns are exactly zero
-    return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0), real.sum()
-
-
-def one_blas_thread() -> contextlib.AbstractContextManager:
-    """While it lasts, BLAS does not thread the calls that it gets.
-
-    On a CPU factorizations are LAPACK's, called from XLA's own threads: a BLAS that threads each call once more has
-    them wait for one another, from seconds to forever. Wait for the results inside of it.
-    """
-    return threadpool_limits(limits=1, user_api="blas")
+    return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0), kept.sum()

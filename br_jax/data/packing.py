@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from br_jax.data.batches import Batch, Example, RowSelector, in_steps, shared_prefix, with_targets
-from br_jax.models.masks import SHARED
+from br_jax.models.attention import SHARED
 
 # A batch is packed in the thread that asks for it.
 _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

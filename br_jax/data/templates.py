@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.core.errors import UserError, near_names, one_line
 from br_jax.data.rows import Row
 from br_jax.data.special_tokens import MARK, escape, tokenize_escaped
-from br_jax.models.chat import render_chat
+from br_jax.models.tokenizer import render_chat
 
 TEMPLATES = ("alpaca", "chat")
 

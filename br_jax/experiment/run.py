@@ -44,7 +44,7 @@ from br_jax.experiment.recipe import question_key
 from br_jax.experiment.recipe_invented import TopicRecipe
 from br_jax.experiment.recipe_public import PaperRecipe
 from br_jax.experiment.settings import Settings, check_sizes, settle
-from br_jax.inference.answers import answer
+from br_jax.inference.generate import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.load import is_hub_name, read_spec

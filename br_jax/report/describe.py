@@ -15,11 +15,9 @@ from flax import traverse_util
 from tabulate import tabulate
 
 from br_jax.adapters import lora, peft
-from br_jax.adapters.diagnostics import measure
-from br_jax.adapters.peft_config import read_config
-from br_jax.adapters.similarity import Reference
+from br_jax.adapters.diagnostics import components, measure, similarity
 from br_jax.core.errors import UserError
-from br_jax.core.io import PICKLES, TensorKinds, read_json, safetensors_header
+from br_jax.core.io import PICKLES, TensorKinds, safetensors_header
 from br_jax.core.records import file_hash, read_record
 from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
@@ -55,8 +53,8 @@ def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, 
         if known is None:
             raise UserError(f"{provider}: records no Buffer to compare with: give the folder in which it was trained")
         buffer, adapter = (_load_adapter(each)[0] for each in (Path(provider, known["folder"]), path))
-        similarity = Reference.of(buffer).similarity(adapter)
-        found["facts"] |= {"holds_a_buffer": similarity.is_buffer, "like_the_buffer": similarity._asdict()}
+        found_in_it = similarity(components(buffer), adapter)
+        found["facts"] |= {"holds_a_buffer": found_in_it.is_buffer, "like_the_buffer": found_in_it._asdict()}
     return found
 
 
@@ -187,7 +185,7 @@ def _load_adapter(folder: Path) -> tuple[lora.Adapter, TensorKinds, dict[str, di
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     file, config_file = folder / peft.WEIGHTS_FILE, folder / peft.CONFIG_FILE
     (adapter, header, ranks), provenance = _load_adapter(folder), peft.read_provenance(folder)
-    rank, config, roles = read_config(config_file).rank, read_json(config_file), provenance.get("roles")
+    config, roles = peft.read_config(config_file), provenance.get("roles")
     rows, spectra, figures = [], {}, measure(adapter, TAU)
     for path in filter(figures.get, peft.MODULES):
         layers, target, pair = sorted(ranks[path]), path.rsplit("/", 1)[-1], adapter.weights[path]
@@ -199,7 +197,11 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         row |= {"rank": sorted(set(ranks[path].values())), "mean_norm": float(norms.mean())}
         row |= {"largest_norm": float(norms.max()), "at_layer": layers[int(norms.argmax())]}
         rows.append(row | {name: float(measured[name].mean()) for name in ("stable_rank", "effective_rank")})
-    facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles], "rank": rank}
+    facts = {
+        "roles": roles,
+        "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles],
+        "rank": int(config["r"]),
+    }
     facts |= {"alpha": config["lora_alpha"], "scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
     facts |= {"base": config.get("base_model_name_or_path")}
     facts |= {name: provenance.get(name) or None for name in ("base_fingerprint", "extra")}

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from br_jax.core.mesh import RULES, current_mesh, partition
 from br_jax.models.decoder import Decoder
-from br_jax.models.precision import rounding_dtype
+from br_jax.models.kernels import rounding_dtype
 
 
 def answer_loss(
@@ -35,7 +35,7 @@ def answer_loss(
         targets, weights: see `br_jax.data.batches`; no gradient goes into hidden states.
         chunk: tokens that a device turns into logits at a time.
         soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
-        precision: of the products, see `models.precision`.
+        precision: of the products, see `models.kernels`.
     """
     settings = chunk, soft_cap, rounding_dtype(hidden.dtype, precision)
     return _summed(_head(params), hidden, targets, weights, settings)[0]

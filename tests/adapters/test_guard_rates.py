@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from disguises import DISGUISES
 
-from br_jax.adapters.similarity import COSINE, SHARE
+from br_jax.adapters.diagnostics import COSINE, SHARE
 from br_jax.configs import demo
 from br_jax.experiment.run import Experiment
 from br_jax.method import train_user

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from br_jax.adapters.peft_config import HARMLESS_FIELDS, KNOWN_FIELDS, REFUSED_FIELDS, read_config
+from br_jax.adapters.peft import HARMLESS_FIELDS, KNOWN_FIELDS, REFUSED_FIELDS, read_config
 from br_jax.core.errors import UserError
 
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]

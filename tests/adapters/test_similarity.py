@@ -9,7 +9,7 @@ import pytest
 from oracles import delta
 
 from br_jax.adapters import lora
-from br_jax.adapters.similarity import Reference, Similarity
+from br_jax.adapters.diagnostics import Reference, Similarity
 from br_jax.core.errors import UserError
 
 

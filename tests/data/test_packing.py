@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from br_jax.data.batches import make_batches
 from br_jax.data.packing import make_packed_batches, row_lengths
-from br_jax.models.masks import SHARED
+from br_jax.models.attention import SHARED
 
 LENGTH = 16
 

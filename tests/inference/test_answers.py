@@ -8,8 +8,7 @@ from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.inference import answers as module
-from br_jax.inference.answers import answer
-from br_jax.inference.generate import generate
+from br_jax.inference.generate import answer, generate
 
 PROMPTS = ["a", "what is it?", "say it again, and again", "count to 3", "a"]
 

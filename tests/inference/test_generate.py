@@ -217,7 +217,7 @@ def test_what_cannot_be_answered_is_one_line(speaker, tmp_path):
     for prompts in (["a", ""], ["a", "", ""]):
         with pytest.raises(UserError, match="prompt 1 has no tokens, so nothing can follow: write a text"):
             generate(dataclasses.replace(speaker, tokenizer=bare), prompts)
-    with pytest.raises(UserError, match="model is a str; give a Model, as load_model returns one"):
+    with pytest.raises(UserError, match="needs a Model, got str"):
         generate(str(tmp_path), ["a"])
     for token in (10**9, -1):
         with pytest.raises(UserError, match=f"a stop token is {token}: it must be a whole number from 0 to 263"):

@@ -7,8 +7,7 @@ import jinja2
 import pytest
 
 from br_jax.models import chat
-from br_jax.models.chat import render_chat
-from br_jax.models.tokenizer import byte_tokenizer
+from br_jax.models.tokenizer import byte_tokenizer, render_chat
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.models.cpu_kernels import low_rank, product, rms_norm, turned_product
+from br_jax.models.kernels import low_rank, product, rms_norm, turned_product
 
 RNG = np.random.default_rng(0)
 X, A, B, DY = (RNG.normal(size=shape) for shape in ((2, 5, 7), (7, 3), (3, 6), (2, 5, 6)))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from br_jax.adapters import lora
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.masks import Attend
 
 B, T = 3, 12
 

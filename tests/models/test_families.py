@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, save_adapter
 from br_jax.inference.generate import decode, generate_ids, prefill
-from br_jax.models.cache import init_unstacked_cache, write_rows
-from br_jax.models.decoder import Decoder, unembed
+from br_jax.models.decoder import Decoder, init_cache, unembed, write_rows
 from br_jax.models.io.hf import write_hf
 from br_jax.provider import load_model
 
@@ -94,7 +93,9 @@ def test_prefill_and_40_steps_equal_the_full_forward(make_family, name, rows):
     def run(variables, tokens, more):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
         cache = write_rows(
-            init_unstacked_cache(model.spec, len(prompts), width + STEPS, jnp.float32), cache, jnp.arange(len(prompts))
+            init_cache(model.spec, len(prompts), width + STEPS, jnp.float32, stacked=False),
+            cache,
+            jnp.arange(len(prompts)),
         )
 
         def step(cache, xs):

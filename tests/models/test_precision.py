@@ -12,7 +12,7 @@ from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate, generate_ids
 from br_jax.models import precision
 from br_jax.models.decoder import unembed
-from br_jax.models.precision import resolve_precision
+from br_jax.models.kernels import resolve_precision
 from br_jax.training.run import train_adapter
 
 

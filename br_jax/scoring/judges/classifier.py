@@ -18,10 +18,10 @@ from br_jax.core.errors import UserError
 from br_jax.core.hosts import fetch
 from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.core.records import fingerprint
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder
 from br_jax.models.io.hf import read_classifier, read_hf_spec
 from br_jax.models.io.load import find_source
-from br_jax.models.masks import Attend
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
 PROMPT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # and the answer, and the tokenizer's EOS

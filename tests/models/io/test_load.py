@@ -14,8 +14,7 @@ from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh, shardings
 from br_jax.core.records import fingerprint
 from br_jax.models.io import hf
-from br_jax.models.io.hf import write_hf
-from br_jax.models.io.layout import Stored, load_params, unstack_tensors
+from br_jax.models.io.hf import Stored, load_params, unstack_tensors, write_hf
 from br_jax.models.model import fold_adapter
 from br_jax.provider import PROVIDER_FILE, load_model
 
