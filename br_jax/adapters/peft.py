@@ -285,10 +285,15 @@ def is_adapted(config: Mapping[str, Any], module: str) -> bool | None:
     return not set(_ends(module)).isdisjoint(map(str, targets)) if listed else None
 
 
-def alpha_of(config: Mapping[str, Any], module: str) -> float:
-    """The alpha of a module: the first key of the pattern that matches counts, as in peft's `get_pattern_key`."""
-    pattern = config.get("alpha_pattern") or {}
-    return next((alpha for key, alpha in pattern.items() if _matcher(key)(module)), config["lora_alpha"])
+def by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+    """A module's rank or alpha: the first key that matches counts, as in peft's `get_pattern_key`.
+
+    None where a key before that is not read.
+    """
+    for key, value in (config.get(field) or {}).items():
+        if (matches := _matcher(key)) is None or matches(module):
+            return matches and value
+    return default
 
 
 def _stack_layers(
@@ -311,7 +316,6 @@ def _stack_layers(
     stored = sum(tensor.size for tensor in tensors.values())
     shapes = {path: shapes[path] for path in sorted(shapes.keys() & MODULES.keys())}
     root = math.sqrt if config.get("use_rslora") else float
-    ranks = {int(rank) for rank in (config["r"], *(config.get("rank_pattern") or {}).values())}
     taken = {path: {} for path in shapes}  # path -> layer -> A [r, in], B [out, r] and the scale
     for path, (layers, *widths) in shapes.items():
         for layer in range(layers):
@@ -323,14 +327,15 @@ def _stack_layers(
                 missing = keys[there.index(False)]
                 raise UserError(f"{file}: lacks {missing}, which {CONFIG_FILE} calls for; save the adapter again")
             a, b = map(tensors.pop, keys)
-            rank = len(a) if a.ndim and len(a) in ranks else int(config["r"])
+            rank = by_pattern(config, "rank_pattern", module, config["r"])
+            rank = max((*a.shape[:1], 1)) if rank is None else int(rank)  # the tensors say it
             for key, matrix, shape in zip(keys, (a, b), ([rank, widths[0]], [widths[1], rank]), strict=True):
                 if list(matrix.shape) != shape:
                     raise UserError(
                         f"{file}: {key} is {list(matrix.shape)}, but its rank in {CONFIG_FILE} and this model need "
                         f"{shape}; was it made for another model?"
                     )
-            taken[path][layer] = a, b, alpha_of(config, module) / root(rank)
+            taken[path][layer] = a, b, by_pattern(config, "alpha_pattern", module, config["lora_alpha"]) / root(rank)
     if not stored and not any(taken.values()):
         raise UserError(f"{file}: holds no matrices; save the adapter again")
     if tensors:

@@ -17,6 +17,8 @@ from br_jax.data.templates import render, tokenize
 # {"tokens": int32[n], "answer": bool[n]}, and where it is not 1 "weight" (f32 of each answer token)
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
+# The segment of what all segments of a packed row begin with; their positions go on behind it.
+SHARED = -1
 RowSelector = Callable[
     [int], np.ndarray
 ]  # of a batch of that many rows, which ones: [n] int, see `sharding.local_rows`

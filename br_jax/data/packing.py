@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import grain
 import numpy as np
 
-from br_jax.data.batches import Batch, Example, RowSelector, in_steps, shared_prefix, with_targets
-from br_jax.models.attention import SHARED
+from br_jax.data.batches import SHARED, Batch, Example, RowSelector, in_steps, shared_prefix, with_targets
 
 # A batch is packed in the thread that asks for it.
 _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -64,7 +63,7 @@ def make_packed_batches(
     Returns:
         A Grain dataset whose `len()` is the number of steps and whose elements are dicts of numpy arrays
         [rows, T], as in `make_batches`, but with segment_ids 1, 2, ... for the examples of a row, and
-        positions that begin at 0 in each, or go on behind the shared beginning, whose segment is `masks.SHARED`; 0 is
+        positions that begin at 0 in each, or go on behind the shared beginning, whose segment is `SHARED`; 0 is
         padding, which stands at the end of a row.
 
     Raises:

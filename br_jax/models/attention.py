@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from br_jax.core.mesh import batch_parts, current_mesh, partition
+from br_jax.data.batches import SHARED
 from br_jax.models.spec import ModelSpec
 
-SHARED = -1  # segment of what all segments of a row begin with; their positions go on behind it
 _LONG = 256  # tokens of a row from which on "blocked" is used
 _LANES = 128  # what splash's block sizes and head widths are multiples of
 _BLOCK = 32  # queries and keys of a tile of "blocked"

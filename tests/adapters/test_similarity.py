@@ -9,7 +9,7 @@ import pytest
 from oracles import delta
 
 from br_jax.adapters import lora
-from br_jax.adapters.diagnostics import Reference, Similarity
+from br_jax.adapters.diagnostics import Similarity, components, similarity, similarity_of_change
 from br_jax.core.errors import UserError
 
 
@@ -52,12 +52,12 @@ def adapters(make_adapter):
 
 
 def test_it_is_what_dense_matrices_say(adapters, tiny):
-    reference = Reference.of(adapters["itself"])
+    reference = components(adapters["itself"])
     for name, adapter in adapters.items():
         expected = dense(adapters["itself"], delta(adapter))
         # the Buffer's directions and all products are f32
-        np.testing.assert_allclose(reference.similarity(adapter), expected, rtol=0, atol=2e-5, err_msg=name)
-        folded = reference.similarity_of_change(lora.fold(tiny.params, adapter), tiny.params)
+        np.testing.assert_allclose(similarity(reference, adapter), expected, rtol=0, atol=2e-5, err_msg=name)
+        folded = similarity_of_change(reference, lora.fold(tiny.params, adapter), tiny.params)
         np.testing.assert_allclose(folded, expected, rtol=0, atol=2e-4, err_msg=name)  # of a base that rounds it
 
 
@@ -67,8 +67,8 @@ def test_factors_do_not_count(adapters):
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
     weights = {p: {"a": w["a"] @ turn * 8, "b": turn.T @ w["b"] / 2} for p, w in buffer.weights.items()}
     other = lora.pad_rank(buffer.replace(weights=weights, scale=buffer.scale / 4), 9)
-    np.testing.assert_allclose(Reference.of(buffer).similarity(other), (1, 1), atol=1e-5)
-    np.testing.assert_allclose(Reference.of(other).similarity(buffer), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(similarity(components(buffer), other), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(similarity(components(other), buffer), (1, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_no_size_of_its_factors_hides_it(adapters, a, b, scale):
     sides = jax.device_get(buffer.weights)
     weights = {p: {"a": w["a"] * np.float32(a), "b": w["b"] * np.float32(b)} for p, w in sides.items()}
     other = buffer.replace(weights=weights, scale=np.asarray(buffer.scale) * np.float32(scale))
-    np.testing.assert_allclose(Reference.of(buffer).similarity(other), (1, min(a * b * scale, 1)), atol=1e-4)
+    np.testing.assert_allclose(similarity(components(buffer), other), (1, min(a * b * scale, 1)), atol=1e-4)
 
 
 def test_what_is_not_finite_or_cancels_is_refused(adapters, tiny, make_adapter):
@@ -88,20 +88,20 @@ def test_what_is_not_finite_or_cancels_is_refused(adapters, tiny, make_adapter):
     for size in (1e6, 1e20):
         pair = [lora.scaled(large, size), lora.scaled(large, -size)]
         with pytest.raises(UserError, match="cancel each other"):
-            Reference.of(buffer).similarity(lora.stack([*pair, buffer]))
+            similarity(components(buffer), lora.stack([*pair, buffer]))
     weights = jax.tree.map(lambda leaf: leaf.at[0, 0, 0].set(jnp.nan), buffer.weights)
     with pytest.raises(UserError, match="NaN or infinity"):
-        Reference.of(buffer).similarity(buffer.replace(weights=weights))
+        similarity(components(buffer), buffer.replace(weights=weights))
     params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.inf), tiny.params)
     with pytest.raises(UserError, match="not finite"):
-        Reference.of(buffer).similarity_of_change(params, tiny.params)
+        similarity_of_change(components(buffer), params, tiny.params)
 
 
 def test_nothing_is_like_nothing_and_what_only_the_other_has_hides_nothing(adapters, make_adapter):
     some, user, buffer = adapters["some matrices"], make_adapter("user", seed=2), adapters["itself"]
     zero, empty = lora.scaled(buffer, 0.0), buffer.replace(weights={})
     for one, other in itertools.product((zero, empty), (zero, empty, buffer)):
-        assert Reference.of(one).similarity(other) == Reference.of(other).similarity(one) == (0, 0)
+        assert similarity(components(one), other) == similarity(components(other), one) == (0, 0)
     more = {path: pair for path, pair in user.weights.items() if path not in some.weights}
     hidden = some.replace(weights={**some.weights, **jax.tree.map(lambda leaf: leaf * jnp.float32(100), more)})
-    np.testing.assert_allclose(Reference.of(some).similarity(hidden), (1, 1), atol=1e-5)
+    np.testing.assert_allclose(similarity(components(some), hidden), (1, 1), atol=1e-5)

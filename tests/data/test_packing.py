@@ -7,9 +7,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from br_jax.data.batches import make_batches
+from br_jax.data.batches import SHARED, make_batches
 from br_jax.data.packing import make_packed_batches, row_lengths
-from br_jax.models.attention import SHARED
 
 LENGTH = 16
 

@@ -7,7 +7,7 @@ import pytest
 from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
-from br_jax.inference import answers as module
+from br_jax.inference import generate as module
 from br_jax.inference.generate import answer, generate
 
 PROMPTS = ["a", "what is it?", "say it again, and again", "count to 3", "a"]
@@ -37,8 +37,10 @@ def test_answers_are_those_of_generate_and_made_once(tiny, make_adapter, generat
         store = Store(tmp_path / "a.jsonl")
         return answer(tiny, [*PROMPTS, *more], adapters, store, together=together, **settings)
 
+    expected = {name: generate(tiny, PROMPTS, adapter, **settings) for name, adapter in adapters.items()}
+    generated.clear()
     said = run()
-    assert said == {name: generate(tiny, PROMPTS, adapter, **settings) for name, adapter in adapters.items()}
+    assert said == expected
     assert len(set(map(tuple, said.values()))) == 3
     assert sum(generated) == 4 * 3 and len(generated) == (3 if together == 1 else 2), "equal prompts are one"
     assert run() == said and sum(generated) == 12

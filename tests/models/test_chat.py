@@ -6,8 +6,9 @@ import threading
 import jinja2
 import pytest
 
-from br_jax.models import chat
-from br_jax.models.tokenizer import byte_tokenizer, render_chat
+from br_jax.data import templates
+from br_jax.data.templates import render_chat
+from br_jax.models.tokenizer import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -16,7 +17,7 @@ TWICE = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% end
 
 @pytest.fixture
 def tokenizer(monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 3600)  # no outcome depends on how busy the machine is
+    monkeypatch.setattr(templates, "MAX_SECONDS", 3600)  # no outcome depends on how busy the machine is
     return byte_tokenizer()
 
 
@@ -29,7 +30,7 @@ def test_as_transformers_renders_it(tokenizer):
 
 @pytest.mark.parametrize("template", [NESTED, TWICE])
 def test_one_that_does_not_end_is_stopped(tokenizer, template, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     tokenizer.chat_template = template
     with pytest.raises(jinja2.TemplateError, match=r"takes more than 0\.2 seconds"):
         render_chat(MESSAGES, tokenizer)

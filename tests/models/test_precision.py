@@ -10,7 +10,7 @@ import pytest
 from br_jax.adapters import lora
 from br_jax.core.errors import UserError
 from br_jax.inference.generate import generate, generate_ids
-from br_jax.models import precision
+from br_jax.models import kernels
 from br_jax.models.decoder import unembed
 from br_jax.models.kernels import resolve_precision
 from br_jax.training.run import train_adapter
@@ -30,7 +30,7 @@ from br_jax.training.run import train_adapter
     ],
 )
 def test_what_auto_is(tmp_path, monkeypatch, flags, dtype, name, expected):
-    monkeypatch.setattr(precision, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(kernels, "_CPU", tmp_path / "cpuinfo")
     if flags:
         vendor, flags = flags.split(maxsplit=1)
         (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nmodel name: x\nflags\t\t: {flags}\n")

@@ -334,7 +334,7 @@ def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers would use; all its tokens have an embedding.
 
     It is made of regular files of `_MAX_TOKENIZER` bytes at most, and its chat template is rendered with limits (see
-    `models.tokenizer`). What its own rules make of a text is not bounded: a normalizer may write a book for a letter.
+    `data.templates`). What its own rules make of a text is not bounded: a normalizer may write a book for a letter.
     """
     from transformers import AutoTokenizer  # here, for it imports torch where torch is installed
 

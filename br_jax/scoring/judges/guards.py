@@ -16,11 +16,10 @@ from br_jax.core.bounds import BATCH, require
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import mesh_of, whole_batch
 from br_jax.data.special_tokens import escape
-from br_jax.data.templates import tokenize
+from br_jax.data.templates import render_chat, tokenize
 from br_jax.inference.generate import generate_ids
 from br_jax.models.io.load import read_model
 from br_jax.models.model import Model
-from br_jax.models.tokenizer import render_chat
 from br_jax.scoring.judges.judging import Exchange, Judgement, digest
 
 _LONGEST = 64  # tokens of a guard's reply; Llama Guard's with all its categories has about 45
