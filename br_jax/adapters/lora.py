@@ -102,22 +102,22 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
 
 @jax.jit
 def _join(parts: list[tuple[Weights, Array]]) -> Weights:
-    parts = [_with_scale(weights, scale) for weights, scale in parts]
-    paths = sorted({path for part in parts for path in part})
-    held = {path: [part[path] for part in parts if path in part] for path in paths}
-    return {
-        path: {name: jnp.concatenate([pair[name] for pair in pairs], axis) for name, axis in (("a", -1), ("b", -2))}
-        for path, pairs in held.items()
-    }
+    joined = {}
+    for path in sorted({path for weights, _ in parts for path in weights}):
+        held = [(weights[path], scale) for weights, scale in parts if path in weights]
+        a, b = [pair["a"] for pair, _ in held], [scale * pair["b"] for pair, scale in held]
+        joined[path] = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, -2)}
+    return joined
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same delta at a larger rank: zeros are added behind each `a` and `b`."""
-    weights = dict(adapter.weights)
-    for path, pair in weights.items():
-        if more := rank - pair["a"].shape[-1]:
-            a, b = jnp.pad(pair["a"], [(0, 0), (0, 0), (0, more)]), jnp.pad(pair["b"], [(0, 0), (0, more), (0, 0)])
-            weights[path] = {"a": a, "b": b}
+
+    def pad(array, axis: int):
+        more = [(0, rank - array.shape[axis] if i == axis else 0) for i in range(3)]
+        return (np if isinstance(array, np.ndarray) else jnp).pad(array, more) if more[axis][1] else array
+
+    weights = {path: {"a": pad(pair["a"], 2), "b": pad(pair["b"], 1)} for path, pair in adapter.weights.items()}
     return adapter.replace(weights=weights)
 
 
@@ -177,12 +177,7 @@ def unchanged_share(params: Mapping[str, Any], folded: Mapping[str, Any], adapte
 
 def collection(adapter: Adapter) -> dict[str, Any]:
     """The Flax variable collection "lora", which mirrors `params`: {"layers": {"attn": {"q": {"a", "b"}}}}, scaled."""
-    return unflatten_dict(_with_scale(adapter.weights, adapter.scale), sep="/")
-
-
-@jax.jit
-def _with_scale(weights: Weights, scale: Float[Array, ""]) -> Weights:
-    return {path: {"a": pair["a"], "b": scale * pair["b"]} for path, pair in weights.items()}
+    return unflatten_dict(_join([(adapter.weights, adapter.scale)]), sep="/")
 
 
 def fingerprint(adapter: Adapter) -> str:

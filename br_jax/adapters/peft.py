@@ -114,7 +114,8 @@ def save_adapter(
     for path in adapter.weights.keys() - MODULES.keys():
         raise UserError(f"adapter path {path!r} has no name in PEFT's layout; {near_names(path, MODULES)}")
     rank = max(pair["a"].shape[-1] for pair in adapter.weights.values())
-    adapter = jax.tree.map(lambda leaf: leaf.astype(np.float32), lora.pad_rank(adapter, rank))
+    adapter = lora.pad_rank(jax.device_get(adapter), rank)
+    adapter = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapter)
     provenance = {"format_version": FORMAT_VERSION, "roles": list(adapter.roles), "extra": dict(extra or {})}
     provenance |= {"fingerprint": lora.fingerprint(adapter), "base_fingerprint": fingerprint}
     alpha = float(adapter.scale) * rank  # so that alpha / r comes back exactly
@@ -124,7 +125,7 @@ def save_adapter(
     config |= {"modules_to_save": None, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}}
     config |= {"inference_mode": True} | dict.fromkeys(("fan_in_fan_out", "use_dora", "use_rslora"), False)
     tensors = {}  # PEFT's A [r, in] and B [out, r] of each layer
-    for path, pair in jax.device_get(adapter.weights).items():
+    for path, pair in adapter.weights.items():
         for layer in range(pair["a"].shape[0]):
             for key, side in zip(_keys(_module(layer, path)), "ab", strict=True):
                 # safetensors copies the buffer as it lies, whatever the strides say

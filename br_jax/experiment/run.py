@@ -180,7 +180,7 @@ class Experiment:
         source = model.source or self.provider / "pretrain" / "model"
         if not model.source:
             spec, tokenizer, train = self._spec, byte_tokenizer(), self.settings.train("pretrain")
-            fresh = make_model(spec, init_params(spec, jax.random.key(train.seed)), tokenizer, "fresh", model.template)
+            fresh = make_model(spec, init_params(spec, train.seed), tokenizer, "fresh", model.template)
             rows = self.recipe.pretraining_rows(self.settings.pretrain.rows)
 
             def save(params: dict) -> None:

@@ -72,24 +72,20 @@ def generate(
 def answer(
     model: Model,
     prompts: Sequence[str | Row],
-    adapters: Mapping[str, Adapter | None],
+    adapters: Mapping[str, Adapter | None],  # by a name for the progress bar; None is the base alone
     store: Store,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
-    together: int = 1,
+    together: int = 1,  # so many adapters of the same targets share a pass and the rows of a batch
     name: str = "answer",
 ) -> dict[str, list[str]]:
     """`generate` with each of several adapters, {its name: answers}; those that the store holds are not made again.
 
-    Args:
-        prompts: equal ones are answered once.
-        adapters: by a name for the progress bar; None is the base alone.
-        store: answers are added batch by batch, by base, adapter, settings and prompt (its tokens; of a sampled answer
-            its place among the prompts too, by which it is drawn).
-        together: how many adapters of the same targets are run in one pass; the rows of a batch are divided among them.
+    Equal prompts are answered once. Answers are added batch by batch, by base, adapter, settings and prompt (its
+    tokens; of a sampled answer its place among the prompts too, by which it is drawn).
     """
     encoded = [tuple(ids) for ids in encode_prompts(model, prompts)]
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size}
@@ -138,15 +134,15 @@ def generate_ids(
 def generate_batches(
     model: Model,
     encoded: Sequence[Sequence[int]],
-    adapters: Sequence[Adapter | None],
+    adapters: Sequence[Adapter | None],  # None is the base alone; several have the same targets, and none is None
     *,
-    stops: tuple[int, ...],
+    stops: tuple[int, ...],  # tokens that end an answer; without any, each is `max_new_tokens` long
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 64,  # rows run together, prompts times adapters
     name: str = "generate",
-    known: Collection[tuple[int, int]] = (),
+    known: Collection[tuple[int, int]] = (),  # pairs that are not wanted; queues of such alone are not run
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
     """Generates answers, with each of several adapters on the one base in the same pass.
 
@@ -154,12 +150,6 @@ def generate_batches(
     queues in their order. What a prompt shares a batch with depends on its queue, not on what is known: an answer comes
     out to the bit as in a run that was not stopped. The batch lies on the base's mesh; several processes call this
     alike, and each gets all answers.
-
-    Args:
-        adapters: None is the base alone; several must have the same targets, and None cannot be among them.
-        stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
-        batch_size: rows run together, prompts times adapters.
-        known: (index of the adapter, of the prompt) of answers that are not wanted; queues of such alone are not run.
     """
     require("max_new_tokens", max_new_tokens, TOKENS)
     require("temperature", temperature, Bound(0.0, 1e6))

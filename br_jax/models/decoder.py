@@ -309,16 +309,16 @@ def unembed(
     return logits if spec.logit_soft_cap is None else spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(spec: ModelSpec, key: Array) -> dict:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_params(spec: ModelSpec, seed: int) -> dict:
     """Random f32 params of a model to be trained from scratch."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return Decoder(spec).init(key, tokens, tokens, tokens + 1)["params"]
+    return Decoder(spec).init(jax.random.key(seed), tokens, tokens, tokens + 1)["params"]
 
 
 def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> dict:
     """Shapes and dtypes of the params, without any memory."""
-    tree = jax.eval_shape(lambda key: init_params(spec, key), jax.random.key(0))
+    tree = jax.eval_shape(lambda: init_params(spec, 0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 

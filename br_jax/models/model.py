@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.adapters import lora
@@ -80,7 +81,7 @@ def cast_model(model: Model, dtype: str) -> Model:
     """The same model with its params rounded to a dtype; adapters still know it as the one that they were made for."""
     if model.dtype == dtype:
         return model
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    params = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))(model.params)
     return dataclasses.replace(model, params=params, cast=dtype)
 
 
@@ -98,7 +99,7 @@ def guard(model: Model, *buffers: Adapter) -> Model:
         require_buffer(model, buffer, "guard")
         lora.validate(buffer, model.params)
     made = Guard.of(model.params, buffers)
-    if not all(any(pair["a"].any() for pair in reference.weights.values()) for reference in made.references):
+    if not all(any(np.any(pair["a"]) for pair in jax.device_get(one.weights).values()) for one in made.references):
         raise UserError("guard: this Buffer changes nothing, so nothing would be refused: give one that was trained")
     return dataclasses.replace(model, guard=made)
 

@@ -79,21 +79,15 @@ def tensor_names(spec: ModelSpec) -> dict[str, str]:
 
 def load_params(
     spec: ModelSpec,
-    names: Mapping[str, str],
+    names: Mapping[str, str],  # the checkpoint's, of each params path; "{}" in one stands for the layer
     tensors: Mapping[str, Stored],
-    where: str,
+    where: str,  # the checkpoint, for messages
     dtype,
     mesh: Mesh | None = None,
 ) -> dict:
-    """Reads a checkpoint's tensors into the params tree, checking that each one is used once, fits and is finite.
+    """Reads a checkpoint's tensors into the params tree; each must be used once, fit and be finite.
 
-    They come one by one: beside the params, the host holds a tensor, and of one param what goes to its devices. What a
-    process' devices do not hold is not read.
-
-    Args:
-        names: checkpoint name of each params path; "{}" in a name stands for the layer.
-        where: the checkpoint, for messages.
-        mesh: where to, laid out by `core.mesh`'s table; None is JAX's default device.
+    Beside the params, the host holds one tensor. What a process' devices do not hold is not read.
     """
     tree = abstract_params(spec, dtype)
     leaves = flatten_dict(tree, sep="/")
@@ -245,17 +239,13 @@ def write_hf(
     params: dict,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    like: str | Path | None = None,
-    stop_tokens: Sequence[int] = (),
-    shard_bytes: int = 5 * 10**9,
+    like: str | Path | None = None,  # where the model came from: its config, tokenizer and license are copied
+    stop_tokens: Sequence[int] = (),  # that end an answer beside EOS, where there is no such folder
+    shard_bytes: int = 5 * 10**9,  # a weights file's largest size, which the host holds at a time
 ) -> None:
     """Writes a folder that `read_hf` and transformers load, in the params' dtype; it appears whole or not at all.
 
-    Args:
-        path: folder to make; an earlier model folder there is replaced, anything else is refused.
-        like: the folder that the model came from; its config, tokenizer files and license are copied as they are.
-        stop_tokens: what ends an answer beside EOS; written where there is no such folder.
-        shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
+    An earlier model folder there is replaced, anything else is refused.
     """
     folder = Path(path)
     require_replaceable(folder, "model", ("config.json",))
