@@ -41,12 +41,9 @@ def factors(adapter: Adapter) -> dict[str, Pair]:
 
 
 def merge_report(user: Adapter, reinforce: Adapter, merge) -> dict[str, Any]:
-    """What `merge.qr_merge` does to each matrix, of the same adapters and `MergeConfig`; it needs none of this.
+    """What `merge.qr_merge` does to each matrix, of the same adapters and `MergeConfig`, ready for JSON.
 
-    Returns:
-        Ready for JSON: the settings by name; "user_only" and "ignored" (paths that only one of them has); "matrices":
-        path -> lists over layers: "kept_rank", "removed_share", stable ranks and singular values of both,
-        "principal_angles" in degrees.
+    The settings by name; "user_only" and "ignored" paths; "matrices": path -> lists over layers, angles in degrees.
     """
     users, reinforces = factors(user), factors(lora.scaled(reinforce, merge.reinforce_scale))
     matrices = {}
@@ -146,10 +143,8 @@ def _divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
 def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
     """Approximates each matrix's delta, layer by layer, by the nearest one of a given rank (Eckart and Young, 1936).
 
-    With a = Q_a R_a and b^T = Q_b R_b the delta is Q_a (R_a R_b^T) Q_b^T; the core in brackets is small and has the
-    delta's singular values, whose roots go to both sides of the result (scale 1, the same roles). Also figures for
-    JSON: "rank", "relative_error" (||delta - approximation|| / ||delta||, 0 of a zero delta) and "matrices" (path ->
-    the same of each layer).
+    The roots of the singular values go to both sides of the result (scale 1, the same roles). Also figures for JSON:
+    "rank", "relative_error" (||delta - approximation|| / ||delta||, or 0), and "matrices": path -> that of each layer.
     """
     require("rank", rank, RANK)
     lora.require_finite(adapter)
@@ -172,10 +167,8 @@ def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
 class Similarity(NamedTuple):
     """What two deltas have in common, over the matrices of the first.
 
-    A delta is a sum of R components in each matrix, its singular directions: pairs of an input and an output direction.
-    An adapter that was made from the first has the same part of nearly all pairs. One that was trained on its own has
-    next to none of most; and what it has of the first one's directions, it has of all their combinations, not of the
-    pairs.
+    A delta is a sum of R components in each matrix: pairs of an input and an output direction. An adapter that was made
+    from the first has the same part of nearly all pairs; one that was trained on its own has next to none of most.
     """
 
     cosine: float  # of the angle between them, from -1 to 1; 0 where one of them is 0

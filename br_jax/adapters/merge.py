@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg.cython_lapack  # noqa: F401  # JAX loads it, and its BLAS, at the first factorization: too late to limit
 from absl import logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from threadpoolctl import threadpool_limits
 
 from br_jax.adapters import lora
@@ -80,14 +80,11 @@ def qr_merge(user: Adapter, reinforce: Adapter, merge: MergeConfig | None = None
 
 @jax.jit
 def _apart_from(pairs: dict[str, tuple[dict, dict]], strength: float, tau: float) -> dict[str, dict[str, Array]]:
-    """Of each path's user and reinforce weights, the latter with (I - a Q Q^T) B_R in every layer.
-
-    b is the paper's B turned around, so Q Q^T stands to its right.
-    """
+    """The reinforce weights with (I - a Q Q^T) B_R; b is the paper's B turned around, so Q Q^T stands to its right."""
 
     def of_layer(factors):
         user, b = factors
-        q, _ = effective_basis(user["a"], user["b"], tau)  # [O, K]
+        q = effective_basis(user["a"], user["b"], tau)  # [O, K]
         return b - strength * jnp.matmul(jnp.matmul(b, q, precision="highest"), q.T, precision="highest")
 
     return {
@@ -96,10 +93,8 @@ def _apart_from(pairs: dict[str, tuple[dict, dict]], strength: float, tau: float
     }
 
 
-def effective_basis(
-    a: Float[Array, "I R"], b: Float[Array, "R O"], tau: Float[Array, ""]
-) -> tuple[Float[Array, "O K"], Int[Array, ""]]:
-    """Spans the subspace that an adapter effectively writes to: the paper's Q, and the rank that its rank check keeps.
+def effective_basis(a: Float[Array, "I R"], b: Float[Array, "R O"], tau: Float[Array, ""]) -> Float[Array, "O K"]:
+    """Spans the subspace that an adapter effectively writes to: the paper's Q.
 
     The rule: eigenpairs (lambda, V) of A A^T, keep lambda > tau * lambda_max, Q = basis of B V_kept. The pairs come
     from an SVD of A's triangular factor, where lambda = sigma^2: forming A A^T would square A's condition number.
@@ -116,4 +111,4 @@ def effective_basis(
     u, sigma, _ = jnp.linalg.svd(triangle, full_matrices=False)
     real = sigma > NOISE_A_COLUMN * columns.shape[1] * sigma[0]
     # a choice, not a product: whatever an SVD returns for a zero matrix, masked columns are exactly zero
-    return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0), kept.sum()
+    return jnp.where(real, jnp.matmul(q, u, precision="highest"), 0)

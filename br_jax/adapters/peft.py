@@ -300,10 +300,9 @@ def by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any)
 def _stack_layers(
     file: Path, config: Mapping[str, Any], shapes: Mapping[str, lora.Shape]
 ) -> tuple[lora.Weights, float]:
-    """Reads and stacks the layers to {"a": [L, in, R], "b": [L, R, out]}, and gives the one scale of all.
+    """The layers as {"a": [L, in, R], "b": [L, R, out]}, narrow or absent ones padded with zeros, and one scale of all.
 
-    R is a path's widest rank: a narrower one is padded with zeros, and a layer that is not adapted is all zeros (both
-    exact). Where a module's scale is not the config's, the ratio of the two goes into its b.
+    Where a module's scale is not the config's, the ratio of the two goes into its b.
     """
     tensors = {}
     with open_safetensors(file) as opened:

@@ -378,11 +378,8 @@ def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts,
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "stops", "new"), donate_argnames="state")
 def _advance(decoder: Decoder, variables, state, least, sampling: dict | None, *, count: int, stops, new: int):
-    """Goes on until `least` rows of each of `count` adapters have ended.
-
-    All rows write a new token to the same slot: the last `new` slots of the cache take turns, and none is taken again
-    before who wrote to it has ended. Rope positions are each row's own, and padding is hidden by its segment 0.
-    """
+    """Goes on until `least` rows of each of `count` adapters have ended."""
+    # All rows write to the same slot. The cache's last `new` take turns: none comes again before its writer has ended.
     first = state["cache"]["positions"].shape[1] - new
 
     def more(state):

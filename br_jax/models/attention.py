@@ -50,11 +50,7 @@ class Attend(NamedTuple):
 
 
 def _visible(queries: Place, keys: Place, window: int | None = None) -> Bool[Array, "B T S"]:
-    """True where a query may look at a key: in its own segment or `SHARED`, not behind it, and inside the window.
-
-    Padding is segment 0. It sees only padding and `SHARED`, so no row of the mask is empty among whole sequences
-    and no softmax is 0/0; real tokens never see it.
-    """
+    """Where a query may look at a key; padding sees padding, so that no softmax over whole sequences is 0/0."""
     ahead = queries.positions[:, :, None] - keys.positions[:, None, :]
     segments = keys.segment_ids[:, None, :]
     seen = ((queries.segment_ids[:, :, None] == segments) | (segments == SHARED)) & (ahead >= 0)
@@ -146,11 +142,7 @@ def _splash(q, k, v, queries, keys, how):
 
 
 def _blocked(q, k, v, queries, keys, how):
-    """As flash attention (Dao 2023), a tile of queries by keys at a time, and no larger square.
-
-    Blocks of keys that no row's queries may see are not visited: those above the diagonal, before the window, and
-    between a beginning that is shared and a packed row's segments; a block of padding alone visits none but that.
-    """
+    """As flash attention (Dao 2023), a tile at a time; blocks of keys that no row's queries may see are not visited."""
     T = q.shape[1]
     widen = [(0, 0), (0, -T % _BLOCK)]  # by padding, segment 0
     q, k, v = (jnp.pad(x, [*widen, (0, 0), (0, 0)]) for x in (q, k, v))
@@ -188,7 +180,6 @@ def _tiled_forward(q, k, v, place, how):
 
 
 def _tiled_backward(how, saved, d_out):
-    """From the output and the logarithm of each softmax' sum: weights are made anew, a tile at a time."""
     q, k, v, place, out, lse = saved
     qs, ks, vs, tile, visits, visited = _tiles(q, k, v, place, how)
     inner = _dot("BTNH,BTNH->BTN", d_out, out)[..., None]
@@ -219,10 +210,7 @@ _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 def _tiles(q, k, v, place, how):
-    """q (scaled), k and v in blocks; what makes the masked scores of two blocks and their slope by the soft-cap.
-
-    And how many blocks of keys the queries of block i visit, and which is the t-th: shared ones, then those nearby.
-    """
+    """q (scaled), k, v in blocks, and tile(queries, keys, i, j) -> (scores, slope), visits(i), visited(i, t)."""
     (B, T), K, G = place.segment_ids.shape, k.shape[2], q.shape[2] // k.shape[2]
     places = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x), -1, _BLOCK), 1, 0), place)
 

@@ -43,10 +43,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
 
 
 class _Reader(GGUFReader):
-    """Of plain arrays over the mapped file: as `memmap`s the pieces of a vocabulary take twice the time and memory.
-
-    Where the file ends early, gguf goes on with empty arrays, for as long as a count in the file says.
-    """
+    """Of plain arrays over the mapped file, faster than `memmap`s; one that ends early, or counts too far, raises."""
 
     _parts = 0
 
@@ -305,12 +302,9 @@ def _byte_level(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]
 
 
 def _sentencepiece(file: GGUFFile, kinds: dict[str, int]) -> tuple[Tokenizer, bool]:
-    """(A BPE over the characters of a whole text, whether it adds BOS if the file does not say).
-
-    SentencePiece joins the two neighbors that make the piece of the highest score: merges are in the order of their
-    results' scores. A character that is no piece is its bytes. Spaces are "▁"; one is put before the text, and before
-    what follows an added token (as llama.cpp and the makers' tokenizer.json have it).
-    """
+    """(A BPE over the characters of a whole text, whether it adds BOS if the file does not say)."""
+    # SentencePiece joins the two neighbors that make the piece of the highest score. A character that is no piece is
+    # its bytes. A space, "▁", is put before the text and before what follows an added token, as llama.cpp has it.
     scores = file.get("tokenizer.ggml.scores", items=float)
     if len(scores) != len(kinds):
         raise UserError(f"{file.path}: {len(kinds)} tokens and {len(scores)} tokenizer.ggml.scores")
