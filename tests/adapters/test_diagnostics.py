@@ -74,15 +74,6 @@ def test_angles_that_are_small_or_of_rank_deficient_spans():
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("tau", "kept"), [(0.0, 4), (0.01, 2)])
-def test_kept_rank_follows_the_eigenvalues(tau, kept):
-    rng = np.random.default_rng(5)
-    directions, turn = np.linalg.qr(rng.normal(size=(40, 5)))[0], np.linalg.qr(rng.normal(size=(5, 5)))[0]
-    a = directions * np.sqrt([1, 0.1, 0.004, 1e-5, 0]) @ turn
-    b = rng.normal(size=(5, 48))
-    assert figures(a, b, *factors(6, 2), tau=tau)["kept_rank"] == kept
-
-
 def test_norms_and_cosines_are_those_of_dense_deltas():
     sizes = {name: (40, 48) for name in ("q", "v", "up")}
     one = adapter(np.random.default_rng(0), 3, 2.0, {name: sizes[name] for name in ("q", "up")})
