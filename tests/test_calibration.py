@@ -19,9 +19,7 @@ CAREFUL = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)  # what a 
 
 
 class Passes(list):
-    """The adapters of each pass, and how many prompts were asked in all."""
-
-    asked = 0
+    asked = 0  # prompts, in all passes
 
 
 @pytest.fixture

@@ -146,14 +146,17 @@ def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-def test_an_adapter_that_peft_made(family, model, rows, tmp_path, made_by_peft):
+@pytest.mark.parametrize("name", ["qwen3 bias window", "gemma2"])
+def test_an_adapter_that_peft_made(make_family, name, rows, tmp_path, made_by_peft):
     """Its logits beside the base, and the folder written again."""
+    network, folder = make_family(name)
+    model = load_model(folder)
     projections, ids = [name.rsplit(".", 1)[-1] for name in MODULES.values()], rows[-1]
-    adapted = made_by_peft(family[0], tmp_path / "theirs", std=0.2, r=4, lora_alpha=6, target_modules=projections)
+    adapted = made_by_peft(network, tmp_path / "theirs", std=0.2, r=4, lora_alpha=6, target_modules=projections)
     adapter = load_adapter(tmp_path / "theirs", model.params, role="user")
     assert adapter.weights.keys() == MODULES.keys()
     expected = theirs(adapted, ids)
-    assert np.abs(expected - theirs(family[0], ids)).max() > 0.1, "the adapter changes nothing here"
+    assert np.abs(expected - theirs(network, ids)).max() > 0.1, "the adapter changes nothing here"
     # 1e-4: f32's rounding over the layers
     found = ours(model, [ids], lora=lora.collection(adapter))[0]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
