@@ -30,18 +30,13 @@ Weights = dict[str, dict[str, Array]]
 
 @flax.struct.dataclass
 class Adapter:
-    """A low-rank change of some kernels of the base.
+    """A low-rank change of some kernels of the base."""
 
-    Attributes:
-        weights: path of the base kernel (without "/kernel") -> {"a": f32[L, I, R], "b": f32[L, R, O]}.
-        scale: f32[], lora_alpha / rank.
-        roles: where it came from: one of `ROLES`, or the sorted union of several; or `UNKNOWN`.
-        base: fingerprint of the model that it was made for; "" where nobody has said.
-    """
-
-    weights: Weights
-    scale: Float[Array, ""]
+    weights: Weights  # path of the base kernel (without "/kernel") -> {"a": f32[L, I, R], "b": f32[L, R, O]}
+    scale: Float[Array, ""]  # f32, lora_alpha / rank
+    # Where it came from: one of `ROLES`, or the sorted union of several; or `UNKNOWN`.
     roles: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    # Fingerprint of the model that it was made for; "" where nobody has said.
     base: str = flax.struct.field(pytree_node=False, default="")
 
 

@@ -22,20 +22,12 @@ NOISE_A_COLUMN = 4 * float(np.finfo(np.float32).eps)
 
 @dataclasses.dataclass(frozen=True)
 class MergeConfig:
-    """Settings of the merge; the defaults are the paper's.
+    """Settings of the merge; the defaults are the paper's."""
 
-    Attributes:
-        a: orthogonalization strength (the paper's alpha), from 0, a plain average, to 1.
-        scale: factor of the sum, in (0, 100].
-        tau: an eigenvalue of A_U A_U^T counts above tau times the largest; 0 <= tau < 1.
-        reinforce_scale: factor of W_R alone, in [0, 100]; 1 in the paper, less where Reinforce makes the model
-            over-refuse.
-    """
-
-    a: float = number(0.1, *SHARE)
-    scale: float = number(0.5, 0.0, 100.0, open_low=True)
-    tau: float = number(0.01, 0.0, 1.0, open_high=True)
-    reinforce_scale: float = number(1.0, 0.0, 100.0)
+    a: float = number(0.1, *SHARE)  # orthogonalization strength (the paper's alpha), from 0, a plain average, to 1
+    scale: float = number(0.5, 0.0, 100.0, open_low=True)  # factor of the sum
+    tau: float = number(0.01, 0.0, 1.0, open_high=True)  # an eigenvalue of A_U A_U^T counts above tau times the largest
+    reinforce_scale: float = number(1.0, 0.0, 100.0)  # factor of W_R; less than 1 where the model would over-refuse
 
     def __post_init__(self):
         require_bounds(self, "merge")

@@ -154,13 +154,8 @@ def load_adapter(
 
     Plain LoRA of every form is read: any targets in the layers, some layers only, ranks and alphas by pattern, rsLoRA.
     Where the config lists its targets, a tensor that they do not call for, or one that is missing, is an error (PEFT
-    would go on); where it tells them in another way, the tensors say what is adapted.
-
-    Args:
-        params: the base's tree, for its shapes; arrays or `jax.ShapeDtypeStruct`.
-        fingerprint: the base's content hash; compared when the folder records one too.
-        role: what the caller says that it is, made for this base; a folder that says otherwise is refused. Without it,
-            the adapter in a folder that records no role (PEFT's own) has the role "unknown".
+    would go on); else the tensors say what is adapted. `params` is the base's tree, of arrays or shapes; `fingerprint`
+    and `role` are what the caller says: one that says otherwise is refused. Where neither says a role, it is "unknown".
     """
     folder = as_folder(folder)
     provenance = read_provenance(folder)
