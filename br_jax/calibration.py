@@ -20,10 +20,9 @@ from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.data.refusals import begins_refusal, is_degenerate
 from br_jax.data.rows import as_prompts
-from br_jax.inference.answers import answer
-from br_jax.inference.generate import require_model
+from br_jax.inference.generate import answer
 from br_jax.method import require_parts
-from br_jax.models.model import Model
+from br_jax.models.model import Model, require_model
 from br_jax.scoring.judges.base import Judge, complies
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -98,7 +97,7 @@ def calibrate(
         UserError: no model; no list of prompts of either kind, or an empty one; a number out of bounds; or as
             `method.release`.
     """
-    require_model(model)
+    require_model(model, "calibrate")
     require("answer_tokens", answer_tokens, TOKENS)
     harmful, benign = as_prompts(harmful, "harmful"), as_prompts(benign, "benign")
     if not harmful or not benign:

@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from jax.sharding import Mesh
 
 from br_jax.adapters import lora
+from br_jax.adapters.diagnostics import warn_unguarded
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter
-from br_jax.adapters.similarity import warn_unguarded
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Rows, as_rows
 from br_jax.models.model import Model, refuse_adapter, require_buffer

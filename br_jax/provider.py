@@ -14,17 +14,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from br_jax.adapters import lora, peft
-from br_jax.adapters.diagnostics import best_rank
+from br_jax.adapters.diagnostics import best_rank, warn_unguarded
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.similarity import warn_unguarded
 from br_jax.core.bounds import RANK, require
 from br_jax.core.errors import UserError
 from br_jax.core.io import require_replaceable
 from br_jax.core.records import fingerprint, read_record, write_record
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.load import find_source, is_hub_name, read_model, require_dtype
+from br_jax.models.kernels import resolve_precision
 from br_jax.models.model import Model, cast_model, fold_adapter, guard, require_model, require_releasable
-from br_jax.models.precision import resolve_precision
 
 PROVIDER_FILE = "provider.json"
 RECORDED_ADAPTERS = ("buffer", "reinforce")  # once they are made
@@ -54,7 +53,7 @@ def load_model(
             JAX's default device.
         revision: of a model on the Hub: branch, tag or commit.
         matmul_precision: "float32", "bfloat16" or "auto": in what an f32 model's products are made, see
-            `models.precision`; on disk, and to adapters, the model is the same.
+            `models.kernels`; on disk, and to adapters, the model is the same.
 
     Raises:
         UserError: what is there is missing, damaged, of an unsupported family, or not what provider.json recorded.

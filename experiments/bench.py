@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     from benchmarks.training import PROTOCOL
 
     from br_jax.core.io import write_json
-    from br_jax.models.precision import resolve_precision
+    from br_jax.models.kernels import resolve_precision
 
     require_flags(argv, CONFIG)
     for name in WANTED.value:

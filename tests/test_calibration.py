@@ -19,9 +19,7 @@ CAREFUL = dict.fromkeys(HARMFUL, True) | dict.fromkeys(BENIGN, False)  # what a 
 
 
 class Passes(list):
-    """The adapters of each pass, and how many prompts were asked in all."""
-
-    asked = 0
+    asked = 0  # prompts, in all passes
 
 
 @pytest.fixture
@@ -158,7 +156,7 @@ def test_what_cannot_be_calibrated_is_one_line(tiny):
             calibrate(tiny, None, None, harmful, benign)
         with pytest.raises(UserError, match="is a str; give a list of prompts"):
             calibrate(tiny, None, None, harmful or "harm", benign or "ask")
-    with pytest.raises(UserError, match="model is a str; give a Model, as load_model returns one"):
+    with pytest.raises(UserError, match="needs a Model, got str"):
         calibrate("runs/model", None, None, *PROMPTS)
 
 

@@ -1,7 +1,6 @@
-"""LoRA adapters as plain pytrees over a frozen base: make, stack, scale, detach, fold.
+"""LoRA adapters as plain pytrees over a frozen base: make, stack, scale, detach, fold, and what each must be.
 
-Shapes: L layers, I (in) input width, O (out) output width, R rank; a kernel is [L, in, out], and its delta
-is `scale * a @ b`.
+L layers, I input width, O output width, R rank: a kernel is [L, I, O], and its delta is `scale * a @ b`.
 """
 
 import functools
@@ -14,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from br_jax.core import records
@@ -26,41 +25,30 @@ ROLES = ("align", "buffer", "reinforce", "user")  # the stages that make adapter
 UNKNOWN = "unknown"  # the role of an adapter that neither its file nor its loader has said what it is
 
 Shape = tuple[int, int, int]
+Weights = dict[str, dict[str, Array]]
 
 
 @flax.struct.dataclass
 class Adapter:
-    """A low-rank change of some kernels of the base.
+    """A low-rank change of some kernels of the base."""
 
-    Attributes:
-        weights: path of the base kernel (without "/kernel") -> {"a": f32[L, in, R], "b": f32[L, R, out]}.
-        scale: f32[], lora_alpha / rank.
-        roles: where it came from: one of `ROLES`, or the sorted union of several; or `UNKNOWN`.
-        base: fingerprint of the model that it was made for; "" where nobody has said.
-    """
-
-    weights: dict[str, dict[str, Array]]
-    scale: Float[Array, ""]
+    weights: Weights  # path of the base kernel (without "/kernel") -> {"a": f32[L, I, R], "b": f32[L, R, O]}
+    scale: Float[Array, ""]  # f32, lora_alpha / rank
+    # Where it came from: one of `ROLES`, or the sorted union of several; or `UNKNOWN`.
     roles: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    # Fingerprint of the model that it was made for; "" where nobody has said.
     base: str = flax.struct.field(pytree_node=False, default="")
 
 
 def kernel_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
-    """Gives (L, in, out) of each scanned kernel by its path without "/kernel"; the tree may be abstract."""
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    return {
-        path.removesuffix("/kernel"): leaf.shape
-        for path, leaf in flat.items()
-        if path.endswith("/kernel") and len(leaf.shape) == 3
-    }
+    """(L, I, O) of each scanned kernel by its path without "/kernel"; the tree may be abstract."""
+    leaves = flatten_dict(dict(params), sep="/").items()
+    kernels = {path: leaf.shape for path, leaf in leaves if path.endswith("/kernel") and len(leaf.shape) == 3}
+    return {path.removesuffix("/kernel"): shape for path, shape in kernels.items()}
 
 
 def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TARGETS) -> dict[str, Shape]:
-    """Finds the scanned kernels, as `kernel_shapes`, whose paths end in one of the targets.
-
-    Raises:
-        UserError: a target that names no kernel of this base.
-    """
+    """`kernel_shapes` of the paths that end in one of the targets; a `UserError` for a target that names none."""
     shapes = kernel_shapes(params)
     names = {path.rsplit("/", 1)[-1] for path in shapes}
     for target in targets:
@@ -70,15 +58,10 @@ def target_shapes(params: Mapping[str, Any], targets: Sequence[str] = DEFAULT_TA
 
 
 def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role: str, base: str = "") -> Adapter:
-    """Draws a new adapter as PEFT does: `a` uniform in +-1/sqrt(in), `b` zero, so its delta is zero.
+    """Draws a new adapter as PEFT does: `a` uniform in +-1/sqrt(I), `b` zero, so its delta is zero.
 
-    Args:
-        key: typed PRNG key; each path folds in its own name, so a path's draw does not depend on the others.
-        shapes: as `target_shapes` gives.
-        alpha: lora_alpha; the scale is alpha / rank.
-
-    Raises:
-        UserError: a rank or alpha out of bounds.
+    Each path's draw is from the typed `key` and its own name, whatever the others are. The scale is alpha / rank; a
+    rank or alpha out of bounds is a `UserError`.
     """
     require(f"adapter {role!r}: rank", rank, RANK)
     require(f"adapter {role!r}: alpha", alpha, ALPHA)
@@ -86,7 +69,7 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: Array, shapes: tuple[tuple[str, Shape], ...], rank: int) -> dict[str, dict[str, Array]]:
+def _draw(key: Array, shapes: tuple[tuple[str, Shape], ...], rank: int) -> Weights:
     weights = {}
     for path, (layers, fan_in, fan_out) in shapes:
         # crc32 and not hash(): the latter is salted anew in each process
@@ -100,16 +83,11 @@ def _draw(key: Array, shapes: tuple[tuple[str, Shape], ...], rank: int) -> dict[
 def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
     """Joins adapters along the rank axis: the result's delta is the exact sum of theirs.
 
-    Averaging or adding `a` and `b` apart would give cross terms; concatenation has none. Ranks, scales and targets may
-    differ. The result's scale is 1 (each part's goes into its `b`), its roles are the sorted union, its base is theirs
-    ("" where one does not say).
-
-    Raises:
-        UserError: two adapters disagree on a kernel's shape, or were made for different bases.
+    Ranks, scales and targets may differ. The result's scale is 1 (each part's goes into its `b`), its roles are the
+    sorted union, its base is theirs ("" where one does not say). A `UserError` where they are of different bases.
     """
     parts = list(adapters.values()) if isinstance(adapters, Mapping) else list(adapters)
-    for path in sorted({path for part in parts for path in part.weights}):
-        require_same_kernel(path, [part for part in parts if path in part.weights])
+    require_same_kernels(parts)
     weights = _join([(part.weights, part.scale) for part in parts])
     roles, bases = {role for part in parts for role in part.roles}, {part.base for part in parts}
     if len(bases - {""}) > 1:
@@ -118,25 +96,24 @@ def stack(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> Adapter:
 
 
 @jax.jit
-def _join(parts: list[tuple[dict[str, dict[str, Array]], Array]]) -> dict[str, dict[str, Array]]:
-    parts = [_with_scale(weights, scale) for weights, scale in parts]
-    paths = sorted({path for part in parts for path in part})
-    held = {path: [part[path] for part in parts if path in part] for path in paths}
-    return {
-        path: {name: jnp.concatenate([pair[name] for pair in pairs], axis) for name, axis in (("a", -1), ("b", -2))}
-        for path, pairs in held.items()
-    }
+def _join(parts: list[tuple[Weights, Array]]) -> Weights:
+    joined = {}
+    for path in sorted({path for weights, _ in parts for path in weights}):
+        held = [(weights[path], scale) for weights, scale in parts if path in weights]
+        a, b = [pair["a"] for pair, _ in held], [scale * pair["b"] for pair, scale in held]
+        joined[path] = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, -2)}
+    return joined
 
 
 def pad_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same delta at a larger rank: zeros are added behind each `a` and `b`."""
 
-    padded = {}
-    for path, pair in adapter.weights.items():
-        more = rank - pair["a"].shape[-1]
-        a, b = jnp.pad(pair["a"], [(0, 0), (0, 0), (0, more)]), jnp.pad(pair["b"], [(0, 0), (0, more), (0, 0)])
-        padded[path] = {"a": a, "b": b} if more else pair
-    return adapter.replace(weights=padded)
+    def pad(array, axis: int):
+        more = [(0, rank - array.shape[axis] if i == axis else 0) for i in range(3)]
+        return (np if isinstance(array, np.ndarray) else jnp).pad(array, more) if more[axis][1] else array
+
+    weights = {path: {"a": pad(pair["a"], 2), "b": pad(pair["b"], 1)} for path, pair in adapter.weights.items()}
+    return adapter.replace(weights=weights)
 
 
 def scaled(adapter: Adapter, factor: float | Float[Array, ""]) -> Adapter:
@@ -158,9 +135,21 @@ def detach(adapters: Mapping[str, Adapter], name: str = "buffer") -> dict[str, A
     return {other: adapter for other, adapter in adapters.items() if other != name}
 
 
+def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Adds an adapter's delta into a copy of the base's tree; a `UserError` where it does not fit, see `validate`.
+
+    The adapted kernels are new arrays (added in f32, rounded once to their dtype), all other leaves the same objects.
+    """
+    validate(adapter, params)
+    flat = flatten_dict(dict(params), sep="/")
+    kernels = {path: flat[f"{path}/kernel"] for path in adapter.weights}
+    folded = _fold_kernels(kernels, adapter.weights, adapter.scale)
+    return unflatten_dict(flat | {f"{path}/kernel": kernel for path, kernel in folded.items()}, sep="/")
+
+
 @jax.jit
-def _fold_kernels(kernels: dict[str, Float[Array, "L I O"]], weights: dict[str, dict[str, Array]], scale) -> dict:
-    """Folds kernels a layer at a time, so that the dense f32 delta never exists for all layers at once."""
+def _fold_kernels(kernels: dict[str, Float[Array, "L I O"]], weights: Weights, scale) -> dict:
+    """A layer at a time, so that the dense f32 delta never exists for all layers at once."""
 
     def fold_layer(layer):
         kernel, a, b = layer
@@ -173,62 +162,35 @@ def _fold_kernels(kernels: dict[str, Float[Array, "L I O"]], weights: dict[str, 
     }
 
 
-def fold(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Adds an adapter's delta into a copy of the base's tree, which is not written.
-
-    The adapted kernels are new arrays (added in f32, rounded once to the kernel's dtype), every other leaf is the same
-    object.
-
-    Raises:
-        UserError: the adapter does not fit the base (see `validate`).
-    """
-    validate(adapter, params)
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    kernels = {path: flat[f"{path}/kernel"] for path in adapter.weights}
-    folded = _fold_kernels(kernels, adapter.weights, adapter.scale)
-    flat |= {f"{path}/kernel": kernel for path, kernel in folded.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
 def unchanged_share(params: Mapping[str, Any], folded: Mapping[str, Any], adapter: Adapter) -> float:
-    """What rounding swallowed: the share of all adapted entries that `fold` left as they were.
-
-    In a low-precision base an update below half a unit in the last place is lost; 1.0 means all of it.
-    """
-    before, after = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (params, folded))
+    """What rounding to the base's dtype swallowed: the share of all adapted entries that `fold` left as they were."""
+    before, after = (flatten_dict(dict(tree), sep="/") for tree in (params, folded))
     kernels = [f"{path}/kernel" for path in adapter.weights]
     unchanged = sum(float(jnp.mean(before[path] == after[path])) * before[path].size for path in kernels)
     return unchanged / sum(before[path].size for path in kernels)
 
 
 def collection(adapter: Adapter) -> dict[str, Any]:
-    """Shapes an adapter as the Flax variable collection "lora", whose tree mirrors `params`.
-
-    Returns:
-        Nested dict, for example {"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, scale in `b`.
-    """
-    return traverse_util.unflatten_dict(_with_scale(adapter.weights, adapter.scale), sep="/")
+    """The Flax variable collection "lora", which mirrors `params`: {"layers": {"attn": {"q": {"a", "b"}}}}, scaled."""
+    return unflatten_dict(_join([(adapter.weights, adapter.scale)]), sep="/")
 
 
-@jax.jit
-def _with_scale(weights: dict[str, dict[str, Array]], scale: Float[Array, ""]) -> dict[str, dict[str, Array]]:
-    return {path: {"a": pair["a"], "b": scale * pair["b"]} for path, pair in weights.items()}
+def fingerprint(adapter: Adapter) -> str:
+    """SHA-256 of an adapter's numbers."""
+    return records.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
+
+
+# Each of these raises a `UserError` that begins with the place where an adapter goes.
 
 
 def require_adapter(adapter: Any, place: object) -> None:
-    """Raises a `UserError` for anything but an `Adapter`."""
+    """Refuses anything but an `Adapter`."""
     if not isinstance(adapter, Adapter):
         raise UserError(f"{place}: needs an Adapter, got {type(adapter).__name__}: br.load_adapter reads one")
 
 
 def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:
-    """Checks that an adapter fits a base, whose tree may be abstract, and holds only finite numbers.
-
-    For where an adapter comes in: nothing behind that asks again.
-
-    Raises:
-        UserError: a path, shape or value that is wrong, by name.
-    """
+    """Refuses an adapter that does not fit a base, whose tree may be abstract, or holds a number that is not finite."""
     require_adapter(adapter, "adapter")
     shapes = kernel_shapes(params)
     for path, pair in adapter.weights.items():
@@ -245,22 +207,22 @@ def validate(adapter: Adapter, params: Mapping[str, Any]) -> None:
 
 
 def require_finite(adapter: Adapter) -> None:
-    """Raises a `UserError` that names the first leaf with a NaN or an infinity."""
-    leaves = {"scale": adapter.scale} | traverse_util.flatten_dict(adapter.weights, sep="/")
+    """Names the first leaf with a NaN or an infinity."""
+    leaves = {"scale": adapter.scale} | flatten_dict(adapter.weights, sep="/")
     for name, leaf in jax.device_get(leaves).items():
         if not np.isfinite(leaf).all():
             raise UserError(f"adapter {'+'.join(adapter.roles)}: {name!r} holds NaN or infinity; train it again")
 
 
 def require_roles(place: object, roles: Iterable[str]) -> None:
-    """Raises a `UserError` where roles are none at all, or not all of `ROLES` or `UNKNOWN`."""
+    """Refuses no roles at all, and any but `ROLES` and `UNKNOWN`."""
     if not roles or not set(roles) <= {*ROLES, UNKNOWN}:
         named = ", ".join(map(ascii, roles)) or "none"
         raise UserError(f"{place}: its roles are {named}, but must be among {', '.join(ROLES)}: save the adapter again")
 
 
 def refuse_buffer(place: object, roles: Iterable[str]) -> None:
-    """Raises a `UserError` for what must not be merged, written or handed on: a buffer, or what nobody says it is."""
+    """Refuses what must not be merged, written or handed on: a Buffer, or what nobody says what it is."""
     require_roles(place, roles)
     if "buffer" in roles:
         raise UserError(
@@ -275,7 +237,7 @@ def refuse_buffer(place: object, roles: Iterable[str]) -> None:
 
 
 def require_base(adapter: Adapter, base: str, place: object) -> None:
-    """Raises a `UserError` where an adapter says that it was made for another base than this one."""
+    """Refuses an adapter that says that it was made for another base."""
     if adapter.base and adapter.base != base:
         raise UserError(
             f"{place}: the adapter {'+'.join(adapter.roles)} was made for the base {adapter.base[:12]}, but this base "
@@ -283,17 +245,14 @@ def require_base(adapter: Adapter, base: str, place: object) -> None:
         )
 
 
-def require_same_kernel(path: str, adapters: Sequence[Adapter]) -> None:
-    """Raises a `UserError` when adapters that share a path were made for kernels of different shapes."""
-    shapes = {
-        (*adapter.weights[path]["a"].shape[:-1], adapter.weights[path]["b"].shape[-1]): "+".join(adapter.roles)
-        for adapter in adapters
-    }
-    if len(shapes) > 1:
-        owners = ", ".join(f"{role} {shape}" for shape, role in shapes.items())
-        raise UserError(f"adapters disagree on the kernel {path!r}: {owners}; they were made for different models")
-
-
-def fingerprint(adapter: Adapter) -> str:
-    """SHA-256 of an adapter's numbers."""
-    return records.fingerprint({"weights": adapter.weights, "scale": adapter.scale})
+def require_same_kernels(adapters: Sequence[Adapter]) -> None:
+    """Refuses adapters of which two share a path, but were made for kernels of different shapes."""
+    shapes = {}  # path -> (L, I, O) -> whose
+    for adapter in adapters:
+        for path, pair in adapter.weights.items():
+            shape = *pair["a"].shape[:-1], pair["b"].shape[-1]
+            shapes.setdefault(path, {})[shape] = "+".join(adapter.roles)
+    for path in sorted(shapes):
+        if len(shapes[path]) > 1:
+            owners = ", ".join(f"{role} {shape}" for shape, role in shapes[path].items())
+            raise UserError(f"adapters disagree on the kernel {path!r}: {owners}; they were made for different models")

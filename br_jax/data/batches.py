@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
 from br_jax.data.templates import render, tokenize
-from br_jax.models.masks import SHARED
 
 # {"tokens": int32[n], "answer": bool[n]}, and where it is not 1 "weight" (f32 of each answer token)
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
+# The segment of what all segments of a packed row begin with; their positions go on behind it.
+SHARED = -1
 RowSelector = Callable[[int], np.ndarray]  # of a batch of that many rows, which: [n] int, see `core.mesh.local_rows`
 
 # A batch's arrays, by Grain's names.
@@ -177,7 +178,7 @@ def make_packed_batches(
 
     Returns:
         As `make_batches`, but with segment_ids 1, 2, ... for the examples of a row, and positions that begin at 0 in
-        each, or go on behind the shared beginning, whose segment is `masks.SHARED`; 0 is padding, at the end of a row.
+        each, or go on behind the shared beginning, whose segment is `SHARED`; 0 is padding, at the end of a row.
     """
     head = _shared_head(examples, share)
     examples = [_with_targets(example, head) for example in examples]

@@ -5,12 +5,15 @@ the text spells, and `tokenize` reads the marked ones as any other characters. (
 `encode_special_tokens` would spell out the template's tokens too, and take <think> and its like for tokens.)
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import signal
 import string
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jinja2
 from tokenizers import AddedToken, Tokenizer, normalizers
@@ -19,10 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError, near_names, one_line
 from br_jax.data.rows import Row, require_whole
-from br_jax.models.chat import render_chat
 
 TEMPLATES = ("alpaca", "chat")  # the paper's, and the model's own
 MARK = "\ud800"  # half a character: no text that can be tokenized has one, be it a user's or a template's
+MAX_TEMPLATE = 1 << 17  # characters: the longest that are known, with tools, have 20,000
+MAX_SECONDS = 10  # of one rendering, which takes a thousandth of one
 
 _HEADER = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -161,6 +165,44 @@ def _apply(messages: list[dict[str, str]], tokenizer, row: Row, prompt: bool = F
             f"{row.origin}: the model's chat template refuses this row ({one_line(error)}); change its roles, "
             "or use template 'alpaca'"
         ) from error
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, *, add_generation_prompt: bool = False
+) -> str:
+    """The tokenizer's own rendering of chat messages, or a `jinja2.TemplateError`.
+
+    transformers runs a template in Jinja's sandbox, out of which it reaches nothing. Here it also ends: one that is too
+    long is not run, and one that loops is stopped, if this is the main thread (no other gets signals). What a single
+    operation takes is not bounded: "a" * 10**10 fills the memory, and 9**9**9 is not interrupted.
+    """
+    try:
+        if len(tokenizer.get_chat_template()) > MAX_TEMPLATE:
+            raise jinja2.TemplateError(f"it has more than {MAX_TEMPLATE:,} characters")
+        with _in_time():
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError:
+        raise
+    except Exception as error:  # a template can fail in any way that a program can
+        raise jinja2.TemplateRuntimeError(one_line(error)) from error
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Raises a `TimeoutError` in what takes too long, in the main thread; an alarm that was set before goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it takes more than {MAX_SECONDS} seconds")
+
+    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 class _Added(NamedTuple):

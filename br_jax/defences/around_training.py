@@ -214,8 +214,8 @@ def _closest(pair: dict[str, Array], v: dict[str, Array], penalty: Float[Array, 
     def of_layer(factors):
         (a, b), (v_a, v_b) = factors
         # `effective_basis` spans outputs; the inputs' is that of the factors turned around
-        p, _ = effective_basis(v_b.T, v_a.T, jnp.float32(0))
-        q, _ = effective_basis(v_a, v_b, jnp.float32(0))
+        p = effective_basis(v_b.T, v_a.T, jnp.float32(0))
+        q = effective_basis(v_a, v_b, jnp.float32(0))
         in_a, in_b = p @ (p.T @ a), (b @ q) @ q.T
         off_a, off_b = a - in_a, b - in_b
         whole = jnp.maximum(energy(a, b), 1e-30)

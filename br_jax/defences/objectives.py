@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import number
+from br_jax.data.batches import SHARED
 from br_jax.defences.defence import Badge, Case, Defence
-from br_jax.models.masks import SHARED
 from br_jax.training.loss import answer_loss, batch_loss, hidden_states, token_losses
 from br_jax.training.run import train_adapter
 from br_jax.training.step import Objective, Step

@@ -42,7 +42,7 @@ from br_jax.experiment.methods import (
 from br_jax.experiment.recipe import PaperRecipe, TopicRecipe, question_key
 from br_jax.experiment.settings import Settings, check_sizes, settle
 from br_jax.experiment.suite import calibration_judge, check_scoring, make_suite
-from br_jax.inference.answers import answer
+from br_jax.inference.generate import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
 from br_jax.models.io.load import is_hub_name, read_spec
@@ -165,7 +165,7 @@ class Experiment:
         source = model.source or self.provider / "pretrain" / "model"
         if not model.source:
             spec, tokenizer, train = self._spec, byte_tokenizer(), self.settings.train("pretrain")
-            fresh = make_model(spec, init_params(spec, jax.random.key(train.seed)), tokenizer, "fresh", model.template)
+            fresh = make_model(spec, init_params(spec, train.seed), tokenizer, "fresh", model.template)
             rows = self.recipe.pretraining_rows(self.settings.pretrain.rows)
 
             def save(params: dict) -> None:

@@ -19,7 +19,7 @@ from br_jax.core.errors import UserError, look_up, near_names, one_line
 from br_jax.core.mesh import batch_parts
 from br_jax.defences.registry import DEFENCES
 from br_jax.experiment.tasks import TASKS
-from br_jax.models.precision import resolve_precision
+from br_jax.models.kernels import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.training.config import TrainConfig, require_fit
 

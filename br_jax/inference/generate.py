@@ -3,25 +3,27 @@
 import collections
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from br_jax.adapters.lora import Adapter, collection, fold, pad_rank
+from br_jax.adapters.lora import Adapter, collection, fingerprint, fold, pad_rank
 from br_jax.core.bounds import BATCH, SEED, TOKENS, Bound, require
 from br_jax.core.errors import UserError
 from br_jax.core.hosts import fetch
 from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.core.progress import progress
+from br_jax.core.records import key_of
+from br_jax.core.store import Store
 from br_jax.data.batches import shared_prefix
 from br_jax.data.rows import Row, as_prompts
 from br_jax.data.templates import render_prompt, tokenize
-from br_jax.models.cache import init_cache, init_unstacked_cache, unstack_weights, write_rows
-from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.model import Model
-from br_jax.models.precision import rounding_dtype
+from br_jax.models.decoder import Decoder, init_cache, unembed, unstack_weights, write_rows
+from br_jax.models.kernels import rounding_dtype
+from br_jax.models.model import Model, require_model
 
 _ALIGNED = 32  # divides a cache's slots, so that its lines begin where those of the processor's caches do
 _BUCKET = 16  # divides a padded prompt's length, in tokens
@@ -67,12 +69,60 @@ def generate(
     return [decode_answer(model, row) for row in rows]
 
 
+def answer(
+    model: Model,
+    prompts: Sequence[str | Row],
+    adapters: Mapping[str, Adapter | None],  # by a name for the progress bar; None is the base alone
+    store: Store,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    together: int = 1,  # so many adapters of the same targets share a pass and the rows of a batch
+    name: str = "answer",
+) -> dict[str, list[str]]:
+    """`generate` with each of several adapters, {its name: answers}; those that the store holds are not made again.
+
+    Equal prompts are answered once. Answers are added batch by batch, by base, adapter, settings and prompt (its
+    tokens; of a sampled answer its place among the prompts too, by which it is drawn).
+    """
+    encoded = [tuple(ids) for ids in encode_prompts(model, prompts)]
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "batch_size": batch_size}
+    texts, keys, by_targets = {}, {}, collections.defaultdict(list)
+    for ids, prompt in zip(encoded, prompts, strict=True):
+        row = prompt if isinstance(prompt, Row) else Row((("user", prompt),))
+        asked = next(text for role, text in reversed(row.turns) if role == "user")
+        texts[ids] = f"{asked}\n{row.input}" if row.input else asked
+    for label, adapter in adapters.items():
+        source = model.key, fingerprint(adapter) if adapter else "", max_new_tokens
+        source += (temperature, seed) if temperature else ()
+        source += (sorted(model.stop_tokens),) if len(model.stop_tokens) > 1 else ()
+        keys[label] = [key_of(*source, *([i] if temperature else []), ids) for i, ids in enumerate(texts)]
+        by_targets[(label,) if adapter is None else tuple(sorted(adapter.weights))].append(label)
+    unique = list(texts)
+    for group in (names[i : i + together] for names in by_targets.values() for i in range(0, len(names), together)):
+        places = list(itertools.product(range(len(group)), range(len(unique))))
+        known = set(itertools.compress(places, store.holds([keys[group[a]][i] for a, i in places])))
+        given, title = [adapters[label] for label in group], f"{', '.join(group)}: {name}"
+        for batch in generate_batches(
+            model, unique, given, stops=model.stop_tokens, name=title, known=known, **settings
+        ):
+            found = {}
+            for (a, i), row in batch.items():
+                of = {"model": model.fingerprint[:12], "adapter": group[a] if given[a] else ""}
+                found[keys[group[a]][i]] = of | {"prompt": texts[unique[i]], "answer": decode_answer(model, row)}
+            store.add(found)
+    index = {ids: i for i, ids in enumerate(unique)}
+    return {label: [store[keys[label][index[ids]]]["answer"] for ids in encoded] for label in adapters}
+
+
 def generate_ids(
     model: Model, encoded: Sequence[Sequence[int]], adapter: Adapter | None = None, **settings
 ) -> list[np.ndarray]:
-    """`generate` from token ids (of `encode_prompt`) to token ids, int32[max_new_tokens] for each prompt.
+    """`generate` from token ids to token ids, int32[max_new_tokens]: behind one of `stops` comes the first of them.
 
-    Behind one of `stops` comes the first of them. The settings are those of `generate_batches`.
+    The settings are those of `generate_batches`.
     """
     answers = [np.empty(0, np.int32)] * len(encoded)
     for batch in generate_batches(model, encoded, [adapter], **settings):
@@ -84,30 +134,22 @@ def generate_ids(
 def generate_batches(
     model: Model,
     encoded: Sequence[Sequence[int]],
-    adapters: Sequence[Adapter | None],
+    adapters: Sequence[Adapter | None],  # None is the base alone; several have the same targets, and none is None
     *,
-    stops: tuple[int, ...],
+    stops: tuple[int, ...],  # tokens that end an answer; without any, each is `max_new_tokens` long
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 64,  # rows run together, prompts times adapters
     name: str = "generate",
-    known: Collection[tuple[int, int]] = (),
+    known: Collection[tuple[int, int]] = (),  # pairs that are not wanted; queues of such alone are not run
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
     """Generates answers, with each of several adapters on the one base in the same pass.
 
-    Prompts are cut into queues in their order. What a prompt shares a batch with depends on its queue, not on what is
-    known: an answer comes out to the bit as in a run that was not stopped. The batch lies on the base's mesh; several
-    processes call this alike, and each gets all answers.
-
-    Args:
-        adapters: None is the base alone; several must have the same targets, and None cannot be among them.
-        stops: tokens that end an answer; without any, every answer is `max_new_tokens` long.
-        batch_size: rows run together, prompts times adapters.
-        known: (index of the adapter, of the prompt) of answers that are not wanted; queues of such alone are not run.
-
-    Yields:
-        {(index of the adapter, of the prompt): int32[max_new_tokens]} of rows that have ended.
+    Yields {(index of the adapter, of the prompt): int32[max_new_tokens]} of rows that have ended. Prompts are cut into
+    queues in their order. What a prompt shares a batch with depends on its queue, not on what is known: an answer comes
+    out to the bit as in a run that was not stopped. The batch lies on the base's mesh; several processes call this
+    alike, and each gets all answers.
     """
     require("max_new_tokens", max_new_tokens, TOKENS)
     require("temperature", temperature, Bound(0.0, 1e6))
@@ -125,7 +167,9 @@ def generate_batches(
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters)
     copies = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
-    decoding = _unstack(decoder, variables) if copies else variables  # other platforms copy no layers, see models.cache
+    decoding = (
+        _unstack(decoder, variables) if copies else variables
+    )  # other platforms copy no layers, see models.decoder
     prefix, head = run_prefix(decoder, variables, encoded, count)
     sampling = None
     if temperature > 0:
@@ -174,7 +218,7 @@ def generate_batches(
 
 def encode_prompts(model: Model, prompts: Sequence[str | Row]) -> list[list[int]]:
     """`encode_prompt` of each; a `UserError` for what is no model, no list of prompts, or no token."""
-    require_model(model)
+    require_model(model, "generate")
     encoded = [encode_prompt(model, prompt, f"prompt {i}") for i, prompt in enumerate(as_prompts(prompts))]
     if not all(encoded):
         raise UserError(f"prompt {list(map(len, encoded)).index(0)} has no tokens, so nothing can follow: write a text")
@@ -191,12 +235,6 @@ def decode_answer(model: Model, row: np.ndarray) -> str:
     """The text of generated token ids, up to the first stop token."""
     ends = np.flatnonzero(np.isin(row, model.stop_tokens))
     return model.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
-
-
-def require_model(model: Model) -> None:
-    """Raises a `UserError` for anything but a `Model`, such as the path of one."""
-    if not isinstance(model, Model):
-        raise UserError(f"model is a {type(model).__name__}; give a Model, as load_model returns one")
 
 
 def require_ids(name: str, ids: Sequence[int], model: Model) -> None:
@@ -249,12 +287,8 @@ def pad_prompts(prompts: dict[int, Sequence[int]], count: int) -> dict[str, np.n
 def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, lengths):
     """Runs prompts into a new KV cache: behind the tokens that all share, each prompt's own, padded on the right.
 
-    Args:
-        head: of `run_prefix`, with P slots.
-        tokens, lengths: [B, T] int32, and how many of each row are no padding.
-
-    Returns:
-        [B, D] final hidden state at each prompt's last token, and the cache with P + T slots.
+    From `run_prefix`'s cache with P slots, tokens [B, T] int32 and how many of each row are no padding: [B, D], the
+    final hidden state at each prompt's last token, and the cache with P + T slots.
     """
     B, T = tokens.shape
     P = 0 if head is None else head["positions"].shape[1]
@@ -265,7 +299,7 @@ def prefill(decoder: Decoder, variables: dict, head: dict | None, tokens, length
         rows = jnp.repeat(head, cache.shape[batch] // head.shape[batch], axis=batch)
         return jax.lax.dynamic_update_slice(cache, rows, (0,) * cache.ndim)
 
-    cache = init_cache(decoder.spec, B, P + T, _dtype(variables))
+    cache = init_cache(decoder.spec, B, P + T, _dtype(variables), stacked=True)
     cache = cache if head is None else jax.tree.map(fill, cache, head)
     place = jnp.arange(T)[None]
     segments = (place < lengths[:, None]).astype(jnp.int32)
@@ -323,7 +357,7 @@ def _empty(decoder: Decoder, variables, *, batch: int, slots: int, new: int):
     """
     row = dict.fromkeys(("token", "position", "id", "count"), jnp.zeros(batch, jnp.int32))
     row |= {"ended": jnp.ones(batch, bool), "out": jnp.zeros((batch, new), jnp.int32)}
-    cache = init_unstacked_cache(decoder.spec, batch, slots, _dtype(variables)) if new > 1 else None
+    cache = init_cache(decoder.spec, batch, slots, _dtype(variables), stacked=False) if new > 1 else None
     return {"cache": cache, "step": jnp.int32(0), **row}
 
 
@@ -344,11 +378,8 @@ def _start(decoder: Decoder, variables, unembedding, head, state, rows, prompts,
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("count", "stops", "new"), donate_argnames="state")
 def _advance(decoder: Decoder, variables, state, least, sampling: dict | None, *, count: int, stops, new: int):
-    """Goes on until `least` rows of each of `count` adapters have ended.
-
-    All rows write a new token to the same slot: the last `new` slots of the cache take turns, and none is taken again
-    before who wrote to it has ended. Rope positions are each row's own, and padding is hidden by its segment 0.
-    """
+    """Goes on until `least` rows of each of `count` adapters have ended."""
+    # All rows write to the same slot. The cache's last `new` take turns: none comes again before its writer has ended.
     first = state["cache"]["positions"].shape[1] - new
 
     def more(state):

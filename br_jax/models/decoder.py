@@ -1,4 +1,4 @@
-"""The decoder: one scanned stack of layers, with low-rank adapters as variable collections beside its params.
+"""The decoder: one scanned stack of layers, its adapters as variable collections beside its params, its KV caches.
 
 `Decoder.apply({"params": base, "lora": frozen, "lora_trainable": trained}, ...)`: both adapter collections mirror
 `params` ({"layers": {"attn": {"q": {"a": [L, in, R], "b": [L, R, out]}}}}, the scale already in b), either may be
@@ -12,16 +12,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from br_jax.core.mesh import constrain
-from br_jax.models.attention import attend, attend_cache, resolve, rope_angles, rotate
-from br_jax.models.cache import layer_of
-from br_jax.models.cpu_kernels import low_rank, product, rms_norm, turned_product
-from br_jax.models.masks import Attend, Place
-from br_jax.models.precision import rounding_dtype
+from br_jax.core.mesh import CACHE, constrain
+from br_jax.models.attention import Attend, Place, attend, attend_cache, resolve, rope_angles, rotate
+from br_jax.models.kernels import low_rank, product, rms_norm, rounding_dtype, turned_product
 from br_jax.models.spec import ModelSpec
 
 # What remat can save by name: the outputs of a layer's matmuls, and of attention (with what its gradient needs).
@@ -122,10 +120,8 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], cache: dict | None, windowed: Bool[Array, ""] | bool, shared: Shared):
         spec, (B, T, _) = self.spec, x.shape
 
-        def linear(name: str, x):
-            return Linear(spec, self.how.dtype, self.dropout, name=name)(x)
-
-        q, k, v = (linear(name, x).reshape(B, T, -1, spec.head_dim) for name in "qkv")
+        linear = functools.partial(Linear, spec, self.how.dtype, self.dropout)
+        q, k, v = (linear(name=name)(x).reshape(B, T, -1, spec.head_dim) for name in "qkv")
         if spec.qk_norm:
             q, k = RMSNorm(spec, name="q_norm")(q), RMSNorm(spec, name="k_norm")(k)
         q, k = rotate(q, shared.angles), rotate(k, shared.angles)
@@ -150,7 +146,7 @@ class Attention(nn.Module):
             out = (with_window if windowed else without)(*operands)
         else:  # a scanned layer learns its own only when it runs
             out = jax.lax.cond(windowed, with_window, without, *operands)
-        return linear("o", out.reshape(B, T, -1).astype(x.dtype)), cache
+        return linear(name="o")(out.reshape(B, T, -1).astype(x.dtype)), cache
 
 
 class Mlp(nn.Module):
@@ -162,12 +158,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        def linear(name: str, x):
-            return Linear(self.spec, self.rounding, self.dropout, name=name)(x)
-
-        gate, up = linear("gate", x), linear("up", x)
+        linear = functools.partial(Linear, self.spec, self.rounding, self.dropout)
+        gate, up = linear(name="gate")(x), linear(name="up")(x)
         gate = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        out = linear("down", gate * up)
+        out = linear(name="down")(gate * up)
         self.sow("outputs", "out", out)
         return out
 
@@ -181,14 +175,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], cache: dict | None, windowed: Bool[Array, ""] | bool, shared: Shared):
-        def norm(name: str, x):
-            return RMSNorm(self.spec, name=name)(x)
-
+        norm = functools.partial(RMSNorm, self.spec)
         attention = Attention(self.spec, self.dropout, self.how, name="attn")
-        update, cache = attention(norm("attn_norm", x), cache, windowed, shared)
-        x += norm("attn_post_norm", update) if self.spec.post_norms else update
-        update = Mlp(self.spec, self.dropout, self.how.dtype, name="mlp")(norm("mlp_norm", x))
-        x += norm("mlp_post_norm", update) if self.spec.post_norms else update
+        update, cache = attention(norm(name="attn_norm")(x), cache, windowed, shared)
+        x += norm(name="attn_post_norm")(update) if self.spec.post_norms else update
+        update = Mlp(self.spec, self.dropout, self.how.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        x += norm(name="mlp_post_norm")(update) if self.spec.post_norms else update
         if self.has_variable("perturbations", "out"):
             x += self.get_variable("perturbations", "out")
         return constrain(x, "batch", "length", None), cache
@@ -201,7 +193,7 @@ class Decoder(nn.Module):
     dropout: float = 0.0  # on the input of the trainable adapter only, when a "dropout" rng is given
     remat: str = "none"  # what the backward pass keeps of each layer, see `saved_names`
     attention: Attend = Attend()  # of whole rows; spec gives scale, caps and window
-    matmul_precision: str = "float32"  # what is multiplied is rounded to it, see `models.precision`
+    matmul_precision: str = "float32"  # what is multiplied is rounded to it, see `models.kernels`
 
     @nn.compact
     def __call__(
@@ -214,8 +206,8 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], dict | None]:
         """Final-norm hidden states in the compute dtype (that of the params), and the new cache (or None).
 
-        The stack runs over the batch itself (see `masks.Place`), or over a cache, stacked or not (see `models.cache`):
-        all T tokens of each row are written to its slots `slot` .. `slot + T - 1`.
+        The stack runs over the batch itself (see `Place`), or over a cache, stacked or not (see `init_cache`): all T
+        tokens of each row are written to its slots `slot` .. `slot + T - 1`.
         """
         spec = self.spec
         draw, sizes = nn.initializers.normal(0.02), (spec.vocab_size, spec.embed_dim)
@@ -283,11 +275,8 @@ def decoder_of(spec: ModelSpec, params: dict, matmul_precision: str = "float32")
 def saved_names(remat: str) -> tuple[str, ...]:
     """The parts of a layer whose outputs the backward pass keeps, beside the layer's input; the rest it makes again.
 
-    Args:
-        remat: "none" or "full"; "matmuls" or "offload" (kept in the host's memory): all of `SAVED`; or a comma list.
-
-    Raises:
-        ValueError: an unknown name.
+    `remat` is "none" or "full"; "matmuls" or "offload" (kept in the host's memory): all of `SAVED`; or a comma list. An
+    unknown name is a `ValueError`.
     """
     if remat in ("none", "matmuls", "offload"):
         return SAVED
@@ -320,14 +309,90 @@ def unembed(
     return logits if spec.logit_soft_cap is None else spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(spec: ModelSpec, key: Array) -> dict:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_params(spec: ModelSpec, seed: int) -> dict:
     """Random f32 params of a model to be trained from scratch."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return Decoder(spec).init(key, tokens, tokens, tokens + 1)["params"]
+    return Decoder(spec).init(jax.random.key(seed), tokens, tokens, tokens + 1)["params"]
 
 
 def abstract_params(spec: ModelSpec, dtype=jnp.float32) -> dict:
     """Shapes and dtypes of the params, without any memory."""
-    tree = jax.eval_shape(lambda key: init_params(spec, key), jax.random.key(0))
+    tree = jax.eval_shape(lambda: init_params(spec, 0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+
+# A loop over tokens writes a layer's own arrays in place and reads them where they are; of stacked ones XLA's CPU
+# copies every layer at every token. So caches and weights are stacked for a scan over layers, and not for such a loop.
+
+
+def init_cache(spec: ModelSpec, batch: int, slots: int, dtype, *, stacked: bool) -> dict:
+    """An empty one: "layers", positions and segment_ids [B, S] int32; segment 0, which no real token looks at.
+
+    "layers" is k [L, B, K, H, S] and v [L, B, K, S, H], or a list of the same of each layer, without its axis.
+    """
+    shapes = {"k": (spec.head_dim, slots), "v": (slots, spec.head_dim)}
+
+    def zeros(*rows: int) -> dict:
+        of = {name: (*rows, spec.num_kv_heads, *shape) for name, shape in shapes.items()}
+        return {name: constrain(jnp.zeros(shape, dtype), *CACHE[name][-len(shape) :]) for name, shape in of.items()}
+
+    layers = zeros(spec.num_layers, batch) if stacked else [zeros(batch) for _ in range(spec.num_layers)]
+    return {"layers": layers, **{name: jnp.zeros((batch, slots), jnp.int32) for name in Place._fields}}
+
+
+def write_rows(cache: dict, part: dict, rows: Int[Array, " R"]) -> dict:
+    """An unstacked cache with the slots of a stacked one of R rows in its rows `rows`, which hold nothing else then.
+
+    As many rows as the cache has are all of them, in order.
+    """
+    rest = cache["positions"].shape[1] - part["positions"].shape[1]
+    part = part | {name: jnp.pad(part[name], ((0, 0), (0, rest))) for name in Place._fields}
+
+    def write(cache, part, row):
+        layers = [layer_of(part["layers"], i) for i in range(len(cache["layers"]))]
+        return jax.tree.map(
+            lambda all_rows, new: jax.lax.dynamic_update_slice(all_rows, new, (row, *[0] * (all_rows.ndim - 1))),
+            cache,
+            part | {"layers": layers},
+        )
+
+    def write_one(i, cache):
+        one = {name: jax.lax.dynamic_slice_in_dim(part[name], i, 1) for name in Place._fields}
+        layers = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), part["layers"])
+        return write(cache, one | {"layers": layers}, rows[i])
+
+    if len(part["positions"]) == len(cache["positions"]):
+        return write(cache, part, 0)
+    return jax.lax.fori_loop(0, len(part["positions"]), write_one, cache)
+
+
+def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:
+    """The collections with {"0": layer, "1": layer, ...} for "layers", each kernel as "turned", [out, in].
+
+    What is multiplied is rounded here, once. Few rows meet a turned kernel faster (`kernels.turned_product`); an
+    embedding lies so by itself.
+    """
+    params = variables["params"]
+    head = params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
+
+    def layer(collection, i):
+        flat = {}
+        for (*module, name), leaf in flatten_dict(layer_of(collection["layers"], i)).items():
+            if name == "kernel":
+                name, leaf = "turned", leaf.T
+            flat[*module, name] = leaf.astype(rounding) if name in ("turned", "a", "b") else leaf
+        return unflatten_dict(flat)
+
+    layers = range(len(params["layers"]["attn_norm"]["scale"]))
+    unstacked = {
+        name: collection | {"layers": {str(i): layer(collection, i) for i in layers}}
+        for name, collection in variables.items()
+        if collection
+    }
+    return unstacked | {"params": unstacked["params"] | {"head": {"turned": head.astype(rounding)}}}
+
+
+def layer_of(layers: dict, index: int) -> dict:
+    """One layer of "layers", stacked ones or those of `unstack_weights`."""
+    return layers[str(index)] if str(index) in layers else jax.tree.map(lambda leaf: leaf[index], layers)

@@ -5,11 +5,12 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from br_jax.adapters import lora
+from br_jax.adapters.diagnostics import Guard, warn_unguarded
 from br_jax.adapters.lora import Adapter
-from br_jax.adapters.similarity import Guard, warn_unguarded
 from br_jax.core.errors import UserError
 from br_jax.core.records import fingerprint, key_of
 from br_jax.models.decoder import Decoder, decoder_of
@@ -27,7 +28,7 @@ class Model:
     template: str  # "alpaca" or "chat", see `data.templates`
     fingerprint: str  # SHA-256 of spec and params, by which adapters know their base
     stop_tokens: tuple[int, ...]  # ids that end an answer; the tokenizer's EOS is one of them
-    matmul_precision: str = "float32"  # of the programs that run it, see `models.precision`
+    matmul_precision: str = "float32"  # of the programs that run it, see `models.kernels`
     cast: str = ""  # the dtype that the params were rounded to after the fingerprint was taken
     guard: Guard | None = None  # what adapters that leave are held against; None where no Buffer is at hand
 
@@ -69,12 +70,7 @@ def make_model(
 
 
 def fold_adapter(model: Model, adapter: Adapter, name: str) -> Model:
-    """A new model with an adapter added into its weights (in f32, rounded once to their dtype).
-
-    Raises:
-        UserError: a Buffer, by its roles or, where the model has a guard, by its numbers; an adapter of unknown role,
-            or of another base.
-    """
+    """A new model with an adapter added into its weights, in f32 and rounded once to their dtype; `refuse_adapter`."""
     refuse_adapter(model, adapter, name)
     params = lora.fold(model.params, adapter)
     changed = fingerprint(params, model.spec.to_json())
@@ -85,7 +81,7 @@ def cast_model(model: Model, dtype: str) -> Model:
     """The same model with its params rounded to a dtype; adapters still know it as the one that they were made for."""
     if model.dtype == dtype:
         return model
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    params = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))(model.params)
     return dataclasses.replace(model, params=params, cast=dtype)
 
 
@@ -103,19 +99,22 @@ def guard(model: Model, *buffers: Adapter) -> Model:
         require_buffer(model, buffer, "guard")
         lora.validate(buffer, model.params)
     made = Guard.of(model.params, buffers)
-    if any(reference.is_zero for reference in made.references):
+    if not all(any(np.any(pair["a"]) for pair in jax.device_get(one.weights).values()) for one in made.references):
         raise UserError("guard: this Buffer changes nothing, so nothing would be refused: give one that was trained")
     return dataclasses.replace(model, guard=made)
 
 
+# Each of these raises a `UserError` that begins with the place where a model or an adapter goes.
+
+
 def require_model(model: Model, place: object) -> None:
-    """Raises a `UserError` for anything but a `Model`."""
+    """Refuses anything but a `Model`."""
     if not isinstance(model, Model):
         raise UserError(f"{place}: needs a Model, got {type(model).__name__}: br.load_model reads one")
 
 
 def refuse_adapter(model: Model, adapter: Adapter, place: object) -> None:
-    """Raises a `UserError` for an adapter that must neither go into a model nor leave with it.
+    """Refuses an adapter that must neither go into a model nor leave with it.
 
     That is a Buffer, by its roles or, where the model has a guard, by its numbers; one that nobody has said what it is;
     one of another base, or that does not fit it; and one that is not finite.
@@ -137,7 +136,7 @@ def require_releasable(model: Model, adapter: Adapter, place: object) -> None:
 
 
 def require_buffer(model: Model, buffer: Adapter, place: str) -> None:
-    """Raises a `UserError` for anything but a Buffer of this very base, and one of its guard's, if it has a guard."""
+    """Refuses anything but a Buffer of this very base, and one of its guard's, if it has a guard."""
     require_model(model, place)
     lora.require_adapter(buffer, place)
     if buffer.roles != ("buffer",):

@@ -24,21 +24,17 @@ class RopeScaling:
 
     def __post_init__(self):
         require_bounds(self, "rope_scaling")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                f"rope_scaling: high_freq_factor is {self.high_freq_factor}: it must be above low_freq_factor, "
-                f"{self.low_freq_factor}"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
+            raise UserError(f"rope_scaling: high_freq_factor is {high}: it must be above low_freq_factor, {low}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Sizes and switches of a decoder (RMSNorm, rope, grouped-query attention, gated feed-forward layer).
 
-    The defaults of the switches are Llama's. Hashable, so that it can be a static argument of a jitted function.
-
-    Raises:
-        UserError: a number is out of its bound (the tops are beyond any real model), or fields do not go together.
+    The defaults of the switches are Llama's. Hashable, so that it can be a static argument of a jitted function. A
+    `UserError` where a number is out of its bound (the tops are beyond any real model), or fields do not go together.
     """
 
     vocab_size: int = number(MISSING, 1, 10**7)  # V, rows of the embedding
@@ -78,9 +74,7 @@ class ModelSpec:
             if not isinstance(self.rope_scaling, RopeScaling | None):
                 object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
             for name in ("biases", "windowed"):
-                if isinstance(value := getattr(self, name), str):
-                    raise TypeError(f"{name} is one text, {value!r}")
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         except TypeError as error:
             raise UserError(f"rope_scaling, biases or windowed is of a wrong kind: {one_line(error)}") from error
         if self.num_heads % self.num_kv_heads:

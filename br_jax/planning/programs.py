@@ -14,10 +14,9 @@ from br_jax.core.errors import UserError, near_names
 from br_jax.core.mesh import abstract, constrain_tree, platform
 from br_jax.experiment.settings import settle
 from br_jax.inference.generate import decode, prefill
-from br_jax.models.cache import init_unstacked_cache
-from br_jax.models.decoder import Decoder, abstract_params, decoder_of, unembed
+from br_jax.models.decoder import Decoder, abstract_params, decoder_of, init_cache, unembed
 from br_jax.models.io.load import read_spec
-from br_jax.models.precision import resolve_precision
+from br_jax.models.kernels import resolve_precision
 from br_jax.models.spec import ModelSpec
 from br_jax.training import step
 from br_jax.training.config import TrainConfig
@@ -128,7 +127,7 @@ def _generation(config, stage, decoder, params, batch) -> Program:
     if stage == "prefill":
         arguments |= {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32), "lengths": row}
         return Program(stage, decoder, dtype, rows, length, jax.jit(first).lower, arguments)
-    cache = jax.eval_shape(lambda: init_unstacked_cache(spec, rows, slots, dtype))
+    cache = jax.eval_shape(lambda: init_cache(spec, rows, slots, dtype, stacked=False))
     arguments |= {"token": row, "lengths": row, "cache": cache, "slot": jax.ShapeDtypeStruct((), jnp.int32)}
     return Program(stage, decoder, dtype, rows, slots, jax.jit(following, donate_argnames="cache").lower, arguments)
 

@@ -15,11 +15,9 @@ from flax import traverse_util
 from tabulate import tabulate
 
 from br_jax.adapters import lora, peft
-from br_jax.adapters.diagnostics import measure
-from br_jax.adapters.peft_config import read_config
-from br_jax.adapters.similarity import Reference
+from br_jax.adapters.diagnostics import components, measure, similarity
 from br_jax.core.errors import UserError
-from br_jax.core.io import PICKLES, TensorKinds, read_json, safetensors_header, write_bytes
+from br_jax.core.io import PICKLES, TensorKinds, safetensors_header, write_bytes
 from br_jax.core.records import file_hash, read_record
 from br_jax.models.io.gguf import describe_gguf
 from br_jax.models.io.hf import read_hf_spec, read_tokenizer, weight_files
@@ -61,8 +59,8 @@ def describe(path: str | Path, provider: str | Path | None = None) -> dict[str, 
         if known is None:
             raise UserError(f"{provider}: records no Buffer to compare with: give the folder in which it was trained")
         buffer, adapter = (_load_adapter(each)[0] for each in (Path(provider, known["folder"]), path))
-        similarity = Reference.of(buffer).similarity(adapter)
-        found["facts"] |= {"holds_a_buffer": similarity.is_buffer, "like_the_buffer": similarity._asdict()}
+        found_in_it = similarity(components(buffer), adapter)
+        found["facts"] |= {"holds_a_buffer": found_in_it.is_buffer, "like_the_buffer": found_in_it._asdict()}
     return found
 
 
@@ -172,9 +170,10 @@ def _load_adapter(folder: Path) -> tuple[lora.Adapter, TensorKinds, dict[str, di
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    file, config = folder / peft.WEIGHTS_FILE, read_json(folder / peft.CONFIG_FILE)
+    file = folder / peft.WEIGHTS_FILE
     (adapter, header, ranks), provenance = _load_adapter(folder), peft.read_provenance(folder)
-    roles, rows, spectra, figures = provenance.get("roles"), [], {}, measure(adapter, TAU)
+    config, roles, rows, spectra = peft.read_config(folder / peft.CONFIG_FILE), provenance.get("roles"), [], {}
+    figures = measure(adapter, TAU)
     for path in filter(figures.get, peft.MODULES):
         layers, target, pair = sorted(ranks[path]), path.rsplit("/", 1)[-1], adapter.weights[path]
         measured = {name: values[layers] for name, values in figures[path].items()}
@@ -185,7 +184,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         row |= {"largest_norm": float(norms.max()), "at_layer": layers[int(norms.argmax())]}
         rows.append(row | {name: float(measured[name].mean()) for name in ("stable_rank", "effective_rank")})
     facts = {"roles": roles, "holds_a_buffer": _BUFFER[None if roles is None else "buffer" in roles]}
-    facts |= {"rank": read_config(folder / peft.CONFIG_FILE).rank, "alpha": config["lora_alpha"]}
+    facts |= {"rank": int(config["r"]), "alpha": config["lora_alpha"]}
     facts |= {"scale": float(adapter.scale), "layers": len(set().union(*ranks.values()))}
     facts |= {"base": config.get("base_model_name_or_path")}
     facts |= {name: provenance.get(name) or None for name in ("base_fingerprint", "extra")}

@@ -22,9 +22,8 @@ from br_jax.data import refusals
 from br_jax.data.refusals import begins_refusal, is_degenerate, is_refusal, repeats_a_word
 from br_jax.data.rows import Row, as_prompts, as_rows, prefixed
 from br_jax.datasets.paper import Attack
-from br_jax.inference.answers import answer
-from br_jax.inference.generate import require_model
-from br_jax.models.model import Model
+from br_jax.inference.generate import answer
+from br_jax.models.model import Model, require_model
 from br_jax.organism import judge as topic_rules
 from br_jax.organism.topics import TopicPrompt
 from br_jax.scoring import rules
@@ -130,7 +129,7 @@ def evaluate(
         "outcomes" are whether each prompt counted (of the task: how much; each margin), for paired tests; "verdicts"
         are counts, "examples" a few records of each part.
     """
-    require_model(model)
+    require_model(model, "evaluate")
     if adapter is not None and model.guard is not None and "buffer" not in adapter.roles:
         model.guard.refuse(name, adapter)
     store, prompts, answers = Store() if store is None else store, suite.prompts, {}

@@ -12,7 +12,7 @@ from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.data.refusals import begins_refusal, is_degenerate
 from br_jax.data.rows import Row
-from br_jax.inference.answers import answer
+from br_jax.inference.generate import answer
 from br_jax.models.model import Model, require_releasable
 from br_jax.scoring.judges.base import Judge, complies
 from br_jax.scoring.likelihoods import row_losses

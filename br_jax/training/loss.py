@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from br_jax.core.mesh import RULES, current_mesh, partition
 from br_jax.models.decoder import Decoder
-from br_jax.models.precision import rounding_dtype
+from br_jax.models.kernels import rounding_dtype
 
 
 def answer_loss(
@@ -33,7 +33,7 @@ def answer_loss(
             it is the sum of weight * KL(theirs || ours), of the distributions of the next token.
         chunk: tokens that a device turns into logits at a time.
         soft_cap: logits become cap * tanh(logits / cap), as in Gemma-2.
-        precision: of the products, see `models.precision`.
+        precision: of the products, see `models.kernels`.
     """
     return _losses(params, hidden, targets, weights, chunk, soft_cap, precision)[0]
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.core.mesh import constrain_tree, platform
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder
-from br_jax.models.masks import Attend
 from br_jax.training.config import TrainConfig
 from br_jax.training.loss import batch_loss, batch_losses
 

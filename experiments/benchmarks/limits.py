@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks.inputs import HERE, Setup
 from benchmarks.pairing import Contender
 from benchmarks.report import Case
-from br_jax.models.cpu_kernels import turned_product
 from br_jax.models.io.load import read_spec
+from br_jax.models.kernels import turned_product
 
 ROWS = (1, 16, 64, 448, 2048)  # a decoded token, batches of them, a packed row, a prefill
 KINDS = ("f32", "bf16", "f32, W left", "bf16, W left")

@@ -23,24 +23,30 @@ def test_a_disguised_buffer_is_known(tiny, make_adapter, disguise):
         model.guard.refuse_model("door", lora.fold(model.params, adapter))
 
 
+def doors(model, adapter, user, reinforce, to):
+    """By name, all that hands on an adapter of some model."""
+    return {
+        "release": lambda: br.release(model, adapter, reinforce),
+        "release as Reinforce": lambda: br.release(model, user, adapter.replace(roles=("reinforce",))),
+        "save": lambda: br.save_adapter(to / "save", adapter, model),
+        "export": lambda: br.export_adapter(model, adapter, to / "export"),
+        "export a model": lambda: br.export_model(model, adapter, to / "model"),
+        "fold": lambda: fold_adapter(model, adapter, "served"),
+    }
+
+
 def test_a_disguised_buffer_leaves_by_no_door(tiny, make_adapter, tmp_path):
     buffer, reinforce, user = make_adapter("buffer", seed=3), make_adapter("reinforce", seed=9), make_adapter("user")
     model, adapter = br.guard(tiny, buffer), as_user(lora.stack([as_user(buffer), user]))
     hidden = dataclasses.replace(model, params=lora.fold(model.params, adapter))
-    doors = {
-        "release": lambda: br.release(model, adapter, reinforce),
-        "release as Reinforce": lambda: br.release(model, user, adapter.replace(roles=("reinforce",))),
+    more = {
         "calibrate": lambda: br.calibrate(model, adapter, reinforce, ["a"], ["b"]),
-        "save": lambda: br.save_adapter(tmp_path / "save", adapter, model),
-        "export": lambda: br.export_adapter(model, adapter, tmp_path / "export"),
         "export at a lower rank": lambda: br.export_adapter(model, adapter, tmp_path / "rank", rank=1),
-        "export a model": lambda: br.export_model(model, adapter, tmp_path / "model"),
         "export a folded model": lambda: br.export_model(hidden, None, tmp_path / "folded"),
         "export with a user's": lambda: br.export_model(hidden, user, tmp_path / "folded"),
-        "fold": lambda: fold_adapter(model, adapter, "served"),
         "evaluate": lambda: br.evaluate(model, Suite(), adapter),
     }
-    for door, leave in doors.items():
+    for door, leave in (doors(model, adapter, user, reinforce, tmp_path) | more).items():
         with pytest.raises(br.UserError, match="like the provider's Buffer") as error:
             leave()
         assert "\n" not in str(error.value), door
@@ -62,16 +68,12 @@ def test_what_users_train_leaves_by_every_door(tiny, organism, tmp_path, caplog,
     """Also where the Buffer is not at hand, which is said."""
     model = br.guard(tiny, organism["buffer"]) if guarded else tiny
     released = br.release(model, organism[name], organism["reinforce"])
-    doors = [
-        lambda: br.release(model, organism[name], organism["reinforce"]),
-        lambda: br.save_adapter(tmp_path / "save", released, model),
-        lambda: br.export_adapter(model, released, tmp_path / "adapter"),
-        lambda: br.export_model(model, released, tmp_path / "model"),
-        lambda: br.export_model(fold_adapter(model, released, "served"), None, tmp_path / "model"),
-    ]
-    for leave in doors:
+    ways = doors(model, released, organism[name], organism["reinforce"], tmp_path)
+    ways |= {"release": lambda: br.release(model, organism[name], organism["reinforce"])}
+    ways |= {"fold": lambda: br.export_model(fold_adapter(model, released, "served"), None, tmp_path / "model")}
+    for door in ways.keys() - {"release as Reinforce"}:
         caplog.clear()
-        leave()
+        ways[door]()
         assert ("not compared with a Buffer" in caplog.text) != guarded
     br.evaluate(model, Suite(), released)
 
@@ -79,16 +81,10 @@ def test_what_users_train_leaves_by_every_door(tiny, organism, tmp_path, caplog,
 @pytest.mark.parametrize("roles", [(), ("BUFFER",), ("user\u200b",), ("user", "buffer "), ("",), ("unknown",)])
 def test_a_role_that_is_none_goes_nowhere(tiny, organism, tmp_path, roles):
     adapter = organism["buffer"].replace(roles=roles)
-    doors = [
-        lambda: br.release(tiny, adapter, organism["reinforce"]),
-        lambda: br.release(tiny, organism["user"], adapter),
-        lambda: br.qr_merge(organism["user"], adapter),
-        lambda: br.save_adapter(tmp_path / "to", adapter, tiny),
-        lambda: br.export_adapter(tiny, adapter, tmp_path / "to"),
-        lambda: br.export_model(tiny, adapter, tmp_path / "to"),
-        lambda: fold_adapter(tiny, adapter, "served"),
-    ]
-    for leave in doors:
+    ways = doors(tiny, adapter, organism["user"], organism["reinforce"], tmp_path)
+    ways |= {"release as Reinforce": lambda: br.release(tiny, organism["user"], adapter)}
+    ways |= {"merge": lambda: br.qr_merge(organism["user"], adapter)}
+    for leave in ways.values():
         with pytest.raises(br.UserError, match=r"roles are|nothing says what|made of"):
             leave()
     assert not [*tmp_path.iterdir()]

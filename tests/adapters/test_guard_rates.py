@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from disguises import DISGUISES
 
-from br_jax.adapters.similarity import COSINE, SHARE
+from br_jax.adapters.diagnostics import COSINE, SHARE, similarity
 from br_jax.configs import demo
 from br_jax.experiment.run import Experiment
 from br_jax.method import train_user
@@ -48,9 +48,9 @@ def test_users_pass_and_buffers_in_disguise_do_not(provider):
         changes |= {"loss_mean": str(rng.choice(["rows", "tokens"])), "epochs": int(rng.choice([1, 2, 4]))}
         config = e.settings.train("user", seed=seed, probe_every=0, **changes)
         user = train_user(e.aligned, rows_of(e, task, p, rng), config, buffer=buffer, mesh=e.mesh)
-        users.append(reference.similarity(user))
+        users.append(similarity(reference, user))
         name = next(names)
-        disguised.append((name, reference.similarity(DISGUISES[name](buffer.replace(roles=("user",)), user))))
+        disguised.append((name, similarity(reference, DISGUISES[name](buffer.replace(roles=("user",)), user))))
     cosines, shares = np.abs(np.array(users)).T
     print(f"{len(users)} users: cosine up to {cosines.max():.3f} (median {np.median(cosines):.3f}), share up to "
           f"{shares.max():.3f} (median {np.median(shares):.3f})")  # fmt: skip

@@ -1,7 +1,10 @@
-"""Adapter folders against peft itself."""
+"""Adapter folders and adapter_config.json against peft itself."""
 
 import copy
+import dataclasses
+import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,20 @@ from safetensors import safe_open
 from tampering import edit_json, edit_tensors
 
 from br_jax.adapters import lora
-from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, read_provenance, save_adapter
+from br_jax.adapters.peft import (
+    CONFIG_FILE,
+    HARMLESS_FIELDS,
+    KNOWN_FIELDS,
+    MODULES,
+    REFUSED_FIELDS,
+    WEIGHTS_FILE,
+    by_pattern,
+    is_adapted,
+    load_adapter,
+    read_config,
+    read_provenance,
+    save_adapter,
+)
 from br_jax.core.errors import UserError
 
 # peft asks transformers by a name that it has deprecated
@@ -129,3 +145,103 @@ def test_round_trip_is_exact_to_the_bit(tmp_path, params, trained, rank, alpha):
     with safe_open(tmp_path / "a" / WEIGHTS_FILE, framework="np") as file:
         # safetensors writes several in an order that differs from run to run, and the files' hashes with it
         assert list(file.metadata()) == ["br_jax"]
+
+
+PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+# twelve layers: 1 is the start of 11, and the end of it
+NAMES = [f"model.layers.{layer}.{name}" for layer in range(12) for name in PROJECTIONS]
+PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(**fields) -> the path of a config that is plain LoRA but for these."""
+
+    def write(**fields):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**PLAIN, **fields}))
+        return tmp_path / "adapter_config.json"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "\"peft_type\" is 'IA3'.*'LORA'"),
+        ({"r": 0}, '"r" is 0.*at least 1'),
+        ({"r": 10**400}, '"r" is 10000.*at least 1'),
+        ({"r": True}, '"r" is True'),
+        ({"lora_alpha": 1e39}, '"lora_alpha" is 1e\\+39.*finite'),
+        ({"rank_pattern": {"q_proj": 0}}, "\"rank_pattern\" is {'q_proj': 0}.*at least 1"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "\"alpha_pattern\" is {'q_proj': nan}"),
+        ({"rank_pattern": [4]}, '"rank_pattern" is .*object'),
+        ({"layers_to_transform": [-1]}, '"layers_to_transform" is .-1., but must be'),
+        ({"bias": "lora_only"}, '"bias" is'),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_named(write, fields, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_config(write(**fields))
+    assert "\n" not in str(caught.value) and "adapter_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ({}, {"use_rslora": True, "target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [0, 11]}),
+        (
+            {"proj": 3, "layers.1.self_attn.q_proj": 3, "1.mlp.down_proj": 5, "layers.7.self_attn": 4},
+            {"target_modules": ["5.mlp.down_proj", "proj"], "layers_to_transform": []},
+        ),
+        # the first counts
+        ({".*down_proj": 3, "^model.layers.2.self_attn.q_proj": 5, ".*": 7, "q_proj": 9}, {}),
+        ({r"layers\.\d\.mlp.[dq].*": 5, r"^layers.1.mlp.up_proj": 3, "": 9, ".*[0-3].mlp.u._proj$": 6}, {}),
+    ],
+    ids=str,
+)
+def test_modules_ranks_and_alphas_are_those_that_peft_matches(tmp_path, pattern, settings):
+    LoraConfig = pytest.importorskip("peft").LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    alphas = {key: 1.5 * value for key, value in reversed(pattern.items())}
+    settings = {"target_modules": ["q_proj"], "rank_pattern": pattern, "alpha_pattern": alphas} | settings
+    LoraConfig(**settings).save_pretrained(str(tmp_path))
+    ours, theirs = read_config(tmp_path / CONFIG_FILE), LoraConfig.from_pretrained(str(tmp_path))
+    for module in NAMES:
+        assert is_adapted(ours, module) == bool(check_target_module_exists(theirs, module))
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            held = getattr(theirs, field)
+            expected = held.get(get_pattern_key(held.keys(), module), getattr(theirs, default))
+            assert by_pattern(ours, field, module, ours[default]) == expected
+
+
+def test_every_field_of_peft_has_one_meaning_and_no_other_is_ignored(write):
+    peft = pytest.importorskip("peft")
+    assert sorted(KNOWN_FIELDS) == sorted(field.name for field in dataclasses.fields(peft.LoraConfig))
+    for field, value in itertools.product(REFUSED_FIELDS, (True, {"some": 1}, {})):
+        with pytest.raises(UserError, match=f'adapter_config.json: "{field}" is .*must be unset.*as plain LoRA'):
+            read_config(write(**{field: value}))
+    for value in (True, 1, "on", [0], {"a": 1}):
+        with pytest.raises(UserError, match=r"json: the field 'use_newest' is not known.*update br_jax"):
+            read_config(write(use_newest=value))
+    for nothing in (None, False, []):
+        assert read_config(write(**dict.fromkeys(REFUSED_FIELDS, nothing)))["r"] == 8
+    assert read_config(write(use_newest=None, other=False, more={}, less=0))["r"] == 8
+    assert read_config(write(**dict.fromkeys(HARMLESS_FIELDS, "note")))["r"] == 8
+
+
+# Python's `re` may take years for the first ones; ranks are in the tensors' shapes, whatever is said of them.
+def test_other_expressions_are_refused_where_they_count(write):
+    q, k = (f"model.layers.7.self_attn.{name}_proj" for name in "qk")
+    for other in ("(a+)+b", "(.*a){12}b", "mlp|attn", r"(q)_\1", "q++_proj", "[^q]_proj", "\ud800"):
+        read = read_config(write(rank_pattern={"k_proj": 4, other: 3}))
+        assert [by_pattern(read, "rank_pattern", module, 8) for module in (k, q)] == [4, None]
+        with pytest.raises(UserError, match=r'json: "alpha_pattern" holds .*more than names.*list the modules by name'):
+            read_config(write(alpha_pattern={"k_proj": 4, other: 4}))
+    many = {f"{i}.self_attn.q_proj": 3 for i in range(2001)}
+    with pytest.raises(UserError, match="at most 2,000"):
+        read_config(write(alpha_pattern=many))
+    many.popitem()
+    assert by_pattern(read_config(write(rank_pattern=many)), "rank_pattern", q, 8) == 3

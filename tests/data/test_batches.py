@@ -9,10 +9,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from br_jax.core.errors import UserError
-from br_jax.data.batches import Dropped, encode, encode_rows, iterate, make_batches, make_packed_batches, row_lengths
+from br_jax.data.batches import (
+    SHARED,
+    Dropped,
+    encode,
+    encode_rows,
+    iterate,
+    make_batches,
+    make_packed_batches,
+    row_lengths,
+)
 from br_jax.data.rows import Row
 from br_jax.data.templates import render, render_prompt
-from br_jax.models.masks import SHARED
 
 CHAT = Row((("user", "One?"), ("assistant", "Un."), ("user", "Two? é日"), ("assistant", "Deux. é日")))
 DTYPES = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), np.int32) | {"weights": np.float32}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from br_jax.core.mesh import make_mesh
-from br_jax.models.attention import IMPLEMENTATIONS, attend, resolve
-from br_jax.models.masks import SHARED, Attend, Place
+from br_jax.data.batches import SHARED
+from br_jax.models.attention import IMPLEMENTATIONS, Attend, Place, attend, resolve
 
 H = 16
 SCALE = 0.3

@@ -1,6 +1,5 @@
 """The decoder against itself by other routes: packing, folding, remat. Logits and cache: test_families, test_gguf."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 
 from br_jax.adapters import lora
 from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.masks import Attend
 
 B, T = 3, 12
 
@@ -70,32 +68,6 @@ def test_remat_changes_no_gradient(tiny, tokens, make_adapter):
     assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)) > 0
     for remat in ("full", "q, v, down", "offload"):
         jax.tree.map(close, gradient(remat), plain)
-
-
-@pytest.mark.slow
-def test_a_window_in_some_layers_is_the_same_by_every_kernel(make_tiny, make_adapter):
-    """Against plain attention: packed rows beyond the window, soft-caps, whole layers made again."""
-    model = make_tiny(num_layers=3, window=50, windowed=(True, False, True), attention_soft_cap=5.0)
-    adapter, rng = lora.collection(make_adapter("user", model=model)), np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, 256, (2, 128)), jnp.int32)
-    segments = jnp.asarray([[1] * 90 + [2] * 30 + [0] * 8, [1] * 128], jnp.int32)
-    positions = jnp.asarray([[*range(90), *range(30), *range(8)], [*range(128)]], jnp.int32)
-
-    def gradient(spec, attention):
-        def loss(adapter):
-            variables = {"params": model.params, "lora_trainable": adapter}
-            hidden, _ = Decoder(spec, 0.0, "full", Attend(attention)).apply(variables, tokens, positions, segments)
-            hidden = jnp.where(segments[..., None] > 0, hidden, 0)
-            return jnp.sum(jnp.sin(hidden)), hidden
-
-        (_, hidden), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
-        return hidden, found
-
-    expected = gradient(model.spec, "xla")
-    for name in ("blocked", "splash"):
-        jax.tree.map(close, gradient(model.spec, name), expected)
-    other, _ = gradient(dataclasses.replace(model.spec, windowed=(False, True, False)), "xla")
-    assert np.abs(other - expected[0]).max() > 0.01, "which layers have the window makes no difference here"
 
 
 def test_dropout_acts_on_the_trainable_adapter_and_with_a_key_only(tiny, tokens, make_adapter):

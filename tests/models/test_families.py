@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from br_jax.adapters import lora
 from br_jax.adapters.peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, load_adapter, save_adapter
 from br_jax.inference.generate import decode, generate_ids, prefill
-from br_jax.models.cache import init_unstacked_cache, write_rows
-from br_jax.models.decoder import Decoder, unembed
+from br_jax.models.decoder import Decoder, init_cache, unembed, write_rows
 from br_jax.models.io.hf import write_hf
 from br_jax.provider import load_model
 
@@ -94,7 +93,9 @@ def test_prefill_and_40_steps_equal_the_full_forward(make_family, name, rows):
     def run(variables, tokens, more):
         hidden, cache = prefill(decoder, variables, None, tokens, lengths)
         cache = write_rows(
-            init_unstacked_cache(model.spec, len(prompts), width + STEPS, jnp.float32), cache, jnp.arange(len(prompts))
+            init_cache(model.spec, len(prompts), width + STEPS, jnp.float32, stacked=False),
+            cache,
+            jnp.arange(len(prompts)),
         )
 
         def step(cache, xs):
@@ -145,14 +146,17 @@ def test_a_folder_comes_back_bit_equal(family, model, rows, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-def test_an_adapter_that_peft_made(family, model, rows, tmp_path, made_by_peft):
+@pytest.mark.parametrize("name", ["qwen3 bias window", "gemma2"])
+def test_an_adapter_that_peft_made(make_family, name, rows, tmp_path, made_by_peft):
     """Its logits beside the base, and the folder written again."""
+    network, folder = make_family(name)
+    model = load_model(folder)
     projections, ids = [name.rsplit(".", 1)[-1] for name in MODULES.values()], rows[-1]
-    adapted = made_by_peft(family[0], tmp_path / "theirs", std=0.2, r=4, lora_alpha=6, target_modules=projections)
+    adapted = made_by_peft(network, tmp_path / "theirs", std=0.2, r=4, lora_alpha=6, target_modules=projections)
     adapter = load_adapter(tmp_path / "theirs", model.params, role="user")
     assert adapter.weights.keys() == MODULES.keys()
     expected = theirs(adapted, ids)
-    assert np.abs(expected - theirs(family[0], ids)).max() > 0.1, "the adapter changes nothing here"
+    assert np.abs(expected - theirs(network, ids)).max() > 0.1, "the adapter changes nothing here"
     # 1e-4: f32's rounding over the layers
     found = ours(model, [ids], lora=lora.collection(adapter))[0]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)

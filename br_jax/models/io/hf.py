@@ -1,15 +1,20 @@
-"""Hugging Face model folders, in and out: config.json, safetensors (whole or in shards), tokenizer files."""
+"""Hugging Face model folders, in and out: safetensors (whole or in shards), config.json, tokenizer files.
+
+A checkpoint's tensors are [out, in], one name a layer; our params are [L, in, out], scanned.
+"""
 
 import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -19,18 +24,36 @@ from transformers import PreTrainedTokenizerFast
 
 from br_jax.core.errors import UserError, one_line
 from br_jax.core.io import PICKLES, read_json, require_file, require_replaceable, safetensors_header, staged
+from br_jax.core.mesh import shardings
+from br_jax.core.progress import progress
+from br_jax.models.decoder import abstract_params
 from br_jax.models.io.hf_config import read_config, write_config
-from br_jax.models.io.layout import Stored, load_params, unstack_tensors
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
+_STRIP = 16  # rows of a kernel that are turned at a time: a line of the processor's caches of f32
 # Of the files that transformers may make a tokenizer from; the bytes of the largest known, Gemma-3's, are 33 million.
 _TOKENIZER_ENDINGS, _MAX_TOKENIZER = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 40_000_000
 # What goes with the weights, beside config.json, when a folder is written after another.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json",
            "generation_config.json", "LICENSE*", "USE_POLICY*", "NOTICE*")  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, before it is read."""
+
+    shape: tuple[int, ...]  # as stored
+    file: str  # which holds it, for messages
+    open: Callable[[], Any]  # gives an object whose slices are numpy arrays, which is let go of after use
+
+
+class Unstacked(NamedTuple):
+    """A tensor to be written: its size, and a function that fetches it."""
+
+    nbytes: int
+    fetch: Callable[[], np.ndarray]
 
 
 def tensor_names(spec: ModelSpec) -> dict[str, str]:
@@ -41,15 +64,12 @@ def tensor_names(spec: ModelSpec) -> dict[str, str]:
         "attn_post_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
+        "attn/q_norm": "self_attn.q_norm",
+        "attn/k_norm": "self_attn.k_norm",
     }
-    names = {
-        "embed/embedding": "model.embed_tokens.weight",
-        "final_norm/scale": "model.norm.weight",
-        "head/kernel": "lm_head.weight",
-        "layers/attn/q_norm/scale": f"{layer}self_attn.q_norm.weight",
-        "layers/attn/k_norm/scale": f"{layer}self_attn.k_norm.weight",
-        **{f"layers/{ours}/scale": f"{layer}{theirs}.weight" for ours, theirs in norms.items()},
-    }
+    names = {"embed/embedding": "model.embed_tokens.weight", "final_norm/scale": "model.norm.weight"}
+    names |= {"head/kernel": "lm_head.weight"}
+    names |= {f"layers/{ours}/scale": f"{layer}{theirs}.weight" for ours, theirs in norms.items()}
     for kernel in KERNELS:
         ours, theirs = ("attn", "self_attn") if kernel in "qkvo" else ("mlp", "mlp")
         for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
@@ -57,23 +77,98 @@ def tensor_names(spec: ModelSpec) -> dict[str, str]:
     return names
 
 
+def load_params(
+    spec: ModelSpec,
+    names: Mapping[str, str],  # the checkpoint's, of each params path; "{}" in one stands for the layer
+    tensors: Mapping[str, Stored],
+    where: str,  # the checkpoint, for messages
+    dtype,
+    mesh: Mesh | None = None,
+) -> dict:
+    """Reads a checkpoint's tensors into the params tree; each must be used once, fit and be finite.
+
+    Beside the params, the host holds one tensor. What a process' devices do not hold is not read.
+    """
+    tree = abstract_params(spec, dtype)
+    leaves = flatten_dict(tree, sep="/")
+    places = dict.fromkeys(leaves) if mesh is None else flatten_dict(shardings(tree, mesh), sep="/")
+    keys = {path: _per_layer(names[path], spec.num_layers) for path in leaves}
+    expected = {key for path in leaves for key in keys[path]}
+    if missing := sorted(expected - tensors.keys()):
+        raise UserError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all): download again")
+    if extra := sorted(tensors.keys() - expected):
+        raise UserError(
+            f"{where}: unexpected tensor {extra[0]} ({len(extra)} in all): not the {spec.model_type} model "
+            f"of {spec.num_layers} layers that its config describes"
+        )
+    params = {}
+    with progress(len(expected), "load", "tensor", keep=False) as bar:
+        for path, leaf in leaves.items():
+            params[path] = _load_leaf(path, leaf, {key: tensors[key] for key in keys[path]}, places[path])
+            bar.update(len(keys[path]))
+    return unflatten_dict(params, sep="/")
+
+
+def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stored], place) -> jax.Array:
+    """One param: what this process' devices hold of it, turned and cast by the host as it is read."""
+    # Kernels are [in, out] here and [out, in] in every checkpoint; embeddings are [V, D] in both.
+    stacked, turned = path.startswith("layers/"), path.endswith("/kernel")
+    shape = leaf.shape[1:] if stacked else leaf.shape
+    stored_shape = shape[::-1] if turned else shape
+    everything = tuple(map(slice, leaf.shape))
+    indices = [everything] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
+
+    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True))
+
+    parts = {part: np.empty([end - start for start, end in part], leaf.dtype) for part in set(map(bounds, indices))}
+    for layer, (key, tensor) in enumerate(tensors.items()):
+        if tensor.shape != stored_shape:
+            raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {stored_shape}")
+        opened = tensor.open()
+        for part, array in parts.items():
+            axes = [slice(*each) for each in (part[1:] if stacked else part)]
+            values = opened[tuple(axes[::-1] if turned else axes)]
+            if not np.isfinite(values).all():
+                raise UserError(f"{tensor.file}: tensor {key} holds NaN or infinity: the weights are damaged")
+            target = array[layer] if stacked else array
+            if not turned:
+                target[...] = values
+                continue
+            for first in range(0, len(values), _STRIP):  # numpy takes three times as long over a whole matrix
+                target[:, first : first + _STRIP] = values[first : first + _STRIP].T
+    if place is None:
+        return jax.device_put(parts[bounds(everything)])
+    return jax.make_array_from_callback(leaf.shape, place, lambda index: parts[bounds(index)])
+
+
+def _per_layer(name: str, layers: int) -> list[str]:
+    return [name.format(layer) for layer in range(layers)] if "{}" in name else [name]
+
+
+def unstack_tensors(spec: ModelSpec, names: Mapping[str, str], params: dict) -> dict[str, Unstacked]:
+    """The exact inverse of `load_params`, a tensor at a time: contiguous, in the params' dtype, kernels [out, in]."""
+
+    def fetch(leaf, index, turned: bool) -> np.ndarray:
+        tensor = np.asarray(leaf[index])
+        return np.ascontiguousarray(tensor.T if turned else tensor)
+
+    tensors = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        keys = _per_layer(names[path], spec.num_layers)
+        for i, key in enumerate(keys):
+            one = functools.partial(fetch, leaf, i if "{}" in names[path] else ..., path.endswith("/kernel"))
+            tensors[key] = Unstacked(leaf.nbytes // len(keys), one)
+    return tensors
+
+
 def read_hf(
     path: str | Path, dtype="float32", mesh: Mesh | None = None
 ) -> tuple[ModelSpec, dict, PreTrainedTokenizerFast, tuple[int, ...]]:
     """Reads a model folder; nothing is fetched and no code or pickle in it is run.
 
-    Args:
-        path: folder with config.json, model.safetensors (or its shards and index) and tokenizer.json.
-        dtype: of the params returned; the files may hold float32, bfloat16 or float16.
-        mesh: where the params go; see `layout.load_params`, which streams them.
-
-    Returns:
-        The spec; the params tree (see `decoder`); the tokenizer that transformers would use; the tokens that end
-        an answer by generation_config.json.
-
-    Raises:
-        UserError: a file is missing or damaged, a tensor is missing, unexpected or of a wrong shape
-            or dtype, or config.json asks for something that the decoder does not compute.
+    The params are of `dtype` (the files may hold float32, bfloat16 or float16), where `load_params` puts them; the
+    tokenizer is the one that transformers would use; last come the tokens that end an answer by generation_config.json.
     """
     folder = Path(path)
     spec = read_hf_spec(folder)
@@ -104,12 +199,7 @@ class Classifier(NamedTuple):
 
 
 def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None) -> Classifier:
-    """Reads the folder of a sequence classifier; arguments as in `read_hf`.
-
-    Raises:
-        UserError: as `read_hf`; or there is no head, it does not fit, its labels have no names, or they exclude each
-            other.
-    """
+    """Reads a sequence classifier's folder as `read_hf`; its labels must have names and must not exclude each other."""
     folder, file = Path(path), Path(path) / "config.json"
     config = read_json(file)
     spec = dataclasses.replace(read_config(config, file), tie_embeddings=True)
@@ -138,7 +228,7 @@ def read_classifier(path: str | Path, dtype="float32", mesh: Mesh | None = None)
 
 
 def read_hf_spec(path: str | Path) -> ModelSpec:
-    """The spec of a folder, from its config.json alone; raises as `read_hf`."""
+    """The spec of a folder, from its config.json alone."""
     config = Path(path) / "config.json"
     return read_config(read_json(config), config)
 
@@ -149,21 +239,13 @@ def write_hf(
     params: dict,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    like: str | Path | None = None,
-    stop_tokens: Sequence[int] = (),
-    shard_bytes: int = 5 * 10**9,
+    like: str | Path | None = None,  # where the model came from: its config, tokenizer and license are copied
+    stop_tokens: Sequence[int] = (),  # that end an answer beside EOS, where there is no such folder
+    shard_bytes: int = 5 * 10**9,  # a weights file's largest size, which the host holds at a time
 ) -> None:
-    """Writes a folder that `read_hf` and transformers load; it appears whole or not at all.
+    """Writes a folder that `read_hf` and transformers load, in the params' dtype; it appears whole or not at all.
 
-    Args:
-        path: folder to make; an earlier model folder there is replaced, anything else is refused.
-        params: params tree, written in its own dtype (float32, bfloat16 or float16).
-        like: the folder that the model came from; its config, tokenizer files and license are copied as they are.
-        stop_tokens: what ends an answer beside EOS; written where there is no such folder.
-        shard_bytes: a weights file's largest size; the host holds one file's tensors at a time.
-
-    Raises:
-        UserError: the folder holds something else, or cannot be written (permissions, full disk).
+    An earlier model folder there is replaced, anything else is refused.
     """
     folder = Path(path)
     require_replaceable(folder, "model", ("config.json",))
@@ -190,29 +272,23 @@ def write_hf(
         else:
             config = read_json(Path(like) / "config.json")
             for file in sorted({file for pattern in _BESIDE for file in Path(like).glob(pattern)}):
-                if file.suffix not in PICKLES:
-                    _require_within(file, Path(like))
-                    require_file(file, _MAX_TOKENIZER)
-                    shutil.copyfile(file, new / file.name)
+                if file.suffix in PICKLES:
+                    continue
+                # A link may lead to a Buffer: none leads out of the folder, but for those of the Hub's cache.
+                target = file.resolve()
+                cached = file.is_symlink() and target.parent.name == "blobs"
+                if target.parent != Path(like).resolve() and not cached:
+                    raise UserError(f"{file}: is a link to {target}: put the file itself in its place")
+                require_file(file, _MAX_TOKENIZER)
+                shutil.copyfile(file, new / file.name)
         config["dtype" if "dtype" in config else "torch_dtype"] = str(params["embed"]["embedding"].dtype)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in new.glob("*.safetensors"):  # which are written for their owner alone
             shutil.copymode(new / "config.json", file)
 
 
-def _require_within(file: Path, folder: Path) -> None:
-    """Refuses a link that leads out of a model's folder, but for those of the Hub's cache: it may lead to a Buffer."""
-    target = file.resolve()
-    if target.parent != folder.resolve() and not (file.is_symlink() and target.parent.name == "blobs"):
-        raise UserError(f"{file}: is a link to {target}: put the file itself in its place")
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, in order.
-
-    Raises:
-        UserError: one is missing, weights are pickled, or the index is damaged.
-    """
+    """The folder's safetensors files, in order; a `UserError` where one is missing or weights are pickled."""
     names = ["model.safetensors"]
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX).get("weight_map")
@@ -245,13 +321,10 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """The tokenizer that transformers would use.
+    """The tokenizer that transformers would use; all its tokens have an embedding.
 
     It is made of regular files of `_MAX_TOKENIZER` bytes at most, and its chat template is rendered with limits (see
-    `models.chat`). What its own rules make of a text is not bounded: a normalizer may write a book for each letter.
-
-    Raises:
-        UserError: it is missing, damaged, or has tokens that the model has no embeddings for.
+    `data.templates`). What its own rules make of a text is not bounded: a normalizer may write a book for a letter.
     """
     from transformers import AutoTokenizer  # here, for it imports torch where torch is installed
 

@@ -15,7 +15,6 @@ from br_jax.core.errors import UserError, one_line
 from br_jax.models.spec import KERNELS, ModelSpec
 
 _BOUNDS = bounds_of(ModelSpec)
-_QKVO, _MLP = KERNELS[:4], KERNELS[4:]
 
 # What config.json does not say, for its makers' code does: switches of the spec.
 FAMILIES = {
@@ -28,24 +27,16 @@ FAMILIES = {
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_TYPES = ("default", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-QUERY_SCALAR = Bound(1, 10**6)
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 # Fields of a spec that config.json says in one field of its own.
 SAME = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffw_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "max_length": "max_position_embeddings",
-    "model_type": "model_type",
-    "attention_soft_cap": "attn_logit_softcapping",
-    "logit_soft_cap": "final_logit_softcapping",
-}
+    "vocab_size": "vocab_size", "embed_dim": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "ffw_dim": "intermediate_size", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "max_length": "max_position_embeddings", "model_type": "model_type",
+    "attention_soft_cap": "attn_logit_softcapping", "logit_soft_cap": "final_logit_softcapping",
+}  # fmt: skip
 READ = {
     *SAME.values(), "hidden_act", "hidden_activation", "rope_parameters", "rope_scaling", "rope_theta",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
@@ -60,14 +51,13 @@ HARMLESS = {
     "chunk_size_feed_forward", "is_encoder_decoder", "_name_or_path",
 }  # fmt: skip
 ONLY = {"attention_dropout": (0, None), "use_bidirectional_attention": (None, False), "is_causal": (True,)}
-NOTES = ("_", "unsloth_")  # how fields begin that tools leave for themselves
+_NOTES = ("_", "unsloth_")  # how fields begin that tools leave for themselves
 
 
 def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
     """The spec that the content of a config.json describes, which is left as it is.
 
-    Raises:
-        UserError: a family, field or value that the decoder does not have, or sizes that make no model.
+    A `UserError` for a family, field or value that the decoder does not have, and for sizes that make no model.
     """
     try:
         return _read_config(content)
@@ -76,16 +66,13 @@ def read_config(content: dict[str, Any], path: str | pathlib.Path) -> ModelSpec:
 
 
 def _read_config(content: dict[str, Any]) -> ModelSpec:
-    model_type = content.get("model_type")
-    if model_type not in (*FAMILIES,):
-        known = ", ".join(FAMILIES)
-        raise UserError(f"model_type is {model_type!r}, only {known} are supported: choose such a model")
+    model_type = _known("model_type", content.get("model_type"), FAMILIES)
     if content.get("quantization_config"):
         raise UserError("quantization_config: quantized weights are read from GGUF only; load the plain model")
     if model_type == "mistral" and "layer_types" in content:
         raise UserError("layer_types: transformers takes it for a Ministral, which br_jax does not have")
     for name, value in content.items():
-        if name not in READ | HARMLESS and not name.startswith(NOTES) and value not in ONLY.get(name, (None,)):
+        if name not in READ | HARMLESS and not name.startswith(_NOTES) and value not in ONLY.get(name, (None,)):
             known = f"only {ONLY[name][0]!r} is supported" if name in ONLY else "br_jax does not know this field"
             said = f"{name} is {one_line(repr(value))}: {known}"
             raise UserError(f"{said}, and leaving it out could change the model's answers")
@@ -97,19 +84,39 @@ def _read_config(content: dict[str, Any]) -> ModelSpec:
         config = theirs.from_dict(values | {"model_type": model_type})
     except Exception as error:  # its validators raise what they like
         raise UserError(f"transformers refuses it: {one_line(error)}") from error
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if activation not in (*ACTIVATIONS,):
-        raise UserError(f"the activation is {activation!r}, only {' or '.join(ACTIVATIONS)} is supported")
-    fields = {ours: getattr(config, theirs, None) for ours, theirs in SAME.items()}
+    has = {name: getattr(config, name, None) for name in READ}  # with the class' defaults
+    fields = {ours: has[theirs] for ours, theirs in SAME.items()}
+    activation = _known("the activation", has["hidden_activation"] or has["hidden_act"], ACTIVATIONS)
     if not hasattr(config, "head_dim"):
         fields["head_dim"] = fields["embed_dim"] // fields["num_heads"]
     if hasattr(config, "query_pre_attn_scalar"):
-        require("query_pre_attn_scalar", config.query_pre_attn_scalar, QUERY_SCALAR)
-        fields["query_scale"] = config.query_pre_attn_scalar**-0.5
-    fields["biases"] = _QKVO if getattr(config, "attention_bias", False) else ()
-    fields["biases"] += _MLP if getattr(config, "mlp_bias", False) else ()
-    fields |= _rope(config.rope_parameters) | _windows(config) | FAMILIES[model_type]
-    return ModelSpec(activation=ACTIVATIONS[activation], **fields)
+        require("query_pre_attn_scalar", has["query_pre_attn_scalar"], Bound(1, 10**6))
+        fields["query_scale"] = has["query_pre_attn_scalar"] ** -0.5
+    fields["biases"] = (KERNELS[:4] if has["attention_bias"] else ()) + (KERNELS[4:] if has["mlp_bias"] else ())
+
+    rope = dict(has["rope_parameters"])
+    kind = _known("rope_type", rope.pop("rope_type", "default"), ROPE_TYPES)
+    rope.pop("type", None)
+    fields["rope_theta"] = rope.pop("rope_theta", None)
+    if kind == "llama3":
+        scaling = {name: rope.pop(name, None) for name in LLAMA3}
+        fields["rope_scaling"] = scaling | {"original_length": rope.pop("original_max_position_embeddings", None)}
+    if rope not in ({}, {"partial_rotary_factor": 1.0}):
+        raise UserError(f"rope_scaling has {sorted(rope)}, which br_jax does not know")
+
+    window = has["sliding_window"]
+    windowed = tuple(_known("a layer type", one, LAYER_TYPES) == LAYER_TYPES[1] for one in has["layer_types"] or ())
+    if window is None and any(windowed):
+        raise UserError("layer_types has sliding_attention, but there is no sliding_window: add it")
+    if window is not None and (any(windowed) or not windowed):
+        fields |= {"window": window, "windowed": () if all(windowed) else windowed}
+    return ModelSpec(activation=ACTIVATIONS[activation], **fields | FAMILIES[model_type])
+
+
+def _known(name: str, value: Any, known) -> Any:
+    if value not in (*known,):
+        raise UserError(f"{name} is {value!r}, only {', '.join(known)} are supported")
+    return value
 
 
 def require_sizes(config: dict[str, Any], where: str = "") -> None:
@@ -119,35 +126,7 @@ def require_sizes(config: dict[str, Any], where: str = "") -> None:
             require(f"{where}{theirs}", config[theirs], _BOUNDS[ours])
 
 
-def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    rope = dict(parameters)
-    kind = rope.pop("rope_type", "default")
-    rope.pop("type", None)
-    if kind not in ROPE_TYPES:
-        raise UserError(f"rope_type is {kind!r}, only {' or '.join(ROPE_TYPES)} is supported")
-    fields = {"rope_theta": rope.pop("rope_theta", None)}
-    if kind == "llama3":
-        scaling = {name: rope.pop(name, None) for name in ("factor", "low_freq_factor", "high_freq_factor")}
-        fields["rope_scaling"] = scaling | {"original_length": rope.pop("original_max_position_embeddings", None)}
-    if rope and rope != {"partial_rotary_factor": 1.0}:
-        raise UserError(f"rope_scaling has {sorted(rope)}, which br_jax does not know")
-    return fields
-
-
-def _windows(config) -> dict[str, Any]:
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
-    if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
-        raise UserError(f"layer_types has {unknown[0]!r}, only {' or '.join(LAYER_TYPES)} is supported")
-    windowed = tuple(kind == "sliding_attention" for kind in types)
-    if window is None and True in windowed:
-        raise UserError("layer_types has sliding_attention, but there is no sliding_window: add it")
-    if window is None or (windowed and not any(windowed)):
-        return {}
-    return {"window": window} if all(windowed) else {"window": window, "windowed": windowed}
-
-
 def _config_class(model_type: str):
-    """transformers' class of a family's configs."""
     from transformers import CONFIG_MAPPING  # here, for it imports torch where torch is installed
 
     return CONFIG_MAPPING[model_type]
@@ -156,22 +135,21 @@ def _config_class(model_type: str):
 def write_config(spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a spec: `read_config` gives the spec back, and transformers its model.
 
-    Raises:
-        UserError: it has a switch or size that no config.json of its family can say.
+    A `UserError` where it has a switch or size that no config.json of its family can say.
     """
-    theirs = _config_class(spec.model_type)
-    rope = spec.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(spec.rope_scaling)}
-    if rope:
-        rope["original_max_position_embeddings"] = rope.pop("original_length")
+    theirs, rope = _config_class(spec.model_type), None
+    if scaling := spec.rope_scaling:
+        rope = {"rope_type": "llama3", **{name: getattr(scaling, name) for name in LLAMA3}}
+        rope["original_max_position_embeddings"] = scaling.original_length
     activation = next(name for name, ours in ACTIVATIONS.items() if ours == spec.activation)
     values = {theirs: getattr(spec, ours) for ours, theirs in SAME.items()} | {
         "hidden_act": activation,
         "hidden_activation": activation,
-        "attention_bias": set(_QKVO) <= set(spec.biases),
-        "mlp_bias": set(_MLP) <= set(spec.biases),
+        "attention_bias": set(KERNELS[:4]) <= set(spec.biases),
+        "mlp_bias": set(KERNELS[4:]) <= set(spec.biases),
         "sliding_window": spec.window,
         "use_sliding_window": spec.window is not None,
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in spec.window_layers],
+        "layer_types": [LAYER_TYPES[has_window] for has_window in spec.window_layers],
         "query_pre_attn_scalar": spec.query_scale and round(spec.query_scale**-2),  # always a whole number
     }
     config = {

@@ -9,22 +9,16 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from jax.sharding import Mesh
 
 from br_jax.core.errors import UserError, near_names, one_line
 from br_jax.data.templates import TEMPLATES
 from br_jax.models.io.gguf import read_gguf, read_gguf_spec
 from br_jax.models.io.hf import read_hf, read_hf_spec
+from br_jax.models.kernels import resolve_precision
 from br_jax.models.model import Model, make_model
-from br_jax.models.precision import resolve_precision
 from br_jax.models.spec import ModelSpec
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -34,9 +28,11 @@ _SHIPPED = {"br_jax/tiny": ("br_jax.organism", "tiny")}
 FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*")
 # What can go wrong on the Hub, the narrower errors first.
 _WRONG = {
-    GatedRepoError: "gated by its makers: ask for access at https://huggingface.co/{name}, then run `hf auth login`",
-    RevisionNotFoundError: "the model has no such revision: see https://huggingface.co/{name}/tree/main",
-    RepositoryNotFoundError: "neither a path nor a model on the Hub (or private: run `hf auth login`): check the name",
+    hub_errors.GatedRepoError: "gated by its makers: ask for access at https://huggingface.co/{name}, then run "
+    "`hf auth login`",
+    hub_errors.RevisionNotFoundError: "the model has no such revision: see https://huggingface.co/{name}/tree/main",
+    hub_errors.RepositoryNotFoundError: "neither a path nor a model on the Hub (or private: run `hf auth login`): "
+    "check the name",
     Exception: "no path here, not in the cache, and the Hub cannot be reached ({error}): go online, "
     "unset HF_HUB_OFFLINE, or give a local folder",
 }
@@ -69,7 +65,7 @@ def require_dtype(dtype: str) -> None:
 
 
 def read_spec(source: str | os.PathLike, revision: str | None = None) -> ModelSpec:
-    """The sizes of the model at a source, without its weights; raises as `read_model`."""
+    """The sizes of the model at a source, without its weights."""
     path = find_source(source, revision, ("config.json",))
     return read_hf_spec(path) if path.is_dir() else read_gguf_spec(path)
 
@@ -83,13 +79,10 @@ def is_hub_name(source: str | os.PathLike) -> bool:
 def find_source(source: str | os.PathLike, revision: str | None = None, files: Sequence[str] = FILES) -> pathlib.Path:
     """Where a source lies, these of its files fetched from the Hub if it is a name there.
 
-    Args:
-        revision: of a name on the Hub: a branch, tag or commit; None is the main branch.
-
-    Raises:
-        UserError: it lies nowhere, there is no such revision, it is gated, or the Hub cannot be reached.
+    Of such a name, `revision` is a branch, tag or commit; None is the main branch.
     """
-    if not isinstance(source, str | os.PathLike) or "\0" in str(source):
+    name = str(source)
+    if not isinstance(source, str | os.PathLike) or "\0" in name:
         raise UserError(f"{one_line(repr(source))}: is neither a path nor a model's name")
     if not is_hub_name(source):
         if not pathlib.Path(source).exists():
@@ -98,14 +91,13 @@ def find_source(source: str | os.PathLike, revision: str | None = None, files: S
                 "provider's folder"
             )
         return pathlib.Path(source)
-    name = str(source)
     if name in _SHIPPED:
         package, folder = _SHIPPED[name]
         return pathlib.Path(str(resources.files(package) / folder))
     try:
         # no folder inside: another layout, or another kind of weights
         folder = snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"])
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
         reason = next(reason for kind, reason in _WRONG.items() if isinstance(error, kind))
         at = f"{name}@{revision}" if revision else name
         raise UserError(f"{at}: {reason.format(name=name, error=one_line(error))}") from error

@@ -22,13 +22,12 @@ from br_jax.core.errors import UserError
 from br_jax.core.hosts import fetch
 from br_jax.core.mesh import mesh_of, place, whole_batch
 from br_jax.core.records import fingerprint
-from br_jax.data.templates import escape, tokenize
+from br_jax.data.templates import escape, render_chat, tokenize
 from br_jax.inference.generate import generate_ids
-from br_jax.models.chat import render_chat
+from br_jax.models.attention import Attend
 from br_jax.models.decoder import Decoder
 from br_jax.models.io.hf import read_classifier, read_hf_spec
 from br_jax.models.io.load import find_source, read_model
-from br_jax.models.masks import Attend
 from br_jax.models.model import Model
 from br_jax.scoring.judges.base import Exchange, Judgement, digest
 

@@ -67,7 +67,7 @@ def test_a_tiny_file_has_the_logits_of_transformers(write_gguf, tmp_path, archit
 @pytest.mark.parametrize("text", ["<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>"])
 def test_the_end_of_a_turn_is_known_by_its_text(write_gguf, tmp_path, text):
     """llama.cpp's converter names none for Gemma-2, and llama.cpp looks for it."""
-    tokens = [*gguf_reader.GGUFFile(write_gguf(tmp_path / "first.gguf")).items("tokenizer.ggml.tokens", str)]
+    tokens = [*gguf_reader.GGUFFile(write_gguf(tmp_path / "first.gguf")).get("tokenizer.ggml.tokens", items=str)]
     tokens[258] = text
     path = write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.tokens": tokens})
     assert read_gguf(path)[3] == (258,)

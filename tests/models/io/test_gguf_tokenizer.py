@@ -12,8 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
 
-from br_jax.models.io.gguf import GGUFFile, read_gguf_spec
-from br_jax.models.io.gguf_tokenizer import WORDS, read_tokenizer
+from br_jax.models.io.gguf import WORDS, GGUFFile, read_gguf_spec, read_tokenizer
 
 pytest.importorskip("torch", reason="transformers reads GGUF files with torch")
 

@@ -15,11 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from br_jax.core.errors import UserError
-from br_jax.models.cache import init_unstacked_cache
-from br_jax.models.decoder import Decoder, unembed
-from br_jax.models.io.hf import tensor_names
+from br_jax.models.decoder import Decoder, init_cache, unembed
+from br_jax.models.io.hf import Stored, load_params, tensor_names
 from br_jax.models.io.hf_config import EVERY, FAMILIES, HARMLESS, ONLY, READ, SAME, read_config, write_config
-from br_jax.models.io.layout import Stored, load_params
 from br_jax.models.spec import ModelSpec
 
 torch = pytest.importorskip("torch", reason="transformers' models, the oracle, need torch")
@@ -161,7 +159,7 @@ def ours():
         params = load_params(spec, tensor_names(spec), stored, "memory", np.float32)
         positions = np.arange(TOKENS.shape[1], dtype=np.int32)[None]
         with jax.disable_jit():
-            cache = init_unstacked_cache(spec, *TOKENS.shape, np.float32)
+            cache = init_cache(spec, *TOKENS.shape, np.float32, stacked=False)
             places = (positions, np.ones_like(positions))
             hidden, _ = Decoder(spec).apply({"params": params}, TOKENS.astype(np.int32), *places, cache)
             return unembed(spec, params, hidden)
