@@ -122,7 +122,7 @@ def test_largest_batch_is_found(config, monkeypatch, stage, rows, limit, found):
         fit.problem = "too large" * (batch > limit)
         return fit
 
-    monkeypatch.setattr(fitting, "check", pretend)
+    monkeypatch.setattr(fitting, "check_fit", pretend)
     assert fitting.largest_batch(config, "v5e:2x4", stage, pretend(config, "v5e:2x4", stage, rows)).batch == found
     assert len(tried) <= 13
 

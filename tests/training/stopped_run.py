@@ -8,10 +8,10 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 import br_jax as br
 from br_jax.models.decoder import abstract_params
@@ -35,11 +35,15 @@ def die_at_step(step: int) -> None:
 
 
 def die_in_a_save(checkpoints: pathlib.Path) -> None:
-    """Watches for Orbax's temporary folder, beside a whole checkpoint."""
-    while True:
-        names = [path.name for path in checkpoints.glob("*")]
-        if any("tmp" in name for name in names) and any(name.isdigit() for name in names):
+    """Arms Orbax's rename of a temporary folder, where there is a whole checkpoint already."""
+    finalize = AtomicRenameTemporaryPath.finalize
+
+    async def deadly(self, *args, **kwargs):
+        if any(path.name.isdigit() for path in checkpoints.glob("*")):
             os.kill(os.getpid(), signal.SIGKILL)
+        return await finalize(self, *args, **kwargs)
+
+    AtomicRenameTemporaryPath.finalize = deadly
 
 
 def make_parts() -> tuple:
@@ -56,8 +60,7 @@ def make_parts() -> tuple:
 
 def main(workdir: str, death: str = "") -> None:
     if death == "save":
-        folder = pathlib.Path(workdir) / "sft" / "checkpoints"
-        threading.Thread(target=die_in_a_save, args=(folder,), daemon=True).start()
+        die_in_a_save(pathlib.Path(workdir) / "sft" / "checkpoints")
     elif death:
         die_at_step(int(death))
     model, rows = make_parts()
