@@ -1,9 +1,10 @@
-"""What is no file, files too large, text that is none; and writing. How readers use it: fuzz/test_readers."""
+"""What is no file, too large a file, text that is none; writing; errors. How readers use it: fuzz/test_readers."""
 
 import contextlib
 import errno
 import io
 import os
+import pickle
 import socket
 
 import pytest
@@ -177,6 +178,17 @@ def test_what_can_be_mended_is_one_line_and_a_bug_is_none():
         (ValueError("a bug"), None),
     ):
         assert explain(error) == line
+
+
+def test_a_message_is_one_line_that_no_terminal_obeys():
+    error = UserError("a\nb\r\x1b[31mc\u2028\ud800d\x00: é and 🙂 stay")
+    assert str(error) == "a?b??[31mc??d?: é and 🙂 stay" and str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end():
+    error = UserError(f"file: {'x' * 10**6}: mend it")
+    assert len(str(error)) == 800 and str(error).startswith("file: x") and str(error).endswith("x: mend it")
+    assert str(UserError("x" * 800)) == "x" * 800
 
 
 def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
