@@ -31,7 +31,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.core.errors import UserError
 from br_jax.core.io import write_bytes
-from br_jax.core.mesh import mesh_of, place
+from br_jax.core.mesh import mesh_of, shard
 from br_jax.core.progress import progress
 from br_jax.data.rows import Row
 from br_jax.defences.objectives import inner
@@ -55,7 +55,7 @@ def safety_gradients(
     `safety` is v, for instance a LoRA that was trained on refusals, without Buffer; `attached` are adapters on the
     model, such as Buffer or a user's. Rows are cut at `max_length` (512), `batch_size` (16) at a time.
     """
-    along = place(lora.collection(safety), mesh_of(model.params))
+    along = shard(lora.collection(safety), mesh_of(model.params))
     gates = {path: jnp.zeros(pair["a"].shape[0], jnp.float32) for path, pair in safety.weights.items()}
     of = functools.partial(_slopes, model.decoder, gates, model.params, along)
     sums, total = _sums(model, rows, attached, of, **batching)
@@ -88,7 +88,7 @@ def _sums(
     model: Model, rows, attached, of: Callable, max_length: int = 512, batch_size: int = 16
 ) -> tuple[dict[str, Array], float]:
     """The sum over batches of `of(collection of what is attached, batch)`, and of the rows' weights, all alike."""
-    held = place(lora.collection(lora.stack(attached)), mesh_of(model.params)) if attached else {}
+    held = shard(lora.collection(lora.stack(attached)), mesh_of(model.params)) if attached else {}
     batches = one_pass(model, rows, max_length, batch_size, count_alike=True)
     return summed(batches, functools.partial(of, held)), sum(float(batch["weights"].sum()) for batch in batches)
 
@@ -134,7 +134,7 @@ def loss_grid(
     Directions are adapters of the same targets, or trees of the shapes of the params (`filter_normalised`).
     """
     batches, adapters = one_pass(model, rows, max_length), isinstance(directions[0], Adapter)
-    trees = place(tuple(map(lora.collection, directions)) if adapters else directions, mesh_of(model.params))
+    trees = shard(tuple(map(lora.collection, directions)) if adapters else directions, mesh_of(model.params))
     tokens, lines = sum(float(batch["weights"].sum()) for batch in batches), []
     with progress(len(xs) * len(ys), "landscape", "point", keep=False) as bar:
         for x in xs:

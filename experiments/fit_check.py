@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_enable_compilation_cache", False)  # a program read back would say little of itself
     from br_jax.core.io import write_json
     from br_jax.core.progress import progress
-    from br_jax.planning.fit import check, largest_batch, render
+    from br_jax.planning.fit import check_fit, largest_batch, render
     from br_jax.planning.programs import STAGES
 
     if not all(re.fullmatch(r"[1-9]\d{0,4}", slots) for slots in SLOTS.value):
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     with progress(len(stages), "compile", "stage") as bar:
         for stage, slots in stages:
             bar.set_postfix_str(f"{stage} for {TOPOLOGY.value}", refresh=True)
-            fits.append(check(CONFIG.value, TOPOLOGY.value, stage, slots=slots))
+            fits.append(check_fit(CONFIG.value, TOPOLOGY.value, stage, slots=slots))
             if LARGEST.value and not fits[-1].problem:
                 bar.set_postfix_str(f"{stage}: largest batch", refresh=True)
                 fits.append(largest_batch(CONFIG.value, TOPOLOGY.value, stage, fits[-1]))

@@ -176,7 +176,7 @@ def abstract(tree, mesh: Mesh):
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, places)
 
 
-def place(tree, mesh: Mesh | None):
+def shard(tree, mesh: Mesh | None):
     """Puts a pytree on the mesh by the table; without a mesh it stays as it is.
 
     Each leaf lies on the mesh already, or every process holds the same whole array, and sends its own parts.

@@ -19,7 +19,7 @@ from br_jax.adapters.lora import Adapter, collection, scaled, stack
 from br_jax.adapters.merge import effective_basis
 from br_jax.core.bounds import RANK, SHARE, number
 from br_jax.core.errors import UserError
-from br_jax.core.mesh import mesh_of, place
+from br_jax.core.mesh import mesh_of, shard
 from br_jax.data.rows import Row, prefixed
 from br_jax.defences.defence import Badge, Case, Defence
 from br_jax.defences.objectives import factors, inner, onto
@@ -131,7 +131,7 @@ def _pruned(w: Float[Array, "L J K"], sizes: Float[Array, "L J"], share: float) 
 
 def input_sizes(model: Model, adapter: Adapter, rows: Sequence[Row], max_length: int) -> dict[str, dict[str, Array]]:
     """path -> {"a": r.m.s. of each input of the matrix [L, I], "b": of each entry of x A [L, R]}, over all tokens."""
-    variables = {"params": model.params, "lora": place(collection(adapter), mesh_of(model.params))}
+    variables = {"params": model.params, "lora": shard(collection(adapter), mesh_of(model.params))}
     batches = one_pass(model, rows, max_length)
     sums = summed(batches, lambda batch: _squares(model.decoder, variables, batch))
     count = sum(int(jnp.count_nonzero(batch["segment_ids"])) for batch in batches)

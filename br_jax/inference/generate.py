@@ -14,7 +14,7 @@ from br_jax.adapters.lora import Adapter, collection, fingerprint, fold, pad_ran
 from br_jax.core.bounds import BATCH, SEED, TOKENS, Bound, require
 from br_jax.core.errors import UserError
 from br_jax.core.hosts import fetch
-from br_jax.core.mesh import mesh_of, place, whole_batch
+from br_jax.core.mesh import mesh_of, shard, whole_batch
 from br_jax.core.progress import progress
 from br_jax.core.records import key_of
 from br_jax.core.store import Store
@@ -192,7 +192,7 @@ def generate_batches(
                     free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
                     prompts = pad_prompts({i: encoded[i][prefix:] for i in chosen}, part)
                     np.put_along_axis(answers, free, prompts["ids"][None], axis=1)
-                    prompts = place({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
+                    prompts = shard({name: np.concatenate([each] * count) for name, each in prompts.items()}, mesh)
                     rows = (free + size * np.arange(count)[:, None]).reshape(-1).astype(np.int32)
                     given = head, state, rows, prompts, sampling
                     state = _start(decoder, variables, decoding["params"], *given, **static)
@@ -254,11 +254,11 @@ def with_adapters(model: Model, adapters: Sequence[Adapter | None]) -> dict:
         if len(held) < len(adapters) or len({tuple(sorted(adapter.weights)) for adapter in held}) > 1:
             raise ValueError("adapters in one pass must have the same targets, and the base alone is none of them")
         rank = max(pair["a"].shape[-1] for adapter in held for pair in adapter.weights.values())
-        variables["lora"] = place(_side_by_side(held, rank), mesh)
+        variables["lora"] = shard(_side_by_side(held, rank), mesh)
     elif held and embedding.dtype == jnp.float32 and model.matmul_precision == "float32":
         variables = {"params": fold(model.params, held[0])}
     elif held:
-        variables["lora"] = place(collection(held[0]), mesh)
+        variables["lora"] = shard(collection(held[0]), mesh)
     return variables
 
 

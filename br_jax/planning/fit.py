@@ -100,7 +100,7 @@ class Fit:
         return dataclasses.asdict(self) | follows | {"fits": not self.problem}
 
 
-def check(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8) -> Fit:
+def check_fit(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8) -> Fit:
     """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid."""
     chip, *_ = parse_topology(topology)
     mesh = make_mesh(**config.mesh, devices=compile_only_devices(topology))
@@ -154,7 +154,7 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
             guess = (best.batch + worst) // 2 // unit * unit
         if guess <= best.batch:
             break
-        fit = check(config, topology, stage, guess, first.slots)
+        fit = check_fit(config, topology, stage, guess, first.slots)
         if fit.problem:
             worst = guess
             guess = (best.batch + worst) // 2

@@ -64,7 +64,7 @@ class Gate(NamedTuple):
     beyond: list[int]  # the seeds that do not keep it by themselves
 
 
-def check(results: pd.DataFrame) -> list[Gate]:
+def check_gates(results: pd.DataFrame) -> list[Gate]:
     """Every gate: the attack of each setting and p > 0, then what is claimed of ours at each p and a.
 
     HS is the worse of plain questions and the user's own. Claims have no verdict where SFT was run and ours was not.

@@ -18,7 +18,7 @@ from br_jax.core.records import read_record
 from br_jax.experiment.methods import METHODS
 from br_jax.report import run_figures, tables
 from br_jax.report.figures import draw_results, figures_of
-from br_jax.report.gates import OUTCOMES, TASK_P, check, outcome
+from br_jax.report.gates import OUTCOMES, TASK_P, check_gates, outcome
 from br_jax.report.markdown import CUT, literal, number, write_document
 from br_jax.report.results import CURE, absent, by_setting, mixed, read_cells, results_of, rows_of
 from br_jax.scoring.statistics import is_finite
@@ -55,7 +55,7 @@ def write_report(
     results = results_of(cells)
     run = None if (workdir / "runs").is_dir() else read_run(workdir)
     drawn = draw_results(results) | (draw_run(run, results) if run else {})
-    gates, labels = check(results), {}
+    gates, labels = check_gates(results), {}
     for method, label in zip(results.method, results.label, strict=True):
         known = label if method in METHODS else literal(label)  # another is foreign text
         labels[label] = f"**{known}**" if method == "ours" else known
@@ -92,7 +92,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
                   for (p, _, label), row in rows_of(each)]  # fmt: skip
         align = ["left", "left", *["right"] * 4]
         print(f"\n{setting}\n{tabulate(scores, 'keys', colalign=align, disable_numparse=True)}")
-    gates = check(results)
+    gates = check_gates(results)
     for gate in gates:
         points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else gate.why_not
         limit = f"{'>=' if gate.claim.is_attack else '<='} {100 * gate.claim.limit:g}"

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from br_jax.adapters.lora import Adapter
 from br_jax.core.hosts import fetch
-from br_jax.core.mesh import mesh_of, place, whole_batch
+from br_jax.core.mesh import mesh_of, shard, whole_batch
 from br_jax.data.batches import encode
 from br_jax.data.rows import Row
 from br_jax.inference.generate import encode_prompts, pad_prompts, prefill, require_ids, run_prefix, with_adapters
@@ -57,7 +57,7 @@ def refusal_margins(
     counts = np.isin(np.arange(model.spec.vocab_size), refusing)
     for first in range(0, len(encoded), size):
         some = by_length[first : first + size]
-        batch = place(pad_prompts({i: encoded[i][prefix:] for i in some}, size), mesh)
+        batch = shard(pad_prompts({i: encoded[i][prefix:] for i in some}, size), mesh)
         found = fetch(_log_odds(model.decoder, variables, head, batch["tokens"], batch["lengths"], counts))
         margins[some] = np.asarray(found)[: len(some)]
     return margins

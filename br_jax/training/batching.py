@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
-from br_jax.core.mesh import batch_parts, local_rows, make_mesh, mesh_of, place, platform, whole_batch
+from br_jax.core.mesh import batch_parts, local_rows, make_mesh, mesh_of, platform, shard, whole_batch
 from br_jax.core.progress import progress
 from br_jax.data.batches import Example, encode, encode_rows, make_batches, make_packed_batches, normalize_per_example
 from br_jax.data.rows import Row
@@ -94,7 +94,7 @@ def one_pass(
     longest, mesh = max(len(example["tokens"]) for example in examples), mesh_of(model.params)
     examples = normalize_per_example(examples) if count_alike else examples
     order = {"batch_size": whole_batch(batch_size, mesh), "seed": 0, "buckets": (-(-longest // 16) * 16,)}
-    return [place(batch, mesh) for batch in make_batches(examples, **order)]
+    return [shard(batch, mesh) for batch in make_batches(examples, **order)]
 
 
 def summed(batches: Iterable[dict], of: Callable[[dict], Any]) -> Any:
@@ -119,8 +119,8 @@ def gradient_norms(
     shapes = lora.target_shapes(model.params, config.targets)
     fresh = lora.init(jax.random.key(config.seed), shapes, config.rank, config.alpha, "user", model.fingerprint)
     stage = Stage.of(model.decoder, config, mesh)._replace(accumulation=1)
-    trainable = place(trainable_adapter(fresh), mesh)
-    base = place(frozen_collections(model.params, frozen or {}, config.frozen), mesh)
+    trainable = shard(trainable_adapter(fresh), mesh)
+    base = shard(frozen_collections(model.params, frozen or {}, config.frozen), mesh)
     norms: list[Any] = [0.0] * len(rows)  # on devices until all are there
     size = whole_batch(1, mesh)  # the others of a batch are empty
     with jax.set_mesh(mesh), progress(len(rows), "gradients", "row", keep=False) as bar:
@@ -129,7 +129,7 @@ def gradient_norms(
             example = {name: values[: config.max_length] for name, values in example.items()}
             if example["answer"][1:].any():
                 batch = make_batches([example], batch_size=size, seed=0, buckets=(config.max_length,))[0]
-                batch = place(jax.tree.map(jnp.asarray, batch), mesh)
+                batch = shard(jax.tree.map(jnp.asarray, batch), mesh)
                 norms[i] = probe(stage, trainable, base, batch, fresh.scale)[1]
             bar.update(1)
     return np.array(jax.device_get(norms), np.float32)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from br_jax.core.errors import Stopped, UserError
 from br_jax.core.hosts import StopSignal, fetch, is_main
-from br_jax.core.mesh import batch_parts, local_rows, place, shardings
+from br_jax.core.mesh import batch_parts, local_rows, shard, shardings
 from br_jax.core.progress import progress
 from br_jax.data.batches import iterate
 from br_jax.training.checkpoints import Checkpoints
@@ -151,7 +151,7 @@ class SingleRun(Loop):
         return fetch(self.stage.objective.end(self.state["trainable"], self.state["objective"])), self.summary
 
     def begin(self) -> None:
-        self.state = place(self.state, self.mesh)
+        self.state = shard(self.state, self.mesh)
         self.probe_batches = {rows: on_mesh(batch, self.mesh) for rows, batch in self.probe_batches.items()}
         if self._folder is not None:
             self.checkpoints = Checkpoints(self._folder / "checkpoints")

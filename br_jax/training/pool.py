@@ -24,7 +24,7 @@ from br_jax.adapters.lora import Adapter, pad_rank
 from br_jax.core.bounds import BATCH, require
 from br_jax.core.errors import UserError, is_machine_fault
 from br_jax.core.hosts import agree, fetch, is_main
-from br_jax.core.mesh import batch_parts, make_mesh, place, platform
+from br_jax.core.mesh import batch_parts, make_mesh, platform, shard
 from br_jax.core.progress import progress
 from br_jax.core.records import key_of
 from br_jax.models.model import Model
@@ -100,7 +100,7 @@ class Pool(Loop):
         self._one = jax.eval_shape(functools.partial(first_state, seed=0), bank)
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", self._one)
         self._shapes = key_of(str(shapes), (self.lengths, self.rows))  # what a checkpoint must have to go on from it
-        self._base = place(frozen_collections(model.params, self.frozen, config.frozen), self.mesh)
+        self._base = shard(frozen_collections(model.params, self.frozen, config.frozen), self.mesh)
         self._waiting: list[Reading] = []
         self._resting: dict[str, tuple[dict, dict]] = {}  # of a checkpoint: jobs that have no slot yet
         self.rate, self._tokens = 0.0, 0
@@ -260,7 +260,7 @@ class Pool(Loop):
         else:
             first = first_adapter(_NAME, "user", self.model, job.config)
             state = first_state(pad_rank(first, self.config.rank), job.config.seed)
-        self.state = put(self.state, np.int32(slot), place(state, self.mesh))
+        self.state = put(self.state, np.int32(slot), shard(state, self.mesh))
         folder = job.folder.path if job.folder and is_main() else None
         job.metrics = MetricWriter(folder, "metrics.jsonl", job.step)
         job.held.callback(job.metrics.close)
@@ -297,7 +297,7 @@ class Pool(Loop):
     def _resize(self, slots: int) -> None:
         """Moves all to the first of so many slots."""
         self.log()
-        state = place(empty_state(self._one, slots), self.mesh)
+        state = shard(empty_state(self._one, slots), self.mesh)
         taken = [(slot, job) for slot, job in enumerate(self.slots) if job]
         for to, (slot, _) in enumerate(taken):
             state = put(state, np.int32(to), take(self.state, np.int32(slot)))
@@ -313,7 +313,7 @@ class Pool(Loop):
         rates = np.float32([each.rate if each else 0 for each in taken])
         hyper = jax.tree.map(lambda *values: np.stack(values), *hypers)._replace(learning_rate=rates)
         flags = [np.array([bool(each and getattr(each, name)) for each in taken]) for name in ("restart", "due")]
-        batch = place(fill(taken, length, self.rows), self.mesh)
+        batch = shard(fill(taken, length, self.rows), self.mesh)
         self.state, metrics = self.call(pool_step, self.state, self._base, batch, Turn(hyper, *flags))
         ended = [(i, slots[i], slots[i].step, each.rate) for i, each in enumerate(taken) if each and each.due]
         self._tokens += sum(len(row["tokens"]) for each in taken if each for row in each.rows)

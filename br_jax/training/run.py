@@ -22,7 +22,7 @@ from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.core.hosts import is_main
-from br_jax.core.mesh import make_mesh, place
+from br_jax.core.mesh import make_mesh, shard
 from br_jax.core.records import fingerprint, key_of
 from br_jax.data.rows import Row, Rows, as_rows
 from br_jax.models.model import Model
@@ -210,7 +210,7 @@ def _prepare(name, model, rows, config, halves, mesh, extras, probes=None, watch
         frozen = frozen | {"aux": {name: lora.collection(adapter) for name, adapter in extras.aux.items()}}
     stage = Stage.of(model.decoder, config, mesh, extras.objective)
     state = init_state(trainable, config.seed, extras.objective)
-    return SingleRun(name, stage, state, place(frozen, mesh), batches, config, mesh, probe_batches, watch), counts
+    return SingleRun(name, stage, state, shard(frozen, mesh), batches, config, mesh, probe_batches, watch), counts
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:

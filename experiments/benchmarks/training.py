@@ -10,7 +10,7 @@ from benchmarks.pairing import Contender
 from benchmarks.report import Case
 from br_jax.adapters.lora import Adapter, collection
 from br_jax.core.errors import UserError
-from br_jax.core.mesh import make_mesh, place
+from br_jax.core.mesh import make_mesh, shard
 from br_jax.data.batches import encode_rows
 from br_jax.data.rows import Row
 from br_jax.defences.registry import DEFENCES
@@ -135,8 +135,8 @@ def train(model: dict, rows: list[Row], config: TrainConfig, buffer: bool, rival
     frozen = frozen_collections(base.params, frozen, config.frozen)
     if rival and "direction" in objective.needs:
         frozen["aux"] = {"direction": collection(_random_adapter(base, config))}
-    frozen = place(frozen, mesh)
-    state = place(init_state(trainable_adapter(adapter), config.seed, objective), mesh)
+    frozen = shard(frozen, mesh)
+    state = shard(init_state(trainable_adapter(adapter), config.seed, objective), mesh)
     del base, adapter
     batches = list(step_batches(examples, config, mesh))
     if rival:

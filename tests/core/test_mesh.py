@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from br_jax.adapters import lora
 from br_jax.core.errors import UserError
 from br_jax.core.io import read_jsonl
-from br_jax.core.mesh import leaf_name, make_mesh, place, shardings
+from br_jax.core.mesh import leaf_name, make_mesh, shard, shardings
 from br_jax.data.batches import encode_rows, make_batches
 from br_jax.training.run import train_adapter
 from br_jax.training.step import Hyper, Stage, init_state, train_step, trainable_adapter
@@ -52,7 +52,7 @@ def test_every_leaf_lies_where_the_table_says(parts):
         "tokens": P(ROWS),
         "weights": P(ROWS),
     }
-    placed = [place(tree, mesh) for tree in trees]
+    placed = [shard(tree, mesh) for tree in trees]
     with jax.set_mesh(mesh):
         after, _ = train_step(stage, *placed, hyper)
     seen = set()

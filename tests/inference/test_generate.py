@@ -10,7 +10,7 @@ import scipy.special
 
 from br_jax.adapters import lora
 from br_jax.core.errors import UserError
-from br_jax.core.mesh import make_mesh, place
+from br_jax.core.mesh import make_mesh, shard
 from br_jax.core.records import key_of
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
@@ -99,7 +99,7 @@ def test_several_adapters_in_one_pass_answer_as_each_does_alone_also_on_a_mesh(s
         return state
 
     monkeypatch.setattr(module, "_empty", watched)
-    spread = dataclasses.replace(speaker, params=place(speaker.params, make_mesh(2, 2, 2)))
+    spread = dataclasses.replace(speaker, params=shard(speaker.params, make_mesh(2, 2, 2)))
     few = prompts[:2]  # of one bucket
     on_mesh, _ = batches(spread, few, adapters[:2], batch_size=32)
     assert on_mesh == {(a, i): alone[a][i] for a in range(2) for i in range(2)}

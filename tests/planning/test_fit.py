@@ -161,7 +161,7 @@ WINDOW = {"window": 100, "windowed": (True, False), "attention_soft_cap": 50.0}
 def test_a_stage_compiles_for_the_tpu(config, topology, stage, changes):
     with config.unlocked():
         config.model.spec.update(changes)
-    found = fitting.check(config, topology, stage)
+    found = fitting.check_fit(config, topology, stage)
     assert not found.problem and found.attention == "splash" and found.total < found.hbm
     assert np.prod([*found.mesh.values()]) == np.prod(parse_topology(topology)[2])
     assert bool(found.collectives) == (np.prod([*found.mesh.values()]) > 1)

@@ -3,7 +3,7 @@
 import pytest
 
 from br_jax.experiment.methods import METHODS
-from br_jax.report.gates import check, outcome
+from br_jax.report.gates import check_gates, outcome
 from br_jax.report.results import results_of
 from br_jax.scoring.statistics import Mean, Score
 
@@ -11,7 +11,7 @@ NAMES = ["safety", "task", "over_refusal", "degenerate"]
 
 
 def gates_of(cells, is_attack=None):
-    return [gate for gate in check(results_of(cells)) if is_attack in (None, gate.claim.is_attack)]
+    return [gate for gate in check_gates(results_of(cells)) if is_attack in (None, gate.claim.is_attack)]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import fold
-from br_jax.core.mesh import make_mesh, place
+from br_jax.core.mesh import make_mesh, shard
 from br_jax.data.rows import Row
 from br_jax.inference.generate import encode_prompt
 from br_jax.models.decoder import Decoder, unembed
@@ -41,7 +41,7 @@ def test_margins_are_log_odds_of_the_first_token(tmp_path, tiny, make_adapter, p
     found = refusal_margins(tiny, prompts, refusing, adapter, batch_size=2)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     if prompts is ALIKE:
-        spread = dataclasses.replace(tiny, params=place(tiny.params, make_mesh(2, 2, 2)))
+        spread = dataclasses.replace(tiny, params=shard(tiny.params, make_mesh(2, 2, 2)))
         np.testing.assert_allclose(refusal_margins(spread, prompts, refusing, adapter), expected, rtol=1e-4)
     assert refusal_margins(tiny, [], refusing).shape == (0,)
     assert np.abs(refusal_margins(tiny, prompts, refusing) - found).max() > 1e-3

@@ -25,7 +25,7 @@ from br_jax.adapters import lora
 from br_jax.configs import demo
 from br_jax.core import hosts as distributed
 from br_jax.core.cli import run_main
-from br_jax.core.mesh import local_rows, make_mesh, place
+from br_jax.core.mesh import local_rows, make_mesh, shard
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.datasets.paper import Attack
@@ -88,7 +88,7 @@ def check_rows() -> None:
 def score(workdir: str, mesh) -> None:
     """Leaves the scores of both models, their answers, verdicts and records."""
     model, _ = make_parts()
-    model = dataclasses.replace(model, params=place(model.params, mesh))
+    model = dataclasses.replace(model, params=shard(model.params, mesh))
     rows = [Row((("user", f"{i}?"), ("assistant", f"it is {i}"))) for i in range(5)]
     suite = Suite(
         judges=(KeywordJudge(),),

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from br_jax.core.bounds import BATCH, TOKENS, Bound, require
 from br_jax.core.errors import UserError
 from br_jax.core.hosts import fetch
-from br_jax.core.mesh import mesh_of, place, whole_batch
+from br_jax.core.mesh import mesh_of, shard, whole_batch
 from br_jax.core.records import fingerprint
 from br_jax.data.templates import escape, render_chat, tokenize
 from br_jax.inference.generate import generate_ids
@@ -99,7 +99,7 @@ class ClassifierJudge:
                     tokens[row, : len(ids)] = ids
                     # transformers reads a text at its last token that is not config.json's padding, which may be EOS
                     last[row] = max((i for i, token in enumerate(ids) if token != model.pad_token_id), default=0)
-                rows = place({"tokens": tokens, "lengths": last}, mesh)
+                rows = shard({"tokens": tokens, "lengths": last}, mesh)
                 logits = _run(self._decoder, model.params, model.head, rows["tokens"], rows["lengths"])
                 found[chosen] = np.asarray(fetch(logits))[: len(chosen)]
         if not np.isfinite(found).all():
