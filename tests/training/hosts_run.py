@@ -80,8 +80,8 @@ def check_rows() -> None:
             rows = local_rows(mesh, 16)
             shares.add(len(rows))
             array = on_mesh({"tokens": whole[rows]}, mesh)["tokens"]
-            for shard in array.addressable_shards:
-                np.testing.assert_array_equal(shard.data, whole[shard.index])
+            for part in array.addressable_shards:
+                np.testing.assert_array_equal(part.data, whole[part.index])
     assert shares >= {8, 16}, "no mesh made the processes share rows"
 
 
