@@ -62,15 +62,15 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(render_plan(plan(config, WORKDIR.value, grid, shard)))
         return 0
-    cells, total = [], len(grid.runs(shard)) * len(grid.cells())
-    for cell in run_sweep(config, WORKDIR.value, grid, shard):
+    cells, records, total = [], {}, len(grid.runs(shard)) * len(grid.cells())
+    for cell in run_sweep(config, WORKDIR.value, grid, shard, records):
         cells.append(cell)
         if is_main():
             print_cell(cell, f"{len(cells)}/{total}")
     if not is_main():
         return 0
     status = print_summary(cells)  # the report is of other sweeps in the workdir, too
-    print(write_report(WORKDIR.value, command=" ".join(sys.argv)))
+    print(write_report(WORKDIR.value, command=" ".join(sys.argv), known=records))
     return status
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -30,6 +31,7 @@ def write_report(
     command: str = "",
     examples: int = 2,
     cells: Iterable[Mapping[str, Any]] | None = None,
+    known: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Path:
     """Writes a report and its figures (PNG and PDF, in figures/) from finished cells and the files beside them.
 
@@ -38,6 +40,7 @@ def write_report(
         command: that made a sweep; a run's folder holds its own.
         examples: answers of a run to print for each model and prompt set; 0 keeps all answers out of the report.
         cells: those to report; default: all finished ones of the workdir.
+        known: what is in some files of cells, which are not read then (`grid.run_sweep` gives it).
 
     Returns:
         The report's path. The same files give the same bytes.
@@ -47,7 +50,7 @@ def write_report(
     """
     require("examples", examples, ROWS)
     workdir = Path(workdir)
-    cells = read_cells(workdir) if cells is None else [*cells]
+    cells = read_cells(workdir, known) if cells is None else [*cells]
     if not cells:
         if (workdir / "results.json").exists():
             raise UserError(f"{workdir}: made by an earlier br_jax: run its command again, answers are read back")

@@ -11,6 +11,7 @@ import os
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,11 +75,16 @@ class Estimate(NamedTuple):
     own: bool = False  # whether the interval is one seed's, from its prompts
 
 
-def read_cells(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """All finished cells of a run's folder or of a sweep's, of whatever grids; a damaged one is a `UserError`."""
+def read_cells(
+    workdir: str | os.PathLike, known: Mapping[pathlib.Path, Mapping[str, Any]] = MappingProxyType({})
+) -> list[Mapping[str, Any]]:
+    """All finished cells of a run's folder or of a sweep's, of whatever grids; a damaged one is a `UserError`.
+
+    What `known` has is not read.
+    """
     workdir, cells = pathlib.Path(workdir), []
     for file in sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")]):
-        cells.append(read_record(file, CURE))
+        cells.append(known[file] if file in known else read_record(file, CURE))
         try:
             _line(cells[-1])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

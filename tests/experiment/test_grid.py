@@ -16,11 +16,13 @@ import pytest
 from br_jax.adapters import lora
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
+from br_jax.core.records import read_record
 from br_jax.experiment import run as run_module
 from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
 from br_jax.experiment.settings import settle
 from br_jax.pipeline import run_pipeline
+from br_jax.report.report import write_report
 from br_jax.report.results import mixed, read_cells, results_of
 
 
@@ -118,6 +120,17 @@ def test_what_is_finished_is_read_back_without_a_model(config, calls, grid, tmp_
         assert list(run_sweep(config, tmp_path / "s", axes)) == first
     kept = [{k: v for k, v in cell.items() if k not in ("settings", "recipe")} for cell in read_cells(tmp_path / "s")]
     assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, first))
+
+
+def test_a_finished_cell_is_read_once_by_a_sweep_and_its_report(config, calls, grid, tmp_path, monkeypatch):
+    axes, read, records = grid(seeds=[1], p=[0.2]), [], {}
+    cells = [*run_sweep(config, tmp_path, axes)]
+    for module in ("experiment.grid", "report.results"):
+        monkeypatch.setattr(f"br_jax.{module}.read_record", lambda file, cure: read.append(file) or read_record(file))
+    assert [*run_sweep(config, tmp_path, axes, records=records)] == cells
+    monkeypatch.setattr("br_jax.report.report.draw_results", lambda results: {})
+    write_report(tmp_path, known=records)
+    assert sorted(read) == sorted(tmp_path.glob("runs/*/cells/*.json")) and len(read) == 3
 
 
 def test_cells_of_one_recipe_are_told_from_others(config, calls, grid, tmp_path):

@@ -1,5 +1,6 @@
 """The report of a sweep: what it says first, its numbers against ones made here, what it does without some cells."""
 
+import json
 import math
 import re
 
@@ -235,9 +236,17 @@ def test_a_failed_write_leaves_the_old_report(tmp_path):
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections loads configs
 @pytest.mark.parametrize("mine, status", [(80, 0), (3, 1)])
 def test_a_sweep_s_exit_status_is_of_its_own_cells(script, make_cell, write_cells, monkeypatch, mine, status):
-    """And its report of all cells of the folder, each of which is read once."""
+    """And its report of all cells of the folder; those that it has at hand are not read again."""
     workdir, drawn = write_cells([make_cell("sft", seed=9, harmful=83 - mine), make_cell("aligned", seed=9)]), []
-    monkeypatch.setattr(grid, "run_sweep", lambda *_: [make_cell("sft", harmful=mine), make_cell("aligned")])
+    held = next(iter(sorted(workdir.glob("**/cells/*.json"))))
+    cell = json.loads(held.read_text())
+    held.write_text("{")
+
+    def swept(config, workdir, axes, shard, records):
+        records[held] = cell
+        return [make_cell("sft", harmful=mine), make_cell("aligned")]
+
+    monkeypatch.setattr(grid, "run_sweep", swept)
     monkeypatch.setattr(report_module, "draw_results", lambda results: drawn.append(results) or {})
     code, _ = script("sweep.py", "--config=configs/demo.py:smoke", f"--workdir={workdir}")
     assert code == status and drawn[0].index.tolist() == [9, 9]

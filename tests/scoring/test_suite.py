@@ -173,7 +173,7 @@ def test_a_suite_s_key_its_rows_in_any_form_and_what_is_missing(tiny, rows, told
         r"^suite: task_rows without a rule: give rule=": lambda: Suite(task_rows=rows),
         r"^suite: judges is empty: give one or more": lambda: Suite(TOPIC, judges=()),
         r"^unknown degenerate 'loops'": lambda: Suite(degenerate="loops"),
-        r"^model is a str; give a Model": lambda: evaluate("a/path", suite),
+        r"^evaluate: needs a Model, got str": lambda: evaluate("a/path", suite),
         "a refusing token is 1000000000: it must be a whole number from 0 to 263": lambda: evaluate(
             tiny, Suite(benign=["a"], refusing=(73, 10**9), answer_tokens=1)
         ),
