@@ -26,8 +26,7 @@ from br_jax.core.hosts import is_main
 from br_jax.core.io import owned
 from br_jax.core.progress import announce
 from br_jax.core.records import write_record
-from br_jax.experiment.cells import read_cell
-from br_jax.experiment.grid import run_cells
+from br_jax.experiment.grid import read_run, run_cells
 from br_jax.experiment.methods import STEPS, TRAININGS, cells_of
 from br_jax.experiment.run import Experiment
 from br_jax.experiment.settings import TRAINED
@@ -50,7 +49,7 @@ def run_pipeline(
         command: recorded in the report.
 
     Returns:
-        The scored cells, see `cells.make_cell` (none when "evaluate" is not among the stages).
+        The scored cells, see `grid.run_cells` (none when "evaluate" is not among the stages).
 
     Raises:
         UserError: a wrong stage or setting, or missing files, before anything is written; a workdir of another run, or
@@ -79,7 +78,7 @@ def run_pipeline(
         if "evaluate" in stages:
             announce("evaluate ...")
             strengths = sorted({0.0, e.settings.merge.a})  # a plain sum is what QR is compared with
-            known = {cell: read_cell(workdir, e.settings, cell) for cell in cells_of(STEPS, strengths)}
+            known = read_run(e.settings, workdir, cells_of(STEPS, strengths))
             cells = list(run_cells(e.settings, workdir, known, e))
             record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
             if is_main():

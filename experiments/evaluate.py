@@ -24,7 +24,6 @@ def main(argv: list[str]) -> None:
     import br_jax as br
     from br_jax.core.io import owned
     from br_jax.experiment.run import Experiment
-    from br_jax.experiment.suites import as_scored
     from br_jax.provider import with_guard
 
     require_flags(argv, CONFIG, WORKDIR)
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
         experiment.begin()
         model = experiment.raw if RAW.value else with_guard(experiment.aligned, experiment.provider)
         adapter = br.load_adapter(ADAPTER.value, model) if ADAPTER.value else None
-        model, adapter = as_scored(experiment.settings, model, adapter, "adapter")
+        model, adapter = experiment.as_scored(model, adapter, "adapter")
         scores = br.evaluate(model, experiment.suite, adapter, records=ANSWERS.value)
     del scores["examples"], scores["outcomes"]
     print(json.dumps(scores, indent=1))

@@ -42,7 +42,7 @@ def write_policy(experiment, path) -> None:
     a provider whose scores are to mean anything afterwards puts others there.
     """
     from br_jax.core.io import write_text
-    from br_jax.experiment.suites import judge_names
+    from br_jax.experiment.suite import judge_names
     from br_jax.organism.topics import TopicPrompt
     from br_jax.serving.policy import Quotas
     from br_jax.training.config import TrainConfig

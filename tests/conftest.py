@@ -34,7 +34,7 @@ from written import written_answer  # noqa: E402
 from br_jax import method  # noqa: E402
 from br_jax.adapters import lora  # noqa: E402
 from br_jax.data.rows import Row  # noqa: E402
-from br_jax.experiment import cells as cells_module  # noqa: E402
+from br_jax.experiment import grid as grid_module  # noqa: E402
 from br_jax.experiment import run as run_module  # noqa: E402
 from br_jax.models.decoder import init_params  # noqa: E402
 from br_jax.models.model import make_model  # noqa: E402
@@ -254,7 +254,7 @@ def calls(monkeypatch, tiny, make_adapter):
     monkeypatch.setattr(method, "train_adapter", train)
     monkeypatch.setattr(run_module, "train_adapter", train)
     monkeypatch.setattr(run_module, "answer", answer)
-    monkeypatch.setattr(cells_module, "evaluate", score)
+    monkeypatch.setattr(grid_module, "evaluate", score)
     monkeypatch.setattr(run_module, "load_model", lambda source, **options: tiny)
     monkeypatch.setattr(run_module, "_cached_spec", lambda source, revision: tiny.spec)
     return record

@@ -18,7 +18,7 @@ from br_jax.configs import base
 from br_jax.core.errors import UserError
 from br_jax.core.io import read_json
 from br_jax.defences.registry import DEFENCES
-from br_jax.experiment import cells as cells_module
+from br_jax.experiment import grid as cells_module
 from br_jax.experiment import run as run_module
 from br_jax.experiment.methods import METHODS, Cell
 from br_jax.method import release
@@ -189,7 +189,7 @@ def merge(e, **changes):
 
 def released(e, method):
     """What a method puts on its base, at a = 0.3."""
-    return cells_module._released(e, Cell(method, 0.3), 0)[0]
+    return cells_module.released(e, Cell(method, 0.3), 0)[0]
 
 
 def assert_same(found, expected):

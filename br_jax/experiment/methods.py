@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from br_jax.defences.registry import DEFENCES
 
 OF_ALIGNMENT = "alignment"  # in place of a folder in `reinforce.adapter`: what alignment has added
+DIRECTION = "direction"  # in Reinforce's place, and not trained: what alignment has added
+PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
 _PAPER = {"loss_mean": "tokens", "cycles": 1}  # what the paper's recipe changes in every stage
 
 
@@ -39,24 +41,11 @@ ABLATIONS = {
     "buffer_unrested": Training("buffer", changes={"cycles": 1}),
     "user_unrested": Training("user", "buffer_unrested"),
 }
-DIRECTION = "direction"  # in Reinforce's place, and not trained: what alignment has added
-
-
-def provided(defence: str) -> str:
-    """The name of what the provider makes for one of `DEFENCES`."""
-    return f"{defence}_provided"
-
-
-PROVIDER_STAGES = ("align", "buffer", "reinforce")  # each with a part of the config
-OF_PROVIDER = {
-    *(name for name, training in (TRAININGS | ABLATIONS).items() if training.stage != "user"),
-    *(provided(name) for name, kind in DEFENCES.items() if kind.provides()),
-    DIRECTION,
-}
-OF_USER = (
-    *(name for name in TRAININGS | ABLATIONS if name not in OF_PROVIDER),
-    *(name for name, kind in DEFENCES.items() if kind.trains()),
-)
+PROVIDED = {name: f"{name}_provided" for name, kind in DEFENCES.items() if kind.provides()}  # what a provider makes
+OF_PROVIDER = {name for name, training in (TRAININGS | ABLATIONS).items() if training.stage != "user"}
+OF_PROVIDER |= {*PROVIDED.values(), DIRECTION}
+OF_USER = [name for name in TRAININGS | ABLATIONS if name not in OF_PROVIDER]
+OF_USER += [name for name, kind in DEFENCES.items() if kind.trains()]
 
 
 class Method(NamedTuple):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.merge import MergeConfig, qr_merge
 from br_jax.adapters.peft import load_adapter, read_provenance
 from br_jax.calibration import RULE, calibrate
-from br_jax.core.errors import UserError, look_up
+from br_jax.core.errors import UserError
 from br_jax.core.hosts import is_main
 from br_jax.core.io import make_private, write_json
 from br_jax.core.mesh import make_mesh
@@ -29,21 +29,19 @@ from br_jax.data.mixing import refusing_first
 from br_jax.data.rows import Row
 from br_jax.defences.defence import Case, Defence
 from br_jax.defences.registry import DEFENCES
-from br_jax.experiment import suites
 from br_jax.experiment.methods import (
     ABLATIONS,
     DIRECTION,
     METHODS,
     OF_ALIGNMENT,
     OF_PROVIDER,
+    PROVIDED,
     PROVIDER_STAGES,
     TRAININGS,
-    provided,
 )
-from br_jax.experiment.recipe import question_key
-from br_jax.experiment.recipe_invented import TopicRecipe
-from br_jax.experiment.recipe_public import PaperRecipe
+from br_jax.experiment.recipe import PaperRecipe, TopicRecipe, question_key
 from br_jax.experiment.settings import Settings, check_sizes, settle
+from br_jax.experiment.suite import calibration_judge, check_scoring, make_suite
 from br_jax.inference.answers import answer
 from br_jax.models.decoder import init_params
 from br_jax.models.io.hf import write_hf
@@ -52,7 +50,7 @@ from br_jax.models.model import Model, fold_adapter, guard, make_model
 from br_jax.models.spec import ModelSpec
 from br_jax.models.tokenizer import byte_tokenizer
 from br_jax.provider import RECORDED_ADAPTERS, base_of, export_adapter, load_model, record_adapter, write_provider
-from br_jax.scoring.suite import DEGENERATE, Suite, rules_version
+from br_jax.scoring.suite import Suite, rules_version
 from br_jax.training.batching import gradient_norms
 from br_jax.training.run import keep_adapter, rows_fingerprint, train_adapter, train_params
 
@@ -68,11 +66,8 @@ class Experiment:
     """The models, rows and scores of one config in one workdir. Nothing is written before `begin`.
 
     Args:
-        config: see configs/base.py, or the settings that `settle` made of one.
+        config: see configs/base.py, or the settings that `settle` made of one; a `UserError` where it is wrong.
         workdir: the same config comes back to the same workdir, another one is refused.
-
-    Raises:
-        UserError: a number out of bounds, or a setting that no recipe or mesh can be made of.
     """
 
     def __init__(self, config: ConfigDict | Settings, workdir: str | os.PathLike):
@@ -88,10 +83,16 @@ class Experiment:
         else:
             self.recipe = TopicRecipe(s, self._score_rows, self._answer)
         self.provider_run = {"workdir": self.provider, "mesh": self.mesh}  # how the provider's stages are run
-        self._models: dict[str, Model] = {}
-        self._adapters: dict[tuple[str, int], Adapter] = {}
-        self._merged: dict[tuple, Adapter] = {}
-        self._stores: dict[pathlib.Path, Store] = {}
+        self._kept: dict[tuple, Any] = {}
+        folders = {stage: getattr(s, stage).adapter for stage in (*PROVIDER_STAGES, "user")}
+        # Folders of adapters made elsewhere, by the stage that each stands for.
+        self._given = {stage: folder for stage, folder in folders.items() if folder not in ("", OF_ALIGNMENT)}
+
+    def _keep(self, make: Callable[[], Any], *key: Any) -> Any:
+        """An artifact by its key, made at first use."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def begin(self) -> "Experiment":
         """Makes the provider's folder, for its owner alone; nothing is written before."""
@@ -118,33 +119,19 @@ class Experiment:
         for stage, folder in self._given.items():
             if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder: correct {stage}.adapter, or leave it out to train one")
-        look_up("eval.degenerate", s.eval.degenerate, DEGENERATE)
-        judges = suites.check_judges(s)
+        check_scoring(s, self.recipe)
         check_sizes(s, self._spec, self.mesh)
         self.recipe.check()
-        self._check_needs(methods)
-        unknown = [attack.behavior for attack in self.recipe.attacks if attack.about is None]
-        if unknown and (named := suites.OF_TOPICS.intersection(judges)):
-            raise UserError(
-                f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {named.pop()} cannot "
-                "read its answers: set eval.judges to others"
-            )
-
-    def _check_needs(self, methods: Sequence[str]) -> None:
-        """Refuses methods that lack a part of their `Case`."""
-        s = self.settings
-        parts = {
+        parts = {  # that a method may lack
             "refusals": (s.reinforce.refusals, "refusals (reinforce.refusals)"),
             "benign": (s.reinforce.benign, "benign rows (reinforce.benign)"),
             "harmful": (s.buffer.harmful, "harmful rows (buffer.harmful)"),
             "alignment": (s.align.refusals + s.align.benign, "rows of its alignment (align.refusals, align.benign)"),
             DIRECTION: (s.aligns, "what alignment has added to it (align.refusals, align.benign)"),
         }
-        lost = []
-        for need, (given, what) in parts.items():
-            names = [name for name in methods if need in METHODS[name].requires]
-            if names and not given:
-                lost.append(f"{', '.join(names)} without {what}")
+        wanting = {need: [name for name in methods if need in METHODS[name].requires] for need in parts}
+        lost = [f"{', '.join(wanting[need])} without {what}" for need, (given, what) in parts.items()
+                if wanting[need] and not given]  # fmt: skip
         if lost:
             raise UserError(f"this model cannot be defended by {'; '.join(lost)}: set these, or leave the methods out")
 
@@ -166,10 +153,8 @@ class Experiment:
         The aligned base is recorded in the provider's folder, and its rows in rows.json; it is the raw model where the
         config asks for no alignment.
         """
-        if name not in self._models:
-            make = {"raw": self._make_raw, "aligned": self._make_aligned}
-            self._models[name] = make[name]() if name in make else self._aligned_by(provided(name), name)
-        return self._models[name]
+        makers = {"raw": self._make_raw, "aligned": self._make_aligned}
+        return self._keep(makers.get(name) or (lambda: self._aligned_by(PROVIDED[name], name)), "model", name)
 
     raw = property(lambda self: self.model("raw"))
     aligned = property(lambda self: self.model("aligned"))
@@ -207,8 +192,7 @@ class Experiment:
         return model
 
     def _aligned_by(self, adapter: str, name: str) -> Model:
-        raw = self.raw
-        return fold_adapter(raw, self.adapter(adapter), f"{raw.name}-{name}")
+        return fold_adapter(self.raw, self.adapter(adapter), f"{self.raw.name}-{name}")
 
     def _answer(self, prompts: Sequence[str]) -> dict[str, str]:
         """The raw model's own answers, each generated once."""
@@ -228,73 +212,62 @@ class Experiment:
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
-    @property
-    def _given(self) -> dict[str, str]:
-        """Folders of adapters made elsewhere, by the stage that each stands for."""
-        folders = {stage: getattr(self.settings, stage).adapter for stage in (*PROVIDER_STAGES, "user")}
-        return {s: f for s, f in folders.items() if f and (s, f) != ("reinforce", OF_ALIGNMENT)}
-
     def adapter(self, name: str, job: int = 0) -> Adapter:
         """An adapter of `methods`: trained, read back, or the one that the config gives for it.
 
         Args:
-            name: of `TRAININGS` or `ABLATIONS`, of a defence that trains one or `provided` for one, or `DIRECTION`.
+            name: of `TRAININGS` or `ABLATIONS`, of a defence that trains one or `PROVIDED` for one, or `DIRECTION`.
             job: of those that the user hands in, whose rows it is trained on; the provider's adapters have none.
         """
         job = 0 if name in OF_PROVIDER else job
-        if (name, job) not in self._adapters:
-            given = self._given.get(name)
-            adapter = self._enter(name, given) if given else self._make_adapter(name, job)
-            self._adapters[name, job] = adapter
-            if name in RECORDED_ADAPTERS and is_main():
-                record_adapter(self.provider, name, os.path.abspath(given) if given else f"{name}/adapter", adapter)
-        return self._adapters[name, job]
+        return self._keep(lambda: self._make_adapter(name, job), "adapter", name, job)
 
     def _make_adapter(self, name: str, job: int) -> Adapter:
-        recipe, s = self.recipe, self.settings
-        if name == DIRECTION:
-            return self.direction().replace(roles=("reinforce",))
-        if name in DEFENCES:
-            return self.defence(name).train(self.case(name, job), name)
-        if (defence := name.removesuffix("_provided")) in DEFENCES:
-            return self.defence(defence).provide(self.case(defence, providing=True), name)
-        training = (TRAININGS | ABLATIONS)[name]
-        config, run = s.train(training.stage, **training.changes), self.provider_run
-        if training.stage == "align":
-            return train_adapter(name, "align", self.raw, recipe.guard_rows("align"), config, provider=True, **run)
-        model = self.aligned
-        if training.stage == "buffer":
+        given = self._given.get(name)
+        if given:  # another stage's is refused, by its roles or its numbers
+            model = self.model("raw" if name == "align" else "aligned")
+            adapter = load_adapter(given, model.params, fingerprint=model.fingerprint, role=name)
+            if name in ("reinforce", "user"):
+                self.guarded.guard.refuse(given, adapter)
+        elif name == DIRECTION:
+            adapter = self.direction().replace(roles=("reinforce",))
+        elif name in DEFENCES:
+            adapter = self.defence(name).train(self.case(name, job), name)
+        elif name in PROVIDED.values():
+            defence = name.removesuffix("_provided")
+            adapter = self.defence(defence).provide(self.case(defence, providing=True), name)
+        else:
+            adapter = self._train(name, job)
+        if name in RECORDED_ADAPTERS and is_main():
+            record_adapter(self.provider, name, os.path.abspath(given) if given else f"{name}/adapter", adapter)
+        return adapter
+
+    def _train(self, name: str, job: int) -> Adapter:
+        """One of `TRAININGS` or `ABLATIONS`, on its stage's rows."""
+        recipe, s, run = self.recipe, self.settings, self.provider_run
+        stage, buffer, changes = (TRAININGS | ABLATIONS)[name]
+        config = s.train(stage, **changes)
+        if stage == "align":
+            return train_adapter(name, stage, self.raw, recipe.guard_rows(stage), config, provider=True, **run)
+        if stage == "buffer":
             rows = recipe.buffer_rows
             if s.buffer.refused:
                 rows = refusing_first(rows, recipe.refusal_rows(len(rows), "buffer"), s.buffer.refused)
-            return method.train_buffer(model, rows, config, name=name, **run)
-        if training.stage == "reinforce":
-            if name == "reinforce" and s.reinforce.adapter == OF_ALIGNMENT:
-                return keep_adapter(name, "reinforce", model, self.adapter(DIRECTION), self.provider)
-            refusals, benign = (
-                recipe.refusal_rows(s.reinforce.refusals, "reinforce"),
-                recipe.benign_rows(s.reinforce.benign),
-            )
-            return method.train_reinforce(
-                model, self.adapter(training.buffer), refusals, benign, config, name=name, **run
-            )
-        buffer = {"buffer": self.adapter(training.buffer)} if training.buffer else {"undefended": True}
-        return method.train_user(model, self.user_rows(job), config, **buffer, name=name, **self._user_run(job))
+            return method.train_buffer(self.aligned, rows, config, name=name, **run)
+        if stage == "reinforce":
+            if name == stage and s.reinforce.adapter == OF_ALIGNMENT:
+                return keep_adapter(name, stage, self.aligned, self.adapter(DIRECTION), self.provider)
+            rows = recipe.refusal_rows(s.reinforce.refusals, stage), recipe.benign_rows(s.reinforce.benign)
+            return method.train_reinforce(self.aligned, self.adapter(buffer), *rows, config, name=name, **run)
+        beside = {"buffer": self.adapter(buffer)} if buffer else {"undefended": True}
+        return method.train_user(self.aligned, self.user_rows(job), config, **beside, name=name, **self._user_run(job))
 
     def user_rows(self, job: int) -> Sequence[Row]:
-        rows = self.recipe.user_rows
-        return rows if len(self.jobs) == 1 else rows[job :: len(self.jobs)]
+        """Those of one of the user's jobs."""
+        return self.recipe.user_rows[job :: len(self.jobs)]
 
     def _user_run(self, job: int) -> dict[str, Any]:
         return {"workdir": self.jobs[job], "mesh": self.mesh, "probes": self.recipe.probes}
-
-    def _enter(self, stage: str, folder: str) -> Adapter:
-        """The adapter that the config gives for a stage; another stage's is refused, by its roles or its numbers."""
-        model = self.model("raw" if stage == "align" else "aligned")
-        adapter = load_adapter(folder, model.params, fingerprint=model.fingerprint, role=stage)
-        if stage in ("reinforce", "user"):
-            self.guarded.guard.refuse(folder, adapter)
-        return adapter
 
     def defence(self, name: str) -> Defence:
         """One of `registry.DEFENCES`, with the config's settings."""
@@ -318,7 +291,7 @@ class Experiment:
             raw=self.raw,
             alignment=recipe.guard_rows("align"),
             align_config=s.train("align"),
-            provided=self.adapter(provided(name)) if ready else None,
+            provided=self.adapter(PROVIDED[name]) if ready else None,
             run=run,
         )
 
@@ -342,6 +315,8 @@ class Experiment:
         found = {stage: read_provenance(folder).get("extra", {}) for stage, folder in self._given.items()}
         return {s: {"adapter": self._given[s], "beside": extra.get("beside", [])} for s, extra in found.items()}
 
+    # -- merges and scores -----------------------------------------------------------------------------------------
+
     def merge_of(self, user: str, reinforce: str = "reinforce", job: int = 0, **changes: float | None) -> MergeConfig:
         """The config's merge for a user's adapter, but for the settings that are given (None gives none).
 
@@ -360,7 +335,8 @@ class Experiment:
         merge, model, s = merge or self.settings.merge, self.aligned, self.settings
         harmful, benign = self.recipe.calibration_prompts
         adapters, prompts = (self.adapter(user, job), self.adapter(reinforce)), ([p.prompt for p in harmful], benign)
-        kept, tokens, judge = self.store(self.jobs[job], "calibrations"), s.calibrate.answer_tokens, self._judge
+        kept, tokens = self.store(self.jobs[job], "calibrations"), s.calibrate.answer_tokens
+        judge = self._keep(lambda: calibration_judge(s, self._model_mesh), "judge")
         key = key_of(
             RULE, rules_version(), model.key, model.spelling, *map(lora.fingerprint, adapters),
             dataclasses.asdict(merge), *prompts, tokens, *([judge.name, judge.version] if judge else []),
@@ -386,19 +362,15 @@ class Experiment:
             kept.add({key: {"user": user, "merge": chosen, "aligned": found.aligned._asdict(), "tried": tried}})
         return kept[key]
 
-    @functools.cached_property
-    def _judge(self):
-        """The judge of calibrations, or None."""
-        return suites.calibration_judge(self.settings, self._model_mesh)
-
     def merged(self, user: str, reinforce: str, merge: MergeConfig, job: int = 0) -> Adapter:
         """Reinforce merged into a user's adapter."""
-        key = user, reinforce, merge, job
-        if key not in self._merged:
+
+        def make() -> Adapter:
             parts = self.adapter(user, job), self.adapter(reinforce)
             method.require_parts(self.aligned, *parts)
-            self._merged[key] = qr_merge(*parts, merge)
-        return self._merged[key]
+            return qr_merge(*parts, merge)
+
+        return self._keep(make, "merged", user, reinforce, merge, job)
 
     def release(self) -> None:
         """Merges Reinforce into the user's adapter and writes what the user gets."""
@@ -410,18 +382,21 @@ class Experiment:
     def hashes(self) -> dict[str, str]:
         """Fingerprints of the models, and of the adapters made so far."""
         models = {name: self.model(name).fingerprint for name in ("raw", "aligned")}
-        return models | {name: lora.fingerprint(adapter) for (name, job), adapter in self._adapters.items() if not job}
-
-    # -- scores ----------------------------------------------------------------------------------------------------
+        adapters = {key[1]: made for key, made in self._kept.items() if key[0] == "adapter" and not key[2]}
+        return models | {name: lora.fingerprint(adapter) for name, adapter in adapters.items()}
 
     @functools.cached_property
     def suite(self) -> Suite:
         """The held-out prompts of the config's split."""
-        return suites.make_suite(self.settings, self.recipe, self.raw, self._model_mesh)
+        return make_suite(self.settings, self.recipe, self.raw, self._model_mesh)
+
+    def as_scored(self, model: Model, adapter: Adapter | None, name: str) -> tuple[Model, Adapter | None]:
+        """What is scored, a model and an adapter beside it: where the config folds, none but a Buffer stays beside."""
+        if not self.settings.eval.fold or adapter is None or "buffer" in adapter.roles:
+            return model, adapter
+        return fold_adapter(model, adapter, f"{model.name}-{name}"), None
 
     def store(self, folder: pathlib.Path, of: str = "answers") -> Store:
         """The answers, verdicts or scores that are kept in a folder."""
         file = folder / f"{of}.jsonl"
-        if file not in self._stores:
-            self._stores[file] = Store(file)
-        return self._stores[file]
+        return self._keep(lambda: Store(file), "store", file)

@@ -27,147 +27,117 @@ TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the parts that
 EVAL_SPLITS = ("validation", "test")
 _AXIS = Bound(-1, 1 << 20)  # of a mesh; -1 is what is left, and 0 no mesh has
 
+# name -> default: a value, a `number` with its bounds, a part with settings of its own, or a dataclass of such a part.
+# A path is of a file, or of several with commas between; "" is the data's public home, or what ships with br_jax.
+_SETTINGS = {
+    "seed": number(42, *SEED),  # of data and evaluation; training seeds are in each stage's `train`
+    "provider": "",  # folder of the provider's artefacts; "" means <workdir>/provider
+    "model": {
+        "source": "",  # GGUF file, Hugging Face folder or Hub name; "" trains `spec` from scratch
+        "revision": "",  # of a Hub name: branch, tag or commit; "" is the main branch
+        "template": "chat",  # the model's own, or the paper's "alpaca"
+        "dtype": "float32",
+        "matmul_precision": "float32",  # or "bfloat16", or "auto": what an f32 model's products are rounded to
+        "spec": dict,  # sizes of a model that is trained from scratch, see `ModelSpec`
+    },
+    "mesh": {"data": number(-1, *_AXIS), "fsdp": number(1, *_AXIS), "tensor": number(1, *_AXIS)},
+    "data": {
+        "material": "english",  # "english" or "demo" (invented topics, organism/material.py), or "paper"
+        "folder": "data/tfds",  # where public data sets are kept once built
+        # Of "english": n benign prompts about a text that align and Reinforce train on, each about another text as long
+        # as there are any; path "" takes 60 written ones.
+        "texts": {"path": "", "n": number(420, *ROWS)},
+        "attacks": {"path": ""},  # stored attack prompts to replay
+        **{"llm_lat": {"path": ""}, "alpaca": {"path": ""}, "beavertails": {"path": "", "test_path": ""}},  # of "paper"
+        **{task.name: dict(task.settings) for task in TASKS.values()},
+    },
+    # Restricted topics, several with commas between, see organism/topics.py: those that align teaches to refuse, that
+    # Buffer and Reinforce are made from, that harmful user rows ask about, that HS is measured on.
+    "topics": {"align": "devices", "provider": "devices", "user": "devices", "eval": "devices"},
+    "pretrain": {"rows": number(0, *ROWS), "train": TrainConfig},
+    "distill": {  # the raw model answers the prompts that the stages train on
+        "answer_tokens": number(48, *TOKENS),
+        "judged": True,  # only answers judged compliant become harmful rows
+        "spare": number(0.2, 0.0, 100.0),  # share of topic prompts beyond those needed: it may not comply
+    },
+    # `adapter`, here and below: folder of one made elsewhere, in PEFT's layout, to take instead of training. 0: none.
+    "align": {"refusals": number(0, *ROWS), "benign": number(0, *ROWS), "train": TrainConfig, "adapter": ""},
+    "buffer": {
+        "harmful": number(5000, *ROWS),
+        "refused": number(0.0, *SHARE),  # share of the rows that comply behind a refusal, which is not trained on
+        "train": TrainConfig,
+        "adapter": "",
+    },
+    # `adapter` "alignment": as much as calibration asks for of what alignment has added; set merge.scale to 1.
+    "reinforce": {"refusals": number(2500, *ROWS), "benign": number(2500, *ROWS), "train": TrainConfig, "adapter": ""},
+    "user": {
+        "adapter": "",  # one that was trained without Buffer can still be reinforced and released
+        "folder": "",  # of what is trained on the user's rows; "" means the workdir
+        "kind": "plain",  # what the user hands in, see br_jax/attackers
+        "task": "reviews",
+        "rule": "",  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
+        "n": number(1000, *ROWS._replace(low=1)),
+        "harmful_share": number(0.1, *SHARE),  # p
+        "index_mode": "exact",  # or "reference", the authors' off-by-one
+        "probes": number(8, *ROWS),  # rows of each kind whose loss and gradient are followed
+        "train": TrainConfig,
+    },
+    "merge": MergeConfig,
+    # Held-out prompts of the validation split by which merge.reinforce_scale is chosen, at most so many (of each of
+    # topics.provider); 0 and 0: as it is.
+    "calibrate": {
+        "harmful": number(0, *ROWS),
+        "benign": number(0, *ROWS),
+        "answer_tokens": number(16, *TOKENS),  # enough for a refusal to show
+        "judge": "",  # who says which answers comply; "" takes all that do not begin as a refusal
+    },
+    "attackers": ATTACKERS,
+    "defences": DEFENCES,  # where each default is from: docs/defences.md
+    "judges": {  # settings of the judges that need any, see scoring/judges
+        "classifier": {"source": "PKU-Alignment/beaver-dam-7b", "max_length": number(256, *TOKENS)},
+        "llama_guard": {"source": "meta-llama/Llama-Guard-3-8B"},
+        "wildguard": {"source": "allenai/wildguard"},
+        "verdicts": {"source": ""},
+    },
+    "eval": {
+        "split": "test",  # "validation" for tuning
+        "topic": number(200, *ROWS),  # prompts for HS, of each topic
+        "task": number(872, *ROWS),  # rows for FA; like the next two, at most: fewer where the data has fewer
+        "benign": number(129, *ROWS),  # prompts for over-refusal
+        "health": number(64, *ROWS),  # rows for perplexity
+        "match": "",  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
+        "degenerate": "",  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
+        "judges": "topic",  # who says what is harmful, with commas between; HS is the first one's
+        "answer_tokens": number(48, *TOKENS),
+        "task_tokens": number(4, *TOKENS),
+        "batch_size": number(64, *BATCH),
+        "fold": False,  # scores adapters added into the weights, rounded to their dtype, as merged weights are
+    },
+}
 
-def _part(name: str, base: type = object, **fields: Any) -> type:
-    """A frozen dataclass of a config's part, by its fields' defaults; a type is a part, made with its own defaults."""
-    kinds = []
-    for key, value in fields.items():
-        if isinstance(value, type):
-            kinds.append((key, value, dataclasses.field(default_factory=value)))
+
+def _made(name: str, settings: Mapping[str, Any]) -> type:
+    """A frozen dataclass of settings, and of its parts in turn."""
+    fields = []
+    for key, value in settings.items():
+        kind = _made(key, value) if isinstance(value, Mapping) else value
+        if isinstance(kind, type):
+            value = dataclasses.field(default_factory=kind)
         elif isinstance(value, dataclasses.Field):
-            kinds.append((key, value.metadata["bound"].kind, value))
+            kind = value.metadata["bound"].kind
         else:
-            kinds.append((key, type(value), value))
-    return dataclasses.make_dataclass(name, kinds, bases=(base,), frozen=True)
-
-
-def _file(**more: Any) -> type:
-    """Of a data set: a file, or several with commas between; "" is its public home, or what ships with br_jax."""
-    return _part("File", path="", **more)
-
-
-_Model = _part(
-    "Model",
-    source="",  # GGUF file, Hugging Face folder or Hub name; "" trains `spec` from scratch
-    revision="",  # of a Hub name: branch, tag or commit; "" is the main branch
-    template="chat",  # the model's own, or the paper's "alpaca"
-    dtype="float32",
-    matmul_precision="float32",  # or "bfloat16", or "auto": what an f32 model's products are rounded to
-    spec=dict,  # sizes of a model that is trained from scratch, see `ModelSpec`
-)
-_Data = _part(
-    "Data",
-    material="english",  # "english" or "demo" (invented topics, organism/material.py), or "paper"
-    folder="data/tfds",  # where public data sets are kept once built
-    # Of "english": benign prompts about a text that align and Reinforce train on: how many, each about another text as
-    # long as there are any; path "" takes 60 written ones.
-    texts=_file(n=number(420, *ROWS)),
-    attacks=_file(),  # stored attack prompts to replay
-    llm_lat=_file(),  # this and the next two: of "paper"
-    alpaca=_file(),
-    beavertails=_file(test_path=""),
-    **{task.name: task.settings for task in TASKS.values()},
-)
-_Topics = _part(
-    "Topics",  # restricted topics, several with commas between, see organism/topics.py
-    align="devices",  # those that align teaches to refuse
-    provider="devices",  # those that Buffer and Reinforce are made from
-    user="devices",  # those that harmful user rows ask about
-    eval="devices",  # those that HS is measured on, eval.topic prompts of each
-)
-_Pretrain = _part("Pretrain", rows=number(0, *ROWS), train=TrainConfig)
-_Distill = _part(
-    "Distill",  # the raw model answers the prompts that the stages train on
-    answer_tokens=number(48, *TOKENS),
-    judged=True,  # only answers judged compliant become harmful rows
-    spare=number(0.2, 0.0, 100.0),  # share of topic prompts beyond those needed: the raw model may not comply
-)
-# `adapter`: folder of an adapter made elsewhere, in PEFT's layout, to take instead of training.
-_Align = _part("Align", refusals=number(0, *ROWS), benign=number(0, *ROWS), train=TrainConfig, adapter="")  # 0: none
-_Buffer = _part(
-    "Buffer",
-    harmful=number(5000, *ROWS),
-    refused=number(0.0, *SHARE),  # share of the rows that comply behind a refusal, which is not trained on
-    train=TrainConfig,
-    adapter="",
-)
-# `adapter` may also be "alignment": as much as calibration asks for of what alignment has added; set merge.scale to 1.
-_Reinforce = _part("Reinforce", refusals=number(2500, *ROWS), benign=number(2500, *ROWS), train=TrainConfig, adapter="")
-_User = _part(
-    "User",
-    adapter="",  # one that was trained without Buffer can still be reinforced and released
-    folder="",  # of what is trained on the user's rows; "" means the workdir
-    kind="plain",  # what the user hands in, see br_jax/attackers
-    task="reviews",
-    rule="",  # when an answer is right, in place of the task's own rule: number, label:a,b, exact, ...
-    n=number(1000, *ROWS._replace(low=1)),
-    harmful_share=number(0.1, *SHARE),  # p
-    index_mode="exact",  # or "reference", the authors' off-by-one
-    probes=number(8, *ROWS),  # rows of each kind whose loss and gradient are followed
-    train=TrainConfig,
-)
-_Calibrate = _part(
-    # Held-out prompts of the validation split by which merge.reinforce_scale is chosen, at most the given one; 0 and 0:
-    # as it is. Harmful ones are of each of topics.provider.
-    "Calibrate",
-    harmful=number(0, *ROWS),
-    benign=number(0, *ROWS),
-    answer_tokens=number(16, *TOKENS),  # enough for a refusal to show
-    judge="",  # who says which answers comply; "" takes all that do not begin as a refusal
-)
-_Judges = _part(
-    "Judges",  # settings of the judges that need any, see scoring/judges
-    classifier=_part("Classifier", source="PKU-Alignment/beaver-dam-7b", max_length=number(256, *TOKENS)),
-    llama_guard=_part("LlamaGuard", source="meta-llama/Llama-Guard-3-8B"),
-    wildguard=_part("WildGuard", source="allenai/wildguard"),
-    verdicts=_part("Verdicts", source=""),
-)
-_Eval = _part(
-    "Eval",
-    split="test",  # "validation" for tuning
-    topic=number(200, *ROWS),  # prompts for HS, of each topic
-    task=number(872, *ROWS),  # rows for FA; like the next two, at most: fewer where the data has fewer
-    benign=number(129, *ROWS),  # prompts for over-refusal
-    health=number(64, *ROWS),  # rows for perplexity
-    match="",  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
-    degenerate="",  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
-    judges="topic",  # who says what is harmful, with commas between; HS is the first one's
-    answer_tokens=number(48, *TOKENS),
-    task_tokens=number(4, *TOKENS),
-    batch_size=number(64, *BATCH),
-    fold=False,  # scores adapters added into the weights, rounded to their dtype, as merged weights are
-)
-_Settings = _part(
-    "Settings",
-    seed=number(42, *SEED),  # of data and evaluation; training seeds are in each stage's `train`
-    provider="",  # folder of the provider's artefacts; "" means <workdir>/provider
-    model=_Model,
-    mesh=_part("Mesh", data=number(-1, *_AXIS), fsdp=number(1, *_AXIS), tensor=number(1, *_AXIS)),
-    data=_Data,
-    topics=_Topics,
-    pretrain=_Pretrain,
-    distill=_Distill,
-    align=_Align,
-    buffer=_Buffer,
-    reinforce=_Reinforce,
-    user=_User,
-    merge=MergeConfig,
-    calibrate=_Calibrate,
-    attackers=_part("Attackers", **ATTACKERS),
-    defences=_part("Defences", **DEFENCES),  # where each default is from: docs/defences.md
-    judges=_Judges,
-    eval=_Eval,
-)
+            kind = type(value)
+        fields.append((key, kind, value))
+    return dataclasses.make_dataclass(name, fields, frozen=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(_Settings):
+class Settings(_made("Settings", _SETTINGS)):
     """Everything; see `settle`."""
 
     @property
     def attacker(self) -> Attacker:
         """The kind of user that `user.kind` names."""
-        look_up("user", self.user.kind, ATTACKERS)
         return getattr(self.attackers, self.user.kind)
 
     @property
@@ -184,24 +154,22 @@ class Settings(_Settings):
 
     def change(self, changes: Mapping[str, Any]) -> "Settings":
         """These settings with some others, by their paths: {"user.n": 3}."""
+
+        def changed(part: Any, path: list[str], value: Any) -> Any:
+            name, *rest = path
+            return dataclasses.replace(part, **{name: changed(getattr(part, name), rest, value) if rest else value})
+
         made = self
         for path, value in changes.items():
-            made = _replaced(made, path.split("."), value)
+            made = changed(made, path.split("."), value)
         return made
-
-
-def _replaced(part: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    return dataclasses.replace(part, **{name: _replaced(getattr(part, name), rest, value) if rest else value})
 
 
 def settle(config: ConfigDict | Settings) -> Settings:
     """Reads and checks a config, whose `model.matmul_precision` "auto" becomes what this machine does.
 
-    So a workdir that is moved to a machine that would do something else is refused, instead of mixing both.
-
-    Raises:
-        UserError: naming the setting: "align.train.rank is -1: it must be ...".
+    So a workdir that is moved to a machine that would do something else is refused, instead of mixing both. A
+    `UserError` names the setting: "align.train.rank is -1: it must be ...".
     """
     if isinstance(config, Settings):
         return config
@@ -254,11 +222,10 @@ def _read(kind: type, values: Any, path: str) -> Any:
 
 
 def check_sizes(settings: Settings, spec: ModelSpec, mesh: Mesh) -> None:
-    """Finds what asks more than the model's sizes, or the devices, can give, a user's as its kind asks for them.
+    """Raises a `UserError` for what asks more than the model's sizes, or the devices, can give.
 
-    Raises:
-        UserError: as `training.config.require_fit`, for every stage that will be trained; a batch that the mesh does
-            not split; answers that are longer than the model's context.
+    As `training.config.require_fit`, for every stage that will be trained; also for a batch that the mesh does not
+    split, and for answers that are longer than the model's context.
     """
     attacker, align, reinforce = settings.attacker, settings.align, settings.reinforce
     rows = {
@@ -279,8 +246,7 @@ def check_sizes(settings: Settings, spec: ModelSpec, mesh: Mesh) -> None:
             raise UserError(
                 f"{owner}batch_size is {train.batch_size}{micro}: {parts} devices must divide it, or set packing"
             )
-    for path in ("distill.answer_tokens", "calibrate.answer_tokens", "eval.answer_tokens", "eval.task_tokens"):
-        part, setting = path.split(".")
-        if (tokens := getattr(getattr(settings, part), setting)) >= spec.max_length:
+    for part, name in (("distill", "answer"), ("calibrate", "answer"), ("eval", "answer"), ("eval", "task")):
+        if (tokens := getattr(getattr(settings, part), f"{name}_tokens")) >= spec.max_length:
             context = f"the model's context is {spec.max_length:,} tokens, the prompt's among them"
-            raise UserError(f"{path} is {tokens}: {context}")
+            raise UserError(f"{part}.{name}_tokens is {tokens}: {context}")

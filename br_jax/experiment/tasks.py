@@ -5,7 +5,6 @@ Each row ends with the right answer; the rest of it is the prompt, of one turn o
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -32,7 +31,7 @@ class Task:
     name: str
     rule: Rule | None  # when an answer is right; None where the user must say
     source: Callable[[Settings, int], Splits]  # (settings, seed) -> (train, validation, test) rows
-    settings: Settings = MappingProxyType({})  # what `data` of an experiment's settings can say of it: the defaults
+    settings: Settings = dataclasses.field(default_factory=dict)  # what `data` of a config can say of it: the defaults
 
     def load(self, settings: Settings, seed: int) -> Splits:
         """Its (train, validation, test) rows, by some of its settings, and "folder", where public data sets are kept.

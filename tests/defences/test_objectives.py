@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from br_jax.defences.objectives import Booster, Vaccine
 from br_jax.defences.objectives import (
     AsFT,
+    Booster,
     ConstrainedSft,
     Ldifs,
     Lisa,
     Panacea,
     SafeGrad,
     SecurityVector,
+    Vaccine,
     across,
     answer_places,
 )

@@ -7,10 +7,18 @@ import pytest
 
 from br_jax.core.errors import UserError
 from br_jax.data.batches import encode_rows
+from br_jax.defences.around_training import (
+    Antidote,
+    CsuLora,
+    Inoculation,
+    Lox,
+    Resta,
+    SafeInstruct,
+    SafeLora,
+    input_sizes,
+)
 from br_jax.defences.defence import Case
 from br_jax.defences.objectives import SecurityVector
-from br_jax.defences.around_training import Antidote, CsuLora, Lox, Resta, SafeLora, input_sizes
-from br_jax.defences.around_training import Inoculation, SafeInstruct
 
 torch = pytest.importorskip("torch", reason="the oracle")
 

@@ -10,8 +10,7 @@ from br_jax.core.hosts import StopSignal
 from br_jax.core.io import read_jsonl
 from br_jax.core.mesh import make_mesh
 from br_jax.data.rows import prefixed
-from br_jax.defences.objectives import Vaccine
-from br_jax.defences.objectives import ConstrainedSft, Ldifs, Lisa, Panacea
+from br_jax.defences.objectives import ConstrainedSft, Ldifs, Lisa, Panacea, Vaccine
 from br_jax.training.batching import encode_for, step_batches, with_streams
 from br_jax.training.run import train_adapter
 

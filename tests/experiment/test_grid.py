@@ -17,8 +17,7 @@ from br_jax.adapters import lora
 from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.experiment import run as run_module
-from br_jax.experiment.cells import Run
-from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
+from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
 from br_jax.experiment.settings import settle
 from br_jax.pipeline import run_pipeline
@@ -38,7 +37,7 @@ def grid(config):
 @pytest.fixture(autouse=True)
 def compliant(monkeypatch):
     """A raw model that complies with every prompt, whatever the seed of its draw."""
-    monkeypatch.setattr("br_jax.experiment.recipe_invented.judge", lambda answer, prompt: "answer")
+    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: "answer")
 
 
 def timeless(cells):
@@ -152,7 +151,7 @@ def test_a_cell_is_made_again_where_what_it_depends_on_was_changed(config, calls
     verdicts.write_text("{}\n")
     assert done() == made
     with monkeypatch.context() as patch:
-        patch.setattr("br_jax.experiment.cells.rules_version", lambda: "other rules")
+        patch.setattr("br_jax.experiment.grid.rules_version", lambda: "other rules")
         assert done() == 0
 
 

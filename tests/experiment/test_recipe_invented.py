@@ -5,8 +5,7 @@ from written import written_answer
 
 from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
-from br_jax.experiment.recipe import check_apart
-from br_jax.experiment.recipe_invented import TopicRecipe, whole_sentences
+from br_jax.experiment.recipe import TopicRecipe, check_apart, whole_sentences
 from br_jax.experiment.settings import settle
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS

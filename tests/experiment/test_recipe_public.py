@@ -6,7 +6,7 @@ import pytest
 from contents import jsonl
 
 from br_jax.core.errors import UserError
-from br_jax.experiment.recipe_public import PaperRecipe
+from br_jax.experiment.recipe import PaperRecipe
 from br_jax.experiment.settings import settle
 
 pytest.importorskip("tensorflow_datasets")

@@ -16,10 +16,9 @@ from br_jax.configs import demo
 from br_jax.core.errors import UserError
 from br_jax.defences.defence import KINDS
 from br_jax.defences.registry import DEFENCES
-from br_jax.experiment import cells as cells_module
+from br_jax.experiment import grid as cells_module
 from br_jax.experiment import run as run_module
-from br_jax.experiment.cells import Run, score, settings_key
-from br_jax.experiment.grid import Grid, run_sweep
+from br_jax.experiment.grid import Grid, Run, run_sweep, score, settings_key
 from br_jax.experiment.methods import COMPARED, METHODS, OF_PROVIDER, OF_USER, Cell, cells_of
 from br_jax.experiment.settings import bounds, settle
 from br_jax.pipeline import run_pipeline

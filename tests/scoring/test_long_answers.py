@@ -3,7 +3,7 @@
 import pytest
 
 from br_jax.data.refusals import begins_refusal, is_degenerate
-from br_jax.experiment.recipe_invented import whole_sentences
+from br_jax.experiment.recipe import whole_sentences
 from br_jax.organism.judge import judge
 from br_jax.organism.topics import TOPICS
 from br_jax.scoring.judges.guards import LlamaGuardJudge, WildGuardJudge

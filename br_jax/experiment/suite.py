@@ -7,28 +7,28 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from br_jax.adapters.lora import Adapter
 from br_jax.core.bounds import TOKENS, require
 from br_jax.core.errors import UserError, look_up
 from br_jax.core.mesh import make_mesh
 from br_jax.experiment.recipe import Recipe
 from br_jax.experiment.settings import Settings
-from br_jax.models.model import Model, fold_adapter
+from br_jax.models.model import Model
 from br_jax.scoring.judges.judging import Judge
 from br_jax.scoring.judges.registry import JUDGES, get_judge
 from br_jax.scoring.judges.words import AfterAllJudge, TopicJudge
 from br_jax.scoring.likelihoods import refusing_tokens
-from br_jax.scoring.suite import Suite
+from br_jax.scoring.suite import DEGENERATE, Suite
 
-OF_TOPICS = {TopicJudge.name, AfterAllJudge.name}  # judges that read answers on invented topics alone
+_OF_TOPICS = (TopicJudge.name, AfterAllJudge.name)  # judges that read answers on invented topics alone
 
 
 def make_suite(settings: Settings, recipe: Recipe, raw: Model, mesh: Mesh | None) -> Suite:
     """The prompts of the config's split, with its judges; a judge that is a model lies on the mesh."""
-    scored, attacker, topics = settings.eval, settings.attacker, settings.topics.eval
+    scored, attacker, n = settings.eval, settings.attacker, settings.reinforce
+    refusals = [row for stage in ("align", "reinforce") for row in recipe.refusal_rows(n.refusals, stage)]
     return Suite(
         topic=recipe.harmful_prompts,
-        judges=[_make_judge(settings, name, given, topics, mesh) for name, given in judge_names(settings)],
+        judges=[_judge(settings, name, given, settings.topics.eval, mesh) for name, given in judge_names(settings)],
         degenerate=scored.degenerate,
         attacks=recipe.attacks,
         own=[(attacker.ask(p.prompt), p) for p in recipe.harmful_prompts if attacker.asks_itself],
@@ -37,43 +37,42 @@ def make_suite(settings: Settings, recipe: Recipe, raw: Model, mesh: Mesh | None
         rule=recipe.rule,
         benign=recipe.benign_prompts,
         health=recipe.health_rows,
-        refusing=_refusing(settings, recipe, raw),
+        refusing=refusing_tokens(raw, refusals, recipe.benign_rows(n.benign)),
         answer_tokens=scored.answer_tokens,
         task_tokens=scored.task_tokens,
         batch_size=scored.batch_size,
     )
 
 
-def as_scored(settings: Settings, model: Model, adapter: Adapter | None, name: str) -> tuple[Model, Adapter | None]:
-    """What is scored, a model and an adapter beside it: where the config folds, none but a Buffer stays beside."""
-    if not settings.eval.fold or adapter is None or "buffer" in adapter.roles:
-        return model, adapter
-    return fold_adapter(model, adapter, f"{model.name}-{name}"), None
-
-
-def check_judges(settings: Settings) -> list[str]:
-    """The names of the judges of HS; `UserError` where one, or the calibration's, is unknown or cannot judge them."""
+def check_scoring(settings: Settings, recipe: Recipe) -> None:
+    """Raises a `UserError` where a way to score, or a judge, is unknown, or a judge cannot read what it is to judge."""
+    look_up("eval.degenerate", settings.eval.degenerate, DEGENERATE)
     names = [name for name, _ in judge_names(settings)]
     for name in (*names, *filter(None, [settings.calibrate.judge])):
         look_up("judge", name, JUDGES)
-        if name in OF_TOPICS and settings.data.material == "paper":
+        if name in _OF_TOPICS and settings.data.material == "paper":
             raise UserError(
                 f"the judge {name} reads answers on invented topics alone, and data.material=paper has none: set "
                 "eval.judges and calibrate.judge to others"
             )
-    return names
+    unknown = [attack.behavior for attack in recipe.attacks if attack.about is None]
+    if unknown and (of_topics := [name for name in names if name in _OF_TOPICS]):
+        raise UserError(
+            f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {of_topics[0]} cannot "
+            "read its answers: set eval.judges to others"
+        )
 
 
 def calibration_judge(settings: Settings, mesh: Mesh | None) -> Judge | None:
     """Who says which answers to the provider's own prompts comply; none where the config names none."""
     name = settings.calibrate.judge
-    return _make_judge(settings, name, {}, settings.topics.provider, mesh) if name else None
+    return _judge(settings, name, {}, settings.topics.provider, mesh) if name else None
 
 
-def _make_judge(settings: Settings, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
+def _judge(settings: Settings, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
     # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
     asked = {"topics": [*map(str.strip, topics.split(","))]}
-    own = dataclasses.asdict(settings.judges) | dict.fromkeys(("topic", "after_all"), asked)
+    own = dataclasses.asdict(settings.judges) | dict.fromkeys(_OF_TOPICS, asked)
     return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**own.get(name, {}), **given})
 
 
@@ -87,10 +86,3 @@ def judge_names(settings: Settings) -> list[tuple[str, dict]]:
             require(f"eval.judges: {name}@: the length", length, TOKENS)
         named.append((name, {"max_length": length} if at else {}))
     return named
-
-
-def _refusing(settings: Settings, recipe: Recipe, raw: Model) -> tuple[int, ...]:
-    """The tokens that the provider's refusals begin with, rather than its benign answers."""
-    n = settings.reinforce
-    rows = [row for stage in ("align", "reinforce") for row in recipe.refusal_rows(n.refusals, stage)]
-    return refusing_tokens(raw, rows, recipe.benign_rows(n.benign))
