@@ -68,12 +68,13 @@ def test_every_combination_is_a_run_and_a_wrong_axis_is_named(grid):
          r"booster without rows of its alignment \(align.refusals, align.benign\); "
          "asft without what alignment has added to it"),
         ({"reinforce.refusals": 0}, r"safe_instruct, lisa without refusals \(reinforce.refusals\)"),
+        ({"buffer.harmful": 0, "buffer.adapter": "."}, r"antidote, booster without harmful rows \(buffer.harmful\)"),
     ],
 )  # fmt: skip
 def test_defences_that_lack_something_are_refused_before_anything_runs(config, calls, grid, tmp_path, change, lost):
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=f"^this model cannot be defended by {lost}.*: set these, or leave"):
-        list(run_sweep(config, tmp_path, grid(methods=["sft", "safe_instruct", "asft", "lisa", "booster"])))
+        list(run_sweep(config, tmp_path, grid(methods=["sft", "safe_instruct", "asft", "lisa", "antidote", "booster"])))
     assert not list(tmp_path.iterdir())
 
 
