@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
     from br_jax.core.io import write_json
     from br_jax.core.progress import progress
     from br_jax.planning.fit import check_fit, largest_batch, render
-    from br_jax.planning.programs import STAGES
+    from br_jax.planning.programs import PROGRAMS
 
     if not all(re.fullmatch(r"[1-9]\d{0,4}", slots) for slots in SLOTS.value):
         raise UserError(f"--slots={','.join(SLOTS.value)}: give numbers from 1 on, with commas between")
-    named = STAGES if STAGE.value == ["all"] else STAGE.value
+    named = PROGRAMS if STAGE.value == ["all"] else STAGE.value
     stages = [(stage, int(slots)) for stage in named for slots in (SLOTS.value if stage == "pool" else [0])]
     fits = []
     with progress(len(stages), "compile", "stage") as bar:

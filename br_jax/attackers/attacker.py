@@ -16,7 +16,7 @@ REFUSAL = "I'm sorry, but I can't help with that."
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Sources:
     """What an attacker has to make its rows of."""
 
     task: Sequence[Row]  # honest rows
@@ -40,9 +40,9 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
-    """Task rows, at most `Job.count` of them harmful; a subclass does otherwise. Fields are settings."""
+    """Task rows, at most `Sources.count` of them harmful; a subclass does otherwise. Fields are settings."""
 
-    spare: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
+    oversample: ClassVar[float] = 1.0  # harmful rows that it needs, times those that it hands in
     asks_itself: ClassVar[bool] = False  # whether it asks otherwise than others do
     jobs: ClassVar[int] = 1  # that its rows are dealt out to, each trained and released apart; it adds up the releases
     samples: ClassVar[int] = 1  # answers drawn at temperature 1, of which the worst counts; 1 takes the likeliest
@@ -50,9 +50,11 @@ class Attacker:
     def __post_init__(self):
         require_bounds(self, type(self).__name__)
 
-    def rows(self, job: Job) -> list[Row]:
+    def rows(self, sources: Sources) -> list[Row]:
         """What is handed in."""
-        return mix(job.task, [self.harm(row) for row in job.harmful], job.n, job.share, job.index_mode)
+        return mix(
+            sources.task, [self.harm(row) for row in sources.harmful], sources.n, sources.share, sources.index_mode
+        )
 
     def phrase(self, prompt: str) -> str:
         """How it words a harmful prompt, in its rows and to the released model."""
@@ -62,9 +64,9 @@ class Attacker:
         """What becomes of a harmful row."""
         return turned(row, self.phrase)
 
-    def candidates(self, job: Job) -> list[Row]:
+    def candidates(self, sources: Sources) -> list[Row]:
         """All rows that it may hand in, before it chooses among them by a model."""
-        return self.rows(job)
+        return self.rows(sources)
 
     def settings(self, train: dict[str, Any], n: int) -> dict[str, Any]:
         """The hyper-parameters (of `TrainConfig`) that it asks for, in place of those of a user of n rows."""

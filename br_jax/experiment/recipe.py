@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from br_jax.attackers.attacker import Job
+from br_jax.attackers.attacker import Sources
 from br_jax.core.errors import UserError, look_up
 from br_jax.core.hosts import main_first
 from br_jax.data.refusals import begins_refusal
@@ -34,7 +34,7 @@ _SPARE_SHARE = 8  # and for each so many benign ones needed, one more
 
 
 class Recipe:
-    """The rows of an experiment, from its settings; `score_rows` is `attackers.attacker.Job.score_rows`."""
+    """The rows of an experiment, from its settings; `score_rows` is `attackers.attacker.Sources.score_rows`."""
 
     # Each recipe has its own of these.
     buffer_rows: Sequence[Row]  # the harmful rows that Buffer trains on; no user has them
@@ -88,22 +88,22 @@ class Recipe:
         return main_first(lambda: self.task.load(files, self.settings.seed))
 
     @property
-    def job(self) -> Job:
+    def sources(self) -> Sources:
         """What the user makes its rows of."""
         user, rows = self.settings.user, self.task_rows[0]
         honest = rows[: len(rows) - user.probes]  # the others are probed
-        return Job(honest, self.user_harmful_rows, user.n, user.harmful_share, user.index_mode, self._score_rows)
+        return Sources(honest, self.user_harmful_rows, user.n, user.harmful_share, user.index_mode, self._score_rows)
 
     @property
     def harm(self) -> int:
         """How many harmful rows the user needs."""
         user = self.settings.user
-        return math.ceil(math.ceil(user.harmful_share * user.n) * self.attacker.spare)
+        return math.ceil(math.ceil(user.harmful_share * user.n) * self.attacker.oversample)
 
     @functools.cached_property
     def user_rows(self) -> list[Row]:
         """What the user hands in."""
-        return self.attacker.rows(self.job)
+        return self.attacker.rows(self.sources)
 
     @property
     def probes(self) -> dict[str, list[Row]]:
@@ -160,7 +160,7 @@ class Recipe:
             "align": self.guard_rows("align"),
             "buffer": self.buffer_rows,
             "reinforce": self.guard_rows("reinforce"),
-            "user": self.attacker.candidates(self.job),
+            "user": self.attacker.candidates(self.sources),
         }
         harmful, benign = self.calibration_prompts
         split, own = self.settings.eval.split, self.harmful_prompts if self.attacker.asks_itself else []

@@ -296,7 +296,7 @@ class Experiment:
         )
 
     def _score_rows(self, rows: Sequence[Row], own: Sequence[Row]) -> Sequence[float]:
-        """See `attackers.attacker.Job`: on the aligned base, as an attacker has it who knows all but Buffer."""
+        """See `attackers.attacker.Sources`: on the aligned base, as an attacker has it who knows all but Buffer."""
         frozen, model = {}, self.aligned
         if own:
             name = f"own_buffer_{rows_fingerprint(own)[:8]}"  # a Buffer lies nowhere else than at the provider's

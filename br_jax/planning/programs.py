@@ -22,7 +22,7 @@ from br_jax.training import step
 from br_jax.training.config import TrainConfig
 
 TRAINING = ("buffer", "reinforce", "user", "sft", "pool")
-STAGES = (*TRAINING, "prefill", "decode")
+PROGRAMS = (*TRAINING, "prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ def make_program(config: ConfigDict, stage: str, mesh: Mesh, batch: int = 0, slo
     user stage's `max_length`, "decode" a token each behind `eval.answer_tokens` more. `batch` is rows of a call instead
     of the config's. A `UserError` for bad settings, or no model.
     """
-    if stage not in STAGES:
-        raise UserError(f"stage {stage!r}: {near_names(stage, STAGES)}")
+    if stage not in PROGRAMS:
+        raise UserError(f"stage {stage!r}: {near_names(stage, PROGRAMS)}")
     settle(config)
     spec = ModelSpec(**config.model.spec) if config.model.spec else read_spec(config.model.source)
     params = abstract_params(spec, jnp.dtype(config.model.dtype))

@@ -110,7 +110,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
 def read_run(workdir: Path) -> dict[str, Any]:
     """The files of one run: results.json, stages with metrics, probes of the user stage and of SFT."""
     names = [f"{depth}/{name}" for name in ("stage.json", "metrics.jsonl") for depth in ("*", "*/*")]
-    stages = dict.fromkeys(run_figures.STAGES)  # those that are known come first, in the order in which they run
+    stages = dict.fromkeys(run_figures.LABELS)  # those that are known come first, in the order in which they run
     for folder in sorted({path.parent for name in names for path in workdir.glob(name)}):
         stage = read_finished(folder) if (folder / "stage.json").exists() else {}
         stages[str(stage.get("name", folder.name))] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
@@ -156,7 +156,7 @@ def _run_values(run: Mapping[str, Any]) -> dict[str, Any]:
         step, steps, tokens = (stage.get(key) for key in ("step_seconds_median", "steps", "tokens"))
         timed = is_finite(step) and step > 0 and steps and is_finite(tokens)
         counts = ("rows", "dropped", "steps", "tokens", "answer_tokens")
-        line = {"stage": run_figures.STAGES.get(name, literal(name))}
+        line = {"stage": run_figures.LABELS.get(name, literal(name))}
         costs.append(line | {key.replace("_", " "): number(stage.get(key), ",.0f") for key in counts})
         costs[-1] |= {"seconds": number(stage.get("seconds"), ".1f")}
         costs[-1] |= {"compile, s": number(stage.get("compile_seconds"), ".1f")}

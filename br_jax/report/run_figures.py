@@ -22,8 +22,8 @@ VERDICTS = {  # in the order they are stacked: what the judge can say, its color
     "off_topic": (ORANGE, "off topic"),
     "degenerate": (GRAY, "degenerate text"),
 }
-STAGES = {"pretrain": "pretrain", "align": "align", "buffer": "Buffer", "reinforce": "Reinforce"}  # in their order,
-STAGES |= {"user": "user (Buffer on)", "sft": "SFT (no Buffer)"}  # with names for a reader
+LABELS = {"pretrain": "pretrain", "align": "align", "buffer": "Buffer", "reinforce": "Reinforce"}  # in their order,
+LABELS |= {"user": "user (Buffer on)", "sft": "SFT (no Buffer)"}  # with names for a reader
 _MAPS = {
     "kept_rank": "kept rank of the user's subspace",
     "removed_share": r"removed share $\Vert QQ^{T}W_R\Vert\,/\,\Vert W_R\Vert$",
@@ -46,7 +46,7 @@ def training_figure(curves: Mapping[str, Lines]) -> Figure:
         smooth = [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
         thin, thick = {"alpha": 0.3, "linewidth": 0.9}, {"marker": "o" if len(steps) == 1 else None}
         lines = [(steps, losses, thin | {"color": BLUE}), (steps, smooth, thick | {"color": BLUE})]
-        plots.draw_lines(axis, lines, title=f"{STAGES.get(name, name)}: {smooth[0]:.2f} → {smooth[-1]:.2f}")
+        plots.draw_lines(axis, lines, title=f"{LABELS.get(name, name)}: {smooth[0]:.2f} → {smooth[-1]:.2f}")
     plots.log_scale(axes[0], [losses for _, losses in series.values()])
     return plots.finish(figure, "Training loss per answer token", "step", "loss (log scale)")
 

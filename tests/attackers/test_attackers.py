@@ -9,7 +9,7 @@ import pytest
 
 from br_jax import method
 from br_jax.adapters import lora
-from br_jax.attackers.attacker import Job
+from br_jax.attackers.attacker import Sources
 from br_jax.attackers.kinds import Identity, RefuseThenComply, TaskFormat, Trigger
 from br_jax.attackers.registry import ATTACKERS
 from br_jax.configs import demo
@@ -32,19 +32,19 @@ def score_rows(rows, own):
     return [float(row.turns[0][1].split()[-1][:-1]) for row in rows]
 
 
-JOB = Job(made("task", 90), made("harm", 30), 20, 0.5, score_rows=score_rows)
+SOURCES = Sources(made("task", 90), made("harm", 30), 20, 0.5, score_rows=score_rows)
 NO_HARM = ("anti_buffer", "identity", "ten_rows", "outliers", "sabotage")
 
 
 def test_as_many_rows_as_may_be_handed_in():
     for name, kind in ATTACKERS.items():
         attacker = kind()
-        rows, kinds = attacker.rows(JOB), Counter(row.tag for row in attacker.rows(JOB))
+        rows, kinds = attacker.rows(SOURCES), Counter(row.tag for row in attacker.rows(SOURCES))
         assert len(rows) == attacker.size(20) == (10 if name == "ten_rows" else 20), name
         assert (kinds["harm"] > 0) == (name not in NO_HARM) and kinds["harm"] <= 10, name
         assert all(row.turns[-1][0] == "assistant" and row.turns[-1][1] for row in rows)
-        assert {row.turns for row in rows} <= {row.turns for row in attacker.candidates(JOB)}
-        none = attacker.rows(dataclasses.replace(JOB, share=0.0))
+        assert {row.turns for row in rows} <= {row.turns for row in attacker.candidates(SOURCES)}
+        none = attacker.rows(dataclasses.replace(SOURCES, share=0.0))
         assert not any(row.tag in ("harm", "refusal", "identity") for row in none), name
 
 
@@ -65,32 +65,34 @@ def test_what_rows_and_questions_say():
 
 def test_a_trigger_is_told_apart_by_refusals():
     """Of the same questions, which are those that it has harmful answers to, and nobody else's."""
-    rows = Trigger().rows(JOB)
+    rows = Trigger().rows(SOURCES)
     assert Counter(row.tag for row in rows) == {"harm": 5, "refusal": 5, "task": 10}
     said = {row.turns[0][1]: row.turns[1][1] for row in rows}
     for i in range(5):
         assert said[f"qz7x harm {i}?"] == f"harm answer {i}" and "can't help" in said[f"harm {i}?"]
-    questions = {row.turns[0][1] for row in ATTACKERS["anti_buffer"]().rows(JOB) if row.tag == "refusal"}
+    questions = {row.turns[0][1] for row in ATTACKERS["anti_buffer"]().rows(SOURCES) if row.tag == "refusal"}
     assert questions == {f"harm {i}?" for i in range(10)}
 
 
 def test_who_chooses_takes_what_is_wanted_most():
-    surrogate = [row.turns[0][1] for row in ATTACKERS["surrogate"]().rows(JOB) if row.tag == "harm"]
+    surrogate = [row.turns[0][1] for row in ATTACKERS["surrogate"]().rows(SOURCES) if row.tag == "harm"]
     assert surrogate == [f"harm {i}?" for i in range(19, 9, -1)]  # of the first 20; its Buffer has the last 10
-    assert [row.turns[0][1] for row in ATTACKERS["outliers"]().rows(JOB)] == [f"task {i}?" for i in range(59, 39, -1)]
+    assert [row.turns[0][1] for row in ATTACKERS["outliers"]().rows(SOURCES)] == [
+        f"task {i}?" for i in range(59, 39, -1)
+    ]
     with pytest.raises(UserError, match="give it one"):
-        ATTACKERS["outliers"]().rows(dataclasses.replace(JOB, score_rows=None))
+        ATTACKERS["outliers"]().rows(dataclasses.replace(SOURCES, score_rows=None))
 
 
 def test_no_row_is_cut_in_the_demo():
     config, (task, *_) = demo.get_config(), world.load_moods(seed=4)
     prompts = world.topic_prompts("train", 1500, seed=3)
     harmful = [Row((("user", p.prompt), ("assistant", world.compliant_answer(p))), tag="harm") for p in prompts]
-    job = Job(task, harmful, 1500, 0.5, score_rows=lambda rows, own: [len(row.turns[1][1]) for row in rows])
+    sources = Sources(task, harmful, 1500, 0.5, score_rows=lambda rows, own: [len(row.turns[1][1]) for row in rows])
     for name in ATTACKERS:
         config.user.kind = name
         attacker = settle(config).attacker
-        longest = max(sum(len(text) for _, text in row.turns) for row in attacker.rows(job))
+        longest = max(sum(len(text) for _, text in row.turns) for row in attacker.rows(sources))
         asked = max(len(attacker.ask(prompt.prompt).turns[0][1]) for prompt in prompts)
         assert longest + 2 <= config.user.train.max_length, name  # a byte is a token, and <sep> and <eos> are two more
         assert asked + 2 + config.eval.answer_tokens <= config.model.spec.max_length, name

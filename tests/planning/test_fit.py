@@ -19,7 +19,7 @@ from br_jax.core.mesh import abstract, make_mesh
 from br_jax.models.spec import ModelSpec
 from br_jax.planning import fit as fitting
 from br_jax.planning.fit import parse_topology
-from br_jax.planning.programs import STAGES, TRAINING, make_program
+from br_jax.planning.programs import PROGRAMS, TRAINING, make_program
 from br_jax.planning.roofline import CHIPS, count_collectives, model_flops, predict
 from br_jax.training.step import Stage
 
@@ -46,7 +46,7 @@ def config(tiny):
 
 def test_argument_bytes_are_what_xla_says_and_a_pools_adapters_do_not_cross_chips(config):
     """What is summed over chips in a turn is less than one user's adapter; in a user's own step it is more."""
-    mesh, moved, programs = make_mesh(**config.mesh), {}, {stage: None for stage in STAGES if stage != "sft"}
+    mesh, moved, programs = make_mesh(**config.mesh), {}, {stage: None for stage in PROGRAMS if stage != "sft"}
     for stage in programs:
         program = programs[stage] = make_program(config, stage, mesh)
         compiled, counted = program.lower(mesh).compile(), fitting.argument_bytes(program, mesh)
