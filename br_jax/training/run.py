@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from br_jax.adapters import lora
 from br_jax.adapters.lora import Adapter
@@ -130,9 +132,14 @@ def keep_adapter(name: str, role: str, model: Model, adapter: Adapter, workdir: 
 
 def first_adapter(name: str, role: str, model: Model, config: TrainConfig) -> Adapter:
     """The adapter that a run of this name begins with."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 0 if config.same_start else zlib.crc32(name.encode()))
+    key = _key(np.uint32(config.seed), np.uint32(0 if config.same_start else zlib.crc32(name.encode())))
     shapes = lora.target_shapes(model.params, config.targets)
     return lora.init(key, shapes, config.rank, config.alpha, role, model.fingerprint)
+
+
+@jax.jit
+def _key(seed: Array, part: Array) -> Array:
+    return jax.random.fold_in(jax.random.key(seed), part)
 
 
 def trained_adapter(adapter: Adapter, trained: dict) -> Adapter:
