@@ -154,7 +154,7 @@ def best_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Any]]:
         u, sigma, v = np.linalg.svd(r_a @ r_b.mT, full_matrices=False)  # rows of v
         root = np.sqrt(sigma[:, None, :rank])
         sides = {"a": root * (q_a @ u[:, :, :rank]), "b": (root * (q_b @ v[:, :rank].mT)).mT}
-        weights[path] = {name: jnp.asarray(np.float32(side)) for name, side in sides.items()}
+        weights[path] = jax.device_put({name: np.float32(side) for name, side in sides.items()})
         whole[path], lost[path] = np.sum(sigma**2, axis=1), np.sum(sigma[:, rank:] ** 2, axis=1)
     total = [np.array([sum(map(np.sum, each.values()))]) for each in (lost, whole)]
     return adapter.replace(weights=weights, scale=jnp.float32(1)), {

@@ -65,7 +65,7 @@ def init(key: Array, shapes: Mapping[str, Shape], rank: int, alpha: float, role:
     """
     require(f"adapter {role!r}: rank", rank, RANK)
     require(f"adapter {role!r}: alpha", alpha, ALPHA)
-    return Adapter(_draw(key, tuple(shapes.items()), rank), jnp.asarray(np.float32(alpha / rank)), (role,), base)
+    return Adapter(_draw(key, tuple(shapes.items()), rank), jax.device_put(np.float32(alpha / rank)), (role,), base)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -350,11 +350,8 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
     """
     planned, seconds, seen = [], Counter(), set()
     for settings, folder, known in _plan(base, workdir, grid, shard):
-        attacker, user, left = (
-            settings.attacker,
-            settings.user,
-            [cell for cell, file in known.items() if not file.record],
-        )
+        attacker, user = settings.attacker, settings.user
+        left = [cell for cell, file in known.items() if not file.record]
         for file in known.values():
             seconds[folder] += file.record.get("seconds", 0) if file.record else 0
         needed = {name for cell in left for name in METHODS[cell.method].needs}

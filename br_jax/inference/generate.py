@@ -167,9 +167,8 @@ def generate_batches(
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters)
     copies = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
-    decoding = (
-        _unstack(decoder, variables) if copies else variables
-    )  # other platforms copy no layers, see models.decoder
+    # Other platforms copy no layers, see models.decoder.
+    decoding = _unstack(decoder, variables) if copies else variables
     prefix, head = run_prefix(decoder, variables, encoded, count)
     sampling = None
     if temperature > 0:
