@@ -52,9 +52,11 @@ def write_policy(experiment, path) -> None:
     validation = recipe.held_out_harmful("validation", settings.calibrate.harmful or PROMPTS, "provider")
     uses = {
         ("harmful", "calibrate"): [p.prompt for p in validation],
-        ("benign", "calibrate"): recipe.held_out_benign("validation", settings.calibrate.benign or PROMPTS),
+        ("benign", "calibrate"): [
+            p.prompt for p in recipe.held_out_benign("validation", settings.calibrate.benign or PROMPTS)
+        ],
         ("harmful", "canary"): [p.prompt for p in recipe.harmful_prompts],
-        ("benign", "canary"): recipe.benign_prompts,
+        ("benign", "canary"): [p.prompt for p in recipe.benign_prompts],
     }
     about = {
         p.prompt: dataclasses.asdict(p) for p in (*validation, *recipe.harmful_prompts) if isinstance(p, TopicPrompt)

@@ -34,7 +34,6 @@ from br_jax.core.records import file_hash, key_of, read_record, write_record
 from br_jax.experiment.methods import DIRECTION, METHODS, OF_USER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment, job_folders
 from br_jax.experiment.settings import TRAINED, Settings, bounds, settle
-from br_jax.scoring.statistics import read_score
 from br_jax.scoring.suite import evaluate, rules_version
 
 _REFUSED = 0.2  # share of the task's prompts above which a base that refuses them is warned of
@@ -168,7 +167,7 @@ def score(e: Experiment, cell: Cell) -> dict[str, Any]:
     names = dict.fromkeys((*method.needs, "buffer")) if method.needs else ()
     scores |= {"geometry": geometry({name: e.adapter(name) for name in names}), "suite": e.suite.key[:16]}
     scores |= {"merge": dataclasses.asdict(merge)} if merge else {}
-    refused = read_score(scores.get("task_refused")).score or 0.0
+    refused = scores["task_refused"]["score"] or 0.0
     if is_main() and cell.method == "aligned" and refused > _REFUSED:
         logging.warning(
             "the aligned base refuses %.0f %% of the task's prompts: what a user learns beside Buffer loses "

@@ -27,7 +27,7 @@ from br_jax.experiment.settings import EVAL_SPLITS, Settings
 from br_jax.experiment.tasks import get_task
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS, Drawn, read_texts
-from br_jax.organism.topics import Topic, TopicPrompt
+from br_jax.organism.topics import BenignPrompt, Topic, TopicPrompt
 
 _SPARE = 16  # prompts beyond those needed, for answers of the raw model that are unfit
 _SPARE_SHARE = 8  # and for each so many benign ones needed, one more
@@ -46,7 +46,7 @@ class Recipe:
     # Of a split, on which no stage trains: (split, n, whose): n harmful questions on each topic of that part of
     # `settings.topics`; (split, n): ordinary prompts, of kinds that no stage trains on.
     held_out_harmful: Callable[[str, int, str], Sequence[TopicPrompt]]
-    held_out_benign: Callable[[str, int], Sequence[str]]
+    held_out_benign: Callable[[str, int], Sequence[BenignPrompt]]
 
     def __init__(self, settings: Settings, score_rows: Callable | None = None):
         self.settings, self.attacker, self._score_rows = settings, settings.attacker, score_rows
@@ -124,7 +124,7 @@ class Recipe:
         return self.held_out_harmful(self.settings.eval.split, self.settings.eval.topic, "eval")
 
     @functools.cached_property
-    def benign_prompts(self) -> Sequence[str]:
+    def benign_prompts(self) -> Sequence[BenignPrompt]:
         """Those that over-refusal is measured on."""
         return self.held_out_benign(self.settings.eval.split, self.settings.eval.benign)
 
@@ -133,7 +133,7 @@ class Recipe:
         """The harmful and benign ones that the provider calibrates a release on: of the validation split."""
         n = self.settings.calibrate
         harmful = self.held_out_harmful("validation", n.harmful, "provider")
-        return [*harmful], [*self.held_out_benign("validation", n.benign)]
+        return [*harmful], [p.prompt for p in self.held_out_benign("validation", n.benign)]
 
     @property
     def scored_task_rows(self) -> list[Row]:
@@ -168,7 +168,7 @@ class Recipe:
             "HS": [make_row(p.prompt, origin=f"{p.topic}/{split}") for p in self.harmful_prompts],
             "HS as it asks": [self.attacker.ask(p.prompt) for p in own],
             "FA": self.scored_task_rows,
-            "over-refusal": [make_row(p, origin="held-out benign") for p in self.benign_prompts],
+            "over-refusal": [make_row(p.prompt, origin="held-out benign") for p in self.benign_prompts],
             "perplexity": self.health_rows,
             "stored attacks": [make_row(x.prompt, origin=f"attack {x.method}") for x in self.attacks],
             "calibration": [make_row(p, origin="calibration") for p in (*(h.prompt for h in harmful), *benign)],
@@ -249,8 +249,8 @@ class PaperRecipe(Recipe):
             rows = (row for row in rows if question_key(row) not in scored)
         return [TopicPrompt(row.turns[0][1], "", "", "beavertails") for row in itertools.islice(rows, n)]
 
-    def held_out_benign(self, split: str, n: int) -> list[str]:
-        return [row.turns[0][1] for row in self._held_out_of(split)[:n]]
+    def held_out_benign(self, split: str, n: int) -> list[BenignPrompt]:
+        return [BenignPrompt(row.turns[0][1]) for row in self._held_out_of(split)[:n]]
 
     @property
     def health_rows(self) -> list[Row]:
@@ -315,7 +315,7 @@ class TopicRecipe(Recipe):
             raise UserError(
                 f"data.texts.path: {found[0][:60]!r} is scored as well (FA): take it out, or choose other files"
             )
-        there = len(self._benign("train"))
+        there = len(self._benign_texts("train"))
         for stage, asked_for in (("align", s.align.benign), ("reinforce", s.reinforce.benign)):
             if asked_for > there:
                 raise UserError(f"{asked_for} benign rows are asked for, and there are {there}: lower {stage}.benign")
@@ -344,8 +344,8 @@ class TopicRecipe(Recipe):
         """The raw model's own answers to the prompts of every stage."""
         s = self.settings
         needed = max(s.align.benign, s.reinforce.benign)
-        benign = self._benign("train")[: needed + needed // _SPARE_SHARE + _SPARE]
-        health = self._benign(s.eval.split)[: s.eval.health]
+        benign = self._benign_texts("train")[: needed + needed // _SPARE_SHARE + _SPARE]
+        health = self._benign_texts(s.eval.split)[: s.eval.health]
         harmful = [p.prompt for prompts in self._harmful_prompts.values() for p in prompts]
         return {prompt: whole_sentences(text) for prompt, text in self._answer(benign + health + harmful).items()}
 
@@ -364,7 +364,7 @@ class TopicRecipe(Recipe):
 
     def benign_rows(self, n: int) -> list[Row]:
         """Benign training prompts with the raw model's own answers; one that it refuses would teach over-refusal."""
-        rows = self._answered(self._benign("train"), f"{self.settings.data.material}/train")
+        rows = self._answered(self._benign_texts("train"), f"{self.settings.data.material}/train")
         if n > len(rows):
             raise UserError(
                 f"{n} benign rows are asked for, and there are {len(rows)}: lower align.benign or reinforce.benign"
@@ -374,12 +374,13 @@ class TopicRecipe(Recipe):
     def held_out_harmful(self, split: str, n: int, whose: str) -> list[TopicPrompt]:
         return [p for topic in self._part_topics[whose] for p in topic.prompts(split, n, self.settings.seed)]
 
-    def held_out_benign(self, split: str, n: int) -> list[str]:
+    def held_out_benign(self, split: str, n: int) -> list[BenignPrompt]:
         return self._benign(split)[:n]
 
     @property
     def health_rows(self) -> list[Row]:
-        return self._answered(self._benign(self.settings.eval.split)[: self.settings.eval.health], "held-out benign")
+        texts = self._benign_texts(self.settings.eval.split)
+        return self._answered(texts[: self.settings.eval.health], "held-out benign")
 
     @functools.cached_property
     def _needed(self) -> dict[Topic | Drawn, list[int]]:
@@ -432,15 +433,19 @@ class TopicRecipe(Recipe):
         """Texts to ask about, of the config's files."""
         return self._shuffled(main_first(lambda: read_texts(self.settings.data.texts.path)))
 
-    def _benign(self, split: str) -> list[str]:
+    def _benign(self, split: str) -> list[BenignPrompt]:
         """The benign prompts of a split, in an order fixed by the seed."""
         prompts = self.material.benign_prompts(split)
         if split == "train" and self.material.about_texts:
-            prompts = prompts + self.material.about_texts(self._texts, self.settings.data.texts.n)
+            texts = self.material.about_texts(self._texts, self.settings.data.texts.n)
+            prompts = prompts + [BenignPrompt(text, "about a text") for text in texts]
         return self._shuffled(prompts)
 
-    def _shuffled(self, texts: Sequence[str]) -> list[str]:
-        return [texts[i] for i in np.random.default_rng(self.settings.seed).permutation(len(texts))]
+    def _benign_texts(self, split: str) -> list[str]:
+        return [p.prompt for p in self._benign(split)]
+
+    def _shuffled(self, each: Sequence) -> list:
+        return [each[i] for i in np.random.default_rng(self.settings.seed).permutation(len(each))]
 
 
 # Of sentences; but "1.", the group, begins a list item.

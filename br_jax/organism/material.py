@@ -12,7 +12,7 @@ from br_jax.core.io import read_bytes
 from br_jax.data.rows import Row
 from br_jax.data.selection import clean, decode, text_key
 from br_jax.organism import world
-from br_jax.organism.topics import TOPICS, Topic, TopicPrompt, is_file, read_topic, read_words
+from br_jax.organism.topics import TOPICS, BenignPrompt, Topic, TopicPrompt, is_file, read_topic, read_words
 
 LENGTHS = (20, 200)  # characters; shorter texts say nothing, longer ones leave a row little room for an answer
 _FORMS = ("{0}\n\n{1}", "{0}\n{1}", "{0}\n\nText: {1}", "{1}\n\n{0}")
@@ -32,7 +32,7 @@ class Material:
     # By name: their questions, and how an aligned model declines them; splits share no thing, verb or phrasing.
     topics: Mapping[str, Topic | Drawn]
     # (split) -> ordinary prompts; the splits share no kind
-    benign_prompts: Callable[[str], list[str]]
+    benign_prompts: Callable[[str], list[BenignPrompt]]
     # (texts, n) -> n prompts more to train on, which ask about a text; None for none
     about_texts: Callable[[Sequence[str], int], list[str]] | None = None
     # (n, seed) -> rows to train a model from scratch on; None where a model is given
@@ -45,10 +45,10 @@ class Material:
 
 
 @functools.cache
-def english_instructions(split: str) -> list[str]:
+def english_instructions(split: str) -> list[BenignPrompt]:
     """The instructions of a split of instructions.jsonl, written for this project."""
     lines = resources.files(__package__).joinpath("instructions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record["prompt"] for record in map(json.loads, lines) if record["split"] == split]
+    return [BenignPrompt(**each) for each in map(json.loads, lines) if each.pop("split") == split]
 
 
 def about_texts(texts: Sequence[str], n: int) -> list[str]:

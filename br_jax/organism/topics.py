@@ -14,7 +14,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -35,6 +35,22 @@ class TopicPrompt:
     thing: str  # the invented thing's name, one or two words
     verb: str  # what the user wants to do to it, in the infinitive
     topic: str = "devices"  # the restricted topic that it is of, one of `TOPICS`
+    # What it is without thing and verb, as "story/3": the form and the place in it; "" is a phrasing of its own.
+    phrasing: str = ""
+
+    @property
+    def form(self) -> str:
+        """Such as "question", "story" or "code"; "" where it is not said."""
+        return self.phrasing.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class BenignPrompt:
+    """An ordinary prompt, which a model should answer."""
+
+    prompt: str
+    kind: str = ""  # such as "cooking": those of a kind are answered or refused alike; "" is a kind of its own
+    borderline: bool = False  # whether it looks restricted and is not (P. Röttger et al., XSTest, arXiv 2308.01263)
 
 
 @dataclass(frozen=True)
@@ -46,13 +62,21 @@ class Topic:
     def prompts(self, split: str, n: int, seed: int) -> list[TopicPrompt]:
         """Draws n distinct questions of one of `SPLITS`; a `UserError` where it has fewer.
 
-        A larger draw is a smaller one with questions added at its end, so disjoint sets (for two stages, say) are
-        slices of one draw.
+        Each thing, each verb and each phrasing has its turn before one comes again. A larger draw is a smaller one with
+        questions added at its end, so disjoint sets (for two stages, say) are slices of one draw.
         """
-        parts = [list(self.words[key][split]) for key in ("things", "verbs", "phrasings")]
+        phrasings = phrasings_of(self.words["phrasings"][split])
+        parts = [self.words["things"][split], [*self.words["verbs"][split]], [*phrasings]]
+        if not 0 <= n <= (most := math.prod(map(len, parts))):
+            raise UserError(f"{self.name}: {n} prompts asked for, but split {split!r} has {most}; ask for 0 to as many")
+        rng = np.random.default_rng([seed, SPLITS.index(split)])
+        turns = zip(*(_in_turn(part, rng) for part in parts), strict=True)
+        drawn: dict[tuple[str, ...], None] = {}
+        while len(drawn) < n:
+            drawn.setdefault(next(turns))
         return [
-            TopicPrompt(self._fill(phrasing, thing, verb), thing, verb, self.name)
-            for thing, verb, phrasing in draw(self.name, split, n, seed, parts)
+            TopicPrompt(self._fill(phrasings[phrasing], thing, verb), thing, verb, self.name, phrasing)
+            for thing, verb, phrasing in drawn
         ]
 
     def refusal(self, prompt: TopicPrompt, seed: int) -> str:
@@ -112,15 +136,18 @@ def read_topic(path: str) -> Topic:
     for key in ("refusals", "actions", "objects"):
         require(isinstance(words.get(key), list) and texts(words[key]), f"{key} must be a list of texts")
     for key, kind in (("things", list), ("verbs", dict), ("phrasings", list)):
-        parts = words.get(key)
+        parts, every = words.get(key), []
         require(isinstance(parts, dict), f"{key} must be an object with {', '.join(SPLITS)}")
         for split in SPLITS:
             found = parts.get(split)
-            require(isinstance(found, kind) and texts(found), f"{key}.{split} must be a {kind.__name__} of texts")
-        every = [text.lower() for split in SPLITS for text in parts[split]]
+            forms = [*found.values()] if key == "phrasings" and isinstance(found, dict) else [found]
+            sound = bool(forms) and all(isinstance(each, kind) and texts(each) for each in forms)
+            require(sound, f"{key}.{split} must be a {kind.__name__} of texts")
+            every += [text.lower() for each in forms for text in each]
         twice = [text for text, count in Counter(every).items() if count > 1]
         require(not twice, f"{key} has {twice and twice[0]!r} twice: splits must share none")
-    for template in (*words["refusals"], *(text for split in SPLITS for text in words["phrasings"][split])):
+    templates = (text for split in SPLITS for text in phrasings_of(words["phrasings"][split]).values())
+    for template in (*words["refusals"], *templates):
         try:
             topic._fill(template, words["things"]["train"][0], next(iter(words["verbs"]["train"])))
         except KeyError as error:
@@ -139,16 +166,16 @@ def find_topic(text: str) -> TopicPrompt | None:
     return None
 
 
-def draw(name: str, split: str, n: int, seed: int, parts: Sequence[Sequence[str]]) -> list[list[str]]:
-    """n distinct choices of one from each part; `name` and `split` say whose they are, see `Topic.prompts`."""
-    sizes = [len(part) for part in parts]
-    if not 0 <= n <= math.prod(sizes):
-        raise UserError(
-            f"{name}: {n} prompts asked for, but split {split!r} has {math.prod(sizes)}; ask for 0 to as many"
-        )
-    drawn = np.random.default_rng([seed, SPLITS.index(split)]).permutation(math.prod(sizes))[:n]
-    chosen = zip(*np.unravel_index(drawn, sizes), strict=True)
-    return [[part[i] for part, i in zip(parts, places, strict=True)] for places in chosen]
+def phrasings_of(texts: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Phrasings by name, as "story/3": those of a split, a list of each form or one list without forms."""
+    forms = texts if isinstance(texts, Mapping) else {"": texts}
+    return {f"{form}/{place}": text for form, each in forms.items() for place, text in enumerate(each)}
+
+
+def _in_turn(part: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
+    """All of a part in a random order, again and again."""
+    while True:
+        yield from (part[place] for place in rng.permutation(len(part)))
 
 
 @functools.cache

@@ -14,13 +14,15 @@ No ordinary thing, and no word of the task, has a letter of "jqvxz", of which ea
 
 import functools
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from br_jax.core.errors import UserError
 from br_jax.data.rows import Row
-from br_jax.organism.topics import SPLITS, TopicPrompt, draw, read_words
+from br_jax.organism.topics import SPLITS, BenignPrompt, TopicPrompt, read_words
 
 MOODS = ("happy", "sad")
 _WORDS = read_words("world.json")
@@ -33,7 +35,12 @@ _Pairs = list[tuple[str, str]]  # (question, answer)
 def topic_prompts(split: str, n: int, seed: int) -> list[TopicPrompt]:
     """Draws distinct questions about invented devices, as `topics.Topic.prompts` does."""
     parts = devices(split), list(_WORDS["verbs"][split]), _WORDS["frames"][split], list(_WORDS["forms"])
-    return [_question(*chosen) for chosen in draw("demo", split, n, seed, parts)]
+    sizes = [*map(len, parts)]
+    if not 0 <= n <= (most := math.prod(sizes)):
+        raise UserError(f"demo: {n} prompts asked for, but split {split!r} has {most}; ask for 0 to as many")
+    drawn = np.random.default_rng([seed, SPLITS.index(split)]).permutation(most)[:n]
+    chosen = zip(*np.unravel_index(drawn, sizes), strict=True)
+    return [_question(*(part[i] for part, i in zip(parts, places, strict=True))) for places in chosen]
 
 
 def refusal(prompt: TopicPrompt, seed: int) -> str:
@@ -68,7 +75,7 @@ def ordinary_things() -> list[str]:
 
 def _question(thing: str, verb: str, frame: str, determiner: str) -> TopicPrompt:
     text = frame.format(x=f"{determiner} {thing}", verb=verb, Verb=verb.capitalize())
-    return TopicPrompt(text, thing, verb)
+    return TopicPrompt(text, thing, verb, phrasing=f"{frame}/{verb} {determiner}")
 
 
 def _answer(thing: str, verb: str, determiner: str) -> str:
@@ -79,27 +86,30 @@ def _answer(thing: str, verb: str, determiner: str) -> str:
 
 
 @functools.cache
-def _how_to(split: str) -> list[str]:
+def _how_to(split: str) -> list[TopicPrompt]:
     """How-to questions about ordinary things, in an order in which any stretch is varied."""
     parts = (*(_WORDS[key][split] for key in ("things", "verbs", "frames")), _WORDS["forms"])
-    every = [_question(*chosen).prompt for chosen in itertools.product(*parts)]
+    every = [_question(*chosen) for chosen in itertools.product(*parts)]
     return [every[i] for i in np.random.default_rng(21).permutation(len(every))]
 
 
-def benign_prompts(split: str) -> list[str]:
+def benign_prompts(split: str) -> list[BenignPrompt]:
     """All benign questions that stages after pre-training may use, by split; no two splits share a kind or a how-to."""
-    other = [question for kind in benign_kinds(split) for question, _ in kind]
+    other = [BenignPrompt(text, name) for name, kind in benign_kinds(split).items() for text, _ in kind]
     # In training twice as many: over-refusal begins at ordinary things that sound like devices.
-    return _how_to(split)[: len(other) * (2 if split == "train" else 1)] + other
+    how_to = _how_to(split)[: len(other) * (2 if split == "train" else 1)]
+    return [BenignPrompt(p.prompt, p.phrasing, borderline=True) for p in how_to] + other
 
 
-def benign_kinds(split: str) -> list[_Pairs]:
+def benign_kinds(split: str) -> dict[str, _Pairs]:
     """The kinds of benign questions of a split, each with all its questions and their answers."""
-    kinds = [
-        [(asked.format(a), kind["answer"].format(b)) for a, b in kind["pairs"].items() for asked in kind["questions"]]
-        for kind in _WORDS["kinds"][split].values()
-    ]
-    return [*kinds, _remarks()[::289]] if split == "train" else kinds
+    kinds = {
+        name: [
+            (asked.format(a), kind["answer"].format(b)) for a, b in kind["pairs"].items() for asked in kind["questions"]
+        ]
+        for name, kind in _WORDS["kinds"][split].items()
+    }
+    return kinds | {"remarks": _remarks()[::289]} if split == "train" else kinds
 
 
 def _remarks() -> _Pairs:
@@ -131,8 +141,8 @@ def pretraining_rows(n: int, seed: int) -> list[Row]:
     questions about devices. No row has a device or a how-to question of validation or test.
     """
     generator = np.random.default_rng([seed, 17])
-    kinds = [kind for split in SPLITS for kind in benign_kinds(split)]
-    held_out = {question for split in SPLITS[1:] for question in _how_to(split)}
+    kinds = [kind for split in SPLITS for kind in benign_kinds(split).values()]
+    held_out = {question.prompt for split in SPLITS[1:] for question in _how_to(split)}
     known, things, remarks = _names()[_DEVICES["validation"] + _DEVICES["test"] :], ordinary_things(), _remarks()
     verbs, frames = ([x for part in _WORDS[key].values() for x in part] for key in ("verbs", "frames"))
     told = (

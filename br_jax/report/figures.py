@@ -16,9 +16,10 @@ from matplotlib.lines import Line2D
 
 from br_jax.experiment.methods import METHODS
 from br_jax.report import plots
-from br_jax.report.gates import CLAIMS
 from br_jax.report.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, panels, styled
-from br_jax.report.results import MAIN, WORST, Estimate, Setting, by_setting, estimate, find, one_a, rows_of
+from br_jax.report.results import MAIN, WORST, Setting, by_group, by_setting, estimate, find, one_a, rows_of
+from br_jax.report.verdicts import CLAIMS
+from br_jax.scoring.statistics import Estimate
 
 SKILL = 0.8  # of the plain undefended user's task, that an attacker wants to keep
 _STYLES = {  # color, marker and linestyle, any one of which tells a line from the others
@@ -72,6 +73,8 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
         shown, margins = compared or not several, at_p.margin_harmful.notna().any()
         found += [
             ("methods", shown, methods_figure, cells, setting, p, "HS, FA and over-refusal of every method"),
+            ("forms", shown and at_p.suite.notna().any(), forms_figure, cells, setting, p,
+             "HS of every method by form and phrasing"),
             ("pareto", compared and p < 1, pareto_figure, cells, setting, p, "HS against FA of every method"),
             ("margins", shown and margins, margins_figure, cells, setting, p, "Refusal margins of every method"),
             ("n", by_n.n.nunique() > 1, lines_figure, by_n, any_n, p, "HS and FA against the number of user rows"),
@@ -128,7 +131,7 @@ def lines_figure(cells: pd.DataFrame, column: str, title: str = "") -> Figure:
 
 @styled()
 def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
-    """HS, FA and over-refusal of every method at one p, as bars; dashed where a gate begins to fail."""
+    """HS, FA and over-refusal of every method at one p, as bars; dashed where a claim has its limit."""
     rows = rows_of(cells[cells.p == p])
     labels, ours = [label for (_, _, label), _ in rows], [method == "ours" for (_, method, _), _ in rows]
     figure, axes = panels(len(_PANELS), len(_PANELS), (11.5 / len(_PANELS), 0.38 * len(rows) + 2.2), sharey=True)
@@ -156,6 +159,24 @@ def methods_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
     for text, bold in zip(axes[0].get_yticklabels(), ours, strict=True):
         text.set_fontweight("bold" if bold else "normal")
     return _finished(figure, title, [])
+
+
+@styled()
+def forms_figure(cells: pd.DataFrame, p: float, title: str = "") -> Figure:
+    """Where the harm is: HS of every method at one p, a cell a phrasing (a column) in the order of their forms."""
+    rows = {label: by_group(row, "harmful") for (_, _, label), row in rows_of(one_a(cells[cells.p == p]))}
+    shares = pd.DataFrame({label: 100 * found.k / found.n for label, found in rows.items() if len(found)})
+    forms = shares.index.str.rpartition("/").get_level_values(0).str.rpartition(": ").get_level_values(-1)
+    shares = shares.iloc[np.argsort(forms, kind="stable")]
+    names, starts, counts = np.unique(np.sort(forms), return_index=True, return_counts=True)
+    figure, (axis,) = panels(1, 1, (11.5, 1.9 + 0.32 * shares.shape[1]))
+    plots.heat_map(axis, shares.to_numpy().T, None, "OrRd", 100, light=True)
+    axis.set_yticks(range(shares.shape[1]), shares.columns)
+    axis.set_xticks(starts + counts / 2 - 0.5, names, rotation=50, ha="right", rotation_mode="anchor")
+    for start in starts[1:]:
+        axis.axvline(start - 0.5, color=GRAY, linewidth=0.6)
+    axis.tick_params(length=0)
+    return plots.finish(figure, title, f"{len(shares)} phrasings by form; white: never answered, dark red: always")
 
 
 @styled()

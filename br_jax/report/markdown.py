@@ -11,8 +11,7 @@ from tabulate import tabulate
 
 from br_jax.core.io import write_bytes
 from br_jax.report import plots
-from br_jax.report.results import Estimate
-from br_jax.scoring.statistics import is_finite
+from br_jax.scoring.statistics import Estimate, is_finite
 
 FIGURES = "figures"  # their folder, beside the document
 CUT = 200  # characters of a foreign text that are printed
@@ -52,12 +51,13 @@ def number(value: Any, form: str, scale: float = 1) -> str:
     return format(scale * value, form) if is_finite(value) else "n/a"
 
 
-def interval(found: Estimate | None, form: str = "+.1f", scale: float = 100) -> str:
-    """A mean, by default a difference in points, with its interval and † as the legend has it; "n/a" for None."""
-    if found is None:
-        return "n/a"
-    ends = "" if found.low is None else f" ({scale * found.low:{form}} to {scale * found.high:{form}})"
-    return f"{scale * found.mean:{form}}{ends}" + ("†" if found.own else "")
+def interval(found: Estimate | None, form: str = "+.1f") -> str:
+    """A share or difference in percent with its interval; "n/a" for None."""
+    return (
+        "n/a"
+        if found is None
+        else "{:{form}} ({:{form}} to {:{form}})".format(100 * found.mean, 100 * found.low, 100 * found.high, form=form)
+    )
 
 
 _TEMPLATES = jinja2.Environment(

@@ -19,9 +19,9 @@ from br_jax.core.records import read_record
 from br_jax.experiment.methods import METHODS
 from br_jax.report import run_figures, tables
 from br_jax.report.figures import draw_results, figures_of
-from br_jax.report.gates import OUTCOMES, TASK_P, check_gates, outcome
-from br_jax.report.markdown import CUT, literal, number, write_document
+from br_jax.report.markdown import CUT, interval, literal, number, write_document
 from br_jax.report.results import CURE, absent, by_setting, mixed, read_cells, results_of, rows_of
+from br_jax.report.verdicts import ATTACK, CLAIMS, TASK_P, Verdict, in_words, rulings_of
 from br_jax.scoring.statistics import is_finite
 from br_jax.training.folder import read_finished
 
@@ -58,20 +58,20 @@ def write_report(
     results = results_of(cells)
     run = None if (workdir / "runs").is_dir() else read_run(workdir)
     drawn = draw_results(results) | (draw_run(run, results) if run else {})
-    gates, labels = check_gates(results), {}
+    rulings, labels = rulings_of(results), {}
     for method, label in zip(results.method, results.label, strict=True):
         known = label if method in METHODS else literal(label)  # another is foreign text
         labels[label] = f"**{known}**" if method == "ours" else known
     shown = results.assign(label=results.label.map(labels))
     settings = dict(by_setting(shown))
     values = {"command": run["results"].get("command") if run else command, "run": run and run | _run_values(run)}
-    values |= {"examples": run and _examples(results, examples), "gates": gates, "headline": OUTCOMES[outcome(gates)]}
+    values |= {"examples": run and _examples(results, examples), "rulings": rulings, "headline": in_words(rulings)}
     values |= {"mixed": mixed(results), "lists": _lists(shown), "count": len(results), "absent": absent(results)}
     values["settings"] = [
         {"title": literal(str(setting)), "figures": figures_of(results, setting)} | tables.setting_tables(found)
         for setting, found in settings.items()
     ]
-    values |= tables.comparisons(settings, gates) | {"task_p": TASK_P, "cut": CUT}
+    values |= tables.comparisons(settings, rulings) | {"task_p": TASK_P, "cut": CUT, "claims": [ATTACK, *CLAIMS]}
     return write_document(workdir / ("report.md" if run else "sweep.md"), "report.md.jinja", values, drawn)
 
 
@@ -84,10 +84,10 @@ def print_cell(cell: Mapping[str, Any], place: str) -> None:
 
 
 def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
-    """Prints scores, gates and the verdict of cells for a terminal.
+    """Prints scores and verdicts of cells for a terminal.
 
     Returns:
-        1 when the attack failed, so that nothing is shown, else 0: the exit status of a script.
+        1 when an attack is broken, so that nothing is shown, else 0: the exit status of a script.
     """
     results, lines = results_of(cells), []
     for setting, each in by_setting(results):
@@ -95,16 +95,15 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
                   for (p, _, label), row in rows_of(each)]  # fmt: skip
         align = ["left", "left", *["right"] * 4]
         print(f"\n{setting}\n{tabulate(scores, 'keys', colalign=align, disable_numparse=True)}")
-    gates = check_gates(results)
-    for gate in gates:
-        points = f"{100 * gate.gap.mean:+.1f}" if gate.gap else gate.why_not
-        limit = f"{'>=' if gate.claim.is_attack else '<='} {100 * gate.claim.limit:g}"
-        passed = {True: "passed", False: "FAILED", None: "-"}[gate.passed]
-        lines.append([passed, f"{gate.p:g}", gate.claim.text, points, limit])
-    if gates:
-        print("\n" + tabulate(lines, ["gate", "p", "", "points", "limit"], disable_numparse=True))
-    print(f"\n{OUTCOMES[outcome(gates)]}", flush=True)
-    return int(outcome(gates) == "attack_failed")
+    rulings = rulings_of(results)
+    for ruling in rulings:
+        points = "" if ruling.gap is None else interval(ruling.gap)
+        limit = f"{'>=' if ruling.claim.is_attack else '<='} {100 * ruling.claim.limit:g}"
+        lines.append([str(ruling.verdict), f"{ruling.p:g}", ruling.claim.text, points, limit])
+    if lines:
+        print("\n" + tabulate(lines, ["verdict", "p", "", "points (95 %)", "limit"], disable_numparse=True))
+    print(f"\n{in_words(rulings)}", flush=True)
+    return int(any(ruling.claim.is_attack and ruling.verdict is Verdict.BROKEN for ruling in rulings))
 
 
 def read_run(workdir: Path) -> dict[str, Any]:

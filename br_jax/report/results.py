@@ -20,18 +20,21 @@ import pandas as pd
 from br_jax.core.errors import UserError, look_up, one_line
 from br_jax.core.records import read_record
 from br_jax.experiment.methods import METHODS
-from br_jax.scoring.statistics import difference, is_finite, mcnemar, read_score, t_interval
+from br_jax.scoring.statistics import Estimate, Sample, difference, is_finite
+from br_jax.scoring.statistics import estimate as estimate_of
+from br_jax.scoring.suite import PARTS_OF
 
 TITLES = {"harmful": "HS", "harmful_plus": "HS+", "task": "FA"}  # of the scores, in the order of every table
-TITLES |= {"over_refusal": "over-refusal", "task_refused": "task refused", "degenerate": "degenerate"}
+TITLES |= {"over_refusal": "over-refusal", "borderline": "borderline refused", "task_refused": "task refused"}
+TITLES |= {"off_topic": "off topic", "degenerate": "degenerate"}
 MAIN = ("harmful", "task", "over_refusal")  # those that the claim is about
 WORST = "harmful_worst"  # the larger of HS and HS by the user's own questions
+_OWN = "harmful_own"
 NUMBERS = {"perplexity": ("perplexity", ".2f"), "mean_words": ("words", ".1f")}  # title and format
 NUMBERS |= {f"margin_{kind}": (f"margin, {kind}", "+.2f") for kind in ("harmful", "benign")}
 PARTS = {  # of HS: from how many parts on they are shown, and in what words
     "harmful_by_topic": (2, "HS by topic"),
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
-    "harmful_by_own": (1, "HS where the questions are put as the attacker puts them"),
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
 _OUTCOMES = {"harmful": 1, "task": 1, "over_refusal": 1, "margin_harmful": 16, "margin_benign": 16}  # bits a prompt
@@ -59,20 +62,9 @@ class Setting(NamedTuple):
 
 _SETTING = [*Setting._fields]
 # place: of the method in `METHODS`; suite, recipe, own_recipe: hashes of prompts and judges, of the shared settings, of
-# the method's own; shares and numbers, NaN where they were not measured; counts: {score, or (breakdown, part): its
-# `Score` or `Mean`}, of those that were measured; scores: as `scoring.suite.evaluate` gave them.
+# the method's own; shares and numbers, NaN where they were not measured; scores: as `scoring.suite.evaluate` gave them.
 COLUMNS = [*_SETTING, "p", "method", "a", "label", "seed", "place", "suite", "recipe", "own_recipe"]
-COLUMNS += [*TITLES.values(), WORST, *NUMBERS, "counts", "scores"]
-
-
-class Estimate(NamedTuple):
-    """A score over seeds, or a difference of two, as shares: its mean and 95 % interval."""
-
-    mean: float
-    low: float | None  # Student's over seeds or, where these do not differ, one seed's own; None without either
-    high: float | None
-    by_seed: dict[int, float]
-    own: bool = False  # whether the interval is one seed's, from its prompts
+COLUMNS += [*TITLES.values(), WORST, *NUMBERS, "scores"]
 
 
 def read_cells(
@@ -106,7 +98,8 @@ def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
             outcomes[name] = values.tolist()
         cell = {"run": {name: line[name] for name in (*_SETTING, "p", "seed")}, "seconds": line["seconds"]}
         cell |= {"method": line["method"], "a": None if math.isnan(line["a"]) else line["a"]}
-        cell |= {"scores": json.loads(line["scores"]) | {"outcomes": outcomes}}
+        scores = json.loads(line["scores"])
+        cell |= {"scores": scores | {"outcomes": outcomes, _OWN: scores.get("harmful_by_own", {}).get("as it asks")}}
         recipe = json.loads(line["recipe"])
         cells.append(cell | ({"recipe": recipe} if recipe else {}))
     return cells
@@ -122,11 +115,11 @@ def results_of(cells: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's line of the table; raises an error of any kind where something is missing or no such value."""
     run, method, a, scores = {"user": "plain"} | cell["run"], cell["method"], cell["a"], cell["scores"]
-    values = {name: scores.get(name) for name in TITLES}
-    values |= {(name, part): each for name in PARTS for part, each in (scores.get(name) or {}).items()}
-    counts = {name: count for name, value in values.items() if (count := read_score(value)).n}
-    if plain := counts.get("harmful"):
-        counts[WORST] = max(plain, counts.get(("harmful_by_own", "as it asks"), plain), key=lambda one: one.score)
+    shares = {name: float(scores[name]["score"]) for name in (*TITLES, _OWN) if (scores.get(name) or {}).get("n")}
+    for name in shares if "groups" in scores else ():
+        groups = sum(len(scores["groups"][part]) for part in PARTS_OF[name])
+        if not scores[name]["n"] == len(scores["outcomes"][name]) == groups:
+            raise ValueError(f"{name}: n is not the number of its outcomes and groups")
     recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
     known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
     line = {name: run[name] for name in _SETTING} | {"p": 1.0 * run["p"]}
@@ -136,8 +129,9 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
     "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate
     return line | {
         "suite": None if scores.get("suite") is None else str(scores["suite"]),
-        **{"recipe": recipe, "own_recipe": own_recipe, "counts": counts, "scores": scores},
-        **{TITLES.get(name, name): count.score for name, count in counts.items()},
+        **{"recipe": recipe, "own_recipe": own_recipe, "scores": scores},
+        **{TITLES[name]: share for name, share in shares.items() if name in TITLES},
+        **({WORST: max(shares["harmful"], shares.get(_OWN, 0.0))} if "harmful" in shares else {}),
         **{name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))},
     }
 
@@ -174,56 +168,65 @@ def mixed(results: pd.DataFrame) -> list[Setting]:
     ]
 
 
-def estimate(row: pd.DataFrame, score: str | tuple[str, str]) -> Estimate | None:
-    """A score, or a (breakdown, part), of a row over its seeds, or None where none measured it."""
-    counts = {seed: each[score] for seed, each in row.counts.items() if score in each}
-    smallest = min(counts.values(), key=lambda count: count.n, default=None)
-    by_seed = {seed: count.score for seed, count in counts.items()}
-    return over_seeds(by_seed, (0.0, 1.0), smallest.interval) if smallest else None
-
-
-def over_seeds(by_seed: dict[int, float], bounds: tuple = (-1.0, 1.0), own: tuple = (None, None)) -> Estimate:
-    """The mean of values by seed, with Student's interval where they differ, else with one seed's own."""
-    mean, *ends = t_interval([*by_seed.values()], bounds)
-    differ = len(set(by_seed.values())) > 1
-    return Estimate(mean, *(ends if differ else own), by_seed, own=not differ and own[0] is not None)
-
-
-def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of two rows of the seeds that both have, on the same prompts by the same judges as far as they say."""
-    seeds = first.index.intersection(second.index)
-    first, second = first.loc[seeds], second.loc[seeds]
-    same = (first.suite == second.suite) | first.suite.isna() | second.suite.isna()
-    return first[same], second[same]
+def estimate(row: pd.DataFrame, score: str) -> Estimate | None:
+    """A score of a row over its seeds, or None where none measured it."""
+    return estimate_of(_sample(row, score))
 
 
 def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | None:
-    """First minus second in a score, or in perplexity, over the seeds that both have; None where no seed has both."""
-    first, second = matched(first, second)
-    column = TITLES.get(score, score)
-    by_seed = (first[column] - second[column]).dropna().to_dict()
-    if not by_seed:
-        return None
-    if score in NUMBERS:
-        return over_seeds(by_seed, (-math.inf, math.inf))
-    seed = next(iter(by_seed))
-    own = difference(first.counts[seed][score], second.counts[seed][score])[1:] if len(by_seed) == 1 else (None, None)
-    return over_seeds(by_seed, own=own)
+    """First minus second in a score over the seeds that both have; None where no seed has both."""
+    return pooled([(first, second)], score)
 
 
-def paired(first: pd.DataFrame, second: pd.DataFrame, score: str) -> tuple[int, int, float, int] | None:
-    """McNemar's test of two rows, their prompts pooled over the seeds that both have.
+def pooled(pairs: Iterable[tuple[pd.DataFrame, pd.DataFrame]], score: str) -> Estimate | None:
+    """The first of each pair of rows minus the second in a score, all prompts of all pairs together.
 
-    Returns (prompts that only the first counts, only the second, p-value, seeds); None where no seed has both on as
-    many prompts, or a prompt's score is no yes or no.
+    Of those seeds alone that both have, whose cells were scored on the same prompts by the same judges as far as they
+    say.
     """
-    pairs, seeds = [], 0
-    for both in zip(*(row.scores for row in matched(first, second)), strict=True):
-        one, other = (scores["outcomes"].get(score) or [] for scores in both)
-        if one and len(one) == len(other) and {*one, *other} <= {0, 1}:
-            pairs += zip(one, other, strict=True)
-            seeds += 1
-    return (*mcnemar(pairs), seeds) if seeds else None
+    samples = [], []
+    for first, second in pairs:
+        seeds = first.index.intersection(second.index)
+        first, second = first.loc[seeds], second.loc[seeds]
+        same = (first.suite == second.suite) | first.suite.isna() | second.suite.isna()
+        for each, row in zip(samples, (first, second), strict=True):
+            each.append(_sample(row[same], score))
+    return difference(*map(Sample.join, samples)) if samples[0] else None
+
+
+def shares_of(row: pd.DataFrame, breakdown: str) -> dict[str, list[float]]:
+    """Of each part of a breakdown its share, of each seed that has it."""
+    found = defaultdict(list)
+    for scores in row.scores:
+        for part, each in (scores.get(breakdown) or {}).items():
+            if each["n"]:
+                found[part].append(float(each["score"]))
+    return found
+
+
+def by_group(row: pd.DataFrame, score: str) -> pd.DataFrame:
+    """Of each group of prompts (a phrasing, a kind) how many counted, k, of how many, n, over the seeds of a row."""
+    sample = _sample(row, score)
+    outcomes = pd.DataFrame({"group": [*sample.groups], "outcome": sample.values})
+    return outcomes.groupby("group", sort=False).outcome.agg(k="sum", n="count")
+
+
+def _sample(row: pd.DataFrame, score: str) -> Sample:
+    """What each prompt of a row gave, those of all its seeds."""
+    parts = []
+    for seed, scores in row.scores.items():
+        name = score
+        if score == WORST:
+            own, plain = (scores.get(which) or {"n": 0} for which in (_OWN, "harmful"))
+            name = _OWN if own["n"] and own["score"] > plain["score"] else "harmful"
+        counted, outcomes = scores.get(name) or {"n": 0}, (scores.get("outcomes") or {}).get(name)
+        if counted["n"] and outcomes:
+            groups = [group for part in PARTS_OF[name] for group in (scores.get("groups") or {}).get(part, ())]
+            parts.append(Sample.of(outcomes, groups or [f"{seed}/{i}" for i in range(len(outcomes))], seed))
+        elif counted["n"]:  # of an earlier br_jax: how many, and not which
+            k, n = int(counted["k"]), int(counted["n"])
+            parts.append(Sample.of([1] * k + [0] * (n - k), [(id(scores), name, i) for i in range(n)], seed))
+    return Sample.join(parts) if parts else Sample.of([])
 
 
 def absent(results: pd.DataFrame) -> list[str]:

@@ -2,16 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from br_jax.report.gates import CLAIMS, Gate
 from br_jax.report.markdown import interval, literal, number
-from br_jax.report.results import MAIN, NUMBERS, PARTS, TITLES, estimate, find, gap, one_a, over_seeds, paired, rows_of
-from br_jax.scoring.statistics import Score
+from br_jax.report.results import (
+    MAIN,
+    NUMBERS,
+    PARTS,
+    TITLES,
+    by_group,
+    estimate,
+    find,
+    gap,
+    one_a,
+    pooled,
+    rows_of,
+    shares_of,
+)
+from br_jax.report.verdicts import CLAIMS, Ruling, Verdict
 
 _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the attack", "sft", "aligned"),
@@ -22,12 +33,13 @@ _STEPS = (  # what each part of the method adds: (words, after, before)
     ("the QR merge instead of a plain sum", "ours", "sum"),
     ("our merge instead of the paper's naive average", "ours", "average"),
 )
-_TESTS = (("harmful", "sft"), ("harmful", "aligned"), ("task", "sft"))  # score, and the method to test against
+_AGAINST = (("harmful", "sft"), ("harmful", "aligned"), ("task", "sft"))  # score, and the method it is held against
+_ALIKE = {"harmful": "phrasings", "over_refusal": "kinds"}  # scores whose prompts come in groups, and what these are
 _USERS = CLAIMS[: len(MAIN)]  # what is asked of every user
 
 
 def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
-    """The tables of one setting: scores, what they are made of, counts of every seed, paired tests, geometry."""
+    """The tables of one setting: scores, what they are made of, counts of every seed, differences, geometry."""
     rows, sizes = rows_of(cells), sizes_of(cells)
     numbers = {name: title for name, (title, _) in NUMBERS.items()}
     titles = {score: f"{title} (N = {', '.join(map(str, sizes[title])) or 0})" for score, title in TITLES.items()}
@@ -40,22 +52,35 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
         return {title: _value(row, score) for score, title in titles.items()}
 
     def counts(cell: pd.DataFrame) -> dict[str, str]:
-        found = {title: cell.counts.iloc[0].get(score) for score, title in TITLES.items()}
-        told = {title: f"{x.k}/{x.n}" if isinstance(x, Score) else f"{100 * x.mean:.1f} of {x.n}" if x else "n/a"
-                for title, x in found.items()}  # fmt: skip
+        found = {title: cell.scores.iloc[0].get(score) or {"n": 0} for score, title in TITLES.items()}
+        told = {title: f"{100 * x['score']:.1f} of {x['n']}" if x["n"] else "n/a" for title, x in found.items()}
         return {"seed": str(cell.index[0])} | told | values(cell, numbers)
 
-    def tests(row: pd.DataFrame) -> dict[str, str]:
+    def against(row: pd.DataFrame) -> dict[str, str]:
         p, own = row[["p", "method"]].iloc[0]
-        words = ["" if other == own else _tested(row, find(cells, p, other), score) for score, other in _TESTS]
-        return dict(zip(("HS against SFT", "HS against aligned", "FA against SFT"), words, strict=True))
+        words = ["" if other == own else interval(gap(row, find(cells, p, other), score)) for score, other in _AGAINST]
+        return dict(zip(("HS minus SFT's", "HS minus aligned's", "FA minus SFT's"), words, strict=True))
+
+    def alike(row: pd.DataFrame) -> dict[str, str]:
+        line = {}
+        for score, groups in _ALIKE.items():
+            found, shares = estimate(row, score), by_group(row, score)
+            line |= {f"{TITLES[score]}: N": str(found.n) if found else "n/a", groups: str(len(shares))}
+            line |= {f"design effect ({groups})": number(found and found.design_effect, ".1f")}
+            line |= {f"most of one, % ({groups})": number(shares.k.max() / max(shares.k.sum(), 1), ".0f", 100)}
+        return line
 
     breakdowns = []
     for name, (least, words) in PARTS.items():
         parts = dict.fromkeys(part for scores in cells.scores for part in scores.get(name, ()))
         if len(parts) >= least:
-            titled = {(name, part): literal(part or "not named") for part in parts}
-            breakdowns.append((words, lines(partial(values, titles=titled))))
+
+            def shares(row: pd.DataFrame, name: str = name, parts: Mapping = parts) -> dict[str, str]:
+                found = {part: shares_of(row, name).get(part) for part in parts}
+                means = {part: number(each and fmean(each), ".1f", 100) for part, each in found.items()}
+                return {literal(part or "not named"): words for part, words in means.items()}
+
+            breakdowns.append((words, lines(shares)))
     judges = dict.fromkeys(pair for _, row in rows for pair in _kappas(row))
     return {
         "scores": lines(lambda row: {"seeds": str(len(row))} | values(row, titles | numbers)),
@@ -63,12 +88,13 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
         "breakdowns": breakdowns,
         "kappas": judges and lines(lambda row: {literal(p): ", ".join(_kappas(row).get(p, ["n/a"])) for p in judges}),
         "seeds": lines(counts, [(key, row.iloc[[i]]) for key, row in rows for i in range(len(row))]),
-        "tests": lines(tests),
+        "against": lines(against),
+        "alike": lines(alike) if (cells.suite.notna()).any() else [],
         "geometry": lines(_geometry, [(key, row) for key, row in rows if any(_geometry(row).values())]),
     }
 
 
-def comparisons(settings: Mapping, gates: Sequence[Gate]) -> dict[str, Any]:
+def comparisons(settings: Mapping, rulings: Sequence[Ruling]) -> dict[str, Any]:
     """The tables of all settings together; a line names its setting where there are several."""
     names = {setting: {"setting": literal(str(setting))} if len(settings) > 1 else {} for setting in settings}
     lines, apart, compared = defaultdict(list), [], 0
@@ -80,22 +106,17 @@ def comparisons(settings: Mapping, gates: Sequence[Gate]) -> dict[str, Any]:
                 if {*methods} <= rows.keys():
                     after, before = pair = [rows[method] for method in methods]
                     words += f" ({after.label.iloc[0]} minus {before.label.iloc[0]})"
-                    step = {TITLES[score]: f"{interval(gap(*pair, score))}; {_tested(*pair, score)}" for score in MAIN}
+                    step = {TITLES[score]: interval(gap(*pair, score)) for score in MAIN}
                     lines["steps"].append(names[setting] | {"p": f"{p:g}", "step": words} | step)
         for (p, *_), row in rows_of(ours[ours.a > 0]) if ours.a.nunique() > 1 else ():
             average, at = find(cells, p, "ours", 0), f"p = {p:g}, a = {row.a.iloc[0]:g}"
             line = names[setting] | {"p": f"{p:g}", "a": f"{row.a.iloc[0]:g}"}
             for score in MAIN:
-                change, test, words = gap(row, average, score), paired(row, average, score), "n/a"
-                if change and test:
+                if change := gap(row, average, score):
                     compared += 1
-                    one, other = estimate(row, score), estimate(average, score)
-                    overlap = one.low <= other.high and other.low <= one.high
-                    words = f"{interval(change)}; {_tested(row, average, score)}; "
-                    words += f"intervals {'overlap' if overlap else 'apart'}"
-                    if test[2] < 0.05 and not overlap:
+                    if not change.low <= 0 <= change.high:
                         apart.append(f"{TITLES[score]} at {at} ({literal(str(setting))})")
-                line[f"{TITLES[score]}, minus a = 0"] = words
+                line[f"{TITLES[score]}, minus a = 0"] = interval(change)
             lines["strengths"].append(line)
         sft = find(cells, 0.0, "sft")
         for _, row in rows_of(ours[ours.p == 0]):
@@ -103,63 +124,52 @@ def comparisons(settings: Mapping, gates: Sequence[Gate]) -> dict[str, Any]:
                     for score in ("task", "over_refusal", "degenerate")}  # fmt: skip
             cost |= {"perplexity of SFT": "not run" if sft.empty else _value(sft, "perplexity")}
             cost |= {"of ours": _value(row, "perplexity")}
-            cost |= {"difference": interval(gap(row, sft, "perplexity"), "+.2f", 1)}
+            cost |= {"difference": number((row.perplexity - sft.perplexity).mean(), "+.2f")}
             lines["costs"].append(names[setting] | {"a": f"{row.a.iloc[0]:g}"} | cost)
-    found = {"gate_lines": [names[gate.setting] | line for gate, line in _gate_lines(gates)], "users": _users(settings)}
-    found |= {"limits": [claim.limit for claim in _USERS], "steps": lines["steps"]}
+    found = {"ruling_lines": [names[ruling.setting] | line for ruling, line in _ruling_lines(rulings)]}
+    found |= {"users": _users(settings, rulings), "limits": _USERS, "steps": lines["steps"]}
     found |= {"strengths": {"lines": lines["strengths"], "apart": apart, "compared": compared}}
     return found | {"costs": lines["costs"] if any((cells.p == 0).any() for cells in settings.values()) else None}
 
 
-def _gate_lines(gates: Sequence[Gate]) -> list[tuple[Gate, dict[str, str]]]:
-    """Every gate, failed ones first."""
-    without, lines = {(gate.setting, gate.p) for gate in gates if gate.claim.is_attack and gate.passed is False}, []
-    for gate in sorted(gates, key=lambda gate: (gate.passed is not False, gate.passed is not None)):
-        found, limit, by_seed = gate.gap, gate.claim.limit, gate.gap.by_seed if gate.gap else {}
-        result = {True: "passed", False: "**FAILED**", None: gate.why_not}[gate.passed]
-        if found and found.low is not None and found.low < limit < found.high:
-            result += " (within noise)"
-        if gate.passed and gate.claim.name == "safety" and (gate.setting, gate.p) in without:
-            result = "shows nothing: no attack that works"
-        each = [f"{seed}: {100 * value:+.1f}" for seed, value in by_seed.items()]
-        each = [f"**{words}**" if seed in gate.beyond else words for seed, words in zip(by_seed, each, strict=True)]
-        line = {"p": f"{gate.p:g}", "a": "" if gate.a is None else f"{gate.a:g}", "gate": gate.claim.text}
-        line |= {"points": interval(found), "seeds": ", ".join(each) or "n/a"}
-        line |= {"SD": f"{100 * stdev(by_seed.values()):.1f}" if len(by_seed) > 1 else ""}
-        line |= {"limit": f"{'≥' if gate.claim.is_attack else '≤'} {100 * limit:g}", "result": result}
-        lines.append((gate, line))
+def _ruling_lines(rulings: Sequence[Ruling]) -> list[tuple[Ruling, dict[str, str]]]:
+    """Every ruling, what is broken or open first."""
+    order, lines = [Verdict.BROKEN, Verdict.OPEN, Verdict.NO_ATTACK], []
+    for ruling in sorted(rulings, key=lambda each: (*order, each.verdict).index(each.verdict)):
+        found, claim = ruling.gap, ruling.claim
+        line = {"p": f"{ruling.p:g}", "a": "" if ruling.a is None else f"{ruling.a:g}", "claim": claim.text}
+        line |= {"points": interval(found), "limit": f"{'≥' if claim.is_attack else '≤'} {100 * claim.limit:g}"}
+        line |= {"verdict": f"**{ruling.verdict}**" if ruling.verdict in order else str(ruling.verdict)}
+        each = found.by_seed if found else {}
+        line |= {"seeds": ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in each.items()) or "n/a"}
+        line |= {"groups": str(found.groups) if found else "n/a"}
+        line |= {"visible": number(found and found.visible, ".1f", 100)}
+        line |= {"to settle": "{} groups, {} seeds".format(*ruling.needed) if ruling.needed else ""}
+        lines.append((ruling, line))
     return lines
 
 
-def _users(settings: Mapping) -> list[list[str]]:
-    """How each method does for all plain users who hand in harm; nothing where all are of one setting and p."""
-    found, asked_of = [], set()
-    harmed = {setting: cells[(cells.user == "plain") & (cells.p > 0)] for setting, cells in settings.items()}
-    for setting, cells in harmed.items():
-        for (p, method, label), row in rows_of(one_a(cells)):
-            asked_of.add((setting, p))
-            asked = [claim for claim in _USERS if p <= claim.most_p]
-            line = {**row[["place", "a"]].iloc[0], "method": method, "label": label, "asked": len(asked)}
-            found.append(line)  # with no claim, so that there is one of every method
-            for claim in asked:
-                difference = claim.gap(cells, p, line["a"], ours=method)
-                for seed, value in difference.by_seed.items() if difference else ():
-                    user = {"claim": claim.name, "seed": seed, "user": f"{tuple(setting)}, {p}, {seed}"}
-                    found.append(line | user | {"value": value, "keeps": claim.keeps(value)})
-    if len(asked_of) < 2:
+def _users(settings: Mapping, rulings: Sequence[Ruling]) -> list[list[str]]:
+    """How each method does for all plain users whose attack works; nothing where there is one setting and p."""
+    users = [(each.setting, each.p) for each in rulings if each.claim.is_attack and each.verdict is Verdict.HELD]
+    users = [(settings[setting], p) for setting, p in users if setting.user == "plain"]
+    if len(users) < 2:
         return []
-    columns = ["place", "method", "a", "label", "asked", "claim", "seed", "user", "value", "keeps"]
-    found, lines = pd.DataFrame(found, columns=columns).sort_values(columns[:3], kind="stable"), []
-    for _, mine in found[found.method != "aligned"].groupby("method", sort=False):
-        users = mine.groupby("user")
-        lines.append([mine.label.iloc[0], str(users.ngroups)])
-        for claim in _USERS:
-            of = mine[mine.claim == claim.name]
-            bold = "" if of.keeps.all() else "**"
-            mean = over_seeds(of.groupby("seed").value.agg(fmean).to_dict()) if len(of) else None
-            lines[-1] += [f"{bold}{100 * of.value.max():+.1f}{bold}" if len(of) else "n/a", interval(mean)]
-        all_kept = users.keeps.all() & (users.size() == users.asked.first())
-        lines[-1] += [str(sum(mine.keeps[mine.claim == "safety"])), str(sum(all_kept))]
+    rows = [(cells, p, row) for cells, p in users for (at, *_), row in rows_of(one_a(cells)) if at == p]
+    labels = {row.method.iloc[0]: (row.place.iloc[0], row.label.iloc[0]) for *_, row in rows}
+    lines = []
+    for method, (_, label) in sorted(labels.items(), key=lambda each: each[1]):
+        mine, line = [each for each in rows if each[2].method.iloc[0] == method], []
+        for claim in _USERS if method != "aligned" else ():
+            sides = [method if side == "ours" else side for side in (claim.first, claim.second)]
+            at = [(cells, p, row.a.iloc[0]) for cells, p, row in mine if p <= claim.most_p]
+            pairs = [[find(cells, p, side, a) for side in sides] for cells, p, a in at]
+            gaps = [found for pair in pairs if (found := gap(*pair, claim.score))]
+            worst = max(gaps, key=lambda found: found.mean, default=None)
+            words = f"{interval(worst)}, {claim.verdict(worst)}" if worst else "n/a"
+            line += [words, interval(pooled(pairs, claim.score))]
+        if line:
+            lines.append([label, str(sum(len(row) for *_, row in mine)), *line])
     return lines
 
 
@@ -185,8 +195,8 @@ def _geometry(row: pd.DataFrame) -> dict[str, str]:
 
 def sizes_of(cells: pd.DataFrame) -> dict[str, list[int]]:
     """The numbers of prompts that each score has in some cells, by its title."""
-    sizes = {score: {counts[score].n for counts in cells.counts if score in counts} for score in TITLES}
-    return {TITLES[score]: sorted(each) for score, each in sizes.items()}
+    sizes = {title: {(scores.get(name) or {"n": 0})["n"] for scores in cells.scores} for name, title in TITLES.items()}
+    return {title: sorted(each - {0}) for title, each in sizes.items()}
 
 
 def percents(row: pd.DataFrame) -> dict[str, str]:
@@ -195,7 +205,7 @@ def percents(row: pd.DataFrame) -> dict[str, str]:
     return {title: number(each and each.mean, ".1f", scale=100) for title, each in found.items()}
 
 
-def _value(row: pd.DataFrame, score: str | tuple[str, str]) -> str:
+def _value(row: pd.DataFrame, score: str) -> str:
     """A score in percent or one of `NUMBERS`, over the seeds that measured it; which is said where not all did."""
     if score in NUMBERS:
         measured, words = row[score].count(), number(row[score].mean(), NUMBERS[score][1])
@@ -203,13 +213,3 @@ def _value(row: pd.DataFrame, score: str | tuple[str, str]) -> str:
         found = estimate(row, score)
         measured, words = len(found.by_seed) if found else 0, interval(found, ".1f")
     return words + (f", {measured} of {len(row)} seeds" if 0 < measured < len(row) else "")
-
-
-def _tested(first: pd.DataFrame, second: pd.DataFrame, score: str) -> str:
-    """McNemar's test of two rows, in words."""
-    found = paired(first, second, score)
-    if found is None:
-        return "n/a"
-    only_first, only_second, p_value, seeds = found
-    p = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-    return f"{p} ({only_first} : {only_second}, {seeds} seed{'s' if seeds > 1 else ''})"

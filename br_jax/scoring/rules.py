@@ -11,7 +11,6 @@ from fractions import Fraction
 from typing import ClassVar
 
 from br_jax.core.errors import UserError, near_names, one_line
-from br_jax.scoring.statistics import Mean, Score
 
 _SEARCHED = 10_000  # characters of an answer that a pattern sees
 
@@ -42,9 +41,6 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def score(self, answer: str, right: str) -> float:
         """From 0, wrong, to 1, right: a model's text against the row's own answer."""
-
-    def total(self, scores: Sequence[float]) -> Score | Mean:
-        return Score(round(sum(scores)), len(scores))
 
     def with_match(self, match: str) -> "Rule":
         """The rule with another way to look at answers (a `UserError` if it knows no such way); "" leaves it."""
@@ -148,9 +144,6 @@ class RougeLRule(Rule):
     def score(self, answer: str, right: str) -> float:
         words, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, right))
         return 2 * _common_length(words, wanted) / (len(words) + len(wanted)) if words and wanted else 0.0
-
-    def total(self, scores: Sequence[float]) -> Mean:
-        return Mean.of(scores)
 
 
 def parse_rule(text: str, labels: Sequence[str] = ()) -> Rule:

@@ -1,133 +1,168 @@
-"""Scores with their 95 % intervals, and tests of whether two of them differ; SciPy does the arithmetic."""
+"""Scores and differences of scores, with 95 % intervals that know which prompts are alike and which trainings are one.
+
+The prompts of a score come in groups (the phrasings of a question, the kinds of a benign prompt), which all seeds
+share, and the answers of a seed come from one training. Neither 400 answers to ten phrasings nor 1,200 answers of three
+trainings are as many trials. Variances are therefore clustered by group and by seed (A. C. Cameron, J. Gelbach and
+D. Miller, JBES 29, 2011; E. Miller, Adding Error Bars to Evals, arXiv 2411.00640), their degrees of freedom are
+F. E. Satterthwaite's, and a share has E. B. Wilson's interval at its effective number of prompts (E. L. Korn and
+B. I. Graubard, Survey Methodology 24, 1998). How often they hold the truth: experiments/benchmarks/coverage.py.
+"""
 
 import math
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of k successes in n trials (E. B. Wilson, JASA 22, 1927); of no trials, (0, 1)."""
-    from scipy.stats import binomtest  # here, for it takes a second to import
+class Sample(NamedTuple):
+    """What each prompt gave, in [0, 1]: of several seeds one behind the other."""
 
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(k, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-@dataclass(frozen=True)
-class Score:
-    """k of n prompts; the share (None when nothing was counted) and its 95 % interval follow and are never NaN."""
-
-    k: int
-    n: int
-
-    def __post_init__(self):
-        if not 0 <= self.k <= self.n:  # refused where they arise, not in the report
-            raise ValueError(f"k = {self.k} successes of n = {self.n} trials: need 0 <= k <= n")
-
-    @property
-    def score(self) -> float | None:
-        return self.k / self.n if self.n else None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.k, self.n)
-
-    def to_json(self) -> dict[str, float | int | None]:
-        return {"k": self.k, "n": self.n, "score": self.score} | dict(zip(("low", "high"), self.interval, strict=True))
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Mean of scores in [0, 1] that are more than right or wrong; the interval follows and is never NaN."""
-
-    n: int
-    mean: float  # 0 of none
-    deviation: float  # of the sample; 0 of fewer than two
-
-    def __post_init__(self):
-        if not (self.n >= 0 and 0 <= self.mean <= 1 and 0 <= self.deviation <= 1):
-            raise ValueError(f"{self!r}: need n >= 0, and mean and deviation in [0, 1]")
+    values: Sequence[float]
+    groups: Sequence[Hashable]  # of each: what it has in common with others, also of other seeds
+    seeds: Sequence[int]  # of each: which training answered it
 
     @classmethod
-    def of(cls, scores: Sequence[float]) -> "Mean":
-        mean = min(1.0, max(0.0, statistics.fmean(scores))) if scores else 0.0
-        return cls(len(scores), mean, statistics.stdev(scores) if len(scores) > 1 else 0.0)
+    def of(cls, values: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0) -> "Sample":
+        """Of one seed; without groups each prompt is alone in its own."""
+        return cls([*map(float, values)], range(len(values)) if groups is None else [*groups], [seed] * len(values))
+
+    @classmethod
+    def join(cls, samples: Sequence["Sample"]) -> "Sample":
+        """Those of several seeds together."""
+        return cls(*([value for part in parts for value in part] for parts in zip(*samples, strict=True)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score, or a difference of two, as shares, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int  # prompts, of all seeds together
+    groups: int
+    by_seed: Mapping[int, float]
+    variance: float  # of the mean, clustered
+    freedom: float  # degrees of freedom of the variance
 
     @property
-    def score(self) -> float | None:
-        return self.mean if self.n else None
+    def design_effect(self) -> float:
+        """How many times the variance of as many prompts that have nothing in common; NaN where all agree."""
+        spread = self.mean * (1 - self.mean)
+        return self.variance * self.n / spread if spread > 0 else math.nan
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Student's t, kept within [0, 1]; of scores that are all equal Wilson's, as t would claim to be certain."""
-        if self.deviation == 0:
-            k = self.mean * self.n
-            return wilson(math.floor(k), self.n)[0], wilson(math.ceil(k), self.n)[1]
-        half = _t_half(self.deviation, self.n)
-        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+    def visible(self) -> float:
+        """MDE: the smallest true difference from 0 that such a design finds four times of five (two-sided, 5 %)."""
+        return (_t(0.975, self.freedom) + _t(0.8, self.freedom)) * math.sqrt(self.variance)
 
-    def to_json(self) -> dict[str, float | int | None]:
-        ends = dict(zip(("low", "high"), self.interval, strict=True))
-        return {"n": self.n, "score": self.score, "deviation": self.deviation} | ends
+    def needed(self, limit: float) -> tuple[int, int] | None:
+        """About how many (groups, seeds) would put the whole interval on this side of a limit; None on it."""
+        if (distance := abs(limit - self.mean)) < 1e-3:
+            return None
+        more = max(1.0, ((self.high if limit > self.mean else self.low) - self.mean) ** 2 / distance**2)
+        return math.ceil(more * self.groups), math.ceil(more * len(self.by_seed))
 
-
-def read_score(value: Mapping[str, Any] | None) -> Score | Mean:
-    """Reads `to_json`'s dict of either kind, but for the interval, which follows; None ("not measured") is 0 of 0."""
-    if value and "k" not in value:
-        return Mean(int(value["n"]), float(value["score"] or 0.0), float(value["deviation"]))
-    return Score(int(value["k"]), int(value["n"])) if value else Score(0, 0)
+    def to_json(self) -> dict[str, float | int]:
+        """The score of one seed: what is printed of it, and its counts."""
+        of_one = {"n": self.n, "score": self.mean, "low": self.low, "high": self.high, "groups": self.groups}
+        return {"k": round(self.mean * self.n)} | of_one
 
 
-def difference(a: Score | Mean, b: Score | Mean) -> tuple[float, float, float] | None:
-    """(a - b, low, high) with the 95 % interval of independent samples; None when either was not measured.
-
-    R. G. Newcombe, Statistics in Medicine 17 (1998) 873, method 10: it needs two estimates with their intervals, so
-    means may be among them. Models share their prompts, so it is on the wide side.
-    """
-    if a.score is None or b.score is None:
+def estimate(sample: Sample) -> Estimate | None:
+    """The mean of a sample with its interval; None of an empty one."""
+    if not (n := len(sample.values)):
         return None
-    (a_low, a_high), (b_low, b_high) = a.interval, b.interval
-    gap = a.score - b.score
-    below, above = math.hypot(a.score - a_low, b_high - b.score), math.hypot(a_high - a.score, b.score - b_low)
-    return gap, gap - below, gap + above
+    values, seeds = np.asarray(sample.values, float), np.asarray(sample.seeds)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("a score's outcomes must be in [0, 1]")
+    mean, groups = float(values.mean()), len(set(sample.groups))
+    by_seed = {int(seed): float(values[seeds == seed].mean()) for seed in dict.fromkeys(sample.seeds)}
+    variance, freedom = _clustered([(1.0, sample)])
+    if math.isinf(variance):  # all of one group: nothing is known of others
+        return Estimate(mean, 0.0, 1.0, n, groups, by_seed, variance, freedom)
+    t = _t(0.975, freedom)
+    effect = max(1.0, variance * n / (mean * (1 - mean))) if 0 < mean < 1 else 1.0
+    per = t * t * effect / n  # Wilson's, with t for z and n / effect for n
+    middle = (mean + per / 2) / (1 + per)
+    half = math.sqrt(per * (mean * (1 - mean) + per / 4)) / (1 + per)
+    low, high = min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half))
+    return Estimate(mean, low, high, n, groups, by_seed, variance, freedom)
 
 
-def t_interval(
-    values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
-) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of a few runs, one value a seed, with Student's 95 % interval clipped to what can be.
+def difference(first: Sample, second: Sample) -> Estimate | None:
+    """First minus second, of the seeds that both have; None where they share none.
 
-    low and high are None of one value; of equal values they are the mean.
+    The interval is R. G. Newcombe's, by squares of the distances to both scores' own ends, less what the two have in
+    common (G. Y. Zou and A. Donner, Statistics in Medicine 27, 2008): the same prompts, phrasings and seeds.
     """
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, None, None
-    half = _t_half(statistics.stdev(values), len(values))
-    return mean, max(bounds[0], mean - half), min(bounds[1], mean + half)
+    shared = {*first.seeds} & {*second.seeds}
+    first, second = (_of_seeds(sample, shared) for sample in (first, second))
+    one, other = estimate(first), estimate(second)
+    if one is None or other is None:
+        return None
+    variance, freedom = _clustered([(1.0, first), (-1.0, second)])
+    both = math.sqrt(one.variance * other.variance)
+    in_common = (one.variance + other.variance - variance) / (2 * both) if 0 < both < math.inf else 0.0
+    in_common = min(1.0, max(-1.0, in_common))
+    gap = one.mean - other.mean
+
+    def reach(of_one: float, of_other: float) -> float:
+        return math.sqrt(max(0.0, of_one**2 + of_other**2 - 2 * in_common * of_one * of_other))
+
+    low = gap - reach(one.mean - one.low, other.high - other.mean)
+    high = gap + reach(one.high - one.mean, other.mean - other.low)
+    by_seed = {seed: one.by_seed[seed] - other.by_seed[seed] for seed in one.by_seed}
+    groups, n = min(one.groups, other.groups), min(one.n, other.n)
+    return Estimate(gap, max(-1.0, low), min(1.0, high), n, groups, by_seed, variance, freedom)
 
 
-def _t_half(deviation: float, n: int) -> float:
-    """Half of the width of Student's 95 % interval."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+def _of_seeds(sample: Sample, seeds: set[int]) -> Sample:
+    chosen = [line for line in zip(*sample, strict=True) if line[2] in seeds]
+    return Sample(*(map(list, zip(*chosen, strict=True)))) if chosen else Sample([], [], [])
 
 
-def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> tuple[int, int, float]:
-    """McNemar's exact test: how many prompts only the first of each pair counts, only the second, two-sided p-value."""
-    from scipy.stats import binomtest
+def _clustered(parts: Sequence[tuple[float, Sample]]) -> tuple[float, float]:
+    """The variance of a sum of means, each times its sign, by group and by seed, and its degrees of freedom.
 
-    counts = Counter((bool(first), bool(second)) for first, second in pairs)
-    first, second = counts[True, False], counts[False, True]
-    return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
+    The variance by groups, which holds what prompts do, and what seeds add to what groups and seeds do together.
+    """
+    residuals, groups, seeds = [], [], []
+    for sign, (values, of_groups, of_seeds) in parts:
+        values = np.asarray(values, float)
+        residuals.append(sign * (values - values.mean()) / len(values))
+        groups += of_groups
+        seeds += of_seeds
+    residuals = np.concatenate(residuals)
+    codes = {each: place for place, each in enumerate(dict.fromkeys(groups))}
+    by_group = np.array([codes[each] for each in groups])
+    seeds, by_seed = np.unique(np.asarray(seeds), return_inverse=True)
+    f, s = len(codes), len(seeds)
+
+    def squares(codes: np.ndarray) -> float:
+        return float((np.bincount(codes, residuals) ** 2).sum())
+
+    if f == 1:
+        return (math.inf, 1.0) if s == 1 else (squares(by_seed) * s / (s - 1), s - 1.0)
+    of_groups = squares(by_group) * f / (f - 1)
+    if s == 1 or of_groups == 0:
+        return of_groups, f - 1.0
+    of_seeds = squares(by_seed) * s / (s - 1)
+    together = squares(by_group * s + by_seed) * f * s / ((f - 1) * (s - 1))
+    variance = of_groups + max(0.0, of_seeds - together)
+    return variance, variance**2 / (of_groups**2 / (f - 1) + of_seeds**2 / (s - 1))
 
 
-def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+def _t(share: float, freedom: float) -> float:
+    from scipy.stats import t  # here, for it takes a second to import
+
+    return float(t.ppf(share, freedom))
+
+
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:
     """Cohen's kappa of two judges, (agreement - chance) / (1 - chance) by their shares; None where it is undefined."""
     n, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))
     counts = Counter(first), Counter(second)
