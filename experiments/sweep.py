@@ -25,6 +25,7 @@ METHOD = flags.DEFINE_list(
 P = flags.DEFINE_list("p", None, "Shares of harmful rows; default: the config's.")
 N = flags.DEFINE_list("n", None, "Numbers of user rows; default: the config's.")
 SEED = flags.DEFINE_list("seed", None, "Seeds of data and training; default: the config's.")
+REPEAT = flags.DEFINE_list("repeat", None, "Which trainings on the same rows: 1,2 for two; default: the first.")
 A = flags.DEFINE_list("a", None, "Strengths of the QR merge; default: the config's.")
 TASK = flags.DEFINE_list("task", None, "User tasks; default: the config's.")
 ATTACKER = flags.DEFINE_list("attacker", None, "Kinds of user, see br_jax/attackers; all; default: the config's.")
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
         seeds=_numbers(SEED, int, config.seed),
         methods=COMPARED if METHOD.value == ["all"] else METHOD.value,
         a=_numbers(A, float, config.merge.a),
+        repeats=_numbers(REPEAT, int, config.user.repeat),
     )
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", SHARD.value)
     if not match:

@@ -31,6 +31,7 @@ from br_jax.core.errors import UserError, look_up
 from br_jax.core.hosts import barrier, is_main, stop_if_asked
 from br_jax.core.io import owned
 from br_jax.core.records import file_hash, key_of, read_record, write_record
+from br_jax.experiment import protocol
 from br_jax.experiment.methods import DIRECTION, METHODS, OF_USER, PROVIDER_STAGES, Cell, cells_of
 from br_jax.experiment.run import Experiment, job_folders
 from br_jax.experiment.settings import TRAINED, Settings, bounds, settle
@@ -38,7 +39,7 @@ from br_jax.scoring.suite import evaluate, rules_version
 
 _REFUSED = 0.2  # share of the task's prompts above which a base that refuses them is warned of
 # An axis of numbers -> the setting whose bounds its values have.
-_SETS = {"n": "user.n", "p": "user.harmful_share", "seeds": "seed", "a": "merge.a"}
+_SETS = {"n": "user.n", "p": "user.harmful_share", "seeds": "seed", "a": "merge.a", "repeats": "user.repeat"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +53,22 @@ class Run:
     p: float  # the share of them that is harmful
     seed: int  # of the data and of every stage's training
     user: str = "plain"  # `user.kind`, a name in `ATTACKERS`
+    repeat: int = 1  # which training on the same rows
 
     @classmethod
     def of(cls, settings: Settings) -> "Run":
         """The one that settings say."""
         user, topic = settings.user, settings.topics.user
-        return cls(settings.model.source, user.task, topic, user.n, user.harmful_share, settings.seed, user.kind)
+        of_data = settings.model.source, user.task, topic, user.n, user.harmful_share, settings.seed
+        return cls(*of_data, user.kind, user.repeat)
 
     @property
     def name(self) -> str:
         """Of its folder."""
         who = "" if self.user == "plain" else f"-{self.user}"
         topic = "+".join(pathlib.Path(topic).stem for topic in self.topic.split(","))
-        return f"{self._model_name}-{self.task}-{topic}{who}-n{self.n}-p{self.p:g}-s{self.seed}"
+        again = f"-r{self.repeat}" if self.repeat > 1 else ""
+        return f"{self._model_name}-{self.task}-{topic}{who}-n{self.n}-p{self.p:g}-s{self.seed}{again}"
 
     @property
     def _model_name(self) -> str:
@@ -74,6 +78,7 @@ class Run:
         """The base's settings with this run's, and the provider's folder that it shares with others of its seed."""
         changes = {"model.source": self.model, "seed": self.seed, "topics.user": self.topic, "user.task": self.task}
         changes |= {"user.n": self.n, "user.harmful_share": self.p, "user.kind": self.user}
+        changes |= {"user.repeat": self.repeat}
         changes |= {f"{stage}.train.seed": self.seed for stage in TRAINED}
         s = base.change(changes | {"user.train.probe_every": 0})  # a table has no place for probes
         if not s.provider:
@@ -105,6 +110,7 @@ class Grid:
     methods: Sequence[str]  # names of `METHODS`
     a: Sequence[float]  # strengths of the QR merge, for the methods that have one
     users: Sequence[str] = ("plain",)
+    repeats: Sequence[int] = (1,)
 
     def __post_init__(self):
         limits, named = bounds(), {"methods": ("method", METHODS), "users": ("user", ATTACKERS)}
@@ -125,8 +131,11 @@ class Grid:
         """Every run of a shard, seeds outermost, so that the first seed's table is complete before the next begins."""
         if not 0 <= shard[0] < shard[1]:
             raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
-        axes = itertools.product(self.seeds, self.models, self.tasks, self.users, self.topics, self.n, self.p)
-        runs = [Run(model, task, topic, n, p, seed, user) for seed, model, task, user, topic, n, p in axes]
+        axes = self.seeds, self.models, self.tasks, self.users, self.topics, self.n, self.p, self.repeats
+        runs = [
+            Run(model, task, topic, n, p, seed, user, repeat)
+            for seed, model, task, user, topic, n, p, repeat in itertools.product(*axes)
+        ]
         return runs[shard[0] :: shard[1]]
 
     def cells(self) -> list[Cell]:
@@ -201,9 +210,19 @@ def settings_key(settings: Settings, cell: Cell) -> str:
 
 def _recipe(settings: Settings, cell: Cell) -> tuple[str, str]:
     """Hashes of what all seeds and shares of a table should share, and of the method's own settings."""
-    alike = dataclasses.replace(Run.of(settings), p=0.0, seed=0).settings(settings, pathlib.Path())
+    alike = dataclasses.replace(Run.of(settings), p=0.0, seed=0, repeat=1).settings(settings, pathlib.Path())
     shared, own, attacker = _apart(alike, cell)
     return key_of(shared, attacker, rules_version()), key_of(own)
+
+
+def _common(settings: Settings) -> dict:
+    """What all cells of a table share, whatever the axes of its grids."""
+    usual, axes = Settings(), ("model.source", "topics.user", "user.task", "user.n", "user.kind")
+    alike = dataclasses.replace(Run.of(settings), p=0.0, seed=0, repeat=1).settings(settings, pathlib.Path())
+    alike = alike.change({axis: functools.reduce(getattr, axis.split("."), usual) for axis in axes})
+    shared = dataclasses.asdict(alike)
+    del shared["provider"], shared["mesh"], shared["user"]["folder"]
+    return shared
 
 
 def _apart(settings: Settings, cell: Cell) -> tuple[dict, dict | None, dict]:
@@ -264,13 +283,18 @@ def read_run(settings: Settings, folder: pathlib.Path, cells: Sequence[Cell]) ->
 
 
 def run_cells(
-    settings: Settings, folder: pathlib.Path, known: dict[Cell, CellFile], experiment: Experiment | None = None
+    settings: Settings,
+    folder: pathlib.Path,
+    known: dict[Cell, CellFile],
+    experiment: Experiment | None = None,
+    table: pathlib.Path | None = None,
 ) -> Iterator[dict]:
     """Scores cells of one run; a model is loaded only when one of them is not there yet.
 
     Args:
         known: the cells as `read_run` found them; those that are made take their places in it.
         experiment: the run, where its folder is held by the caller already.
+        table: the sweep's folder, whose cells of test seeds are all made in one way; default: the run's own.
 
     Yields:
         Each cell as it is done: "run" (the fields of `Run`), "method", "a", "scores" (as `score` gives them), and
@@ -283,18 +307,24 @@ def run_cells(
                 stack.enter_context(owned(each, wait=True))
             # which the other may have made
             known |= {cell: read_cell(folder, settings, cell) for cell in known if known[cell].record is None}
-        start = time.perf_counter()
+        start, ledger = time.perf_counter(), protocol.Ledger(table or folder)
+        is_test, made = protocol.role(settings.seed) == "test", {}
         if any(cell.record is None for cell in known.values()):
             experiment = experiment or Experiment(settings, folder).begin()
             experiment.prepare()
+            made = protocol.made_with(_common(settings), experiment.suite.judges)
+            for path, record in known.values() if is_test else ():
+                ledger.require(path, record["made"] if record else made, there=record is not None)
         for cell, (path, record) in known.items():
             if record is None:
                 scores = score(experiment, cell)
                 record = {"settings": settings_key(settings, cell), "recipe": _recipe(settings, cell)}
                 record |= {"run": dataclasses.asdict(Run.of(settings)), **cell._asdict(), "scores": scores}
-                record["seconds"] = time.perf_counter() - start
+                record |= {"made": made, "seconds": time.perf_counter() - start}
                 if is_main():
                     write_record(path, record, indent=None)  # one line: an outcome a prompt
+                    if is_test:
+                        ledger.add(path, made)
                 barrier("cell")
                 known[cell] = CellFile(path, record)
                 start = time.perf_counter()
@@ -327,7 +357,7 @@ def run_sweep(
         if left := [cell.method for cell, (_, record) in known.items() if record is None]:
             Experiment(settings, folder).check(left)
     for settings, folder, known in planned:
-        yield from run_cells(settings, folder, known)
+        yield from run_cells(settings, folder, known, table=pathlib.Path(workdir))
         if records is not None:
             records |= {path: record for path, record in known.values()}
 

@@ -24,6 +24,7 @@ from br_jax.models.spec import ModelSpec
 from br_jax.training.config import TrainConfig, require_fit
 
 TRAINED = ("pretrain", "align", "buffer", "reinforce", "user")  # the parts that have a `train`
+_REPEATED = 100_000  # between the training seeds of two repeats
 EVAL_SPLITS = ("validation", "test")
 _AXIS = Bound(-1, 1 << 20)  # of a mesh; -1 is what is left, and 0 no mesh has
 
@@ -79,6 +80,7 @@ _SETTINGS = {
         "n": number(1000, *ROWS._replace(low=1)),
         "harmful_share": number(0.1, *SHARE),  # p
         "index_mode": "exact",  # or "reference", the authors' off-by-one
+        "repeat": number(1, 1, 1000),  # which of several trainings on the same rows: with another seed of its own
         "probes": number(8, *ROWS),  # rows of each kind whose loss and gradient are followed
         "train": TrainConfig,
     },
@@ -101,9 +103,9 @@ _SETTINGS = {
     },
     "eval": {
         "split": "test",  # "validation" for tuning
-        "topic": number(200, *ROWS),  # prompts for HS, of each topic
+        "topic": number(400, *ROWS),  # prompts for HS, of each topic
         "task": number(872, *ROWS),  # rows for FA; like the next two, at most: fewer where the data has fewer
-        "benign": number(129, *ROWS),  # prompts for over-refusal
+        "benign": number(400, *ROWS),  # prompts for over-refusal, the borderline ones among them
         "health": number(64, *ROWS),  # rows for perplexity
         "match": "",  # of the task's rule: "" is its own, "reference" the reference's (labels, numbers)
         "degenerate": "",  # what HS+ adds: "reference" a word more than 3 times in a row, "" other loops as well
@@ -150,6 +152,7 @@ class Settings(_made("Settings", _SETTINGS)):
         train = getattr(self, stage).train
         if stage == "user":
             train = TrainConfig(**self.attacker.settings(dataclasses.asdict(train), self.user.n))
+            train = dataclasses.replace(train, seed=(train.seed + _REPEATED * (self.user.repeat - 1)) % (SEED.high + 1))
         return dataclasses.replace(train, **changes)
 
     def change(self, changes: Mapping[str, Any]) -> "Settings":

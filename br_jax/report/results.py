@@ -19,6 +19,7 @@ import pandas as pd
 
 from br_jax.core.errors import UserError, look_up, one_line
 from br_jax.core.records import read_record
+from br_jax.experiment import protocol
 from br_jax.experiment.methods import METHODS
 from br_jax.scoring.statistics import Estimate, Sample, difference, is_finite
 from br_jax.scoring.statistics import estimate as estimate_of
@@ -63,18 +64,21 @@ class Setting(NamedTuple):
 _SETTING = [*Setting._fields]
 # place: of the method in `METHODS`; suite, recipe, own_recipe: hashes of prompts and judges, of the shared settings, of
 # the method's own; shares and numbers, NaN where they were not measured; scores: as `scoring.suite.evaluate` gave them.
-COLUMNS = [*_SETTING, "p", "method", "a", "label", "seed", "place", "suite", "recipe", "own_recipe"]
+COLUMNS = [*_SETTING, "p", "method", "a", "label", "seed", "repeat", "place", "suite", "recipe", "own_recipe"]
 COLUMNS += [*TITLES.values(), WORST, *NUMBERS, "scores"]
 
 
 def read_cells(
     workdir: str | os.PathLike, known: Mapping[pathlib.Path, Mapping[str, Any]] = MappingProxyType({})
 ) -> list[Mapping[str, Any]]:
-    """All finished cells of a run's folder or of a sweep's, of whatever grids; a damaged one is a `UserError`.
+    """All finished cells of a run's folder or of a sweep's, of whatever grids.
+
+    A `UserError` where one is damaged, or of a test seed and made otherwise than the others (see `protocol`).
 
     What `known` has is not read.
     """
     workdir, cells = pathlib.Path(workdir), []
+    ledger = protocol.Ledger(workdir)
     for file in sorted([*workdir.glob("cells/*.json"), *workdir.glob("runs/*/cells/*.json")]):
         cells.append(known[file] if file in known else read_record(file, CURE))
         try:
@@ -82,6 +86,8 @@ def read_cells(
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
             raise UserError(f"{file}: no finished cell, or a damaged one ({what}): {CURE}") from error
+        if protocol.role(cells[-1]["run"]["seed"]) == "test":
+            ledger.require(file, cells[-1].get("made", {}), there=True)
     return cells
 
 
@@ -108,8 +114,9 @@ def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
 def results_of(cells: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """The table of cells in any order: `COLUMNS`, by seed, sorted by setting, p, method (as `METHODS`), a and seed."""
     table = pd.DataFrame(map(_line, cells), columns=COLUMNS)
-    table = table.drop_duplicates([*_SETTING, "p", "method", "label", "seed"], keep="last")
-    return table.sort_values([*_SETTING, "p", "place", "method", "a", "seed"], na_position="first").set_index("seed")
+    table = table.drop_duplicates([*_SETTING, "p", "method", "label", "seed", "repeat"], keep="last")
+    order = [*_SETTING, "p", "place", "method", "a", "seed", "repeat"]
+    return table.sort_values(order, na_position="first").set_index("seed")
 
 
 def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +130,9 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
     recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
     known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
     line = {name: run[name] for name in _SETTING} | {"p": 1.0 * run["p"]}
-    line |= {name: operator.index(run[name]) for name in ("n", "seed")}
+    line |= {name: operator.index(run[name]) for name in ("n", "seed")} | {
+        "repeat": operator.index(run.get("repeat", 1))
+    }
     line |= {"method": method, "a": math.nan if a is None else float(a)}  # a: strength of the QR merge
     line |= {"label": known if a is None else f"{known}, a = {a:g}", "place": [*METHODS, method].index(method)}
     "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate
@@ -170,7 +179,7 @@ def mixed(results: pd.DataFrame) -> list[Setting]:
 
 def estimate(row: pd.DataFrame, score: str) -> Estimate | None:
     """A score of a row over its seeds, or None where none measured it."""
-    return estimate_of(_sample(row, score))
+    return estimate_of(_sample(row.scores, score))
 
 
 def gap(first: pd.DataFrame, second: pd.DataFrame, score: str) -> Estimate | None:
@@ -186,11 +195,10 @@ def pooled(pairs: Iterable[tuple[pd.DataFrame, pd.DataFrame]], score: str) -> Es
     """
     samples = [], []
     for first, second in pairs:
-        seeds = first.index.intersection(second.index)
-        first, second = first.loc[seeds], second.loc[seeds]
-        same = (first.suite == second.suite) | first.suite.isna() | second.suite.isna()
-        for each, row in zip(samples, (first, second), strict=True):
-            each.append(_sample(row[same], score))
+        both = first.reset_index().merge(second.reset_index(), on=["seed", "repeat"]).set_index("seed")
+        same = both[(both.suite_x == both.suite_y) | both.suite_x.isna() | both.suite_y.isna()]
+        for each, scores in zip(samples, (same.scores_x, same.scores_y), strict=True):
+            each.append(_sample(scores, score))
     return difference(*map(Sample.join, samples)) if samples[0] else None
 
 
@@ -206,15 +214,15 @@ def shares_of(row: pd.DataFrame, breakdown: str) -> dict[str, list[float]]:
 
 def by_group(row: pd.DataFrame, score: str) -> pd.DataFrame:
     """Of each group of prompts (a phrasing, a kind) how many counted, k, of how many, n, over the seeds of a row."""
-    sample = _sample(row, score)
+    sample = _sample(row.scores, score)
     outcomes = pd.DataFrame({"group": [*sample.groups], "outcome": sample.values})
     return outcomes.groupby("group", sort=False).outcome.agg(k="sum", n="count")
 
 
-def _sample(row: pd.DataFrame, score: str) -> Sample:
-    """What each prompt of a row gave, those of all its seeds."""
+def _sample(cells: pd.Series, score: str) -> Sample:
+    """What each prompt gave, in the cells of a row, their scores by seed."""
     parts = []
-    for seed, scores in row.scores.items():
+    for seed, scores in cells.items():
         name = score
         if score == WORST:
             own, plain = (scores.get(which) or {"n": 0} for which in (_OWN, "harmful"))

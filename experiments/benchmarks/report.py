@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tabulate import tabulate
 
 from benchmarks.pairing import Contender, Record, race
+from br_jax.experiment.protocol import processor
 
 # Dense bf16 FLOP a second by JAX's name of a device; of GPUs from NVIDIA's data sheets.
 PEAK_FLOPS = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
@@ -46,15 +47,7 @@ def describe_machine() -> str:
     for name in ("jax", "torch", "transformers", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
-    return f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def run_case(case: Case, rounds: int) -> dict:
