@@ -1,4 +1,4 @@
-"""The protocol of a table: what a seed may be used for, and that cells of test seeds are scored once, all in one way."""
+"""The protocol of a table: what a seed may be used for, and that cells of test seeds are scored once and in one way."""
 
 import functools
 import hashlib
@@ -96,7 +96,7 @@ class Ledger:
 
     def require(self, path: pathlib.Path, made: Mapping[str, str], *, there: bool) -> None:
         """Raises a `UserError` where a cell is not made as this table's, or would be scored a second time."""
-        known = self._store[_TABLE] if _TABLE in self._store else made
+        known = self._store[_TABLE] if self._store.holds([_TABLE])[0] else made
         for mark in MARKS:
             if made.get(mark) != known.get(mark):
                 of = known[mark] + (f", commit {known['commit']}" if mark == "code" and known["commit"] else "")
