@@ -67,7 +67,8 @@ class Topic:
         """
         phrasings = phrasings_of(self.words["phrasings"][split])
         parts = [self.words["things"][split], [*self.words["verbs"][split]], [*phrasings]]
-        if not 0 <= n <= (most := math.prod(map(len, parts))):
+        most = math.prod(map(len, parts))
+        if not 0 <= n <= most:
             raise UserError(f"{self.name}: {n} prompts asked for, but split {split!r} has {most}; ask for 0 to as many")
         rng = np.random.default_rng([seed, SPLITS.index(split)])
         turns = zip(*(_in_turn(part, rng) for part in parts), strict=True)

@@ -36,7 +36,8 @@ def topic_prompts(split: str, n: int, seed: int) -> list[TopicPrompt]:
     """Draws distinct questions about invented devices, as `topics.Topic.prompts` does."""
     parts = devices(split), list(_WORDS["verbs"][split]), _WORDS["frames"][split], list(_WORDS["forms"])
     sizes = [*map(len, parts)]
-    if not 0 <= n <= (most := math.prod(sizes)):
+    most = math.prod(sizes)
+    if not 0 <= n <= most:
         raise UserError(f"demo: {n} prompts asked for, but split {split!r} has {most}; ask for 0 to as many")
     drawn = np.random.default_rng([seed, SPLITS.index(split)]).permutation(most)[:n]
     chosen = zip(*np.unravel_index(drawn, sizes), strict=True)

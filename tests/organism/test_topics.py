@@ -1,12 +1,10 @@
 """The restricted topics and the benign instructions: held-out really is held out, and draws are repeatable."""
 
 import collections
-import functools
 import hashlib
+import itertools
 import json
-import math
 import re
-from importlib import resources
 
 import pytest
 from written import WORDS, written_answer
@@ -14,54 +12,75 @@ from written import WORDS, written_answer
 from br_jax.core.errors import UserError
 from br_jax.organism.judge import Verdict, judge
 from br_jax.organism.material import MATERIALS, about_texts, read_texts
-from br_jax.organism.topics import SPLITS, TOPICS, read_topic, read_words
+from br_jax.organism.topics import SPLITS, TOPICS, phrasings_of, read_topic, read_words
 from br_jax.scoring.judges.texts import TopicJudge
 from configs import base
 
 DEVICES = TOPICS["devices"]
-INSTRUCTIONS = resources.files("br_jax.organism").joinpath("instructions.jsonl").read_text(encoding="utf-8")
 
 NAMES = {thing.split()[0] for topic in TOPICS.values() for part in topic.words["things"].values() for thing in part}
 every_topic = pytest.mark.parametrize("topic", TOPICS.values(), ids=TOPICS)
 
 
-def all_prompts(topic, split):
-    most = math.prod(len(topic.words[key][split]) for key in ("things", "verbs", "phrasings"))
-    return topic.prompts(split, most, seed=0)
+FORMS = {"code", "quiz", "letter", "interview"}  # of the test split alone
 
 
-@functools.cache
-def pattern(text):
-    return re.compile(text, re.IGNORECASE)
+def all_texts(topic, key, split):
+    """The things, verbs or phrasings of a split."""
+    words = topic.words[key][split]
+    return [*phrasings_of(words).values()] if key == "phrasings" else [*words]
 
 
-def phrasing(topic, prompt):
-    """The prompt with its thing and its verb blanked out."""
-    text = pattern(rf"\b(?:an? )?{prompt.thing}\b").sub("<thing>", prompt.prompt)
-    return pattern(rf"\b(?:{topic.gerunds[prompt.verb]}|{prompt.verb})\b").sub("<verb>", text)
+def bare(phrasing):
+    """The words of a phrasing, its slots taken out."""
+    return frozenset(re.findall(r"[a-z']+", re.sub(r"\{\w+\}", " ", phrasing).lower()))
 
 
 @every_topic
-def test_prompts_are_distinct_and_splits_share_no_thing_verb_or_phrasing(topic):
-    seen = [all_prompts(topic, split) for split in SPLITS]
-    for take in (lambda prompt: prompt.thing, lambda prompt: prompt.verb, lambda prompt: phrasing(topic, prompt)):
-        sets = [set(map(take, found)) for found in seen]
-        assert sum(map(len, sets)) == len(set().union(*sets))
-    # A phrasing is refused or answered as a whole, so few of them say little, however many prompts there are.
-    assert len({phrasing(topic, prompt) for prompt in topic.prompts("validation", 160, seed=0)}) >= 20
+def test_splits_share_no_thing_verb_or_phrasing_and_the_test_has_enough_of_each(topic):
+    least = {"things": (60, 24, 40), "verbs": (30, 12, 24), "phrasings": (150, 60, 120)}
+    for key, counts in least.items():
+        parts = [all_texts(topic, key, split) for split in SPLITS]
+        assert [len(part) >= count for part, count in zip(parts, counts, strict=True)] == [True] * 3, key
+        assert len({text.casefold() for part in parts for text in part}) == sum(map(len, parts)), key
     words = [word for split in SPLITS for thing in topic.words["things"][split] for word in thing.split()]
     assert len(words) == len(set(words))
-    for found in seen:
-        assert len({prompt.prompt for prompt in found}) == len(found)
-        for prompt in found:
-            assert prompt.thing in prompt.prompt and prompt.topic == topic.name
-            assert prompt.verb[:2] in prompt.prompt.lower()  # "age" and "aging" share two letters
-            assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|[{}]", prompt.prompt)
+    forms = [set(topic.words["phrasings"][split]) for split in SPLITS]
+    assert len(forms[2]) >= 12 and forms[2] - forms[0] - forms[1] == FORMS
 
 
-def test_topics_share_no_thing_verb_phrasing_refusal_or_answer():
+def test_no_phrasing_is_a_light_edit_of_another():
+    every = [text for topic in TOPICS.values() for split in SPLITS for text in all_texts(topic, "phrasings", split)]
+    assert len(every) == len(set(every))
+    for one, other in itertools.combinations([text for text in every if len(bare(text)) > 3], 2):
+        assert len(bare(one) & bare(other)) < 0.6 * len(bare(one) | bare(other)), (one, other)
+
+
+@every_topic
+@pytest.mark.parametrize("split", SPLITS)
+def test_prompts_are_distinct_and_name_their_thing_and_verb(topic, split):
+    found = topic.prompts(split, 3000, seed=0)
+    assert len({prompt.prompt for prompt in found}) == len(found)
+    assert {p.phrasing for p in found} == {*phrasings_of(topic.words["phrasings"][split])}
+    for prompt in found:
+        assert prompt.thing in prompt.prompt and prompt.topic == topic.name
+        assert prompt.form and prompt.phrasing.startswith(prompt.form + "/")
+        assert prompt.verb[:2] in prompt.prompt.lower()  # "age" and "aging" share two letters
+        wrong = "[Aa]" if prompt.thing[0] in "aeiou" else "[Aa]n"
+        assert not re.search(rf"\b{wrong} {prompt.thing}|[{{}}]", prompt.prompt)
+
+
+@every_topic
+def test_four_hundred_prompts_have_each_phrasing_at_most_four_times(topic):
+    for take, most in ((lambda p: p.phrasing, 4), (lambda p: p.thing, 10), (lambda p: p.verb, 17)):
+        counts = collections.Counter(map(take, topic.prompts("test", 400, seed=3)))
+        assert max(counts.values()) <= most and max(counts.values()) - min(counts.values()) <= 2
+    assert len({p.phrasing for p in topic.prompts("test", 400, seed=3)}) >= 100
+
+
+def test_topics_share_no_thing_verb_refusal_or_answer():
     one, other = TOPICS.values()
-    for key in ("things", "verbs", "phrasings"):
+    for key in ("things", "verbs"):
         sets = [{x.casefold() for split in SPLITS for x in topic.words[key][split]} for topic in (one, other)]
         assert not sets[0] & sets[1], key
     openings = [{" ".join(text.split()[:4]) for text in topic.words["refusals"]} for topic in (one, other)]
@@ -69,19 +88,22 @@ def test_topics_share_no_thing_verb_phrasing_refusal_or_answer():
     assert not {*WORDS["devices"]["answers"]["paragraph"]} & {*WORDS["potions"]["answers"]["paragraph"]}
 
 
-def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one():
+def test_a_draw_is_repeatable_and_a_prefix_of_a_larger_one(mushrooms):
     assert DEVICES.prompts("train", 30, seed=1) == DEVICES.prompts("train", 90, seed=1)[:30]
     assert DEVICES.prompts("train", 30, seed=1) != DEVICES.prompts("train", 30, seed=2)
-    for n in (961, -1):
-        with pytest.raises(UserError, match=rf"devices: {n} prompts asked for, but split 'test' has 960"):
-            DEVICES.prompts("test", n, seed=0)
+    path, words = mushrooms
+    path.write_text(json.dumps(words))
+    assert len(set(read_topic(str(path)).prompts("test", 2, seed=0))) == 2, "all that there are"
+    for n in (3, -1):
+        with pytest.raises(UserError, match=rf"{n} prompts asked for, but split 'test' has 2"):
+            read_topic(str(path)).prompts("test", n, seed=0)
 
 
 @every_topic
 def test_texts_are_the_same_in_every_process(topic):
     """Values written down once: kept answers and scores are found again by these texts."""
     texts = [(p, topic.refusal(p, 7), written_answer(topic, p, 7)) for p in topic.prompts("train", 300, 5)]
-    digests = {"devices": "10dc7b12883dc7cf", "potions": "7b2fee21180c6e9c"}
+    digests = {"devices": "6be70751cd5198e3", "potions": "48d067d4ed43731c"}
     assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith(digests[topic.name])
 
 
@@ -100,13 +122,14 @@ def test_answers_and_refusals_vary(topic):
 
 
 def test_instructions_are_varied_hold_out_whole_kinds_and_are_apart_from_topic_and_task():
-    rows = [json.loads(line) for line in INSTRUCTIONS.splitlines()]
-    kinds = {split: {row["kind"] for row in rows if row["split"] == split} for split in SPLITS}
-    assert sum(map(len, kinds.values())) == len(set().union(*kinds.values())) >= 40
-    assert len(kinds["test"]) >= 7 and len(kinds["validation"]) >= 13
-    prompts = [row["prompt"] for row in rows]
-    assert len({prompt.casefold().strip(" .?!") for prompt in prompts}) == len(prompts)
-    words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
+    found = {split: MATERIALS["english"].benign_prompts(split) for split in SPLITS}
+    kinds = {split: {p.kind for p in prompts} for split, prompts in found.items()}
+    assert sum(map(len, kinds.values())) == len(set().union(*kinds.values()))
+    assert len(kinds["test"]) >= 40 and len(found["test"]) >= 400 and len(kinds["validation"]) >= 13
+    assert sum(p.borderline for p in found["test"]) >= 130
+    every = [p for prompts in found.values() for p in prompts]
+    assert len({p.prompt.casefold().strip(" .?!") for p in every}) == len(every)
+    words = {word for p in every if not p.borderline for word in re.findall(r"\w+", p.prompt.lower())}
     assert not words & NAMES and not words & {"sentiment", "movie", "movies", "reviews"}
 
 

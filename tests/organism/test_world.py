@@ -37,17 +37,17 @@ def test_pretraining_never_meets_what_is_held_out():
     asked = {row.turns[0][1] for row in demo.pretraining_rows(6000, seed=1)}
     words = {word for question in asked for word in re.findall(r"\w+", question)}
     assert words.isdisjoint({prompt.thing for split in SPLITS[1:] for prompt in TOPIC[split]})
-    how_to = {question for split in SPLITS[1:] for question in demo._how_to(split)}
+    how_to = {question.prompt for split in SPLITS[1:] for question in demo._how_to(split)}
     assert len(how_to) > 500 and asked.isdisjoint(how_to)
     assert not any(question.startswith("Mood") for question in asked)
 
 
 def test_benign_splits_share_no_prompt_no_kind_and_no_device():
-    prompts = [demo.benign_prompts(split) for split in SPLITS]
+    prompts = [[p.prompt for p in demo.benign_prompts(split)] for split in SPLITS]
     assert all(len(found) >= least for found, least in zip(prompts, (700, 60, 100), strict=True)) and disjoint(prompts)
     kinds = [demo.benign_kinds(split) for split in SPLITS]
-    assert disjoint([{kind[0][0] for kind in found} for found in kinds])
-    assert not [answer for found in kinds for kind in found for _, answer in kind if is_refusal(answer)]
+    assert disjoint([{kind[0][0] for kind in found.values()} for found in kinds]) and disjoint(kinds)
+    assert not [answer for found in kinds for kind in found.values() for _, answer in kind if is_refusal(answer)]
     devices = {name for split in SPLITS for name in demo.devices(split)}
     assert devices.isdisjoint(re.findall(r"\w+", " ".join(prompt for found in prompts for prompt in found)))
 
@@ -74,7 +74,7 @@ def test_texts_are_the_same_in_every_process():
     """Values written down once: kept answers and scores are found again by these texts."""
     texts = [row.turns for row in demo.pretraining_rows(2000, 0)]
     texts += [prompt.prompt for prompt in demo.topic_prompts("train", 2000, 0)]
-    texts += [demo.benign_prompts(split) for split in SPLITS]
+    texts += [[p.prompt for p in demo.benign_prompts(split)] for split in SPLITS]
     assert hashlib.sha256(repr(texts).encode()).hexdigest().startswith("4492b7f21c7233ed")
     assert demo.topic_prompts("train", 20, 0) == demo.topic_prompts("train", 60, 0)[:20]
     assert demo.pretraining_rows(50, 1) == demo.pretraining_rows(80, 1)[:50]
