@@ -237,7 +237,7 @@ def attackers_figure(results: pd.DataFrame, p: float, title: str = "") -> Figure
 
 def _spread(axis: Axes, found: Estimate, place: float, color: str, lying: bool = False) -> float:
     """Draws an estimate's interval and its seeds at a place; returns the end of them."""
-    mean, low, high, *each = (100 * value for value in (*found[:3], *found.by_seed.values()))
+    mean, low, high, *each = (100 * value for value in (found.mean, found.low, found.high, *found.by_seed.values()))
     ends, places, (across, up) = [[mean - low], [high - mean]], [place] * len(each), "xy" if lying else "yx"
     whisker = {across: mean, up: place, f"{across}err": ends, "capsize": 2.5, "elinewidth": 1.1, "clip_on": False}
     axis.errorbar(**whisker, color=color, zorder=2 + lying)
