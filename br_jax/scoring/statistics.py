@@ -148,12 +148,14 @@ def _clustered(parts: Sequence[tuple[float, Sample]]) -> tuple[float, float]:
     if f == 1:
         return (math.inf, 1.0) if s == 1 else (squares(by_seed) * s / (s - 1), s - 1.0)
     of_groups = squares(by_group) * f / (f - 1)
-    if s == 1 or of_groups == 0:
+    if s == 1:
         return of_groups, f - 1.0
     of_seeds = squares(by_seed) * s / (s - 1)
     together = squares(by_group * s + by_seed) * f * s / ((f - 1) * (s - 1))
     variance = of_groups + max(0.0, of_seeds - together)
-    return variance, variance**2 / (of_groups**2 / (f - 1) + of_seeds**2 / (s - 1))
+    if variance < 1e-24:  # all alike, but for rounding
+        return 0.0, f - 1.0
+    return variance, max(1.0, variance**2 / (of_groups**2 / (f - 1) + of_seeds**2 / (s - 1)))
 
 
 def _t(share: float, freedom: float) -> float:

@@ -3,6 +3,7 @@
 python experiments/benchmarks/coverage.py
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -16,6 +17,7 @@ RATES = (0.02, 0.1, 0.5)
 SPREADS = ((1.0, 0.3), (1.5, 0.3))  # of the log-odds over phrasings, and over seeds
 
 
+@functools.cache
 def level(rate: float, spread: float) -> float:
     """The log-odds that normal effects of this spread turn into a mean rate."""
 
