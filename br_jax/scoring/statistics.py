@@ -105,8 +105,10 @@ def difference(first: Sample, second: Sample) -> Estimate | None:
     if one is None or other is None:
         return None
     variance, freedom = _clustered([(1.0, first), (-1.0, second)])
+    groups, n = min(one.groups, other.groups), min(one.n, other.n)
     both = math.sqrt(one.variance * other.variance)
-    in_common = (one.variance + other.variance - variance) / (2 * both) if 0 < both < math.inf else 0.0
+    least = (_t(0.975, freedom) / n) ** 2  # where no prompt differs, as much as Wilson's interval of 0 of n has
+    in_common = (one.variance + other.variance - max(variance, least)) / (2 * both) if 0 < both < math.inf else 0.0
     in_common = min(1.0, max(-1.0, in_common))
     gap = one.mean - other.mean
 
@@ -116,7 +118,6 @@ def difference(first: Sample, second: Sample) -> Estimate | None:
     low = gap - reach(one.mean - one.low, other.high - other.mean)
     high = gap + reach(one.high - one.mean, other.mean - other.low)
     by_seed = {seed: one.by_seed[seed] - other.by_seed[seed] for seed in one.by_seed}
-    groups, n = min(one.groups, other.groups), min(one.n, other.n)
     return Estimate(gap, max(-1.0, low), min(1.0, high), n, groups, by_seed, variance, freedom)
 
 
