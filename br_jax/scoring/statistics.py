@@ -82,15 +82,7 @@ def estimate(sample: Sample) -> Estimate | None:
     mean, groups = float(values.mean()), len(set(sample.groups))
     by_seed = {int(seed): float(values[seeds == seed].mean()) for seed in dict.fromkeys(sample.seeds)}
     variance, freedom = _clustered([(1.0, sample)])
-    if math.isinf(variance):  # all of one group: nothing is known of others
-        return Estimate(mean, 0.0, 1.0, n, groups, by_seed, variance, freedom)
-    t = _t(0.975, freedom)
-    effect = max(1.0, variance * n / (mean * (1 - mean))) if 0 < mean < 1 else 1.0
-    per = t * t * effect / n  # Wilson's, with t for z and n / effect for n
-    middle = (mean + per / 2) / (1 + per)
-    half = math.sqrt(per * (mean * (1 - mean) + per / 4)) / (1 + per)
-    low, high = min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half))
-    return Estimate(mean, low, high, n, groups, by_seed, variance, freedom)
+    return Estimate(mean, *_wilson(mean, n, variance, freedom), n, groups, by_seed, variance, freedom)
 
 
 def difference(first: Sample, second: Sample) -> Estimate | None:
@@ -105,19 +97,33 @@ def difference(first: Sample, second: Sample) -> Estimate | None:
     if one is None or other is None:
         return None
     variance, freedom = _clustered([(1.0, first), (-1.0, second)])
+    groups, n = min(one.groups, other.groups), min(one.n, other.n)
+    # Both with the freedom of their difference: a score's own may be much less, where seeds differ in what both share.
+    (a_low, a_high), (b_low, b_high) = (_wilson(x.mean, x.n, x.variance, freedom) for x in (one, other))
     both = math.sqrt(one.variance * other.variance)
-    in_common = (one.variance + other.variance - variance) / (2 * both) if 0 < both < math.inf else 0.0
+    least = (_t(0.975, freedom) / n) ** 2  # where no prompt differs, as much as Wilson's interval of 0 of n has
+    in_common = (one.variance + other.variance - max(variance, least)) / (2 * both) if 0 < both < math.inf else 0.0
     in_common = min(1.0, max(-1.0, in_common))
     gap = one.mean - other.mean
 
     def reach(of_one: float, of_other: float) -> float:
         return math.sqrt(max(0.0, of_one**2 + of_other**2 - 2 * in_common * of_one * of_other))
 
-    low = gap - reach(one.mean - one.low, other.high - other.mean)
-    high = gap + reach(one.high - one.mean, other.mean - other.low)
+    low = gap - reach(one.mean - a_low, b_high - other.mean)
+    high = gap + reach(a_high - one.mean, other.mean - b_low)
     by_seed = {seed: one.by_seed[seed] - other.by_seed[seed] for seed in one.by_seed}
-    groups, n = min(one.groups, other.groups), min(one.n, other.n)
     return Estimate(gap, max(-1.0, low), min(1.0, high), n, groups, by_seed, variance, freedom)
+
+
+def _wilson(mean: float, n: int, variance: float, freedom: float) -> tuple[float, float]:
+    """Wilson's interval, with Student's t for z, of as many prompts as would have this variance were they unrelated."""
+    if math.isinf(variance):  # all of one group: nothing is known of others
+        return 0.0, 1.0
+    effect = max(1.0, variance * n / (mean * (1 - mean))) if 0 < mean < 1 else 1.0
+    per = _t(0.975, freedom) ** 2 * effect / n
+    middle = (mean + per / 2) / (1 + per)
+    half = math.sqrt(per * (mean * (1 - mean) + per / 4)) / (1 + per)
+    return min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half))
 
 
 def _of_seeds(sample: Sample, seeds: set[int]) -> Sample:
