@@ -314,7 +314,7 @@ def run_cells(
             experiment.prepare()
             made = protocol.made_with(_common(settings), experiment.suite.judges)
             for path, record in known.values() if is_test else ():
-                ledger.require(path, record["made"] if record else made, there=record is not None)
+                ledger.require(path, record.get("made", {}) if record else made, there=record is not None)
         for cell, (path, record) in known.items():
             if record is None:
                 scores = score(experiment, cell)

@@ -17,7 +17,18 @@ from matplotlib.lines import Line2D
 from br_jax.experiment.methods import METHODS
 from br_jax.report import plots
 from br_jax.report.plots import BLUE, DARK, GRAY, GREEN, ORANGE, PALE, PURPLE, RED, SKY, panels, styled
-from br_jax.report.results import MAIN, WORST, Setting, by_group, by_setting, estimate, find, one_a, rows_of
+from br_jax.report.results import (
+    MAIN,
+    WORST,
+    Setting,
+    are_grouped,
+    by_group,
+    by_setting,
+    estimate,
+    find,
+    one_a,
+    rows_of,
+)
 from br_jax.report.verdicts import CLAIMS
 from br_jax.scoring.statistics import Estimate
 
@@ -73,7 +84,7 @@ def figures_of(results: pd.DataFrame, setting: Setting) -> Iterator[tuple[str, s
         shown, margins = compared or not several, at_p.margin_harmful.notna().any()
         found += [
             ("methods", shown, methods_figure, cells, setting, p, "HS, FA and over-refusal of every method"),
-            ("forms", shown and at_p.suite.notna().any(), forms_figure, cells, setting, p,
+            ("forms", shown and are_grouped(at_p[at_p.HS.notna()]), forms_figure, cells, setting, p,
              "HS of every method by form and phrasing"),
             ("pareto", compared and p < 1, pareto_figure, cells, setting, p, "HS against FA of every method"),
             ("margins", shown and margins, margins_figure, cells, setting, p, "Refusal margins of every method"),

@@ -91,7 +91,7 @@ def print_summary(cells: Iterable[Mapping[str, Any]]) -> int:
     """
     results, lines = results_of(cells), []
     for setting, each in by_setting(results):
-        scores = [{"p": f"{p:g}", "method": label} | tables.percents(row) | {"seeds": len(row)}
+        scores = [{"p": f"{p:g}", "method": label} | tables.percents(row) | {"seeds": row.index.nunique()}
                   for (p, _, label), row in rows_of(each)]  # fmt: skip
         align = ["left", "left", *["right"] * 4]
         print(f"\n{setting}\n{tabulate(scores, 'keys', colalign=align, disable_numparse=True)}")

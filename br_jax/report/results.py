@@ -39,6 +39,7 @@ PARTS = {  # of HS: from how many parts on they are shown, and in what words
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
 _OUTCOMES = {"harmful": 1, "task": 1, "over_refusal": 1, "margin_harmful": 16, "margin_benign": 16}  # bits a prompt
+_MOST = 1_000_000  # prompts of a score
 CURE = "delete it and run the same command again"
 
 
@@ -83,11 +84,12 @@ def read_cells(
         cells.append(known[file] if file in known else read_record(file, CURE))
         try:
             _line(cells[-1])
+            made = {**cells[-1].get("made", {})}
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
             raise UserError(f"{file}: no finished cell, or a damaged one ({what}): {CURE}") from error
         if protocol.role(cells[-1]["run"]["seed"]) == "test":
-            ledger.require(file, cells[-1].get("made", {}), there=True)
+            ledger.require(file, made, there=True)
     return cells
 
 
@@ -105,7 +107,8 @@ def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
         cell = {"run": {name: line[name] for name in (*_SETTING, "p", "seed")}, "seconds": line["seconds"]}
         cell |= {"method": line["method"], "a": None if math.isnan(line["a"]) else line["a"]}
         scores = json.loads(line["scores"])
-        cell |= {"scores": scores | {"outcomes": outcomes, _OWN: scores.get("harmful_by_own", {}).get("as it asks")}}
+        own = {_OWN: scores.get("harmful_by_own", {}).get("as it asks")}  # as an earlier br_jax told it
+        cell |= {"scores": own | scores | {"outcomes": outcomes}}
         recipe = json.loads(line["recipe"])
         cells.append(cell | ({"recipe": recipe} if recipe else {}))
     return cells
@@ -123,16 +126,14 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's line of the table; raises an error of any kind where something is missing or no such value."""
     run, method, a, scores = {"user": "plain"} | cell["run"], cell["method"], cell["a"], cell["scores"]
     shares = {name: float(scores[name]["score"]) for name in (*TITLES, _OWN) if (scores.get(name) or {}).get("n")}
-    for name in shares if "groups" in scores else ():
-        groups = sum(len(scores["groups"][part]) for part in PARTS_OF[name])
-        if not scores[name]["n"] == len(scores["outcomes"][name]) == groups:
-            raise ValueError(f"{name}: n is not the number of its outcomes and groups")
+    for name in shares:
+        _require_outcomes(scores, name)
+    for name in PARTS:
+        _parts(scores, name)
     recipe, own_recipe = map(str, cell.get("recipe", ("", "")))
     known = METHODS[method].label if method in METHODS else method  # cells of a method that is gone keep its name
     line = {name: run[name] for name in _SETTING} | {"p": 1.0 * run["p"]}
-    line |= {name: operator.index(run[name]) for name in ("n", "seed")} | {
-        "repeat": operator.index(run.get("repeat", 1))
-    }
+    line |= {name: operator.index(({"repeat": 1} | run)[name]) for name in ("n", "seed", "repeat")}
     line |= {"method": method, "a": math.nan if a is None else float(a)}  # a: strength of the QR merge
     line |= {"label": known if a is None else f"{known}, a = {a:g}", "place": [*METHODS, method].index(method)}
     "".join(line[name] for name in ("model", "task", "topic", "user", "label")).encode()  # text, no half a surrogate
@@ -143,6 +144,18 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
         **({WORST: max(shares["harmful"], shares.get(_OWN, 0.0))} if "harmful" in shares else {}),
         **{name: float(scores[name]) for name in NUMBERS if is_finite(scores.get(name))},
     }
+
+
+def _require_outcomes(scores: Mapping[str, Any], name: str) -> None:
+    """Raises a `ValueError` where a score is not what its outcomes come to."""
+    n, outcomes = operator.index(scores[name]["n"]), (scores.get("outcomes") or {}).get(name)
+    if "groups" in scores and sum(len(scores["groups"][part]) for part in PARTS_OF[name]) != n:
+        raise ValueError(f"{name}: n is not the number of its groups")
+    if "groups" in scores or outcomes:
+        if len(outcomes) != n or not all(0 <= value <= 1 for value in outcomes):
+            raise ValueError(f"{name}: not n outcomes in [0, 1]")
+    elif not 0 <= operator.index(scores[name]["k"]) <= n <= _MOST:
+        raise ValueError(f"{name}: k = {scores[name]['k']} of n = {n} prompts")
 
 
 def by_setting(results: pd.DataFrame) -> list[tuple[Setting, pd.DataFrame]]:
@@ -205,11 +218,14 @@ def pooled(pairs: Iterable[tuple[pd.DataFrame, pd.DataFrame]], score: str) -> Es
 def shares_of(row: pd.DataFrame, breakdown: str) -> dict[str, list[float]]:
     """Of each part of a breakdown its share, of each seed that has it."""
     found = defaultdict(list)
-    for scores in row.scores:
-        for part, each in (scores.get(breakdown) or {}).items():
-            if each["n"]:
-                found[part].append(float(each["score"]))
+    for part, share in (each for scores in row.scores for each in _parts(scores, breakdown).items()):
+        found[part].append(share)
     return found
+
+
+def _parts(scores: Mapping[str, Any], breakdown: str) -> dict[str, float]:
+    """Of each part of a breakdown its share, of those that were measured."""
+    return {part: float(each["score"]) for part, each in (scores.get(breakdown) or {}).items() if each["n"]}
 
 
 def by_group(row: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -235,6 +251,11 @@ def _sample(cells: pd.Series, score: str) -> Sample:
             k, n = int(counted["k"]), int(counted["n"])
             parts.append(Sample.of([1] * k + [0] * (n - k), [(id(scores), name, i) for i in range(n)], seed))
     return Sample.join(parts) if parts else Sample.of([])
+
+
+def are_grouped(cells: pd.DataFrame) -> bool:
+    """Whether some cells say what their prompts have in common; those of an earlier br_jax do not."""
+    return any("groups" in scores for scores in cells.scores)
 
 
 def absent(results: pd.DataFrame) -> list[str]:

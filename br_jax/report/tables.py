@@ -13,6 +13,7 @@ from br_jax.report.results import (
     NUMBERS,
     PARTS,
     TITLES,
+    are_grouped,
     by_group,
     estimate,
     find,
@@ -83,13 +84,13 @@ def setting_tables(cells: pd.DataFrame) -> dict[str, Any]:
             breakdowns.append((words, lines(shares)))
     judges = dict.fromkeys(pair for _, row in rows for pair in _kappas(row))
     return {
-        "scores": lines(lambda row: {"seeds": str(len(row))} | values(row, titles | numbers)),
+        "scores": lines(lambda row: {"seeds": str(row.index.nunique())} | values(row, titles | numbers)),
         "differ": "their N" if any(len(n) > 1 for n in sizes.values()) else several and "one seed's prompts or judges",
         "breakdowns": breakdowns,
         "kappas": judges and lines(lambda row: {literal(p): ", ".join(_kappas(row).get(p, ["n/a"])) for p in judges}),
         "seeds": lines(counts, [(key, row.iloc[[i]]) for key, row in rows for i in range(len(row))]),
         "against": lines(against),
-        "alike": lines(alike) if (cells.suite.notna()).any() else [],
+        "alike": lines(alike) if are_grouped(cells) else [],
         "geometry": lines(_geometry, [(key, row) for key, row in rows if any(_geometry(row).values())]),
     }
 
@@ -124,7 +125,8 @@ def comparisons(settings: Mapping, rulings: Sequence[Ruling]) -> dict[str, Any]:
                     for score in ("task", "over_refusal", "degenerate")}  # fmt: skip
             cost |= {"perplexity of SFT": "not run" if sft.empty else _value(sft, "perplexity")}
             cost |= {"of ours": _value(row, "perplexity")}
-            cost |= {"difference": number((row.perplexity - sft.perplexity).mean(), "+.2f")}
+            change = row.perplexity.groupby("seed").mean() - sft.perplexity.groupby("seed").mean()
+            cost |= {"difference": number(change.mean(), "+.2f")}
             lines["costs"].append(names[setting] | {"a": f"{row.a.iloc[0]:g}"} | cost)
     found = {"ruling_lines": [names[ruling.setting] | line for ruling, line in _ruling_lines(rulings)]}
     found |= {"users": _users(settings, rulings), "limits": _USERS, "steps": lines["steps"]}
@@ -169,7 +171,7 @@ def _users(settings: Mapping, rulings: Sequence[Ruling]) -> list[list[str]]:
             words = f"{interval(worst)}, {claim.verdict(worst)}" if worst else "n/a"
             line += [words, interval(pooled(pairs, claim.score))]
         if line:
-            lines.append([label, str(sum(len(row) for *_, row in mine)), *line])
+            lines.append([label, str(sum(row.index.nunique() for *_, row in mine)), *line])
     return lines
 
 
@@ -208,8 +210,9 @@ def percents(row: pd.DataFrame) -> dict[str, str]:
 def _value(row: pd.DataFrame, score: str) -> str:
     """A score in percent or one of `NUMBERS`, over the seeds that measured it; which is said where not all did."""
     if score in NUMBERS:
-        measured, words = row[score].count(), number(row[score].mean(), NUMBERS[score][1])
+        measured, words = row[score].dropna().index.nunique(), number(row[score].mean(), NUMBERS[score][1])
     else:
         found = estimate(row, score)
         measured, words = len(found.by_seed) if found else 0, interval(found, ".1f")
-    return words + (f", {measured} of {len(row)} seeds" if 0 < measured < len(row) else "")
+    seeds = row.index.nunique()
+    return words + (f", {measured} of {seeds} seeds" if 0 < measured < seeds else "")

@@ -77,6 +77,8 @@ class Suite:
         if self.task_rows and self.rule is None:
             cure = "give rule=, e.g. br_jax.scoring.rules.parse_rule('exact')"
             raise UserError(f"suite: task_rows without a rule: {cure}")
+        if self.own and [prompt for _, prompt in self.own] != [*self.topic]:
+            raise UserError("suite: own must ask what topic does, in the same order")
         if not self.judges:
             raise UserError("suite: judges is empty: give one or more, or leave it out for the judge of topics")
 
