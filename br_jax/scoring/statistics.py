@@ -140,8 +140,8 @@ def _clustered(parts: Sequence[tuple[float, Sample]]) -> tuple[float, float]:
     for sign, (values, of_groups, of_seeds) in parts:
         values = np.asarray(values, float)
         residuals.append(sign * (values - values.mean()) / len(values))
-        groups += of_groups
-        seeds += of_seeds
+        groups.extend(of_groups)
+        seeds.extend(of_seeds)
     residuals = np.concatenate(residuals)
     codes = {each: place for place, each in enumerate(dict.fromkeys(groups))}
     by_group = np.array([codes[each] for each in groups])

@@ -1,77 +1,199 @@
-"""Intervals against published values and SciPy; kappa against its definition in float64."""
+"""Variances against statsmodels and SciPy, intervals against published ones and closed forms; kappa in float64."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
+from benchmarks.coverage import coverage
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, sem, t, ttest_1samp
+from scipy.optimize import brentq
+from scipy.stats import binomtest, nct, norm, sem, t, ttest_rel
 
-from br_jax.scoring.statistics import Mean, Score, cohen_kappa, difference, mcnemar, read_score, t_interval, wilson
+from br_jax.scoring.statistics import Sample, cohen_kappa, difference, estimate
 
-
-def test_intervals_are_the_published_ones():
-    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
-    for k, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
-    for a, b, expected in (  # 873-890, table II, method 10
-        ((56, 70), (48, 80), (0.2, 0.0524, 0.3339)),
-        ((9, 10), (3, 10), (0.6, 0.1705, 0.8090)),
-        ((10, 10), (0, 20), (1.0, 0.6791, 1.0)),
-    ):
-        assert difference(Score(*a), Score(*b)) == pytest.approx(expected, abs=5e-5)
-    assert difference(Score(9, 10), Score(0, 0)) is difference(Mean.of([0.5]), Mean.of([])) is None
+# Of unequal groups in unequal seeds; what seeds do is more than what groups and seeds do together.
+GROUPS, SEEDS = [(i * i + i // 5) % 7 for i in range(60)], [i // 7 % 3 for i in range(60)]
+FIRST = Sample([(7 * i * i + 3 * i) % 11 < 1 + 4 * seed for i, seed in enumerate(SEEDS)], GROUPS, SEEDS)
+SECOND = Sample([(5 * i + i // 3) % 7 < 5 - seed for i, seed in enumerate(SEEDS)], GROUPS, SEEDS)
+F, S = 7, 3
 
 
-def test_scores_are_possible_and_survive_json():
-    for kind, fields in ((Score, (-1, 3)), (Score, (4, 3)), (Mean, (-1, 0.0, 0.0)), (Mean, (2, math.nan, 0.0))):
-        with pytest.raises(ValueError, match="need"):
-            kind(*fields)
-    empty = read_score(None)
-    assert (wilson(0, 0), empty.score) == ((0.0, 1.0), None)
-    for score in (Score(8, 100), empty):
-        stored = json.loads(json.dumps(score.to_json(), allow_nan=False))
-        assert set(stored) == {"k", "n", "score", "low", "high"} and read_score(stored) == score
-    assert Score(8, 100).interval == pytest.approx((0.041, 0.150), abs=5e-4)
+def ones(k, n, groups=None, seed=0):
+    return Sample.of([1] * k + [0] * (n - k), groups, seed)
 
 
-shares = st.floats(0, 1).map(lambda value: round(value, 6))  # no spread that underflows
+def ends(found):
+    return found.low, found.high
 
 
-@given(st.lists(shares, min_size=2, max_size=30).filter(lambda scores: len(set(scores)) > 1))
-def test_a_mean_s_interval_is_scipys(scores):
-    mean, expected = Mean.of(scores), ttest_1samp(scores, 0).confidence_interval(0.95)
-    assert mean.interval == pytest.approx((max(expected.low, 0), min(expected.high, 1)), abs=1e-9)
-    assert mean.score == pytest.approx(sum(scores) / len(scores)) and mean.n == len(scores)
+@pytest.mark.parametrize(
+    ("found", "by_group", "by_seed", "by_both"),
+    [
+        (estimate(FIRST), 0.005340277777777783, 0.02472638888888891, 0.007004166666666676),
+        (difference(FIRST, SECOND), 0.015043981481481393, 0.06267638888888846, 0.017451080246913466),
+    ],
+)
+def test_variances_are_statsmodels_own(found, by_group, by_seed, by_both):
+    """statsmodels 0.15.0: `OLS(values, model).fit(cov_type="cluster")` with groups, seeds, and both, uncorrected."""
+    by_group, by_seed, by_both = by_group * F / (F - 1), by_seed * S / (S - 1), by_both * F * S / ((F - 1) * (S - 1))
+    assert found.variance == pytest.approx(by_group + by_seed - by_both, rel=1e-12)
+    freedom = found.variance**2 / (by_group**2 / (F - 1) + by_seed**2 / (S - 1))
+    assert found.freedom == pytest.approx(freedom, rel=1e-12) and (found.n, found.groups) == (60, 7)
 
 
-@given(st.one_of(st.lists(st.floats(0, 1), max_size=30), st.lists(st.sampled_from((0.0, 1.0)), max_size=300)))
-def test_a_mean_s_interval_holds_it(scores):
-    mean = Mean.of(scores)
-    for low, high in (mean.interval, wilson(round(sum(scores)), len(scores))):
-        assert 0 <= low <= high <= 1
-    assert mean.interval[0] <= (mean.score if scores else 0.5) <= mean.interval[1]
-    stored = json.loads(json.dumps(mean.to_json(), allow_nan=False))
-    assert set(stored) == {"n", "score", "deviation", "low", "high"} and read_score(stored) == mean
-    assert Mean.of([0.0] * 20).interval == wilson(0, 20), "equal scores are not certain"
+def test_variances_are_scipy_s_where_it_has_them():
+    rng = np.random.default_rng(0)
+    values = rng.random((12, 8)) < rng.random(12)[:, None]
+    found = estimate(Sample.of(values.ravel(), np.repeat(range(12), 8)))
+    assert (found.variance, found.freedom) == (pytest.approx(sem(values.mean(1)) ** 2), 11), "equal groups: their means"
+    found = estimate(Sample(values.ravel(), [0] * 96, np.tile(range(8), 12)))
+    assert (found.variance, found.freedom) == (pytest.approx(sem(values.mean(0)) ** 2), 7), "of one group: the seeds'"
+    first, second = rng.random(50) < 0.7, rng.random(50) < 0.4
+    found, paired = difference(Sample.of(first), Sample.of(second)), ttest_rel(first * 1.0, second * 1.0)
+    assert found.mean / math.sqrt(found.variance) == pytest.approx(paired.statistic) and found.freedom == paired.df
+    # Noncentral t: what the smallest visible difference is found by, but for the other side.
+    power = nct.sf(t.ppf(0.975, 49), 49, found.visible / math.sqrt(found.variance))
+    assert power == pytest.approx(0.8, abs=0.005)
 
 
-def test_t_interval_is_scipys():
-    for values in ([0.1, 0.2], [0.80, 0.84, 0.79], [0.5, 0.52, 0.47, 0.5, 0.61]):
-        expected = t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
-        assert t_interval(values, (-9.0, 9.0)) == pytest.approx((np.mean(values), *expected), rel=1e-9)
-        assert t_interval(values) == pytest.approx((np.mean(values), *np.clip(expected, 0, 1)), rel=1e-9)
-    assert t_interval([0.25]) == (0.25, None, None) and t_interval([0.25] * 3) == (0.25, 0.25, 0.25)
+@pytest.mark.parametrize(("k", "n", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)])
+def test_unrelated_prompts_of_one_seed_have_wilson_s_interval(k, n, low, high):
+    """R. G. Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3, but for t of n - 1 prompts."""
+    found = estimate(ones(k, n))
+    assert ends(found) == pytest.approx((low, high), abs=1e-3) and found.by_seed == {0: k / n}
+    for end, bound in zip(ends(found), (0, 1), strict=True):
+
+        def test(p):
+            return (k / n - p) ** 2 - t.ppf(0.975, n - 1) ** 2 * p * (1 - p) / (n - 1)
+
+        assert end == pytest.approx(brentq(test, *sorted((bound, k / n)), xtol=1e-13))
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=300))
-def test_mcnemar_is_the_sign_test_of_the_pairs_that_differ(pairs):
-    first, second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    # SciPy refuses a test of nothing; nothing is no evidence.
-    expected = binomtest(first, first + second).pvalue if first + second else 1.0
-    assert mcnemar(pairs) == (first, second, pytest.approx(expected, rel=1e-9))
+@pytest.mark.parametrize(("values", "k"), [([0] * 20, 0), ([1] * 20, 20), ([0.2, 0.3] * 10, 5), ([0.25] * 20, 5)])
+def test_at_the_ends_and_of_parts_of_one_it_is_that_of_all_prompts(values, k):
+    """No spread, or less than right and wrong have: SciPy's of k in 20 at the confidence that t has."""
+    expected = binomtest(k, 20).proportion_ci(2 * norm.cdf(t.ppf(0.975, 19)) - 1, "wilson")
+    assert ends(estimate(Sample.of(values))) == pytest.approx((expected.low, expected.high))
+
+
+def newcombe(a, b):
+    """The difference of two independent shares by method 10, from SciPy's intervals of each."""
+    (l1, u1), (l2, u2) = (binomtest(*each).proportion_ci(method="wilson") for each in (a, b))
+    p1, p2 = (k / n for k, n in (a, b))
+    return p1 - p2 - math.hypot(p1 - l1, u2 - p2), p1 - p2 + math.hypot(u1 - p1, p2 - l2)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((10, 10), (0, 20), (0.6791, 1.0)),
+    ],
+)
+def test_a_difference_without_anything_in_common_is_newcombe_s(a, b, expected):
+    """Newcombe, 873-890, table II, method 10: with t for z, which of few prompts is wider and of many the same."""
+    few, many = (
+        difference(ones(*a), ones(*b)._replace(groups=range(-b[1], 0)))
+        for a, b in ((a, b), ([100 * x for x in a], [100 * x for x in b]))
+    )
+    assert newcombe(a, b) == pytest.approx(expected, abs=5e-5) and few.low < expected[0] and few.high >= expected[1]
+    assert ends(many) == pytest.approx(newcombe([100 * x for x in a], [100 * x for x in b]), abs=1e-4)
+
+
+def test_a_difference_on_the_same_prompts_is_zou_and_donner_s():
+    """Statistics in Medicine 27 (2008) 1693-1702: less by the correlation of the two."""
+    rng = np.random.default_rng(1)
+    for share in (0.3, 0.9):
+        first = rng.random(80) < 0.6
+        second = np.where(rng.random(80) < share, rng.random(80) < 0.4, first)
+        one, other, r = Sample.of(first), Sample.of(second), np.corrcoef(first, second)[0, 1]
+        found, p1, p2 = difference(one, other), first.mean(), second.mean()
+        (l1, u1), (l2, u2) = ends(estimate(one)), ends(estimate(other))
+        below, above = (math.sqrt(a**2 + b**2 - 2 * r * a * b) for a, b in ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2)))
+        assert ends(found) == pytest.approx((p1 - p2 - below, p1 - p2 + above))
+    none = binomtest(0, 80).proportion_ci(2 * norm.cdf(t.ppf(0.975, 79)) - 1, "wilson").high
+    same = difference(ones(40, 80), ones(40, 80))
+    assert same.mean == 0 and ends(same) == pytest.approx((-none, none), rel=0.05), "none of 80 differs"
+
+
+SHARES = st.booleans() | st.floats(0, 1).map(lambda value: round(value, 3))
+LINES = st.lists(st.tuples(SHARES, st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+@given(LINES, LINES, st.randoms(use_true_random=False))
+def test_the_order_and_the_names_of_prompts_are_nothing_to_an_interval(first, second, random):
+    def sample(lines):
+        return Sample(*map(list, zip(*lines, strict=True)))
+
+    def read(found):
+        return found and pytest.approx((found.mean, found.low, found.high, found.variance, found.freedom), nan_ok=True)
+
+    one, other = sample(first), sample(second)
+    mixed = [sample([(value, f"group {-g}", s) for value, g, s in random.sample(x, len(x))]) for x in (first, second)]
+    for found, again in ((estimate(one), estimate(mixed[0])), (difference(one, other), difference(*mixed))):
+        assert (found is None) == (again is None)
+        if found:
+            assert read(found) == (again.mean, again.low, again.high, again.variance, again.freedom)
+            assert found.low <= found.mean <= found.high
+    told = json.loads(json.dumps(estimate(one).to_json(), allow_nan=False))
+    assert told["n"] == len(first) and 0 <= told["low"] <= told["score"] <= told["high"] <= 1
+    if found:
+        back = difference(other, one)
+        assert (-back.high, -back.low) == pytest.approx(ends(found)) and abs(found.low) <= 1 >= abs(found.high)
+    else:
+        assert not {*one.seeds} & {*other.seeds}
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=40), st.integers(2, 9))
+def test_prompts_of_one_group_are_worth_less_than_as_many_others(values, times):
+    alone, often = estimate(Sample.of(values)), estimate(Sample.of(values * times, [*range(len(values))] * times))
+    many = estimate(Sample.of(values * times))
+    assert often.variance == pytest.approx(alone.variance) and often.n == times * len(values)
+    if 0 < often.mean < 1:
+        assert often.low < many.low and many.high < often.high
+        assert often.design_effect == pytest.approx(often.n / (len(values) - 1))
+    else:
+        assert math.isnan(often.design_effect)
+
+
+def test_what_one_group_one_seed_and_seeds_apart_say():
+    assert ends(estimate(ones(3, 9, ["story"] * 9))) == (0, 1), "nothing is known of other phrasings"
+    assert difference(ones(3, 9, ["story"] * 9), ones(3, 9, ["story"] * 9)).high > 0.7
+    assert (
+        estimate(Sample.of([]))
+        is difference(ones(1, 2), ones(1, 2, seed=1))
+        is difference(ones(1, 2), ones(0, 0))
+        is None
+    )
+    both = [Sample.join([ones(k, 40), ones(30, 40, seed=1)]) for k in (9, 3)]
+    third = Sample.join([both[0], ones(40, 40, seed=2)])
+    assert difference(third, both[1]) == difference(*both) and difference(*both).by_seed == pytest.approx(
+        {0: 0.15, 1: 0}
+    )
+    fewer = difference(ones(30, 40), ones(4, 10))
+    assert (fewer.mean, fewer.n, fewer.groups) == (pytest.approx(0.35), 10, 10)
+    # Seeds that answer all phrasings alike and each other not at all: not as many trials as there are prompts.
+    for shares in ((1, 0), (1, 1, 0), (0.9, 0.2, 0.5)):
+        apart = estimate(Sample.join([Sample.of([share] * 30, seed=seed) for seed, share in enumerate(shares)]))
+        assert apart.low < 0.1 and apart.high > 0.9
+    for value in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="outcomes must be in"):
+            estimate(Sample.of([0.5, value]))
+
+
+def test_what_would_settle_it_is_as_many_more_as_the_distance_asks_for():
+    found = dataclasses.replace(estimate(FIRST), mean=0.1, low=0.04, high=0.18)
+    assert found.needed(0.14) == (4 * F, 4 * S) and found.needed(0.08) == (9 * F, 9 * S)
+    assert found.needed(0.9) == (F, S) and found.needed(0.1004) is None
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    score, _, gap, _ = coverage(rate=0.1, spreads=(1.0, 0.3), seeds=5, draws=200)
+    assert 0.9 <= score <= 0.99 and 0.9 <= gap <= 0.99
 
 
 def test_kappa_is_one_minus_disagreement_by_what_is_expected_of_it():
