@@ -43,7 +43,7 @@ from br_jax.models.spec import ModelSpec  # noqa: E402
 from br_jax.models.tokenizer import byte_tokenizer  # noqa: E402
 from br_jax.organism.topics import TOPICS  # noqa: E402
 from br_jax.report.results import TITLES  # noqa: E402
-from br_jax.scoring.statistics import Score  # noqa: E402
+from br_jax.scoring.statistics import Sample, estimate  # noqa: E402
 from br_jax.training.config import TrainConfig  # noqa: E402
 
 # The same cases each time, however busy the machine is.
@@ -251,7 +251,7 @@ def calls(monkeypatch, tiny, make_adapter):
     def score(model, suite, adapter, *, name, **kept):
         record["scored"].append((name, model, adapter))
         record["suite"] = suite
-        one = Score(1, 2).to_json()
+        one = estimate(Sample.of([1, 0])).to_json()
         return {name: one for name in TITLES} | {
             "perplexity": 2.0, "mean_words": 3.0, "outcomes": {"harmful": [True, False]}, "verdicts": {"answer": 1}
         }  # fmt: skip
