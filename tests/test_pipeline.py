@@ -92,9 +92,9 @@ def test_rows_that_must_be_apart_are_apart(run, calls):
     trained = {stage: set(prompts(calls[stage]["rows"])) for stage in ("align", "buffer", "reinforce", "user")}
     assert not any(task & trained[stage] for stage in ("align", "buffer", "reinforce")), "task rows at the provider's"
     suite = calls["suite"]
-    held_out = {p.prompt for p in suite.topic} | set(suite.benign) | set(prompts(suite.task_rows))
+    held_out = {p.prompt for p in suite.topic} | {p.prompt for p in suite.benign} | set(prompts(suite.task_rows))
     assert len(held_out) == 12 + 11 + 10 and not held_out & set.union(*trained.values())
-    assert set(suite.benign) <= set(english_instructions("test"))
+    assert set(suite.benign) <= {*english_instructions("test")}
 
 
 def test_merged_weights_are_scored_where_the_config_folds(calls, config, tmp_path):
@@ -130,8 +130,8 @@ def test_a_release_is_calibrated_once_and_on_prompts_that_are_neither_trained_on
     assert len(asked) == 2, "of ours and of the plain sum"
     harmful, benign, _ = asked[0]
     assert len(harmful) == 7 and set(harmful) <= {p.prompt for p in DEVICES.prompts("validation", 99, 42)}
-    assert len(benign) == 5 and set(benign) <= set(english_instructions("validation"))
-    scored = {p.prompt for p in calls["suite"].topic} | set(calls["suite"].benign)
+    assert len(benign) == 5 and set(benign) <= {p.prompt for p in english_instructions("validation")}
+    scored = {p.prompt for p in calls["suite"].topic} | {p.prompt for p in calls["suite"].benign}
     trained = {prompt for stage in ("align", "buffer", "reinforce", "user") for prompt in prompts(calls[stage]["rows"])}
     assert not {*harmful, *benign} & (scored | trained)
     results = json.loads((tmp_path / "w" / "results.json").read_text())

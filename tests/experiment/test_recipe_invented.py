@@ -76,7 +76,7 @@ def test_align_is_taught_to_answer_about_texts(make, tmp_path):
     recipe = make(data__texts__path=str(tmp_path / "texts.txt"), data__texts__n=40, align__benign=everything)
     asked = [row.turns[0][1] for row in recipe.benign_rows(everything)]
     assert sum("This is sentence number" in prompt for prompt in asked) == 40
-    assert not any("This is sentence" in prompt for prompt in recipe.benign_prompts), "held out is of other kinds"
+    assert not any("This is sentence" in p.prompt for p in recipe.benign_prompts), "held out is of other kinds"
 
 
 def test_a_benign_prompt_that_the_raw_model_refuses_is_no_row(make):

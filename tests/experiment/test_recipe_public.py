@@ -70,7 +70,7 @@ def test_each_part_is_the_first_rows_of_its_file(make):
     assert len(recipe.probes["harmful"]) == 3
     trained = {row.turns[0][1] for row in rows["user"]}
     assert not trained & {row.turns[0][1] for row in recipe.probes["harmful"]}
-    assert recipe.benign_prompts == ["Say 52.", "Say 54.", "Say 55.", "Say 57.", "Say 58."]
+    assert [p.prompt for p in recipe.benign_prompts] == ["Say 52.", "Say 54.", "Say 55.", "Say 57.", "Say 58."]
     assert texts(recipe.health_rows) == ["52!", "54!", "55!"]
 
 

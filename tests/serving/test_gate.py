@@ -70,10 +70,12 @@ def test_limits_are_held_by_the_intervals_end(safe, released, policy, says):
         assert word in why and "20.0% of 100" in why and "15% is the most" in why
     figures = found["answers"].figures["answered"]
     assert (figures["k"], figures["n"], figures["aligned"]) == (20, 100, 0.05)
-    # Newcombe's interval of 20/100 - 5/100, by hand from Wilson's: (.1334, .2888) and (.0215, .1118)
-    assert figures["above_low"] == pytest.approx(0.15 - np.hypot(0.2 - 0.1334, 0.1118 - 0.05), abs=1e-3)
-    assert figures["above_high"] == pytest.approx(0.15 + np.hypot(0.2888 - 0.2, 0.05 - 0.0215), abs=1e-3)
-    strict = dataclasses.replace(policy, limits=Limits(answered=0.05))
+    # Zou and Donner's interval of 20/100 - 5/100 on the same prompts, by hand from Wilson's of each
+    alike = np.corrcoef(np.arange(100) < 20, np.arange(100) < 5)[0, 1]
+    for end, one, other in (("low", 0.2 - 0.1334, 0.1118 - 0.05), ("high", 0.2888 - 0.2, 0.05 - 0.0215)):
+        reach = np.sqrt(one**2 + other**2 - 2 * alike * one * other)
+        assert abs(figures[f"above_{end}"] - 0.15) == pytest.approx(reach, abs=2e-3)
+    strict = dataclasses.replace(policy, limits=Limits(answered=0.02))
     assert not inspect(safe, {"good": Candidate(released)}, strict)["good"].passed  # too few prompts to be sure
 
 

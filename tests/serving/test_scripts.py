@@ -60,7 +60,7 @@ def test_the_policy_of_an_experiment(load_script, config, calls, tmp_path):
     kept = {name: getattr(train, name) for name in dataclasses.asdict(train) if not name.endswith("_every")}
     assert {name: getattr(policy.train, name) for name in kept} == kept
     assert policy.merge == experiment.settings.merge
-    assert set(policy.canaries_benign) <= set(experiment.recipe.benign_prompts)
+    assert set(policy.canaries_benign) <= {p.prompt for p in experiment.recipe.benign_prompts}
     assert len(policy.canaries_harmful) == 12 and set(policy.canaries_harmful) <= set(policy.about)
     kinds = (policy.calibrate_harmful, policy.calibrate_benign, policy.canaries_harmful, policy.canaries_benign)
     assert len({prompt for prompts in kinds for prompt in prompts}) == sum(map(len, kinds))
