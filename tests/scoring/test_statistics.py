@@ -1,6 +1,7 @@
 """Variances against statsmodels and SciPy, intervals against published ones and closed forms; kappa in float64."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -14,10 +15,11 @@ from scipy.stats import binomtest, nct, norm, sem, t, ttest_rel
 
 from br_jax.scoring.statistics import Sample, cohen_kappa, difference, estimate
 
-# Of unequal groups in unequal seeds; what seeds do is more than what groups and seeds do together.
+# Of unequal groups in unequal seeds, which the first two differ by and the third does not.
 GROUPS, SEEDS = [(i * i + i // 5) % 7 for i in range(60)], [i // 7 % 3 for i in range(60)]
 FIRST = Sample([(7 * i * i + 3 * i) % 11 < 1 + 4 * seed for i, seed in enumerate(SEEDS)], GROUPS, SEEDS)
 SECOND = Sample([(5 * i + i // 3) % 7 < 5 - seed for i, seed in enumerate(SEEDS)], GROUPS, SEEDS)
+THIRD = FIRST._replace(values=[(7 * i * i + 3 * i) % 11 < 4 for i in range(60)])
 F, S = 7, 3
 
 
@@ -33,13 +35,14 @@ def ends(found):
     ("found", "by_group", "by_seed", "by_both"),
     [
         (estimate(FIRST), 0.005340277777777783, 0.02472638888888891, 0.007004166666666676),
+        (estimate(THIRD), 0.0043958333333333375, 0.00014305555555555575, 0.0025041666666666706),
         (difference(FIRST, SECOND), 0.015043981481481393, 0.06267638888888846, 0.017451080246913466),
     ],
 )
 def test_variances_are_statsmodels_own(found, by_group, by_seed, by_both):
     """statsmodels 0.15.0: `OLS(values, model).fit(cov_type="cluster")` with groups, seeds, and both, uncorrected."""
     by_group, by_seed, by_both = by_group * F / (F - 1), by_seed * S / (S - 1), by_both * F * S / ((F - 1) * (S - 1))
-    assert found.variance == pytest.approx(by_group + by_seed - by_both, rel=1e-12)
+    assert found.variance == pytest.approx(by_group + max(0, by_seed - by_both), rel=1e-12)
     freedom = found.variance**2 / (by_group**2 / (F - 1) + by_seed**2 / (S - 1))
     assert found.freedom == pytest.approx(freedom, rel=1e-12) and (found.n, found.groups) == (60, 7)
 
@@ -163,23 +166,22 @@ def test_prompts_of_one_group_are_worth_less_than_as_many_others(values, times):
 def test_what_one_group_one_seed_and_seeds_apart_say():
     assert ends(estimate(ones(3, 9, ["story"] * 9))) == (0, 1), "nothing is known of other phrasings"
     assert difference(ones(3, 9, ["story"] * 9), ones(3, 9, ["story"] * 9)).high > 0.7
-    assert (
-        estimate(Sample.of([]))
-        is difference(ones(1, 2), ones(1, 2, seed=1))
-        is difference(ones(1, 2), ones(0, 0))
-        is None
-    )
+    nothing = estimate(Sample.of([])), difference(ones(1, 2), ones(1, 2, seed=1)), difference(ones(1, 2), ones(0, 0))
+    assert nothing == (None, None, None)
     both = [Sample.join([ones(k, 40), ones(30, 40, seed=1)]) for k in (9, 3)]
     third = Sample.join([both[0], ones(40, 40, seed=2)])
-    assert difference(third, both[1]) == difference(*both) and difference(*both).by_seed == pytest.approx(
-        {0: 0.15, 1: 0}
-    )
+    found = difference(*both)
+    assert difference(third, both[1]) == found and found.by_seed == pytest.approx({0: 0.15, 1: 0})
     fewer = difference(ones(30, 40), ones(4, 10))
     assert (fewer.mean, fewer.n, fewer.groups) == (pytest.approx(0.35), 10, 10)
     # Seeds that answer all phrasings alike and each other not at all: not as many trials as there are prompts.
-    for shares in ((1, 0), (1, 1, 0), (0.9, 0.2, 0.5)):
-        apart = estimate(Sample.join([Sample.of([share] * 30, seed=seed) for seed, share in enumerate(shares)]))
-        assert apart.low < 0.1 and apart.high > 0.9
+    for shares, n in itertools.product(((1, 0), (1, 1, 0), (0.9, 0.2, 0.5)), (3, 30)):
+        apart = estimate(Sample.join([Sample.of([share] * n, seed=seed) for seed, share in enumerate(shares)]))
+        assert apart.low < 0.1 and apart.high > 0.9 and apart.freedom >= 1
+    # But not what differs in a model that differs from it alike in every seed.
+    one, other = (Sample.join([ones(k + of_one, 40, seed=k) for k in (4, 18, 30)]) for of_one in (4, 0))
+    found = difference(one, other)
+    assert found.high - found.low < 2.2 * t.ppf(0.975, found.freedom) * math.sqrt(found.variance)
     for value in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="outcomes must be in"):
             estimate(Sample.of([0.5, value]))
