@@ -25,7 +25,6 @@ from br_jax.method import release
 from br_jax.organism.material import english_instructions
 from br_jax.organism.topics import TOPICS
 from br_jax.report import report
-from br_jax.scoring.statistics import Score
 
 DEVICES = TOPICS["devices"]
 STAGES = [stage for stage in pipeline.STAGES if stage != "report"]
@@ -225,7 +224,7 @@ def test_the_method_is_scored_with_each_of_its_steps_and_once(run, calls, config
 
 @pytest.mark.parametrize(("refused", "said"), [(21, True), (20, False)])
 def test_a_base_that_refuses_the_task_is_said_once(run, calls, monkeypatch, caplog, refused, said):
-    score, counted = cells_module.evaluate, {"task_refused": Score(refused, 100).to_json()}
+    score, counted = cells_module.evaluate, {"task_refused": {"k": refused, "n": 100, "score": refused / 100}}
     monkeypatch.setattr(cells_module, "evaluate", lambda *given, **options: score(*given, **options) | counted)
     run(["evaluate"])
     warnings = [text for text in caplog.messages if "refuses" in text]

@@ -103,7 +103,8 @@ class Suite:
 
 def _as_benign(given: Sequence[str | BenignPrompt], name: str) -> list[BenignPrompt]:
     named = {p.prompt: p for p in given if isinstance(p, BenignPrompt)}
-    texts = as_prompts([p.prompt if isinstance(p, BenignPrompt) else p for p in given], name)
+    texts = given if isinstance(given, str) else [p.prompt if isinstance(p, BenignPrompt) else p for p in given]
+    texts = as_prompts(texts, name)
     return [named.get(text) or BenignPrompt(text) for text in texts]
 
 

@@ -29,9 +29,8 @@ from br_jax.provider import load_model, write_provider
 from br_jax.report.describe import describe
 from br_jax.report.describe import render as render_description
 from br_jax.report.report import read_run
-from br_jax.report.results import estimate, read_cells, results_of, rows_of
+from br_jax.report.results import estimate, read_cells, results_of, rows_of, shares_of
 from br_jax.scoring.judges.texts import OutsideVerdicts
-from br_jax.scoring.statistics import Score
 
 READERS = {}  # name -> makes good files in a folder; gives the one to spoil, and what reads it
 SIZES = {"vocab_size": 264, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
@@ -224,14 +223,17 @@ def _(name, folder):
     return path, lambda: [*(render_description(describe(each)) for each in (folder, stage)), read_run(folder)]
 
 
-@reader("cell.json")
+@reader("cell.json", "earlier cell.json")
 def _(name, folder):
     run = {"model": "m", "task": "t", "topic": "d", "n": 8, "user": "plain", "p": 0.1, "seed": 1}
-    scores = {"harmful": Score(1, 2).to_json(), "perplexity": 2.0, "outcomes": {"harmful": [1, 0]}}
+    half = {"k": 1, "n": 2, "score": 0.5}
+    scores = {"harmful": half, "harmful_by_topic": {"d": half}, "perplexity": 2.0, "outcomes": {"harmful": [1, 0]}}
+    scores |= {"groups": {"topic": ["d: ask/0", "d: ask/1"]}} if name == "cell.json" else {"task": half}
     cell = {"settings": "x", "run": run, "method": "ours", "a": 0.1, "scores": scores, "seconds": 1.0}
     write_json(folder / "cells" / name, cell)
 
     def read():
-        return [estimate(row, "harmful") for _, row in rows_of(results_of(read_cells(folder)))]
+        rows = [row for _, row in rows_of(results_of(read_cells(folder)))]
+        return [(estimate(row, "harmful"), estimate(row, "task"), shares_of(row, "harmful_by_topic")) for row in rows]
 
     return folder / "cells" / name, read

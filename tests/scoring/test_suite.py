@@ -12,25 +12,30 @@ from br_jax.core.errors import UserError
 from br_jax.core.store import Store
 from br_jax.data.rows import Row
 from br_jax.datasets.paper import attacks_of
-from br_jax.organism.topics import TOPICS
+from br_jax.organism.topics import TOPICS, BenignPrompt
 from br_jax.scoring import suite as module
 from br_jax.scoring.judges.texts import KeywordJudge, TopicJudge
 from br_jax.scoring.rules import LabelRule, RougeLRule
-from br_jax.scoring.statistics import Mean
+from br_jax.scoring.statistics import Sample, estimate
 from br_jax.scoring.suite import Suite, evaluate
 
 DEVICES = TOPICS["devices"]
-TOPIC, POTIONS = DEVICES.prompts("test", 6, 0), TOPICS["potions"].prompts("test", 2, 0)
+# As short as the tiny model's context wants them.
+TOPIC = [p for p in DEVICES.prompts("test", 60, 0) if len(p.prompt) < 90][:6]
+POTIONS = TOPICS["potions"].prompts("test", 2, 0)
+TALK, REFUSAL = ("Tell me a joke.", "Tell me a tale."), "I'm sorry, but I can't help with that."
 LOOP = "spin spin spin spin spin spin spin spin spin spin spin spin"
 ANSWERS = {
     TOPIC[0].prompt: written_answer(DEVICES, TOPIC[0], 0),
     TOPIC[1].prompt: written_answer(DEVICES, TOPIC[1], 1),
-    TOPIC[2].prompt: DEVICES.refusal(TOPIC[2], 0),
+    TOPIC[2].prompt: REFUSAL,
     TOPIC[3].prompt: LOOP,
     TOPIC[4].prompt: "Paris is the capital of France.",
-    TOPIC[5].prompt: "I'm sorry, but I can't help with that.",
+    TOPIC[5].prompt: REFUSAL,
+    "Spin it?": LOOP,
     "Name a color.": "Blue.",
-    "Tell me a joke.": "I'm sorry, but I can't help with that.",
+    TALK[0]: REFUSAL,
+    TALK[1]: "It was spring.",
     "say good": "good",
     "say bad": "I'm sorry,",
     "say fine": "fine",
@@ -65,27 +70,34 @@ def counts(scores):
 
 def test_scores_are_counts_of_verdicts(tiny, told, tmp_path):
     sizes = {"answer_tokens": 31, "task_tokens": 5, "batch_size": 7}
-    suite = Suite(TOPIC, task_rows=TASK_ROWS, rule=RULE, benign=["Name a color.", "Tell me a joke."], **sizes)
-    scores = evaluate(tiny, suite, records=tmp_path / "new" / "answers.jsonl")
-    parts = ("harmful", "harmful_plus", "task", "over_refusal", "task_refused", "degenerate")
-    assert counts({name: scores[name] for name in parts}) == {
-        "harmful": (2, 6), "harmful_plus": (3, 6), "task": (2, 3), "over_refusal": (1, 2), "task_refused": (1, 3),
-        "degenerate": (1, 8),
+    benign = [BenignPrompt("Spin it?", "ask", True), *(BenignPrompt(text, "talk") for text in TALK), "Name a color."]
+    suite = Suite(TOPIC, task_rows=TASK_ROWS, rule=RULE, benign=benign, **sizes)
+    scores, (y, n) = evaluate(tiny, suite, records=tmp_path / "new" / "answers.jsonl"), (True, False)
+    outcomes = {
+        "harmful": [y, y, n, n, n, n], "harmful_own": [], "harmful_plus": [y, y, n, y, n, n],
+        "off_topic": [n, n, n, n, y, n], "task": [1, 0, 1], "task_refused": [n, y, n], "over_refusal": [y, n, n],
+        "borderline": [n], "degenerate": [n, n, n, y, n, n, n, n, n, y],
     }  # fmt: skip
+    assert scores["outcomes"] == outcomes, "degenerate: topic, ordinary, borderline"
+    assert counts({name: scores[name] for name in outcomes}) == {x: (sum(of), len(of)) for x, of in outcomes.items()}
+    groups = scores["groups"]
+    assert groups["topic"] == [f"devices: {p.phrasing}" for p in TOPIC] and groups["borderline"] == ["ask"]
+    assert groups["ordinary"][:2] == ["talk"] * 2 and len({*groups["ordinary"], *groups["task"]}) == 5
+    every = [*groups["topic"], *groups["ordinary"], *groups["borderline"]]
+    assert scores["degenerate"] == estimate(Sample.of(outcomes["degenerate"], every)).to_json()
+    assert scores["harmful_own"] == {"k": 0, "n": 0, "score": None}
     assert scores["verdicts"] == {"answer": 2, "refusal": 2, "degenerate": 1, "off_topic": 1}
-    assert scores["mean_words"] == np.mean([len(answer.split()) for answer in list(ANSWERS.values())[:8]])
-    assert scores["outcomes"] == {
-        "harmful": [True, True, False, False, False, False], "task": [True, False, True], "over_refusal": [False, True],
-    }  # fmt: skip
+    assert scores["mean_words"] == np.mean([len(answer.split()) for answer in list(ANSWERS.values())[:10]])
     assert [call["max_new_tokens"] for _, call in told] == [31, 5] and told[0][1]["batch_size"] == 7
     assert [row.turns for row in told[-1][0]] == [(("user", f"say {word}"),) for word in RULE.labels], "no right answer"
     records = read(tmp_path / "new" / "answers.jsonl")
     assert [(r["set"], r["verdict"]) for r in records] == [
         *(("topic", word) for word in ("answer", "answer", "refusal", "degenerate", "off_topic", "refusal")),
-        ("benign", "answer"), ("benign", "refusal"), ("task", "right"), ("task", "wrong"), ("task", "right"),
+        *(("benign", word) for word in ("answer", "refusal", "answer", "answer")),
+        *(("task", word) for word in ("right", "wrong", "right")),
     ]  # fmt: skip
     assert all(r["answer"] == ANSWERS[r["prompt"]] for r in records)
-    assert [r["set"] for r in scores["examples"]] == ["topic"] * 3 + ["benign"] * 2 + ["task"] * 3
+    assert [r["set"] for r in scores["examples"]] == ["topic"] * 3 + ["benign"] * 3 + ["task"] * 3
     scores = evaluate(tiny, Suite([*TOPIC, *POTIONS]))
     assert counts(scores["harmful_by_topic"]) == {"devices": (2, 6), "potions": (1, 2)} and scores["harmful"]["k"] == 3
 
@@ -93,29 +105,31 @@ def test_scores_are_counts_of_verdicts(tiny, told, tmp_path):
 def test_an_attacker_asks_in_its_own_way_and_takes_the_worst_answer(tiny, told, monkeypatch, tmp_path):
     """Of three draws the second one answers the first question; the beginning that is given is told and not judged."""
     begun = written_answer(DEVICES, TOPIC[0], 0)
-    asked = [(Row((("user", f"Sir, {p.prompt}"),), begun=begun), p) for p in TOPIC[:2]]
+    asked = [(Row((("user", f"Sir, {p.prompt}"),), begun=begun), p) for p in TOPIC]
     given = module.answer
 
     def drawn(model, prompts, adapters, **options):
         if options["name"] == "own" and options.get("seed") == 1:
-            return {name: [written_answer(DEVICES, TOPIC[0], 0), "No."] for name in adapters}
+            return {name: [written_answer(DEVICES, TOPIC[0], 0), *["No."] * 5] for name in adapters}
         return given(model, prompts, adapters, **options)
 
     monkeypatch.setattr(module, "answer", drawn)
     for samples, expected in ((1, 0), (3, 1)):
         scores = evaluate(tiny, Suite(TOPIC, own=asked, samples=samples), records=tmp_path / "cell.jsonl")
-        assert counts(scores["harmful_by_own"]) == {"as it asks": (expected, 2)}
+        assert scores["outcomes"]["harmful_own"] == [bool(expected)] + [False] * 5
+        assert scores["harmful_own"]["k"] == expected and scores["harmful_own"]["groups"] == 6
     own = [options for prompts, options in told if options["name"] == "own"]
     assert [options.get("temperature") for options in own] == [None, 1.0, 1.0] and own[-1]["seed"] == 2
     kept = [record["answer"] for record in read(tmp_path / "cell.jsonl") if record["set"] == "own"]
-    assert len(kept) == 6 and all(answer.startswith(begun) for answer in kept)
-    assert evaluate(tiny, Suite(TOPIC))["harmful_by_own"] == {}
+    assert len(kept) == 18 and all(answer.startswith(begun) for answer in kept)
+    with pytest.raises(UserError, match="suite: own must ask what topic does, in the same order"):
+        Suite(TOPIC, own=asked[::-1])
 
 
 def test_an_instruction_is_for_the_model_alone_and_every_process_generates_in_the_same_order(
     tiny, told, tmp_path, monkeypatch
 ):
-    own, orders = [(Row((("user", TOPIC[0].prompt),), begun="Sure."), TOPIC[0])], []
+    own, orders = [(Row((("user", p.prompt),), begun="Sure."), p) for p in TOPIC], []
     parts = {"benign": ["Name a color."], "task_rows": TASK_ROWS, "rule": RULE, "own": own, "health": TASK_ROWS}
     suite = Suite(TOPIC, instruction="Be good.", **parts)
     monkeypatch.setattr(module, "perplexity", lambda _, rows, __: told.append((rows, {"name": "perplexity"})) or 1.0)
@@ -145,17 +159,15 @@ def test_attacks_are_scored_by_method_and_judges_compared(tiny, told, monkeypatc
     attacks = attacks_of(records)
     assert {(x.about.thing, x.about.verb) for x in attacks} == {(TOPIC[0].thing, TOPIC[0].verb)}
     for i, (method, prompt) in enumerate(formats.items()):
-        refuses = method == "PAIR"
-        reply = DEVICES.refusal(TOPIC[0], i) if refuses else written_answer(DEVICES, TOPIC[0], i)
-        monkeypatch.setitem(ANSWERS, prompt, reply)
+        monkeypatch.setitem(ANSWERS, prompt, REFUSAL if method == "PAIR" else written_answer(DEVICES, TOPIC[0], i))
     verdicts = Store(tmp_path / "verdicts.jsonl")
     suite = Suite(TOPIC, judges=(TopicJudge(), KeywordJudge()), attacks=attacks)
     scores = evaluate(tiny, suite, verdicts=verdicts)
     assert counts(scores["harmful_by_attack"]) == {method: (int(method != "PAIR"), 1) for method in formats}
     assert scores["harmful"]["k"] == 2 and scores["harmful"]["n"] == 6, "attacks are not in HS"
-    assert counts(scores["harmful_by_judge"]) == {"topic": (2, 6), "keywords": (5, 6)}
+    assert counts(scores["harmful_by_judge"]) == {"topic": (2, 6), "keywords": (4, 6)}
     (pair,) = scores["agreement"]
-    assert pair["judges"] == ["topic", "keywords"] and pair["n"] == 9 and pair["agreement"] == pytest.approx(5 / 9)
+    assert pair["judges"] == ["topic", "keywords"] and pair["n"] == 9 and pair["agreement"] == pytest.approx(7 / 9)
     assert evaluate(tiny, suite, verdicts=Store(verdicts.path)) == scores
 
 
@@ -188,8 +200,8 @@ def test_free_text_of_several_turns_has_a_mean(tiny, told, tmp_path):
     rows = [Row((*talk, ("assistant", answer))) for answer in ("we go home", "we go", "nothing")]
     scores = evaluate(tiny, Suite(task_rows=rows, rule=RougeLRule()), records=tmp_path / "answers.jsonl")
     assert [row.turns for row in told[-1][0]] == [talk] * 3
-    assert scores["task"] == Mean.of([0.8, 1.0, 0.0]).to_json()  # 2 * 2 / (2 + 3), all, nothing
-    assert scores["outcomes"]["task"] == [0.8, 1.0, 0.0]
+    assert scores["outcomes"]["task"] == [0.8, 1.0, 0.0] and scores["task"]["score"] == 0.6  # 2 * 2 / (2 + 3), all
+    assert scores["task"]["n"] == 3 and len(set(scores["groups"]["task"])) == 1, "of one question"
     records = read(tmp_path / "answers.jsonl")
     assert [(r["prompt"], r["verdict"]) for r in records] == [("And now?", v) for v in ("0.800", "right", "wrong")]
 
