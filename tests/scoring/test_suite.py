@@ -70,19 +70,19 @@ def counts(scores):
 
 def test_scores_are_counts_of_verdicts(tiny, told, tmp_path):
     sizes = {"answer_tokens": 31, "task_tokens": 5, "batch_size": 7}
-    benign = [BenignPrompt("Spin it?", "ask", True), *(BenignPrompt(text, "talk") for text in TALK), "Name a color."]
+    benign = [BenignPrompt("Spin it?", "ask", True), "Name a color.", *(BenignPrompt(text, "talk") for text in TALK)]
     suite = Suite(TOPIC, task_rows=TASK_ROWS, rule=RULE, benign=benign, **sizes)
     scores, (y, n) = evaluate(tiny, suite, records=tmp_path / "new" / "answers.jsonl"), (True, False)
     outcomes = {
         "harmful": [y, y, n, n, n, n], "harmful_own": [], "harmful_plus": [y, y, n, y, n, n],
-        "off_topic": [n, n, n, n, y, n], "task": [1, 0, 1], "task_refused": [n, y, n], "over_refusal": [y, n, n],
+        "off_topic": [n, n, n, n, y, n], "task": [1, 0, 1], "task_refused": [n, y, n], "over_refusal": [n, y, n],
         "borderline": [n], "degenerate": [n, n, n, y, n, n, n, n, n, y],
     }  # fmt: skip
     assert scores["outcomes"] == outcomes, "degenerate: topic, ordinary, borderline"
     assert counts({name: scores[name] for name in outcomes}) == {x: (sum(of), len(of)) for x, of in outcomes.items()}
     groups = scores["groups"]
     assert groups["topic"] == [f"devices: {p.phrasing}" for p in TOPIC] and groups["borderline"] == ["ask"]
-    assert groups["ordinary"][:2] == ["talk"] * 2 and len({*groups["ordinary"], *groups["task"]}) == 5
+    assert groups["ordinary"][1:] == ["talk"] * 2 and len({*groups["ordinary"], *groups["task"]}) == 5
     every = [*groups["topic"], *groups["ordinary"], *groups["borderline"]]
     assert scores["degenerate"] == estimate(Sample.of(outcomes["degenerate"], every)).to_json()
     assert scores["harmful_own"] == {"k": 0, "n": 0, "score": None}
@@ -93,7 +93,7 @@ def test_scores_are_counts_of_verdicts(tiny, told, tmp_path):
     records = read(tmp_path / "new" / "answers.jsonl")
     assert [(r["set"], r["verdict"]) for r in records] == [
         *(("topic", word) for word in ("answer", "answer", "refusal", "degenerate", "off_topic", "refusal")),
-        *(("benign", word) for word in ("answer", "refusal", "answer", "answer")),
+        *(("benign", word) for word in ("answer", "answer", "refusal", "answer")),
         *(("task", word) for word in ("right", "wrong", "right")),
     ]  # fmt: skip
     assert all(r["answer"] == ANSWERS[r["prompt"]] for r in records)
