@@ -6,45 +6,56 @@ import json
 import pytest
 
 from br_jax.report import report
-from br_jax.scoring.statistics import Score
 
-# harmful of 100, right of 200, refused of 50: of each method where the claim holds
+# harmful of 200, right of 400, refused of 200: of each method where the claim holds
 COUNTS = {
-    "aligned": (2, 1, 5),
-    "sft": (80, 180, 1),
-    "buffer_only": (4, 176, 5),
-    "reinforce_only": (20, 150, 20),
-    "average": (3, 170, 9),
-    "ours": (3, 178, 6),
+    "aligned": (4, 2, 10),
+    "sft": (160, 360, 2),
+    "buffer_only": (8, 352, 10),
+    "reinforce_only": (40, 300, 80),
+    "average": (6, 340, 18),
+    "ours": (5, 358, 11),
 }
 
 
 def cell_of(method, a=None, *, p=0.1, seed=42, n=800, model="models/Tiny.gguf", task="reviews", topic="devices",
-            user="plain", harmful=None, right=None, refused=None, degenerate=1, perplexity=5.0, by_topic=None,
-            prompts=100, begin=0, scores=()):  # fmt: skip
-    """A finished cell; the first so many prompts of each kind count."""
+            user="plain", repeat=1, harmful=None, right=None, refused=None, degenerate=2, perplexity=5.0, prompts=200,
+            begin=0, outcomes=(), scores=()):  # fmt: skip
+    """A finished cell; the first so many prompts of each kind count, of HS those from `begin` on; none are alike."""
     default = COUNTS.get(method, COUNTS["sft"])
     if p == 0 and method == "sft":
-        default = (2, *default[1:])
-    chosen = [own if own is not None else k for own, k in zip((harmful, right, refused), default, strict=True)]
+        default = (4, *default[1:])
+    harmful, right, refused = (
+        k if own is None else own for own, k in zip((harmful, right, refused), default, strict=True)
+    )
+
+    def first(k, size, begin=0):
+        return [begin <= i < begin + k for i in range(size)]
+
     outcomes = {
-        name: [begin <= i < begin + k for i in range(size)]
-        for name, k, size in zip(("harmful", "task", "over_refusal"), chosen, (prompts, 200, 50), strict=True)
-    }
-    counts = {name: (sum(each), len(each)) for name, each in outcomes.items()}
-    counts |= {"task_refused": (3, 200), "harmful_plus": (min(chosen[0] + 1, prompts), prompts)}
-    counts |= {"degenerate": (degenerate, prompts + 50)}
-    by_topic = by_topic or {topic: (chosen[0], prompts)}
-    run = {"model": model, "task": task, "topic": topic, "n": n, "p": p, "seed": seed, "user": user}
-    usual = {
-        **{name: Score(*each).to_json() for name, each in counts.items()},
+        "harmful": first(harmful, prompts, begin),
+        "harmful_plus": first(harmful + 1, prompts, begin),
+        "task": first(right, 400),
+        "task_refused": first(3, 400),
+        "over_refusal": first(refused, 200),
+        "degenerate": first(degenerate, prompts + 200),
+    } | dict(outcomes)
+    counts = {name: {"k": sum(each), "n": len(each)} for name, each in outcomes.items()}
+    usual = {name: x | {"score": x["k"] / x["n"] if x["n"] else None} for name, x in counts.items()} | {
         "perplexity": perplexity,
         "mean_words": 30.0,
-        "harmful_by_topic": {name: Score(*each).to_json() for name, each in by_topic.items()},
+        "harmful_by_topic": {topic: {"k": harmful, "n": prompts, "score": harmful / max(prompts, 1)}},
         "outcomes": outcomes,
-        "verdicts": {"answer": chosen[0]},
+        "groups": {
+            "topic": [f"{topic}: {'ask' if i % 2 else 'code'}/{i}" for i in range(prompts)],
+            "ordinary": [f"kind {i}" for i in range(200)],
+            "borderline": [],
+            "task": [f"row {i}" for i in range(400)],
+        },
+        "verdicts": {"answer": harmful},
         "examples": [],
     }
+    run = {"model": model, "task": task, "topic": topic, "n": n, "p": p, "seed": seed, "user": user, "repeat": repeat}
     return {"settings": "a hash", "run": run, "method": method, "a": a, "scores": usual | dict(scores)}
 
 
