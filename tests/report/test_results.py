@@ -1,4 +1,4 @@
-"""The table of cells: its order, intervals, differences and tests, held against SciPy and hand-made counts."""
+"""The table of cells: its order, what its samples are, which cells are compared, and what is no cell."""
 
 import json
 import math
@@ -7,22 +7,28 @@ import pathlib
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binomtest
 
 from br_jax.core.errors import UserError
+from br_jax.experiment.protocol import MARKS, Ledger
 from br_jax.report.results import (
+    WORST,
     absent,
+    by_group,
     by_setting,
     estimate,
     find,
     gap,
     one_a,
-    paired,
+    pooled,
     read_archive,
     read_cells,
     results_of,
+    shares_of,
 )
-from br_jax.scoring.statistics import Score, difference
+from br_jax.scoring import statistics
+from br_jax.scoring.statistics import Sample, difference
+
+ALIKE = ["ask/1"] * 60 + ["ask/2"] * 140
 
 
 @pytest.fixture
@@ -33,6 +39,11 @@ def row(make_cell):
         return results_of(make_cell(method, a, seed=s, **{field: value}, **same) for s, value in by_seed.items())
 
     return make
+
+
+def sample(by_seed, groups=None, n=200):
+    """Where the first k of n count, in every seed."""
+    return Sample.join([Sample.of([i < k for i in range(n)], groups, seed) for seed, k in by_seed.items()])
 
 
 def test_lines_are_in_order_whatever_order_the_cells_are_in(make_grid, make_cell):
@@ -52,44 +63,50 @@ def test_cells_of_other_prompts_are_not_compared(make_cell, mine, theirs, compar
     """Such as those that are left of another split; of cells that do not say it is not known."""
     cells = [make_cell("sft", scores={"suite": mine}), make_cell("aligned", scores={"suite": theirs})]
     sft, aligned = (find(results_of(cells), 0.1, method) for method in ("sft", "aligned"))
-    assert (gap(sft, aligned, "harmful") is not None) == (paired(sft, aligned, "harmful") is not None) == compared
+    assert (gap(sft, aligned, "harmful") is not None) == (pooled([(sft, aligned)], "harmful") is not None) == compared
 
 
-def test_an_estimate_is_of_what_was_measured_and_without_a_spread_one_seeds_own(row):
-    expected = binomtest(7, 100).proportion_ci(method="wilson")
-    for counts in ({1: 7}, {1: 7, 2: 7, 3: 7}):
-        found = estimate(row("sft", "harmful", counts), "harmful")
-        assert found[:3] == pytest.approx((0.07, expected.low, expected.high), abs=1e-5)
-        assert (len(found.by_seed), found.own) == (len(counts), True)
+def test_an_estimate_is_of_all_prompts_of_the_seeds_that_measured_it(row, make_cell):
+    counts = {1: 7, 2: 60, 3: 100}
+    alike = row("sft", "harmful", counts)
+    for scores in alike.scores:
+        scores["groups"] = scores["groups"] | {"topic": ALIKE}
+    assert estimate(alike, "harmful") == statistics.estimate(sample(counts, ALIKE))
+    assert by_group(alike, "harmful").to_dict("list") == {"k": [7 + 60 + 60, 40], "n": [180, 420]}
     found = estimate(row("sft", "prompts", {1: 100, 2: 20, 3: 0}, harmful=0), "harmful")
-    assert found.high == Score(0, 20).interval[1] and [*found.by_seed] == [1, 2]
+    assert (found.n, found.groups, [*found.by_seed]) == (120, 100, [1, 2])
     assert estimate(row("sft", "prompts", {1: 0}, harmful=0), "harmful") is None
     values = dict(enumerate((math.nan, None, 4.0, math.inf)))
     assert row("sft", "perplexity", values).perplexity.dropna().to_dict() == {2: 4.0}
+    by_topic = {"harmful_by_topic": {"devices": {"n": 9, "score": 0.2}, "potions": {"n": 0, "score": None}}}
+    assert shares_of(row("sft", "harmful", counts, scores=by_topic), "harmful_by_topic") == {"devices": [0.2] * 3}
 
 
-def test_a_gap_is_over_the_seeds_that_both_have(row):
-    first = row("sft", "harmful", {1: 80, 2: 90, 3: 99})
-    found = gap(first, row("aligned", "harmful", {2: 10, 3: 5, 4: 50}), "harmful")
-    assert found.by_seed == pytest.approx({2: 0.80, 3: 0.94})
-    # Two seeds: t = 12.706 at one degree of freedom, clipped at 1.
-    assert found[:3] == pytest.approx((0.87, 0.87 - 12.7062 * 0.07, 1.0), abs=1e-5)
+def test_the_worst_is_of_each_seed_s_worse_questions(make_cell):
+    """Of seed 1 the user's own, of seed 2 the plain ones."""
+    own = [{"harmful_own": [i < k for i in range(200)]} for k in (90, 3)]
+    table = results_of(
+        make_cell("sft", seed=s, harmful=k, outcomes=x) for s, k, x in zip((1, 2), (7, 60), own, strict=True)
+    )
+    groups = table.scores.iloc[0]["groups"]["topic"]
+    assert estimate(table, WORST) == statistics.estimate(sample({1: 90, 2: 60}, groups))
+    assert table[WORST].tolist() == [0.45, 0.3] and table.HS.tolist() == [0.035, 0.3]
+
+
+def test_a_gap_is_over_the_seeds_and_trainings_that_both_have(row, make_cell):
+    first, groups = row("sft", "harmful", {1: 160, 2: 180, 3: 199}), [f"devices: {i}" for i in range(200)]
+    found = gap(first, row("aligned", "harmful", {2: 20, 3: 10, 4: 50}), "harmful")
+    assert found == difference(sample({2: 180, 3: 199}, groups), sample({2: 20, 3: 10}, groups))
     assert gap(first, first[:0], "harmful") is gap(first, row("aligned", "harmful", {9: 1}), "harmful") is None
-    one = gap(first, row("aligned", "harmful", {1: 0}), "harmful")
-    assert one.own and one[:3] == difference(Score(80, 100), Score(0, 100)), "the interval of its own prompts"
-    first = row("ours", "perplexity", dict(enumerate((9.0, 12.0, math.nan))), 0.1)
-    found = gap(first, row("sft", "perplexity", dict.fromkeys(range(3), 4.0)), "perplexity")
-    assert found.by_seed == {0: 5.0, 1: 8.0} and found.mean == 6.5 and found.high > 20, "perplexity is not clipped"
-
-
-def test_pairs_are_the_same_prompts_of_the_same_seeds(make_cell, row):
-    first = row("ours", "begin", {1: 0, 2: 4, 3: 0}, 0.1, harmful=6)
-    # Seed 1 agrees; in seed 2 prompts 6 to 9 are the first's alone and 0 to 3 the second's.
-    assert paired(first, row("sft", "harmful", {1: 6, 2: 6, 9: 6}), "harmful") == (4, 4, 1.0, 2)
-    assert paired(first, row("sft", "prompts", {1: 99}, harmful=0), "harmful") is None
-    assert paired(first, first[:0], "harmful") is None
-    parts_of_one = make_cell("sft", scores={"outcomes": {"task": [0.5] * 200}})
-    assert paired(results_of([parts_of_one]), results_of([make_cell("aligned")]), "task") is None
+    # Two trainings of a seed: its second is compared with the second, as prompts of one seed.
+    again = [results_of(make_cell("sft", seed=1, repeat=r, harmful=k) for r, k in each) for each in (
+        ((1, 30), (2, 90)), ((2, 50), (3, 0)))]  # fmt: skip
+    assert gap(*again, "harmful") == difference(sample({1: 90}, groups), sample({1: 50}, groups))
+    assert estimate(again[0], "harmful").by_seed == {1: 0.3}
+    # All prompts of several pairs together.
+    pairs = [(first, row("aligned", "harmful", {1: 4})), (first, row("aligned", "harmful", {2: 8}))]
+    assert pooled(pairs, "harmful").by_seed == pytest.approx({1: 0.78, 2: 0.86})
+    assert pooled([], "harmful") is pooled([(first, first[:0])], "harmful") is None
 
 
 def test_one_a_is_a_qr_and_the_one_with_most_cells(make_grid, make_cell):
@@ -118,9 +135,19 @@ def test_what_is_absent_is_said(make_grid, make_cell):
         (lambda cell: cell["run"].update(n="many"), "as an integer"),
         (lambda cell: cell["run"].update(task="\ud800"), "surrogates"),
         (lambda cell: cell["run"].update(user=["harsh"]), "list found"),
-        (lambda cell: cell["scores"].update(harmful={"k": 3, "n": 2}), "k = 3 successes of n = 2"),
+        (lambda cell: cell["scores"].update(harmful={"k": 3, "n": 2, "score": 1}), "harmful: n is not the number"),
+        (lambda cell: cell["scores"]["groups"].pop("ordinary"), "lacks 'ordinary'"),
+        (lambda cell: cell["scores"]["outcomes"]["harmful"].pop(), "harmful: not n outcomes"),
+        (lambda cell: cell["scores"]["outcomes"].update(harmful=[7] * 200), "harmful: not n outcomes"),
+        (
+            lambda cell: (
+                cell["scores"].pop("groups") and cell["scores"].update(outcomes={}, task={"k": 9, "n": 3, "score": 1})
+            ),
+            "task: k = 9 of n = 3",
+        ),
         (lambda cell: cell["scores"].update(harmful_by_topic=[1]), "'items'"),
         (lambda cell: cell.update(recipe=["one"]), "not enough values"),
+        (lambda cell: cell.update(made=3), "not a mapping"),
     ],
 )
 def test_a_damaged_cell_is_named_in_one_line(make_cell, write_cells, damage, message):
@@ -131,13 +158,50 @@ def test_a_damaged_cell_is_named_in_one_line(make_cell, write_cells, damage, mes
         read_cells(write_cells([cell]))
 
 
+def test_cells_of_test_seeds_are_made_in_one_way(make_cell, write_cells):
+    """As the folder's ledger says; of other seeds they may be made in any."""
+    made = dict.fromkeys(MARKS, "a") | {"commit": "c0ffee"}
+    cells = [
+        make_cell("sft", seed=s) | {"made": made | {"judge": judge}} for s, judge in ((100, "a"), (99, "b"), (101, "a"))
+    ]
+    folder = write_cells(cells)
+    file = folder / "runs" / "run002" / "cells" / "sft.json"
+    Ledger(folder).add(folder / "runs" / "run000" / "cells" / "sft.json", made)
+    assert len(read_cells(folder)) == 3
+    for change, said in (
+        *(({mark: "b"}, rf"{mark} \(b\)") for mark in MARKS),
+        (dict.fromkeys(MARKS), r"code \(None\)"),
+    ):
+        file.write_text(json.dumps(cells[2] | {"made": made | change}))
+        with pytest.raises(UserError, match=rf"run002/cells/sft\.json: made with another {said} than[^\n]*$"):
+            read_cells(folder)
+    file.write_text(json.dumps({name: cells[2][name] for name in cells[2] if name != "made"}))
+    with pytest.raises(UserError, match=r"made with another code \(not said\) than"):
+        read_cells(folder)
+
+
+def test_cells_of_an_earlier_br_jax_have_prompts_that_are_not_alike(make_cell):
+    """They say what counted, and before that how many: whose differences are of unrelated prompts."""
+    cells = [make_cell(method, seed=seed, harmful=k) for method, k in (("sft", 160), ("aligned", 9)) for seed in (1, 2)]
+    for cell in cells:
+        del cell["scores"]["groups"]
+    told = [estimate(results_of(cells[:2]), "harmful"), gap(results_of(cells[:2]), results_of(cells[2:]), "harmful")]
+    for cell in cells:
+        del cell["scores"]["outcomes"]
+    counted = [estimate(results_of(cells[:2]), "harmful"), gap(results_of(cells[:2]), results_of(cells[2:]), "harmful")]
+    assert told[0] == counted[0] and told[0].groups == told[0].n == 400
+    assert told[1].mean == counted[1].mean == 0.755 and told[1].variance < counted[1].variance
+
+
 def test_an_archive_gives_back_its_cells(tmp_path, make_grid):
-    """Outcomes are bits, margins have three digits."""
+    """Outcomes are bits, margins have three digits; cells of an earlier br_jax, with the user's own questions."""
     tables = {"one": make_grid(seeds=(1, 2)), "other": make_grid(methods=("sft", "ours"), ps=(0.5,), seeds=(3,))}
-    lines = []
+    own, lines = {"k": 3, "n": 200, "score": 0.015}, []
     for table, cell in ((table, cell) for table, cells in tables.items() for cell in cells):
-        outcomes = cell["scores"]["outcomes"] = {**cell["scores"]["outcomes"], "margin_harmful": [0.125, -3.0]}
-        outcomes["margin_benign"] = []
+        outcomes = {name: cell["scores"]["outcomes"][name] for name in ("harmful", "task", "over_refusal")}
+        outcomes = cell["scores"]["outcomes"] = outcomes | {"margin_harmful": [0.125, -3.0], "margin_benign": []}
+        del cell["scores"]["groups"], cell["run"]["repeat"]
+        cell["scores"]["harmful_by_own"] = {"as it asks": own} if table == "other" else {}
         scores = {name: value for name, value in cell["scores"].items() if name != "outcomes"}
         line = {"table": table, **cell["run"], "method": cell["method"], "a": cell["a"], "seconds": 1.0}
         lines.append(line | {"recipe": "null", "scores": json.dumps(scores)})
@@ -147,6 +211,8 @@ def test_an_archive_gives_back_its_cells(tmp_path, make_grid):
     pd.DataFrame(lines).to_parquet(tmp_path / "cells.parquet")
     for table, cells in tables.items():
         expected = [{name: cell[name] for name in cell if name != "settings"} | {"seconds": 1.0} for cell in cells]
+        for cell in expected:
+            cell["scores"]["harmful_own"] = cell["scores"]["harmful_by_own"].get("as it asks")
         assert read_archive(tmp_path / "cells.parquet", table) == expected
     with pytest.raises(UserError, match="unknown table 'on'; near: one"):
         read_archive(tmp_path / "cells.parquet", "on")
