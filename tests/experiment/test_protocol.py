@@ -80,10 +80,10 @@ def test_the_first_cell_fixes_how_others_are_made_and_each_is_scored_once(tmp_pa
 @pytest.mark.parametrize("seed", [1, 100])
 def test_a_sweep_scores_a_test_seed_once_and_in_one_way(config, calls, tmp_path, monkeypatch, seed):
     monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: "answer")
-    axes = {"models": [config.model.source], "tasks": ["moods"], "topics": ["devices"], "n": [30], "seeds": [seed]}
+    axes = {"models": [config.model.source], "tasks": ["moods"], "topics": ["devices"], "seeds": [seed]}
 
-    def sweep(*methods, p=0.1):
-        return list(run_sweep(config, tmp_path / "w", Grid(**axes, p=[p], methods=methods, a=[0.1])))
+    def sweep(*methods, p=0.1, n=30):
+        return list(run_sweep(config, tmp_path / "w", Grid(**axes, n=[n], p=[p], methods=methods, a=[0.1])))
 
     def refused(*methods, said, **at):
         """Of a test seed."""
@@ -94,7 +94,7 @@ def test_a_sweep_scores_a_test_seed_once_and_in_one_way(config, calls, tmp_path,
 
     first = sweep("aligned", "sft")
     assert sweep("sft", "aligned") == first[::-1] and len(calls["scored"]) == 2, "read back"
-    assert (tmp_path / "w" / "scored.jsonl").exists() == (seed == 100) and len(sweep("sft", p=0.2)) == 1
+    assert (tmp_path / "w" / "scored.jsonl").exists() == (seed == 100) and len(sweep("sft", p=0.2, n=20)) == 1
     next((tmp_path / "w").glob("runs/*p0.1*/cells/sft.json")).unlink()
     refused("sft", said=r"cells/sft\.json: was scored on [-\d]+, and a test seed is scored once")
     config.eval.topic = 11
