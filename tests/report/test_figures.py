@@ -6,11 +6,9 @@ import math
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
-from scipy.stats import sem, t
 
 from br_jax.report import figures, plots, run_figures
-from br_jax.report.results import results_of
-from br_jax.scoring.statistics import Score
+from br_jax.report.results import estimate, results_of
 
 SEEDS, SHARES = (1, 2, 3), (0.0, 0.1, 1.0)
 SFT, OURS = "SFT (undefended)", "Buffer-and-Reinforce, a = 0.1"
@@ -32,19 +30,19 @@ def texts(of):
 
 
 def test_lines_are_the_means_whiskers_the_intervals_and_rings_the_seeds(make_cell):
-    """Counts that differ by p and seed: HS of SFT is 50 p + 5 seed at p, FA 180 - 10 seed; ours half of that."""
+    """Counts that differ by p and seed: HS of SFT is 50 p + 5 seed at p, FA 90 - 5 seed; ours half of that."""
     results = results_of(
-        make_cell(method, a, p=p, seed=seed, harmful=int(part * (50 * p + 5 * seed)), right=180 - 10 * seed)
+        make_cell(method, a, p=p, seed=seed, harmful=int(part * (100 * p + 10 * seed)), right=360 - 20 * seed)
         for p, seed in itertools.product(SHARES, SEEDS)
         for method, a, part in (("sft", None, 1), ("ours", 0.1, 0.5))
     )
     axis, tasks = figures.lines_figure(results, "p").axes
     line = named(axis)[SFT]
-    each = [[int(50 * p + 5 * seed) for seed in SEEDS] for p in SHARES]
+    each = [[50 * p + 5 * seed for seed in SEEDS] for p in SHARES]
     np.testing.assert_allclose(line.get_ydata(), np.mean(each, axis=1))
     ends = [ends[:, 1] for color, ends in whiskers(axis) if color == to_hex(line.get_color())]
-    expected = [t.interval(0.95, 2, loc=np.mean(row), scale=sem(row)) for row in each]
-    np.testing.assert_allclose(ends, np.clip(expected, 0, 100))
+    rows = [estimate(results[(results.method == "sft") & (results.p == p)], "harmful") for p in SHARES]
+    np.testing.assert_allclose(ends, [[100 * found.low, 100 * found.high] for found in rows])
     rings = [one for one in axis.lines if one.get_linestyle() == "None" and one.get_marker() == "o"]
     rings = [one for one in rings if one.get_markeredgecolor() == line.get_color()]
     np.testing.assert_allclose([ring.get_ydata() for ring in rings], each)
@@ -56,14 +54,14 @@ def test_lines_are_the_means_whiskers_the_intervals_and_rings_the_seeds(make_cel
 
 
 def test_sizes_and_strengths_are_told_in_order(make_cell):
-    cells = [make_cell("sft", n=n, seed=s, harmful=k + s) for n, k in ((2500, 90), (500, 60)) for s in (1, 2)]
+    cells = [make_cell("sft", n=n, seed=s, harmful=2 * (k + s)) for n, k in ((2500, 90), (500, 60)) for s in (1, 2)]
     cells += [make_cell("ours", 0.1, n=500), make_cell("ours", 0.0, n=500)]
     axis = figures.lines_figure(results_of(cells), "n").axes[0]
     lines = named(axis)
     assert list(lines) == [SFT, OURS] and texts(axis.get_xticklabels()) == ["500", "2500"]
     np.testing.assert_allclose(lines[SFT].get_ydata(), [61.5, 91.5])
-    cells = [make_cell("ours", a, p=p, harmful=int(10 * a + 20 * p)) for a in (1.0, 0.0) for p in (0.5, 0.1)]
-    axis, *others = figures.lines_figure(results_of([*cells, make_cell("ours", 0.3, p=0.5, harmful=50)]), "a").axes
+    cells = [make_cell("ours", a, p=p, harmful=int(20 * a + 40 * p)) for a in (1.0, 0.0) for p in (0.5, 0.1)]
+    axis, *others = figures.lines_figure(results_of([*cells, make_cell("ours", 0.3, p=0.5, harmful=100)]), "a").axes
     np.testing.assert_array_equal(named(axis)["p = 0.5"].get_ydata(), [10, 50, 20])
     np.testing.assert_array_equal(named(axis)["p = 0.1"].get_ydata(), [2, np.nan, 12])
     assert len(others) == 2
@@ -80,13 +78,18 @@ def test_bars_are_the_methods_at_one_p(make_grid, make_cell):
     axis = figures.methods_figure(results, 0.1).axes[0]
     assert texts(axis.get_yticklabels()) == results.label[results.p == 0.1].tolist()
     bars = [bar.get_width() for bar in axis.patches if 0.5 < bar.get_height() < 0.7]
-    np.testing.assert_allclose(bars, [2, 80, 4, 20, 3, 3])
-    np.testing.assert_allclose(whiskers(axis)[1][1][:, 0], [100 * end for end in Score(80, 100).interval])
-    assert texts(axis.texts) == ["2.0", "80.0", "4.0", "20.0", "3.0", "3.0", "n/a"]
+    np.testing.assert_allclose(bars, [2, 80, 4, 20, 3, 2.5])
+    found = estimate(results[(results.method == "sft") & (results.p == 0.1)], "harmful")
+    np.testing.assert_allclose(whiskers(axis)[1][1][:, 0], [100 * found.low, 100 * found.high])
+    assert texts(axis.texts) == ["2.0", "80.0", "4.0", "20.0", "3.0", "2.5", "n/a"]
 
 
 def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid, make_cell, assert_readable):
     one = results_of(make_grid(ps=(0.1,), seeds=(1,), methods=("aligned", "sft")))
+    kinds = [name.partition("-")[0] for name in figures.draw_results(one)]
+    assert kinds == ["methods", "forms"], "of one p"
+    for scores in one.scores:
+        del scores["groups"]  # as of an earlier br_jax
     assert list(figures.draw_results(one)) == ["methods-Tiny_gguf-reviews-devices-n800-p0_1"]
     same = {"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "topic": "devices,potions"}
     cells = make_grid(("aligned", "sft", "average", "ours"), ps=(0.5, 1.0), seeds=(1, 2), a=(0.0, 0.1), **same)
@@ -99,15 +102,33 @@ def test_a_sweep_has_the_figures_that_it_can_fill_and_they_can_be_read(make_grid
     setting = "SmolLM2_135M_Instruct_Q4_1_gguf-reviews-devices_potions"
     expected = {"p": ["n800"], "a": ["n800"], "n": ["p0_5"], "attackers": ["n90-p0_5"], "pareto": ["n800-p0_5"]}
     expected |= {"methods": ["n800-p0_5", "n800-p1", "n90-p0_5", "harsh-n90-p0_5"], "margins": ["harsh-n90-p0_5"]}
+    expected |= {"forms": expected["methods"]}
     assert set(drawn) == {f"{kind}-{setting}-{end}" for kind, ends in expected.items() for end in ends}
     for kind, ends in expected.items():
         assert_readable(drawn[f"{kind}-{setting}-{ends[0]}"])
 
 
+def test_the_map_of_phrasings_is_in_the_order_of_their_forms(make_cell):
+    """Of three forms in any order, here as many as twice; those that a method was not asked are left open."""
+    names = [f"devices: {form}" for form in ("story/0", "code/0", "story/1", "ask/0")]
+    cells = [
+        make_cell(*key, seed=s, harmful=k, prompts=40)
+        for key, k in ((("sft",), 30), (("ours", 0.1), 0))
+        for s in (1, 2)
+    ]
+    for cell in cells:
+        cell["scores"]["groups"]["topic"] = [names[i // 10] for i in range(40)]
+    cells.append(make_cell("lisa", harmful=0, prompts=0))
+    axis = figures.forms_figure(results_of(cells), 0.1).axes[0]
+    np.testing.assert_array_equal(axis.images[0].get_array(), [[0, 100, 100, 100], [0, 0, 0, 0]])
+    assert texts(axis.get_yticklabels()) == [SFT, OURS] and texts(axis.get_xticklabels()) == ["ask", "code", "story"]
+    assert axis.get_xticks().tolist() == [0, 1, 2.5] and [line.get_xdata()[0] for line in axis.lines] == [0.5, 1.5]
+
+
 def test_the_front_is_what_no_other_beats_in_both(make_cell):
     points = {"sft": (80, 190), "ours": (10, 180), "average": (10, 100), "buffer_only": (30, 195), "aligned": (5, 0)}
     results = results_of(
-        make_cell(m, 0.1 if m == "ours" else None, p=0.5, seed=s, harmful=h + s - 2, right=r)
+        make_cell(m, 0.1 if m == "ours" else None, p=0.5, seed=s, harmful=2 * (h + s - 2), right=2 * r)
         for m, (h, r) in points.items()
         for s in (1, 3)
     )
@@ -120,7 +141,7 @@ def test_the_front_is_what_no_other_beats_in_both(make_cell):
 
 
 def test_the_map_shows_the_worse_of_both_ways_to_ask_and_brackets_where_the_task_is_lost(make_cell):
-    own, lisa = {"harmful_by_own": {"as it asks": Score(80, 100).to_json()}}, "Lisa"
+    own = {"harmful_own": [i < 160 for i in range(200)]}
     cells = [
         ("plain", "aligned", 4, 3),
         ("plain", "sft", 50, 180),
@@ -132,8 +153,8 @@ def test_the_map_shows_the_worse_of_both_ways_to_ask_and_brackets_where_the_task
     def drawn(p):
         axis = figures.attackers_figure(
             results_of(
-                make_cell(method, 0.1 if method == "ours" else None, p=p, user=user, harmful=k, right=right,
-                          scores=own if k == 10 else {})
+                make_cell(method, 0.1 if method == "ours" else None, p=p, user=user, harmful=2 * k, right=2 * right,
+                          outcomes=own if k == 10 else {})
                 for user, method, k, right in cells
             ),
             p,
@@ -149,7 +170,7 @@ def test_the_map_shows_the_worse_of_both_ways_to_ask_and_brackets_where_the_task
     np.testing.assert_allclose(table["Buffer-and-Reinforce"], [np.nan, 4, 4, 4])
     assert words["SFT"] == ["(90)", "50", "80", "80"], "143 are less than four fifths of 180"
     assert words["aligned base"] == ["", "4", "", "4"], "nobody's task"
-    assert words[lisa] == ["", "(4)", "", ""], "nobody keeps the task"
+    assert words["Lisa"] == ["", "(4)", "", ""], "nobody keeps the task"
     assert not any("(" in word for column in drawn(1.0)[2].values() for word in column), "there is no task"
 
 

@@ -62,7 +62,7 @@ def workdir(tmp_path, make_cell):
 def test_it_says_what_the_files_say(workdir, written):
     text = written(workdir)
     lines = text.splitlines()
-    assert lines[0] == "# Buffer-and-Reinforce: report" and lines[2].startswith("> **The claim held")
+    assert lines[0] == "# Buffer-and-Reinforce: report" and lines[2].startswith("> **Held: every")
     user = text.line("user (Buffer on)")
     assert user[1:6] == ["640", "1", "80", "51,200", "16,000"]
     assert user[8:] == ["104.0", "6,154"]  # 640 tokens in 0.104 s
@@ -88,7 +88,7 @@ def test_figures_are_drawn_and_linked(workdir, monkeypatch):
     change(workdir / "results.json", calibration={"merge": seen | {"scale": 0.5}, "aligned": seen, "tried": [seen]})
     monkeypatch.setattr("br_jax.report.plots.encode", lambda figure: {"png": b"a figure", "pdf": b"a figure"})
     text = write_report(workdir).read_text()
-    names = {f"{kind}-Tiny_gguf-reviews-devices-n800-p0_5" for kind in ("methods", "pareto")}
+    names = {f"{kind}-Tiny_gguf-reviews-devices-n800-p0_5" for kind in ("methods", "forms", "pareto")}
     names |= {"training", "saturation", "merge", "verdicts", "calibration"}
     files = {path.name for path in (workdir / "figures").iterdir()}
     assert files == {f"{name}.{end}" for name in names for end in ("png", "pdf")}
