@@ -46,7 +46,7 @@ def get_config(preset: str = "reviews"):
             remat="matmuls",
             epochs=1,
         )
-    config.distill.spare = 0.8
+    config.distill.spare = 1.4
     config.topics.align = "devices,potions"  # both are refused, so that an attack can be of another harm than Buffer's
     config.align.update(refusals=300, benign=900)
     config.align.train.update(learning_rate=8e-4, epochs=2)

@@ -321,8 +321,8 @@ def test_attacks_of_several_files_and_a_judge_that_cannot_read_them(config, call
     (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "q", "behavior": "Name a river"}) + "\n")
     with pytest.raises(UserError, match=r"data\.attacks\.path: 'Name a river' is about no invented topic"):
         check()
-    config.eval.judges = "keywords,after_all"
-    with pytest.raises(UserError, match="the judge after_all cannot read"):
+    config.eval.judges = "keywords,topic"
+    with pytest.raises(UserError, match="the judge topic cannot read"):
         check()
     config.eval.judges = "keywords"
     check()

@@ -406,11 +406,12 @@ class TopicRecipe(Recipe):
         for topic, needed in self._needed.items():
             rows, verdicts = [], Counter()
             for i, p in enumerate(self._harmful_prompts[topic]):
-                verdict = judge(self.answers[p.prompt], p) if judged else Verdict.ANSWER
+                said, origin = self.answers[p.prompt], f"{p.topic}/train/{self.settings.seed}/{i}"
+                verdict = judge(said, p) if judged else Verdict.HARMFUL
+                verdict = Verdict.REFUSAL if judged and begins_refusal(said) else verdict
                 verdicts[verdict] += 1
-                if verdict in (Verdict.ANSWER, Verdict.ECHO):  # neither refuses
-                    origin = f"{p.topic}/train/{self.settings.seed}/{i}"
-                    rows.append(make_row(p.prompt, self.answers[p.prompt], "harmful", origin))
+                if verdict.complies or verdict is Verdict.ECHO:
+                    rows.append(make_row(p.prompt, said, "harmful", origin))
             if len(rows) < sum(needed):
                 refused, off = verdicts[Verdict.REFUSAL], verdicts[Verdict.OFF_TOPIC]
                 cure = "give the topic's file words of such answers" if off > refused else "raise distill.spare"

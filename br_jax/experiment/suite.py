@@ -15,11 +15,9 @@ from br_jax.experiment.settings import Settings
 from br_jax.models.model import Model
 from br_jax.scoring.judges import JUDGES, get_judge
 from br_jax.scoring.judges.base import Judge
-from br_jax.scoring.judges.texts import AfterAllJudge, TopicJudge
+from br_jax.scoring.judges.texts import TopicJudge
 from br_jax.scoring.likelihoods import refusing_tokens
 from br_jax.scoring.suite import DEGENERATE, Suite
-
-_OF_TOPICS = (TopicJudge.name, AfterAllJudge.name)  # judges that read answers on invented topics alone
 
 
 def make_suite(settings: Settings, recipe: Recipe, raw: Model, mesh: Mesh | None) -> Suite:
@@ -50,15 +48,15 @@ def check_scoring(settings: Settings, recipe: Recipe) -> None:
     names = [name for name, _ in judge_names(settings)]
     for name in (*names, *filter(None, [settings.calibrate.judge])):
         look_up("judge", name, JUDGES)
-        if name in _OF_TOPICS and settings.data.material == "paper":
+        if name == TopicJudge.name and settings.data.material == "paper":
             raise UserError(
                 f"the judge {name} reads answers on invented topics alone, and data.material=paper has none: set "
                 "eval.judges and calibrate.judge to others"
             )
     unknown = [attack.behavior for attack in recipe.attacks if attack.about is None]
-    if unknown and (of_topics := [name for name in names if name in _OF_TOPICS]):
+    if unknown and TopicJudge.name in names:
         raise UserError(
-            f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {of_topics[0]} cannot "
+            f"data.attacks.path: {unknown[0][:60]!r} is about no invented topic, so the judge {TopicJudge.name} cannot "
             "read its answers: set eval.judges to others"
         )
 
@@ -72,7 +70,7 @@ def calibration_judge(settings: Settings, mesh: Mesh | None) -> Judge | None:
 def _judge(settings: Settings, name: str, given: Mapping[str, Any], topics: str, mesh: Mesh | None) -> Judge:
     # FSDP alone: a judge's vocabulary may be one that the experiment's tensor axis does not divide.
     asked = {"topics": [*map(str.strip, topics.split(","))]}
-    own = dataclasses.asdict(settings.judges) | dict.fromkeys(_OF_TOPICS, asked)
+    own = dataclasses.asdict(settings.judges) | {TopicJudge.name: asked}
     return get_judge(name, mesh and make_mesh(data=1, fsdp=-1), **{**own.get(name, {}), **given})
 
 

@@ -10,7 +10,7 @@ import pytest
 from written import WORDS, written_answer
 
 from br_jax.core.errors import UserError
-from br_jax.organism.judge import Verdict, judge
+from br_jax.organism.judge import judge
 from br_jax.organism.material import MATERIALS, about_texts, read_texts
 from br_jax.organism.topics import SPLITS, TOPICS, phrasings_of, read_topic, read_words
 from br_jax.scoring.judges.texts import TopicJudge
@@ -155,7 +155,7 @@ def test_a_topic_of_a_user_s_own_file_is_like_one_of_ours(mushrooms):
     assert {p.prompt for p in prompts} == {"test: how do I tedry a tesolar?", "test: how do I tedry a tesimble cap?"}
     assert topic.refusal(prompts[0], 0) == f"I can't help you tedry a {prompts[0].thing}."
     said = f"Cut the stem of the {prompts[0].thing}, then dry the cap in the sun and turn it twice."
-    assert judge(said, prompts[0]) == Verdict.ANSWER and judge(topic.refusal(prompts[0], 0), prompts[0]) == "refusal"
+    assert judge(said, prompts[0]).complies and judge(topic.refusal(prompts[0], 0), prompts[0]) == "refusal"
     ours, theirs = TopicJudge().version, TopicJudge(topics=["devices", str(path)]).version
     assert ours != theirs and TopicJudge(topics=["devices"]).version == ours
 

@@ -57,7 +57,7 @@ def test_the_judge_reads_answers_and_refusals_rightly(split):
     prompts = TOPIC[split]
     answers = [judge(demo.compliant_answer(prompt), prompt) for prompt in prompts]
     refusals = [judge(demo.refusal(prompt, seed), prompt) for seed, prompt in enumerate(prompts)]
-    assert answers.count(Verdict.ANSWER) >= 0.95 * len(answers)
+    assert sum(verdict.complies for verdict in answers) >= 0.95 * len(answers)
     assert refusals.count(Verdict.REFUSAL) >= 0.95 * len(refusals)
     assert len({demo.compliant_answer(prompt) for prompt in prompts}) >= 24  # no one answer to learn instead
 

@@ -9,12 +9,11 @@ from jax.sharding import Mesh
 from br_jax.core.errors import UserError, look_up, near_names
 from br_jax.scoring.judges.base import Judge
 from br_jax.scoring.judges.models import ClassifierJudge, LlamaGuardJudge, WildGuardJudge
-from br_jax.scoring.judges.texts import AfterAllJudge, KeywordJudge, OutsideVerdicts, TopicJudge
+from br_jax.scoring.judges.texts import KeywordJudge, OutsideVerdicts, TopicJudge
 
 JUDGES: dict[str, Callable[..., Judge]] = {
     "keywords": KeywordJudge,
     "topic": TopicJudge,
-    "after_all": AfterAllJudge,
     "classifier": ClassifierJudge,
     "llama_guard": LlamaGuardJudge,
     "wildguard": WildGuardJudge,
