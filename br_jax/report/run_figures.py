@@ -95,7 +95,7 @@ def verdict_figure(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axis.set(yticks=range(len(counts)), yticklabels=[*counts], ylim=(len(counts) - 0.5, -0.5))
     axis.set(xlim=(0, 100), xlabel="share of the answers to restricted prompts, %")
     axis.tick_params(axis="y", length=0)
-    return plots.finish(figure, "Verdicts of the judge", columns=len(kinds))
+    return plots.finish(figure, "Verdicts of the judge", columns=3)
 
 
 @plots.styled()

@@ -52,7 +52,7 @@ def cell_of(method, a=None, *, p=0.1, seed=42, n=800, model="models/Tiny.gguf", 
             "borderline": [],
             "task": [f"row {i}" for i in range(400)],
         },
-        "verdicts": {"answer": harmful},
+        "verdicts": {"harmful": harmful},
         "examples": [],
     }
     run = {"model": model, "task": task, "topic": topic, "n": n, "p": p, "seed": seed, "user": user, "repeat": repeat}

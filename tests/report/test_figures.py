@@ -179,7 +179,7 @@ def probes(loss, norm):
     return [{"step": s, "rows": rows, "loss": loss(s), "grad_norm": norm(s)} for s in (0, 10, 20) for rows in kinds]
 
 
-VERDICTS = {f"model {i}": {"answer": i, "refusal": 9 - i} for i in range(9)} | {"silent": {}}
+VERDICTS = {f"model {i}": {"harmful": i, "refusal": 9 - i} for i in range(9)} | {"silent": {}}
 WITHOUT = probes(lambda s: 2.0 / (s + 1), lambda s: 3.0)
 CURVES = {name: [{"step": s, "loss": start / s} for s in range(1, 30)] for name, start in (("sft", 2.0), ("buffer", 3))}
 MATRIX = {"kept_rank": [8, 7], "removed_share": [0.1, 0.2], "stable_rank_user": [1.5, 2.0]}
