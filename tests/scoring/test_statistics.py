@@ -10,7 +10,6 @@ import pytest
 from benchmarks.coverage import coverage
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import brentq
 from scipy.stats import binomtest, nct, norm, sem, t, ttest_rel
 
 from br_jax.scoring.statistics import Sample, cohen_kappa, difference, estimate
@@ -31,14 +30,11 @@ def ends(found):
     return found.low, found.high
 
 
-@pytest.mark.parametrize(
-    ("found", "by_group", "by_seed", "by_both"),
-    [
-        (estimate(FIRST), 0.005340277777777783, 0.02472638888888891, 0.007004166666666676),
-        (estimate(THIRD), 0.0043958333333333375, 0.00014305555555555575, 0.0025041666666666706),
-        (difference(FIRST, SECOND), 0.015043981481481393, 0.06267638888888846, 0.017451080246913466),
-    ],
-)
+@pytest.mark.parametrize(("found", "by_group", "by_seed", "by_both"), [
+    (estimate(FIRST), 0.005340277777777783, 0.02472638888888891, 0.007004166666666676),
+    (estimate(THIRD), 0.0043958333333333375, 0.00014305555555555575, 0.0025041666666666706),
+    (difference(FIRST, SECOND), 0.015043981481481393, 0.06267638888888846, 0.017451080246913466),
+])  # fmt: skip
 def test_variances_are_statsmodels_own(found, by_group, by_seed, by_both):
     """statsmodels 0.15.0: `OLS(values, model).fit(cov_type="cluster")` with groups, seeds, and both, uncorrected."""
     by_group, by_seed, by_both = by_group * F / (F - 1), by_seed * S / (S - 1), by_both * F * S / ((F - 1) * (S - 1))
@@ -67,60 +63,42 @@ def test_unrelated_prompts_of_one_seed_have_wilson_s_interval(k, n, low, high):
     """R. G. Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3, but for t of n - 1 prompts."""
     found = estimate(ones(k, n))
     assert ends(found) == pytest.approx((low, high), abs=1e-3) and found.by_seed == {0: k / n}
-    for end, bound in zip(ends(found), (0, 1), strict=True):
-
-        def test(p):
-            return (k / n - p) ** 2 - t.ppf(0.975, n - 1) ** 2 * p * (1 - p) / (n - 1)
-
-        assert end == pytest.approx(brentq(test, *sorted((bound, k / n)), xtol=1e-13))
+    roots = np.roots([1 + (z := t.ppf(0.975, n - 1) ** 2 / (n - 1)), -2 * k / n - z, (k / n) ** 2])
+    assert ends(found) == pytest.approx(sorted(roots)), "where (k / n - p)^2 = t^2 p (1 - p) / (n - 1)"
 
 
 @pytest.mark.parametrize(("values", "k"), [([0] * 20, 0), ([1] * 20, 20), ([0.2, 0.3] * 10, 5), ([0.25] * 20, 5)])
-def test_at_the_ends_and_of_parts_of_one_it_is_that_of_all_prompts(values, k):
-    """No spread, or less than right and wrong have: SciPy's of k in 20 at the confidence that t has."""
+def test_without_more_spread_than_chance_it_is_that_of_all_prompts(values, k):
+    """SciPy's of k in 20 at the confidence that t has."""
     expected = binomtest(k, 20).proportion_ci(2 * norm.cdf(t.ppf(0.975, 19)) - 1, "wilson")
     assert ends(estimate(Sample.of(values))) == pytest.approx((expected.low, expected.high))
 
 
-def newcombe(a, b):
-    """The difference of two independent shares by method 10, from SciPy's intervals of each."""
-    (l1, u1), (l2, u2) = (binomtest(*each).proportion_ci(method="wilson") for each in (a, b))
-    p1, p2 = (k / n for k, n in (a, b))
-    return p1 - p2 - math.hypot(p1 - l1, u2 - p2), p1 - p2 + math.hypot(u1 - p1, p2 - l2)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ((56, 70), (48, 80), (0.0524, 0.3339)),
-        ((9, 10), (3, 10), (0.1705, 0.8090)),
-        ((10, 10), (0, 20), (0.6791, 1.0)),
-    ],
-)
-def test_a_difference_without_anything_in_common_is_newcombe_s(a, b, expected):
+@pytest.mark.parametrize(("a", "b", "low", "high"), [((56, 70), (48, 80), 0.0524, 0.3339),
+    ((9, 10), (3, 10), 0.1705, 0.8090), ((10, 10), (0, 20), 0.6791, 1.0)])  # fmt: skip
+def test_a_difference_without_anything_in_common_is_newcombe_s(a, b, low, high):
     """Newcombe, 873-890, table II, method 10: with t for z, which of few prompts is wider and of many the same."""
-    few, many = (
-        difference(ones(*a), ones(*b)._replace(groups=range(-b[1], 0)))
-        for a, b in ((a, b), ([100 * x for x in a], [100 * x for x in b]))
-    )
-    assert newcombe(a, b) == pytest.approx(expected, abs=5e-5) and few.low < expected[0] and few.high >= expected[1]
-    assert ends(many) == pytest.approx(newcombe([100 * x for x in a], [100 * x for x in b]), abs=1e-4)
+    for times, near in ((1, 0.14), (100, 1e-4)):
+        (k1, n1), (k2, n2) = ((times * x for x in each) for each in (a, b))
+        (l1, u1), (l2, u2) = (binomtest(*each).proportion_ci(method="wilson") for each in ((k1, n1), (k2, n2)))
+        p1, p2 = k1 / n1, k2 / n2
+        known = p1 - p2 - math.hypot(p1 - l1, u2 - p2), p1 - p2 + math.hypot(u1 - p1, p2 - l2)
+        assert times > 1 or known == pytest.approx((low, high), abs=5e-5)
+        found = difference(ones(k1, n1), ones(k2, n2)._replace(groups=range(-n2, 0)))
+        assert ends(found) == pytest.approx(known, abs=near) and found.low < known[0]
 
 
 def test_a_difference_on_the_same_prompts_is_zou_and_donner_s():
     """Statistics in Medicine 27 (2008) 1693-1702: less by the correlation of the two."""
     rng = np.random.default_rng(1)
-    for share in (0.3, 0.9):
-        first = rng.random(80) < 0.6
-        second = np.where(rng.random(80) < share, rng.random(80) < 0.4, first)
-        one, other, r = Sample.of(first), Sample.of(second), np.corrcoef(first, second)[0, 1]
-        found, p1, p2 = difference(one, other), first.mean(), second.mean()
-        (l1, u1), (l2, u2) = ends(estimate(one)), ends(estimate(other))
-        below, above = (math.sqrt(a**2 + b**2 - 2 * r * a * b) for a, b in ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2)))
-        assert ends(found) == pytest.approx((p1 - p2 - below, p1 - p2 + above))
+    first = rng.random(80) < 0.6
+    second = np.where(rng.random(80) < 0.3, rng.random(80) < 0.4, first)
+    one, other, r = Sample.of(first), Sample.of(second), np.corrcoef(first, second)[0, 1]
+    (l1, u1), (l2, u2), gap = ends(estimate(one)), ends(estimate(other)), (p1 := first.mean()) - (p2 := second.mean())
+    below, above = (math.sqrt(a**2 + b**2 - 2 * r * a * b) for a, b in ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2)))
+    assert ends(difference(one, other)) == pytest.approx((gap - below, gap + above)) and 0.5 < r < 0.9
     none = binomtest(0, 80).proportion_ci(2 * norm.cdf(t.ppf(0.975, 79)) - 1, "wilson").high
-    same = difference(ones(40, 80), ones(40, 80))
-    assert same.mean == 0 and ends(same) == pytest.approx((-none, none), rel=0.05), "none of 80 differs"
+    assert ends(difference(ones(40, 80), ones(40, 80))) == pytest.approx((-none, none), rel=0.05), "none of 80 differs"
 
 
 SHARES = st.booleans() | st.floats(0, 1).map(lambda value: round(value, 3))
@@ -129,26 +107,19 @@ LINES = st.lists(st.tuples(SHARES, st.integers(0, 4), st.integers(0, 3)), min_si
 
 @given(LINES, LINES, st.randoms(use_true_random=False))
 def test_the_order_and_the_names_of_prompts_are_nothing_to_an_interval(first, second, random):
-    def sample(lines):
-        return Sample(*map(list, zip(*lines, strict=True)))
-
-    def read(found):
-        return found and pytest.approx((found.mean, found.low, found.high, found.variance, found.freedom), nan_ok=True)
+    def sample(lines, sign=1):
+        return Sample(*map(list, zip(*((value, sign * g, s) for value, g, s in lines), strict=True)))
 
     one, other = sample(first), sample(second)
-    mixed = [sample([(value, f"group {-g}", s) for value, g, s in random.sample(x, len(x))]) for x in (first, second)]
-    for found, again in ((estimate(one), estimate(mixed[0])), (difference(one, other), difference(*mixed))):
-        assert (found is None) == (again is None)
-        if found:
-            assert read(found) == (again.mean, again.low, again.high, again.variance, again.freedom)
-            assert found.low <= found.mean <= found.high
+    mixed = [sample(random.sample(each, len(each)), -1) for each in (first, second)]
+    found, again = difference(one, other), difference(*mixed)
+    assert (found is None) == (again is None) == (not {*one.seeds} & {*other.seeds})
+    for each, other_way in ((estimate(one), estimate(mixed[0])), (found, again)) if found else ():
+        numbers = [(x.mean, x.low, x.high, x.variance, x.freedom) for x in (each, other_way)]
+        assert numbers[0] == pytest.approx(numbers[1]) and -1 <= each.low <= each.mean <= each.high <= 1
+    assert not found or ends(difference(other, one)) == pytest.approx((-found.high, -found.low))
     told = json.loads(json.dumps(estimate(one).to_json(), allow_nan=False))
     assert told["n"] == len(first) and 0 <= told["low"] <= told["score"] <= told["high"] <= 1
-    if found:
-        back = difference(other, one)
-        assert (-back.high, -back.low) == pytest.approx(ends(found)) and abs(found.low) <= 1 >= abs(found.high)
-    else:
-        assert not {*one.seeds} & {*other.seeds}
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=40), st.integers(2, 9))
@@ -156,11 +127,10 @@ def test_prompts_of_one_group_are_worth_less_than_as_many_others(values, times):
     alone, often = estimate(Sample.of(values)), estimate(Sample.of(values * times, [*range(len(values))] * times))
     many = estimate(Sample.of(values * times))
     assert often.variance == pytest.approx(alone.variance) and often.n == times * len(values)
-    if 0 < often.mean < 1:
-        assert often.low < many.low and many.high < often.high
-        assert often.design_effect == pytest.approx(often.n / (len(values) - 1))
-    else:
-        assert math.isnan(often.design_effect)
+    certain = often.mean in (0, 1)
+    assert certain or (often.low < many.low and many.high < often.high)
+    effect = math.nan if certain else often.n / (len(values) - 1)
+    assert often.design_effect == pytest.approx(effect, nan_ok=True)
 
 
 def test_what_one_group_one_seed_and_seeds_apart_say():
