@@ -10,6 +10,7 @@ from br_jax.core.errors import UserError
 from br_jax.experiment import protocol
 from br_jax.experiment.grid import Grid, run_sweep
 from br_jax.experiment.protocol import MARKS, Ledger, made_with, role
+from br_jax.organism.judge import Verdict
 from br_jax.report.results import read_cells
 from br_jax.scoring.judges.texts import KeywordJudge, TopicJudge
 
@@ -40,7 +41,7 @@ def test_what_a_cell_is_made_with_changes_with_what_it_depends_on_alone(tmp_path
     for path, names in (("method.py", {"code"}), ("report/tables.py", set())):
         with monkeypatch.context() as patch:
             patch.setattr(
-                pathlib.Path, "read_bytes", lambda file, path=path: read(file) + b"#" * str(file).endswith(path)
+                pathlib.Path, "read_bytes", lambda file, end=path: read(file) + b"#" * str(file).endswith(end)
             )
             protocol.code.cache_clear()
             assert changed() == names | {"prompts"}
@@ -67,9 +68,7 @@ def test_the_first_cell_fixes_how_others_are_made_and_each_is_scored_once(tmp_pa
             said = rf"^{other}: made with another {mark} \(b\) than this table's test cells {known}: [^\n]+$"
             with pytest.raises(UserError, match=said):
                 book.require(other, MADE | {mark: "b"}, there=True)
-        with pytest.raises(
-            UserError, match=rf"^{one}: was scored on \d{{4}}-\d\d-\d\d, and a test seed is scored once: [^\n]+$"
-        ):
+        with pytest.raises(UserError, match=rf"^{one}: was scored on [-\d]+, and a test seed is scored once: [^\n]+$"):
             book.require(one, MADE, there=False)
     ledger.add(other, MADE | {"code": "b"})  # the table's own marks stay
     assert json.loads((tmp_path / "scored.jsonl").read_text().splitlines()[0])["code"] == "a"
@@ -79,7 +78,7 @@ def test_the_first_cell_fixes_how_others_are_made_and_each_is_scored_once(tmp_pa
 
 @pytest.mark.parametrize("seed", [1, 100])
 def test_a_sweep_scores_a_test_seed_once_and_in_one_way(config, calls, tmp_path, monkeypatch, seed):
-    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: "answer")
+    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: Verdict.HARMFUL)
     axes = {"models": [config.model.source], "tasks": ["moods"], "topics": ["devices"], "seeds": [seed]}
 
     def sweep(*methods, p=0.1, n=30):
@@ -98,8 +97,6 @@ def test_a_sweep_scores_a_test_seed_once_and_in_one_way(config, calls, tmp_path,
     next((tmp_path / "w").glob("runs/*p0.1*/cells/sft.json")).unlink()
     refused("sft", said=r"cells/sft\.json: was scored on [-\d]+, and a test seed is scored once")
     config.eval.topic = 11
-    refused(
-        "ours", said=r"cells/\S+\.json: made with another config \(\w{12}\) than this table's test cells \(\w{12}\)"
-    )
+    refused("ours", said=r"cells/\S+\.json: made with another config \(\w{12}\) than this table's test cells")
     assert {cell["run"]["seed"] for cell in read_cells(tmp_path / "w")} == {seed}
     assert all({*MARKS} <= {*cell["made"]} for cell in read_cells(tmp_path / "w"))

@@ -1,8 +1,10 @@
 """The table of cells: its order, what its samples are, which cells are compared, and what is no cell."""
 
+import contextlib
 import json
 import math
 import pathlib
+import re
 
 import numpy as np
 import pandas as pd
@@ -82,15 +84,13 @@ def test_an_estimate_is_of_all_prompts_of_the_seeds_that_measured_it(row, make_c
     assert shares_of(row("sft", "harmful", counts, scores=by_topic), "harmful_by_topic") == {"devices": [0.2] * 3}
 
 
-def test_the_worst_is_of_each_seed_s_worse_questions(make_cell):
+def test_the_worst_is_of_each_seed_s_worse_questions(row):
     """Of seed 1 the user's own, of seed 2 the plain ones."""
-    own = [{"harmful_own": [i < k for i in range(200)]} for k in (90, 3)]
-    table = results_of(
-        make_cell("sft", seed=s, harmful=k, outcomes=x) for s, k, x in zip((1, 2), (7, 60), own, strict=True)
-    )
+    own = {"harmful_own": [i < 60 for i in range(200)]}
+    table = row("sft", "harmful", {1: 7, 2: 90}, outcomes=own)
     groups = table.scores.iloc[0]["groups"]["topic"]
-    assert estimate(table, WORST) == statistics.estimate(sample({1: 90, 2: 60}, groups))
-    assert table[WORST].tolist() == [0.45, 0.3] and table.HS.tolist() == [0.035, 0.3]
+    assert estimate(table, WORST) == statistics.estimate(sample({1: 60, 2: 90}, groups))
+    assert table[WORST].tolist() == [0.3, 0.45] and table.HS.tolist() == [0.035, 0.45]
 
 
 def test_a_gap_is_over_the_seeds_and_trainings_that_both_have(row, make_cell):
@@ -99,8 +99,8 @@ def test_a_gap_is_over_the_seeds_and_trainings_that_both_have(row, make_cell):
     assert found == difference(sample({2: 180, 3: 199}, groups), sample({2: 20, 3: 10}, groups))
     assert gap(first, first[:0], "harmful") is gap(first, row("aligned", "harmful", {9: 1}), "harmful") is None
     # Two trainings of a seed: its second is compared with the second, as prompts of one seed.
-    again = [results_of(make_cell("sft", seed=1, repeat=r, harmful=k) for r, k in each) for each in (
-        ((1, 30), (2, 90)), ((2, 50), (3, 0)))]  # fmt: skip
+    again = [results_of(make_cell("sft", seed=1, repeat=r, harmful=k) for r, k in each)
+             for each in (((1, 30), (2, 90)), ((2, 50), (3, 0)))]  # fmt: skip
     assert gap(*again, "harmful") == difference(sample({1: 90}, groups), sample({1: 50}, groups))
     assert estimate(again[0], "harmful").by_seed == {1: 0.3}
     # All prompts of several pairs together.
@@ -139,12 +139,8 @@ def test_what_is_absent_is_said(make_grid, make_cell):
         (lambda cell: cell["scores"]["groups"].pop("ordinary"), "lacks 'ordinary'"),
         (lambda cell: cell["scores"]["outcomes"]["harmful"].pop(), "harmful: not n outcomes"),
         (lambda cell: cell["scores"]["outcomes"].update(harmful=[7] * 200), "harmful: not n outcomes"),
-        (
-            lambda cell: (
-                cell["scores"].pop("groups") and cell["scores"].update(outcomes={}, task={"k": 9, "n": 3, "score": 1})
-            ),
-            "task: k = 9 of n = 3",
-        ),
+        (lambda cell: cell["scores"].update(groups={}, outcomes={}), "lacks 'topic'"),
+        (lambda cell: cell.update(scores={"task": {"k": 9, "n": 3, "score": 1}}), "task: k = 9 of n = 3"),
         (lambda cell: cell["scores"].update(harmful_by_topic=[1]), "'items'"),
         (lambda cell: cell.update(recipe=["one"]), "not enough values"),
         (lambda cell: cell.update(made=3), "not a mapping"),
@@ -158,39 +154,30 @@ def test_a_damaged_cell_is_named_in_one_line(make_cell, write_cells, damage, mes
         read_cells(write_cells([cell]))
 
 
-def test_cells_of_test_seeds_are_made_in_one_way(make_cell, write_cells):
-    """As the folder's ledger says; of other seeds they may be made in any."""
-    made = dict.fromkeys(MARKS, "a") | {"commit": "c0ffee"}
-    cells = [
-        make_cell("sft", seed=s) | {"made": made | {"judge": judge}} for s, judge in ((100, "a"), (99, "b"), (101, "a"))
-    ]
-    folder = write_cells(cells)
-    file = folder / "runs" / "run002" / "cells" / "sft.json"
-    Ledger(folder).add(folder / "runs" / "run000" / "cells" / "sft.json", made)
-    assert len(read_cells(folder)) == 3
-    for change, said in (
-        *(({mark: "b"}, rf"{mark} \(b\)") for mark in MARKS),
-        (dict.fromkeys(MARKS), r"code \(None\)"),
-    ):
-        file.write_text(json.dumps(cells[2] | {"made": made | change}))
-        with pytest.raises(UserError, match=rf"run002/cells/sft\.json: made with another {said} than[^\n]*$"):
-            read_cells(folder)
-    file.write_text(json.dumps({name: cells[2][name] for name in cells[2] if name != "made"}))
-    with pytest.raises(UserError, match=r"made with another code \(not said\) than"):
-        read_cells(folder)
+@pytest.mark.parametrize(("seed", "made", "said"), [(100, {"judge": "b"}, "another judge (b)"), (100, {}, ""),
+    (100, None, "another code (not said)"), (99, {"judge": "b"}, ""), (99, None, "")])  # fmt: skip
+def test_cells_of_test_seeds_are_made_as_the_ledger_says(make_cell, write_cells, seed, made, said):
+    """Of other seeds they may be made in any way."""
+    first = dict.fromkeys(MARKS, "a") | {"commit": "c0ffee"}
+    own = {} if made is None else {"made": first | made}
+    folder = write_cells([make_cell("sft", seed=101) | {"made": first}, make_cell("sft", seed=seed) | own])
+    Ledger(folder).add(folder / "runs" / "run000" / "cells" / "sft.json", first)
+    match = rf"run001/cells/sft\.json: made with {re.escape(said)} than[^\n]*$"
+    with pytest.raises(UserError, match=match) if said else contextlib.nullcontext():
+        assert len(read_cells(folder)) == 2
 
 
 def test_cells_of_an_earlier_br_jax_have_prompts_that_are_not_alike(make_cell):
     """They say what counted, and before that how many: whose differences are of unrelated prompts."""
-    cells = [make_cell(method, seed=seed, harmful=k) for method, k in (("sft", 160), ("aligned", 9)) for seed in (1, 2)]
-    for cell in cells:
-        del cell["scores"]["groups"]
-    told = [estimate(results_of(cells[:2]), "harmful"), gap(results_of(cells[:2]), results_of(cells[2:]), "harmful")]
-    for cell in cells:
-        del cell["scores"]["outcomes"]
-    counted = [estimate(results_of(cells[:2]), "harmful"), gap(results_of(cells[:2]), results_of(cells[2:]), "harmful")]
-    assert told[0] == counted[0] and told[0].groups == told[0].n == 400
-    assert told[1].mean == counted[1].mean == 0.755 and told[1].variance < counted[1].variance
+    cells, told = [make_cell(m, seed=s, harmful=k) for m, k in (("sft", 160), ("aligned", 9)) for s in (1, 2)], []
+    for gone in ("groups", "outcomes"):
+        for cell in cells:
+            del cell["scores"][gone]
+        sft, aligned = results_of(cells[:2]), results_of(cells[2:])
+        told.append((estimate(sft, "harmful"), gap(sft, aligned, "harmful")))
+    (which, apart), (many, unrelated) = told
+    assert which == many and which.groups == which.n == 400
+    assert apart.mean == unrelated.mean == 0.755 and apart.variance < unrelated.variance
 
 
 def test_an_archive_gives_back_its_cells(tmp_path, make_grid):
