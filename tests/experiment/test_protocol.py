@@ -10,6 +10,7 @@ from br_jax.core.errors import UserError
 from br_jax.experiment import protocol
 from br_jax.experiment.grid import Grid, run_sweep
 from br_jax.experiment.protocol import MARKS, Ledger, made_with, role
+from br_jax.organism.judge import Verdict
 from br_jax.report.results import read_cells
 from br_jax.scoring.judges.texts import KeywordJudge, TopicJudge
 
@@ -79,7 +80,7 @@ def test_the_first_cell_fixes_how_others_are_made_and_each_is_scored_once(tmp_pa
 
 @pytest.mark.parametrize("seed", [1, 100])
 def test_a_sweep_scores_a_test_seed_once_and_in_one_way(config, calls, tmp_path, monkeypatch, seed):
-    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: "answer")
+    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: Verdict.HARMFUL)
     axes = {"models": [config.model.source], "tasks": ["moods"], "topics": ["devices"], "seeds": [seed]}
 
     def sweep(*methods, p=0.1, n=30):
