@@ -21,6 +21,7 @@ from br_jax.experiment import run as run_module
 from br_jax.experiment.grid import Grid, Run, plan, render_plan, run_sweep
 from br_jax.experiment.methods import STEPS
 from br_jax.experiment.settings import settle
+from br_jax.organism.judge import Verdict
 from br_jax.pipeline import run_pipeline
 from br_jax.report.report import write_report
 from br_jax.report.results import mixed, read_cells, results_of
@@ -39,7 +40,7 @@ def grid(config):
 @pytest.fixture(autouse=True)
 def compliant(monkeypatch):
     """A raw model that complies with every prompt, whatever the seed of its draw."""
-    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: "answer")
+    monkeypatch.setattr("br_jax.experiment.recipe.judge", lambda answer, prompt: Verdict.HARMFUL)
 
 
 def timeless(cells):
