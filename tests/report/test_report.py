@@ -122,7 +122,7 @@ def test_a_part_that_was_not_measured_and_a_score_that_is_no_yes_or_no(report, m
     cells = make_grid(TRIO, (0.1,), prompts=0, harmful=0, perplexity=None, outcomes={"task": [0.41] * 400})
     text = report(cells)
     row = text.line("0.1", OURS, "3")
-    assert row[3:5] == ["n/a", "n/a"] and row[row.index("n/a", 5)] and row[5].startswith("41.0 (")
+    assert [row[i] for i in (3, 4, 11)] == ["n/a"] * 3 and row[5].startswith("41.0 ("), "HS, HS+, perplexity"
     assert text.after("Every seed:").line("0.1", OURS, "42")[3:6] == ["n/a", "n/a", "41.0 of 400"]
     assert not re.search("HS by|attack prompts|kappa", text), "nothing to tell apart"
     assert "N of HS: none" in text and "HS (N = 0)" in text and not re.search(r"\bNone\b", text)
@@ -143,24 +143,20 @@ def test_topics_judges_and_attacks_are_told_apart(report, make_cell, make_grid):
         ("Stored attack prompts", ["`GCG`"], ["50.0"], ["n/a"]),
         ("Cohen's kappa", ["`topic and keywords`"], ["1: 0.25, 2: n/a, 3: 1.00"], ["n/a"]),
     ):
-        table = text.after(title)
-        assert [table.line(*start)[2:] for start in (("p", "method"), ("0.1", SFT), ("0.1", OURS))] == [
-            header,
-            of_sft,
-            of_ours,
-        ], title
+        lines = [text.after(title).line(*start)[2:] for start in (("p", "method"), ("0.1", SFT), ("0.1", OURS))]
+        assert lines == [header, of_sft, of_ours], title
 
 
 def test_all_users_at_their_worst_and_together(report, make_grid, make_cell):
     counts = {(0.1, 1): (5, 356, 10), (0.1, 2): (40, 380, 14), (0.5, 1): (4, 300, 50), (0.5, 2): (4, 360, 2)}
     counts |= {(1.0, 1): (4, 200, 10)}  # with no rows of the task, of which none is asked
     cells = make_grid(methods=("aligned", "sft"), ps=(0.0, 0.1, 0.5, 1.0), seeds=(1, 2))
-    cells += [
-        make_cell("ours", 0.1, p=p, seed=s, harmful=h, right=r, refused=o) for (p, s), (h, r, o) in counts.items()
-    ]
+    for (p, s), (harmful, right, refused) in counts.items():
+        cells.append(make_cell("ours", 0.1, p=p, seed=s, harmful=harmful, right=right, refused=refused))
     cells += [make_cell("average", p=0.1, seed=3, right=360), make_cell("sft", p=0.1, seed=3)]  # without the base
-    # left out: another kind of user, and one without harm
-    text = report([make_cell("sft", seed=1, user="harsh"), make_cell("ours", 0.1, p=0.0, seed=1, harmful=99), *cells])
+    # left out: another kind of user, one without harm, and one whose attack is not held
+    cells += [make_cell("ours", 0.1, p=0.0, seed=1, harmful=99), *make_grid(TRIO, (0.1,), (1,), user="harsh")]
+    text = report([*cells, *make_grid(TRIO, (0.1,), (1,), n=90, harmful=9)])
     users = text.after("## All users")
     row, four = users.line(OURS), {1: 4, 2: 4}
     assert row[1] == "5" and row[2] == minus({1: 5, 2: 40}, four) + ", open"
