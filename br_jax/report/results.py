@@ -125,7 +125,7 @@ def results_of(cells: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's line of the table; raises an error of any kind where something is missing or no such value."""
     run, method, a, scores = {"user": "plain"} | cell["run"], cell["method"], cell["a"], cell["scores"]
-    shares = {name: float(scores[name]["score"]) for name in (*TITLES, _OWN) if (scores.get(name) or {}).get("n")}
+    shares = {name: float(scores[name]["score"]) for name in (*TITLES, _OWN) if (scores.get(name) or {"n": 0})["n"]}
     for name in shares:
         _require_outcomes(scores, name)
     for name in PARTS:
@@ -149,9 +149,10 @@ def _line(cell: Mapping[str, Any]) -> dict[str, Any]:
 def _require_outcomes(scores: Mapping[str, Any], name: str) -> None:
     """Raises a `ValueError` where a score is not what its outcomes come to."""
     n, outcomes = operator.index(scores[name]["n"]), (scores.get("outcomes") or {}).get(name)
-    if "groups" in scores and sum(len(scores["groups"][part]) for part in PARTS_OF[name]) != n:
-        raise ValueError(f"{name}: n is not the number of its groups")
-    if "groups" in scores or outcomes:
+    groups = [group for part in PARTS_OF[name] for group in scores["groups"][part]] if "groups" in scores else None
+    if groups is not None and not (len(groups) == n and all(isinstance(group, str) for group in groups)):
+        raise ValueError(f"{name}: n is not the number of its groups, or one is no text")
+    if groups is not None or outcomes:
         if len(outcomes) != n or not all(0 <= value <= 1 for value in outcomes):
             raise ValueError(f"{name}: not n outcomes in [0, 1]")
     elif not 0 <= operator.index(scores[name]["k"]) <= n <= _MOST:
