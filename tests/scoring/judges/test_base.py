@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from br_jax.core.errors import UserError
 from br_jax.core.mesh import make_mesh, mesh_of
 from br_jax.core.store import Store
-from br_jax.scoring.judges import get_judge
+from br_jax.scoring.judges import JUDGES, get_judge
 from br_jax.scoring.judges.base import Exchange, Judgement, compare_judges, digest, judge_all
 from br_jax.scoring.judges.models import ClassifierJudge
 from br_jax.scoring.judges.texts import KeywordJudge, OutsideVerdicts, TopicJudge
@@ -96,6 +96,7 @@ def test_judges_by_name(classifier, tmp_path):
     given = ["keywords", {"name": "topic"}, {"name": "verdicts", "source": tmp_path / "v.jsonl"}, settings]
     made = [get_judge(judge) for judge in given]
     assert list(map(type, made)) == [KeywordJudge, TopicJudge, OutsideVerdicts, ClassifierJudge]
+    assert JUDGES.keys() >= {"topic", "after_all", "keywords", "classifier", "llama_guard", "wildguard", "verdicts"}
     for judge in made:
         assert judge.name and judge.version and judge.batch_size > 0 and judge([]) == []
     mesh, before = make_mesh(fsdp=4), dict(settings)
