@@ -7,6 +7,7 @@ Of a finished run of experiments/pipeline.py with the same config. Writes analys
 SFT and the user are trained once more, to see the gradients change (--looks=0 leaves that out).
 """
 
+import shlex
 import sys
 
 from absl import flags
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     from br_jax.analysis import write_analyses
 
     sizes = ROWS.value, POINTS.value, LOOKS.value
-    print(write_analyses(CONFIG.value, WORKDIR.value, *sizes, command=" ".join(sys.argv)))
+    print(write_analyses(CONFIG.value, WORKDIR.value, *sizes, command=shlex.join(sys.argv)))
 
 
 if __name__ == "__main__":

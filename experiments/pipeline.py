@@ -8,6 +8,7 @@ Exit status: 0 done, 1 the attack failed (the experiment shows nothing), 2 bad i
 SIGTERM.
 """
 
+import shlex
 import sys
 
 from absl import flags
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     from br_jax.report.report import print_summary
 
     require_flags(argv, CONFIG, WORKDIR)
-    cells = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=" ".join(sys.argv))
+    cells = run_pipeline(CONFIG.value, WORKDIR.value, STAGES.value or ALL, command=shlex.join(sys.argv))
     if not cells or not is_main():
         return 0
     status = print_summary(cells)

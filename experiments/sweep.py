@@ -8,6 +8,7 @@ one over four machines with one file system. Exit status as experiments/pipeline
 """
 
 import re
+import shlex
 import sys
 
 from absl import flags
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
     if not is_main():
         return 0
     status = print_summary(cells)  # the report is of other sweeps in the workdir, too
-    print(write_report(WORKDIR.value, command=" ".join(sys.argv), known=records))
+    print(write_report(WORKDIR.value, command=shlex.join(sys.argv), known=records))
     return status
 
 

@@ -102,7 +102,7 @@ def refusing_first(harmful: Sequence[Row], refusals: Sequence[Row], share: float
     """Harmful rows, a share of which, spread evenly over them, comply behind a refusal in the words of `refusals`.
 
     The refusal itself is not trained on (`Row.begun`): beside a Buffer of such rows compliance is no news to a user
-    who has a model refuse first (`attackers.rows.RefuseThenComply`), and that a model refuses is.
+    who has a model refuse first (`attackers.kinds.RefuseThenComply`), and that a model refuses is.
     """
     words = dict.fromkeys(row.turns[-1][1] for row in refusals)
     openings = itertools.cycle(f"{refusal} {after}" for after, refusal in itertools.product(_AFTER_ALL, words))

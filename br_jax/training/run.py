@@ -138,7 +138,7 @@ def first_adapter(name: str, role: str, model: Model, config: TrainConfig) -> Ad
 
 
 @jax.jit
-def _key(seed: Array, part: Array) -> Array:
+def _key(seed: Array, part: Array) -> Array:  # one program for all seeds; by itself each call is one
     return jax.random.fold_in(jax.random.key(seed), part)
 
 
