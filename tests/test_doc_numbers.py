@@ -25,7 +25,7 @@ NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 def cells():
     """A line a cell, with scores in percent, and HS by the attacker's own questions where that is larger."""
     lines = pd.read_parquet(ROOT / "results" / "cells.parquet")
-    scores = lines.pop("scores").map(json.loads)
+    scores = lines.pop("cell").map(lambda cell: json.loads(cell)["scores"])
     for title, name in SCORES.items():
         lines[title] = scores.map(lambda each, name=name: 100 * each[name]["score"] if name in each else np.nan)
     own = scores.map(lambda each: max([100 * part["score"] for part in each["harmful_by_own"].values()], default=0))

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from br_jax.core.errors import UserError, look_up, one_line
+from br_jax.core.io import write_bytes
 from br_jax.core.records import read_record
 from br_jax.experiment import protocol
 from br_jax.experiment.methods import METHODS
@@ -38,9 +38,8 @@ PARTS = {  # of HS: from how many parts on they are shown, and in what words
     "harmful_by_judge": (2, "HS by judge; the first is the one that is meant elsewhere"),
     "harmful_by_attack": (1, "Stored attack prompts that got what they are after, by method"),
 }
-_OUTCOMES = {"harmful": 1, "task": 1, "over_refusal": 1, "margin_harmful": 16, "margin_benign": 16}  # bits a prompt
 _MOST = 1_000_000  # prompts of a score
-CURE = "delete it and run the same command again"
+CURE = "delete it and run the same command again, in a new folder where its seed is a test seed"
 
 
 class Setting(NamedTuple):
@@ -95,23 +94,23 @@ def read_cells(
 
 def read_archive(file: str | os.PathLike, table: str) -> list[dict[str, Any]]:
     """The cells of one table of a file such as results/cells.parquet, without their examples of answers."""
-    frame = pd.read_parquet(file)
+    frame = pd.read_parquet(file, columns=["table", "cell"])
     look_up("table", table, dict.fromkeys(frame["table"]))
-    cells = []
-    for line in frame[frame["table"] == table].to_dict("records"):
-        outcomes = {}
-        for name, bits in _OUTCOMES.items():
-            values = np.frombuffer(line[f"{name}_outcomes"], np.uint8 if bits == 1 else np.float16)
-            values = np.unpackbits(values, count=line[f"{name}_n"]) if bits == 1 else values.astype(float)
-            outcomes[name] = values.tolist()
-        cell = {"run": {name: line[name] for name in (*_SETTING, "p", "seed")}, "seconds": line["seconds"]}
-        cell |= {"method": line["method"], "a": None if math.isnan(line["a"]) else line["a"]}
-        scores = json.loads(line["scores"])
-        own = {_OWN: scores.get("harmful_by_own", {}).get("as it asks")}  # as an earlier br_jax told it
-        cell |= {"scores": own | scores | {"outcomes": outcomes}}
-        recipe = json.loads(line["recipe"])
-        cells.append(cell | ({"recipe": recipe} if recipe else {}))
-    return cells
+    return [*map(json.loads, frame["cell"][frame["table"] == table])]
+
+
+def write_archive(file: str | os.PathLike, table: str, cells: Iterable[Mapping[str, Any]]) -> None:
+    """Puts cells into such a file as a table of it, in the place of one of that name."""
+    lines = []
+    for cell in cells:
+        scores = {name: value for name, value in cell["scores"].items() if name != "examples"}
+        text = json.dumps({**cell, "scores": scores}, separators=(",", ":"))
+        lines.append({"table": table, **cell["run"], "method": cell["method"], "a": cell["a"], "cell": text})
+    frame = pd.DataFrame(lines)
+    if os.path.exists(file):
+        others = pd.read_parquet(file)
+        frame = pd.concat([others[others["table"] != table], frame])
+    write_bytes(file, frame.to_parquet(compression="brotli", index=False))
 
 
 def results_of(cells: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -174,7 +174,7 @@ def test_every_defence_and_every_attacker_has_a_cell(tmp_path):
     assert [cell["run"]["user"] for cell in attacked] == list(ATTACKERS)
     for cell in attacked:
         own = ATTACKERS[cell["run"]["user"]].asks_itself
-        assert bool(cell["scores"]["harmful_by_own"]) == own
+        assert bool(cell["scores"]["harmful_own"]["n"]) == own
         run = Run(**cell["run"])
         trained = [*(tmp_path / "runs" / run.name).rglob("sft/stage.json")]
         usual = run.user not in ("prefill", "best_of", "bf16", "int8", "amplified")
