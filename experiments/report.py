@@ -13,7 +13,7 @@ from br_jax.core.cli import require_flags, run_with_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of experiments/pipeline.py or sweep.py.")
 CELLS = flags.DEFINE_string("cells", None, "A file of cells, such as results/cells.parquet, to report on instead.")
-INTO = flags.DEFINE_string("into", None, "A file of cells to put this workdir's into, as --table.")
+INTO = flags.DEFINE_string("into", None, "A file of cells to put those reported on into, as --table.")
 TABLE = flags.DEFINE_string("table", None, "Which of its tables, such as ours: see results/README.md.")
 EXAMPLES = flags.DEFINE_integer("examples", 2, "Answers of a run to print for each model and prompt set.")
 
@@ -27,9 +27,11 @@ def main(argv: list[str]) -> None:
     if CELLS.value:
         cells = read_archive(CELLS.value, TABLE.value)
         os.makedirs(os.path.join(WORKDIR.value, "runs"), exist_ok=True)  # as of a sweep
-    if INTO.value:
-        write_archive(INTO.value, TABLE.value, read_cells(WORKDIR.value))
-    print(write_report(WORKDIR.value, examples=EXAMPLES.value, cells=cells if CELLS.value else None))
+    else:
+        cells = read_cells(WORKDIR.value)
+    print(write_report(WORKDIR.value, examples=EXAMPLES.value, cells=cells))
+    if INTO.value:  # now, for a report refuses a workdir without cells
+        write_archive(INTO.value, TABLE.value, cells)
 
 
 if __name__ == "__main__":
