@@ -20,7 +20,7 @@ from br_jax.experiment.methods import METHODS
 from br_jax.report import run_figures, tables
 from br_jax.report.figures import draw_results, figures_of
 from br_jax.report.markdown import CUT, interval, literal, number, write_document
-from br_jax.report.results import CURE, absent, by_setting, mixed, read_cells, results_of, rows_of
+from br_jax.report.results import absent, by_setting, mixed, read_cells, results_of, rows_of
 from br_jax.report.verdicts import ATTACK, CLAIMS, TASK_P, Verdict, in_words, rulings_of
 from br_jax.scoring.statistics import is_finite
 from br_jax.training.folder import read_finished
@@ -114,7 +114,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
         stage = read_finished(folder) if (folder / "stage.json").exists() else {}
         stages[str(stage.get("name", folder.name))] = stage | {"metrics": read_jsonl(folder / "metrics.jsonl")}
     return {
-        "results": read_record(workdir / "results.json", CURE) if (workdir / "results.json").exists() else {},
+        "results": read_record(workdir / "results.json") if (workdir / "results.json").exists() else {},
         "stages": {name: stage for name, stage in stages.items() if stage},
         "probes": [read_jsonl(workdir / name / "probes.jsonl") for name in ("user", "sft")],
     }
