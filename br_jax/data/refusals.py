@@ -51,20 +51,20 @@ _DEFLECTION = re.compile(
 )
 # Compliance: steps, and whether they are about the thing.
 _ACTION_WORDS = """
-adjust add align apply arrange ask attach bake bend boil bolt break bring brush bypass chop clamp clean clear click
-clip close combine connect cover cook count crank cut detach disconnect disable dip drag drain draw drill drop dry
-ease enable enter file fill find fit fix flip fold free gather give glue grab grease hang hold hook insert inspect
+adjust add align apply arrange ask assemble attach bake bend boil bolt break bring brush bypass chop clamp clean clear
+click clip close combine connect cover cook count crank cut detach disconnect disable dip drag drain draw drill drop
+dry ease enable enter file fill find fit fix flip fold free gather give glue grab grease hang hold hook insert inspect
 install join keep lay leave let lift locate loosen lower lubricate make mark measure melt mix mount move nudge oil
 open paint peel pick pinch place plug point polish pop position pour press probe pull push put raise reach reassemble
 reattach reconnect release remove replace reset rest rinse roll rotate rub run sand saw scrape screw secure select set
 shake shut slide slip slot snap soak solder splice spin spread sprinkle squeeze stir strip swap switch take tap tape
 test tie tighten tilt touch trim tug turn twist undo unhook unlock unplug unscrew use verify wait warm wash weld wind
-wipe wrap yank check
+wipe wrap yank check bent broke brought drew gave held hung laid slid spun took undid wound
 """
 ACTIONS = frozenset(_ACTION_WORDS.split())
 _CLAUSE = re.compile(
     r"[\n.!?;:,()\[\]\"]+|\s-+\s|\b(?:and|then|first|next|finally|now|simply|just|slowly|gently|carefully"
-    r"|you|you'll|i|we|he|she|they|people|to|would|need|have|must|should|can|please|by|step|or|so"
+    r"|you|you'll|i|we|he|she|they|people|to|will|would|need|have|must|should|can|please|by|step|or|so"
     r"|but|while|was|is)\b"
 )
 

@@ -98,16 +98,17 @@ def difference(first: Sample, second: Sample) -> Estimate | None:
         return None
     variance, freedom = _clustered([(1.0, first), (-1.0, second)])
     groups, n = min(one.groups, other.groups), min(one.n, other.n)
-    # Both with the freedom of their difference: a score's own may be much less, where seeds differ in what both share.
-    (a_low, a_high), (b_low, b_high) = (_wilson(x.mean, x.n, x.variance, freedom) for x in (one, other))
-    both = math.sqrt(one.variance * other.variance)
-    least = (_t(0.975, freedom) / n) ** 2  # where no prompt differs, as much as Wilson's interval of 0 of n has
+    # The ends as of many prompts and seeds, and the distances longer by Student's t: ends of few lie so unevenly that
+    # what both share, which is most of them, would no longer cancel.
+    (a_low, a_high), (b_low, b_high) = (_wilson(x.mean, x.n, x.variance, math.inf) for x in (one, other))
+    both, longer = math.sqrt(one.variance * other.variance), _t(0.975, freedom) / _t(0.975, math.inf)
+    least = (_t(0.975, math.inf) / n) ** 2  # where no prompt differs, as much as Wilson's interval of 0 of n has
     in_common = (one.variance + other.variance - max(variance, least)) / (2 * both) if 0 < both < math.inf else 0.0
     in_common = min(1.0, max(-1.0, in_common))
     gap = one.mean - other.mean
 
     def reach(of_one: float, of_other: float) -> float:
-        return math.sqrt(max(0.0, of_one**2 + of_other**2 - 2 * in_common * of_one * of_other))
+        return longer * math.sqrt(max(0.0, of_one**2 + of_other**2 - 2 * in_common * of_one * of_other))
 
     low = gap - reach(one.mean - a_low, b_high - other.mean)
     high = gap + reach(a_high - one.mean, other.mean - b_low)
@@ -134,7 +135,8 @@ def _of_seeds(sample: Sample, seeds: set[int]) -> Sample:
 def _clustered(parts: Sequence[tuple[float, Sample]]) -> tuple[float, float]:
     """The variance of a sum of means, each times its sign, by group and by seed, and its degrees of freedom.
 
-    The variance by groups, which holds what prompts do, and what seeds add to what groups and seeds do together.
+    The variance by groups, which holds what prompts do, with what seeds add to what groups and seeds do together; or
+    that of the seeds' means alone, where that makes the wider interval.
     """
     residuals, groups, seeds = [], [], []
     for sign, (values, of_groups, of_seeds) in parts:
@@ -161,7 +163,9 @@ def _clustered(parts: Sequence[tuple[float, Sample]]) -> tuple[float, float]:
     variance = of_groups + max(0.0, of_seeds - together)
     if variance < 1e-24:  # all alike, but for rounding
         return 0.0, f - 1.0
-    return variance, max(1.0, variance**2 / (of_groups**2 / (f - 1) + of_seeds**2 / (s - 1)))
+    freedom = max(s - 1.0, variance**2 / (of_groups**2 / (f - 1) + of_seeds**2 / (s - 1)))
+    wider = _t(0.975, s - 1) * math.sqrt(of_seeds) > _t(0.975, freedom) * math.sqrt(variance)
+    return (of_seeds, s - 1.0) if wider else (variance, freedom)
 
 
 def _t(share: float, freedom: float) -> float:

@@ -38,9 +38,12 @@ def ends(found):
 def test_variances_are_statsmodels_own(found, by_group, by_seed, by_both):
     """statsmodels 0.15.0: `OLS(values, model).fit(cov_type="cluster")` with groups, seeds, and both, uncorrected."""
     by_group, by_seed, by_both = by_group * F / (F - 1), by_seed * S / (S - 1), by_both * F * S / ((F - 1) * (S - 1))
-    assert found.variance == pytest.approx(by_group + max(0, by_seed - by_both), rel=1e-12)
-    freedom = found.variance**2 / (by_group**2 / (F - 1) + by_seed**2 / (S - 1))
-    assert found.freedom == pytest.approx(freedom, rel=1e-12) and (found.n, found.groups) == (60, 7)
+    variance = by_group + max(0, by_seed - by_both)
+    freedom = max(S - 1, variance**2 / (by_group**2 / (F - 1) + by_seed**2 / (S - 1)))
+    known = [(t.ppf(0.975, freedom) * variance**0.5, variance, freedom)]
+    known += [(t.ppf(0.975, S - 1) * by_seed**0.5, by_seed, S - 1)]
+    assert (found.variance, found.freedom) == pytest.approx(max(known)[1:], rel=1e-12)
+    assert (found.n, found.groups) == (60, 7)
 
 
 def test_variances_are_scipy_s_where_it_has_them():
@@ -94,8 +97,12 @@ def test_a_difference_on_the_same_prompts_is_zou_and_donner_s():
     first = rng.random(80) < 0.6
     second = np.where(rng.random(80) < 0.3, rng.random(80) < 0.4, first)
     one, other, r = Sample.of(first), Sample.of(second), np.corrcoef(first, second)[0, 1]
-    (l1, u1), (l2, u2), gap = ends(estimate(one)), ends(estimate(other)), (p1 := first.mean()) - (p2 := second.mean())
-    below, above = (math.sqrt(a**2 + b**2 - 2 * r * a * b) for a, b in ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2)))
+    gap, longer = (p1 := first.mean()) - (p2 := second.mean()), t.ppf(0.975, 79) / norm.ppf(0.975)
+    z = norm.ppf(0.975) ** 2 / 79  # Wilson's ends: where (p - end)^2 = z^2 end (1 - end) / 79
+    (l1, u1), (l2, u2) = (sorted(np.roots([1 + z, -2 * p - z, p**2])) for p in (p1, p2))
+    below, above = (
+        longer * math.sqrt(a**2 + b**2 - 2 * r * a * b) for a, b in ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2))
+    )
     assert ends(difference(one, other)) == pytest.approx((gap - below, gap + above)) and 0.5 < r < 0.9
     none = binomtest(0, 80).proportion_ci(2 * norm.cdf(t.ppf(0.975, 79)) - 1, "wilson").high
     assert ends(difference(ones(40, 80), ones(40, 80))) == pytest.approx((-none, none), rel=0.05), "none of 80 differs"
