@@ -4,8 +4,9 @@ The prompts of a score come in groups (the phrasings of a question, the kinds of
 share, and the answers of a seed come from one training. Neither 400 answers to ten phrasings nor 1,200 answers of three
 trainings are as many trials. Variances are therefore clustered by group and by seed (A. C. Cameron, J. Gelbach and
 D. Miller, JBES 29, 2011; E. Miller, Adding Error Bars to Evals, arXiv 2411.00640), their degrees of freedom are
-F. E. Satterthwaite's, and a share has E. B. Wilson's interval at its effective number of prompts (E. L. Korn and
-B. I. Graubard, Survey Methodology 24, 1998). How often they hold the truth: experiments/benchmarks/coverage.py.
+F. E. Satterthwaite's, though never fewer than the seeds alone give, and a share has E. B. Wilson's interval at its
+effective number of prompts (E. L. Korn and B. I. Graubard, Survey Methodology 24, 1998). How often they hold the truth:
+experiments/benchmarks/coverage.py.
 """
 
 import math
@@ -101,8 +102,9 @@ def difference(first: Sample, second: Sample) -> Estimate | None:
     # The ends as of many prompts and seeds, and the distances longer by Student's t: ends of few lie so unevenly that
     # what both share, which is most of them, would no longer cancel.
     (a_low, a_high), (b_low, b_high) = (_wilson(x.mean, x.n, x.variance, math.inf) for x in (one, other))
-    both, longer = math.sqrt(one.variance * other.variance), _t(0.975, freedom) / _t(0.975, math.inf)
-    least = (_t(0.975, math.inf) / n) ** 2  # where no prompt differs, as much as Wilson's interval of 0 of n has
+    z = _t(0.975, math.inf)
+    both, longer = math.sqrt(one.variance * other.variance), _t(0.975, freedom) / z
+    least = (z / n) ** 2  # where no prompt differs, as much as Wilson's interval of 0 of n has
     in_common = (one.variance + other.variance - max(variance, least)) / (2 * both) if 0 < both < math.inf else 0.0
     in_common = min(1.0, max(-1.0, in_common))
     gap = one.mean - other.mean
