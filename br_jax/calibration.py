@@ -64,7 +64,7 @@ def calibrate(
     store: Store | None = None,
     base_store: Store | None = None,
     answer_tokens: int = 16,
-    batch_size: int = 64,
+    batch_size: int = 128,
     together: int = 1,
 ) -> Calibration | dict[str, Calibration]:
     """Chooses `scale` and `reinforce_scale` by how a released model's answers to the provider's own prompts begin.

@@ -71,7 +71,7 @@ def get_config(preset: str = "reviews"):
     config.user.n = 520
     config.user.train.update(learning_rate=4e-4, probe_every=16)  # at 1.5e-3 harm got past Buffer: docs/lab-notes.md
     config.user.probes = 32
-    config.eval.batch_size = 44  # 200, 129 and 872 prompts fill its multiples well
+    config.eval.batch_size = 128
     config.user.task = task
     config.attackers.format.form = TASKS[task].get("form", config.attackers.format.form)
     config.user.train.update(TASKS[task].get("train", {}))

@@ -112,7 +112,7 @@ _SETTINGS = {
         "judges": "topic",  # who says what is harmful, with commas between; HS is the first one's
         "answer_tokens": number(48, *TOKENS),
         "task_tokens": number(4, *TOKENS),
-        "batch_size": number(64, *BATCH),
+        "batch_size": number(128, *BATCH),
         "fold": False,  # scores adapters added into the weights, rounded to their dtype, as merged weights are
     },
 }

@@ -4,6 +4,8 @@ import collections
 import contextlib
 import functools
 import itertools
+import math
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
@@ -18,6 +20,7 @@ from br_jax.core.mesh import mesh_of, shard, whole_batch
 from br_jax.core.progress import progress
 from br_jax.core.records import key_of
 from br_jax.core.store import Store
+from br_jax.core.threads import side_by_side
 from br_jax.data.batches import shared_prefix
 from br_jax.data.rows import Row, as_prompts
 from br_jax.data.templates import render_prompt, tokenize
@@ -27,7 +30,8 @@ from br_jax.models.model import Model, require_model
 
 _ALIGNED = 32  # divides a cache's slots, so that its lines begin where those of the processor's caches do
 _BUCKET = 16  # divides a padded prompt's length, in tokens
-_PARTS = 4  # of a batch: prompts of like length, run together as soon as so many rows have ended
+_PARTS = 4  # of a stream's batch: prompts of like length, run together as soon as so many rows have ended
+_STREAMS = 2  # batches that a CPU runs side by side: each alone leaves cores idle between its many small products
 _ROUNDS = 16  # how many batches' worth of prompts make a queue, which is run as a whole or not at all
 
 
@@ -39,7 +43,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     name: str = "generate",
 ) -> list[str]:
     """Answers prompts, greedily or by sampling.
@@ -78,7 +82,7 @@ def answer(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     together: int = 1,  # so many adapters of the same targets share a pass and the rows of a batch
     name: str = "answer",
 ) -> dict[str, list[str]]:
@@ -140,7 +144,7 @@ def generate_batches(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 64,  # rows run together, prompts times adapters
+    batch_size: int = 128,  # rows run together, prompts times adapters
     name: str = "generate",
     known: Collection[tuple[int, int]] = (),  # pairs that are not wanted; queues of such alone are not run
 ) -> Iterator[dict[tuple[int, int], np.ndarray]]:
@@ -163,12 +167,14 @@ def generate_batches(
     decoder, count, known, mesh = model.decoder, len(adapters), set(known), mesh_of(model.params)
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
-    size = whole_batch(max(batch_size // count, 1), mesh)
+    whole = whole_batch(max(batch_size // count, 1), mesh)
+    on_cpu = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
+    streams = _STREAMS if on_cpu and not mesh and whole % _STREAMS == 0 else 1
+    size = whole // streams
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters)
-    copies = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
     # Other platforms copy no layers, see models.decoder.
-    decoding = _unstack(decoder, variables) if copies else variables
+    decoding = _unstack(decoder, variables) if on_cpu else variables
     prefix, head = run_prefix(decoder, variables, encoded, count)
     sampling = None
     if temperature > 0:
@@ -176,16 +182,18 @@ def generate_batches(
         sampling = {"temperature": np.float32(max(temperature, 1e-6)), "key": key}
     static = {"stops": tuple(stops), "new": max_new_tokens}
 
-    def run(queue: list[int]) -> Iterator[dict[tuple[int, int], np.ndarray]]:
-        """Answers prompts, ascending in length; yields those of rows that have ended."""
-        waiting = collections.deque(queue[first : first + part] for first in range(0, len(queue), part))
-        slots = prefix + _width(len(encoded[queue[-1]]) - prefix) + max_new_tokens
+    dispatching = threading.Lock()  # of streams that want the same program the first alone compiles it
+
+    def run(chunks: Sequence[Sequence[int]], longest: int) -> Iterator[dict[tuple[int, int], np.ndarray]]:
+        """Answers prompts, ascending in length and a part of a batch each; yields those of rows that have ended."""
+        waiting = collections.deque(chunks)
+        slots = prefix + _width(longest - prefix) + max_new_tokens
         with _within(mesh):  # or the cache is first made whole on one device
             slots = -(-slots // _ALIGNED) * _ALIGNED
             state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
         answers = np.full((count, size), -1)  # the prompt that a row is the answer to
         while waiting or (answers >= 0).any():
-            with _within(mesh):
+            with _within(mesh), dispatching:
                 while waiting and (answers < 0).sum(1).min() >= part:
                     chosen = waiting.popleft()
                     free = np.argsort(answers >= 0, axis=1, kind="stable")[:, :part]
@@ -198,19 +206,23 @@ def generate_batches(
                 if max_new_tokens > 1:
                     least = np.int32(part if waiting else size)
                     state = _advance(decoder, decoding, state, least, sampling, count=count, **static)
+            with _within(mesh):
                 ended, out = map(np.asarray, fetch((state["ended"], state["out"])))
             ended = ended.reshape(count, size) & (answers >= 0)
             yield {(int(a), int(answers[a, i])): out[a * size + i] for a, i in np.argwhere(ended)}
             answers[ended] = -1
 
     with progress(len(encoded) * count, name, "prompt", keep=False) as bar:
-        for first in range(0, len(encoded), size * _ROUNDS):
-            queue = range(len(encoded))[first : first + size * _ROUNDS]
+        for first in range(0, len(encoded), whole * _ROUNDS):
+            queue = range(len(encoded))[first : first + whole * _ROUNDS]
             wanted = {(a, i) for a in range(count) for i in queue} - known
             if not wanted:
                 bar.update(len(queue) * count)
                 continue
-            for found in run(sorted(queue, key=lambda i: len(encoded[i]))):
+            queue = sorted(queue, key=lambda i: len(encoded[i]))
+            chunks = [queue[first : first + part] for first in range(0, len(queue), part)]
+            shares, longest = [chunks[k::streams] for k in range(min(streams, len(chunks)))], len(encoded[queue[-1]])
+            for found in side_by_side([run(share, longest) for share in shares]):
                 yield {key: row for key, row in found.items() if key in wanted}
                 bar.update(len(found))
 
@@ -397,11 +409,19 @@ def _advance(decoder: Decoder, variables, state, least, sampling: dict | None, *
     return jax.lax.while_loop(more, advance, state)
 
 
+def likeliest(logits):
+    """[B] int32, as `argmax` of [B, V]: of parts first, for XLA's CPU finds maxima fast and their places slowly."""
+    parts = logits.T.reshape(-1, math.gcd(logits.shape[-1], 512), len(logits))
+    best = jnp.argmax(parts.max(axis=1), axis=0).astype(jnp.int32)
+    within = jnp.take_along_axis(parts, best[None, None], axis=0)[0]
+    return best * parts.shape[1] + jnp.argmax(within, axis=0).astype(jnp.int32)
+
+
 def _choose(decoder: Decoder, params, hidden, ids, count, sampling: dict | None, stops: tuple[int, ...], new: int):
     """The next token of each row, which has `count` of `new`, and whether it is its last."""
     logits = unembed(decoder.spec, params, hidden, decoder.matmul_precision)
     if sampling is None:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = likeliest(logits)
     else:
 
         def key_of(i, t):

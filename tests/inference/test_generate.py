@@ -110,6 +110,7 @@ def test_several_adapters_in_one_pass_answer_as_each_does_alone_also_on_a_mesh(s
 def test_what_is_known_is_not_generated_and_changes_nothing_else(speaker, make_adapter, monkeypatch):
     queues, run = [], module._empty
     monkeypatch.setattr(module, "_ROUNDS", 1)
+    monkeypatch.setattr(module, "_STREAMS", 1)
     monkeypatch.setattr(module, "_empty", lambda *args, **options: queues.append(1) or run(*args, **options))
     for adapters in ([None], [make_adapter("user"), make_adapter("user", seed=5)]):
         everything, _ = batches(speaker, PROMPTS, adapters)
