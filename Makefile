@@ -37,9 +37,10 @@ data: $(VENV)/base  ## the real model and reviews of configs/smollm2.py, 96 MB
 test: check  ## all tests but the slow ones
 	$(RUN) -m pytest -q -m "not slow"
 
-test-all: check  ## all tests; those on the real model and of the site are skipped when these cannot be fetched
+test-all: check  ## all tests; those on the real model, of the site and on Ray are skipped when these cannot be fetched
 	-$(RUN) experiments/fetch.py --into=data
 	-$(MAKE) --no-print-directory $(VENV)/docs
+	-$(INSTALL) 'ray>=2.50,<3'
 	$(RUN) -m pytest -q
 
 check: $(VENV)/test

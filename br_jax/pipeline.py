@@ -79,7 +79,7 @@ def run_pipeline(
             announce("evaluate ...")
             strengths = sorted({0.0, e.settings.merge.a})  # a plain sum is what QR is compared with
             known = read_run(e.settings, workdir, cells_of(STEPS, strengths))
-            cells = list(run_cells(e.settings, workdir, known, e))
+            cells = [cell.shown for cell in run_cells(e.settings, workdir, known, e)]
             record = {"command": command, "wall_seconds": time.perf_counter() - start, **_details(e)}
             if is_main():
                 write_record(workdir / "results.json", record)

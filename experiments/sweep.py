@@ -3,11 +3,10 @@
 python experiments/sweep.py --config=configs/smollm2.py --workdir=runs/sweep --p=0,0.1,0.5,1 --seed=1,2,3
 python experiments/sweep.py --config=... --workdir=... --p=0.5 --seed=1,2,3 --method=sft,ours --a=0,0.1,0.5,1 --dry-run
 
-The same command goes on where it was stopped; several commands may share a workdir. --shard=0/4 to --shard=3/4 spread
-one over four machines with one file system. Exit status as experiments/pipeline.py's.
+The same command goes on where it was stopped; several commands may share a workdir. --engine=ray spreads one over the
+nodes of a Ray cluster (pip install 'br_jax[ray]'). Exit status as experiments/pipeline.py's.
 """
 
-import re
 import shlex
 import sys
 
@@ -32,7 +31,10 @@ TASK = flags.DEFINE_list("task", None, "User tasks; default: the config's.")
 ATTACKER = flags.DEFINE_list("attacker", None, "Kinds of user, see br_jax/attackers; all; default: the config's.")
 TOPIC = flags.DEFINE_list("topic", None, "Topics of the user's harmful rows, + for a mixture; default: the config's.")
 MODEL = flags.DEFINE_list("model", None, "Models (model.source); default: the config's.")
-SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run, from the i-th on.")
+ENGINE = flags.DEFINE_enum("engine", "here", ["here", "ray"], "Where runs are made: in this process, or on a cluster.")
+ADDRESS = flags.DEFINE_string("address", "auto", "Of the Ray cluster; local: one of this machine alone.")
+RESOURCES = flags.DEFINE_string("resources", '{"CPU": 1}', "What a task takes of a node, as JSON.")
+BUCKET = flags.DEFINE_string("bucket", "", "gs:// or another folder between nodes that share no file system.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run, and what that costs, and run nothing.")
 flags.DEFINE_alias("dry-run", "dry_run")
 
@@ -58,15 +60,16 @@ def main(argv: list[str]) -> int:
         a=_numbers(A, float, config.merge.a),
         repeats=_numbers(REPEAT, int, config.user.repeat),
     )
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", SHARD.value)
-    if not match:
-        raise UserError(f"--shard={SHARD.value}: write i/n with i from 0 to n - 1")
-    shard = int(match[1]), int(match[2])
     if DRY_RUN.value:
-        print(render_plan(plan(config, WORKDIR.value, grid, shard)))
+        print(render_plan(plan(config, WORKDIR.value, grid)))
         return 0
-    cells, records, total = [], {}, len(grid.runs(shard)) * len(grid.cells())
-    for cell in run_sweep(config, WORKDIR.value, grid, shard, records):
+    engine = {}
+    if ENGINE.value == "ray":
+        from br_jax.experiment.cluster import on_ray, parse_resources
+
+        engine["engine"] = on_ray(ADDRESS.value, parse_resources(RESOURCES.value), BUCKET.value)
+    cells, records, total = [], {}, len(grid.runs()) * len(grid.cells())
+    for cell in run_sweep(config, WORKDIR.value, grid, records, **engine):
         cells.append(cell)
         if is_main():
             print_cell(cell, f"{len(cells)}/{total}")

@@ -79,10 +79,15 @@ def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
     app.run(lambda argv: run_main(functools.partial(main, argv), _join), flags_parser=_parse)
 
 
-def _join() -> bool:
+def set_up(compilation_cache: str | None = None, max_file_mb: int = 0) -> None:
+    """What a process of ours sets before it works; the flags of these names say what is meant."""
     _keep_freed_memory()
-    _keep_compiled(COMPILATION_CACHE.value)
-    raise_limits(MAX_FILE_MB.value * 10**6)
+    _keep_compiled(compilation_cache)
+    raise_limits(max_file_mb * 10**6)
+
+
+def _join() -> bool:
+    set_up(COMPILATION_CACHE.value, MAX_FILE_MB.value)
     return hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
 
 

@@ -13,7 +13,7 @@ import os
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -127,16 +127,13 @@ class Grid:
         if count > 1:
             raise UserError(f"two runs of this sweep would be in the folder {name}: name their models or topics apart")
 
-    def runs(self, shard: tuple[int, int] = (0, 1)) -> list[Run]:
-        """Every run of a shard, seeds outermost, so that the first seed's table is complete before the next begins."""
-        if not 0 <= shard[0] < shard[1]:
-            raise UserError(f"shard {shard[0]}/{shard[1]}: i/n needs an i from 0 to n - 1")
+    def runs(self) -> list[Run]:
+        """Every run, seeds outermost, so that the first seed's table is complete before the next begins."""
         axes = self.seeds, self.models, self.tasks, self.users, self.topics, self.n, self.p, self.repeats
-        runs = [
+        return [
             Run(model, task, topic, n, p, seed, user, repeat)
             for seed, model, task, user, topic, n, p, repeat in itertools.product(*axes)
         ]
-        return runs[shard[0] :: shard[1]]
 
     def cells(self) -> list[Cell]:
         """Those of every run."""
@@ -288,7 +285,7 @@ def run_cells(
     known: dict[Cell, CellFile],
     experiment: Experiment | None = None,
     table: pathlib.Path | None = None,
-) -> Iterator[dict]:
+) -> Iterator[CellFile]:
     """Scores cells of one run; a model is loaded only when one of them is not there yet.
 
     Args:
@@ -328,23 +325,33 @@ def run_cells(
                 barrier("cell")
                 known[cell] = CellFile(path, record)
                 start = time.perf_counter()
-            yield known[cell].shown
+            yield known[cell]
+
+
+Planned = tuple[Settings, pathlib.Path, dict[Cell, CellFile]]  # a run's settings, folder and cells, see `read_run`
+Engine = Callable[[Sequence[Planned], pathlib.Path], Iterator[CellFile]]  # makes the cells of a table in a folder
+
+
+def in_turn(planned: Sequence[Planned], table: pathlib.Path) -> Iterator[CellFile]:
+    """An engine: one run after the other, here."""
+    for run in planned:
+        yield from run_cells(*run, table=table)
 
 
 def run_sweep(
     base: ConfigDict,
     workdir: str | os.PathLike,
     grid: Grid,
-    shard: tuple[int, int] = (0, 1),
     records: dict[pathlib.Path, dict] | None = None,
+    engine: Engine = in_turn,
 ) -> Iterator[dict]:
-    """Runs a grid, or a part of it; what is finished is read back, what was stopped goes on.
+    """Runs a grid; what is finished is read back, what was stopped goes on.
 
     Args:
         base: config of the experiments, see configs/base.py.
         workdir: folder of the sweep, which several sweeps, and machines that share the file system, may work in.
-        shard: (i, n): runs i, i + n, ... of the grid alone, to spread one sweep over machines.
         records: gets each cell's file and what is in it, for `report.write_report`, which need not read it again.
+        engine: who makes them, and where; see `experiment.cluster` for a cluster.
 
     Yields:
         Each cell as it is done; see `run_cells`.
@@ -352,24 +359,23 @@ def run_sweep(
     Raises:
         UserError: wrong settings, found before the first run begins or its folder is made.
     """
-    planned = _plan(base, workdir, grid, shard)
+    planned = _plan(base, workdir, grid)
     for settings, folder, known in planned:
         if left := [cell.method for cell, (_, record) in known.items() if record is None]:
             Experiment(settings, folder).check(left)
-    for settings, folder, known in planned:
-        yield from run_cells(settings, folder, known, table=pathlib.Path(workdir))
+    for cell in engine(planned, pathlib.Path(workdir)):
         if records is not None:
-            records |= {path: record for path, record in known.values()}
+            records[cell.path] = cell.record
+        yield cell.shown
 
 
-def _plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[int, int]) -> list[tuple]:
-    """(settings, folder, cells) of each run."""
+def _plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid) -> list[Planned]:
     workdir, base = pathlib.Path(workdir), settle(base)
-    runs = [(run.settings(base, workdir), workdir / "runs" / run.name) for run in grid.runs(shard)]
+    runs = [(run.settings(base, workdir), workdir / "runs" / run.name) for run in grid.runs()]
     return [(*run, read_run(*run, grid.cells())) for run in runs]
 
 
-def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid) -> dict[str, Any]:
     """What `run_sweep` would do, without doing any of it.
 
     Returns:
@@ -378,7 +384,7 @@ def plan(base: ConfigDict, workdir: str | os.PathLike, grid: Grid, shard: tuple[
         finished runs of this grid took on average, None where there is none.
     """
     planned, seconds, seen = [], Counter(), set()
-    for settings, folder, known in _plan(base, workdir, grid, shard):
+    for settings, folder, known in _plan(base, workdir, grid):
         attacker, user = settings.attacker, settings.user
         left = [cell for cell, file in known.items() if not file.record]
         for file in known.values():

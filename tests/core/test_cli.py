@@ -62,7 +62,7 @@ PIPELINE = ["pipeline.py", "--config=configs/demo.py", "--workdir={tmp}/w"]
         ([*PIPELINE, "--multihost", "--process_id=1"], "or --multihost alone"),
         (["sweep.py", *PIPELINE[1:], "--a=5"], "axis a: a value is 5.0: it must be a number from 0 to 1"),
         (["sweep.py", *PIPELINE[1:], "--n=0.5"], "--n=0.5: invalid literal"),
-        (["sweep.py", *PIPELINE[1:], "--shard=0/0"], "shard 0/0"),
+        (["sweep.py", *PIPELINE[1:], "--engine=ray", "--resources=[]"], "write ..CPU"),
         (["evaluate.py", *PIPELINE[1:], "--config.seed=True"], "True"),
         (["export.py", "--model={tmp}", "--to={tmp}/to"], "no adapter to export"),
         (["export.py", "--model={tmp}", "--to={tmp}/to", "--format=model", "--rank=4"], "a rank is for an adapter"),
