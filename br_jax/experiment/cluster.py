@@ -1,7 +1,7 @@
 """Sweeps on a Ray cluster: a provider's folder, or a user's run, is a task, which goes on elsewhere when its node dies.
 
-Every node sees the sweep's folder, or has one of its own and a bucket between them. Tasks run in
-the folder that the sweep was called from, where a node has it.
+Every node sees the sweep's folder, or has one of its own and a bucket between them. Tasks run in the folder that the
+sweep was called from, where a node has it.
 """
 
 import os
@@ -77,11 +77,9 @@ def on_ray(address: str, resources: Mapping[str, float], bucket: str = "") -> En
             if settings.provider not in providers:
                 providers[settings.provider] = provide.remote(settings, folder, *place)
             # An attacker who trains plainly waits for the run whose training it takes.
-            needed = [
-                providers[settings.provider],
-                *(ref for ref, (_, of) in runs.items() if str(of) == settings.user.folder),
-            ]
-            runs[run.remote(settings, folder, [*known], *place, *needed)] = len(known), folder
+            plain = (ref for ref, (_, other) in runs.items() if str(other) == settings.user.folder)
+            task = run.remote(settings, folder, [*known], *place, providers[settings.provider], *plain)
+            runs[task] = len(known), folder
         waiting = dict(runs)
         with progress(sum(count for count, _ in runs.values()), "sweep", "cell") as bar:
             while waiting:
@@ -112,7 +110,7 @@ def parse_resources(text: str) -> dict[str, float]:
     if not isinstance(found, dict) or not found:
         raise UserError(f'--resources={text}: write {{"CPU": 2}}, and whatever else a task needs of its node')
     for name, wanted in found.items():
-        require(f"--resources: {name}", wanted, Bound(0, 10**6))
+        require(f"--resources: {name}", wanted, Bound(0.0, 1e6))
     return found
 
 
@@ -120,10 +118,8 @@ def _require(resources: Mapping[str, float], nodes: Sequence[Mapping[str, Any]])
     """Raises a `UserError` where a task would wait for ever."""
     offers = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(all(offer.get(name, 0) >= wanted for name, wanted in resources.items()) for offer in offers):
-        has = "; ".join(
-            ", ".join(f"{n}: {v:g}" for n, v in o.items() if ":" not in n and "memory" not in n) for o in offers
-        )
-        raise UserError(f"--resources={dict(resources)}: no node of the cluster has them ({has})")
+        known = sorted({name for offer in offers for name in offer if ":" not in name})
+        raise UserError(f"--resources={dict(resources)}: no node has all that: they have some of {', '.join(known)}")
 
 
 # -- tasks, each in a process of its own -------------------------------------------------------------------------------
