@@ -50,18 +50,22 @@ def test_a_bucket_has_what_is_new_but_no_checkpoints_and_nothing_at_hand_is_repl
     assert (tmp_path / "bucket/provider/buffer/adapter/x").read_text() == "longer than it was"
 
 
-@pytest.fixture
-def nodes(monkeypatch):
-    """A cluster of two nodes, a core each."""
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of two nodes, a core each; Ray starts one once in a process."""
     pytest.importorskip("ray", reason="the cluster's tests need Ray")
     from ray.cluster_utils import Cluster
 
-    for name, value in (("JAX_PLATFORMS", "cpu"), ("JAX_NUM_CPU_DEVICES", "8")):  # as the tests' own process has them
-        monkeypatch.setenv(name, value)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes.add_node(num_cpus=1)
-    yield nodes
-    nodes.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (
+            ("JAX_PLATFORMS", "cpu"),
+            ("JAX_NUM_CPU_DEVICES", "8"),
+        ):  # as the tests' own process has them
+            environment.setenv(name, value)
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        nodes.add_node(num_cpus=1)
+        yield nodes
+        nodes.shutdown()
 
 
 CONFIG = demo.get_config("smoke")
