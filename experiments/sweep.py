@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """Flags and a loop over what is done."""
     require_flags(argv, CONFIG, WORKDIR)
     from br_jax.attackers.registry import ATTACKERS
-    from br_jax.experiment.grid import Grid, plan, render_plan, run_sweep
+    from br_jax.experiment.grid import Grid, in_turn, plan, render_plan, run_sweep
     from br_jax.experiment.methods import COMPARED
     from br_jax.report.report import print_cell, print_summary, write_report
 
@@ -63,13 +63,13 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(render_plan(plan(config, WORKDIR.value, grid)))
         return 0
-    engine = {}
+    engine = in_turn
     if ENGINE.value == "ray":
         from br_jax.experiment.cluster import on_ray, parse_resources
 
-        engine["engine"] = on_ray(ADDRESS.value, parse_resources(RESOURCES.value), BUCKET.value)
+        engine = on_ray(ADDRESS.value, parse_resources(RESOURCES.value), BUCKET.value)
     cells, records, total = [], {}, len(grid.runs()) * len(grid.cells())
-    for cell in run_sweep(config, WORKDIR.value, grid, records, **engine):
+    for cell in run_sweep(config, WORKDIR.value, grid, records, engine):
         cells.append(cell)
         if is_main():
             print_cell(cell, f"{len(cells)}/{total}")

@@ -155,10 +155,15 @@ def _begin(home: str) -> None:
     cli.set_up()
 
 
+def _in_bucket(bucket: str, table: pathlib.Path, folder: pathlib.Path) -> epath.Path | None:
+    """Where a bucket keeps a folder of a table; None without one, and for a folder elsewhere, which every node has."""
+    return epath.Path(bucket) / folder.relative_to(table) if bucket and folder.is_relative_to(table) else None
+
+
 def _pull(bucket: str, table: pathlib.Path, folder: pathlib.Path) -> None:
     """Brings what a bucket has of a table's folder, and this machine has not."""
-    far = epath.Path(bucket) / folder.relative_to(table)
-    for inner, _, names in far.walk() if bucket and far.exists() else ():
+    far = _in_bucket(bucket, table, folder)
+    for inner, _, names in far.walk() if far and far.exists() else ():
         near = folder / inner.relative_to(far)
         near.mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -168,8 +173,8 @@ def _pull(bucket: str, table: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _push(bucket: str, table: pathlib.Path, folder: pathlib.Path) -> None:
     """Leaves what is new or longer in a bucket; not the checkpoints of a stage."""
-    far = epath.Path(bucket) / folder.relative_to(table)
-    for file in folder.rglob("*") if bucket else ():
+    far = _in_bucket(bucket, table, folder)
+    for file in folder.rglob("*") if far else ():
         there = far / file.relative_to(folder)
         if not file.is_file() or "checkpoints" in file.parts or file.name.endswith(".lock"):
             continue

@@ -409,7 +409,7 @@ def _advance(decoder: Decoder, variables, state, least, sampling: dict | None, *
     return jax.lax.while_loop(more, advance, state)
 
 
-def likeliest(logits):
+def _likeliest(logits):
     """[B] int32, as `argmax` of [B, V]: of parts first, for XLA's CPU finds maxima fast and their places slowly."""
     parts = logits.T.reshape(-1, math.gcd(logits.shape[-1], 512), len(logits))
     best = jnp.argmax(parts.max(axis=1), axis=0).astype(jnp.int32)
@@ -421,7 +421,8 @@ def _choose(decoder: Decoder, params, hidden, ids, count, sampling: dict | None,
     """The next token of each row, which has `count` of `new`, and whether it is its last."""
     logits = unembed(decoder.spec, params, hidden, decoder.matmul_precision)
     if sampling is None:
-        token = likeliest(logits)
+        on_cpu = decoder.attention.platform == "cpu"  # elsewhere a vocabulary may lie on several devices
+        token = _likeliest(logits) if on_cpu else jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
 
         def key_of(i, t):

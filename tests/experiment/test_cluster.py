@@ -48,6 +48,9 @@ def test_a_bucket_has_what_is_new_but_no_checkpoints_and_nothing_at_hand_is_repl
     cluster._pull(bucket, there, there / "provider")
     assert (there / "provider/buffer/adapter/x").read_text() == "mine"
     assert (tmp_path / "bucket/provider/buffer/adapter/x").read_text() == "longer than it was"
+    for each in ("", bucket):  # a provider's folder that is not the table's
+        cluster._push(each, there, here / "provider")
+        cluster._pull(each, there, here / "provider")
 
 
 @pytest.fixture(scope="module")

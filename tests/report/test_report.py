@@ -235,7 +235,7 @@ def test_a_sweep_s_exit_status_is_of_its_own_cells(script, make_cell, write_cell
     cell = json.loads(held.read_text())
     held.write_text("{")
 
-    def swept(config, workdir, axes, records):
+    def swept(config, workdir, axes, records, engine):
         records[held] = cell
         return [make_cell("sft", harmful=mine), make_cell("aligned")]
 
