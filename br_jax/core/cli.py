@@ -29,6 +29,7 @@ COMPILATION_CACHE = flags.DEFINE_string(
 MAX_FILE_MB = flags.DEFINE_integer(
     "max_file_mb", 0, "Megabytes of a file, and of a line, that are read where br_jax's own limit is lower.", 0, 10**6
 )
+_WORTH_KEEPING = 0.1  # seconds: a start compiles a dozen small programs, which are read back in 20 ms each
 
 
 def run_main(main: Callable[[], int | None], join: Callable[[], bool] = lambda: False) -> None:
@@ -103,7 +104,7 @@ def _keep_freed_memory() -> None:
 
 
 def _keep_compiled(folder: str | None) -> None:
-    """Has JAX read programs from a folder and leave there what took it more than a second to compile.
+    """Has JAX read programs from a folder and leave there what took it more than `_WORTH_KEEPING` to compile.
 
     Each machine has its own part of the folder, for a program for a CPU uses what that CPU has.
     """
@@ -113,6 +114,7 @@ def _keep_compiled(folder: str | None) -> None:
         folder = "~/.cache/br_jax/xla"
     part = os.path.join(os.path.expanduser(folder), platform.node()) if folder else None
     jax.config.update("jax_compilation_cache_dir", part)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 def require_flags(argv: list[str], *needed: flags.FlagHolder) -> None:

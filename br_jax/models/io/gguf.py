@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import struct
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -9,32 +10,44 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, TokenType, dequantize, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH,
+    GGUFEndian,
+    GGUFReader,
+    GGUFValueType,
+    ReaderTensor,
+    TokenType,
+    dequantize,
+    get_tensor_name_map,
+)
 from jax.sharding import Mesh
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from br_jax.core.bounds import bounds_of, require
 from br_jax.core.errors import UserError, one_line
 from br_jax.core.io import require_file
 from br_jax.models.attention import rope_angles
 from br_jax.models.io.hf import Stored, load_params, tensor_names
-from br_jax.models.io.hf_config import read_config, require_sizes
+from br_jax.models.io.hf_config import FAMILIES
 from br_jax.models.spec import ModelSpec, RopeScaling
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
-_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
-_MAX_PARTS = 3_000_000  # strings count twice; Gemma-3, of the largest vocabulary, has two million
+_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError, struct.error)
+_MAX_VALUES = 3_000_000  # Gemma-3, of the largest vocabulary, has a quarter of a million tokens and twice the merges
 _ROPE_DIVISORS = "rope_freqs.weight"  # not a weight: what each rope frequency is divided by
-# What the metadata calls a field of config.json; the last three are Gemma-2's alone.
+# What the metadata calls a field of `ModelSpec`; the last three are Gemma-2's alone.
 _FIELDS = {
-    "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping", "attention.sliding_window": "sliding_window",
+    "vocab_size": "vocab_size", "context_length": "max_length", "embedding_length": "embed_dim",
+    "block_count": "num_layers", "feed_forward_length": "ffw_dim", "attention.head_count": "num_heads",
+    "attention.head_count_kv": "num_kv_heads", "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
+    "attn_logit_softcapping": "attention_soft_cap", "final_logit_softcapping": "logit_soft_cap",
+    "attention.sliding_window": "window",
 }  # fmt: skip
+# What no file says of Gemma-2, and what early ones do not.
+_GEMMA2 = {"activation": "gelu_tanh", "attention_soft_cap": 50.0, "logit_soft_cap": 30.0, "window": 4096}
 _OF_GEMMA2 = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
 _OPTIONAL = ("vocab_size", "attention.head_count_kv", "attention.key_length", "rope.freq_base", *_OF_GEMMA2)
 _ONLY = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "attention.causal": True}
@@ -45,7 +58,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
 class _Reader(GGUFReader):
     """Of plain arrays over the mapped file, faster than `memmap`s; one that ends early, or counts too far, raises."""
 
-    _parts = 0
+    _values = 0
 
     @property
     def data(self) -> np.ndarray:
@@ -56,13 +69,38 @@ class _Reader(GGUFReader):
         self._data = np.asarray(mapped)
 
     def _get(self, offset: int, dtype, count: int = 1, override_order: str | None = None) -> np.ndarray:
-        self._parts += 1
-        if self._parts > _MAX_PARTS:
-            raise ValueError(f"more than {_MAX_PARTS:,} values")
+        self._count(1)
         values = super()._get(offset, dtype, count, override_order)
         if len(values) != count:
             raise ValueError(f"it ends early, in what is at byte {offset:,}")
         return values
+
+    def _count(self, more: int) -> None:
+        self._values += more
+        if self._values > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES:,} values")
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int):
+        """As the package has it, but a list of numbers is one part, and texts have a quick loop of their own."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        at, item = orig_offs + 12, GGUFValueType(kind[0])
+        types, parts = [GGUFValueType.ARRAY, item], [kind, count]
+        if number := self.gguf_scalar_to_np.get(item):
+            parts.append(self._get(at, number, count[0]))
+            return 12 + parts[-1].nbytes, parts, [2], types
+        if item != GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        self._count(int(count[0]))
+        length = struct.Struct("<Q" if self.endianess == GGUFEndian.LITTLE else ">Q").unpack_from
+        for _ in range(count[0]):
+            start = at + 8
+            at = start + length(self._data, at)[0]
+            parts.append(self._data[start:at])
+        if at > len(self._data):
+            raise ValueError(f"it ends early, in the array at byte {orig_offs:,}")
+        return at - orig_offs, parts, [*range(2, len(parts))], types
 
 
 class GGUFFile:
@@ -114,7 +152,7 @@ def read_gguf(
         if name := known.get_name(theirs.format(0), (".weight", ".bias")):
             names[leaf] = name.replace("blk.0.", "blk.{}.")
     tensors = {
-        each.name: Stored((*map(int, each.shape[::-1]),), str(path), functools.partial(_read, each, spec, path))
+        each.name: Stored((*map(int, each.shape[::-1]),), str(path), functools.partial(_Weight, each, spec, path))
         for each in file.tensors
         if each.name != _ROPE_DIVISORS
     }
@@ -145,7 +183,7 @@ def describe_gguf(path: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
 
 
 def _spec(file: GGUFFile) -> ModelSpec:
-    """The spec of the same model's config.json; what the metadata leave out is llama.cpp's default."""
+    """The spec of the same model's config.json, without transformers; what is left out is llama.cpp's default."""
     family = file.get("general.architecture", None, among=ARCHITECTURES)
     known = {name for name in _FIELDS if family == "gemma2" or name not in _OF_GEMMA2}
     known |= {"attention.value_length", "rope.dimension_count", *_ONLY}
@@ -157,25 +195,29 @@ def _spec(file: GGUFFile) -> ModelSpec:
             )
     for key, value in _ONLY.items():
         file.get(f"{family}.{key}", value, among=(value,))
-    values = {name: file.get(f"{family}.{name}", None if name in _OPTIONAL else _NEEDED) for name in _FIELDS}
-    config = {field: values[name] for name, field in _FIELDS.items() if values[name] is not None}
-    require_sizes(config, f"{file.path}: ")  # before they are reckoned with
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    config = {"num_key_value_heads": heads, "head_dim": width // heads, "rope_theta": 10000.0} | config
-    config |= {
-        "model_type": family,
-        "rms_norm_eps": _as_written(config["rms_norm_eps"]),
-        # Gemma-2's head is the embedding: neither llama.cpp nor transformers reads another.
-        "tie_word_embeddings": family == "gemma2" or all(tensor.name != "output.weight" for tensor in file.tensors),
-    }
-    if "vocab_size" not in config:
-        config["vocab_size"] = len(file.get("tokenizer.ggml.tokens", items=str))
+    fields, bounds = {}, bounds_of(ModelSpec)
+    for name, field in _FIELDS.items():
+        value = file.get(f"{family}.{name}", None if name in _OPTIONAL else _NEEDED)
+        if value is not None:
+            require(f"{file.path}: {family}.{name}", value, bounds[field])  # before it is reckoned with
+            fields[field] = value
+    heads, width = fields["num_heads"], fields["embed_dim"]
+    fields = {"num_kv_heads": heads, "head_dim": width // heads} | (_GEMMA2 if family == "gemma2" else {}) | fields
+    fields["norm_eps"] = _as_written(fields["norm_eps"])
+    # Gemma-2's head is the embedding: neither llama.cpp nor transformers reads another.
+    fields["tie_embeddings"] = family == "gemma2" or all(tensor.name != "output.weight" for tensor in file.tensors)
+    if "vocab_size" not in fields:
+        fields["vocab_size"] = len(file.get("tokenizer.ggml.tokens", items=str))
     for key in ("attention.value_length", "rope.dimension_count"):
-        file.get(f"{family}.{key}", config["head_dim"], among=(config["head_dim"],))
+        file.get(f"{family}.{key}", fields["head_dim"], among=(fields["head_dim"],))
     if family == "gemma2":
         # As llama.cpp's src/models/gemma2.cpp has it, for no file says it: 27B, with its 46 layers, scales by D / N.
-        config["query_pre_attn_scalar"] = width // heads if config["num_hidden_layers"] == 46 else config["head_dim"]
-    spec = read_config(config, file.path)
+        fields["query_scale"] = (width // heads if fields["num_layers"] == 46 else fields["head_dim"]) ** -0.5
+        fields["windowed"] = tuple(layer % 2 == 0 for layer in range(fields["num_layers"]))
+    try:
+        spec = ModelSpec(model_type=family, **fields, **FAMILIES[family])
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from error
     stored = [tensor for tensor in file.tensors if tensor.name == _ROPE_DIVISORS]
     return dataclasses.replace(spec, rope_scaling=_rope_scaling(stored[0], spec, file.path) if stored else None)
 
@@ -203,22 +245,30 @@ def _rope_scaling(stored: ReaderTensor, spec: ModelSpec, path: str | Path) -> Ro
     return scaling
 
 
-def _read(tensor: ReaderTensor, spec: ModelSpec, path: str | Path) -> np.ndarray:
-    """Dequantizes one tensor to float32 [out, in], as Hugging Face stores it."""
-    weight = _dequantize(tensor, path)
-    if spec.model_type == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-        # llama.cpp's rope turns rows (0, 1), (2, 3), ... of a head; ours turns (i, i + H/2).
-        pairs = weight.reshape(-1, spec.head_dim // 2, 2, weight.shape[1])
-        weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-    if spec.norm_plus_one and tensor.name.endswith("norm.weight"):
-        weight = weight - 1  # the converter added it
-    return weight
+class _Weight:
+    """One tensor as Hugging Face has it, float32 [out, in]: rows are dequantized when they are asked for."""
+
+    def __init__(self, tensor: ReaderTensor, spec: ModelSpec, path: str | Path):
+        self._tensor, self._path, self._order = tensor, path, None
+        # A map of its own, as `hf._tensors` has it.
+        self._data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
+        self._less = 1 if spec.norm_plus_one and tensor.name.endswith("norm.weight") else 0  # the converter added it
+        if spec.model_type == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            # llama.cpp's rope turns rows (0, 1), (2, 3), ... of a head; ours turns (i, i + H/2).
+            pairs = np.arange(len(tensor.data)).reshape(-1, spec.head_dim // 2, 2)
+            self._order = pairs.swapaxes(1, 2).reshape(-1)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows, *columns = index
+        stored = self._data[rows if self._order is None else self._order[rows]]
+        return _dequantize(self._tensor, self._path, stored)[:, *columns] - self._less
 
 
-def _dequantize(tensor: ReaderTensor, path: str | Path) -> np.ndarray:
+def _dequantize(tensor: ReaderTensor, path: str | Path, stored: np.ndarray | None = None) -> np.ndarray:
+    """Rows of a tensor, or all of it."""
     try:
         with np.errstate(all="ignore"):  # `load_params` refuses NaN and infinity
-            return dequantize(tensor.data, tensor.tensor_type)
+            return dequantize(tensor.data if stored is None else stored, tensor.tensor_type)
     except (NotImplementedError, *_BROKEN) as error:
         tensor_name = f"{tensor.name} ({tensor.tensor_type.name})"
         raise UserError(f"{path}: tensor {tensor_name} cannot be dequantized: {error}") from error

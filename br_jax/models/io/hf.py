@@ -3,11 +3,14 @@
 A checkpoint's tensors are [out, in], one name a layer; our params are [L, in, out], scanned.
 """
 
+import collections
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,8 @@ from br_jax.models.spec import KERNELS, ModelSpec
 _SCORE = "score.weight"  # transformers' head of every sequence classifier
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
+_READERS, _BLOCK = 2, 1 << 21  # threads that read tensors, and numbers that each holds beside the params
+_LINE = 64  # bytes
 _STRIP = 16  # rows of a kernel that are turned at a time: a line of the processor's caches of f32
 # Of the files that transformers may make a tokenizer from; the bytes of the largest known, Gemma-3's, are 33 million.
 _TOKENIZER_ENDINGS, _MAX_TOKENIZER = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 40_000_000
@@ -87,7 +92,7 @@ def load_params(
 ) -> dict:
     """Reads a checkpoint's tensors into the params tree; each must be used once, fit and be finite.
 
-    Beside the params, the host holds one tensor. What a process' devices do not hold is not read.
+    Beside the params, the host holds a few blocks of `_BLOCK` numbers. What a process' devices do not hold is not read.
     """
     tree = abstract_params(spec, dtype)
     leaves = flatten_dict(tree, sep="/")
@@ -121,25 +126,41 @@ def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stor
     def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
         return tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape, strict=True))
 
-    parts = {part: np.empty([end - start for start, end in part], leaf.dtype) for part in set(map(bounds, indices))}
-    for layer, (key, tensor) in enumerate(tensors.items()):
+    parts = {part: _empty([end - start for start, end in part], leaf.dtype) for part in set(map(bounds, indices))}
+
+    def read(layer: int, key: str, tensor: Stored) -> None:
         if tensor.shape != stored_shape:
             raise UserError(f"{tensor.file}: tensor {key} has shape {tensor.shape}, the sizes say {stored_shape}")
         opened = tensor.open()
         for part, array in parts.items():
-            axes = [slice(*each) for each in (part[1:] if stacked else part)]
-            values = opened[tuple(axes[::-1] if turned else axes)]
-            if not np.isfinite(values).all():
-                raise UserError(f"{tensor.file}: tensor {key} holds NaN or infinity: the weights are damaged")
+            axes = part[1:] if stacked else part
+            (start, end), *columns = axes[::-1] if turned else axes
             target = array[layer] if stacked else array
-            if not turned:
-                target[...] = values
-                continue
-            for first in range(0, len(values), _STRIP):  # numpy takes three times as long over a whole matrix
-                target[:, first : first + _STRIP] = values[first : first + _STRIP].T
+            target = target.T if turned else target
+            rows = max(_STRIP, _BLOCK // math.prod(tensor.shape[1:]))
+            for first in range(start, end, rows):
+                last = min(first + rows, end)
+                values = opened[(slice(first, last), *(slice(*each) for each in columns))]
+                if not np.isfinite(values).all():
+                    raise UserError(f"{tensor.file}: tensor {key} holds NaN or infinity: the weights are damaged")
+                # numpy takes three times as long to turn a whole matrix
+                for strip in range(0, last - first, _STRIP if turned else rows):
+                    some = slice(strip, strip + (_STRIP if turned else rows))
+                    target[first - start : last - start][some] = values[some]
+
+    with ThreadPoolExecutor(_READERS) as pool:  # whose work is numpy's, which lets go of Python's lock
+        collections.deque(pool.map(read, range(len(tensors)), tensors, tensors.values()), maxlen=0)
     if place is None:
         return jax.device_put(parts[bounds(everything)])
     return jax.make_array_from_callback(leaf.shape, place, lambda index: parts[bounds(index)])
+
+
+def _empty(shape: Sequence[int], dtype) -> np.ndarray:
+    """`np.empty` where a line of the processor's caches begins: JAX takes such an array as it is, without a copy."""
+    count = math.prod(shape) * dtype.itemsize
+    room = np.empty(count + _LINE, np.uint8)
+    first = -room.ctypes.data % _LINE
+    return room[first : first + count].view(dtype).reshape(shape)
 
 
 def _per_layer(name: str, layers: int) -> list[str]:
