@@ -106,7 +106,8 @@ def _keep_freed_memory() -> None:
 def _keep_compiled(folder: str | None) -> None:
     """Has JAX read programs from a folder and leave there what took it more than `_WORTH_KEEPING` to compile.
 
-    Each machine has its own part of the folder, for a program for a CPU uses what that CPU has.
+    Each machine has its own part of the folder, for a program for a CPU uses what that CPU has. A folder that JAX was
+    given by its own settings is used as these say.
     """
     if folder is None:
         if jax.config.jax_compilation_cache_dir:

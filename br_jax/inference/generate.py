@@ -168,13 +168,13 @@ def generate_batches(
     if all((a, i) in known for a in range(count) for i in range(len(encoded))):
         return
     whole = whole_batch(max(batch_size // count, 1), mesh)
-    on_cpu = max_new_tokens > 1 and next(iter(model.params["embed"]["embedding"].devices())).platform == "cpu"
-    streams = _STREAMS if on_cpu and not mesh and whole % _STREAMS == 0 else 1
+    steps_on_cpu = max_new_tokens > 1 and decoder.attention.platform == "cpu"
+    streams = _STREAMS if steps_on_cpu and not mesh and whole % _STREAMS == 0 else 1
     size = whole // streams
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters)
     # Other platforms copy no layers, see models.decoder.
-    decoding = _unstack(decoder, variables) if on_cpu else variables
+    decoding = _unstack(decoder, variables) if steps_on_cpu else variables
     prefix, head = run_prefix(decoder, variables, encoded, count)
     sampling = None
     if temperature > 0:

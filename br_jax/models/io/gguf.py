@@ -35,9 +35,9 @@ from br_jax.models.spec import ModelSpec, RopeScaling
 
 # What a corrupt or truncated file makes the reader and the dequantizer raise.
 _BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError, struct.error)
-_MAX_VALUES = 3_000_000  # Gemma-3, of the largest vocabulary, has a quarter of a million tokens and twice the merges
+_MAX_VALUES = 3_000_000  # Gemma-3, of the largest vocabulary, has 262,144 tokens
 _ROPE_DIVISORS = "rope_freqs.weight"  # not a weight: what each rope frequency is divided by
-# What the metadata calls a field of `ModelSpec`; the last three are Gemma-2's alone.
+# What the metadata calls a field of `ModelSpec`.
 _FIELDS = {
     "vocab_size": "vocab_size", "context_length": "max_length", "embedding_length": "embed_dim",
     "block_count": "num_layers", "feed_forward_length": "ffw_dim", "attention.head_count": "num_heads",
@@ -46,9 +46,9 @@ _FIELDS = {
     "attn_logit_softcapping": "attention_soft_cap", "final_logit_softcapping": "logit_soft_cap",
     "attention.sliding_window": "window",
 }  # fmt: skip
-# What no file says of Gemma-2, and what early ones do not.
+# Of Gemma-2, what no file says, and what early ones do not; no other model has any of it.
 _GEMMA2 = {"activation": "gelu_tanh", "attention_soft_cap": 50.0, "logit_soft_cap": 30.0, "window": 4096}
-_OF_GEMMA2 = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+_OF_GEMMA2 = tuple(key for key, field in _FIELDS.items() if field in _GEMMA2)
 _OPTIONAL = ("vocab_size", "attention.head_count_kv", "attention.key_length", "rope.freq_base", *_OF_GEMMA2)
 _ONLY = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 _NEEDED = object()  # for a default: the file must say it
@@ -202,7 +202,7 @@ def _spec(file: GGUFFile) -> ModelSpec:
             require(f"{file.path}: {family}.{name}", value, bounds[field])  # before it is reckoned with
             fields[field] = value
     heads, width = fields["num_heads"], fields["embed_dim"]
-    fields = {"num_kv_heads": heads, "head_dim": width // heads} | (_GEMMA2 if family == "gemma2" else {}) | fields
+    fields = {"num_kv_heads": heads, "head_dim": width // heads} | fields
     fields["norm_eps"] = _as_written(fields["norm_eps"])
     # Gemma-2's head is the embedding: neither llama.cpp nor transformers reads another.
     fields["tie_embeddings"] = family == "gemma2" or all(tensor.name != "output.weight" for tensor in file.tensors)
@@ -212,8 +212,9 @@ def _spec(file: GGUFFile) -> ModelSpec:
         file.get(f"{family}.{key}", fields["head_dim"], among=(fields["head_dim"],))
     if family == "gemma2":
         # As llama.cpp's src/models/gemma2.cpp has it, for no file says it: 27B, with its 46 layers, scales by D / N.
-        fields["query_scale"] = (width // heads if fields["num_layers"] == 46 else fields["head_dim"]) ** -0.5
-        fields["windowed"] = tuple(layer % 2 == 0 for layer in range(fields["num_layers"]))
+        query_scale = (width // heads if fields["num_layers"] == 46 else fields["head_dim"]) ** -0.5
+        windowed = tuple(layer % 2 == 0 for layer in range(fields["num_layers"]))
+        fields = _GEMMA2 | fields | {"query_scale": query_scale, "windowed": windowed}
     try:
         spec = ModelSpec(model_type=family, **fields, **FAMILIES[family])
     except UserError as error:
@@ -229,7 +230,7 @@ def _as_written(number: float) -> float:
 
 def _rope_scaling(stored: ReaderTensor, spec: ModelSpec, path: str | Path) -> RopeScaling:
     """Llama-3.1's scaling, of which llama.cpp keeps no more than its effect, the tensor `_ROPE_DIVISORS`."""
-    divisors = _dequantize(stored, path)
+    divisors = _dequantize(stored.data, stored, path)
     # The slowest frequencies are divided by the whole factor; the rest is the same in all of Meta's models.
     factor = _as_written(divisors.max(initial=1))
     try:
@@ -252,7 +253,7 @@ class _Weight:
         self._tensor, self._path, self._order = tensor, path, None
         # A map of its own, as `hf._tensors` has it.
         self._data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
-        self._less = 1 if spec.norm_plus_one and tensor.name.endswith("norm.weight") else 0  # the converter added it
+        self._plus_one = spec.norm_plus_one and tensor.name.endswith("norm.weight")  # as the converter writes it
         if spec.model_type == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             # llama.cpp's rope turns rows (0, 1), (2, 3), ... of a head; ours turns (i, i + H/2).
             pairs = np.arange(len(tensor.data)).reshape(-1, spec.head_dim // 2, 2)
@@ -261,14 +262,15 @@ class _Weight:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, *columns = index
         stored = self._data[rows if self._order is None else self._order[rows]]
-        return _dequantize(self._tensor, self._path, stored)[:, *columns] - self._less
+        weight = _dequantize(stored, self._tensor, self._path)[:, *columns]
+        return weight - 1 if self._plus_one else weight
 
 
-def _dequantize(tensor: ReaderTensor, path: str | Path, stored: np.ndarray | None = None) -> np.ndarray:
-    """Rows of a tensor, or all of it."""
+def _dequantize(stored: np.ndarray, tensor: ReaderTensor, path: str | Path) -> np.ndarray:
+    """Float32 of some of a tensor's rows."""
     try:
         with np.errstate(all="ignore"):  # `load_params` refuses NaN and infinity
-            return dequantize(tensor.data if stored is None else stored, tensor.tensor_type)
+            return dequantize(stored, tensor.tensor_type)
     except (NotImplementedError, *_BROKEN) as error:
         tensor_name = f"{tensor.name} ({tensor.tensor_type.name})"
         raise UserError(f"{path}: tensor {tensor_name} cannot be dequantized: {error}") from error

@@ -139,14 +139,14 @@ def _load_leaf(path: str, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, Stor
             target = target.T if turned else target
             rows = max(_STRIP, _BLOCK // math.prod(tensor.shape[1:]))
             for first in range(start, end, rows):
-                last = min(first + rows, end)
-                values = opened[(slice(first, last), *(slice(*each) for each in columns))]
+                values = opened[(slice(first, min(first + rows, end)), *(slice(*each) for each in columns))]
                 if not np.isfinite(values).all():
                     raise UserError(f"{tensor.file}: tensor {key} holds NaN or infinity: the weights are damaged")
-                # numpy takes three times as long to turn a whole matrix
-                for strip in range(0, last - first, _STRIP if turned else rows):
-                    some = slice(strip, strip + (_STRIP if turned else rows))
-                    target[first - start : last - start][some] = values[some]
+                step = _STRIP if turned else rows  # numpy takes three times as long to turn a whole matrix
+                for strip in range(0, len(values), step):
+                    some = values[strip : strip + step]
+                    at = first - start + strip
+                    target[at : at + len(some)] = some
 
     with ThreadPoolExecutor(_READERS) as pool:  # whose work is numpy's, which lets go of Python's lock
         collections.deque(pool.map(read, range(len(tensors)), tensors, tensors.values()), maxlen=0)

@@ -79,7 +79,7 @@ def _read_config(content: dict[str, Any]) -> ModelSpec:
     theirs = _config_class(model_type)
     read = READ & (theirs().to_dict().keys() | EVERY)
     values = {name: copy.deepcopy(value) for name, value in content.items() if name in read}
-    require_sizes(values)  # before it makes a list of that many layers
+    _require_sizes(values)  # before it makes a list of that many layers
     try:
         config = theirs.from_dict(values | {"model_type": model_type})
     except Exception as error:  # its validators raise what they like
@@ -119,11 +119,11 @@ def _known(name: str, value: Any, known) -> Any:
     return value
 
 
-def require_sizes(config: dict[str, Any], where: str = "") -> None:
+def _require_sizes(config: dict[str, Any]) -> None:
     """Refuses a number of a config.json that is out of its bound in `ModelSpec`; None is left to its class."""
     for ours, theirs in SAME.items():
         if ours in _BOUNDS and config.get(theirs) is not None:
-            require(f"{where}{theirs}", config[theirs], _BOUNDS[ours])
+            require(theirs, config[theirs], _BOUNDS[ours])
 
 
 def _config_class(model_type: str):
