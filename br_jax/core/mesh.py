@@ -165,6 +165,12 @@ def constrain(x, *axes: str | None):
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition(*axes))
 
 
+def gather(weight, name: str):
+    """A layer's matrix whole along `embed`, where a mesh is set: fetched once from all chips, for all its products."""
+    axes = logical_axes(name, weight.ndim)
+    return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
+
+
 def constrain_tree(tree):
     """Keeps a pytree laid out as the table says, where a mesh is set."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *logical_axes(leaf_name(path), x.ndim)), tree)

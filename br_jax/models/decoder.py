@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from br_jax.core.mesh import CACHE, constrain
+from br_jax.core.mesh import CACHE, constrain, gather
 from br_jax.models.attention import Attend, Place, attend, attend_cache, resolve, rope_angles, rotate
 from br_jax.models.kernels import low_rank, product, rms_norm, rounding_dtype, turned_product
 from br_jax.models.spec import ModelSpec
@@ -59,7 +59,8 @@ class Linear(nn.Module):
         if self.has_variable("params", "turned"):
             y = turned_product(wide, self.get_variable("params", "turned"))
         else:
-            y = product(wide, self.param("kernel", nn.initializers.lecun_normal(), shape), self.rounding)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+            y = product(wide, gather(kernel, f"{self.name}/kernel"), self.rounding)
         if biased:  # added in f32 and rounded once, as torch does
             bias = self.param("bias", nn.initializers.zeros, shape[1:])
             y = (y + bias.astype(jnp.float32)[None, None]).astype(x.dtype)
@@ -67,27 +68,46 @@ class Linear(nn.Module):
             if not self.has_variable(collection, "a"):
                 continue
             drops = collection == "lora_trainable" and self.has_rng("dropout")
-            seen = nn.Dropout(self.dropout, deterministic=not drops)(x)
+            seen = Dropout(self.dropout)(x) if drops and self.dropout else x
             if collection == "lora_trainable" and self.has_variable("seeds", "rows"):
-                seen = drop_by_row(x, self.get_variable("seeds", "rows"), self.dropout)
+                seen = drop(x, kept_by_row(self.get_variable("seeds", "rows"), x.shape, self.dropout), self.dropout)
             a, b = (self.get_variable(collection, name) for name in "ab")
             if a.ndim == 3:  # several adapters side by side, each for its own rows of the batch
                 each = jax.vmap(functools.partial(low_rank, dtype=self.rounding))
                 y += each(seen.reshape(len(a), -1, seen.shape[-1]), a, b).reshape(y.shape)
             else:
-                y += low_rank(seen, a, b, self.rounding)
+                y += low_rank(seen, gather(a, f"{self.name}/a"), gather(b, f"{self.name}/b"), self.rounding)
         return checkpoint_name(y, self.name)
 
 
-def drop_by_row(x: Float[Array, "B T D"], seeds: UInt32[Array, " B"], rate: float) -> Float[Array, "B T D"]:
-    """Dropout whose mask at a token depends on its row's seed and its place alone, whatever stands around it."""
+class Dropout(nn.Module):
+    """Inverted dropout, as `flax.linen.Dropout`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return drop(x, jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape), self.rate)
+
+
+def drop(x: Float[Array, "B T D"], kept: Bool[Array, "B T D"], rate: float) -> Float[Array, "B T D"]:
+    """x where it is kept, larger by what is lost.
+
+    The mask is made once: without a barrier a TPU's compiler makes it again inside each product that reads what is
+    left, and takes minutes to do so.
+    """
+    kept = jax.lax.optimization_barrier(kept)
+    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+def kept_by_row(seeds: UInt32[Array, " B"], shape: tuple[int, int, int], rate: float) -> Bool[Array, "B T D"]:
+    """A mask that at a token depends on its row's seed and its place alone, whatever stands around it."""
 
     def of_token(seed, place):
         key = jax.random.fold_in(jax.random.key(seed), place)
-        return jax.random.bernoulli(key, 1 - rate, x.shape[-1:])
+        return jax.random.bernoulli(key, 1 - rate, shape[-1:])
 
-    kept = jax.vmap(jax.vmap(of_token, (None, 0)), (0, None))(seeds, jnp.arange(x.shape[1]))
-    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+    return jax.vmap(jax.vmap(of_token, (None, 0)), (0, None))(seeds, jnp.arange(shape[1]))
 
 
 class RMSNorm(nn.Module):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -60,6 +61,17 @@ def test_argument_bytes_are_what_xla_says_and_a_pools_adapters_do_not_cross_chip
     state = programs["pool"].arguments["state"]["trainable"]
     adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 8
     assert moved["pool"] < adapter / 10 < adapter <= moved["user"], (moved, adapter)
+
+
+def test_a_pass_gathers_each_weight_once_and_a_mask_is_no_part_of_a_product(config):
+    """Else FSDP fetches them once more for each product, and a TPU draws dropout's bits inside each that reads them."""
+    mesh = make_mesh(**config.mesh)
+    config.user.train.update(remat="full", dropout=0.1)
+    program = make_program(config, "user", mesh)
+    lowered, base = program.lower(mesh), 8 * fitting.argument_bytes(program, mesh)["base"]
+    assert count_collectives(lowered.compile().as_text())["all-gather"]["bytes"] < 2 * base
+    masks = re.findall(r"optimization_barrier .*xi1>", lowered.as_text())
+    assert len(masks) == 2 * len(config.user.train.targets)  # drawn again by remat
 
 
 def test_sizes_of_published_models():

@@ -18,7 +18,7 @@ from br_jax.core.errors import UserError
 from br_jax.core.mesh import leaf_name
 from br_jax.data.batches import encode_rows, packed_steps
 from br_jax.data.rows import Row
-from br_jax.models.decoder import drop_by_row
+from br_jax.models.decoder import drop, kept_by_row
 from br_jax.training import step
 from br_jax.training.jobs import Job, JobState, fill
 from br_jax.training.pool import Pool
@@ -232,13 +232,15 @@ def test_refilling_a_slot_compiles_nothing(train, rows, compiles):
 
 
 def test_dropped_values_are_scaled_up_and_differ_by_place():
-    seeds = np.uint32([3, 3, 4])
-    out = np.asarray(drop_by_row(np.ones((3, 5, 2000), np.float32), seeds, 0.25))
+    def dropped(tokens):
+        x = np.ones((3, tokens, 2000), np.float32)
+        return np.asarray(drop(x, kept_by_row(np.uint32([3, 3, 4]), x.shape, 0.25), 0.25))
+
+    out = dropped(5)
     assert set(np.unique(out)) == {0, np.float32(1 / 0.75)} and abs(out.mean() - 1) < 0.02
     np.testing.assert_array_equal(out[0], out[1])
     assert (out[0] != out[2]).any() and (out[0, 0] != out[0, 1]).any()
-    longer = np.asarray(drop_by_row(np.ones((3, 9, 2000), np.float32), seeds, 0.25))
-    np.testing.assert_array_equal(longer[:, :5], out)
+    np.testing.assert_array_equal(dropped(9)[:, :5], out)
 
 
 @pytest.mark.parametrize(("sizes", "slots"), [((2, 2, 2), 4), ((4, 1, 1), 8)], ids=["222", "411"])
