@@ -3,9 +3,11 @@
 python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4 [--stage=user] [--largest] [--json=F]
 python experiments/fit_check.py --config=configs/llama3_8b.py --topology=v5e:2x4 --stage=user,pool --slots=8,32
 
-Needs libtpu: pip install 'br_jax[tpu]'. Exit status: 0 everything fits, 1 something does not, 2 bad input.
+Needs libtpu: pip install 'br_jax[tpu]'. Answers are kept beside the compiled programs (--compilation_cache) and
+read back when asked again. Exit status: 0 everything fits, 1 something does not, 2 bad input.
 """
 
+import pathlib
 import re
 
 import jax
@@ -27,6 +29,8 @@ def main(argv: list[str]) -> int:
     """Flags and one call a stage."""
     require_flags(argv, CONFIG, TOPOLOGY)
     jax.config.update("jax_enable_compilation_cache", False)  # a program read back would say little of itself
+    cache = jax.config.jax_compilation_cache_dir
+    keep = pathlib.Path(cache, "fit_check") if cache else None
     from br_jax.core.io import write_json
     from br_jax.core.progress import progress
     from br_jax.planning.fit import check_fit, largest_batch, render
@@ -40,10 +44,10 @@ def main(argv: list[str]) -> int:
     with progress(len(stages), "compile", "stage") as bar:
         for stage, slots in stages:
             bar.set_postfix_str(f"{stage} for {TOPOLOGY.value}", refresh=True)
-            fits.append(check_fit(CONFIG.value, TOPOLOGY.value, stage, slots=slots))
+            fits.append(check_fit(CONFIG.value, TOPOLOGY.value, stage, slots=slots, keep=keep))
             if LARGEST.value and not fits[-1].problem:
                 bar.set_postfix_str(f"{stage}: largest batch", refresh=True)
-                fits.append(largest_batch(CONFIG.value, TOPOLOGY.value, stage, fits[-1]))
+                fits.append(largest_batch(CONFIG.value, TOPOLOGY.value, stage, fits[-1], keep))
             bar.update()
     if JSON.value:
         write_json(JSON.value, [fit.to_json() for fit in fits])

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import importlib.metadata
 import math
 import os
+import pathlib
 import re
 import time
 from collections.abc import Sequence
@@ -14,10 +16,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
+import br_jax.planning
 from br_jax.core.errors import UserError
+from br_jax.core.io import read_json, write_json
 from br_jax.core.mesh import leaf_name, make_mesh, shardings
+from br_jax.core.records import key_of
+from br_jax.experiment.protocol import code
+from br_jax.models.io.load import read_spec
+from br_jax.planning.hlo import count_work
 from br_jax.planning.programs import TRAINING, Program, make_program, train_section
-from br_jax.planning.roofline import CHIPS, Chip, Prediction, count_collectives, predict
+from br_jax.planning.roofline import CHIPS, Chip, Prediction, predict
 
 _GIB = 1 << 30
 _RESERVED = _GIB // 4  # of a chip's memory, for the runtime: the compiler calls 15.75 of a v5e's 16 GiB available
@@ -34,7 +42,7 @@ _CURES = {
 _ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 _ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _HEADER = ["stage", "rows", "tokens\na chip", "args\nGiB", "temps\nGiB", "output\nGiB", "total\nGiB", "fits"]
-_HEADER += ["attention", "compile\ns", "step *\nms", "MFU *\n%", "users *\nan hour"]
+_HEADER += ["attention", "compile\ns", "step *\nms", "bound\nby", "MFU *\n%", "tokens *\na second", "users *\nan hour"]
 
 
 def parse_topology(topology: str) -> tuple[Chip, str, tuple[int, ...]]:
@@ -77,11 +85,12 @@ class Fit:
     compile_seconds: float = 0.0  # on this host
     temporaries: int | None = None  # bytes while it runs; None where the compiler gave up
     output: int = 0  # bytes of results that take over no argument's buffer
-    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # see `count_collectives`
+    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # see `hlo.Work`
     prediction: Prediction | None = None  # None when it does not fit
     problem: str = ""  # why it does not fit, and what would help
     slots: int = 0  # users of a pool
     calls: int = 0  # that a user takes part in, with as many rows as the config says
+    kept: bool = False  # an answer of before
 
     @property
     def users_an_hour(self) -> float | None:
@@ -99,9 +108,37 @@ class Fit:
         follows = {"chips": math.prod(self.mesh.values()), "total": self.total, "users_an_hour": self.users_an_hour}
         return dataclasses.asdict(self) | follows | {"fits": not self.problem}
 
+    @classmethod
+    def from_json(cls, content: dict) -> "Fit":
+        """Of what `to_json` gave, as one that was kept."""
+        known = {field.name: content[field.name] for field in dataclasses.fields(cls)} | {"kept": True}
+        return cls(**known | {"prediction": content["prediction"] and Prediction(**content["prediction"])})
 
-def check_fit(config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8) -> Fit:
-    """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid."""
+
+def check_fit(
+    config: ConfigDict, topology: str, stage: str, batch: int = 0, slots: int = 8, keep: pathlib.Path | None = None
+) -> Fit:
+    """Compiles a stage (see `make_program`) for a slice such as "v5e:2x4", on whose chips `config.mesh` is laid.
+
+    `keep` is a folder of answers: one to the same question, of the same code, compiler and flags, is read back.
+    """
+    if keep is None:
+        return _compile(config, topology, stage, batch, slots)
+    spec = config.model.spec or dataclasses.asdict(read_spec(config.model.source))
+    compiler = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    compiler += [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+    sources = sorted(pathlib.Path(br_jax.planning.__file__).parent.glob("*.py"))
+    question = [config.to_dict(), dict(spec), topology, stage, batch, slots]
+    file = keep / f"{key_of(question, compiler, code(), [one.read_text() for one in sources])}.json"
+    if file.is_file():
+        return Fit.from_json(read_json(file, "delete it: it will be made again"))
+    fit = _compile(config, topology, stage, batch, slots)
+    keep.mkdir(parents=True, exist_ok=True)
+    write_json(file, fit.to_json())
+    return fit
+
+
+def _compile(config: ConfigDict, topology: str, stage: str, batch: int, slots: int) -> Fit:
     chip, *_ = parse_topology(topology)
     mesh = make_mesh(**config.mesh, devices=compile_only_devices(topology))
     program = make_program(config, stage, mesh, batch, slots)
@@ -123,12 +160,12 @@ def check_fit(config: ConfigDict, topology: str, stage: str, batch: int = 0, slo
     memory = compiled.memory_analysis()
     fit.temporaries = memory.temp_size_in_bytes
     fit.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    fit.collectives = count_collectives(compiled.as_text())
+    work = count_work(compiled.as_text())
+    fit.collectives = work.collectives
     if fit.total > fit.hbm - _RESERVED:
         fit.problem = _advice(fit, fit.temporaries)
     else:
-        received = sum(kind["bytes"] for kind in fit.collectives.values())
-        fit.prediction = predict(program, chip, mesh.size, received, mesh.shape["tensor"])
+        fit.prediction = predict(program, work, chip, mesh.size)
     return fit
 
 
@@ -139,7 +176,7 @@ def calls_of_user(config: ConfigDict, stage: str) -> int:
     return steps * {"user": 1, "sft": 1, "pool": train.accumulation}.get(stage, 0)
 
 
-def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> Fit:
+def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit, keep: pathlib.Path | None = None) -> Fit:
     """The check of a stage at the largest batch that fits, from a first that does; rows rise with the chips.
 
     Temporaries grow nearly in proportion to the rows, so each compilation tells where to try next.
@@ -154,7 +191,7 @@ def largest_batch(config: ConfigDict, topology: str, stage: str, first: Fit) -> 
             guess = (best.batch + worst) // 2 // unit * unit
         if guess <= best.batch:
             break
-        fit = check_fit(config, topology, stage, guess, first.slots)
+        fit = check_fit(config, topology, stage, guess, first.slots, keep)
         if fit.problem:
             worst = guess
             guess = (best.batch + worst) // 2
@@ -197,10 +234,12 @@ def render(fits: Sequence[Fit]) -> str:
         sizes = (sum(fit.arguments.values()), fit.temporaries, fit.output, fit.total)
         rows.append([f"{fit.stage} of {fit.slots}" if fit.slots else fit.stage, fit.batch, f"{fit.tokens:,}"])
         rows[-1] += ["?" if size is None else f"{size / _GIB:.2f}" for size in sizes]
-        rows[-1] += ["NO" if fit.problem else "yes", fit.attention, f"{fit.compile_seconds:.0f}"]
-        found, users = fit.prediction, fit.users_an_hour
-        rows[-1] += [f"{1e3 * found.seconds:,.1f}", f"{100 * found.mfu:.0f}"] if found else ["-", "-"]
-        rows[-1] += [f"{users:,.0f}" if users else "-"]
+        rows[-1] += ["NO" if fit.problem else "yes", fit.attention]
+        rows[-1] += ["kept" if fit.kept else f"{fit.compile_seconds:.0f}"]
+        if found := fit.prediction:
+            rows[-1] += [f"{1e3 * found.seconds:,.1f}", found.bound, f"{100 * found.mfu:.0f}"]
+            rows[-1] += [f"{fit.tokens * math.prod(fit.mesh.values()) / found.seconds:,.0f}"]
+        rows[-1] += ["-"] * (len(_HEADER) - 1 - len(rows[-1])) + [f"{fit.users_an_hour or 0:,.0f}"]
         for kind, sums in fit.collectives.items():
             moved.append([fit.stage, kind, sums["calls"], f"{sums['bytes'] / 1e6:,.1f}"])
     mesh = ", ".join(f"{axis} {size}" for axis, size in first.mesh.items())
