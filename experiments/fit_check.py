@@ -57,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # before JAX looks for devices: no chip of this host is held
-    run_with_flags(main)
+    run_with_flags(main, one_heap=False)

@@ -74,21 +74,26 @@ def run_main(main: Callable[[], int | None], join: Callable[[], bool] = lambda: 
     sys.exit(status)
 
 
-def run_with_flags(main: Callable[[list[str]], int | None]) -> None:
-    """`run_main` for a script whose flags are absl's (config files and their overrides among them)."""
+def run_with_flags(main: Callable[[list[str]], int | None], one_heap: bool = True) -> None:
+    """`run_main` for a script whose flags are absl's (config files and their overrides among them); see `set_up`."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
-    app.run(lambda argv: run_main(functools.partial(main, argv), _join), flags_parser=_parse)
+    join = functools.partial(_join, one_heap)
+    app.run(lambda argv: run_main(functools.partial(main, argv), join), flags_parser=_parse)
 
 
-def set_up(compilation_cache: str | None = None, max_file_mb: int = 0) -> None:
-    """What a process of ours sets before it works; the flags of these names say what is meant."""
-    _keep_freed_memory()
+def set_up(compilation_cache: str | None = None, max_file_mb: int = 0, one_heap: bool = True) -> None:
+    """What a process of ours sets before it works; the flags of these names say what is meant.
+
+    `one_heap` is for steps: the threads of a compiler wait for each other at it, and take three times as long.
+    """
+    if one_heap:
+        _keep_freed_memory()
     _keep_compiled(compilation_cache)
     raise_limits(max_file_mb * 10**6)
 
 
-def _join() -> bool:
-    set_up(COMPILATION_CACHE.value, MAX_FILE_MB.value)
+def _join(one_heap: bool) -> bool:
+    set_up(COMPILATION_CACHE.value, MAX_FILE_MB.value, one_heap)
     return hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, MULTIHOST.value)
 
 
