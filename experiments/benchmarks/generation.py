@@ -11,33 +11,41 @@ from br_jax.provider import load_model
 
 
 def cases(setup: Setup) -> list[Case]:
-    """One batch of prompts, answered at length and in one token, as FA's are."""
+    """A batch answered at length and in one token, as FA's are; batches that end by themselves; a task of labels."""
     require_torch("generation")
-    return [_case("generation", setup, setup.new_tokens), _case("one token", setup, 1)]
+    count, new = setup.prompts, setup.new_tokens
+    stops = setup.exported["stops"]
+    return [
+        _case("generation", setup, count, new, ()),
+        _case("one token", setup, count, 1, ()),
+        _case("own ends", setup, 4 * count, new, stops),
+        _case("labels", setup, len(setup.prompt_rows), 1, ()),
+    ]
 
 
-def _case(name: str, setup: Setup, new: int) -> Case:
-    """No token ends an answer early, on neither side."""
-    ours = {"model": setup.model, "rows": setup.prompt_rows, "new": new}
+def _case(name: str, setup: Setup, count: int, new: int, stops: tuple[int, ...]) -> Case:
+    """`count` prompts in batches of `setup.prompts`; without stops no token ends an answer, on neither side."""
+    shared = {"new": new, "stops": stops, "batch": setup.prompts}
+    ours = {"model": setup.model, "rows": setup.prompt_rows[:count]}
     other = {
         "model": setup.exported["model"],
-        "prompts": setup.exported["prompts"],
-        "new": new,
+        "prompts": setup.exported["prompts"][:count],
         "threads": setup.threads,
         "dtype": setup.model["dtype"],
         "precision": setup.model["matmul_precision"],
     }
     return Case(
         name,
-        f"{setup.model['source']}, {setup.model['dtype']}, products in {setup.model['matmul_precision']}, one batch of "
-        f"{setup.prompts} prompts in template {setup.model['template']}, {new} new tokens each, greedy, EOS ends "
-        f"nothing; transformers' generate with left padding, KV cache and sdpa attention on {setup.threads} threads "
-        "(bf16 products by autocast); tokens are the new ones",
+        f"{setup.model['source']}, {setup.model['dtype']}, products in {setup.model['matmul_precision']}, {count} "
+        f"prompts in template {setup.model['template']}, batches of {setup.prompts}, "
+        f"{'at most ' if stops else ''}{new} new tokens each, greedy{'' if stops else ', EOS ends nothing'}; "
+        "transformers' generate with prompts sorted by length, left padding, KV cache and sdpa attention on "
+        f"{setup.threads} threads (bf16 products by autocast)",
         [
-            Contender("br_jax", HERE / "generation.py", "answer", ours),
-            Contender("transformers", HERE / "torch_generation.py", "answer", other),
+            Contender("br_jax", HERE / "generation.py", "answer", ours | shared),
+            Contender("transformers", HERE / "torch_generation.py", "answer", other | shared),
         ],
-        "token",
+        "answer",
         same_tokens,
     )
 
@@ -57,13 +65,13 @@ def same_tokens(outcomes: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def answer(model: dict, rows: list[Row], new: int):
-    """A contender's work: all prompts in one batch, every time; its outcome the token ids [prompts, new]."""
+def answer(model: dict, rows: list[Row], new: int, stops: tuple[int, ...], batch: int):
+    """A contender's work: all prompts, every time; its outcome the token ids [prompts, new]."""
     base = load_model(**model)
     encoded = [encode_prompt(base, row) for row in rows]
 
     def unit(index: int):
-        out = generate_ids(base, encoded, stops=(), max_new_tokens=new, batch_size=len(encoded))
-        return len(encoded) * new, {"tokens": np.stack(out)}
+        out = generate_ids(base, encoded, stops=stops, max_new_tokens=new, batch_size=batch)
+        return len(encoded), {"tokens": np.stack(out)}
 
     return unit

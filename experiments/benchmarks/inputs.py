@@ -25,6 +25,7 @@ from br_jax.training.config import TrainConfig
 from br_jax.training.run import first_adapter
 
 HERE = pathlib.Path(__file__).parent
+_LABELS = 872  # prompts of SST-2's development set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Setup:
         rows: file of rows to train on and to answer; None where no case needs it.
         folder: for files that last as long as the benchmarks.
         rounds: timed units of each contender.
-        prompts: rows that are answered in one batch.
+        prompts: rows that are answered in one batch; a case may take several.
         new_tokens: of each answer.
         threads: that the other side may use; XLA takes all cores.
         train: the protocol of the training cases; a step's rows are taken in the file's order.
@@ -72,8 +73,9 @@ class Setup:
 
     @functools.cached_property
     def prompt_rows(self) -> list[Row]:
-        """The rows that are answered."""
-        return self.read(self.prompts)
+        """The rows that are answered: four batches, or all of a task of labels where the file has so many."""
+        self.read(4 * self.prompts)
+        return read_questions(self.rows, _LABELS)
 
     @functools.cached_property
     def exported(self) -> dict[str, Any]:
@@ -111,7 +113,8 @@ def export(model: dict, rows: list[Row], prompts: list[Row], config: TrainConfig
 
     Returns:
         A unit whose outcome has "model" and "adapter", the folders; "steps", for each step its rows as (token ids,
-        which of them are answer); "prompts", token ids up to the answer; "params", how many; "device", its kind.
+        which of them are answer); "prompts", token ids up to the answer; "stops", tokens that end one; "params", how
+        many; "device", its kind.
     """
 
     def unit(index: int):
@@ -126,6 +129,7 @@ def export(model: dict, rows: list[Row], prompts: list[Row], config: TrainConfig
             "adapter": folder / "adapter",
             "steps": [_rows_of(batch) for batch in step_batches(examples, padded, make_mesh())],
             "prompts": [encode_prompt(base, row) for row in prompts],
+            "stops": tuple(base.stop_tokens),
             "params": sum(leaf.size for leaf in jax.tree.leaves(base.params)),
             "device": jax.devices()[0].device_kind,
         }

@@ -26,7 +26,7 @@ def setup(tmp_path_factory, quick, tiny):
     model = {"source": folder / "tiny", "template": "chat", "dtype": "float32", "matmul_precision": "float32"}
     write_hf(model["source"], tiny.spec, tiny.params, tiny.tokenizer)
     train = quick(batch_size=4, warmup_ratio=0.5)
-    return Setup(model, folder / "rows.jsonl", folder, rounds=2, prompts=5, new_tokens=7, threads=1, train=train)
+    return Setup(model, folder / "rows.jsonl", folder, rounds=2, prompts=4, new_tokens=7, threads=1, train=train)
 
 
 MERGED = {"layers/attn/q": (2, 48, 64), "layers/attn/v": (2, 48, 40)}
@@ -38,7 +38,7 @@ MERGED = {"layers/attn/q": (2, 48, 64), "layers/attn/v": (2, 48, 40)}
     [
         # 4e-6 was seen: f32 sums in another order, over three steps of rate up to 1e-2.
         (training, (), r"losses differ by at most \S+e-0[5-9] in 3 steps"),
-        (generation, (), "same token for token: 5 of 5"),
+        (generation, (), r"same token for token: (\d+) of \1$"),
         (merge, (MERGED, 1), r"\(48, 40\): differs by \S+e-0[789]"),
         (stages, (), ""),
     ],
