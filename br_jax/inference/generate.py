@@ -174,7 +174,9 @@ def generate_batches(
     part = size if mesh or size % _PARTS else size // _PARTS  # on a mesh rows have their devices
     variables = with_adapters(model, adapters)
     # Other platforms copy no layers, see models.decoder.
-    decoding = _unstack(decoder, variables) if steps_on_cpu else variables
+    decoding = variables
+    if steps_on_cpu:
+        decoding = unstack_weights(variables, rounding_dtype(_dtype(variables), decoder.matmul_precision))
     prefix, head = run_prefix(decoder, variables, encoded, count)
     sampling = None
     if temperature > 0:
@@ -352,11 +354,6 @@ def run_prefix(
 @functools.partial(jax.jit, static_argnums=0)
 def _run_prefix(decoder: Decoder, variables, prefix):
     return prefill(decoder, variables, None, prefix, jnp.full(len(prefix), prefix.shape[1]))[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unstack(decoder: Decoder, variables):
-    return unstack_weights(variables, rounding_dtype(_dtype(variables), decoder.matmul_precision))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("batch", "slots", "new"), keep_unused=True)

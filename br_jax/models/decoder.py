@@ -391,26 +391,29 @@ def unstack_weights(variables: dict, rounding: jnp.dtype) -> dict:
     """The collections with {"0": layer, "1": layer, ...} for "layers", each kernel as "turned", [out, in].
 
     What is multiplied is rounded here, once. Few rows meet a turned kernel faster (`kernels.turned_product`); an
-    embedding lies so by itself.
+    embedding lies so by itself, and is not copied. Not to be traced: a program copies what it only hands on.
     """
     params = variables["params"]
     head = params["head"]["kernel"].T if "head" in params else params["embed"]["embedding"]
+    unstacked = {
+        name: collection | {"layers": _unstack_layers(collection["layers"], rounding)}
+        for name, collection in variables.items()
+        if collection
+    }
+    return unstacked | {"params": unstacked["params"] | {"head": {"turned": head.astype(rounding)}}}
 
-    def layer(collection, i):
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack_layers(layers: dict, rounding: jnp.dtype) -> dict:
+    def layer(i):
         flat = {}
-        for (*module, name), leaf in flatten_dict(layer_of(collection["layers"], i)).items():
+        for (*module, name), leaf in flatten_dict(layer_of(layers, i)).items():
             if name == "kernel":
                 name, leaf = "turned", leaf.T
             flat[*module, name] = leaf.astype(rounding) if name in ("turned", "a", "b") else leaf
         return unflatten_dict(flat)
 
-    layers = range(len(params["layers"]["attn_norm"]["scale"]))
-    unstacked = {
-        name: collection | {"layers": {str(i): layer(collection, i) for i in layers}}
-        for name, collection in variables.items()
-        if collection
-    }
-    return unstacked | {"params": unstacked["params"] | {"head": {"turned": head.astype(rounding)}}}
+    return {str(i): layer(i) for i in range(len(jax.tree.leaves(layers)[0]))}
 
 
 def layer_of(layers: dict, index: int) -> dict:
