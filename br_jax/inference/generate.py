@@ -186,13 +186,19 @@ def generate_batches(
 
     dispatching = threading.Lock()  # of streams that want the same program the first alone compiles it
 
-    def run(chunks: Sequence[Sequence[int]], longest: int) -> Iterator[dict[tuple[int, int], np.ndarray]]:
+    def empty(longest: int) -> dict:
+        """A batch for prompts of so many tokens, see `_empty`.
+
+        Made in the caller's thread: what a new thread of each call asked for, glibc would keep apart for it.
+        """
+        slots = prefix + _width(longest - prefix) + max_new_tokens
+        slots = -(-slots // _ALIGNED) * _ALIGNED
+        with _within(mesh):  # or the cache is first made whole on one device
+            return _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
+
+    def run(chunks: Sequence[Sequence[int]], state: dict) -> Iterator[dict[tuple[int, int], np.ndarray]]:
         """Answers prompts, ascending in length and a part of a batch each; yields those of rows that have ended."""
         waiting = collections.deque(chunks)
-        slots = prefix + _width(longest - prefix) + max_new_tokens
-        with _within(mesh):  # or the cache is first made whole on one device
-            slots = -(-slots // _ALIGNED) * _ALIGNED
-            state = _empty(decoder, variables, batch=count * size, slots=slots, new=max_new_tokens)
         answers = np.full((count, size), -1)  # the prompt that a row is the answer to
         while waiting or (answers >= 0).any():
             with _within(mesh), dispatching:
@@ -224,7 +230,7 @@ def generate_batches(
             queue = sorted(queue, key=lambda i: len(encoded[i]))
             chunks = [queue[first : first + part] for first in range(0, len(queue), part)]
             shares, longest = [chunks[k::streams] for k in range(min(streams, len(chunks)))], len(encoded[queue[-1]])
-            for found in side_by_side([run(share, longest) for share in shares]):
+            for found in side_by_side([run(share, empty(longest)) for share in shares]):
                 yield {key: row for key, row in found.items() if key in wanted}
                 bar.update(len(found))
 
