@@ -25,13 +25,14 @@ from br_jax.adapters.lora import Adapter
 from br_jax.adapters.peft import load_adapter, save_adapter
 from br_jax.core.hosts import is_main
 from br_jax.core.mesh import make_mesh, shard
+from br_jax.core.progress import announce
 from br_jax.core.records import fingerprint, key_of
 from br_jax.data.rows import Row, Rows, as_rows
 from br_jax.models.model import Model
 from br_jax.training.batching import encode_for, step_batches, with_streams
 from br_jax.training.config import TrainConfig, require_fit
 from br_jax.training.folder import Folder
-from br_jax.training.loop import SingleRun
+from br_jax.training.loop import SingleRun, Summary
 from br_jax.training.step import Objective, Stage, frozen_collections, init_state, trainable_adapter
 
 # What may differ between a stopped run and the one that goes on from it.
@@ -111,7 +112,7 @@ def train_adapter(
     with folder.begin() if folder else contextlib.nullcontext():
         if folder and folder.finished:  # by another process meanwhile
             return load_trained(folder.path, role, model)
-        trained, summary = loop.fit(folder and folder.path)
+        trained, summary = _fit(loop, counts, folder and folder.path)
         adapter = trained_adapter(first, trained)
         if folder:
             output = save_trained(folder.path, model, adapter, frozen, provider)
@@ -192,7 +193,7 @@ def train_params(
     loop, counts = _prepare(name, model, rows, config, ({"params": start}, {}), mesh, _PLAIN)
     with folder.begin():
         if not folder.finished:
-            trained, summary = loop.fit(folder.path)
+            trained, summary = _fit(loop, counts, folder.path)
             if is_main():
                 save(trained["params"])
             output = fingerprint(trained["params"])
@@ -218,6 +219,14 @@ def _prepare(name, model, rows, config, halves, mesh, extras, probes=None, watch
     stage = Stage.of(model.decoder, config, mesh, extras.objective)
     state = init_state(trainable, config.seed, extras.objective)
     return SingleRun(name, stage, state, shard(frozen, mesh), batches, config, mesh, probe_batches, watch), counts
+
+
+def _fit(loop: SingleRun, counts: Mapping[str, int], folder: pathlib.Path | None) -> tuple[dict, Summary]:
+    """Runs a loop to its end, and says so in a log."""
+    trained, summary = loop.fit(folder)
+    rows, steps, seconds = f"{counts['rows']:,} rows", f"{summary.steps:,} steps", f"{summary.seconds:.1f} s"
+    announce(f"{loop.name}: {rows}, {steps}, {seconds}, loss {summary.loss:.3f}")
+    return trained, summary
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:

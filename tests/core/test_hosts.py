@@ -118,6 +118,14 @@ def test_a_workdir_that_is_not_shared_is_named(tmp_path, tiny, rows, quick, monk
         train_adapter("sft", "user", tiny, rows, quick(), workdir=tmp_path)
 
 
+def test_a_log_gets_lines(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS", 0)
+    with progress.progress(4, "align", "step", done=1) as bar:
+        bar.set_postfix_str("loss 0.310")
+        bar.update(2)
+    assert capsys.readouterr().err == "align: 3 of 4 steps, 0 s, loss 0.310\n"
+
+
 def test_only_the_main_process_shows_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for main in (True, False):

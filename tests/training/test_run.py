@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,9 @@ def test_the_base_is_the_same_objects_and_bytes_after_training(tiny, rows, quick
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), adapter.weights, folded.weights)
 
 
-def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch):
+def test_a_finished_run_is_read_back(tmp_path, tiny, rows, quick, monkeypatch, capsys):
     first, stage = train(tiny, rows, quick(), tmp_path), stage_of(tmp_path)
+    assert re.search(r"^sft: 16 rows, 4 steps, \d+\.\d s, loss \d\.\d{3}$", capsys.readouterr().err, re.M)
     assert stage["steps"] == 4 and stage["rows"] == 16 and stage["dropped"] == 0 and stage["compiles"] <= 1
     assert stage["inputs"]["base"] == tiny.fingerprint
     assert stage["answer_tokens"] == sum(len(row.turns[-1][1]) + 1 for row in rows) * 2  # EOS; four batches: two epochs
